@@ -1,0 +1,1 @@
+"""Command line, cluster config, launching, the host process of a node."""

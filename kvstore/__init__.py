@@ -1,0 +1,1 @@
+"""Block hash -> KV bytes, fleet wide. Knows neither tokens nor tensors nor models."""

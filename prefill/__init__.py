@@ -1,0 +1,1 @@
+"""Prompt tokens in, published KV blocks and the first token out."""

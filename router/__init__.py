@@ -1,0 +1,1 @@
+"""HTTP in, token stream out: traces, index, placement, dispatch."""

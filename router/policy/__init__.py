@@ -1,0 +1,1 @@
+"""Pure decisions: placement now; admission, retention and roles join here."""

@@ -1,0 +1,75 @@
+"""What the HTTP surface asks of the rest of the router, and what it gets back."""
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+import msgspec
+
+from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.messages import FinishReason, NodeInfo, NodeLoad, Sampling, StepUsage
+
+
+class StepRequest(msgspec.Struct, frozen=True):
+    """One model call, already in tokens."""
+
+    step: StepId
+    trace: TraceId
+    """Given by the client, or made up by the API: one trace per unrelated call."""
+    parent: TraceId | None
+    """The trace this one was forked from, if the client says so."""
+    prompt: list[int]
+    sampling: Sampling
+    salt: str = ""
+    """Keeps tenants' blocks apart."""
+    final: bool = False
+    """The client says that no further step of this trace follows."""
+
+
+class Output(msgspec.Struct, frozen=True):
+    """The next output tokens."""
+
+    tokens: list[int]
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The terminal event of a step: exactly one, and the last."""
+
+    reason: FinishReason
+    usage: StepUsage
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """One line of ``tracehaul status``."""
+
+    info: NodeInfo
+    load: NodeLoad
+    health: str
+    """``ready``, or ``suspect`` when heartbeats are late."""
+    heartbeat_age_s: float
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What the fleet serves, as its workers announced it."""
+
+    name: str
+    context_max: int
+
+
+class Dispatcher(Protocol):
+    """Runs steps on the fleet."""
+
+    def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+        """Output as it comes, then one :class:`Finished`. Closing the generator aborts the step everywhere.
+
+        Raises (while iterating; before the first Output nothing was computed for good):
+            ContextTooLong, Unavailable, Overloaded, ClusterError.
+        """
+        ...
+
+    def model(self) -> ModelCard | None:
+        """None while no decode worker is ready."""
+        ...
+
+    def nodes(self) -> list[NodeStatus]:
+        """Every known node, by name."""
+        ...

@@ -1,0 +1,112 @@
+"""The engine's interface: every implementation passes ``tests/contract/test_engine.py``.
+
+An engine holds KV for *sequences*, each a growing run of tokens with its own storage. It knows no steps, traces,
+stores or schedules: callers decide what each iteration computes. Sequence handles are small integers, local to
+the engine.
+"""
+
+from collections.abc import Sequence
+from typing import NewType, Protocol
+
+import msgspec
+
+from tracehaul.wire.hashing import KVLayout
+from tracehaul.wire.messages import Sampling
+
+SequenceId = NewType("SequenceId", int)
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine is, fixed for its life."""
+
+    model: str
+    """Name that clients call it by."""
+    layout: KVLayout
+    context_max: int
+    """Longest sequence in tokens that the model supports."""
+    kv_tokens_max: int
+    """KV memory in tokens, over all sequences."""
+    vocab_size: int
+
+
+class Work(msgspec.Struct, frozen=True):
+    """One sequence's part in an iteration: append ``tokens`` at its end, and maybe sample what follows.
+
+    Several tokens are a prefill chunk, one is a decode step; both may share an iteration.
+    """
+
+    sequence: SequenceId
+    tokens: Sequence[int]
+    sampling: Sampling | None = None
+    """None: only extend the KV."""
+    emitted: int = 0
+    """Output tokens of the step before the sampled one (for ``min_tokens``)."""
+
+
+class Engine(Protocol):
+    """Runs iterations and moves KV in and out. All methods are called from one event loop.
+
+    Calls may overlap: ``pack`` and ``unpack`` may run beside ``run`` as long as they touch other token ranges than
+    those being computed. At most one ``run`` at a time.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """Fixed facts."""
+        ...
+
+    @property
+    def free_tokens(self) -> int:
+        """KV memory not given to any sequence; fragmentation may make less usable."""
+        ...
+
+    def open(self, capacity: int) -> SequenceId | None:
+        """An empty sequence with room for ``capacity`` tokens; None if there is no memory for it now."""
+        ...
+
+    def grow(self, sequence: SequenceId, capacity: int) -> bool:
+        """Room for ``capacity`` tokens in all, contents kept; False (and no change) if there is no memory.
+
+        Not while a call on that sequence is under way.
+        """
+        ...
+
+    def capacity(self, sequence: SequenceId) -> int:
+        """Tokens it has room for."""
+        ...
+
+    def length(self, sequence: SequenceId) -> int:
+        """Tokens whose KV it holds."""
+        ...
+
+    def truncate(self, sequence: SequenceId, length: int) -> None:
+        """Forget the KV from position ``length`` on."""
+        ...
+
+    def close(self, sequence: SequenceId) -> None:
+        """Free the sequence. Not while a call on it is under way."""
+        ...
+
+    async def run(self, work: Sequence[Work]) -> list[int | None]:
+        """One iteration: one sampled token per item, None where none was asked for.
+
+        KV of every item's tokens is in place on return. A sequence appears at most once. The capacity must suffice.
+        Not cancellable: a cancelled wait lets the iteration end by itself, and the next call waits for it.
+        """
+        ...
+
+    async def pack(self, sequence: SequenceId, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
+        """Copy KV of ``[start, start + tokens)`` out as blocks in the layout's packed form.
+
+        Cut at multiples of ``block_tokens`` from ``start`` (which is such a multiple); ``outs[i]`` takes block ``i``,
+        the last one possibly partial; each view is exactly as long as its block.
+        """
+        ...
+
+    async def unpack(self, sequence: SequenceId, start: int, tokens: int, blocks: Sequence[memoryview]) -> None:
+        """Inverse of :meth:`pack`: append ``tokens`` tokens of KV; ``start`` must equal the sequence's length."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop threads, free memory."""
+        ...

@@ -1,0 +1,1 @@
+"""What every process needs: clock, offload, config, logging, metrics, tasks, node lifecycle."""

@@ -1,0 +1,1 @@
+"""Data plane: one-sided copies between registered regions of different processes."""

@@ -1,0 +1,93 @@
+"""The data plane's interface: every implementation passes ``tests/contract/test_transfer.py``."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from tracehaul.wire.errors import TransferError
+from tracehaul.wire.messages import RegionDescriptor
+
+
+class Copy(NamedTuple):
+    """One contiguous piece of a transfer, in bytes from the start of each region."""
+
+    local_offset: int
+    remote_offset: int
+    nbytes: int
+
+
+class TransferTimedOut(TransferError):
+    """The deadline passed with bytes still under way: they may land later.
+
+    Until ``settled`` is done, the local ranges of the transfer must not be reused for anything: a late read may
+    still write into them, a late write may still read from them.
+    """
+
+    code = "transfer_timeout"
+
+    def __init__(self, message: str, settled: asyncio.Future[None]) -> None:
+        super().__init__(message)
+        self.settled = settled
+
+
+class Region(Protocol):
+    """Memory of this process that a transport can read and write."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """The bytes: flat, writable, format ``B``."""
+        ...
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """What peers need to reach it."""
+        ...
+
+
+class Memory(Protocol):
+    """Pre-faulted page-aligned memory that any transport can register; see :mod:`tracehaul.transfer.memory`."""
+
+    @property
+    def buffer(self) -> memoryview:
+        """The bytes: flat, writable, format ``B``."""
+        ...
+
+    @property
+    def fd(self) -> int:
+        """Its memory file: another process of this host can map it."""
+        ...
+
+    def close(self) -> None:
+        """Give it back. No region of it may be in use."""
+        ...
+
+
+class Transfer(Protocol):
+    """One transport of one process."""
+
+    @property
+    def kind(self) -> str:
+        """``local``, ``shm`` or ``nixl``."""
+        ...
+
+    def register(self, memory: Memory) -> Region:
+        """Make memory reachable by peers."""
+        ...
+
+    async def read(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
+        """Copy bytes of a peer's region into ours. On return they have landed.
+
+        Raises:
+            TransferTimedOut: see there. The peer may be frozen or cut off.
+            TransferLost: the peer's process is gone; nothing lands any more.
+            TransferError: a range is outside a region, or the descriptor is unusable.
+        """
+        ...
+
+    async def write(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
+        """Copy our bytes into a peer's region. On return they have landed there. Raises as :meth:`read`."""
+        ...
+
+    async def close(self) -> None:
+        """End all transfers and forget all peers. Regions stay valid for this process."""
+        ...

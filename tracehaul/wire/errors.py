@@ -1,0 +1,102 @@
+"""Everything the world can do to a call, as exceptions with a decided answer.
+
+Bugs are asserted; these are raised. Each has a stable ``code`` that crosses the wire and a ``retriable`` flag
+that says whether the same call elsewhere, or later, can succeed.
+"""
+
+from typing import ClassVar
+
+
+class ClusterError(Exception):
+    """Base of all errors that cross a process border."""
+
+    code: ClassVar[str] = "internal"
+    retriable: ClassVar[bool] = False
+
+
+class InvalidRequest(ClusterError):
+    """The caller is wrong: do not repeat the call."""
+
+    code = "invalid_request"
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt does not fit the model's window or the worker's KV memory."""
+
+    code = "context_length_exceeded"
+
+
+class Unavailable(ClusterError):
+    """No node can do this now: answer 503 with Retry-After."""
+
+    code = "unavailable"
+    retriable = True
+
+
+class Overloaded(Unavailable):
+    """A queue is at its limit: try later or elsewhere."""
+
+    code = "overloaded"
+
+
+class PeerLost(ClusterError):
+    """The connection to a peer broke, or could not be made: try another node."""
+
+    code = "peer_lost"
+    retriable = True
+
+
+class DeadlineExceeded(ClusterError):
+    """A peer did not answer in time (slow, frozen, or cut off): try another node."""
+
+    code = "deadline_exceeded"
+    retriable = True
+
+
+class WrongNode(ClusterError):
+    """The peer is not what the caller takes it for (other role, other generation): refresh membership."""
+
+    code = "wrong_node"
+    retriable = True
+
+
+class ProtocolError(ClusterError):
+    """A peer sent what no peer of this version sends: drop the connection."""
+
+    code = "protocol"
+
+
+class TransferError(ClusterError):
+    """A data-plane copy did not happen; the destination's bytes are undefined."""
+
+    code = "transfer"
+    retriable = True
+
+
+class TransferLost(TransferError):
+    """The peer of a copy is gone."""
+
+    code = "transfer_lost"
+
+
+_BY_CODE: dict[str, type[ClusterError]] = {
+    cls.code: cls
+    for cls in (
+        ClusterError,
+        InvalidRequest,
+        ContextTooLong,
+        Unavailable,
+        Overloaded,
+        PeerLost,
+        DeadlineExceeded,
+        WrongNode,
+        ProtocolError,
+        TransferError,
+        TransferLost,
+    )
+}
+
+
+def error_from_code(code: str, message: str) -> ClusterError:
+    """The exception that a remote failure stands for; an unknown code becomes a plain ClusterError."""
+    return _BY_CODE.get(code, ClusterError)(message)

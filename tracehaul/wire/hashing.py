@@ -1,0 +1,103 @@
+"""Block identity and byte checksums.
+
+A block's hash is chained over token ids from a root that names everything that changes the bytes:
+``root = H(layout, salt)``, ``hash_i = H(hash_{i-1} | token ids of block i)``. Two processes that agree
+on the root and on the tokens agree on the hash, without asking anybody. ``H`` is BLAKE3 cut to 16 bytes.
+
+A *tail* (a step's last, partial block of ``k < block_tokens`` tokens) is hashed by the same rule over its
+``k`` ids, so a reader finds it by trying the lengths that its own prompt allows.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+from xxhash import xxh3_64_intdigest
+
+from tracehaul.wire.ids import BlockHash, Checksum
+
+HASH_BYTES = 16
+TOKEN_BYTES = 4
+
+
+class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a block's bytes mean: a packed C-order array ``[layers, 2, kv_heads, tokens, head_dim]``."""
+
+    model: str
+    """Name and revision of the weights: equal strings mean equal weights."""
+    dtype: str
+    """Element type as numpy or torch spells it, such as ``bfloat16``."""
+    layers: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    block_tokens: int = 32
+    shard: str = "0/1"
+    """Which part of the heads this is under tensor parallelism."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV for one token over all layers."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * self.element_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a full block."""
+        return self.token_bytes * self.block_tokens
+
+    def root(self, salt: str = "") -> BlockHash:
+        """The hash that a trace's first block is chained to; ``salt`` keeps tenants apart."""
+        return _cut(b"tracehaul/1|" + msgspec.json.encode(self) + b"|" + salt.encode())
+
+
+def _cut(data: bytes) -> BlockHash:
+    return BlockHash(blake3(data).digest(HASH_BYTES))
+
+
+def pack_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as little-endian uint32: the wire form.
+
+    Raises:
+        OverflowError: an id is negative or does not fit 32 bits.
+    """
+    return np.asarray(tokens, dtype="<u4").tobytes()
+
+
+def unpack_tokens(data: bytes) -> list[int]:
+    """Inverse of :func:`pack_tokens`.
+
+    Raises:
+        ValueError: the length is not a multiple of four bytes.
+    """
+    return np.frombuffer(data, dtype="<u4").tolist()
+
+
+def next_hash(parent: BlockHash, tokens: bytes) -> BlockHash:
+    """Hash of the block that holds ``tokens`` (wire form) right after ``parent``."""
+    return _cut(parent + tokens)
+
+
+def chain(root: BlockHash, tokens: bytes, block_tokens: int) -> list[BlockHash]:
+    """Hashes of all full blocks of ``tokens`` (wire form), in order."""
+    step = block_tokens * TOKEN_BYTES
+    hashes: list[BlockHash] = []
+    parent = root
+    for start in range(0, len(tokens) - step + 1, step):
+        parent = next_hash(parent, tokens[start : start + step])
+        hashes.append(parent)
+    return hashes
+
+
+def tail_candidates(parent: BlockHash, tokens: bytes, block_tokens: int) -> list[BlockHash]:
+    """Hashes of every partial block that could follow ``parent`` in this prompt: item ``k-1`` holds ``k`` tokens.
+
+    ``tokens`` (wire form) are what follows ``parent``; at most ``block_tokens - 1`` are tried.
+    """
+    count = min(len(tokens) // TOKEN_BYTES, block_tokens - 1)
+    return [next_hash(parent, tokens[: k * TOKEN_BYTES]) for k in range(1, count + 1)]
+
+
+def checksum(data: bytes | bytearray | memoryview) -> Checksum:
+    """xxh3-64 of ``data``: set at publish, verified wherever the bytes land."""
+    return Checksum(xxh3_64_intdigest(data))

@@ -1,0 +1,1 @@
+"""What prefill and decode share: residency of sequences, the iteration loop, pull and publish of KV blocks."""
