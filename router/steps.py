@@ -29,6 +29,9 @@ class Output(msgspec.Struct, frozen=True):
     """The next output tokens."""
 
     tokens: list[int]
+    usage: StepUsage | None = None
+    """On the first output, what is known by then: where the prompt came from. A step that the API ends at a stop
+    string has no :class:`Finished`, and its usage is answered from here."""
 
 
 class Finished(msgspec.Struct, frozen=True):
