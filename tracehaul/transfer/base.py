@@ -63,7 +63,11 @@ class Memory(Protocol):
 
 
 class Transfer(Protocol):
-    """One transport of one process."""
+    """One transport of one process.
+
+    A cancelled transfer cannot call its bytes back: it ends, with CancelledError, once they have settled, or at its
+    deadline with TransferTimedOut.
+    """
 
     @property
     def kind(self) -> str:
@@ -72,6 +76,10 @@ class Transfer(Protocol):
 
     def register(self, memory: Memory) -> Region:
         """Make memory reachable by peers."""
+        ...
+
+    def reaches(self, remote: RegionDescriptor) -> bool:
+        """Whether the descriptor names a place this transport can get to, as far as that shows without trying."""
         ...
 
     async def read(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
@@ -89,5 +97,5 @@ class Transfer(Protocol):
         ...
 
     async def close(self) -> None:
-        """End all transfers and forget all peers. Regions stay valid for this process."""
+        """End all transfers (waiting callers get TransferLost), forget all peers. Buffers stay valid here."""
         ...
