@@ -3,19 +3,30 @@
 An hour's timeout costs microseconds, and the order of everything is a function of the seed alone: callbacks run
 in the order they were scheduled, and tasks and futures hash by creation, so that even a set of them iterates the
 same way in every process. What it cannot run: threads, sockets, child processes.
+
+Callbacks belong to the simulated process named by :data:`PROCESS` in their context. A frozen process runs none of
+them until it thaws, and then finds its timers late, as after SIGSTOP; one that never thaws is one that was killed,
+with not even a ``finally`` run.
 """
+
+# Handles, timers and the selector are private in asyncio; this module stands in for them.
+# pyright: reportPrivateUsage=false, reportAttributeAccessIssue=false
 
 import asyncio
 import gc
+import heapq
 import random
 from asyncio import base_events
 from collections.abc import Callable, Coroutine, Generator
-from contextvars import Context
+from contextvars import Context, ContextVar, copy_context
 from typing import Any, TypeVar
 
 from blake3 import blake3
 
 T = TypeVar("T")
+
+PROCESS: ContextVar[str] = ContextVar("process", default="")
+"""Which simulated process the running code belongs to; empty is the world outside of all of them."""
 
 _TASKS_LEFT_MAX_ROUNDS = 100
 _NO_WAY_FORWARD = "no callback is ready and no timer is set: what is awaited can never happen"
@@ -49,6 +60,35 @@ class _Future(asyncio.Future[Any]):
 
     def __hash__(self) -> int:
         return self._number
+
+
+class _Handle(asyncio.Handle):
+    """A callback that waits while its process is frozen."""
+
+    def _run(self) -> None:
+        if not park(self):
+            super()._run()
+
+
+class _Timer(asyncio.TimerHandle):
+    """A timer that fires late if its process is frozen when it is due."""
+
+    def _run(self) -> None:
+        if not park(self):
+            super()._run()
+
+
+def park(handle: asyncio.Handle) -> bool:
+    """Keep ``handle`` for later if its process is frozen."""
+    loop = handle._loop
+    assert isinstance(loop, VirtualLoop)
+    if not loop.frozen:
+        return False
+    process = handle._context.get(PROCESS, "")
+    if process not in loop.frozen:
+        return False
+    loop.frozen[process].append(handle)
+    return True
 
 
 class _Selector:
@@ -88,6 +128,8 @@ class VirtualLoop(base_events.BaseEventLoop):
         # The base class leaves waiting to a selector that its subclasses bring.
         self._selector = _Selector(self)
         self.errors: list[str] = []
+        self.frozen: dict[str, list[asyncio.Handle]] = {}
+        """Callbacks that are due in each frozen process."""
         self.set_exception_handler(self._on_error)
         self.set_task_factory(self._make_task)
 
@@ -106,6 +148,28 @@ class VirtualLoop(base_events.BaseEventLoop):
     def digest(self) -> str:
         """Hash of every move of the clock, the number of tasks and futures made by then, and recorded lines."""
         return self._history.hexdigest()[:32]
+
+    def freeze(self, process: str) -> None:
+        """Run no callback of ``process`` from now on."""
+        assert process
+        self.frozen.setdefault(process, [])
+
+    def thaw(self, process: str) -> None:
+        """Let it go on, with everything that became due meanwhile; harmless if it is not frozen."""
+        self._ready.extend(self.frozen.pop(process, []))
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        timer = _Timer(when, callback, args, self, copy_context() if context is None else context)
+        heapq.heappush(self._scheduled, timer)
+        timer._scheduled = True
+        return timer
+
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+        handle = _Handle(callback, args, self, copy_context() if context is None else context)
+        self._ready.append(handle)
+        return handle
 
     def create_future(self) -> asyncio.Future[Any]:
         return _Future(loop=self)
@@ -163,6 +227,8 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], seed: int = 0) -> T:
 
 
 def _cancel_all(loop: VirtualLoop) -> None:
+    for process in list(loop.frozen):
+        loop.thaw(process)
     for _ in range(_TASKS_LEFT_MAX_ROUNDS):
         left = sorted(asyncio.all_tasks(loop), key=hash)
         if not left:

@@ -1,6 +1,7 @@
 """The virtual loop: time costs nothing, order is decided, and a wait without an end is an error."""
 
 import asyncio
+import contextvars
 import os
 import subprocess
 import sys
@@ -82,6 +83,78 @@ def test_tasks_left_behind_are_cancelled_and_finish():
 
     virtual.run(main)
     assert ended == [True]
+
+
+def spawn(process, coro):
+    """A task of a simulated process."""
+    context = contextvars.copy_context()
+    context.run(virtual.PROCESS.set, process)
+    return asyncio.get_running_loop().create_task(coro, context=context)
+
+
+def test_a_frozen_process_stands_still_and_finds_its_timers_late():
+    async def main():
+        loop = asyncio.get_running_loop()
+        seen = []
+
+        async def tick(name):
+            for _ in range(4):
+                await asyncio.sleep(1)
+                seen.append((name, round(loop.time(), 3)))
+
+        tasks = [spawn("a", tick("a")), spawn("b", tick("b"))]
+        await asyncio.sleep(1.5)
+        loop.freeze("a")
+        await asyncio.sleep(5)
+        loop.thaw("a")
+        await asyncio.gather(*tasks)
+        return seen
+
+    seen = virtual.run(main)
+    assert [when for name, when in seen if name == "b"] == [1, 2, 3, 4]
+    assert [when for name, when in seen if name == "a"] == [1, 6.5, 7.5, 8.5]
+
+
+def test_a_timer_that_was_due_in_a_freeze_can_still_be_cancelled():
+    async def main():
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+
+        async def wait():
+            async with asyncio.timeout(2):
+                return await answer
+
+        task = spawn("a", wait())
+        await asyncio.sleep(1)
+        loop.freeze("a")
+        answer.set_result("in time")
+        await asyncio.sleep(5)
+        loop.thaw("a")
+        return await task
+
+    assert virtual.run(main) == "in time"
+
+
+def test_a_killed_process_runs_nothing_more_not_even_its_cleanup():
+    cleaned = []
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        async def serve():
+            try:
+                await asyncio.sleep(1e6)
+            finally:
+                cleaned.append(loop.time())
+
+        task = spawn("a", serve())
+        await asyncio.sleep(1)
+        loop.freeze("a")
+        task.cancel()
+        await asyncio.sleep(10)
+        return list(cleaned)
+
+    assert virtual.run(main) == []
 
 
 _SETS = """
