@@ -185,6 +185,8 @@ class Leased(Message, frozen=True):
 
     lease: LeaseId
     blocks: tuple[LeasedBlock | None, ...]
+    ttl_s: float = 0.0
+    """What was granted: at most what was asked for."""
 
 
 class Release(Message, frozen=True):
@@ -289,7 +291,8 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class PrefillStep(Message, frozen=True):
-    """Decode worker -> prefill worker, as a stream of :class:`PrefillProgress`, then one :class:`PrefillDone`."""
+    """Decode worker -> prefill worker, as a stream: :class:`PrefillProgress` as blocks are published, one :class:`PrefillToken`,
+    more progress, and one :class:`PrefillDone`."""
 
     step: StepId
     trace: TraceId
@@ -309,13 +312,17 @@ class PrefillProgress(Message, frozen=True):
     published_tokens: int
 
 
-class PrefillDone(Message, frozen=True):
-    """The terminal message of a prefill."""
+class PrefillToken(Message, frozen=True):
+    """The next token of the sequence, sampled; the last blocks are still being published."""
 
     token: int
-    """The next token of the sequence, sampled."""
     computed_from: int
     """Positions before it were not computed here: they were resident or pulled."""
+
+
+class PrefillDone(Message, frozen=True):
+    """The terminal message of a prefill: all that will be published is."""
+
     published_tokens: int
 
 
@@ -332,12 +339,6 @@ class DecodeStep(Message, frozen=True):
     prefill: NodeId | None
     """Who computes the missing part of the prompt; None: the decode worker itself."""
     sampling: Sampling
-
-
-class Tokens(Message, frozen=True):
-    """The next output tokens, packed."""
-
-    ids: bytes
 
 
 FinishReason = Literal["stop", "length"]
@@ -360,6 +361,14 @@ class StepUsage(msgspec.Struct, frozen=True):
     """Blocks expected from the store that did not arrive: recomputed."""
     prefill_fallback: str = ""
     """Why the prefill worker's result was not used, as an error code; empty if it was, or none was asked."""
+
+
+class Tokens(Message, frozen=True):
+    """The next output tokens, packed."""
+
+    ids: bytes
+    usage: StepUsage | None = None
+    """With the first tokens: what is known by then."""
 
 
 class StepDone(Message, frozen=True):
@@ -398,6 +407,7 @@ Reply = (
     | Snapshot
     | Events
     | PrefillProgress
+    | PrefillToken
     | PrefillDone
     | Tokens
     | StepDone

@@ -1,0 +1,153 @@
+"""What connections hold at a store node: reservations and leases, by key, by holder and by time of expiry. Pure."""
+
+from array import array
+from collections import OrderedDict
+from heapq import heapify, heappop, heappush
+from typing import NamedTuple
+
+from tracehaul.wire.ids import BlockHash, LeaseId
+
+
+class Reservation(NamedTuple):
+    """A slot that one writer may fill."""
+
+    slot: int
+    hash: BlockHash
+    parent: BlockHash
+    owner: str
+    since_s: float
+
+
+class Reservations:
+    """Open reservations. All live equally long, so the order of arrival is the order of expiry."""
+
+    def __init__(self, ttl_s: float) -> None:
+        self._ttl_s = ttl_s
+        self._by_hash: OrderedDict[BlockHash, Reservation] = OrderedDict()  # cheap at its front, unlike dict
+        self._by_owner: dict[str, dict[BlockHash, None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_hash)
+
+    def get(self, block_hash: BlockHash) -> Reservation | None:
+        """The open reservation of a block."""
+        return self._by_hash.get(block_hash)
+
+    def of(self, owner: str) -> list[Reservation]:
+        """All of one owner, oldest first."""
+        return [self._by_hash[block_hash] for block_hash in self._by_owner.get(owner, ())]
+
+    def count(self, owner: str) -> int:
+        """How many one owner has."""
+        return len(self._by_owner.get(owner, ()))
+
+    def add(self, reservation: Reservation) -> None:
+        """Open one; there must be none for that block."""
+        assert reservation.hash not in self._by_hash
+        self._by_hash[reservation.hash] = reservation
+        self._by_owner.setdefault(reservation.owner, {})[reservation.hash] = None
+
+    def end(self, reservation: Reservation) -> None:
+        """Forget an open one."""
+        del self._by_hash[reservation.hash]
+        own = self._by_owner[reservation.owner]
+        del own[reservation.hash]
+        if not own:
+            del self._by_owner[reservation.owner]
+
+    def deadline_s(self) -> float | None:
+        """When the first of them expires."""
+        first = next(iter(self._by_hash.values()), None)
+        return None if first is None else first.since_s + self._ttl_s
+
+    def expired(self, now_s: float) -> list[Reservation]:
+        """Those whose time has come, oldest first. They stay open until :meth:`end`."""
+        found: list[Reservation] = []
+        for reservation in self._by_hash.values():
+            if reservation.since_s + self._ttl_s > now_s:
+                break
+            found.append(reservation)
+        return found
+
+    def all(self) -> list[Reservation]:
+        """Every open one, oldest first."""
+        return list(self._by_hash.values())
+
+
+class HeldLease(NamedTuple):
+    """An open lease. A slot leased twice in one request counts twice."""
+
+    holder: str
+    expires_s: float
+    slots: "array[int]"
+
+
+class Leases:
+    """Open leases."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._by_id: dict[LeaseId, HeldLease] = {}
+        self._by_holder: dict[str, dict[LeaseId, None]] = {}
+        self._heap: list[tuple[float, LeaseId]] = []  # may name leases that have ended
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def count(self, holder: str) -> int:
+        """How many one holder has."""
+        return len(self._by_holder.get(holder, ()))
+
+    def of(self, holder: str) -> list[LeaseId]:
+        """All of one holder, oldest first."""
+        return list(self._by_holder.get(holder, ()))
+
+    def is_held(self, lease: LeaseId, holder: str) -> bool:
+        """Whether ``lease`` is open and ``holder``'s."""
+        return lease in self._by_holder.get(holder, ())
+
+    def next_id(self) -> LeaseId:
+        """An id never used before."""
+        self._last += 1
+        return LeaseId(self._last)
+
+    def add(self, lease: LeaseId, held: HeldLease) -> None:
+        """Open one."""
+        assert lease not in self._by_id
+        self._by_id[lease] = held
+        self._by_holder.setdefault(held.holder, {})[lease] = None
+        heappush(self._heap, (held.expires_s, lease))
+        if len(self._heap) > 2 * len(self._by_id) + 64:  # those that ended early pile up deep in the heap
+            self._heap = [(held.expires_s, lease) for lease, held in self._by_id.items()]
+            heapify(self._heap)
+
+    def end(self, lease: LeaseId) -> "array[int]":
+        """Forget an open one; returns the slots it protected."""
+        held = self._by_id.pop(lease)
+        own = self._by_holder[held.holder]
+        del own[lease]
+        if not own:
+            del self._by_holder[held.holder]
+        return held.slots
+
+    def deadline_s(self) -> float | None:
+        """When the first of them expires."""
+        first = self._first()
+        return None if first is None else self._by_id[first].expires_s
+
+    def next_expired(self, now_s: float) -> LeaseId | None:
+        """One whose time has come, if any. It stays open until :meth:`end`."""
+        first = self._first()
+        return first if first is not None and self._by_id[first].expires_s <= now_s else None
+
+    def all(self) -> list[HeldLease]:
+        """Every open one."""
+        return list(self._by_id.values())
+
+    def _first(self) -> LeaseId | None:
+        while self._heap:
+            lease = self._heap[0][1]
+            if lease in self._by_id:
+                return lease
+            heappop(self._heap)
+        return None
