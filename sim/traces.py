@@ -61,7 +61,7 @@ class Mix(msgspec.Struct, frozen=True):
 
 def make_traces(seed: int, mix: Mix, vocab_size: int) -> tuple[TracePlan, ...]:
     """The same traces for the same arguments, in every process. A fork names an earlier trace of the result."""
-    rng = random.Random(f"traces {seed}")
+    rng = random.Random(f"traces {seed}")  # noqa: S311 - reproducible is the point
     systems = [_text(rng, rng.randint(1, mix.system_tokens_max), vocab_size) for _ in range(mix.systems)]
     plans: list[TracePlan] = []
     for index in range(mix.traces):
