@@ -1,0 +1,209 @@
+"""The control plane over TCP, with or without TLS, on uvloop or plain asyncio."""
+
+import asyncio
+import itertools
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Generic, TypeVar, cast
+
+from tracehaul.rpc.base import Service
+from tracehaul.rpc.calling import ClientSession
+from tracehaul.rpc.frames import Frame, FrameReader, pack
+from tracehaul.rpc.serving import ServerSession, close_all
+from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
+from tracehaul.runtime.log import Log
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, PeerLost, ProtocolError
+
+log = Log(__name__)
+
+S = TypeVar("S", bound=Session)
+
+_CLOSE_S = 1.0
+"""How long a closing connection may flush."""
+_WRITE_BUFFER_BYTES = 1 << 20
+"""Senders wait while more than this is unsent."""
+_LINUX_OPTIONS = {"TCP_USER_TIMEOUT": 10_000, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+"""A host that acknowledges nothing for 10 s (the first is in ms) is gone; a frozen process's host still does."""
+_PORT_MAX = 65_535
+_BACKLOG = 512
+
+_peer_numbers = itertools.count(1)
+"""Names of connections are unique in this process's life, whatever ports are used again."""
+
+
+class TcpNetwork:
+    """Implements :class:`tracehaul.rpc.base.Network`. With TLS contexts, both directions are encrypted."""
+
+    def __init__(
+        self,
+        limits: Limits = DEFAULT_LIMITS,
+        *,
+        server_tls: ssl.SSLContext | None = None,
+        client_tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._limits = limits
+        self._server_tls = server_tls
+        self._client_tls = client_tls
+
+    async def listen(self, address: str, service: Service) -> "TcpServer":
+        host, port = split_address(address)
+        server = TcpServer(service, self._limits)
+        await server.start(host, port, self._server_tls)
+        return server
+
+    async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
+        limits = self._limits
+        pipe = _TcpPipe(limits, lambda pipe: ClientSession(pipe, limits))
+        loop = asyncio.get_running_loop()
+        try:
+            host, port = split_address(address)
+            async with asyncio.timeout(timeout_s):
+                await loop.create_connection(lambda: pipe, host, port, ssl=self._client_tls)
+                session = pipe.session
+                assert session is not None
+                await session.greeted()
+                return session
+        except TimeoutError:
+            pipe.close()
+            raise DeadlineExceeded(f"{address} did not answer within {timeout_s:g} s") from None
+        except (OSError, UnicodeError) as error:  # the latter: a host that no name service takes
+            pipe.close()
+            raise PeerLost(f"cannot connect to {address}: {error}") from error
+        except ClusterError as error:
+            pipe.close()
+            raise type(error)(f"{address}: {error}") from None
+        except asyncio.CancelledError:
+            pipe.close()
+            raise
+
+
+class TcpServer:
+    """Implements :class:`tracehaul.rpc.base.Server`."""
+
+    def __init__(self, service: Service, limits: Limits) -> None:
+        self._service = service
+        self._limits = limits
+        self._sessions: dict[ServerSession, None] = {}
+        self._address = ""
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+        """Bind and serve; raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(self._accept, host, port, ssl=tls, backlog=_BACKLOG)
+        self._address = join_address(host, self._server.sockets[0].getsockname()[1])
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def _accept(self) -> "_TcpPipe[ServerSession]":
+        return _TcpPipe(self._limits, self._open)
+
+    def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
+        if len(self._sessions) >= self._limits.connections_max:
+            log.warning("connection refused: too many", address=self._address, connections=len(self._sessions))
+            return None
+        peer = f"{pipe.remote}#{next(_peer_numbers)}"
+        session = ServerSession(pipe, self._limits, self._service, peer, self._forget)
+        self._sessions[session] = None
+        return session
+
+    def _forget(self, session: ServerSession) -> None:
+        self._sessions.pop(session, None)
+
+    async def close(self) -> None:
+        assert self._server is not None
+        self._server.close()
+        await close_all(list(self._sessions))
+
+
+class _TcpPipe(asyncio.Protocol, Generic[S]):
+    """One TCP connection as a :class:`tracehaul.rpc.session.Pipe`; ``open_session`` may refuse it with None."""
+
+    def __init__(self, limits: Limits, open_session: Callable[["_TcpPipe[S]"], S | None]) -> None:
+        self._frame_bytes_max = limits.frame_bytes_max
+        self._open_session = open_session
+        self._reader = FrameReader(limits.frame_bytes_max)
+        self._transport: asyncio.Transport | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
+        self.session: S | None = None
+        self.remote = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
+        _tune(self._transport.get_extra_info("socket"))
+        peername = self._transport.get_extra_info("peername")
+        self.remote = join_address(peername[0], peername[1]) if peername else "unknown"
+        self.session = self._open_session(self)
+        if self.session is None:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        if self.session is None:
+            return
+        try:
+            frames = self._reader.feed(data)
+        except ProtocolError as error:
+            self.session.violated(error)
+            return
+        for frame in frames:
+            self.session.received(frame)
+
+    def pause_writing(self) -> None:
+        if self.session is not None:
+            self.session.pause_writing()
+        if isinstance(self.session, ServerSession) and self._transport is not None:
+            self._transport.pause_reading()  # who does not take answers may not ask for more
+
+    def resume_writing(self) -> None:
+        if self.session is not None:
+            self.session.resume_writing()
+        if isinstance(self.session, ServerSession) and self._transport is not None:
+            self._transport.resume_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+        if self.session is not None:
+            self.session.lost(f"connection to {self.remote} lost: {exc or 'closed by peer'}")
+
+    def send(self, frame: Frame) -> None:
+        transport = self._transport
+        assert transport is not None
+        if not transport.is_closing():
+            transport.write(pack(frame, self._frame_bytes_max))
+
+    def close(self) -> None:
+        transport = self._transport
+        if transport is not None and self._close_timer is None:
+            transport.close()
+            self._close_timer = asyncio.get_running_loop().call_later(_CLOSE_S, transport.abort)
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _LINUX_OPTIONS.items():
+        option: int | None = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; an IPv6 host stands in brackets.
+
+    Raises:
+        OSError: it is not an address.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not (port.isascii() and port.isdigit()) or int(port) > _PORT_MAX:
+        raise OSError(f"not host:port: {address!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Inverse of :func:`split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
