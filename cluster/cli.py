@@ -1,0 +1,214 @@
+"""The ``tracehaul`` command."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import base_url, load_config, load_plan, parse_bytes
+from cluster.rundir import ClusterFault, RunDir
+from router.steps import NodeStatus
+from tracehaul import __version__
+
+err = Console(stderr=True)
+out = Console()
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="An inference cluster for agents: disaggregated prefill and decode around a shared KV store.",
+    epilog="Begin with: [bold]tracehaul up[/], then [bold]tracehaul status[/], in the end [bold]tracehaul down[/].",
+)
+
+RunDirOption = Annotated[
+    Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
+]
+DEFAULT_RUN_DIR = Path(".run")
+STATUS_TIMEOUT_S = 5.0
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+SizeOption = Annotated[
+    int | None,
+    typer.Option(
+        "--store-bytes", parser=_size, metavar="SIZE", help="Block memory of each store node, such as 512MiB or 4GiB."
+    ),
+]
+
+
+@app.command()
+def up(
+    model: Annotated[
+        str | None, typer.Option(help="A model directory, a GGUF file, or a name. Default: a small model that answers.")
+    ] = None,
+    prefill: Annotated[
+        int | None, typer.Option(help="Prefill workers; 0 leaves prompts to the decode workers.")
+    ] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers.")] = None,
+    store: Annotated[int | None, typer.Option(help="Store nodes.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the HTTP API.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address that the HTTP API listens on.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
+    transport: Annotated[str | None, typer.Option(help="shm or nixl: how KV moves between processes.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of each worker.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV memory of each worker, in tokens.")] = None,
+    store_bytes: SizeOption = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help="Most prompt tokens computed between two decode steps.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; options given here win over it.")] = None,
+    run_dir: RunDirOption = DEFAULT_RUN_DIR,
+) -> None:
+    """Start a cluster on this machine and wait until it answers.
+
+    The nodes stay when this command ends; stop them with `tracehaul down`.
+
+    Examples:
+
+      tracehaul up
+
+      tracehaul up --decode 2 --store-bytes 4GiB --port 8100
+
+      tracehaul up --model ./my-model --config cluster.toml
+    """
+    from cluster.launch import up
+
+    overrides: dict[str, Any] = {
+        "model": model,
+        "nodes.prefill": prefill,
+        "nodes.decode": decode,
+        "nodes.store": store,
+        "port": port,
+        "host": host,
+        "device": device,
+        "dtype": dtype,
+        "transport": transport,
+        "threads": threads,
+        "kv_tokens": kv_tokens,
+        "store_bytes": store_bytes,
+        "worker.chunk_tokens": chunk_tokens,
+    }
+    chosen = load_config(config, overrides)
+    run = RunDir(run_dir)
+    name = up(chosen, run, err)
+    url = base_url(chosen)
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    typer.echo(f"ready {url}")
+    err.print(
+        f"\nTry it:\n  curl -s {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def down(run_dir: RunDirOption = DEFAULT_RUN_DIR) -> None:
+    """Stop the cluster that was started from here, and only it. Logs are kept."""
+    from cluster.launch import down
+
+    stopped, killed = down(RunDir(run_dir))
+    if not stopped:
+        out.print("Nothing runs here.", highlight=False)
+        return
+    out.print(f"Stopped {', '.join(stopped)}.", highlight=False)
+    if killed:
+        err.print(f"Had to be killed: {', '.join(killed)}.", highlight=False)
+
+
+@app.command()
+def status(
+    url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
+    run_dir: RunDirOption = DEFAULT_RUN_DIR,
+) -> None:
+    """Show the nodes of a running cluster: health, load, and what they hold.
+
+    Examples:
+
+      tracehaul status
+
+      tracehaul status --url http://127.0.0.1:8100
+    """
+    run = RunDir(run_dir)
+    if url is None:
+        url = base_url(load_plan(run).config)
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/cluster", timeout=STATUS_TIMEOUT_S, trust_env=False)
+        answer.raise_for_status()
+        nodes = msgspec.json.decode(answer.content, type=list[NodeStatus])
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ClusterFault(f"no router answers at {url}: {error}") from error
+    except msgspec.DecodeError as error:
+        raise ClusterFault(f"{url} answers, but not as a tracehaul router: {error}") from error
+    out.print(_status_table(url, nodes, run))
+
+
+@app.command(hidden=True)
+def node(
+    name: Annotated[str, typer.Argument(help="Which node of the plan to be, such as decode-0.")],
+    config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")],
+) -> None:
+    """Be one node of a cluster, in the foreground (what `up` starts, one process each)."""
+    from cluster.node import run_node
+
+    raise typer.Exit(run_node(name, RunDir(config.absolute().parent)))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _status_table(url: str, nodes: list[NodeStatus], run: RunDir) -> Table:
+    models = sorted({node.info.model for node in nodes if node.info.model})
+    table = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left")
+    for column in ("node", "role", "health"):
+        table.add_column(column)
+    for column in ("running", "waiting", "blocks", "memory", "generation"):
+        table.add_column(column, justify="right")
+    table.add_column("metrics")
+    for node in nodes:
+        info, load = node.info, node.load
+        healthy = node.health == "ready"
+        health = node.health if healthy else f"{node.health} ({node.heartbeat_age_s:.0f}s silent)"
+        table.add_row(
+            info.node,
+            info.role,
+            f"[green]{health}[/]" if healthy else f"[yellow]{health}[/]",
+            str(load.running),
+            str(load.waiting),
+            str(load.blocks) if info.role == "store" else "",
+            f"{load.bytes_used / 2**20:.0f} / {load.bytes_max / 2**20:.0f} MiB",
+            # Generations are wall-clock nanoseconds of a start: as a time they can be read.
+            f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}",
+            run.state(info.node).metrics,
+        )
+    return table
+
+
+def main() -> None:
+    """Runs the command; what the operator must know goes to stderr in one line, and the exit code is 1."""
+    try:
+        app()
+    except ClusterFault as fault:
+        err.print(f"tracehaul: {fault}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,200 @@
+"""One config for a whole cluster: a TOML file, then the command line on top; strict, parsed once.
+
+What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a :class:`Plan`: the same, with
+everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from cluster.rundir import ClusterFault, RunDir
+from kvstore.config import PAGE_BYTES, StoreConfig
+from tracehaul.engine.source import DEFAULT_MODEL, ModelSource
+from tracehaul.wire.hashing import KVLayout
+from worker.config import WorkerConfig
+
+Role = Literal["router", "store", "prefill", "decode"]
+
+NODES_MAX = 64
+"""Of one role in one cluster."""
+
+ROUTER = "router-0"
+
+Count = Annotated[int, Meta(ge=1, le=NODES_MAX)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class NodeCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many nodes of each role; there is one router."""
+
+    prefill: Annotated[int, Meta(ge=0, le=NODES_MAX)] = 1
+    """0: decode workers compute whole prompts themselves."""
+    decode: Count = 1
+    store: Count = 1
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator may set. Every field has a default that suits a small machine."""
+
+    model: str = DEFAULT_MODEL
+    """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    transport: Literal["shm", "nixl"] = "shm"
+    host: str = "127.0.0.1"
+    """Where the HTTP API listens; everything else stays on the loopback interface."""
+    port: Annotated[int, Meta(ge=1, le=65535)] = 8000
+    nodes: NodeCounts = NodeCounts()
+    threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    """Compute threads of each worker; None: the cores, divided."""
+    kv_tokens: Annotated[int, Meta(ge=32)] = 32768
+    """KV memory of each worker, in tokens."""
+    store_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
+    """Block memory of each store node."""
+    worker: WorkerConfig = WorkerConfig()
+    start_timeout_s: Seconds = 300.0
+    """From the first process to the last one ready."""
+    drain_timeout_s: Seconds = 10.0
+    """What a node may take to end its work when it is told to stop."""
+
+
+class NodeSpec(msgspec.Struct, frozen=True):
+    """One process to run."""
+
+    name: str
+    role: Role
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A cluster as launched; every node reads it."""
+
+    config: ClusterConfig
+    model: ModelSource
+    router_address: str
+    """``host:port`` of the router's control plane: fixed, so that nodes find a restarted router."""
+    store: StoreConfig
+    threads: int
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
+    """The config in ``path`` (TOML), with ``overrides`` on top: dotted names, those that are None left out.
+
+    Raises:
+        ClusterFault: the file cannot be read, or names or holds what no config has.
+    """
+    merged: dict[str, Any] = {}
+    if path is not None:
+        try:
+            merged = tomllib.loads(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClusterFault(f"cannot read the config {path}: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ClusterFault(f"{path} is not valid TOML: {error}") from error
+    for name, value in overrides.items():
+        if value is None:
+            continue
+        section = merged
+        *parents, leaf = name.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ClusterFault(f"{path}: `{parent}` must be a section")
+        section[leaf] = value
+    try:
+        return msgspec.convert(merged, ClusterConfig)
+    except msgspec.ValidationError as error:
+        where = f" (in {path} or on the command line)" if path else ""
+        raise ClusterFault(f"the config is wrong{where}: {error}") from error
+
+
+def base_url(config: ClusterConfig) -> str:
+    """Where a client on this machine reaches the API."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104 - compared, not bound
+    if ":" in host:
+        host = f"[{host}]"
+    return f"http://{host}:{config.port}"
+
+
+def load_plan(run: RunDir) -> Plan:
+    """What was launched in this run directory.
+
+    Raises:
+        ClusterFault: there is no readable plan.
+    """
+    try:
+        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
+    except FileNotFoundError as error:
+        raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
+    except (OSError, msgspec.DecodeError) as error:
+        raise ClusterFault(f"cannot read {run.plan_file}: {error}") from error
+
+
+def save_plan(run: RunDir, plan: Plan) -> None:
+    """Puts the plan where :func:`load_plan` finds it."""
+    run.write_plan(msgspec.json.format(msgspec.json.encode(plan, enc_hook=str)))
+
+
+def nodes_of(config: ClusterConfig) -> list[NodeSpec]:
+    """Every process of the cluster, in the order to start them."""
+    counts: list[tuple[Role, int]] = [
+        ("store", config.nodes.store),
+        ("prefill", config.nodes.prefill),
+        ("decode", config.nodes.decode),
+    ]
+    workers = [NodeSpec(f"{role}-{i}", role) for role, count in counts for i in range(count)]
+    return [NodeSpec(ROUTER, "router"), *workers]
+
+
+def threads_of(config: ClusterConfig, cores: int) -> int:
+    """Compute threads of each worker.
+
+    At least two where there are two cores, even if the workers then share them: the prefill and the decode of one
+    trace take turns, so on a small machine each may have what the other leaves.
+    """
+    if config.threads is not None:
+        return config.threads
+    workers = config.nodes.prefill + config.nodes.decode
+    return max(min(cores, 2), cores // workers)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
+    """A store node's config: slots of one full block of ``layout``.
+
+    Raises:
+        ClusterFault: the arena is smaller than one block.
+    """
+    slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
+    if config.store_bytes < slot_bytes:
+        raise ClusterFault(f"--store-bytes {config.store_bytes} holds no block of this model ({slot_bytes} bytes)")
+    return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes)
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``1073741824``, ``512MiB``, ``2 GB`` or ``4G`` (decimal without the ``i``).
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    compact = text.replace(" ", "").lower().removesuffix("b")
+    digits = compact.rstrip("kmgti")
+    unit = compact[len(digits) :]
+    if unit not in _UNITS:
+        raise ValueError(f"not a size: {text!r}; write for example 512MiB or 2GiB")
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        raise ValueError(f"not a size: {text!r}; write for example 512MiB or 2GiB") from None
