@@ -7,7 +7,7 @@ import pytest
 
 from sim import loop as virtual
 from tracehaul.engine.base import Work
-from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, expected_output, fake_info
+from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, TrueState, expected_output, fake_info, pack_rows
 from tracehaul.wire.messages import Sampling
 
 VOCAB = 256
@@ -93,6 +93,25 @@ def test_partial_block_is_laid_out_as_the_layout_says():
     width = FAKE_LAYOUT.head_dim
     pieces = [bytes(three[i * 3 * width : i * 3 * width + width]) for i in range(4)]
     assert b"".join(pieces) == bytes(one)
+
+
+def test_the_true_state_has_the_bytes_of_the_engine():
+    async def main():
+        fake = engine()
+        sequence = fake.open(32)
+        await fake.run([Work(sequence, PROMPT)])
+        blocks = buffers(len(PROMPT))
+        await fake.pack(sequence, 0, len(PROMPT), views(blocks))
+        return [bytes(block) for block in blocks]
+
+    state = TrueState(VOCAB)
+    state.extend(PROMPT[:5])
+    fork = state.copy()
+    fork.extend(PROMPT[5:])
+    assert state.tokens == PROMPT[:5]
+    step = FAKE_LAYOUT.block_tokens
+    expected = [pack_rows(FAKE_LAYOUT, fork.kv[at : at + step]) for at in range(0, len(PROMPT), step)]
+    assert virtual.run(main) == expected
 
 
 def test_sampling_depends_on_seed_and_position_only():

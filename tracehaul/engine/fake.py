@@ -268,8 +268,7 @@ class FakeEngine:
             at = start
             for view in outs:
                 count = view.nbytes // self._info.layout.token_bytes
-                rows = state.data[at : at + count].reshape(count, *self._row_shape())
-                view[:] = np.ascontiguousarray(rows.transpose(1, 2, 3, 0, 4)).tobytes()
+                view[:] = pack_rows(self._info.layout, [row.tobytes() for row in state.data[at : at + count]])
                 at += count
         finally:
             state.calls -= 1
@@ -279,10 +278,12 @@ class FakeEngine:
         try:
             await asyncio.sleep(tokens * self._cost.copy_token_s)
             at = start
-            layers, two, heads, width = self._row_shape()
+            layout = self._info.layout
             for view in blocks:
                 count = view.nbytes // self._info.layout.token_bytes
-                packed = np.frombuffer(view, dtype=np.uint8).reshape(layers, two, heads, count, width)
+                packed = np.frombuffer(view, dtype=np.uint8).reshape(
+                    layout.layers, 2, layout.kv_heads, count, layout.head_dim * layout.element_bytes
+                )
                 state.data[at : at + count] = packed.transpose(3, 0, 1, 2, 4).reshape(count, -1)
                 at += count
             state.length = at
@@ -290,9 +291,48 @@ class FakeEngine:
             state.calls -= 1
             state.writing = None
 
-    def _row_shape(self) -> tuple[int, int, int, int]:
-        layout = self._info.layout
-        return layout.layers, 2, layout.kv_heads, layout.head_dim * layout.element_bytes
+
+class TrueState:
+    """What the model knows after a run of tokens, computed in one place without any store.
+
+    ``kv[p]`` are the KV bytes of position ``p``, one run of ``token_bytes`` each.
+    """
+
+    def __init__(self, vocab_size: int, token_bytes: int = FAKE_LAYOUT.token_bytes) -> None:
+        self._vocab_size = vocab_size
+        self._token_bytes = token_bytes
+        self._hasher = blake3()
+        self.tokens: list[int] = []
+        self.kv: list[bytes] = []
+
+    def copy(self) -> "TrueState":
+        """An independent state: a fork."""
+        other = TrueState(self._vocab_size, self._token_bytes)
+        other._hasher = self._hasher.copy()
+        other.tokens = list(self.tokens)
+        other.kv = list(self.kv)
+        return other
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append ``tokens``."""
+        for token in tokens:
+            kv = _kv(self._hasher, token, self._token_bytes)
+            self._hasher.update(kv)
+            self.tokens.append(token)
+            self.kv.append(kv)
+
+    def generate(self, sampling: Sampling) -> list[int]:
+        """The whole output of a step whose prompt is :attr:`tokens`; this state stays as it is."""
+        assert self.tokens
+        hasher = self._hasher.copy()
+        output: list[int] = []
+        while True:
+            position = len(self.tokens) + len(output)
+            token = _sample(hasher.digest(), sampling, position, len(output), self._vocab_size)
+            output.append(token)
+            if token in sampling.stop_tokens or len(output) == sampling.max_tokens:
+                return output
+            hasher.update(_kv(hasher, token, self._token_bytes))
 
 
 def expected_output(
@@ -302,17 +342,16 @@ def expected_output(
 
     Ends after ``max_tokens``, or after a stop token, which is the last item.
     """
-    assert prompt
-    hasher = blake3()
-    output: list[int] = []
-    for token in prompt:
-        hasher.update(_kv(hasher, token, token_bytes))
-    while True:
-        token = _sample(hasher.digest(), sampling, len(prompt) + len(output), len(output), vocab_size)
-        output.append(token)
-        if token in sampling.stop_tokens or len(output) == sampling.max_tokens:
-            return output
-        hasher.update(_kv(hasher, token, token_bytes))
+    state = TrueState(vocab_size, token_bytes)
+    state.extend(prompt)
+    return state.generate(sampling)
+
+
+def pack_rows(layout: KVLayout, rows: Sequence[bytes]) -> bytes:
+    """KV of consecutive tokens (``token_bytes`` each, as :attr:`TrueState.kv` has them) as one packed block."""
+    shape = (len(rows), layout.layers, 2, layout.kv_heads, layout.head_dim * layout.element_bytes)
+    array = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(shape)
+    return np.ascontiguousarray(array.transpose(1, 2, 3, 0, 4)).tobytes()
 
 
 def _kv(hasher: blake3, token: int, token_bytes: int) -> bytes:
