@@ -1,0 +1,297 @@
+"""``POST /v1/chat/completions`` and ``POST /v1/completions``: from a body to steps, from steps to an answer."""
+
+import asyncio
+import secrets
+from collections.abc import Hashable, Sequence
+
+import msgspec
+from blake3 import blake3
+from msgspec import UNSET
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from router.api.answers import Answer
+from router.api.asgi import ClientGone, Reply, disconnected, read_body
+from router.api.config import ApiConfig
+from router.api.errors import ApiError, bad_request, translate, unavailable
+from router.api.identity import Identity, ResponseTraces, identify
+from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
+from router.api.requests import ChatRequest, CompletionRequest, Options, options, parse
+from router.api.responses import ClusterUsage, PromptTokensDetails, Usage
+from router.api.running import Event, Running
+from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
+from router.api.text import Text
+from router.steps import Dispatcher, Finished, ModelCard, StepRequest
+from tracehaul.runtime.clock import wall_s
+from tracehaul.runtime.offload import Offload
+from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.messages import Sampling
+
+SEED_BITS = 63
+
+
+class Call:
+    """One accepted call: its steps, and its answers as they grow. Choice ``i`` belongs to prompt ``i // n``."""
+
+    def __init__(
+        self,
+        opts: Options,
+        prompts: Sequence[Prompt],
+        steps: Sequence[StepRequest],
+        shape: Shape,
+        text: Text,
+        memory: Hashable | None,
+    ) -> None:
+        assert len(steps) == len(prompts) * opts.n
+        self.options = opts
+        self.prompts = prompts
+        self.steps = steps
+        self.shape = shape
+        self.memory = memory
+        """Where its texts are remembered; None if no further step of the trace follows."""
+        self.answers = [
+            Answer(
+                text.stream(),
+                stops=opts.stops,
+                stop_tokens=step.sampling.stop_tokens,
+                min_tokens=opts.min_tokens,
+            )
+            for step in steps
+        ]
+
+    @property
+    def done(self) -> bool:
+        """Every choice has its finish reason."""
+        return all(answer.reason is not None for answer in self.answers)
+
+    def prompt(self, index: int) -> Prompt:
+        """The prompt of a choice."""
+        return self.prompts[index // self.options.n]
+
+    def usage(self) -> Usage:
+        """Tokens so far. A prompt counts once, and a position of it as cached if no choice computed it."""
+        n = self.options.n
+        prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        cached = 0
+        for index, prompt in enumerate(self.prompts):
+            computed_from = min(answer.usage.computed_from for answer in self.answers[index * n : (index + 1) * n])
+            cached += min(computed_from, len(prompt.ids))
+        output_tokens = sum(len(answer.tokens) for answer in self.answers)
+        parts = [answer.usage for answer in self.answers]
+        return Usage(
+            prompt_tokens,
+            output_tokens,
+            prompt_tokens + output_tokens,
+            PromptTokensDetails(cached),
+            ClusterUsage(
+                resident_tokens=sum(part.resident_tokens for part in parts),
+                pulled_tokens=sum(part.pulled_tokens for part in parts),
+                pulled_bytes=sum(part.pulled_bytes for part in parts),
+                pull_s=sum(part.pull_s for part in parts),
+                missed_blocks=sum(part.missed_blocks for part in parts),
+                prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
+            ),
+        )
+
+    def chunk_usage(self) -> UsageField:
+        """What chunks other than the last say of usage."""
+        if self.options.continuous_usage:
+            return self.usage()
+        return None if self.options.include_usage else UNSET
+
+
+class Generation:
+    """What both endpoints share: admission, prompts, running, and answering."""
+
+    def __init__(self, dispatcher: Dispatcher, text: Text, config: ApiConfig, offload: Offload) -> None:
+        self._dispatcher = dispatcher
+        self._text = text
+        self._config = config
+        self._prompts = Prompts(text, offload, config)
+        self._responses = ResponseTraces()
+        self.active = 0
+        """Calls in progress."""
+
+    async def serve(
+        self, kind: type[ChatRequest] | type[CompletionRequest], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Answer one call, whatever happens."""
+        reply = Reply(send, self._config.send_timeout_s)
+        try:
+            try:
+                await self._admit(kind, scope, receive, reply)
+            except asyncio.CancelledError:
+                # Only the server's end cancels this task, and it ends here anyway.
+                await reply.fail(unavailable("the server is stopping"))
+            except ClientGone:
+                pass
+            except Exception as error:
+                await reply.fail(translate(error))
+        except ClientGone:
+            pass
+
+    async def _admit(
+        self, kind: type[ChatRequest] | type[CompletionRequest], scope: Scope, receive: Receive, reply: Reply
+    ) -> None:
+        if self.active >= self._config.requests_max:
+            raise unavailable("too many requests are in progress", "overloaded")
+        self.active += 1
+        try:
+            body = await read_body(
+                scope, receive, bytes_max=self._config.body_bytes_max, timeout_s=self._config.body_timeout_s
+            )
+            work = asyncio.create_task(self._answer(kind, Headers(scope=scope), body, reply))
+            watch = asyncio.create_task(disconnected(receive))
+            try:
+                await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    raise ClientGone
+                work.result()
+            finally:
+                work.cancel()
+                watch.cancel()
+                await asyncio.gather(work, watch, return_exceptions=True)
+        finally:
+            self.active -= 1
+
+    async def _answer(
+        self, kind: type[ChatRequest] | type[CompletionRequest], headers: Headers, body: bytes, reply: Reply
+    ) -> None:
+        request = parse(body, kind)
+        fresh = secrets.token_hex(16)
+        identity = identify(headers, request.trace_fields, self._responses, fresh)
+        reply.headers.append((b"x-trace-id", identity.trace.encode()))
+        opts = options(request)
+        self._check_size(request, opts)
+        card = self._dispatcher.model()
+        if card is None:
+            raise unavailable("no decode worker is ready")
+        if request.model != card.name:
+            raise model_not_found(request.model)
+
+        traces = [(opts.salt, trace) for trace in (identity.trace, identity.parent) if trace]
+        if isinstance(request, ChatRequest):
+            prompts = await self._prompts.chat(request, traces, body_bytes=len(body))
+        else:
+            prompts = await self._prompts.completion(request, traces)
+        head = Head(("chatcmpl-" if kind is ChatRequest else "cmpl-") + fresh, int(wall_s()), card.name)
+        call = self._call(request, opts, prompts, identity, card, head)
+        self._responses.put(head.id, identity.trace)
+        await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
+
+    def _check_size(self, request: ChatRequest | CompletionRequest, opts: Options) -> None:
+        prompts = 1 if isinstance(request, ChatRequest) else len(split(request.prompt))
+        if prompts * opts.n > self._config.choices_max:
+            param = "n" if prompts == 1 else "prompt"
+            raise bad_request(f"at most {self._config.choices_max} choices are possible in one call", param)
+        check_ids(opts.stop_token_ids, self._text.vocab_size, "stop_token_ids")
+
+    def _call(
+        self,
+        request: ChatRequest | CompletionRequest,
+        opts: Options,
+        prompts: Sequence[Prompt],
+        identity: Identity,
+        card: ModelCard,
+        head: Head,
+    ) -> Call:
+        chat = isinstance(request, ChatRequest)
+        steps: list[StepRequest] = []
+        for at, prompt in enumerate(prompts):
+            seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
+            max_tokens = output_budget(len(prompt.ids), opts.max_tokens, card, "messages" if chat else "prompt")
+            for k in range(opts.n):
+                steps.append(
+                    StepRequest(
+                        step=StepId(f"{head.id}-{len(steps)}"),
+                        # Prompts that share nothing but a call are traces of their own.
+                        trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
+                        parent=identity.parent,
+                        prompt=prompt.ids,
+                        sampling=self._sampling(opts, max_tokens, choice_seed(seed, k)),
+                        salt=opts.salt,
+                        final=identity.final,
+                    )
+                )
+        if chat:
+            shape = ChatShape(head, prompts[0].ids if opts.return_token_ids else None)
+        else:
+            ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
+            shape = TextShape(head, ids if opts.return_token_ids else None)
+        memory = None if identity.final else (opts.salt, identity.trace)
+        return Call(opts, prompts, steps, shape, self._text, memory)
+
+    def _sampling(self, opts: Options, max_tokens: int, seed: int) -> Sampling:
+        eos = () if opts.ignore_eos else self._text.eos_tokens
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=opts.temperature,
+            top_p=opts.top_p,
+            top_k=opts.top_k,
+            seed=seed,
+            stop_tokens=tuple(dict.fromkeys((*eos, *opts.stop_token_ids))),
+            min_tokens=min(opts.min_tokens, max_tokens),
+        )
+
+    async def _collect(self, call: Call, reply: Reply) -> None:
+        async with Running(self._dispatcher, call.steps) as running:
+            while not call.done:
+                self._take(call, running, await running.next(None))
+            await reply.json(200, call.shape.whole(call.answers, call.usage()))
+
+    async def _stream(self, call: Call, reply: Reply) -> None:
+        async with Running(self._dispatcher, call.steps) as running:
+            while not call.done:
+                events = await running.next(self._config.keepalive_s)
+                chunks = self._take(call, running, events) if events else KEEPALIVE
+                if chunks:
+                    await reply.events(chunks)
+            usage = call.shape.usage(call.usage()) if call.options.include_usage else b""
+            await reply.events(usage + DONE, last=True)
+
+    def _take(self, call: Call, running: Running, events: Sequence[Event]) -> bytes:
+        """Let answers grow by what happened; returns what a stream tells of it."""
+        chunks: list[bytes] = []
+        for index, event in events:
+            answer = call.answers[index]
+            if answer.reason is not None:
+                continue
+            if isinstance(event, Finished):
+                piece = answer.finish(event.reason, event.usage)
+            else:
+                piece = answer.push(event.tokens)
+                answer.usage = event.usage or answer.usage
+                if answer.reason is not None:
+                    running.end(index)
+            if call.options.stream:
+                usage = call.chunk_usage()
+                chunks.append(call.shape.piece(index, piece, usage))
+                if answer.reason is not None:
+                    chunks.append(call.shape.end(index, answer.reason, usage))
+            if answer.reason is not None and call.memory is not None:
+                self._prompts.remember(call.memory, call.prompt(index), answer)
+        return b"".join(chunks)
+
+
+class Endpoint:
+    """One path of the two, as an ASGI application."""
+
+    def __init__(self, generation: Generation, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
+        self._generation = generation
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._generation.serve(self._kind, scope, receive, send)
+
+
+def model_not_found(name: str) -> ApiError:
+    """404: nobody serves it."""
+    return ApiError(404, f"the model {name[:128]!r} does not exist", param="model", code="model_not_found")
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """A seed per choice of one prompt: the first choice is what ``n=1`` gives."""
+    if choice == 0:
+        return seed % 2**SEED_BITS
+    digest = blake3(msgspec.json.encode((seed, choice))).digest(8)
+    return int.from_bytes(digest) >> (64 - SEED_BITS)

@@ -1,0 +1,134 @@
+"""From a request's text to token ids, off the event loop where that takes long."""
+
+from collections.abc import Hashable, Sequence
+
+import msgspec
+
+from router.api.answers import Answer
+from router.api.config import ApiConfig
+from router.api.errors import bad_request
+from router.api.messages import template_messages, template_tools
+from router.api.requests import ChatRequest, CompletionRequest
+from router.api.text import Text
+from router.steps import ModelCard
+from router.texts import CutTokens, Encoded, TraceTexts, extend
+from tracehaul.runtime.offload import Offload
+
+OFFLOAD_CHARACTERS = 16384
+"""Text from which on rendering and tokenizing (about a millisecond) leave the event loop."""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One prompt in tokens."""
+
+    ids: list[int]
+    encoded: Encoded | None
+    """Its text; None if the client sent ids."""
+
+
+class Prompts:
+    """Makes prompts, and remembers the texts of traces with their ids."""
+
+    def __init__(self, text: Text, offload: Offload, config: ApiConfig) -> None:
+        self._text = text
+        self._offload = offload
+        self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens})
+        self._texts = TraceTexts(self._cut_tokens, traces_max=config.traces_max, bytes_max=config.texts_bytes_max)
+
+    async def chat(self, request: ChatRequest, traces: Sequence[Hashable], *, body_bytes: int) -> list[Prompt]:
+        """The one prompt of a conversation.
+
+        Raises:
+            ApiError, InvalidRequest: the messages cannot be rendered.
+        """
+        messages, tools = template_messages(request.messages), template_tools(request)
+
+        def render() -> str:
+            try:
+                return self._text.render(messages, tools)
+            except RecursionError:
+                raise bad_request("the messages are nested too deeply", "messages") from None
+
+        text = render() if body_bytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
+        return [await self._encode(text, traces, plain=False, param="messages")]
+
+    async def completion(self, request: CompletionRequest, traces: Sequence[Hashable]) -> list[Prompt]:
+        """The prompts of a completion, in order.
+
+        Raises:
+            ApiError: one is empty, or mixes kinds, or has ids that the model does not know.
+        """
+        prompts: list[Prompt] = []
+        for prompt in split(request.prompt):
+            if isinstance(prompt, str):
+                prompts.append(await self._encode(prompt, traces, plain=True, param="prompt"))
+            else:
+                check_ids(prompt, self._text.vocab_size, "prompt")
+                prompts.append(Prompt(prompt, None))
+        return prompts
+
+    def remember(self, trace: Hashable, prompt: Prompt, answer: Answer) -> None:
+        """Keep what was said in a step that ended."""
+        if prompt.encoded is None:
+            return
+        if answer.matched:
+            # The client has the text up to the stop string, which may end inside a token.
+            self._texts.remember(trace, prompt.encoded, "", ())
+        else:
+            self._texts.remember(trace, prompt.encoded, answer.text, answer.generated)
+
+    async def _encode(self, text: str, traces: Sequence[Hashable], *, plain: bool, param: str) -> Prompt:
+        known = self._texts.find(traces, text)
+        rest = text[len(known.text) :]
+
+        def encode() -> Encoded:
+            # What a plain prompt wants around it belongs to its beginning.
+            ids = self._text.encode(rest, special=plain and not known.text) if rest else []
+            return extend(known, text, ids, self._cut_tokens)
+
+        encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
+        if not encoded.ids:
+            raise bad_request("the prompt is empty", param)
+        return Prompt(encoded.ids, encoded)
+
+
+def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """The prompts in ``prompt``'s four forms: a string, strings, ids, lists of ids.
+
+    Raises:
+        ApiError: it mixes them, or is or holds an empty list.
+    """
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt or any(item == [] for item in prompt):
+        raise bad_request("the prompt is empty", "prompt")
+    ids = [item for item in prompt if isinstance(item, int)]
+    if ids and len(ids) == len(prompt):
+        return [ids]
+    several = [item for item in prompt if not isinstance(item, int)]
+    if len({type(item) for item in prompt}) > 1:
+        raise bad_request("prompt must be all strings, all token ids, or all lists of token ids", "prompt")
+    return several
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError if one is not the model's: an engine would read outside its tables."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        raise bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+
+
+def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
+    """Output tokens that a step may have: what was asked for, or the rest of the window.
+
+    Raises:
+        ApiError: it does not fit the window.
+    """
+    left = card.context_max - prompt_tokens
+    if left < (max_tokens or 1):
+        wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
+        raise bad_request(
+            f"this model's context is {card.context_max} tokens; the prompt has {prompt_tokens}{wanted}",
+            param,
+            "context_length_exceeded",
+        )
+    return max_tokens or left

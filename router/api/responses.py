@@ -1,0 +1,112 @@
+"""What clients receive: OpenAI's objects, and ours where it has none."""
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from tracehaul.wire.messages import FinishReason
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """OpenAI's ``usage.prompt_tokens_details``."""
+
+    cached_tokens: int
+    """Prompt tokens that nobody in the cluster computed for this call."""
+
+
+class ClusterUsage(msgspec.Struct, frozen=True):
+    """``usage.tracehaul``: where the prompts' KV came from, summed over the choices."""
+
+    resident_tokens: int
+    pulled_tokens: int
+    pulled_bytes: int
+    pull_s: float
+    missed_blocks: int
+    prefill_fallback: str
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """OpenAI's ``usage`` with our extension."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    tracehaul: ClusterUsage
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """The assistant's message."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True):
+    """One choice of a chat completion."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: FinishReason
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatDelta(msgspec.Struct, frozen=True):
+    """One choice's part in a chat chunk."""
+
+    index: int
+    delta: Delta
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class TextChoice(msgspec.Struct, frozen=True):
+    """One choice of a completion, or its part in a chunk."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason | None = None
+    logprobs: None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Response(msgspec.Struct, frozen=True):
+    """Every answer and every chunk of a generation; chunks of a stream without usage leave it out."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice] | list[ChatDelta] | list[TextChoice]
+    usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: None = None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    """One model of ``/v1/models``."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "tracehaul"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """``GET /v1/models``."""
+
+    data: list[ModelEntry]
+    object: Literal["list"] = "list"

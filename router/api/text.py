@@ -1,0 +1,55 @@
+"""What the HTTP surface asks of a model's tokenizer and chat template."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class TextStream(Protocol):
+    """Turns one step's output ids into text as they come."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that ``tokens`` complete, special ones left out; never a part of a character."""
+        ...
+
+    def finish(self) -> str:
+        """What is left: an unfinished character as U+FFFD."""
+        ...
+
+
+class Text(Protocol):
+    """A model's tokenizer and chat template. Safe to call from another thread."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        ...
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        """Ids that end a turn or a text."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """Text of one token, special or not."""
+        ...
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
+        ...
+
+    def stream(self) -> TextStream:
+        """A new incremental reader of one step's output."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt that the chat template makes of a conversation.
+
+        Raises:
+            InvalidRequest: the model has no template, or the template does not take these messages.
+        """
+        ...
