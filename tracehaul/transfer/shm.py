@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, Memory, Region
-from tracehaul.transfer.landing import check_copies, land
+from tracehaul.transfer.landing import check_copies, land, pieces
 from tracehaul.transfer.memory import populate
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.messages import RegionDescriptor
@@ -220,21 +220,8 @@ class _Job:
         self._stopped = True
 
     def pieces(self) -> Iterator[list[Copy]]:
-        """The copies in order, in lists of at most PIECE_BYTES and PIECE_COPIES."""
-        piece: list[Copy] = []
-        room = PIECE_BYTES
-        for local_offset, remote_offset, nbytes in self._copies:
-            done = 0
-            while done < nbytes:
-                size = min(nbytes - done, room)
-                piece.append(Copy(local_offset + done, remote_offset + done, size))
-                done += size
-                room -= size
-                if room == 0 or len(piece) == PIECE_COPIES:
-                    yield piece
-                    piece, room = [], PIECE_BYTES
-        if piece:
-            yield piece
+        """What to copy between two looks at the deadline, in order."""
+        return pieces(self._copies, PIECE_BYTES, PIECE_COPIES)
 
     def copy(self, theirs: Bytes, piece: list[Copy]) -> None:
         """Copy one piece, unless stopped. Runs in the offload; numpy lets go of the interpreter lock."""

@@ -1,0 +1,361 @@
+"""The bookkeeping of a NIXL transport: what is under way, with whom, and when it is over.
+
+No threads, no asyncio and no NIXL here: :class:`Exchange` is driven by one thread (see :mod:`.poller`), which also
+hands it the time, through an :class:`Agent`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+
+from tracehaul.transfer import notes
+from tracehaul.transfer.base import Copy
+from tracehaul.transfer.landing import pieces
+from tracehaul.transfer.notes import NixlPayload, Probe, PullDone, PullFailed, PullRequest, Triples
+from tracehaul.wire.errors import TransferError, TransferLost
+
+CHUNK_BYTES = 64 << 20
+CHUNK_COPIES = 1024
+WINDOW = 2
+"""Chunks of one transfer under way at once: the second keeps the wire busy while the first is wound up."""
+SERVED_MAX = 512
+SERVED_PER_PEER_MAX = 64
+"""Pulls of peers served at once, in all and for one peer (which may be frozen, and hold them for ever)."""
+PEERS_MAX = 1024
+METADATA_MAX = 64
+"""Versions of one peer's metadata remembered as loaded; loading one again is harmless."""
+PROBE_S = 0.1
+GRACE_S = 0.05
+"""Between losing the connection to an owner and calling its pulls lost: what had arrived by then is landed by then."""
+
+Way = Literal["read", "write", "pull"]
+"""One-sided read, one-sided write, or asking the owner to write."""
+Over = Callable[[TransferError | None], None]
+"""Called once when something is over, with what went wrong."""
+
+
+class Agent(Protocol):
+    """The few things that a NIXL agent does for us. Raises TransferLost for a broken connection, else TransferError."""
+
+    def register(self, address: int, nbytes: int) -> bytes:
+        """Register memory of this process; the metadata that peers need to reach all that is registered."""
+        ...
+
+    def add_peer(self, name: str, metadata: bytes) -> None:
+        """Make a peer reachable, or learn what it has registered since."""
+        ...
+
+    def remove_peer(self, name: str) -> None:
+        """Disconnect and forget; harmless if unknown."""
+        ...
+
+    def post(self, way: Literal["read", "write"], peer: str, ours: Triples, theirs: Triples, note: bytes) -> int:
+        """Start moving bytes; ``note``, if not empty, reaches the peer after them. Returns a handle."""
+        ...
+
+    def poll(self, handle: int) -> bool:
+        """Whether it is done. After raising, it is over, too."""
+        ...
+
+    def release(self, handle: int) -> None:
+        """Free a handle. This does not cancel anything."""
+        ...
+
+    def notify(self, peer: str, note: bytes) -> None:
+        """Send a notification."""
+        ...
+
+    def heard(self) -> list[tuple[str, bytes]]:
+        """Notifications since the last call, with their senders."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. After this nothing moves, and nothing else may be called."""
+        ...
+
+
+class Movement:
+    """One transfer: chunks launched a few at a time, over when all have ended."""
+
+    def __init__(self, way: Way, peer: str, theirs: NixlPayload, ours: NixlPayload, copies: Sequence[Copy], over: Over):
+        self.way: Way = way
+        self.peer = peer
+        self.theirs = theirs
+        self.ours = ours
+        self.chunks: Iterator[list[Copy]] = pieces(copies, CHUNK_BYTES, CHUNK_COPIES)
+        self.over = over
+        self.under_way = 0
+        self.error: TransferError | None = None
+
+
+class _Flight(msgspec.Struct, frozen=True):
+    """Bytes that this side's agent is moving."""
+
+    peer: str
+    over: Over
+    served: bool
+
+
+class _Pull(msgspec.Struct, frozen=True):
+    """A request that the owner has not answered yet."""
+
+    peer: str
+    over: Over
+
+
+class _Grave(msgspec.Struct, frozen=True):
+    """A pull whose owner is gone, until nothing of it can be on its way here any more."""
+
+    until_s: float
+    pull: _Pull
+
+
+class Exchange:
+    """All transfers of one agent. Everything is called by one thread."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._regions: dict[int, NixlPayload] = {}
+        self._peers: dict[str, set[bytes]] = {}
+        self._movements: set[Movement] = set()
+        self._flights: dict[int, _Flight] = {}
+        self._pulls: dict[int, _Pull] = {}
+        self._graves: list[_Grave] = []
+        self._probe_at_s: dict[str, float] = {}
+        self._last_id = 0
+        self._now_s = 0.0
+        self._closed = False
+        self.dropped = 0
+        """Notifications that made no sense."""
+        self.refused = 0
+        """Pull requests that were answered with a failure."""
+
+    def register(self, address: int, nbytes: int) -> NixlPayload:
+        """Make memory of this process reachable, and serve pulls from it."""
+        if self._closed:
+            raise TransferLost("this side closed its transport")
+        region = len(self._regions)
+        metadata = self._agent.register(address, nbytes)
+        self._regions[region] = notes.make_payload(metadata, region, address, nbytes)
+        return self._regions[region]
+
+    def start(self, movement: Movement, now_s: float) -> None:
+        """Begin a transfer; its ``over`` is called when it has ended."""
+        if self._closed:
+            movement.over(TransferLost("this side closed its transport"))
+            return
+        self._now_s = now_s
+        self._movements.add(movement)
+        try:
+            self._know(movement.peer, movement.theirs.metadata)
+        except TransferError as error:
+            movement.error = error
+        self._advance(movement)
+
+    def give_up(self, movement: Movement) -> None:
+        """Launch no more of it. What is under way ends in its own time, and only then is the transfer over."""
+        movement.error = movement.error or TransferLost(f"transfer with {movement.peer} was given up")
+
+    def step(self, now_s: float) -> bool:
+        """Look once at everything under way; whether anything happened."""
+        self._now_s = now_s
+        heard = self._agent.heard()
+        for peer, data in heard:
+            self._hear(peer, data)
+        ended = self._poll_flights()
+        self._probe()
+        buried = [grave for grave in self._graves if grave.until_s <= now_s]
+        if buried:
+            self._graves = [grave for grave in self._graves if grave.until_s > now_s]
+        for grave in buried:
+            grave.pull.over(TransferLost(f"{grave.pull.peer} is gone"))
+        return bool(heard or ended or buried)
+
+    def close(self, reason: TransferError) -> None:
+        """Destroy the agent; nothing moves any more, so every transfer ends."""
+        self._closed = True
+        for handle in self._flights:
+            self._agent.release(handle)
+        for peer in list(self._peers):
+            self._forget(peer)
+        self._agent.close()
+        movements, self._movements = self._movements, set()
+        self._flights.clear()
+        self._pulls.clear()
+        self._graves.clear()
+        for movement in movements:
+            movement.over(reason)
+
+    # --- our transfers
+
+    def _advance(self, movement: Movement) -> None:
+        while movement.under_way < WINDOW and movement.error is None:
+            chunk = next(movement.chunks, None)
+            if chunk is None:
+                break
+            try:
+                self._launch(movement, chunk)
+                movement.under_way += 1
+            except TransferLost as error:
+                movement.error = error
+                self._lose(movement.peer)
+            except TransferError as error:
+                movement.error = error
+        if movement.under_way == 0:
+            self._movements.discard(movement)
+            movement.over(movement.error)
+
+    def _launch(self, movement: Movement, chunk: list[Copy]) -> None:
+        over = partial(self._chunk_over, movement)
+        if movement.way == "pull":
+            self._last_id += 1
+            request = PullRequest(self._last_id, movement.theirs.region, movement.ours, notes.pack_ranges(chunk))
+            self._agent.notify(movement.peer, notes.pack(request))
+            self._pulls[request.id] = _Pull(movement.peer, over)
+            self._probe_at_s.setdefault(movement.peer, self._now_s + PROBE_S)
+            return
+        rows = np.asarray(chunk, dtype=np.uint64)
+        ours = movement.ours.triples(rows[:, 0], rows[:, 2])
+        theirs = movement.theirs.triples(rows[:, 1], rows[:, 2])
+        handle = self._agent.post(movement.way, movement.peer, ours, theirs, b"")
+        self._flights[handle] = _Flight(movement.peer, over, served=False)
+
+    def _chunk_over(self, movement: Movement, error: TransferError | None) -> None:
+        movement.under_way -= 1
+        movement.error = movement.error or error
+        self._advance(movement)
+
+    def _poll_flights(self) -> int:
+        ended = 0
+        for handle, flight in list(self._flights.items()):
+            error: TransferError | None = None
+            try:
+                if not self._agent.poll(handle):
+                    continue
+            except TransferError as failure:
+                error = failure
+            ended += 1
+            del self._flights[handle]
+            self._agent.release(handle)
+            if isinstance(error, TransferLost):
+                self._lose(flight.peer)
+            flight.over(error)
+        return ended
+
+    # --- pulls that we asked for
+
+    def _hear(self, peer: str, data: bytes) -> None:
+        try:
+            note = notes.unpack_note(data)
+        except TransferError:
+            self.dropped += 1
+            return
+        match note:
+            case PullRequest():
+                self._serve(peer, note)
+            case PullDone(id=id):
+                self._pull_over(peer, id, None)
+            case PullFailed(id=id, reason=reason):
+                self._pull_over(peer, id, TransferError(f"{peer} refused: {reason[:200]}"))
+            case Probe():
+                pass
+
+    def _pull_over(self, peer: str, id: int, error: TransferError | None) -> None:
+        pull = self._pulls.get(id)
+        if pull is None or pull.peer != peer:
+            self.dropped += 1
+            return
+        del self._pulls[id]
+        pull.over(error)
+
+    def _probe(self) -> None:
+        """A requester has no handle to poll: that its owner is gone shows only when it is spoken to."""
+        if not self._probe_at_s:
+            return
+        waited_for = {pull.peer for pull in self._pulls.values()}
+        for peer, at_s in list(self._probe_at_s.items()):
+            if peer not in waited_for:
+                del self._probe_at_s[peer]
+            elif at_s <= self._now_s:
+                self._probe_at_s[peer] = self._now_s + PROBE_S
+                try:
+                    self._agent.notify(peer, notes.pack(Probe()))
+                except TransferError:
+                    self._lose(peer)
+
+    # --- pulls that peers ask for
+
+    def _serve(self, peer: str, request: PullRequest) -> None:
+        try:
+            region = self._regions.get(request.region)
+            if region is None:
+                raise TransferError(f"no region {request.region}")
+            served = [flight.peer for flight in self._flights.values() if flight.served]
+            if len(served) >= SERVED_MAX or served.count(peer) >= SERVED_PER_PEER_MAX:
+                raise TransferError("too many pulls at once")
+            rows = notes.unpack_ranges(request.ranges, request.into.nbytes, region.nbytes)
+            ours = region.triples(rows[:, 1], rows[:, 2])
+            theirs = request.into.triples(rows[:, 0], rows[:, 2])
+            done = notes.pack(PullDone(request.id))
+            self._know(peer, request.into.metadata)
+            try:
+                handle = self._agent.post("write", peer, ours, theirs, done)
+            except TransferLost:
+                # The connection to an earlier time of this peer; it has just spoken, so make a new one.
+                self._lose(peer)
+                self._know(peer, request.into.metadata)
+                handle = self._agent.post("write", peer, ours, theirs, done)
+        except TransferError as error:
+            self._refuse(peer, request, error)
+            return
+        over = partial(self._served, peer, request)
+        self._flights[handle] = _Flight(peer, over, served=True)
+
+    def _served(self, peer: str, request: PullRequest, error: TransferError | None) -> None:
+        if error is not None:
+            self._refuse(peer, request, error)
+
+    def _refuse(self, peer: str, request: PullRequest, error: TransferError) -> None:
+        self.refused += 1
+        try:
+            self._know(peer, request.into.metadata)
+            self._agent.notify(peer, notes.pack(PullFailed(request.id, str(error)[:200])))
+        except TransferError:
+            self.dropped += 1  # it cannot be told; it will find out by its probe or its deadline
+
+    # --- peers
+
+    def _know(self, peer: str, metadata: bytes) -> None:
+        """Load a peer's metadata, each version of it once."""
+        loaded = self._peers.get(peer)
+        if loaded is not None and metadata in loaded:
+            return
+        if loaded is None and len(self._peers) >= PEERS_MAX:
+            self._forget(self._least_needed_peer())
+        self._agent.add_peer(peer, metadata)
+        versions = self._peers.setdefault(peer, set())
+        if len(versions) >= METADATA_MAX:
+            versions.clear()
+        versions.add(metadata)
+
+    def _least_needed_peer(self) -> str:
+        busy = {flight.peer for flight in self._flights.values()} | {pull.peer for pull in self._pulls.values()}
+        for peer in self._peers:
+            if peer not in busy:
+                return peer
+        raise TransferError(f"transfers with {PEERS_MAX} peers at once; no more")
+
+    def _lose(self, peer: str) -> None:
+        """The connection is broken: nothing more comes from there, and nothing that was asked for is answered."""
+        lost = [id for id, pull in self._pulls.items() if pull.peer == peer]
+        for id in lost:
+            self._graves.append(_Grave(self._now_s + GRACE_S, self._pulls.pop(id)))
+        self._forget(peer)
+
+    def _forget(self, peer: str) -> None:
+        self._peers.pop(peer, None)
+        self._probe_at_s.pop(peer, None)
+        self._agent.remove_peer(peer)

@@ -1,0 +1,284 @@
+"""Transfers between hosts by NIXL over UCX. The only module that imports nixl, and the one that knows its errors.
+
+What shapes this file, all of it observed: releasing a handle does not cancel it, so bytes may land long after a
+deadline and their ranges stay quarantined until the handle ends; a frozen peer shows in nothing but a deadline; an
+agent used from two threads crashes, so one thread (:mod:`.poller`) alone touches it; the library's own progress
+thread, if given a delay, waits for events instead of burning a core, and also serves this side while Python is busy.
+
+Which networks are used is the operator's choice by UCX's own variables (UCX_TLS, UCX_NET_DEVICES).
+"""
+
+import asyncio
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tracehaul.runtime import clock
+from tracehaul.transfer import notes
+from tracehaul.transfer.base import Copy, Memory, Region, TransferTimedOut
+from tracehaul.transfer.exchange import Movement, Way
+from tracehaul.transfer.landing import check_copies, land
+from tracehaul.transfer.memory import address_of
+from tracehaul.transfer.notes import NixlPayload, Triples
+from tracehaul.transfer.poller import Poller
+from tracehaul.wire.errors import TransferError, TransferLost
+from tracehaul.wire.messages import RegionDescriptor
+
+PROGRESS_DELAY_US = 5000
+"""How long the library's progress thread waits for events at most; with 0 it would spin."""
+TRANSFERS_MAX = 4096
+"""Most transfers of one process at once, quarantined ones included."""
+RDMA_TLS = frozenset({"rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5", "ib", "gga_mlx5"})
+
+Pull = Literal["read", "request"]
+"""How to read from a peer: by a one-sided read, or by asking it to write, which over TCP is twice as fast."""
+
+
+class NixlRegion:
+    """Memory registered with NIXL."""
+
+    def __init__(self, buffer: memoryview, payload: NixlPayload, descriptor: RegionDescriptor) -> None:
+        self._buffer = buffer
+        self._descriptor = descriptor
+        self.payload = payload
+
+    @property
+    def buffer(self) -> memoryview:
+        return self._buffer
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        return self._descriptor
+
+
+class NixlAgent:
+    """:class:`.exchange.Agent` by NIXL's bindings; made, used and closed by one thread."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            # Through importlib, because the bindings are built at run time from whichever wheel is installed.
+            self._nixl: Any = importlib.import_module("nixl")._bindings
+        except ImportError as error:
+            raise TransferError(f"NIXL is not installed: {error}") from error
+        self._errors: tuple[type[Exception], ...] = tuple(
+            error
+            for key, error in vars(self._nixl).items()
+            if key.startswith("nixl") and key.endswith("Error") and isinstance(error, type)
+        )
+        self._disconnected: type[Exception] = self._nixl.nixlRemoteDisconnectError
+        self._registered: list[Any] = []
+        # The library's own constructor fixes the delay at 0 (a core burnt) and the sync mode at none.
+        self.config = self._nixl.nixlAgentConfig()
+        self.config.useProgThread = True
+        self.config.useListenThread = False
+        self.config.pthrDelay = PROGRESS_DELAY_US
+        self.config.syncMode = self._nixl.NIXL_THREAD_SYNC_STRICT
+        try:
+            self._agent = self._nixl.nixlAgent(name, self.config)
+            self._backends = [self._agent.createBackend("UCX", {})]
+        except self._errors as error:
+            raise TransferError(f"NIXL cannot start: {error}") from error
+
+    @property
+    def strict(self) -> bool:
+        """Whether the library guards itself against its own progress thread."""
+        return self.config.syncMode == self._nixl.NIXL_THREAD_SYNC_STRICT
+
+    def register(self, address: int, nbytes: int) -> bytes:
+        regions = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(address, nbytes, 0, "")])
+        self._translated("register", self._agent.registerMem, regions, self._backends)
+        self._registered.append(regions)
+        return self._translated("describe", self._agent.getLocalMD)
+
+    def add_peer(self, name: str, metadata: bytes) -> None:
+        try:
+            loaded = self._load(metadata)
+        except TransferError:
+            # Another life of this name, or a connection that broke: forget it and try once more.
+            self.remove_peer(name)
+            loaded = self._load(metadata)
+        if loaded != name:
+            self.remove_peer(loaded)
+            raise TransferError(f"metadata of {loaded} under the name of {name}")
+
+    def _load(self, metadata: bytes) -> str:
+        name: bytes = self._translated("connect", self._agent.loadRemoteMD, metadata)
+        return name.decode(errors="replace")
+
+    def remove_peer(self, name: str) -> None:
+        with contextlib.suppress(*self._errors):
+            self._agent.invalidateRemoteMD(name)
+
+    def post(self, way: Literal["read", "write"], peer: str, ours: Triples, theirs: Triples, note: bytes) -> int:
+        nixl = self._nixl
+        op = nixl.NIXL_READ if way == "read" else nixl.NIXL_WRITE
+        local, remote = nixl.nixlXferDList(nixl.DRAM_SEG, ours), nixl.nixlXferDList(nixl.DRAM_SEG, theirs)
+        handle: int = self._translated(way, self._agent.createXferReq, op, local, remote, peer, note, self._backends)
+        try:
+            self._translated(way, self._agent.postXferReq, handle, note)
+        except TransferError:
+            self.release(handle)
+            raise
+        return handle
+
+    def poll(self, handle: int) -> bool:
+        status = self._translated("transfer", self._agent.getXferStatus, handle)
+        if status == self._nixl.NIXL_IN_PROG:
+            return False
+        if status != self._nixl.NIXL_SUCCESS:
+            raise TransferError(f"NIXL transfer ended with {status}")
+        return True
+
+    def release(self, handle: int) -> None:
+        with contextlib.suppress(*self._errors):
+            self._agent.releaseXferReq(handle)
+
+    def notify(self, peer: str, note: bytes) -> None:
+        self._translated("notify", self._agent.genNotif, peer, note, self._backends)
+
+    def heard(self) -> list[tuple[str, bytes]]:
+        heard: dict[str, list[bytes]] = self._translated("listen", self._agent.getNotifs, {}, self._backends)
+        return [(peer, data) for peer, several in heard.items() for data in several]
+
+    def close(self) -> None:
+        for regions in self._registered:
+            with contextlib.suppress(*self._errors):
+                self._agent.deregisterMem(regions, self._backends)
+        del self._agent
+
+    def _translated(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._disconnected as error:
+            raise TransferLost(f"NIXL {what}: the peer is gone") from error
+        except self._errors as error:
+            raise TransferError(f"NIXL {what}: {error}") from error
+
+
+class NixlTransfer:
+    """The NIXL transport of ``owner`` (``node#generation``, the agent's name). See :class:`.base.Transfer`."""
+
+    def __init__(self, owner: str, pull: Pull | None = None) -> None:
+        """Blocks for about half a second while UCX looks at the machine.
+
+        Args:
+            owner: Never used twice in the life of the cluster.
+            pull: How to read; by default what suits the networks that UCX may use.
+
+        Raises:
+            TransferError: NIXL is not installed or cannot start.
+        """
+        self._owner = owner
+        # UCX reads these variables itself: they are its configuration, not ours, and we must see what it sees.
+        self.pull: Pull = pull or best_pull(os.environ, rdma_devices())
+        self._poller = Poller(owner, partial(NixlAgent, owner))
+        self._under_way = 0
+        self._quarantined_bytes = 0
+
+    @property
+    def kind(self) -> str:
+        return "nixl"
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Local bytes of transfers past their deadline that may still be read or written by the network."""
+        return self._quarantined_bytes
+
+    @property
+    def dropped(self) -> int:
+        """Notifications from peers that made no sense."""
+        return self._poller.exchange.dropped
+
+    def register(self, memory: Memory) -> NixlRegion:
+        buffer = memory.buffer
+        address = address_of(buffer)
+        payload = self._poller.ask(lambda exchange: exchange.register(address, buffer.nbytes))
+        descriptor = RegionDescriptor(
+            kind=self.kind, owner=self._owner, nbytes=buffer.nbytes, payload=notes.pack(payload)
+        )
+        return NixlRegion(buffer, payload, descriptor)
+
+    def reaches(self, remote: RegionDescriptor) -> bool:
+        return remote.kind == self.kind
+
+    async def read(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
+        await self._transfer("pull" if self.pull == "request" else "read", remote, local, copies, timeout_s)
+
+    async def write(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
+        await self._transfer("write", remote, local, copies, timeout_s)
+
+    async def _transfer(
+        self, way: Way, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], timeout_s: float
+    ) -> None:
+        assert isinstance(local, NixlRegion), "a transport moves only what it registered"
+        if remote.kind != self.kind:
+            raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
+        if remote.owner == self._owner:
+            raise TransferError(f"{remote.owner} is this process")
+        theirs = notes.unpack_payload(remote)
+        nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
+        if nbytes == 0:
+            return
+        if self._under_way >= TRANSFERS_MAX:
+            raise TransferError(f"{TRANSFERS_MAX} transfers are under way; no more")
+        loop = asyncio.get_running_loop()
+        work: asyncio.Future[None] = loop.create_future()
+        over = partial(_over, loop, work)
+        movement = Movement(way, remote.owner, theirs, local.payload, tuple(copies), over)
+        self._poller.submit(lambda exchange: exchange.start(movement, clock.perf_s()))
+        self._under_way += 1
+        work.add_done_callback(self._ended)
+        what = f"{nbytes} bytes {'to' if way == 'write' else 'from'} {remote.owner}"
+        try:
+            await land(work, timeout_s, what, lambda: self._give_up(movement))
+        except TransferTimedOut as error:
+            self._quarantined_bytes += nbytes
+            error.settled.add_done_callback(partial(self._settled, nbytes))
+            raise
+
+    def _give_up(self, movement: Movement) -> None:
+        with contextlib.suppress(TransferError):  # the poller has ended, and the transfer with it
+            self._poller.submit(lambda exchange: exchange.give_up(movement))
+
+    def _ended(self, work: asyncio.Future[None]) -> None:
+        self._under_way -= 1
+
+    def _settled(self, nbytes: int, settled: asyncio.Future[None]) -> None:
+        self._quarantined_bytes -= nbytes
+
+    async def close(self) -> None:
+        self._poller.stop()
+        await asyncio.to_thread(self._poller.join)
+
+
+def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
+    """One-sided reads where UCX may use RDMA (``devices`` of this machine); requests over anything else."""
+    chosen = frozenset(environ.get("UCX_TLS", "all").split(","))
+    transports = "all" in chosen or not chosen.isdisjoint(RDMA_TLS)
+    nets = frozenset(net.split(":")[0] for net in environ.get("UCX_NET_DEVICES", "all").split(","))
+    reachable = devices if "all" in nets else devices & nets
+    return "read" if transports and reachable else "request"
+
+
+def rdma_devices() -> frozenset[str]:
+    """Names of this machine's RDMA devices."""
+    folder = Path("/sys/class/infiniband")
+    return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
+
+
+def _over(loop: asyncio.AbstractEventLoop, work: asyncio.Future[None], error: TransferError | None) -> None:
+    """Called by the poller: hand the outcome to the loop, if it still runs."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(_resolve, work, error)
+
+
+def _resolve(work: asyncio.Future[None], error: TransferError | None) -> None:
+    assert not work.done(), "a transfer ends once"
+    if error is None:
+        work.set_result(None)
+    else:
+        work.set_exception(error)
