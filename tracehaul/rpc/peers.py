@@ -1,0 +1,121 @@
+"""A process's connections to its peers, one per address, made when first needed."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network
+from tracehaul.runtime.clock import now_s
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, PeerLost
+from tracehaul.wire.messages import Reply, Request
+
+CONNECT_TIMEOUT_S = 2.0
+BACKOFF_MIN_S = 0.1
+BACKOFF_MAX_S = 1.0
+ADDRESSES_MAX = 1024
+"""Addresses remembered; of restarted nodes the old ones pile up."""
+
+
+class Peers:
+    """Pool of connections. A peer that could not be reached fails at once until its backoff is over.
+
+    Safe for concurrent use: callers of one address share one connection and one attempt to make it.
+    """
+
+    def __init__(self, network: Network, connect_timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._network = network
+        self._connect_timeout_s = connect_timeout_s
+        self._peers: dict[str, _Peer] = {}
+        self._closed = False
+
+    async def get(self, address: str) -> Connection:
+        """An open connection to ``address``.
+
+        Raises:
+            PeerLost: nobody listens there, or lately nobody did.
+            DeadlineExceeded: no answer within the connect timeout.
+            ProtocolError: it is no node of this version.
+        """
+        peer = self._peers.get(address)
+        if peer is not None and peer.connection is not None and not peer.connection.closed:
+            return peer.connection
+        if peer is None:
+            self._forget_old()
+            peer = self._peers[address] = _Peer()
+        async with peer.dialing:
+            if self._closed:
+                raise PeerLost("this node is stopping")
+            if peer.connection is None or peer.connection.closed:
+                peer.connection = await self._dial(address, peer)
+            return peer.connection
+
+    async def _dial(self, address: str, peer: "_Peer") -> Connection:
+        if peer.error is not None and now_s() < peer.retry_s:
+            raise type(peer.error)(str(peer.error))
+        try:
+            connection = await self._network.connect(address, timeout_s=self._connect_timeout_s)
+        except ClusterError as error:
+            peer.failed(error)
+            raise
+        peer.error = None
+        peer.backoff_s = BACKOFF_MIN_S
+        if self._closed:  # meanwhile
+            await connection.close()
+            raise PeerLost("this node is stopping")
+        return connection
+
+    async def call(
+        self, address: str, request: Request, *, timeout_s: float, context: CallContext = NO_CONTEXT
+    ) -> Reply:
+        """As :meth:`Connection.call`; ``timeout_s`` covers connecting too."""
+        deadline_s = now_s() + timeout_s
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                connection = await self.get(address)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no connection to {address} within {timeout_s:g} s") from None
+        return await connection.call(request, timeout_s=deadline_s - now_s(), context=context)
+
+    async def stream(
+        self, address: str, request: Request, *, idle_timeout_s: float, context: CallContext = NO_CONTEXT
+    ) -> AsyncGenerator[Reply, None]:
+        """As :meth:`Connection.stream`; raises what :meth:`get` does, too."""
+        connection = await self.get(address)
+        async with aclosing(connection.stream(request, idle_timeout_s=idle_timeout_s, context=context)) as replies:
+            async for reply in replies:
+                yield reply
+
+    async def close(self) -> None:
+        """Close all connections; nothing can be asked afterwards."""
+        self._closed = True
+        connections = [peer.connection for peer in self._peers.values() if peer.connection is not None]
+        self._peers.clear()
+        await asyncio.gather(*(connection.close() for connection in connections))
+
+    def _forget_old(self) -> None:
+        if len(self._peers) >= ADDRESSES_MAX:
+            now = now_s()
+            self._peers = {address: peer for address, peer in self._peers.items() if not peer.is_old(now)}
+
+
+class _Peer:
+    """What is known of one address."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.dialing = asyncio.Lock()
+        self.error: ClusterError | None = None
+        """Why the last attempt failed; None after a success."""
+        self.retry_s = 0.0
+        self.backoff_s = BACKOFF_MIN_S
+
+    def failed(self, error: ClusterError) -> None:
+        """An attempt failed: nobody tries again for a while."""
+        self.error = error
+        self.retry_s = now_s() + self.backoff_s
+        self.backoff_s = min(2 * self.backoff_s, BACKOFF_MAX_S)
+
+    def is_old(self, now: float) -> bool:
+        """Nothing is lost by forgetting it."""
+        open_ = self.connection is not None and not self.connection.closed
+        return not open_ and not self.dialing.locked() and now >= self.retry_s
