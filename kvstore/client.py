@@ -1,0 +1,167 @@
+"""Block bytes by hash, fleet wide: what workers know of the store.
+
+Nothing here raises for the world: a lost, slow or lying node is a miss on read and an outcome on write, counted.
+Bytes that are reported as got were read under a live lease and match their checksum.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from kvstore.nodes import StoreNodes, StoreNodeView
+from kvstore.reader import GetResult, Reader, Wanted
+from kvstore.staging import Staging, StagingBuffer
+from kvstore.writer import OutgoingBlock, PutOutcome, Writer
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
+from tracehaul.runtime.offload import Offload
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.ids import BlockHash, NodeId
+from tracehaul.wire.messages import Existing, Exists, NodeInfo
+
+__all__ = ["ClientStats", "OutgoingBlock", "PutOutcome", "StoreClient"]
+
+EXISTS_TIMEOUT_S = 0.25
+"""What is not known to be there by then is not waited for."""
+BREAK_S = 1.0
+"""How long a node that failed is left alone."""
+
+
+class ClientStats(msgspec.Struct):
+    """Counts since the client's start."""
+
+    hits: int = 0
+    misses: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """By :data:`kvstore.reader.MissReason`."""
+    puts: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """By :data:`PutOutcome`."""
+    get_bytes: int = 0
+    get_s: float = 0.0
+    put_bytes: int = 0
+    put_s: float = 0.0
+    failovers: int = 0
+
+    @property
+    def corrupt(self) -> int:
+        """Blocks whose landed bytes did not match: dropped, never returned."""
+        return self.misses.get("corrupt", 0)
+
+    @property
+    def timeouts(self) -> int:
+        """Blocks not got because a node did not answer in time."""
+        return self.misses.get("timeout", 0)
+
+
+class StoreClient:
+    """One process's access to the store.
+
+    ``planes`` know the memory of ``staging``. Buffers come from ``staging`` and go back to it when a call has
+    ended, however it ended: one that a late transfer may still touch returns to the pool when that has settled.
+    """
+
+    def __init__(self, peers: Peers, planes: Sequence[Plane], staging: Staging, offload: Offload) -> None:
+        self.staging = staging
+        self.stats = ClientStats()
+        self._nodes = StoreNodes(peers, planes, BREAK_S)
+        self._reader = Reader(self._nodes, offload)
+        self._writer = Writer(self._nodes, offload)
+
+    def set_nodes(self, nodes: Sequence[NodeInfo]) -> None:
+        """The live members of the cluster; those that are not store nodes are ignored."""
+        self._nodes.set(nodes)
+
+    async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
+        """Per hash a node that holds it, or None. A hint; takes at most a quarter of a second.
+
+        Among several holders the one with the longest run from there on is named: fewer nodes to ask later.
+        """
+        if not hashes:
+            return []
+        request = Exists(tuple(hashes))
+        views = self._nodes.live()
+        answers = await asyncio.gather(*(self._held_by(view, request) for view in views))
+        return assign({view.node: held for view, held in zip(views, answers, strict=True)}, len(hashes))
+
+    async def get(
+        self,
+        hashes: Sequence[BlockHash],
+        buffers: Sequence[StagingBuffer],
+        timeout_s: float,
+        where: Sequence[NodeId | None] | None = None,
+    ) -> list[int | None]:
+        """Land block ``i`` in ``buffers[i]``; per block its size in bytes, landed and verified, or None for a miss.
+
+        ``where`` is what :meth:`exists` said, if it was asked. A buffer whose block is missed holds anything.
+        """
+        assert len(hashes) == len(buffers)
+        start_s = clock.now_s()
+        if where is None:
+            where = await self.exists(hashes)
+        results: list[GetResult] = ["absent"] * len(hashes)
+        groups: dict[NodeId, list[Wanted]] = {}
+        for index, node in enumerate(where):
+            if node is not None:
+                groups.setdefault(node, []).append(Wanted(index, hashes[index], buffers[index]))
+        deadline_s = start_s + timeout_s
+        await asyncio.gather(*(self._reader.get_from(n, wanted, results, deadline_s) for n, wanted in groups.items()))
+        self.stats.get_s += clock.now_s() - start_s
+        return [self._counted(result) for result in results]
+
+    async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float) -> list[PutOutcome]:
+        """Write and publish blocks on their trace's home, or on another live node if that one is gone.
+
+        Fails over once. Only ``published`` and ``present`` say that a block can be got; ``in_flight`` says that
+        another writer is about to publish it.
+        """
+        if not blocks:
+            return []
+        start_s = clock.now_s()
+        outcomes = await self._writer.put(home, blocks, start_s + timeout_s)
+        self.stats.put_s += clock.now_s() - start_s
+        self.stats.failovers = self._writer.failovers
+        for block, outcome in zip(blocks, outcomes, strict=True):
+            self.stats.puts[outcome] = self.stats.puts.get(outcome, 0) + 1
+            self.stats.put_bytes += block.nbytes if outcome == "published" else 0
+        return outcomes
+
+    async def aclose(self) -> None:
+        """Let releases and other notices under way end."""
+        await self._nodes.aclose()
+
+    async def _held_by(self, view: StoreNodeView, request: Exists) -> bytes:
+        try:
+            held = (await self._nodes.call(view, request, Existing, EXISTS_TIMEOUT_S)).held
+        except ClusterError:
+            return b""
+        return held if len(held) == len(request.hashes) else b""
+
+    def _counted(self, result: GetResult) -> int | None:
+        if isinstance(result, int):
+            self.stats.hits += 1
+            self.stats.get_bytes += result
+            return result
+        self.stats.misses[result] = self.stats.misses.get(result, 0) + 1
+        return None
+
+
+def assign(held: dict[NodeId, bytes], count: int) -> list[NodeId | None]:
+    """Per block the node to ask, from what each holds (a byte per block): longest runs first, ties by name.
+
+    A node without an answer has an empty ``held``.
+    """
+    where: list[NodeId | None] = []
+    while len(where) < count:
+        at = len(where)
+        runs = [(_run(flags, at), node) for node, flags in held.items()]
+        longest = max((run for run, _ in runs), default=0)
+        node = min((node for run, node in runs if run == longest), default=None)
+        where += [node] * longest if longest else [None]
+    return where
+
+
+def _run(flags: bytes, at: int) -> int:
+    """Length of the run of ones from ``at`` on."""
+    end = flags.find(0, at)
+    return max(0, (len(flags) if end < 0 else end) - at)

@@ -1,0 +1,248 @@
+"""A store node: serves one arena to the cluster."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from kvstore.arena import Arena
+from kvstore.config import StoreConfig
+from kvstore.events import Feed
+from kvstore.moves import checksums
+from tracehaul.rpc.base import CallContext
+from tracehaul.runtime import clock
+from tracehaul.runtime.offload import Offload
+from tracehaul.transfer.base import Memory
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.errors import InvalidRequest, Overloaded
+from tracehaul.wire.hashing import HASH_BYTES
+from tracehaul.wire.ids import Checksum, Generation
+from tracehaul.wire.messages import (
+    Abandon,
+    Attach,
+    Attached,
+    Existing,
+    Exists,
+    Full,
+    Lease,
+    Leased,
+    NodeLoad,
+    Ok,
+    Ping,
+    Publication,
+    Publish,
+    Published,
+    PublishOutcome,
+    Release,
+    Reply,
+    Request,
+    Reserve,
+    Reserved,
+    Revoke,
+    Slot,
+    Subscribe,
+)
+
+HASHES_MAX = 65536
+"""Blocks in one request."""
+SELF = ""
+"""Holder of the node's own leases: no connection has this name."""
+
+
+class StoreStats(msgspec.Struct):
+    """Counts since the node's start."""
+
+    reserved: int = 0
+    full: int = 0
+    published: int = 0
+    fenced: int = 0
+    corrupt_writes: int = 0
+    """Publishes refused because the landed bytes did not match."""
+    corrupt_held: int = 0
+    """Published blocks dropped because their bytes had changed."""
+    leased_blocks: int = 0
+    missed_blocks: int = 0
+    """Blocks asked for by a lease and not held."""
+
+
+class StoreNode:
+    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
+
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. Costs nothing
+    while idle: one timer, armed only if something can expire.
+    """
+
+    def __init__(
+        self, config: StoreConfig, generation: Generation, planes: Sequence[Plane], memory: Memory, offload: Offload
+    ) -> None:
+        assert memory.buffer.nbytes >= config.arena_bytes
+        self._config = config
+        self._generation = generation
+        self._planes = tuple(planes)
+        self._buffer = memory.buffer
+        self._offload = offload
+        self._arena = Arena(config)
+        self._feed = Feed(generation, changes_max=config.changes_max, subscribers_max=config.subscribers_max)
+        self._timer: asyncio.TimerHandle | None = None
+        self.stats = StoreStats()
+
+    @property
+    def arena(self) -> Arena:
+        """The index, to be read only."""
+        return self._arena
+
+    @property
+    def feed(self) -> Feed:
+        """The subscribers' feed, to be read only."""
+        return self._feed
+
+    def load(self) -> NodeLoad:
+        """What goes into a heartbeat."""
+        return NodeLoad(
+            blocks=len(self._arena),
+            bytes_used=self._arena.bytes_published,
+            bytes_max=self._config.slots_max * self._config.slot_bytes,
+        )
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        match request:
+            case Exists(hashes=hashes):
+                _check_count(hashes)
+                return Existing(self._arena.exists(hashes))
+            case Lease():
+                return self._lease(request, context.peer)
+            case Release(lease=lease):
+                self._arena.release(lease, context.peer)
+                self._changed()
+                return Ok()
+            case Reserve():
+                return self._reserve(request, context.peer)
+            case Publish(blocks=blocks):
+                _check_count(blocks)
+                return Published(tuple(await self._publish(blocks, context.peer)))
+            case Abandon(blocks=blocks):
+                self._arena.abandon(blocks, context.peer)
+                self._changed()
+                return Ok()
+            case Revoke():
+                await self._verify_own(request)
+                return Ok()
+            case Attach():
+                return Attached(self._generation, tuple(plane.region.descriptor for plane in self._planes))
+            case Ping():
+                return Ok()
+            case _:
+                raise InvalidRequest(f"a store node does not answer {type(request).__name__}")
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        if not isinstance(request, Subscribe):
+            raise InvalidRequest(f"a store node does not stream {type(request).__name__}")
+        follower = self._feed.follow(self._arena.published())
+        try:
+            async for part in follower:
+                yield part
+        finally:
+            await follower.aclose()
+
+    def disconnected(self, peer: str) -> None:
+        self._arena.disconnected(peer, clock.now_s())
+        self._changed()
+
+    def close(self) -> None:
+        """Stop the timer. Requests must have ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # --- requests -----------------------------------------------------------------------------------------
+
+    def _lease(self, request: Lease, peer: str) -> Leased:
+        _check_count(request.hashes)
+        leased = self._arena.lease(request.hashes, peer, request.ttl_s, clock.now_s())
+        self._changed()
+        if leased is None:
+            raise Overloaded(f"{self._config.leases_max} leases are open on this connection")
+        missed = sum(block is None for block in leased.blocks)
+        self.stats.missed_blocks += missed
+        self.stats.leased_blocks += len(leased.blocks) - missed
+        return leased
+
+    def _reserve(self, request: Reserve, peer: str) -> Reserved:
+        _check_count(request.blocks)
+        for block in request.blocks:
+            if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
+                raise InvalidRequest("not a block hash and its parent's")
+        outcomes = self._arena.reserve(request.blocks, peer, clock.now_s())
+        self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
+        self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self._changed()
+        return Reserved(tuple(outcomes))
+
+    async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
+        landings = [self._arena.landing(block, peer) for block in blocks]
+        sums = await self._checksums([landing for landing in landings if landing is not None])
+        landed = iter(sums)
+        # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.
+        matches = [
+            landing is None or next(landed) == block.checksum for landing, block in zip(landings, blocks, strict=True)
+        ]
+        now_s = clock.now_s()
+        outcomes: list[PublishOutcome] = []
+        for block, matching in zip(blocks, matches, strict=True):
+            if matching:
+                outcomes += self._arena.publish([block], peer, now_s)
+            else:
+                self._arena.withdraw(block.hash, block.generation, peer, now_s)
+                outcomes.append("corrupt")
+        self.stats.published += outcomes.count("published")
+        self.stats.fenced += outcomes.count("fenced")
+        self.stats.corrupt_writes += outcomes.count("corrupt")
+        self._changed()
+        return outcomes
+
+    async def _verify_own(self, request: Revoke) -> None:
+        """A reader's copy of a block was bad: drop ours only if it is bad too."""
+        leased = self._arena.lease([request.hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
+        self._changed()
+        if leased is None:
+            raise Overloaded("too many blocks are being verified")
+        block = leased.blocks[0]
+        try:
+            if block is None or block.generation != request.generation:
+                return
+            (actual,) = await self._checksums([(block.offset, block.size_bytes)])
+            if actual != block.checksum and self._arena.revoke(request.hash, request.generation):
+                self.stats.corrupt_held += 1
+        finally:
+            self._arena.release(leased.lease, SELF)
+            self._changed()
+
+    # --- helpers ------------------------------------------------------------------------------------------
+
+    async def _checksums(self, ranges: Sequence[tuple[int, int]]) -> list[Checksum]:
+        return await checksums(self._offload, [self._buffer[offset : offset + size] for offset, size in ranges])
+
+    def _changed(self) -> None:
+        """After anything that touched the arena: tell the subscribers, arm the timer."""
+        changes = self._arena.take_changes()
+        if changes:
+            self._feed.append(changes)
+        self._arm()
+
+    def _arm(self) -> None:
+        deadline_s = self._arena.next_deadline_s()
+        if deadline_s is None or (self._timer is not None and self._timer.when() <= deadline_s):
+            return  # a timer that fires too early arms the next one
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(deadline_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._arena.expire(clock.now_s())
+        self._changed()
+
+
+def _check_count(items: Sequence[object]) -> None:
+    if len(items) > HASHES_MAX:
+        raise InvalidRequest(f"{len(items)} blocks in one request; at most {HASHES_MAX}")

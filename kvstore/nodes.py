@@ -1,0 +1,133 @@
+"""A client's view of the store nodes: who lives, how to reach each arena, whom to leave alone for a moment."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
+from tracehaul.transfer.plane import Plane, choose
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, WrongNode
+from tracehaul.wire.hashing import checksum
+from tracehaul.wire.ids import BlockHash, NodeId
+from tracehaul.wire.messages import Attach, Attached, NodeInfo, Ok, RegionDescriptor, Reply, Request
+
+R = TypeVar("R", bound=Reply)
+
+PATIENCE_S = 0.1
+"""A node that does not answer a call with less time than this may be healthy: the caller was late."""
+NOTICE_TIMEOUT_S = 1.0
+"""For what nobody waits for, and without which the store recovers by itself."""
+
+
+class StoreNodeView:
+    """One life of one store node, as this process sees it."""
+
+    __slots__ = ("attached", "broken_until_s", "info")
+
+    def __init__(self, info: NodeInfo) -> None:
+        self.info = info
+        self.attached: tuple[Plane, RegionDescriptor] | None = None
+        self.broken_until_s = 0.0
+
+    @property
+    def node(self) -> NodeId:
+        """Its name."""
+        return self.info.node
+
+
+class StoreNodes:
+    """The live store nodes. A node that just failed is left alone for ``break_s``."""
+
+    def __init__(self, peers: Peers, planes: Sequence[Plane], break_s: float) -> None:
+        self._peers = peers
+        self._planes = tuple(planes)
+        self._break_s = break_s
+        self._nodes: dict[NodeId, StoreNodeView] = {}
+        self._notices: set[asyncio.Task[None]] = set()
+
+    def set(self, nodes: Sequence[NodeInfo]) -> None:
+        """Replace the membership; other roles are ignored. What is known of a node's former life is forgotten."""
+        views: dict[NodeId, StoreNodeView] = {}
+        for info in sorted((info for info in nodes if info.role == "store"), key=lambda info: info.node):
+            known = self._nodes.get(info.node)
+            views[info.node] = known if known is not None and known.info == info else StoreNodeView(info)
+        self._nodes = views
+
+    def live(self) -> list[StoreNodeView]:
+        """Members that have not just failed, by name."""
+        now_s = clock.now_s()
+        return [view for view in self._nodes.values() if view.broken_until_s <= now_s]
+
+    def find(self, node: NodeId) -> StoreNodeView | None:
+        """The node, if it is live."""
+        view = self._nodes.get(node)
+        return view if view is not None and view.broken_until_s <= clock.now_s() else None
+
+    def home_of(self, block_hash: BlockHash, but: Sequence[NodeId]) -> StoreNodeView | None:
+        """The live node, other than ``but``, that every process would choose for this hash (rendezvous hashing)."""
+        candidates = [view for view in self.live() if view.node not in but]
+        return max(candidates, key=lambda v: (checksum(v.node.encode() + block_hash), v.node), default=None)
+
+    def failed(self, view: StoreNodeView) -> None:
+        """Leave a node alone for a moment, and find the way to it anew."""
+        view.broken_until_s = clock.now_s() + self._break_s
+        view.attached = None
+
+    async def call(self, view: StoreNodeView, request: Request, reply_type: type[R], timeout_s: float) -> R:
+        """One call. Loss, silence and nonsense break the circuit; a refusal does not.
+
+        Raises:
+            ClusterError: no usable reply came.
+        """
+        if timeout_s <= 0:
+            raise DeadlineExceeded(f"no time left to ask {view.node}")
+        try:
+            reply = await self._peers.call(view.info.address, request, timeout_s=timeout_s)
+            if not isinstance(reply, reply_type):
+                raise ProtocolError(f"{view.node} answered {type(request).__name__} with {type(reply).__name__}")
+        except Overloaded:
+            raise
+        except DeadlineExceeded:
+            if timeout_s >= PATIENCE_S:
+                self.failed(view)
+            raise
+        except ClusterError:
+            self.failed(view)
+            raise
+        return reply
+
+    async def attach(self, view: StoreNodeView, timeout_s: float) -> tuple[Plane, RegionDescriptor]:
+        """How to copy to and from a node's arena; asked once per life.
+
+        Raises:
+            ClusterError: it cannot be reached, or is another life than the membership says.
+        """
+        if view.attached is None:
+            attached = await self.call(view, Attach(), Attached, timeout_s)
+            if attached.generation != view.info.generation:
+                self.failed(view)
+                raise WrongNode(f"{view.node} is in life {attached.generation}, not {view.info.generation}")
+            try:
+                view.attached = choose(self._planes, attached.regions)
+            except ClusterError:
+                self.failed(view)
+                raise
+        return view.attached
+
+    def notify(self, view: StoreNodeView, request: Request) -> None:
+        """Tell a node something in the background; silently lost if the node is."""
+        if view.broken_until_s > clock.now_s():
+            return
+        task = asyncio.get_running_loop().create_task(self._notify(view, request))
+        self._notices.add(task)
+        task.add_done_callback(self._notices.discard)
+
+    async def _notify(self, view: StoreNodeView, request: Request) -> None:
+        with contextlib.suppress(ClusterError):
+            await self.call(view, request, Ok, NOTICE_TIMEOUT_S)
+
+    async def aclose(self) -> None:
+        """Wait for the notices under way, at most their timeout."""
+        await asyncio.gather(*self._notices)

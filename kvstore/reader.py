@@ -1,0 +1,155 @@
+"""Getting blocks: lease, read, verify."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from kvstore.moves import checksums, left_s, transfer
+from kvstore.nodes import StoreNodes, StoreNodeView
+from kvstore.staging import StagingBuffer
+from tracehaul.runtime import clock
+from tracehaul.runtime.offload import Offload
+from tracehaul.transfer.base import Copy, TransferTimedOut
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, TransferError
+from tracehaul.wire.ids import BlockHash, NodeId
+from tracehaul.wire.messages import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
+
+READ_PART_BYTES = 16 << 20
+"""Blocks are read in parts of this size, each verified while the next is under way."""
+
+MissReason = Literal["absent", "lost", "timeout", "refused", "corrupt", "lease_expired", "too_large"]
+GetResult = int | MissReason
+"""A block's size in bytes, landed and verified; or why it is a miss."""
+
+
+class Wanted(NamedTuple):
+    """One block of a get: ``place`` is where in the result."""
+
+    place: int
+    hash: BlockHash
+    buffer: StagingBuffer
+
+
+class _Read(NamedTuple):
+    wanted: Wanted
+    block: LeasedBlock
+
+
+class Reader:
+    """Reads from one node at a time; raises nothing for the world."""
+
+    def __init__(self, nodes: StoreNodes, offload: Offload) -> None:
+        self._nodes = nodes
+        self._offload = offload
+
+    async def get_from(
+        self, node: NodeId, wanted: Sequence[Wanted], results: list[GetResult], deadline_s: float
+    ) -> None:
+        """Set ``results`` at the wanted indices: what the node delivers in time, or why it does not."""
+        for item in wanted:
+            results[item.place] = "lost"
+        view = self._nodes.find(node)
+        if view is None:
+            return
+        try:
+            await self._get_from(view, wanted, results, deadline_s)
+        except ClusterError as error:
+            reason = _reason(error)
+            for item in wanted:
+                if results[item.place] == "lost":
+                    results[item.place] = reason
+
+    async def _get_from(
+        self, view: StoreNodeView, wanted: Sequence[Wanted], results: list[GetResult], deadline_s: float
+    ) -> None:
+        plane, remote = await self._nodes.attach(view, left_s(deadline_s))
+        sent_s = clock.now_s()
+        lease = Lease(tuple([item.hash for item in wanted]), deadline_s - sent_s)
+        leased = await self._nodes.call(view, lease, Leased, deadline_s - sent_s)
+        try:
+            if len(leased.blocks) != len(wanted):
+                raise ProtocolError(f"{view.node} leased {len(leased.blocks)} blocks of {len(wanted)}")
+            reads: list[_Read] = []
+            for item, block in zip(wanted, leased.blocks, strict=True):
+                if block is None:
+                    results[item.place] = "absent"
+                elif block.size_bytes > item.buffer.nbytes:
+                    results[item.place] = "too_large"
+                else:
+                    reads.append(_Read(item, block))
+            await self._land(view, plane, remote, reads, results, sent_s + leased.ttl_s)
+        finally:
+            self._nodes.notify(view, Release(leased.lease))
+
+    async def _land(
+        self,
+        view: StoreNodeView,
+        plane: Plane,
+        remote: RegionDescriptor,
+        reads: Sequence[_Read],
+        results: list[GetResult],
+        expires_s: float,
+    ) -> None:
+        verifying: list[asyncio.Task[None]] = []
+        try:
+            for part in _parts(reads):
+                copies = [Copy(r.wanted.buffer.offset, r.block.offset, r.block.size_bytes) for r in part]
+                await self._read(view, plane, remote, copies, [r.wanted.buffer for r in part], expires_s)
+                if clock.now_s() >= expires_s:  # the slots may have been given to others before the bytes left
+                    for read in part:
+                        results[read.wanted.place] = "lease_expired"
+                else:
+                    verifying.append(asyncio.create_task(self._verify(view, part, results)))
+        finally:
+            await asyncio.gather(*verifying)
+
+    async def _read(
+        self,
+        view: StoreNodeView,
+        plane: Plane,
+        remote: RegionDescriptor,
+        copies: Sequence[Copy],
+        buffers: Sequence[StagingBuffer],
+        expires_s: float,
+    ) -> None:
+        timeout_s = expires_s - clock.now_s()
+        if timeout_s <= 0:
+            return  # the caller finds the lease expired
+        try:
+            await transfer(plane.transfer.read(remote, plane.region, copies, timeout_s=timeout_s), buffers)
+        except TransferError:
+            self._nodes.failed(view)
+            raise
+
+    async def _verify(self, view: StoreNodeView, part: Sequence[_Read], results: list[GetResult]) -> None:
+        views = [read.wanted.buffer.view(read.block.size_bytes) for read in part]
+        for read, actual in zip(part, await checksums(self._offload, views), strict=True):
+            if actual == read.block.checksum:
+                results[read.wanted.place] = read.block.size_bytes
+            else:
+                results[read.wanted.place] = "corrupt"
+                self._nodes.notify(view, Revoke(read.wanted.hash, read.block.generation))
+
+
+def _parts(reads: Sequence[_Read]) -> Iterator[list[_Read]]:
+    part: list[_Read] = []
+    nbytes = 0
+    for read in reads:
+        part.append(read)
+        nbytes += read.block.size_bytes
+        if nbytes >= READ_PART_BYTES:
+            yield part
+            part, nbytes = [], 0
+    if part:
+        yield part
+
+
+def _reason(error: ClusterError) -> MissReason:
+    match error:
+        case DeadlineExceeded() | TransferTimedOut():
+            return "timeout"
+        case Overloaded():
+            return "refused"
+        case _:
+            return "lost"

@@ -1,0 +1,117 @@
+"""Buffers between the data plane and the engine: where blocks land, and where they leave from."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+
+from tracehaul.transfer.base import Memory
+from tracehaul.wire.errors import DeadlineExceeded, Overloaded
+
+WAITERS_MAX = 1024
+
+
+class StagingBuffer:
+    """One block's room in registered memory."""
+
+    __slots__ = ("_holds", "_view", "offset")
+
+    def __init__(self, view: memoryview, offset: int) -> None:
+        self._view = view
+        self.offset = offset
+        """From the start of the registered memory."""
+        self._holds: list[asyncio.Future[None]] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Its room."""
+        return self._view.nbytes
+
+    def view(self, nbytes: int) -> memoryview:
+        """Its first ``nbytes`` bytes."""
+        assert nbytes <= self._view.nbytes
+        return self._view[:nbytes]
+
+    def hold(self, settled: asyncio.Future[None]) -> None:
+        """A transfer may touch these bytes until ``settled`` is done: the pool takes the buffer back only then."""
+        self._holds.append(settled)
+
+    def unsettled(self) -> asyncio.Future[None] | None:
+        """A transfer that may still touch these bytes, if there is one."""
+        while self._holds:
+            if not self._holds[-1].done():
+                return self._holds[-1]
+            self._holds.pop()
+        return None
+
+
+class Staging:
+    """A pool of equal buffers over one registered memory, given out first come first served."""
+
+    def __init__(self, memory: Memory, buffer_bytes: int) -> None:
+        assert 0 < buffer_bytes <= memory.buffer.nbytes
+        offsets = range(0, memory.buffer.nbytes - buffer_bytes + 1, buffer_bytes)
+        self._free = deque([StagingBuffer(memory.buffer[at : at + buffer_bytes], at) for at in offsets])
+        self._waiters: deque[tuple[int, asyncio.Future[list[StagingBuffer]]]] = deque()
+        self.count = len(offsets)
+        """Buffers in all."""
+        self.quarantined = 0
+        """Released buffers that an unsettled transfer may still touch."""
+
+    @property
+    def free(self) -> int:
+        """Buffers that nobody holds."""
+        return len(self._free)
+
+    async def acquire(self, count: int, timeout_s: float) -> list[StagingBuffer]:
+        """``count`` buffers, all or none; at most ``self.count``. Give each back with :meth:`release`.
+
+        Raises:
+            DeadlineExceeded: not within ``timeout_s``.
+            Overloaded: too many callers wait.
+        """
+        assert 0 < count <= self.count
+        if not self._waiters and count <= len(self._free):
+            return self._take(count)
+        if len(self._waiters) >= WAITERS_MAX:
+            raise Overloaded("too many wait for staging buffers")
+        future: asyncio.Future[list[StagingBuffer]] = asyncio.get_running_loop().create_future()
+        waiter = (count, future)
+        self._waiters.append(waiter)
+        taken = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                buffers = await asyncio.shield(future)
+            taken = True
+            return buffers
+        except TimeoutError:
+            raise DeadlineExceeded(f"no {count} staging buffers within {timeout_s:g} s") from None
+        finally:
+            if not taken:
+                if future.done():
+                    self.release(future.result())  # they came with the cancellation
+                else:
+                    self._waiters.remove(waiter)
+                    self._serve()
+
+    def release(self, buffers: Sequence[StagingBuffer]) -> None:
+        """Give buffers back; one that a transfer may still touch returns to the pool when that settles."""
+        for buffer in buffers:
+            unsettled = buffer.unsettled()
+            if unsettled is None:
+                self._free.append(buffer)
+            else:
+                self.quarantined += 1
+                unsettled.add_done_callback(lambda _, buffer=buffer: self._settled(buffer))
+        self._serve()
+
+    def _settled(self, buffer: StagingBuffer) -> None:
+        self.quarantined -= 1
+        self.release([buffer])
+
+    def _take(self, count: int) -> list[StagingBuffer]:
+        return [self._free.popleft() for _ in range(count)]
+
+    def _serve(self) -> None:
+        while self._waiters and self._waiters[0][0] <= len(self._free):
+            count, future = self._waiters.popleft()
+            future.set_result(self._take(count))
