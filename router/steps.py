@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.messages import FinishReason, NodeInfo, NodeLoad, Sampling, StepUsage
 
 
@@ -21,6 +21,8 @@ class StepRequest(msgspec.Struct, frozen=True):
     sampling: Sampling
     salt: str = ""
     """Keeps tenants' blocks apart."""
+    decode: NodeId | None = None
+    """Run it on this worker if it is there: for operators and measurements."""
     final: bool = False
     """The client says that no further step of this trace follows."""
 

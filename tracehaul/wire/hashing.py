@@ -48,7 +48,12 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def root(self, salt: str = "") -> BlockHash:
         """The hash that a trace's first block is chained to; ``salt`` keeps tenants apart."""
-        return _cut(b"tracehaul/1|" + msgspec.json.encode(self) + b"|" + salt.encode())
+        return salted(_cut(b"tracehaul/1|" + msgspec.json.encode(self)), salt)
+
+
+def salted(root: BlockHash, salt: str) -> BlockHash:
+    """A tenant's own root, from a layout's; the empty salt is the layout's itself."""
+    return _cut(root + b"|" + salt.encode()) if salt else root
 
 
 def _cut(data: bytes) -> BlockHash:

@@ -291,8 +291,8 @@ class Sampling(msgspec.Struct, frozen=True):
 
 
 class PrefillStep(Message, frozen=True):
-    """Decode worker -> prefill worker, as a stream: :class:`PrefillProgress` as blocks are published, one :class:`PrefillToken`,
-    more progress, and one :class:`PrefillDone`."""
+    """Decode worker -> prefill worker, as a stream: :class:`PrefillProgress` as blocks are published, one
+    :class:`PrefillToken`, more progress, and one :class:`PrefillDone`."""
 
     step: StepId
     trace: TraceId

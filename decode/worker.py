@@ -1,0 +1,214 @@
+"""The decode service: assembles a step's context, then streams its tokens and writes its blocks back."""
+
+import logging
+from collections.abc import AsyncGenerator
+
+from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.peers import Peers
+from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, WrongNode
+from tracehaul.wire.hashing import pack_tokens, unpack_tokens
+from tracehaul.wire.ids import NodeId
+from tracehaul.wire.messages import (
+    DecodeStep,
+    FinishReason,
+    Members,
+    NodeInfo,
+    Ok,
+    Ping,
+    PrefillDone,
+    PrefillProgress,
+    PrefillStep,
+    PrefillToken,
+    Reply,
+    Request,
+    StepDone,
+    StepUsage,
+    Tokens,
+)
+from worker.context import Context
+from worker.host import WorkerHost
+from worker.iteration import Computed, Failed, Job, Published, Sampled, finish_reason
+
+log = logging.getLogger(__name__)
+
+
+class DecodeService:
+    """Serves :class:`DecodeStep`. A caller that leaves frees its step here and on the prefill worker."""
+
+    def __init__(self, host: WorkerHost, peers: Peers) -> None:
+        self._host = host
+        self._peers = peers
+        self._prefills: dict[NodeId, NodeInfo] = {}
+
+    def set_members(self, members: Members) -> None:
+        """Membership changed."""
+        self._host.set_nodes(members.nodes)
+        self._prefills = {node.node: node for node in members.nodes if node.role == "prefill"}
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        if isinstance(request, Ping):
+            return Ok()
+        raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        if not isinstance(request, DecodeStep):
+            raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
+        step = _Step(self._host, self._peers, self._prefills, request, context)
+        self._host.stats.steps += 1
+        try:
+            async for reply in step.run():
+                yield reply
+        except ClusterError:
+            self._host.stats.steps_failed += 1
+            raise
+        finally:
+            self._host.stats.output_tokens += step.sampled
+
+    def disconnected(self, peer: str) -> None:
+        """Nothing is held for a connection beyond its handlers."""
+
+
+class _Step:
+    """One step on this worker, from context to terminal message."""
+
+    def __init__(
+        self,
+        host: WorkerHost,
+        peers: Peers,
+        prefills: dict[NodeId, NodeInfo],
+        request: DecodeStep,
+        call: CallContext,
+    ) -> None:
+        self._host = host
+        self._peers = peers
+        self._prefills = prefills
+        self._request = request
+        self._call = call
+        self._prompt = unpack_tokens(request.prompt)
+        self._emitted = unpack_tokens(request.emitted)
+        self._computed_from = len(self._prompt)
+        self._reason: FinishReason | None = None
+        self._fallback = ""
+        self._told_usage = False
+        self.sampled = 0
+
+    async def run(self) -> AsyncGenerator[Reply, None]:
+        """Tokens, then one StepDone."""
+        request = self._request
+        tokens = self._prompt + self._emitted
+        remaining = request.sampling.max_tokens - len(self._emitted)
+        if not self._prompt or remaining < 1:
+            raise InvalidRequest("a step needs a prompt and at least one token left to sample")
+        room = len(tokens) + min(remaining, self._host.config.headroom_tokens)
+        async with self._host.context(request.trace, request.salt, tokens, room) as here:
+            await here.locate()
+            await here.pull(len(tokens) - 1)
+            if len(tokens) - here.length > self._host.config.local_prefill_tokens:
+                async for reply in self._hand_off(here):
+                    yield reply
+            self._host.stats.prompt_tokens += len(self._prompt)
+            if self._reason is None:
+                async for reply in self._decode(here):
+                    yield reply
+            assert self._reason is not None
+            yield StepDone(self._reason, self._usage(here), here.length)
+
+    def _usage(self, here: Context) -> StepUsage:
+        return StepUsage(
+            prompt_tokens=len(self._prompt),
+            output_tokens=len(here.tokens) - len(self._prompt),
+            resident_tokens=min(here.resident_tokens, len(self._prompt)),
+            pulled_tokens=here.pulled.tokens,
+            computed_from=self._computed_from,
+            pulled_bytes=here.pulled.nbytes,
+            pull_s=here.pulled.seconds,
+            missed_blocks=here.pulled.missed_blocks,
+            prefill_fallback=self._fallback,
+        )
+
+    def _tokens(self, here: Context, ids: list[int]) -> Tokens:
+        self.sampled += len(ids)
+        usage = None if self._told_usage else self._usage(here)
+        self._told_usage = True
+        return Tokens(pack_tokens(ids), usage)
+
+    async def _hand_off(self, here: Context) -> AsyncGenerator[Tokens, None]:
+        """Let the prefill worker compute what is missing, pulling each run of blocks as it is published.
+
+        Whatever goes wrong there or on the way costs time: what is missing afterwards is computed here. Its token is
+        kept once it arrived.
+        """
+        request = self._request
+        if request.prefill is None:
+            return
+        wanted = len(here.tokens)
+        before = here.length
+        step = PrefillStep(
+            step=request.step,
+            trace=request.trace,
+            tokens=here.packed,
+            salt=request.salt,
+            home=request.home,
+            sampling=request.sampling,
+            emitted=len(self._emitted),
+        )
+        try:
+            prefill = self._prefills.get(request.prefill)
+            if prefill is None:
+                raise PeerLost(f"no prefill worker {request.prefill}")
+            replies = self._peers.stream(
+                prefill.address, step, idle_timeout_s=self._host.config.prefill_idle_timeout_s, context=self._call
+            )
+            async for reply in replies:
+                match reply:
+                    case PrefillProgress(published) | PrefillDone(published):
+                        await here.locate(published)
+                        await here.pull(min(published, wanted))
+                    case PrefillToken(token, computed_from):
+                        self._computed_from = min(self._computed_from, computed_from)
+                        here.tokens.append(token)
+                        info = self._host.engine.info
+                        self._reason = finish_reason(
+                            token, len(self._emitted) + 1, len(here.tokens), request.sampling, info.context_max
+                        )
+                        yield self._tokens(here, [token])
+                    case _:
+                        raise WrongNode(f"{prefill.node} answered a prefill with {type(reply).__name__}")
+        except ClusterError as error:
+            self._fallback = error.code
+            self._computed_from = min(self._computed_from, before)
+            self._host.stats.prefill_fallbacks += 1
+            log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
+
+    async def _decode(self, here: Context) -> AsyncGenerator[Tokens, None]:
+        """Compute what is still missing, then one token after the other, until the step ends."""
+        if here.length == len(here.tokens):  # all of it was pulled, and nobody sampled what follows
+            self._host.engine.truncate(here.sequence, here.length - 1)
+        self._computed_from = min(self._computed_from, here.length)
+        emitted = len(here.tokens) - len(self._prompt)
+        job = Job(
+            sequence=here.sequence,
+            tokens=here.tokens,
+            sampling=self._request.sampling,
+            emitted=emitted,
+            samples_max=self._request.sampling.max_tokens - emitted,
+            computed=here.length,
+        )
+        failed: ClusterError | None = None
+        async with self._host.writer(here, self._request.home) as writer:
+            async with self._host.job(job):
+                while failed is None and self._reason is None:
+                    match await job.events.get():
+                        case Computed(length):
+                            writer.computed(length)
+                        case Sampled(token, reason):
+                            self._reason = reason
+                            yield self._tokens(here, [token])
+                        case Failed(failed):
+                            pass
+                        case Published():
+                            raise AssertionError("nobody publishes into a decode job's events")
+            # Also where the step has to leave: another worker, or this one later, pulls what was computed.
+            await writer.finish()
+        if failed is not None:
+            raise failed

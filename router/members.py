@@ -1,0 +1,106 @@
+"""Who is in the cluster: nodes join over a stream and prove every second that they live."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from router.steps import NodeStatus
+from tracehaul.rpc.base import CallContext
+from tracehaul.runtime import clock
+from tracehaul.wire.errors import WrongNode
+from tracehaul.wire.ids import NodeId
+from tracehaul.wire.messages import Heartbeat, Join, Members, NodeInfo, NodeLoad, Ok, Ping, Reply, Request
+
+log = logging.getLogger(__name__)
+
+SUSPECT_AFTER_S = 3.5
+"""Silence after which a node gets no new work: three heartbeats and some slack."""
+
+
+@dataclass
+class _Member:
+    info: NodeInfo
+    load: NodeLoad
+    heard_s: float
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class MemberRegistry:
+    """The router's rpc service. ``on_change`` is called with the full list after each join and leave."""
+
+    def __init__(self, on_change: Callable[[tuple[NodeInfo, ...]], None]) -> None:
+        self._members: dict[NodeId, _Member] = {}
+        self._version = 0
+        self._on_change = on_change
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        match request:
+            case Ping():
+                return Ok()
+            case Heartbeat(node, generation, load):
+                member = self._members.get(node)
+                if member is None or member.info.generation != generation:
+                    raise WrongNode(f"{node}#{generation} is not a member: join first")
+                member.load = load
+                member.heard_s = clock.now_s()
+                return Ok()
+            case _:
+                raise WrongNode(f"the router does not serve {type(request).__name__}")
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        if not isinstance(request, Join):
+            raise WrongNode(f"the router does not serve {type(request).__name__}")
+        info = request.info
+        before = self._members.get(info.node)
+        if before is not None and before.info.generation > info.generation:
+            raise WrongNode(f"{info.node} lives on as generation {before.info.generation}: this one is fenced")
+        member = _Member(info, NodeLoad(), clock.now_s())
+        self._members[info.node] = member
+        if before is not None:
+            before.changed.set()  # its stream sees that it was replaced, and ends
+        log.info("%s joined as %s at %s", info.node, info.role, info.address)
+        self._changed()
+        try:
+            while self._members.get(info.node) is member:
+                member.changed.clear()
+                yield Members(self._version, self.infos())
+                await member.changed.wait()
+        finally:
+            if self._members.get(info.node) is member:
+                del self._members[info.node]
+                log.info("%s left", info.node)
+                self._changed()
+
+    def disconnected(self, peer: str) -> None:
+        """A member leaves with its Join stream."""
+
+    def infos(self) -> tuple[NodeInfo, ...]:
+        """Every member, by name."""
+        return tuple(self._members[node].info for node in sorted(self._members))
+
+    def live(self, role: str) -> list[NodeInfo]:
+        """Members of a role that may get new work, by name."""
+        now_s = clock.now_s()
+        return [
+            self._members[node].info
+            for node in sorted(self._members)
+            if self._members[node].info.role == role and now_s - self._members[node].heard_s < SUSPECT_AFTER_S
+        ]
+
+    def statuses(self) -> list[NodeStatus]:
+        """Every member with its load and health, by name."""
+        now_s = clock.now_s()
+        statuses: list[NodeStatus] = []
+        for node in sorted(self._members):
+            member = self._members[node]
+            age_s = now_s - member.heard_s
+            health = "ready" if age_s < SUSPECT_AFTER_S else "suspect"
+            statuses.append(NodeStatus(member.info, member.load, health, age_s))
+        return statuses
+
+    def _changed(self) -> None:
+        self._version += 1
+        for member in self._members.values():
+            member.changed.set()
+        self._on_change(self.infos())

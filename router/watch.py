@@ -1,0 +1,65 @@
+"""Keeps the index equal to what the store nodes hold: one subscription per node."""
+
+import asyncio
+import logging
+
+from router.index import Index
+from tracehaul.rpc.peers import Peers
+from tracehaul.wire.errors import ClusterError, ProtocolError
+from tracehaul.wire.ids import NodeId
+from tracehaul.wire.messages import Events, NodeInfo, Snapshot, Subscribe
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+IDLE_TIMEOUT_S = 10.0
+
+
+class StoreWatch:
+    """Follows the store nodes' events; a hole, an overflow or a lost connection leads to a new snapshot."""
+
+    def __init__(self, peers: Peers, index: Index) -> None:
+        self._peers = peers
+        self._index = index
+        self._tasks: dict[NodeId, tuple[NodeInfo, asyncio.Task[None]]] = {}
+
+    def set_nodes(self, nodes: tuple[NodeInfo, ...]) -> None:
+        """Membership changed: follow the new ones, forget those that left or were replaced."""
+        stores = {info.node: info for info in nodes if info.role == "store"}
+        for node, (info, task) in list(self._tasks.items()):
+            if stores.get(node) != info:
+                task.cancel()
+                self._index.forget(node)
+                del self._tasks[node]
+        for node, info in stores.items():
+            if node not in self._tasks:
+                self._tasks[node] = (info, asyncio.create_task(self._follow(info), name=f"watch {node}"))
+
+    async def close(self) -> None:
+        """Follow nobody any more."""
+        tasks = [task for _, task in self._tasks.values()]
+        self._tasks.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, info: NodeInfo) -> None:
+        while True:
+            try:
+                await self._subscribe(info)
+            except ClusterError as error:
+                log.info("events of %s broke off (%s): subscribing again", info.node, error)
+            self._index.forget(info.node)
+            await asyncio.sleep(RETRY_S)
+
+    async def _subscribe(self, info: NodeInfo) -> None:
+        """Returns when the node's numbers do not add up."""
+        async for reply in self._peers.stream(info.address, Subscribe(), idle_timeout_s=IDLE_TIMEOUT_S):
+            match reply:
+                case Snapshot():
+                    self._index.snapshot(info.node, reply)
+                case Events():
+                    if not self._index.events(info.node, reply):
+                        return
+                case _:
+                    raise ProtocolError(f"{info.node} answered a subscription with {type(reply).__name__}")

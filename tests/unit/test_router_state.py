@@ -1,0 +1,108 @@
+from router.index import Index
+from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
+from router.traces import Traces, Warm
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+from tracehaul.wire.messages import Events, Removed, Snapshot, Stored
+
+A, B = NodeId("store-0"), NodeId("store-1")
+G = Generation(7)
+T = TraceId("t")
+
+
+def block(n: int) -> BlockHash:
+    return BlockHash(n.to_bytes(16, "big"))
+
+
+def test_index_follows_a_snapshot_in_parts_and_the_events_after_it() -> None:
+    index = Index()
+    index.snapshot(A, Snapshot(G, 5, (block(1),), last=False))
+    assert not index.events(A, Events(G, 6, (Stored(block(9)),))), "events before the snapshot's end do not count"
+    index.snapshot(A, Snapshot(G, 5, (block(2),), last=True))
+    assert index.events(A, Events(G, 5, (Removed(block(1)), Stored(block(3)), Removed(block(2)))))
+    assert index.held(A) == {block(1), block(3)}, "event 5 was part of the snapshot already"
+
+
+def test_index_refuses_a_hole_and_another_generation() -> None:
+    index = Index()
+    index.snapshot(A, Snapshot(G, 5, (block(1),), last=True))
+    assert not index.events(A, Events(G, 7, (Stored(block(2)),)))
+    assert not index.events(A, Events(Generation(8), 6, (Stored(block(2)),)))
+    index.snapshot(A, Snapshot(Generation(8), 0, (block(4),), last=True))
+    assert index.held(A) == {block(4)}
+
+
+def test_index_matches_the_leading_run_over_all_nodes() -> None:
+    index = Index()
+    index.snapshot(A, Snapshot(G, 0, (block(1), block(3)), last=True))
+    index.snapshot(B, Snapshot(G, 0, (block(2), block(5)), last=True))
+    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == 3
+    index.forget(B)
+    assert index.match([block(n) for n in (1, 2, 3)]) == 1
+    assert index.match([]) == 0
+
+
+def candidates(*running: int) -> list[Candidate]:
+    return [Candidate(NodeId(f"decode-{i}"), G, n) for i, n in enumerate(running)]
+
+
+def choose(warm: Warm | None, *running: int, prompt: int = 100, stored: int = 0):
+    return place(
+        trace=T,
+        prompt_tokens=prompt,
+        stored_tokens=stored,
+        warm=warm,
+        home=None,
+        decodes=candidates(*running),
+        prefills=candidates(0),
+        stores=[],
+    )
+
+
+def test_a_trace_stays_where_it_is_warm_until_that_worker_is_clearly_behind() -> None:
+    warm = Warm(NodeId("decode-1"), G, 80)
+    stays = choose(warm, 0, STICKY_MARGIN)
+    assert stays is not None
+    assert (stays.decode.node, stays.expected_tokens, stays.reason) == ("decode-1", 80, "warm")
+    leaves = choose(warm, 0, STICKY_MARGIN + 1, stored=64)
+    assert leaves is not None
+    assert (leaves.decode.node, leaves.expected_tokens) == ("decode-0", 64)
+
+
+def test_a_restarted_worker_is_not_warm() -> None:
+    placed = choose(Warm(NodeId("decode-0"), Generation(1), 80), 1, 0)
+    assert placed is not None
+    assert (placed.decode.node, placed.reason) == ("decode-1", "its worker is gone")
+
+
+def test_no_decode_worker_no_placement() -> None:
+    assert choose(None) is None
+
+
+def test_homes_are_kept_spread_and_replaced() -> None:
+    stores = [Candidate(NodeId(f"store-{i}"), G, 0) for i in range(3)]
+    assert choose_home(stores, T, NodeId("store-2")) == "store-2"
+    assert choose_home([], T, None) is None
+    homes = {TraceId(f"t{i}"): choose_home(stores, TraceId(f"t{i}"), None) for i in range(90)}
+    assert all(20 <= sum(home == store.node for home in homes.values()) <= 40 for store in stores)
+    moved = {t: choose_home(stores[:2], t, None) for t in homes}
+    assert all(moved[t] == home for t, home in homes.items() if home != "store-2"), "only the lost node's traces move"
+
+
+def test_traces_are_bounded_and_running_ones_stay() -> None:
+    traces = Traces(traces_max=2)
+    traces.start(TraceId("a"), None).home = A
+    traces.start(TraceId("b"), TraceId("a"))
+    traces.end(TraceId("b"), final=False)
+    traces.start(TraceId("c"), None)
+    assert traces.get(TraceId("b")) is None
+    known = traces.get(TraceId("a"))
+    assert known is not None
+    assert known.steps == 1
+
+
+def test_a_fork_starts_at_its_parents_home_and_a_final_step_forgets() -> None:
+    traces = Traces(traces_max=10)
+    traces.start(TraceId("a"), None).home = A
+    assert traces.start(TraceId("b"), TraceId("a")).home == A
+    traces.end(TraceId("b"), final=True)
+    assert traces.get(TraceId("b")) is None

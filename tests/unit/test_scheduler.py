@@ -1,0 +1,62 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.scheduler import Grant, Scheduler
+
+
+def test_decode_steps_go_first_and_prompts_fill_the_budget() -> None:
+    scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
+    scheduler.add(1, 100)
+    scheduler.add(2, 1)
+    scheduler.add(3, 5)
+    assert scheduler.plan() == [Grant(2, 1), Grant(1, 9)]
+
+
+def test_a_prompt_in_progress_finishes_before_the_next_one_starts() -> None:
+    scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
+    scheduler.add(1, 15)
+    scheduler.add(2, 15)
+    (grant,) = scheduler.plan()
+    scheduler.computed(grant, sampled=False)
+    assert scheduler.plan() == [Grant(1, 5), Grant(2, 5)]
+
+
+def test_a_budget_smaller_than_the_batch_is_shared_in_turn() -> None:
+    scheduler = Scheduler(chunk_tokens=2, sequences_max=8)
+    for key in range(3):
+        scheduler.add(key, 1)
+    seen: list[int] = []
+    for _ in range(3):
+        for grant in scheduler.plan():
+            seen.append(grant.key)
+            scheduler.computed(grant, sampled=True)
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_job_that_left_during_the_iteration_stays_away() -> None:
+    scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
+    scheduler.add(1, 15)
+    (grant,) = scheduler.plan()
+    scheduler.remove(1)
+    scheduler.computed(grant, sampled=False)
+    assert scheduler.plan() == []
+
+
+@given(st.lists(st.integers(1, 50), max_size=12), st.integers(1, 20), st.integers(1, 5))
+def test_every_prompt_is_computed_once_within_the_limits(pending: list[int], chunk: int, sequences: int) -> None:
+    scheduler = Scheduler(chunk_tokens=chunk, sequences_max=sequences)
+    left = dict(enumerate(pending))
+    for key, tokens in left.items():
+        scheduler.add(key, tokens)
+    for _ in range(sum(pending) + 1):
+        grants = scheduler.plan()
+        assert sum(grant.tokens for grant in grants) <= chunk
+        assert len(grants) <= sequences
+        assert len({grant.key for grant in grants}) == len(grants)
+        for grant in grants:
+            left[grant.key] -= grant.tokens
+            if left[grant.key] == 0:
+                scheduler.remove(grant.key)
+            else:
+                scheduler.computed(grant, sampled=False)
+    assert all(tokens == 0 for tokens in left.values())

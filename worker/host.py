@@ -1,0 +1,200 @@
+"""A worker, whatever its role: an engine, the sequences on it, and its way to the store."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+from kvstore.client import StoreClient
+
+from tracehaul.engine.base import Engine, SequenceId
+from tracehaul.runtime.finish import finish
+from tracehaul.wire.errors import ContextTooLong, Overloaded
+from tracehaul.wire.hashing import TOKEN_BYTES, pack_tokens
+from tracehaul.wire.ids import NodeId, TraceId
+from tracehaul.wire.messages import NodeInfo, NodeLoad
+from worker.config import WorkerConfig
+from worker.context import Context
+from worker.iteration import IterationLoop, Job
+from worker.residency import Residency, Resident
+from worker.scheduler import Scheduler
+from worker.writer import BlockWriter
+
+log = logging.getLogger(__name__)
+
+
+class WorkerStats(msgspec.Struct):
+    """Counters of one worker's life, for metrics; tokens unless they say otherwise."""
+
+    steps: int = 0
+    steps_failed: int = 0
+    steps_aborted: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    resident_tokens: int = 0
+    pulled_tokens: int = 0
+    pulled_bytes: int = 0
+    pull_s: float = 0.0
+    missed_blocks: int = 0
+    evicted_sequences: int = 0
+    prefill_fallbacks: int = 0
+    write_back_refused: int = 0
+
+
+class WorkerHost:
+    """What prefill and decode services share. One per process."""
+
+    def __init__(self, engine: Engine, client: StoreClient, config: WorkerConfig) -> None:
+        self.engine = engine
+        self.client = client
+        self.config = config
+        self.stats = WorkerStats()
+        self.loop = IterationLoop(engine, Scheduler(config.chunk_tokens, config.sequences_max), self._make_room)
+        self._residency = Residency()
+        self._admission = asyncio.Lock()
+        self._room = asyncio.Event()
+        self._running = 0
+        self._waiting = 0
+
+    async def run(self) -> None:
+        """Iterate for ever; cancel to stop."""
+        await self.loop.run()
+
+    def set_nodes(self, nodes: Sequence[NodeInfo]) -> None:
+        """Membership changed."""
+        self.client.set_nodes([node for node in nodes if node.role == "store"])
+
+    def load(self) -> NodeLoad:
+        """For the heartbeat."""
+        info = self.engine.info
+        return NodeLoad(
+            running=self._running,
+            waiting=self._waiting,
+            bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
+            bytes_max=info.kv_tokens_max * info.layout.token_bytes,
+        )
+
+    @asynccontextmanager
+    async def context(self, trace: TraceId, salt: str, tokens: list[int], capacity: int) -> AsyncGenerator[Context]:
+        """A context with room for ``capacity`` tokens, starting from what is resident; waits for memory.
+
+        At the end its sequence becomes idle and stays warm. The caller must have ended all work on it, and keeps
+        ``context.tokens`` equal to the tokens whose KV it computed (it may be longer).
+
+        Raises:
+            ContextTooLong: ``capacity`` can never fit.
+            Overloaded: too many steps wait already.
+        """
+        info = self.engine.info
+        if len(tokens) >= min(info.context_max, info.kv_tokens_max):
+            raise ContextTooLong(f"{len(tokens)} tokens do not fit {min(info.context_max, info.kv_tokens_max)}")
+        packed = pack_tokens(tokens)
+        capacity = min(capacity, info.context_max, info.kv_tokens_max)
+        sequence, resident_tokens = await self._acquire(trace, salt, packed, capacity)
+        self._running += 1
+        context = Context(
+            self.engine,
+            self.client,
+            self.config,
+            trace=trace,
+            salt=salt,
+            tokens=tokens,
+            packed=packed,
+            sequence=sequence,
+            resident_tokens=resident_tokens,
+        )
+        try:
+            yield context
+        finally:
+            self._running -= 1
+            self._count(context)
+            self._retire(trace, salt, tokens, sequence)
+
+    @asynccontextmanager
+    async def job(self, job: Job) -> AsyncGenerator[Job]:
+        """A job in the iteration loop; on exit no iteration touches its sequence."""
+        key = self.loop.start(job)
+        try:
+            yield job
+        finally:
+            await finish(self.loop.stop(key))
+
+    def writer(
+        self, here: Context, home: NodeId | None, on_published: Callable[[int], None] | None = None
+    ) -> BlockWriter:
+        """Writes a context's blocks back to the store; see there."""
+        return BlockWriter(self.engine, self.client, self.config, here, home, on_published)
+
+    def _count(self, here: Context) -> None:
+        """Add a finished context's pulls to the counters."""
+        self.stats.resident_tokens += here.resident_tokens
+        self.stats.pulled_tokens += here.pulled.tokens
+        self.stats.pulled_bytes += here.pulled.nbytes
+        self.stats.pull_s += here.pulled.seconds
+        self.stats.missed_blocks += here.pulled.missed_blocks
+
+    def _retire(self, trace: TraceId, salt: str, tokens: list[int], sequence: SequenceId) -> None:
+        length = self.engine.length(sequence)
+        if length == 0 or length > len(tokens):
+            self.engine.close(sequence)
+        else:
+            self._residency.keep(Resident(sequence, trace, salt, pack_tokens(tokens[:length])))
+        self._room.set()
+
+    def _make_room(self, sequence: SequenceId, capacity: int) -> bool:
+        """Grow a busy sequence, evicting idle ones as needed."""
+        if self.engine.capacity(sequence) >= capacity:
+            return True
+        wanted = min(capacity + self.config.headroom_tokens, self.engine.info.context_max)
+        while not (self.engine.grow(sequence, wanted) or self.engine.grow(sequence, capacity)):
+            if not self._evict():
+                return False
+        return True
+
+    async def _acquire(self, trace: TraceId, salt: str, packed: bytes, capacity: int) -> tuple[SequenceId, int]:
+        """A busy sequence with room for ``capacity`` tokens, and how many of ``packed`` it holds already."""
+        taken = self._residency.take(trace, salt, packed)
+        if taken is not None:
+            resident, shared = taken
+            kept = min(shared, token_count(packed) - 1)
+            self.engine.truncate(resident.sequence, kept)
+            if self._make_room(resident.sequence, capacity):
+                return resident.sequence, kept
+            # Idle sequences are gone by now and busy ones hold the rest: start anew where there will be room.
+            self.engine.close(resident.sequence)
+            self._room.set()
+        return await self._open(capacity), 0
+
+    async def _open(self, capacity: int) -> SequenceId:
+        """A new sequence, in order of arrival."""
+        if self._waiting >= self.config.waiting_max:
+            raise Overloaded(f"{self._waiting} steps wait for KV memory")
+        self._waiting += 1
+        try:
+            async with self._admission:
+                while (sequence := self._try_open(capacity)) is None:
+                    self._room.clear()
+                    await self._room.wait()
+                return sequence
+        finally:
+            self._waiting -= 1
+
+    def _try_open(self, capacity: int) -> SequenceId | None:
+        while (sequence := self.engine.open(capacity)) is None:
+            if not self._evict():
+                return None
+        return sequence
+
+    def _evict(self) -> bool:
+        victim = self._residency.evict()
+        if victim is None:
+            return False
+        self.stats.evicted_sequences += 1
+        self.engine.close(victim.sequence)
+        return True
+
+
+def token_count(packed: bytes) -> int:
+    """Tokens in a packed run."""
+    return len(packed) // TOKEN_BYTES

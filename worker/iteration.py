@@ -1,0 +1,189 @@
+"""The iteration loop: one continuous batch over one engine."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tracehaul.engine.base import Engine, SequenceId, Work
+from tracehaul.wire.errors import ClusterError, Overloaded
+from tracehaul.wire.messages import FinishReason, Sampling
+from worker.scheduler import Grant, Scheduler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Computed:
+    """KV of the first ``length`` tokens is in place."""
+
+    length: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A new token, the last one of the step where ``reason`` says why."""
+
+    token: int
+    reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class Published:
+    """The first ``tokens`` can be pulled from the store."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The job left the loop without finishing."""
+
+    error: ClusterError
+
+
+Event = Computed | Sampled | Published | Failed
+
+
+@dataclass
+class Job:
+    """A sequence being extended. ``tokens`` grows with each sampled one; KV is held for the first ``computed``."""
+
+    sequence: SequenceId
+    tokens: list[int]
+    sampling: Sampling
+    emitted: int
+    """Output tokens at the end of ``tokens`` when the job starts, and since."""
+    samples_max: int
+    """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
+    computed: int
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
+    """Bounded by what a step can produce: one event for each token and chunk."""
+    samples: int = 0
+
+    def accept(self, token: int, context_max: int) -> FinishReason | None:
+        """Append a sampled token; says whether the step ends with it."""
+        self.tokens.append(token)
+        self.emitted += 1
+        self.samples += 1
+        return finish_reason(token, self.emitted, len(self.tokens), self.sampling, context_max)
+
+
+def finish_reason(token: int, emitted: int, length: int, sampling: Sampling, context_max: int) -> FinishReason | None:
+    """Whether a step ends with output token ``token``, the ``emitted``-th, in a sequence now ``length`` long."""
+    if token in sampling.stop_tokens and emitted >= sampling.min_tokens:
+        return "stop"
+    if emitted >= sampling.max_tokens or length >= context_max:
+        return "length"
+    return None
+
+
+class IterationLoop:
+    """Runs iterations while there are jobs; sleeps without them.
+
+    ``make_room(sequence, capacity)`` grows a sequence's memory at whatever cost to idle ones, or returns False.
+    """
+
+    def __init__(self, engine: Engine, scheduler: Scheduler, make_room: Callable[[SequenceId, int], bool]) -> None:
+        self._engine = engine
+        self._scheduler = scheduler
+        self._make_room = make_room
+        self._jobs: dict[int, Job] = {}
+        self._next_key = 0
+        self._wake = asyncio.Event()
+        self._iteration_ended = asyncio.Event()
+        self._iteration_ended.set()
+        self.iterations = 0
+        self.computed_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def start(self, job: Job) -> int:
+        """Add a job; returns its key. There must be a pending token."""
+        key = self._next_key
+        self._next_key += 1
+        self._jobs[key] = job
+        self._scheduler.add(key, len(job.tokens) - job.computed)
+        self._wake.set()
+        return key
+
+    async def stop(self, key: int) -> None:
+        """Remove a job, ended or not. On return no iteration touches its sequence."""
+        self._drop(key)
+        await self._iteration_ended.wait()
+
+    async def run(self) -> None:
+        """For ever; cancel to stop."""
+        while True:
+            if not self._jobs:
+                self._wake.clear()
+                await self._wake.wait()
+            await self._iterate()
+
+    def _drop(self, key: int) -> None:
+        self._jobs.pop(key, None)
+        self._scheduler.remove(key)
+
+    def _fail(self, key: int, error: ClusterError) -> None:
+        job = self._jobs.get(key)
+        self._drop(key)
+        if job is not None:
+            job.events.put_nowait(Failed(error))
+
+    async def _iterate(self) -> None:
+        grants: list[tuple[Grant, Job]] = []
+        work: list[Work] = []
+        for grant in self._scheduler.plan():
+            job = self._jobs[grant.key]
+            end = job.computed + grant.tokens
+            if self._engine.capacity(job.sequence) < end and not self._make_room(job.sequence, end):
+                self._fail(grant.key, Overloaded("out of KV memory while the sequence grew"))
+                continue
+            samples = end == len(job.tokens) and job.samples_max > 0
+            grants.append((grant, job))
+            work.append(
+                Work(
+                    sequence=job.sequence,
+                    tokens=job.tokens[job.computed : end],
+                    sampling=job.sampling if samples else None,
+                    emitted=job.emitted,
+                )
+            )
+        if not work:
+            return
+        self._iteration_ended.clear()
+        try:
+            sampled = await self._engine.run(work)
+        except ClusterError as error:
+            for grant, _ in grants:
+                self._fail(grant.key, error)
+            return
+        except Exception:
+            log.exception("iteration failed: its steps end here")
+            for grant, _ in grants:
+                self._fail(grant.key, ClusterError("the engine failed in an iteration"))
+            return
+        finally:
+            self._iteration_ended.set()
+        self.iterations += 1
+        for (grant, job), token in zip(grants, sampled, strict=True):
+            self._settle(grant, job, token)
+
+    def _settle(self, grant: Grant, job: Job, token: int | None) -> None:
+        job.computed += grant.tokens
+        self.computed_tokens += grant.tokens
+        job.events.put_nowait(Computed(job.computed))
+        if token is None:
+            if job.computed == len(job.tokens):
+                self._drop(grant.key)
+            else:
+                self._scheduler.computed(grant, sampled=False)
+            return
+        info = self._engine.info
+        reason = job.accept(token, min(info.context_max, info.kv_tokens_max))
+        job.events.put_nowait(Sampled(token, reason))
+        if reason is not None or job.samples == job.samples_max:
+            self._drop(grant.key)
+        else:
+            self._scheduler.computed(grant, sampled=True)

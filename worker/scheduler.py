@@ -1,0 +1,68 @@
+"""What the next iteration computes: one continuous batch under a token budget. Pure.
+
+Each job has a number of *pending* tokens: known, but without KV yet. One pending token is a decode step, several are
+a prompt (or what is left of it). Decode steps go first, since a token costs them one pass whatever shares it; prompts
+fill the rest of the budget in order of arrival, in chunks.
+"""
+
+from typing import NamedTuple
+
+
+class Grant(NamedTuple):
+    """Compute the next ``tokens`` pending tokens of job ``key`` in this iteration."""
+
+    key: int
+    tokens: int
+
+
+class Scheduler:
+    """Order of arrival within each kind; no job starves while others come and go."""
+
+    def __init__(self, chunk_tokens: int, sequences_max: int) -> None:
+        assert chunk_tokens > 0
+        assert sequences_max > 0
+        self._chunk_tokens = chunk_tokens
+        self._sequences_max = sequences_max
+        self._pending: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def add(self, key: int, pending: int) -> None:
+        """A job with ``pending`` tokens to compute joins."""
+        assert key not in self._pending
+        assert pending > 0
+        self._pending[key] = pending
+
+    def remove(self, key: int) -> None:
+        """A job leaves: ended or aborted. Removing it twice is harmless."""
+        self._pending.pop(key, None)
+
+    def plan(self) -> list[Grant]:
+        """Grants for the next iteration, decode steps first; at most ``sequences_max``, ``chunk_tokens`` in sum."""
+        budget = self._chunk_tokens
+        grants: list[Grant] = []
+        waiting = sorted(self._pending, key=lambda key: self._pending[key] > 1)
+        for key in waiting:
+            if budget == 0 or len(grants) == self._sequences_max:
+                break
+            grant = Grant(key, min(self._pending[key], budget))
+            budget -= grant.tokens
+            grants.append(grant)
+        return grants
+
+    def computed(self, grant: Grant, sampled: bool) -> None:
+        """An iteration did ``grant``; if it sampled a token, that token is pending now.
+
+        The job moves behind the others of its kind, so a budget smaller than the batch is shared in turn.
+        """
+        pending = self._pending.pop(grant.key, None)
+        if pending is None:
+            return  # left while the iteration ran
+        pending += int(sampled) - grant.tokens
+        assert pending > 0
+        if pending > 1:
+            # A prompt keeps its place: finishing one prompt before the next gives the earlier first token.
+            self._pending = {grant.key: pending, **self._pending}
+        else:
+            self._pending[grant.key] = pending
