@@ -6,6 +6,7 @@ as soon as a later one arrives (until then, silence).
 """
 
 import asyncio
+import contextvars
 import itertools
 from collections import deque
 from collections.abc import Sequence
@@ -52,6 +53,8 @@ class LocalNetwork:
         """Both ends of every connection, in order of opening."""
         self._ports = itertools.count(_FIRST_PORT)
         self._numbers = itertools.count(1)
+        self.context = contextvars.copy_context()
+        """Frames travel in it, not in their sender's: the simulator tells processes apart by context."""
 
     def at(self, address: str) -> "LocalNode":
         """This network as seen by the node that listens at ``address``: its connections have that source."""
@@ -78,6 +81,12 @@ class LocalNetwork:
         for pipe in list(self._pipes):
             if address in (pipe.local, pipe.remote):
                 pipe.wake()
+
+    def sever(self, address: str) -> None:
+        """Every connection of the node at ``address`` breaks; what was under way to it is lost. Nobody dies."""
+        for pipe in list(self._pipes):
+            if pipe.local == address:
+                pipe.crash(drop_unsent=False)
 
     async def listen(self, address: str, service: Service) -> "LocalServer":
         host, _, port = address.rpartition(":")
@@ -121,7 +130,7 @@ class LocalNetwork:
         pipe.peer, remote.peer = remote, pipe
         self._pipes[pipe] = self._pipes[remote] = None
         session = pipe.session = ClientSession(pipe, self._limits)
-        remote.session = server.accept(remote, f"{pipe.local}#{next(self._numbers)}")
+        remote.session = self.context.copy().run(server.accept, remote, f"{pipe.local}#{next(self._numbers)}")
         if remote.session is None:
             remote.close()
         return session
@@ -240,7 +249,9 @@ class _LocalPipe:
     def wake(self) -> None:
         """Deliver what is due, once nothing holds it."""
         if self._pending is None and self._under_way and not self._network.is_held(self):
-            self._pending = self._loop.call_at(self._under_way[0].due_s, self._deliver_due)
+            self._pending = self._loop.call_at(
+                self._under_way[0].due_s, self._deliver_due, context=self._network.context
+            )
 
     def _post(self, kind: str, data: bytes | None) -> None:
         if self.peer is None:
@@ -290,4 +301,5 @@ class _LocalPipe:
         self._closed = True
         self._network.forget_pipe(self)
         if self.session is not None:
-            self._loop.call_soon(self.session.lost, f"connection to {self.remote} lost: {reason}")
+            lost = f"connection to {self.remote} lost: {reason}"
+            self._loop.call_soon(self.session.lost, lost, context=self._network.context)
