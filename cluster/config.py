@@ -15,6 +15,8 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
+from router.api.config import ApiConfig
+from router.dispatch import DispatchConfig
 from tracehaul.engine.source import DEFAULT_MODEL, ModelSource
 from tracehaul.wire.hashing import KVLayout
 from worker.config import WorkerConfig
@@ -58,6 +60,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
     """Block memory of each store node."""
     worker: WorkerConfig = WorkerConfig()
+    dispatch: DispatchConfig = DispatchConfig()
+    api: ApiConfig = ApiConfig()
     start_timeout_s: Seconds = 300.0
     """From the first process to the last one ready."""
     drain_timeout_s: Seconds = 10.0

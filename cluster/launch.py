@@ -11,8 +11,10 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
+import msgspec
 from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
@@ -30,23 +32,22 @@ from cluster.config import (
     threads_of,
     usable_cores,
 )
-from cluster.rundir import ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
-from tracehaul.engine.source import ModelSource, SourceError, resolve
+from cluster.model import kv_layout
+from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
+from tracehaul.engine.source import SourceError, resolve
 from tracehaul.runtime import clock
 from tracehaul.transfer.memory import available_bytes
 from tracehaul.wire.hashing import KVLayout
 
 LAUNCHER = "up"
 """Name under which the launching process itself is noted, so that ``down`` can stop a launch."""
-FAULT_EXIT = 3
-"""Exit code of a node whose last line of output says in one line why it could not start."""
 ROLLBACK_GRACE_S = 5.0
 POLL_S = 0.1
 LOG_LINES = 12
 
 
 def up(config: ClusterConfig, run: RunDir, console: Console) -> str:
-    """Starts the cluster that ``config`` describes; returns the base URL of its API.
+    """Starts the cluster that ``config`` describes; returns the name that clients call its model by.
 
     Raises:
         ClusterFault: it cannot be started; nothing of it is left running.
@@ -63,7 +64,7 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> str:
             asyncio.run(_start(plan, run, console))
         finally:
             run.forget(LAUNCHER)
-    return base_url(config)
+    return plan.model.name
 
 
 def down(run: RunDir) -> tuple[list[str], list[str]]:
@@ -123,7 +124,9 @@ def make_plan(config: ClusterConfig, console: Console) -> Plan:
             source = resolve(config.model, progress=lambda line: console.print(line, highlight=False, markup=False))
     except SourceError as error:
         raise ClusterFault(str(error)) from error
-    layout = layout_of(source, config)
+    if Path(config.model).exists():  # nodes run elsewhere
+        config = msgspec.structs.replace(config, model=str(source.path.absolute()))
+    layout = kv_layout(source, config.dtype)
     check_memory(config, layout)
     return Plan(
         config=config,
@@ -132,11 +135,6 @@ def make_plan(config: ClusterConfig, console: Console) -> Plan:
         store=store_config(config, layout),
         threads=threads_of(config, usable_cores()),
     )
-
-
-def layout_of(source: ModelSource, config: ClusterConfig) -> KVLayout:
-    """Placeholder."""
-    raise NotImplementedError
 
 
 def free_port() -> int:

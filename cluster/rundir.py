@@ -19,6 +19,8 @@ import msgspec
 from tracehaul.runtime import clock
 
 LOG_TAIL_BYTES = 8192
+FAULT_EXIT = 3
+"""Exit code of a node whose last line of output says in one line why it could not run."""
 
 
 class ClusterFault(Exception):

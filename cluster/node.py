@@ -1,0 +1,287 @@
+"""The host process of one node: assembles its room's service, joins the cluster, serves, drains, ends.
+
+A node ends with code 0 when it is told to stop, with :data:`cluster.rundir.FAULT_EXIT` and one line when it cannot
+run for a reason that an operator can mend, and with a traceback in its log when it is our mistake.
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import uvloop
+
+from cluster.config import NodeSpec, Plan, load_plan, nodes_of
+from cluster.metrics import NodeMetrics
+from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from tracehaul.engine.base import Engine, EngineInfo
+from tracehaul.engine.source import SourceError
+from tracehaul.rpc.base import Service
+from tracehaul.rpc.membership import Membership
+from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.tcp import TcpNetwork
+from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, setup
+from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.memory import NoMemory, allocate
+from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.errors import TransferError
+from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.messages import Members, NodeInfo, NodeLoad, Role
+
+log = Log(__name__)
+
+DRAIN_POLL_S = 0.05
+LISTEN = "127.0.0.1:0"
+COPY_THREADS = 2
+
+
+def run_node(name: str, run: RunDir) -> int:
+    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code."""
+    setup(name)
+    try:
+        plan = load_plan(run)
+        spec = next((spec for spec in nodes_of(plan.config) if spec.name == name), None)
+        if spec is None:
+            raise ClusterFault(f"the plan has no node {name}")
+        uvloop.run(_Node(spec, plan, run).run())
+    except (ClusterFault, SourceError, NoMemory, TransferError, OSError) as fault:
+        log.error("cannot run", error=fault)
+        print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
+        return FAULT_EXIT
+    return 0
+
+
+def _ignore(members: Members) -> None:
+    """A store node asks nothing of others."""
+
+
+def _has_cuda() -> bool:
+    import torch  # the engine's business, but a store node must not wait for it
+
+    return torch.cuda.is_available()
+
+
+class Room(NamedTuple):
+    """What a role puts into a node."""
+
+    service: Service
+    stats: Mapping[str, msgspec.Struct]
+    load: Callable[[], NodeLoad]
+    on_members: Callable[[Members], None] = _ignore
+    info: EngineInfo | None = None
+    """A worker's engine."""
+    background: tuple[Coroutine[Any, Any, None], ...] = ()
+    """Runs for as long as the node serves; its failure is the node's."""
+
+
+class _Node:
+    """One life of one node."""
+
+    def __init__(self, spec: NodeSpec, plan: Plan, run: RunDir) -> None:
+        self._spec = spec
+        self._plan = plan
+        self._run = run
+        self._state = NodeState("starting")
+        self._generation = Generation(clock.wall_ns())
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until told to stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        network = TcpNetwork()
+        peers = Peers(network)
+        try:
+            if self._spec.role == "router":
+                await self._route(network, peers)
+            else:
+                async with AsyncExitStack() as stack:
+                    room = await self._room(self._spec.role, stack, peers)
+                    await self._serve(self._spec.role, room, network, peers)
+        finally:
+            await peers.close()
+        log.info("ended")
+
+    def _tell(self, **changes: str) -> None:
+        self._state = msgspec.structs.replace(self._state, **changes)
+        self._run.write_state(self._spec.name, self._state)
+        log.info("state", **changes)
+
+    # --- store, prefill, decode ---------------------------------------------------------------------------
+
+    async def _serve(self, role: Role, room: Room, network: TcpNetwork, peers: Peers) -> None:
+        """Listen, join, serve until told to stop; then leave, so that no work comes, and end what runs."""
+        async with AsyncExitStack() as stack:
+            server = await network.listen(LISTEN, room.service)
+            stack.push_async_callback(server.close)
+            metrics, close_metrics = NodeMetrics(room.stats, room.load).serve()
+            stack.callback(close_metrics)
+            self._tell(phase="joining", address=server.address, metrics=metrics)
+            info = self._info(role, server.address, room.info)
+            membership = Membership(peers, self._plan.router_address, info, room.load, room.on_members)
+            async with asyncio.TaskGroup() as group:
+                background = [group.create_task(work) for work in room.background]
+                member = group.create_task(membership.run(), name="membership")
+                stopping = group.create_task(self._stopping.wait())
+                joined = group.create_task(membership.joined.wait())
+                await asyncio.wait([stopping, joined], return_when=asyncio.FIRST_COMPLETED)
+                joined.cancel()
+                if not stopping.done():
+                    self._tell(phase="ready")
+                await stopping
+                self._tell(phase="stopping")
+                member.cancel()
+                await self._drain(room.load)
+                for task in background:
+                    task.cancel()
+
+    def _info(self, role: Role, address: str, engine: EngineInfo | None) -> NodeInfo:
+        info = NodeInfo(NodeId(self._spec.name), self._generation, role, address)
+        if engine is None:
+            return info
+        return msgspec.structs.replace(
+            info,
+            model=engine.model,
+            root=engine.layout.root(),
+            block_tokens=engine.layout.block_tokens,
+            context_max=min(engine.context_max, engine.kv_tokens_max),
+        )
+
+    async def _drain(self, load: Callable[[], NodeLoad]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._plan.config.drain_timeout_s):
+                while (now := load()).running or now.waiting:  # noqa: ASYNC110 - once in a life, not worth an event
+                    await asyncio.sleep(DRAIN_POLL_S)
+            return
+        log.warning("steps were cut off", running=load().running, waiting=load().waiting)
+
+    async def _room(self, role: Role, stack: AsyncExitStack, peers: Peers) -> Room:
+        """Everything it opens is closed by ``stack``."""
+        offload = ThreadOffload("copy", COPY_THREADS)
+        stack.callback(offload.close)
+        match role:
+            case "store":
+                return await self._store(stack, offload)
+            case "prefill" | "decode":
+                return await self._worker(role, stack, offload, peers)
+
+    async def _planes(self, stack: AsyncExitStack, memory: Memory, offload: ThreadOffload) -> list[Plane]:
+        """This process's memory on the transport that was asked for."""
+        owner = f"{self._spec.name}#{self._generation}"
+        transfer: Transfer
+        match self._plan.config.transport:
+            case "shm":
+                transfer = ShmTransfer(owner, offload)
+            case "nixl":
+                from tracehaul.transfer.nixl import NixlTransfer
+
+                transfer = NixlTransfer(owner)
+        stack.push_async_callback(transfer.close)
+        return [Plane(transfer, transfer.register(memory))]
+
+    def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
+        memory = allocate(nbytes, self._spec.name)
+        stack.callback(memory.close)
+        return memory
+
+    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
+        from kvstore.node import StoreNode
+
+        config = self._plan.store
+        memory = self._memory(stack, config.arena_bytes)
+        planes = await self._planes(stack, memory, offload)
+        store = StoreNode(config, self._generation, planes, memory, offload)
+        stack.callback(store.close)
+        return Room(store, {"store": store.stats}, store.load)
+
+    async def _worker(
+        self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
+    ) -> Room:
+        from decode.worker import DecodeService
+        from kvstore.client import StoreClient
+        from kvstore.staging import Staging
+        from prefill.worker import PrefillService
+        from worker.host import WorkerHost
+
+        config = self._plan.config
+        self._tell(phase="loading model")
+        engine = await self._engine()
+        stack.push_async_callback(engine.aclose)
+        # Aligned as the store's slots are, so that a copy moves whole pages.
+        buffer_bytes = self._plan.store.slot_bytes
+        memory = self._memory(stack, config.worker.staging_blocks * buffer_bytes)
+        planes = await self._planes(stack, memory, offload)
+        client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
+        stack.push_async_callback(client.aclose)
+        host = WorkerHost(engine, client, config.worker)
+        stats = {"worker": host.stats, "store_client": client.stats}
+        match role:
+            case "prefill":
+                prefill = PrefillService(host)
+
+                def on_members(members: Members) -> None:
+                    host.set_nodes(members.nodes)
+
+                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),))
+            case "decode":
+                decode = DecodeService(host, peers)
+                return Room(decode, stats, host.load, decode.set_members, engine.info, (host.run(),))
+
+    async def _engine(self) -> Engine:
+        from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
+
+        config = self._plan.config
+        device = config.device
+        if device == "auto":
+            device = "cuda" if _has_cuda() else "cpu"
+        return await TorchEngine.load(
+            TorchEngineConfig(
+                model=config.model,
+                dtype=config.dtype,
+                device=device,
+                threads=self._plan.threads,
+                kv_tokens_max=config.kv_tokens,
+            )
+        )
+
+    # --- router -------------------------------------------------------------------------------------------
+
+    async def _route(self, network: TcpNetwork, peers: Peers) -> None:
+        """The control plane for those who join, and the HTTP API for everybody."""
+        from router.api.app import create_app
+        from router.api.server import serve
+        from router.dispatch import Dispatch
+        from tracehaul.engine.text import Text
+
+        config = self._plan.config
+        async with AsyncExitStack() as stack:
+            offload = ThreadOffload("tokenize")
+            stack.callback(offload.close)
+            dispatch = Dispatch(peers, config.dispatch)
+            stack.push_async_callback(dispatch.close)
+            server = await network.listen(self._plan.router_address, dispatch.members)
+            stack.push_async_callback(server.close)
+            self._tell(phase="loading model", address=server.address)
+            text = await offload.run(lambda: Text.load(self._plan.model))
+            metrics = NodeMetrics({"router": dispatch.stats}, None)
+            app = create_app(dispatch, text, metrics.render, config.api, offload)
+            grace_s = max(1, int(config.drain_timeout_s))
+            api = await serve(app, config.host, config.port, grace_s=grace_s)
+            stack.push_async_callback(api.close)
+            self._tell(phase="ready", metrics=f"{api.host}:{api.port}")
+            ended = asyncio.ensure_future(api.wait())
+            stopping = asyncio.ensure_future(self._stopping.wait())
+            await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.result()
+            self._tell(phase="stopping")
+            ended.cancel()
+            stopping.cancel()
