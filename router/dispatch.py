@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator
+from typing import Literal
 
 import msgspec
 
@@ -17,10 +18,15 @@ from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
 from tracehaul.wire.errors import ClusterError, ContextTooLong, ProtocolError, Unavailable
 from tracehaul.wire.hashing import chain, pack_tokens, salted, unpack_tokens
-from tracehaul.wire.ids import NodeId
+from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import DecodeStep, NodeInfo, StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
+
+
+LossReason = Literal["store_lost", "missed", "prefill_failed", "evicted"]
+"""Why a trace's context had to be computed again: the store node that had it is gone; blocks did not arrive, or
+arrived wrong; a prefill worker failed half-way; or it was no longer held by anybody."""
 
 
 class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,7 +54,10 @@ class DispatchStats(msgspec.Struct):
     cached_tokens: int = 0
     output_tokens: int = 0
     missed_blocks: int = 0
+    """Blocks that the store was said to hold and that did not arrive."""
     prefill_fallbacks: int = 0
+    recomputed_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """Tokens that an earlier step of the same trace had computed, computed again, by :data:`LossReason`."""
 
 
 class Dispatch:
@@ -80,12 +89,13 @@ class Dispatch:
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
         trace = self.traces.start(request.trace, request.parent)
         self.stats.steps += 1
+        run = _Run(request, trace)
         ended = False
         try:
-            async for event in self._attempts(request, trace):
-                ended = isinstance(event, Finished)
+            async for event in self._attempts(run):
                 if isinstance(event, Finished):
-                    self._count(event.usage)
+                    ended = True
+                    self._count(run, event.usage)
                 yield event
         except ClusterError:
             ended = True
@@ -95,39 +105,38 @@ class Dispatch:
             self.stats.steps_aborted += not ended
             self.traces.end(request.trace, final=request.final)
 
-    async def _attempts(self, request: StepRequest, trace: Trace) -> AsyncGenerator[Output | Finished, None]:
+    async def _attempts(self, run: "_Run") -> AsyncGenerator[Output | Finished, None]:
         """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
-        emitted: list[int] = []
         failures = 0
         while True:
-            before = len(emitted)
+            before = len(run.emitted)
             try:
-                placement = self._place(request, trace, emitted)
-                async for event in self._on_worker(request, trace, placement, emitted):
+                placement = self._place(run)
+                async for event in self._on_worker(run, placement):
                     yield event
                 return
             except ClusterError as error:
-                failures = 1 if len(emitted) > before else failures + 1
+                failures = 1 if len(run.emitted) > before else failures + 1
                 if not error.retriable or failures >= self._config.attempts_max:
                     raise
                 self.stats.steps_moved += 1
-                log.warning("step %s: attempt failed after %d tokens: %s", request.step, len(emitted), error)
+                log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
             await asyncio.sleep(self._config.retry_pause_s * failures)
 
-    def _place(self, request: StepRequest, trace: Trace, emitted: list[int]) -> Placement:
+    def _place(self, run: "_Run") -> Placement:
+        request, trace = run.request, run.trace
         decodes = self.members.live("decode")
         if not decodes:
             raise Unavailable("no decode worker is ready")
-        prompt_tokens = len(request.prompt) + len(emitted)
-        if prompt_tokens >= max(worker.context_max for worker in decodes):
-            raise ContextTooLong(f"{prompt_tokens} tokens do not fit any worker's context")
+        tokens = len(request.prompt) + len(run.emitted)
+        if tokens >= max(worker.context_max for worker in decodes):
+            raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
+        run.cut(decodes[0])
         chosen = [worker for worker in decodes if worker.node == request.decode]
-        root = salted(decodes[0].root, request.salt)
         placement = place(
             trace=request.trace,
-            prompt_tokens=prompt_tokens,
-            stored_tokens=self.index.match(chain(root, pack_tokens(request.prompt), decodes[0].block_tokens))
-            * decodes[0].block_tokens,
+            prompt_tokens=tokens,
+            stored_tokens=self.index.match(run.hashes) * run.block_tokens,
             warm=trace.warm,
             home=trace.home,
             decodes=self._candidates(chosen or decodes),
@@ -135,12 +144,13 @@ class Dispatch:
             stores=self._candidates(self.members.live("store")),
         )
         assert placement is not None
+        run.home_lost = run.home_lost or (trace.home is not None and trace.home != placement.home)
         trace.home = placement.home
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
             request.step,
             request.trace,
-            prompt_tokens,
+            tokens,
             placement.decode.node,
             placement.reason,
             placement.prefill,
@@ -152,17 +162,16 @@ class Dispatch:
     def _candidates(self, nodes: list[NodeInfo]) -> list[Candidate]:
         return [Candidate(info.node, info.generation, self._running[info.node]) for info in nodes]
 
-    async def _on_worker(
-        self, request: StepRequest, trace: Trace, placement: Placement, emitted: list[int]
-    ) -> AsyncGenerator[Output | Finished, None]:
-        """One attempt; appends to ``emitted`` what it yields."""
+    async def _on_worker(self, run: "_Run", placement: Placement) -> AsyncGenerator[Output | Finished, None]:
+        """One attempt; appends to ``run.emitted`` what it yields."""
+        request = run.request
         node = placement.decode.node
         info = next(info for info in self.members.live("decode") if info.node == node)
         message = DecodeStep(
             step=request.step,
             trace=request.trace,
             prompt=pack_tokens(request.prompt),
-            emitted=pack_tokens(emitted),
+            emitted=pack_tokens(run.emitted),
             salt=request.salt,
             home=placement.home,
             prefill=placement.prefill,
@@ -176,10 +185,10 @@ class Dispatch:
                 match reply:
                     case Tokens(ids, usage):
                         tokens = unpack_tokens(ids)
-                        emitted.extend(tokens)
+                        run.emitted.extend(tokens)
                         yield Output(tokens, usage)
                     case StepDone(reason, usage, retained_tokens):
-                        trace.warm = Warm(node, placement.decode.generation, retained_tokens)
+                        run.trace.warm = Warm(node, placement.decode.generation, retained_tokens)
                         yield Finished(reason, usage)
                         return
                     case _:
@@ -189,10 +198,56 @@ class Dispatch:
             self._running[node] -= 1
             await replies.aclose()
 
-    def _count(self, usage: StepUsage) -> None:
+    def _count(self, run: "_Run", usage: StepUsage) -> None:
         self.stats.steps_finished += 1
         self.stats.prompt_tokens += usage.prompt_tokens
         self.stats.cached_tokens += usage.computed_from
         self.stats.output_tokens += usage.output_tokens
         self.stats.missed_blocks += usage.missed_blocks
         self.stats.prefill_fallbacks += usage.prefill_fallback != ""
+        lost, reason = run.recomputed(usage)
+        if lost:
+            self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + lost
+            log.warning("step %s: %d tokens were computed again (%s)", run.request.step, lost, reason)
+        run.remember()
+
+
+class _Run:
+    """One step's way through the fleet."""
+
+    def __init__(self, request: StepRequest, trace: Trace) -> None:
+        self.request = request
+        self.trace = trace
+        self.emitted: list[int] = []
+        self.home_lost = False
+        self.hashes: list[BlockHash] = []
+        """Of the prompt's full blocks."""
+        self.block_tokens = 0
+        self._root = BlockHash(b"")
+
+    def cut(self, worker: NodeInfo) -> None:
+        """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
+        root = salted(worker.root, self.request.salt)
+        if root != self._root:
+            self._root, self.block_tokens = root, worker.block_tokens
+            self.hashes = chain(root, pack_tokens(self.request.prompt), worker.block_tokens)
+
+    def recomputed(self, usage: StepUsage) -> tuple[int, LossReason]:
+        """Tokens of full blocks that the trace's last step left and that somebody computed again, and why."""
+        left = self.trace.blocks
+        if not left or len(self.hashes) < left or self.hashes[left - 1] != self.trace.last_hash:
+            return 0, "evicted"  # first step, or another prompt than that of the step before
+        lost = max(0, left * self.block_tokens - usage.computed_from)
+        if self.home_lost:
+            return lost, "store_lost"
+        if usage.prefill_fallback:
+            return lost, "prefill_failed"
+        return lost, "missed" if usage.missed_blocks else "evicted"
+
+    def remember(self) -> None:
+        """The step ended: its trace's context is the prompt and the output, whose last token has no KV."""
+        parent = self.hashes[-1] if self.hashes else self._root
+        rest = self.request.prompt[len(self.hashes) * self.block_tokens :] + self.emitted[:-1]
+        hashes = self.hashes + chain(parent, pack_tokens(rest), self.block_tokens)
+        self.trace.blocks = len(hashes)
+        self.trace.last_hash = hashes[-1] if hashes else None

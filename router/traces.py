@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from tracehaul.wire.ids import Generation, NodeId, TraceId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Trace:
     home: NodeId | None = None
     """Store node that takes its blocks."""
     warm: Warm | None = None
+    blocks: int = 0
+    """Full blocks that its last step left: prompt and output."""
+    last_hash: BlockHash | None = None
+    """Of the last of them."""
     steps: int = 0
     running: int = 0
 
