@@ -3,13 +3,16 @@
 Every message is packed and unpacked. A connection delivers, in each direction, a prefix of what was sent: once, in
 order. Faults keep to that, as TCP does: a copy delivered twice is discarded, and a lost frame breaks the connection
 as soon as a later one arrives (until then, silence).
+
+Whatever a node receives is handled in the context (of :mod:`contextvars`) in which it called ``listen`` or
+``connect``, as if it were a process of its own: the simulator tells its processes apart by that.
 """
 
 import asyncio
-import contextvars
 import itertools
 from collections import deque
 from collections.abc import Sequence
+from contextvars import copy_context
 from typing import NamedTuple, Protocol
 
 from tracehaul.rpc.base import Service
@@ -53,8 +56,8 @@ class LocalNetwork:
         """Both ends of every connection, in order of opening."""
         self._ports = itertools.count(_FIRST_PORT)
         self._numbers = itertools.count(1)
-        self.context = contextvars.copy_context()
-        """Frames travel in it, not in their sender's: the simulator tells processes apart by context."""
+        self.context = copy_context()
+        """Of the world outside all nodes: it answers for those that crashed."""
 
     def at(self, address: str) -> "LocalNode":
         """This network as seen by the node that listens at ``address``: its connections have that source."""
@@ -126,14 +129,15 @@ class LocalNetwork:
         server = self._servers.get(pipe.remote)
         if server is None:
             raise PeerLost(f"cannot connect to {pipe.remote}: nobody listens")
-        remote = _LocalPipe(self, pipe.remote, pipe.local, self._limits)
+        remote = _LocalPipe(self, pipe.remote, pipe.local, self._limits, server)
         pipe.peer, remote.peer = remote, pipe
         self._pipes[pipe] = self._pipes[remote] = None
         session = pipe.session = ClientSession(pipe, self._limits)
-        remote.session = self.context.copy().run(server.accept, remote, f"{pipe.local}#{next(self._numbers)}")
-        if remote.session is None:
-            remote.close()
         return session
+
+    def peer_name(self, address: str) -> str:
+        """A name for a connection from ``address``, given once."""
+        return f"{address}#{next(self._numbers)}"
 
     def delays(self, source: str, target: str, kind: str) -> Sequence[float]:
         """What the link says; without one, a single copy at once."""
@@ -176,15 +180,19 @@ class LocalServer:
         self._service = service
         self._limits = limits
         self._sessions: dict[ServerSession, None] = {}
+        self._closed = False
+        self.context = copy_context()
+        """Of whoever listens: its connections are served in it."""
 
     @property
     def address(self) -> str:
         return self._address
 
-    def accept(self, pipe: "_LocalPipe", peer: str) -> ServerSession | None:
+    def accept(self, pipe: "_LocalPipe") -> ServerSession | None:
         """The session of a new connection; None if there are too many."""
-        if len(self._sessions) >= self._limits.connections_max:
+        if self._closed or len(self._sessions) >= self._limits.connections_max:
             return None
+        peer = self._network.peer_name(pipe.remote)
         session = ServerSession(pipe, self._limits, self._service, peer, self._forget)
         self._sessions[session] = None
         return session
@@ -193,6 +201,7 @@ class LocalServer:
         self._sessions.pop(session, None)
 
     async def close(self) -> None:
+        self._closed = True
         self._network.forget_server(self)
         await close_all(list(self._sessions))
 
@@ -208,14 +217,21 @@ class _Parcel(NamedTuple):
 
 
 class _LocalPipe:
-    """One end of a connection as a :class:`tracehaul.rpc.session.Pipe`, with what it sent and is under way."""
+    """One end of a connection as a :class:`tracehaul.rpc.session.Pipe`, with what it sent and is under way.
 
-    def __init__(self, network: LocalNetwork, local: str, remote: str, limits: Limits) -> None:
+    The end of a ``server`` gets its session when the first frame arrives, so a frozen server greets nobody.
+    """
+
+    def __init__(
+        self, network: LocalNetwork, local: str, remote: str, limits: Limits, server: LocalServer | None = None
+    ) -> None:
         self.local = local
         self.remote = remote
         self.peer: _LocalPipe | None = None
         self.session: Session | None = None
         self._network = network
+        self._server = server
+        self.context = server.context if server is not None else copy_context()
         self._loop = asyncio.get_running_loop()
         self._frame_bytes_max = limits.frame_bytes_max
         self._reader = FrameReader(limits.frame_bytes_max)
@@ -245,13 +261,23 @@ class _LocalPipe:
         if drop_unsent:
             self._under_way.clear()
         self.close()
+        self.context = self._network.context  # the host outlives its process, and answers for it
+        if self.peer is not None:
+            self.peer.reschedule()
 
     def wake(self) -> None:
         """Deliver what is due, once nothing holds it."""
         if self._pending is None and self._under_way and not self._network.is_held(self):
-            self._pending = self._loop.call_at(
-                self._under_way[0].due_s, self._deliver_due, context=self._network.context
-            )
+            assert self.peer is not None
+            due_s = self._under_way[0].due_s
+            self._pending = self._loop.call_at(due_s, self._deliver_due, context=self.peer.context)
+
+    def reschedule(self) -> None:
+        """The receiver's context changed."""
+        if self._pending is not None:
+            self._pending.cancel()
+            self._pending = None
+        self.wake()
 
     def _post(self, kind: str, data: bytes | None) -> None:
         if self.peer is None:
@@ -287,7 +313,10 @@ class _LocalPipe:
             self._end("a frame was lost")
 
     def _unpack(self, data: bytes) -> None:
+        if self.session is None and self._server is not None:
+            self.session = self._server.accept(self)
         if self.session is None:
+            self.close()
             return
         try:
             frames = self._reader.feed(data)
@@ -302,4 +331,4 @@ class _LocalPipe:
         self._network.forget_pipe(self)
         if self.session is not None:
             lost = f"connection to {self.remote} lost: {reason}"
-            self._loop.call_soon(self.session.lost, lost, context=self._network.context)
+            self._loop.call_soon(self.session.lost, lost, context=self.context)
