@@ -1,0 +1,832 @@
+"""The store as workers see it: one suite over the in-process network and over TCP with shared memory."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+import msgspec
+import pytest
+
+from kvstore.client import OutgoingBlock, PutOutcome, StoreClient
+from kvstore.config import StoreConfig
+from kvstore.node import StoreNode
+from kvstore.staging import Staging
+from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network, Server
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.tcp import TcpNetwork
+from tracehaul.runtime import clock
+from tracehaul.runtime.offload import InlineOffload, Offload, ThreadOffload
+from tracehaul.transfer.base import Copy, Region, Transfer
+from tracehaul.transfer.local import Landing, LocalHub, LocalTransfer, PerfectLink
+from tracehaul.transfer.memory import FileMemory, allocate
+from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.errors import InvalidRequest, Overloaded
+from tracehaul.wire.hashing import checksum
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, NodeId, SlotGeneration
+from tracehaul.wire.messages import (
+    BlockSpec,
+    Events,
+    Full,
+    Lease,
+    Leased,
+    Members,
+    NodeInfo,
+    Ok,
+    Ping,
+    Publication,
+    Publish,
+    Published,
+    RegionDescriptor,
+    Release,
+    Removed,
+    Reply,
+    Request,
+    Reserve,
+    Reserved,
+    Revoke,
+    Slot,
+    Snapshot,
+    Stored,
+    Subscribe,
+)
+
+SLOT = 8192
+ROOT = BlockHash(b"\xff" * 16)
+TIMEOUT_S = 5.0
+
+
+class GateLink(PerfectLink):
+    """Bytes arrive when the gate is open; ``flip`` makes one of them wrong."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.flip: int | None = None
+
+    async def carry(self, source: str, target: str, nbytes: int) -> Landing:
+        await self.gate.wait()
+        return Landing(flipped_byte=self.flip)
+
+
+class RunningNode:
+    def __init__(self, info: NodeInfo, node: StoreNode, server: Server, memory: FileMemory, owner: str) -> None:
+        self.info, self.node, self.server, self.memory, self.owner = info, node, server, memory, owner
+
+
+class World:
+    """Nodes and clients over one kind of network and transport."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.link = GateLink()
+        self._hub = LocalHub(self.link)
+        self.network: Network = LocalNetwork() if kind == "local" else TcpNetwork()
+        self._stack = contextlib.AsyncExitStack()
+        self.nodes: dict[str, RunningNode] = {}
+        self.clients: list[StoreClient] = []
+
+    async def __aenter__(self) -> "World":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    def offload(self) -> Offload:
+        offload: Offload = InlineOffload() if self.kind == "local" else ThreadOffload("test")
+        self._stack.callback(offload.close)
+        return offload
+
+    def plane(self, owner: str, memory: FileMemory) -> Plane:
+        transfer: Transfer
+        transfer = LocalTransfer(owner, self._hub) if self.kind == "local" else ShmTransfer(owner, self.offload())
+        self._stack.push_async_callback(transfer.close)
+        return Plane(transfer, transfer.register(memory))
+
+    def memory(self, nbytes: int) -> FileMemory:
+        memory = allocate(nbytes, "test")
+        self._stack.callback(memory.close)
+        return memory
+
+    async def start(self, name: str, slots: int = 64, generation: int = 1, **changes: float) -> RunningNode:
+        config = msgspec.structs.replace(StoreConfig(arena_bytes=slots * SLOT, slot_bytes=SLOT), **changes)
+        memory = self.memory(config.arena_bytes)
+        owner = f"{name}#{generation}"
+        node = StoreNode(config, Generation(generation), [self.plane(owner, memory)], memory, self.offload())
+        server = await self.network.listen("127.0.0.1:0", node)
+        self._stack.callback(node.close)
+        self._stack.push_async_callback(server.close)
+        info = NodeInfo(NodeId(name), Generation(generation), "store", server.address)
+        self.nodes[name] = RunningNode(info, node, server, memory, owner)
+        self._tell()
+        return self.nodes[name]
+
+    async def kill(self, name: str) -> None:
+        """The process is gone, and nobody has said so yet."""
+        running = self.nodes[name]
+        await running.server.close()
+        self._hub.remove(running.owner)
+
+    async def client(self, buffers: int = 16, wrap: Callable[[Transfer], Transfer] = lambda t: t) -> StoreClient:
+        memory = self.memory(buffers * SLOT)
+        peers = Peers(self.network)
+        self._stack.push_async_callback(peers.close)
+        transfer, region = self.plane(f"client{len(self.clients)}#1", memory)
+        client = StoreClient(peers, [Plane(wrap(transfer), region)], Staging(memory, SLOT), self.offload())
+        self._stack.push_async_callback(client.aclose)
+        self.clients.append(client)
+        self._tell()
+        return client
+
+    async def connect(self, name: str) -> Connection:
+        connection = await self.network.connect(self.nodes[name].info.address, timeout_s=TIMEOUT_S)
+        self._stack.push_async_callback(connection.close)
+        return connection
+
+    def _tell(self) -> None:
+        infos = [running.info for running in self.nodes.values()]
+        for client in self.clients:
+            client.set_nodes([NodeInfo(NodeId("p0"), Generation(1), "prefill", "127.0.0.1:1"), *infos])
+
+
+Case = Callable[[World], Awaitable[None]]
+
+
+@pytest.fixture(params=["local", "tcp"])
+def play(request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    return lambda case: run(request.param, case)
+
+
+def run(kind: str, case: Case) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(60), World(kind) as world:
+            await case(world)
+            for running in world.nodes.values():
+                running.node.arena.check()
+
+    asyncio.run(main())
+
+
+def h(name: str) -> BlockHash:
+    return BlockHash(name.encode().ljust(16, b"."))
+
+
+def content(name: str, nbytes: int = 5000) -> bytes:
+    return random.Random(name).randbytes(nbytes)
+
+
+async def put(
+    client: StoreClient, names: Sequence[str], home: str | None = None, timeout_s: float = TIMEOUT_S
+) -> list[PutOutcome]:
+    """Put a sequence of blocks, each the next one's parent."""
+    buffers = await client.staging.acquire(len(names), TIMEOUT_S)
+    parents = [ROOT, *(h(name) for name in names[:-1])]
+    blocks: list[OutgoingBlock] = []
+    for name, parent, buffer in zip(names, parents, buffers, strict=True):
+        data = content(name)
+        buffer.view(len(data))[:] = data
+        blocks.append(OutgoingBlock(h(name), parent, buffer, len(data)))
+    try:
+        return await client.put(None if home is None else NodeId(home), blocks, timeout_s)
+    finally:
+        client.staging.release(buffers)
+
+
+async def get(
+    client: StoreClient, names: Sequence[str], where: Sequence[str] | None = None, timeout_s: float = TIMEOUT_S
+) -> list[bytes | None]:
+    buffers = await client.staging.acquire(len(names), TIMEOUT_S)
+    try:
+        nodes = None if where is None else [NodeId(node) for node in where]
+        sizes = await client.get([h(name) for name in names], buffers, timeout_s, nodes)
+        return [None if n is None else bytes(b.view(n)) for b, n in zip(buffers, sizes, strict=True)]
+    finally:
+        client.staging.release(buffers)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is awaited is state of the code under test
+            await asyncio.sleep(0.01)
+
+
+async def lease(connection: Connection, names: Sequence[str], ttl_s: float = 30.0) -> Leased:
+    reply = await connection.call(Lease(tuple(h(name) for name in names), ttl_s), timeout_s=TIMEOUT_S)
+    assert isinstance(reply, Leased)
+    return reply
+
+
+async def reserve(connection: Connection, name: str) -> object:
+    reply = await connection.call(Reserve((BlockSpec(h(name), ROOT, 5000),)), timeout_s=TIMEOUT_S)
+    assert isinstance(reply, Reserved)
+    return reply.outcomes[0]
+
+
+# --- the plain way ----------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_got(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        writer, reader = await world.client(), await world.client()
+        names = ["a", "b", "c"]
+        assert await writer.exists([h("a")]) == [None]
+        assert await put(writer, names) == ["published"] * 3
+        assert await reader.exists([h("a"), h("x"), h("c")]) == ["s0", None, "s0"]
+        assert await get(reader, ["a", "x", "c"]) == [content("a"), None, content("c")]
+        assert (reader.stats.hits, reader.stats.misses) == (2, {"absent": 1})
+        assert reader.stats.get_bytes == 10000
+        assert writer.stats.put_bytes == 15000
+        assert await put(reader, names) == ["present"] * 3
+        await eventually(lambda: world.nodes["s0"].node.arena.leases == 0)
+        load = world.nodes["s0"].node.load()
+        assert (load.blocks, load.bytes_used, load.bytes_max) == (3, 15000, 64 * SLOT)
+
+    play(case)
+
+
+def test_blocks_come_from_all_nodes_that_hold_them(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        for name in ("s0", "s1", "s2"):
+            await world.start(name)
+        client = await world.client()
+        await put(client, ["a", "b"], "s0")
+        await put(client, ["b", "c"], "s1")
+        await put(client, ["d"], "s2")
+        names = ["a", "b", "c", "d", "e"]
+        assert await client.exists([h(name) for name in names]) == ["s0", "s0", "s1", "s2", None]
+        assert await get(client, names) == [content("a"), content("b"), content("c"), content("d"), None]
+
+    play(case)
+
+
+def test_without_a_home_all_writers_choose_the_same(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        for name in ("s0", "s1", "s2"):
+            await world.start(name)
+        first, second = await world.client(), await world.client()
+        names = [str(i) for i in range(12)]
+        for name in names:
+            assert await put(first, [name]) == ["published"]
+            assert await put(second, [name]) == ["present"]
+        assert all(len(running.node.arena) > 0 for running in world.nodes.values())
+
+    play(case)
+
+
+def test_no_nodes_is_a_miss(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        client = await world.client()
+        assert await client.exists([h("a")]) == [None]
+        assert await get(client, ["a"]) == [None]
+        assert await put(client, ["a"]) == ["lost"]
+        assert await client.exists([]) == []
+        assert await client.put(None, [], 1.0) == []
+
+    play(case)
+
+
+# --- loss -------------------------------------------------------------------------------------------------
+
+
+def test_a_lost_node_is_a_miss_and_its_writes_go_elsewhere(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        await world.start("s1")
+        client = await world.client()
+        await put(client, ["a"], "s0")
+        await put(client, ["b"], "s1")
+        await world.kill("s0")
+        assert await get(client, ["a", "b"], where=["s0", "s1"]) == [None, content("b")]
+        assert client.stats.misses == {"lost": 1}
+        assert await put(client, ["a"], "s0") == ["published"]
+        assert await get(client, ["a", "b"]) == [content("a"), content("b")]
+
+    play(case)
+
+
+def test_a_put_fails_over_once(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        for name in ("s0", "s1"):
+            await world.start(name)
+        client = await world.client()
+        await world.kill("s0")
+        assert await put(client, ["a"], "s0") == ["published"]
+        assert client.stats.failovers == 1
+        await world.kill("s1")
+        assert await put(client, ["b"], "s0") == ["lost"]
+
+    play(case)
+
+
+class Mute:
+    """A node that takes every call and answers none, as a frozen one does."""
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        await asyncio.Event().wait()
+        yield Ok()
+
+    def disconnected(self, peer: str) -> None:
+        pass
+
+
+class Liar:
+    """A node that answers everything with something of no use."""
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        return Leased(1, (), 1.0) if isinstance(request, Lease) else Members(1, ())  # type: ignore[arg-type]
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        yield Ok()
+
+    def disconnected(self, peer: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize("service", [Mute, Liar])
+def test_a_silent_or_lying_node_delays_no_one_for_long(play: Callable[[Case], None], service: type) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0")
+        client = await world.client()
+        await put(client, ["a"], "s0")
+        server = await world.network.listen("127.0.0.1:0", service())
+        bad = NodeInfo(NodeId("s1"), Generation(1), "store", server.address)
+        client.set_nodes([running.info, bad])
+        start_s = clock.now_s()
+        assert await get(client, ["a"]) == [content("a")]
+        for _ in range(50):  # the breaker is open
+            assert await client.exists([h("a")]) == ["s0"]
+        assert clock.now_s() - start_s < 2.0
+        client.set_nodes([running.info, msgspec.structs.replace(bad, generation=2)])  # forgets the breaker
+        assert await get(client, ["a", "b"], where=["s0", "s1"], timeout_s=0.5) == [content("a"), None]
+        client.set_nodes([running.info, msgspec.structs.replace(bad, generation=3)])
+        assert await put(client, ["b"], "s1", timeout_s=0.5) in (["published"], ["lost"])
+        await server.close()
+
+    play(case)
+
+
+def test_a_new_life_is_a_new_node(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        client = await world.client()
+        await put(client, ["a"], "s0")
+        await world.kill("s0")
+        await world.start("s0", generation=2)
+        assert await get(client, ["a"]) == [None]
+        assert await put(client, ["a"], "s0") == ["published"]
+        assert await get(client, ["a"]) == [content("a")]
+        stale = msgspec.structs.replace(world.nodes["s0"].info, generation=Generation(1))
+        client.set_nodes([stale])
+        assert await put(client, ["b"], "s0") == ["lost"]
+        assert len(world.nodes["s0"].node.arena) == 1
+
+    play(case)
+
+
+# --- wrong bytes ------------------------------------------------------------------------------------------
+
+
+def test_a_block_that_rots_is_dropped_counted_and_never_returned(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0")
+        client = await world.client()
+        await put(client, ["a", "b"])
+        leased = await lease(await world.connect("s0"), ["a"])
+        assert leased.blocks[0] is not None
+        running.memory.buffer[leased.blocks[0].offset + 4321] ^= 1
+        assert await get(client, ["a", "b"]) == [None, content("b")]
+        assert client.stats.corrupt == 1
+        await eventually(lambda: running.node.stats.corrupt_held == 1)
+        assert await client.exists([h("a"), h("b")]) == [None, "s0"]
+
+    play(case)
+
+
+def test_a_block_that_is_bad_only_on_arrival_stays_in_the_store() -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0")
+        client = await world.client()
+        await put(client, ["a"])
+        world.link.flip = 77
+        assert await get(client, ["a"]) == [None]
+        world.link.flip = None
+        assert client.stats.corrupt == 1
+        await eventually(lambda: running.node.arena.leases == 0)
+        assert await get(client, ["a"]) == [content("a")]
+        assert running.node.stats.corrupt_held == 0
+
+    run("local", case)
+
+
+def test_bytes_that_land_wrong_are_not_published() -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0")
+        client = await world.client()
+        world.link.flip = 77
+        assert await put(client, ["a", "b"]) == ["corrupt", "published"]
+        assert await client.exists([h("a")]) == [None]
+        assert running.node.arena.slots_quarantined == 1
+        world.link.flip = None
+        assert await put(client, ["a"]) == ["published"]
+
+    run("local", case)
+
+
+def test_an_unfounded_accusation_changes_nothing(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        client = await world.client()
+        await put(client, ["a"])
+        connection = await world.connect("s0")
+        for name, generation in (("a", 1), ("a", 9), ("x", 1)):
+            assert await connection.call(Revoke(h(name), SlotGeneration(generation)), timeout_s=TIMEOUT_S) == Ok()
+        assert await get(client, ["a"]) == [content("a")]
+
+    play(case)
+
+
+# --- leases and reservations ------------------------------------------------------------------------------
+
+
+def test_a_lease_keeps_a_block_in_a_full_arena(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0", slots=2)
+        client = await world.client()
+        connection = await world.connect("s0")
+        await put(client, ["a"])
+        await put(client, ["b"])
+        held = [await lease(connection, ["a"]), await lease(connection, ["b"])]
+        assert await put(client, ["c"]) == ["full"]
+        assert await connection.call(Release(held[0].lease), timeout_s=TIMEOUT_S) == Ok()
+        assert await put(client, ["c"]) == ["published"]
+        assert await client.exists([h("a"), h("b"), h("c")]) == [None, "s0", "s0"]
+        await connection.close()
+        arena = world.nodes["s0"].node.arena
+        await eventually(lambda: arena.leases == 0)
+
+    play(case)
+
+
+def test_leases_expire_by_themselves(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", lease_ttl_max_s=0.2)
+        client = await world.client()
+        await put(client, ["a"])
+        granted = await lease(await world.connect("s0"), ["a"], ttl_s=1000.0)
+        assert granted.ttl_s == 0.2
+        assert running.node.arena.leases == 1
+        await eventually(lambda: running.node.arena.leases == 0)
+
+    play(case)
+
+
+class Late:
+    """A transport that pays no heed to its deadline: the bytes land, after the lease has ended."""
+
+    def __init__(self, inner: Transfer) -> None:
+        self._inner = inner
+        self.kind = inner.kind
+        self.register = inner.register
+        self.reaches = inner.reaches
+        self.write = inner.write
+        self.close = inner.close
+
+    async def read(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
+        await self._inner.read(remote, local, copies, timeout_s=timeout_s)
+        await asyncio.sleep(timeout_s + 0.01)
+
+
+def test_a_read_that_outlives_its_lease_is_refused(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0", lease_ttl_max_s=0.2)
+        client = await world.client(wrap=Late)
+        await put(client, ["a"])
+        assert await get(client, ["a"]) == [None]
+        assert client.stats.misses == {"lease_expired": 1}
+
+    play(case)
+
+
+def test_one_holder_has_only_so_many_leases(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0", leases_max=2)
+        client = await world.client()
+        await put(client, ["a"])
+        connection = await world.connect("s0")
+        await lease(connection, ["a"])
+        await lease(connection, ["a"])
+        with pytest.raises(Overloaded):
+            await lease(connection, ["a"])
+        assert await get(client, ["a"]) == [content("a")]
+
+    play(case)
+
+
+def test_a_writer_that_dies_leaves_its_block_to_others(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", slots=2)
+        client = await world.client()
+        dying = await world.connect("s0")
+        slot = await reserve(dying, "a")
+        assert isinstance(slot, Slot)
+        assert await put(client, ["a"]) == ["in_flight"]
+        await dying.close()
+        await eventually(lambda: running.node.arena.slots_quarantined == 1)
+        assert await put(client, ["a"]) == ["published"]
+        leased = await lease(await world.connect("s0"), ["a"])
+        assert leased.blocks[0] is not None
+        assert leased.blocks[0].offset != slot.offset, "a late write may still land there"
+
+    play(case)
+
+
+def test_a_publish_after_the_reservation_is_fenced(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", reservation_ttl_s=0.1)
+        connection = await world.connect("s0")
+        slot = await reserve(connection, "a")
+        assert isinstance(slot, Slot)
+        await eventually(lambda: running.node.arena.slots_quarantined == 1)
+        request = Publish((Publication(h("a"), slot.generation, Checksum(0)),))
+        assert await connection.call(request, timeout_s=TIMEOUT_S) == Published(("fenced",))
+
+    play(case)
+
+
+def test_quarantine_ends_by_itself(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", slots=1, reservation_ttl_s=0.05, late_write_s=0.15)
+        connection = await world.connect("s0")
+        await reserve(connection, "a")
+        await eventually(lambda: running.node.arena.slots_quarantined == 1)
+        assert isinstance(await reserve(connection, "b"), Full)
+        await eventually(lambda: running.node.arena.slots_free == 1)
+        assert running.node.arena.next_deadline_s() is None
+
+    play(case)
+
+
+def test_an_oversized_block_is_refused_and_the_rest_of_its_put_is_not(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0", slots=4, slot_bytes=4096)
+        client = await world.client()
+        assert await put(client, ["a"]) == ["too_large"]
+        (buffer,) = await client.staging.acquire(1, TIMEOUT_S)
+        assert await client.put(None, [OutgoingBlock(h("b"), ROOT, buffer, 100)], TIMEOUT_S) == ["published"]
+
+    play(case)
+
+
+def test_a_block_larger_than_the_readers_buffer_is_a_miss(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0", slots=4, slot_bytes=2 * SLOT)
+        connection = await world.connect("s0")
+        data = bytes(2 * SLOT)
+        reply = await connection.call(Reserve((BlockSpec(h("a"), ROOT, len(data)),)), timeout_s=TIMEOUT_S)
+        assert isinstance(reply, Reserved)
+        assert isinstance(reply.outcomes[0], Slot)
+        publication = Publication(h("a"), reply.outcomes[0].generation, checksum(data))
+        assert await connection.call(Publish((publication,)), timeout_s=TIMEOUT_S) == Published(("published",))
+        client = await world.client()
+        assert await get(client, ["a"]) == [None]
+        assert client.stats.misses == {"too_large": 1}
+
+    play(case)
+
+
+def test_nonsense_is_refused(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        connection = await world.connect("s0")
+        assert await connection.call(Ping(), timeout_s=TIMEOUT_S) == Ok()
+        short = BlockHash(b"short")
+        for request in (
+            Subscribe(),
+            Reserve((BlockSpec(short, ROOT, 1),)),
+            Reserve((BlockSpec(h("a"), short, 1),)),
+            Reserve((BlockSpec(h("a"), h("a"), 1),)),
+        ):
+            with pytest.raises(InvalidRequest):
+                await connection.call(request, timeout_s=TIMEOUT_S)
+        with pytest.raises(InvalidRequest):
+            await anext(connection.stream(Ping(), idle_timeout_s=TIMEOUT_S))
+
+    play(case)
+
+
+# --- abort ------------------------------------------------------------------------------------------------
+
+
+def test_an_aborted_get_keeps_its_buffers_until_the_bytes_have_landed() -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0")
+        client = await world.client(buffers=4)
+        await put(client, ["a", "b"])
+        world.link.gate.clear()
+        getting = asyncio.create_task(get(client, ["a", "b"]))
+        await eventually(lambda: running.node.arena.leases == 1)
+        await asyncio.sleep(0.01)
+        getting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await getting
+        assert (client.staging.free, client.staging.quarantined) == (2, 2)
+        await eventually(lambda: running.node.arena.leases == 0)
+        world.link.gate.set()
+        await eventually(lambda: client.staging.free == 4)
+        assert client.staging.quarantined == 0
+
+    run("local", case)
+
+
+def test_a_read_past_its_deadline_keeps_its_buffers_until_the_bytes_have_landed() -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        client = await world.client(buffers=2)
+        await put(client, ["a", "b"])
+        world.link.gate.clear()
+        assert await get(client, ["a", "b"], timeout_s=0.1) == [None, None]
+        assert client.stats.timeouts == 2
+        assert client.staging.quarantined == 2
+        world.link.gate.set()
+        await eventually(lambda: client.staging.free == 2)
+
+    run("local", case)
+
+
+def test_an_aborted_put_frees_its_slot_once_its_write_is_over() -> None:
+    async def case(world: World) -> None:
+        arena = (await world.start("s0", slots=1)).node.arena
+        client = await world.client(buffers=2)
+        world.link.gate.clear()
+        putting = asyncio.create_task(put(client, ["a"]))
+        await eventually(lambda: arena.reservations == 1)
+        await asyncio.sleep(0.01)
+        putting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await putting
+        await asyncio.sleep(0.05)
+        assert (arena.reservations, client.staging.quarantined) == (1, 1), "its bytes may still land"
+        world.link.gate.set()
+        await eventually(lambda: arena.slots_free == 1)
+        assert arena.slots_quarantined == 0
+        assert client.staging.free == 2
+        assert await put(client, ["a"]) == ["published"]
+
+    run("local", case)
+
+
+def test_a_write_past_its_deadline_rests_its_slot() -> None:
+    async def case(world: World) -> None:
+        arena = (await world.start("s0", reservation_ttl_s=0.3)).node.arena
+        client = await world.client(buffers=2)
+        world.link.gate.clear()
+        assert await put(client, ["a"], timeout_s=0.1) == ["lost"]
+        assert client.staging.quarantined == 1
+        await eventually(lambda: arena.slots_quarantined == 1)
+        world.link.gate.set()
+        await eventually(lambda: client.staging.free == 2)
+
+    run("local", case)
+
+
+# --- events -----------------------------------------------------------------------------------------------
+
+
+class Follower:
+    """A subscriber's picture of one node, from its messages alone; resubscribes when cut off."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.held: dict[BlockHash, None] = {}
+        self.sequence: int | None = None
+        self.subscriptions = 0
+
+    async def run(self) -> None:
+        while True:
+            self.subscriptions += 1
+            self.sequence = None
+            with contextlib.suppress(Overloaded):
+                await self._follow()
+
+    async def _follow(self) -> None:
+        parts: list[BlockHash] = []
+        stream = self._connection.stream(Subscribe(), idle_timeout_s=10.0)
+        async with contextlib.aclosing(stream):
+            async for message in stream:
+                if isinstance(message, Snapshot):
+                    parts += message.hashes
+                    if message.last:
+                        assert len(set(parts)) == len(parts)
+                        self.held, self.sequence = dict.fromkeys(parts), message.sequence
+                    continue
+                assert isinstance(message, Events)
+                assert self.sequence is not None
+                assert message.first == self.sequence + 1
+                for change in message.changes:
+                    if isinstance(change, Stored):
+                        assert change.hash not in self.held
+                        self.held[change.hash] = None
+                    else:
+                        assert isinstance(change, Removed)
+                        del self.held[change.hash]
+                self.sequence += len(message.changes)
+
+
+def test_snapshot_and_events_tell_the_truth_whenever_one_subscribes(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        rng = random.Random(4)
+        running = await world.start("s0", slots=12)
+        client = await world.client()
+        followers: list[Follower] = []
+        tasks: list[asyncio.Task[None]] = []
+        for step in range(60):
+            if step % 20 == 0:
+                followers.append(Follower(await world.connect("s0")))
+                tasks.append(asyncio.create_task(followers[-1].run()))
+            start = rng.randrange(30)
+            await put(client, [str(i) for i in range(start, start + rng.randint(1, 4))])
+            await get(client, [str(rng.randrange(30))])
+        node = running.node
+        assert node.arena.evicted > 10
+        await eventually(lambda: all(follower.sequence == node.feed.sequence for follower in followers))
+        for follower in followers:
+            assert list(follower.held) == sorted(follower.held, key=list(node.arena.published()).index)
+            assert set(follower.held) == set(node.arena.published())
+            assert follower.subscriptions == 1
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await eventually(lambda: len(node.feed) == 0)
+
+    play(case)
+
+
+def test_a_subscriber_that_falls_behind_is_cut_off_and_starts_anew(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", changes_max=4)
+        client = await world.client()
+        follower = Follower(await world.connect("s0"))
+        task = asyncio.create_task(follower.run())
+        await put(client, ["a", "b"])
+        await eventually(lambda: len(follower.held) == 2)
+        await put(client, [str(i) for i in range(6)])
+        await eventually(lambda: follower.sequence == running.node.feed.sequence)
+        assert follower.subscriptions == 2
+        assert running.node.feed.overflows == 1
+        assert set(follower.held) == set(running.node.arena.published())
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    play(case)
+
+
+def test_a_large_snapshot_comes_in_parts_and_misses_nothing_meanwhile() -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", slots=9000, slot_bytes=4096, arena_bytes=9000 * 4096)
+        connection = await world.connect("s0")
+        specs = [BlockSpec(BlockHash(i.to_bytes(16)), ROOT, 1) for i in range(8195)]
+        for at in range(0, len(specs), 4000):
+            reply = await connection.call(Reserve(tuple(specs[at : at + 4000])), timeout_s=TIMEOUT_S)
+            assert isinstance(reply, Reserved)
+            await _publish_zeros(connection, specs[at : at + 4000], reply)
+        stream = running.node.stream(Subscribe(), NO_CONTEXT)
+        first = await anext(stream)
+        assert isinstance(first, Snapshot)
+        client = await world.client()
+        await client.put(None, [OutgoingBlock(h("a"), ROOT, (await client.staging.acquire(1, 1.0))[0], 10)], TIMEOUT_S)
+        parts = [first, await anext(stream), await anext(stream)]
+        assert [part.last for part in parts if isinstance(part, Snapshot)] == [False, False, True]
+        hashes = [block_hash for part in parts if isinstance(part, Snapshot) for block_hash in part.hashes]
+        assert hashes == [spec.hash for spec in specs]
+        assert await anext(stream) == Events(Generation(1), 8196, (Stored(h("a")),))
+        await stream.aclose()
+        assert len(running.node.feed) == 0
+
+    run("local", case)
+
+
+async def _publish_zeros(connection: Connection, specs: Sequence[BlockSpec], reserved: Reserved) -> None:
+    slots = [outcome for outcome in reserved.outcomes if isinstance(outcome, Slot)]
+    items = [Publication(s.hash, slot.generation, checksum(b"\0")) for s, slot in zip(specs, slots, strict=True)]
+    reply = await connection.call(Publish(tuple(items)), timeout_s=TIMEOUT_S)
+    assert reply == Published(("published",) * len(items))
+
+
+def test_there_are_only_so_many_subscribers(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0", subscribers_max=1)
+        connection = await world.connect("s0")
+        first = connection.stream(Subscribe(), idle_timeout_s=5.0)
+        assert isinstance(await anext(first), Snapshot)
+        with pytest.raises(Overloaded):
+            await anext(connection.stream(Subscribe(), idle_timeout_s=5.0))
+        await first.aclose()
+
+    play(case)
