@@ -1,0 +1,132 @@
+"""Do the cluster's tokens equal those of one process without any store? Greedy, float32, real agent traces.
+
+Each recorded trajectory is replayed step by step, cut where it outgrows the context: the prompt of a step is all that
+was said before a recorded answer. Every other step runs on the other decode worker, so that contexts are warm, pulled
+and extended in turn. The reference computes each prompt from nothing, in this process.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.fleet import fleet
+from bench.recordings import Trajectory, trajectories
+from bench.report import Result, finish
+from cluster.config import ClusterConfig, NodeCounts
+from cluster.launch import free_port
+from tracehaul.engine.base import Work
+from tracehaul.engine.source import resolve
+from tracehaul.engine.text import Text
+from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
+from tracehaul.wire.messages import Sampling
+
+CONTEXT_TOKENS = 8000
+OUTPUT_TOKENS = 16
+QUICK_TRACES = 2
+
+console = Console()
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One step to compare."""
+
+    trace: str
+    step: int
+    tokens: list[int]
+
+
+def prompts(recording: list[Trajectory], text: Text) -> list[Prompt]:
+    """Every step that fits, trace by trace."""
+    found: list[Prompt] = []
+    for trajectory in recording:
+        for at, message in enumerate(trajectory.messages):
+            if message["role"] != "assistant":
+                continue
+            tokens = text.encode(text.render(trajectory.messages[:at]), special=True)
+            if len(tokens) + OUTPUT_TOKENS > CONTEXT_TOKENS:
+                break
+            found.append(Prompt(trajectory.name, at, tokens))
+    return found
+
+
+def replay(config: ClusterConfig, steps: list[Prompt], progress: Progress) -> tuple[list[list[int]], dict[str, float]]:
+    """The cluster's output for each step, and what it reused."""
+    task = progress.add_task("cluster", total=len(steps))
+    outputs: list[list[int]] = []
+    sums = {"prompt": 0.0, "cached": 0.0, "pulled": 0.0, "resident": 0.0}
+    with fleet(config, console) as cluster:
+        for index, prompt in enumerate(steps):
+            step = cluster.step(prompt.trace, prompt.tokens, OUTPUT_TOKENS, f"decode-{index % 2}", ignore_eos=True)
+            outputs.append(step.tokens)
+            sums["prompt"] += len(prompt.tokens)
+            sums["cached"] += step.cached_tokens
+            sums["pulled"] += step.moved["pulled_tokens"]
+            sums["resident"] += step.moved["resident_tokens"]
+            progress.advance(task)
+    return outputs, sums
+
+
+async def reference(config: ClusterConfig, steps: list[Prompt], progress: Progress) -> list[list[int]]:
+    """What one engine alone says, each prompt from nothing."""
+    task = progress.add_task("one process", total=len(steps))
+    settings = TorchEngineConfig(model=config.model, dtype=config.dtype, device="cpu", kv_tokens_max=CONTEXT_TOKENS * 2)
+    engine = await TorchEngine.load(settings)
+    chunk = config.worker.chunk_tokens
+    outputs: list[list[int]] = []
+    for prompt in steps:
+        sequence = engine.open(CONTEXT_TOKENS)
+        assert sequence is not None
+        sampling = Sampling(max_tokens=OUTPUT_TOKENS, temperature=0.0)
+        sampled: list[int | None] = []
+        for start in range(0, len(prompt.tokens), chunk):
+            piece = prompt.tokens[start : start + chunk]
+            last = start + chunk >= len(prompt.tokens)
+            sampled = await engine.run([Work(sequence, piece, sampling if last else None)])
+        output = [token for token in sampled if token is not None]
+        while len(output) < OUTPUT_TOKENS:
+            (token,) = await engine.run([Work(sequence, output[-1:], sampling, len(output))])
+            assert token is not None
+            output.append(token)
+        engine.close(sequence)
+        outputs.append(output)
+        progress.advance(task)
+    await engine.aclose()
+    return outputs
+
+
+def main(
+    recordings: Annotated[Path, typer.Option(help="Folder or tar archive of mini-swe-agent trajectories.")],
+    json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
+    quick: Annotated[bool, typer.Option(help="The first two traces only.")] = False,
+    transport: Annotated[str, typer.Option(help="shm or nixl.")] = "shm",
+) -> None:
+    """Compare every output token; exits with 1 if any differs."""
+    settings: dict[str, Any] = {"transport": transport, "dtype": "float32", "port": free_port()}
+    config = msgspec.convert(
+        msgspec.to_builtins(ClusterConfig(nodes=NodeCounts(prefill=1, decode=2, store=1))) | settings, ClusterConfig
+    )
+    recording = trajectories(recordings)
+    steps = prompts(recording[:QUICK_TRACES] if quick else recording, Text.load(resolve(config.model)))
+    with Progress(console=console) as progress:
+        ours, reused = replay(config, steps, progress)
+        alone = asyncio.run(reference(config, steps, progress))
+    differing = [prompt for prompt, mine, theirs in zip(steps, ours, alone, strict=True) if mine != theirs]
+    for prompt in differing[:10]:
+        console.print(f"differs: {prompt.trace}, message {prompt.step}, {len(prompt.tokens)} tokens")
+    results = [
+        Result("equality.steps", len(steps), "steps"),
+        Result("equality.tokens", sum(len(output) for output in ours), "tokens"),
+        Result("equality.differing", len(differing), "steps", "equality.steps", len(differing) / len(steps)),
+        *(Result(f"equality.{name}_tokens", count, "tokens") for name, count in reused.items()),
+    ]
+    finish(msgspec.to_builtins(config) | {"recordings": recordings.name}, results, json, console)
+    raise typer.Exit(1 if differing else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

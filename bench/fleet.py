@@ -1,0 +1,138 @@
+"""A cluster of real processes to measure, and a client that times it."""
+
+import os
+import tempfile
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+from rich.console import Console
+
+from cluster.config import ClusterConfig, base_url
+from cluster.launch import down, restart, up
+from cluster.rundir import RunDir
+from tracehaul.runtime import clock
+
+STEP_TIMEOUT_S = 300.0
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class Step(msgspec.Struct, frozen=True):
+    """What a client saw of one step."""
+
+    ttft_s: float
+    total_s: float
+    tokens: list[int]
+    usage: dict[str, Any]
+    finish_reason: str | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that nobody computed again."""
+        return self.usage["prompt_tokens_details"]["cached_tokens"]
+
+    @property
+    def moved(self) -> dict[str, Any]:
+        """The cluster's own account of where the context came from."""
+        return self.usage["tracehaul"]
+
+
+class Fleet:
+    """A running cluster."""
+
+    def __init__(self, config: ClusterConfig, run: RunDir, model: str, console: Console) -> None:
+        self._run = run
+        self._model = model
+        self._console = console
+        self.url = base_url(config)
+        self._http = httpx.Client(base_url=self.url, timeout=STEP_TIMEOUT_S)
+
+    def step(self, trace: str, prompt: list[int], max_tokens: int, decode: str | None = None, **body: Any) -> Step:
+        """One step of ``trace``, streamed; on decode worker ``decode`` if it is named.
+
+        Raises:
+            RuntimeError: the cluster answered with an error.
+        """
+        headers = {"X-Trace-Id": trace} | ({"X-Decode-Worker": decode} if decode else {})
+        request: dict[str, Any] = {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+            **body,
+        }
+        started_s = clock.perf_s()
+        first_s = 0.0
+        tokens: list[int] = []
+        usage: dict[str, Any] = {}
+        reason: str | None = None
+        with self._http.stream("POST", "/v1/completions", json=request, headers=headers) as response:
+            if not response.is_success:
+                raise RuntimeError(f"{response.status_code}: {response.read().decode(errors='replace')}")
+            for line in response.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                chunk = msgspec.json.decode(line[6:])
+                if "error" in chunk:
+                    raise RuntimeError(str(chunk["error"]))
+                for choice in chunk["choices"]:
+                    if choice.get("token_ids") and not tokens:
+                        first_s = clock.perf_s() - started_s
+                    tokens += choice.get("token_ids") or []
+                    reason = choice.get("finish_reason") or reason
+                usage = chunk.get("usage") or usage
+        return Step(first_s, clock.perf_s() - started_s, tokens, usage, reason)
+
+    def metrics(self) -> str:
+        """The router's metrics page."""
+        return self._http.get("/metrics").text
+
+    def restart(self, names: Iterable[str]) -> None:
+        """Stop these nodes, start them anew, and wait until they serve again."""
+        restart(self._run, list(names), self._console)
+
+    def pids(self) -> dict[str, int]:
+        """Every process of the cluster by node name."""
+        return {record.name: record.pid for record in self._run.records()}
+
+    def cpu_s(self) -> float:
+        """Processor time that all its processes have used, in seconds."""
+        return sum(_cpu_s(pid) for pid in self.pids().values())
+
+    def rss_mib(self) -> dict[str, float]:
+        """Resident memory by node; an arena that two processes map counts in both."""
+        return {name: _rss_mib(pid) for name, pid in self.pids().items()}
+
+    def close(self) -> None:
+        """Forget the connection; the cluster runs on."""
+        self._http.close()
+
+
+@contextmanager
+def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, None]:
+    """Starts a cluster in a temporary run directory; stops it at the end, whatever happened."""
+    with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
+        run = RunDir(Path(folder))
+        model = up(config, run, console)
+        try:
+            running = Fleet(config, run, model, console)
+            yield running
+            running.close()
+        finally:
+            down(run)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
+
+
+def _rss_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
