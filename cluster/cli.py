@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import httpx
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,7 @@ RunDirOption = Annotated[
 ]
 DEFAULT_RUN_DIR = Path(".run")
 STATUS_TIMEOUT_S = 5.0
+WIDE_COLUMNS = 110
 
 
 def _size(text: str) -> int:
@@ -156,7 +158,9 @@ def status(
         raise ClusterFault(f"no router answers at {url}: {error}") from error
     except msgspec.DecodeError as error:
         raise ClusterFault(f"{url} answers, but not as a tracehaul router: {error}") from error
-    out.print(_status_table(url, nodes, run))
+    # A pipe has no width to respect.
+    console = out if out.is_terminal else Console(width=WIDE_COLUMNS)
+    console.print(_status_table(url, nodes, run, wide=console.width >= WIDE_COLUMNS))
 
 
 @app.command(hidden=True)
@@ -176,30 +180,31 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _status_table(url: str, nodes: list[NodeStatus], run: RunDir) -> Table:
+def _status_table(url: str, nodes: list[NodeStatus], run: RunDir, *, wide: bool) -> Table:
     models = sorted({node.info.model for node in nodes if node.info.model})
-    table = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left")
+    table = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("node", "role", "health"):
-        table.add_column(column)
-    for column in ("running", "waiting", "blocks", "memory", "generation"):
-        table.add_column(column, justify="right")
-    table.add_column("metrics")
+        table.add_column(column, no_wrap=True)
+    for column in ("running", "waiting", "blocks", "MiB used", "generation"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("metrics", no_wrap=True)
     for node in nodes:
         info, load = node.info, node.load
         healthy = node.health == "ready"
-        health = node.health if healthy else f"{node.health} ({node.heartbeat_age_s:.0f}s silent)"
-        table.add_row(
+        health = f"[green]{node.health}[/]" if healthy else f"[yellow]{node.health} {node.heartbeat_age_s:.0f}s[/]"
+        row = [
             info.node,
             info.role,
-            f"[green]{health}[/]" if healthy else f"[yellow]{health}[/]",
+            health,
             str(load.running),
             str(load.waiting),
             str(load.blocks) if info.role == "store" else "",
-            f"{load.bytes_used / 2**20:.0f} / {load.bytes_max / 2**20:.0f} MiB",
-            # Generations are wall-clock nanoseconds of a start: as a time they can be read.
-            f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}",
-            run.state(info.node).metrics,
-        )
+            f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}",
+            # A generation is the wall clock of a start: as a time of day it can be read.
+            f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}Z",
+        ]
+        table.add_row(*row, *([run.state(info.node).metrics] if wide else []))
     return table
 
 

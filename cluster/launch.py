@@ -71,7 +71,8 @@ def down(run: RunDir) -> tuple[list[str], list[str]]:
     """Stops everything noted in ``run`` and forgets it; logs stay. Harmless if nothing runs.
 
     The launcher goes first (it takes back what it started), then the router, so that no new work arrives, then
-    those who compute, then those who keep. Returns the names of what was stopped, and of what had to be killed.
+    those who compute, then whatever else was noted. Returns the names of what was stopped, and of what had to be
+    killed.
     """
     try:
         grace_s = load_plan(run).config.drain_timeout_s + ROLLBACK_GRACE_S
@@ -79,7 +80,7 @@ def down(run: RunDir) -> tuple[list[str], list[str]]:
         grace_s = ClusterConfig().drain_timeout_s + ROLLBACK_GRACE_S
     stopped: list[str] = []
     killed: list[str] = []
-    for stage in ((LAUNCHER,), ("router",), ("decode",), ("prefill",), ("store",), ("",)):
+    for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
         running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
         killed += stop(running, grace_s=grace_s)
         stopped += [r.name for r in running]
