@@ -137,7 +137,7 @@ def make_faults(seed: int, fleet: Fleet, end_s: float) -> FaultPlan:
 def _make(rng: Rng, kind: type[Any], fleet: Fleet, end_s: float) -> Fault:
     at_s = rng.uniform(0, end_s * 0.8)
     left_s = end_s - at_s
-    node = rng.choice(fleet.stores + fleet.workers)
+    node = rng.choice(fleet.nodes)
     for_s = min(left_s, rng.choice([0.05, 0.5, 2.0, 8.0, 20.0]))
     if kind is Crash:
         return Crash(at_s, node, for_s)
@@ -181,9 +181,10 @@ class Weather:
         self._now.clear()
         self.healed = True
 
-    def cut(self, a: NodeId, b: NodeId) -> bool:
-        """Whether nothing passes between these two now."""
-        return any(isinstance(fault, Cut) and {fault.node, fault.other} == {a, b} for fault in self._now)
+    def cut_s(self, a: NodeId, b: NodeId, now_s: float) -> float:
+        """For how long nothing passes between these two; 0 if they are connected."""
+        cuts = [fault for fault in self._now if isinstance(fault, Cut) and {fault.node, fault.other} == {a, b}]
+        return max((fault.at_s + fault.for_s - now_s for fault in cuts), default=0.0)
 
     def frame_delay_s(self, a: NodeId, b: NodeId) -> float:
         """How long a frame from ``a`` to ``b`` travels."""

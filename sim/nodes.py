@@ -1,0 +1,245 @@
+"""The real shells as simulated processes: one object for each life of each node."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from decode.worker import DecodeService
+from kvstore.client import StoreClient
+from kvstore.config import StoreConfig
+from kvstore.node import StoreNode
+from kvstore.staging import Staging
+from prefill.worker import PrefillService
+from router.dispatch import Dispatch, DispatchConfig
+from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is_terminal
+from sim.links import SimMemory, WatchedTransfer
+from sim.loop import PROCESS
+from tracehaul.engine.base import EngineInfo
+from tracehaul.engine.fake import EngineCost, FakeEngine
+from tracehaul.rpc.base import CallContext, Service
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.membership import Membership
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.offload import InlineOffload
+from tracehaul.runtime.tasks import Tasks
+from tracehaul.transfer.local import LocalHub, LocalTransfer
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.messages import (
+    DecodeStep,
+    Lease,
+    Leased,
+    Members,
+    NodeInfo,
+    NodeLoad,
+    PrefillStep,
+    Publish,
+    Published,
+    Release,
+    Reply,
+    Request,
+    Reserved,
+    Role,
+)
+from worker.config import WorkerConfig
+from worker.host import WorkerHost
+
+OFFLOAD = InlineOffload()
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """Sizes and limits of a simulated cluster."""
+
+    engine: EngineInfo
+    cost: EngineCost
+    store: StoreConfig
+    worker: WorkerConfig
+    dispatch: DispatchConfig
+
+
+class Surroundings(Protocol):
+    """What a process is given by the world it runs in."""
+
+    shape: Shape
+    network: LocalNetwork
+    hub: LocalHub
+    findings: Findings
+    terminal: TerminalChecker
+    aborts: AbortChecker
+    ledgers: dict[str, SlotChecker]
+    router_address: str
+
+
+@dataclass
+class Life:
+    """One life of one node. What a role does not have is None."""
+
+    node: NodeId
+    generation: Generation
+    address: str
+    alive: bool = True
+    freezes: int = 0
+    """Freezes in force; they may overlap."""
+    store: StoreNode | None = None
+    memory: SimMemory | None = None
+    ledger: SlotChecker | None = None
+    host: WorkerHost | None = None
+    engine: FakeEngine | None = None
+    dispatch: Dispatch | None = None
+    prefill: PrefillService | None = None
+    membership: Membership | None = None
+    tasks: Tasks = field(default_factory=lambda: Tasks("life"))
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def process(self) -> str:
+        """Its name among processes, and as the owner of its memory."""
+        return f"{self.node}#{self.generation}"
+
+    def context(self) -> Context:
+        """A context in which code belongs to this process."""
+        context = copy_context()
+        context.run(PROCESS.set, self.process)
+        return context
+
+
+class WatchedService:
+    """A node's service: runs as its process, and enters what it answers in the checkers' books."""
+
+    def __init__(self, life: Life, inner: Service, around: Surroundings) -> None:
+        self._life = life
+        self._inner = inner
+        self._around = around
+        self._streams = 0
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        PROCESS.set(self._life.process)
+        reply = await self._inner.call(request, context)
+        if self._life.ledger is not None:
+            _enter(self._life.ledger, context.peer, request, reply)
+        return reply
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        PROCESS.set(self._life.process)
+        if not isinstance(request, DecodeStep | PrefillStep):
+            async with aclosing(self._inner.stream(request, context)) as replies:
+                async for reply in replies:
+                    yield reply
+            return
+        self._streams += 1
+        key = f"{self._life.process} {type(request).__name__} {request.step} {self._streams}"
+        self._around.terminal.began(key)
+        cut_off = True
+        try:
+            async with aclosing(self._inner.stream(request, context)) as replies:
+                async for reply in replies:
+                    self._around.terminal.message(key, terminal=is_terminal(reply))
+                    yield reply
+            cut_off = False
+        finally:
+            self._around.terminal.ended(key, cut_off=cut_off)
+            self._around.aborts.handler_ended(self._life.process, request.step)
+
+    def disconnected(self, peer: str) -> None:
+        asyncio.get_running_loop().call_soon(self._disconnected, peer, context=self._life.context())
+
+    def _disconnected(self, peer: str) -> None:
+        self._inner.disconnected(peer)
+        if self._life.ledger is not None:
+            self._life.ledger.disconnected(peer)
+
+
+def _enter(ledger: SlotChecker, peer: str, request: Request, reply: Reply) -> None:
+    match request, reply:
+        case _, Reserved():
+            ledger.reserved(peer, reply)
+        case Publish(), Published():
+            ledger.publishing(peer, request, reply)
+        case Lease(hashes=hashes), Leased():
+            ledger.leased(peer, hashes, reply)
+        case Release(lease=lease), _:
+            ledger.released(peer, lease)
+        case _:
+            pass
+
+
+def start(life: Life, role: Role | None, around: Surroundings) -> None:
+    """Begin a life, in its own context; ``role`` None is the router. ``life.ready`` is set when it serves."""
+    boot = _boot_router(life, around) if role is None else _boot_node(life, role, around)
+    asyncio.get_running_loop().create_task(boot, name=f"boot {life.process}", context=life.context())
+
+
+async def _boot_router(life: Life, around: Surroundings) -> None:
+    life.dispatch = Dispatch(Peers(around.network.at(life.address)), around.shape.dispatch)
+    service = WatchedService(life, life.dispatch.members, around)
+    await around.network.listen(life.address, service)
+    life.ready.set()
+
+
+async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
+    network = around.network.at(life.address)
+    peers = Peers(network)
+    transfer = WatchedTransfer(LocalTransfer(life.process, around.hub), life.address, around.ledgers)
+    info = NodeInfo(life.node, life.generation, role, life.address)
+    service: Service
+    load: Callable[[], NodeLoad]
+    on_members: Callable[[Members], None]
+    if role == "store":
+        service = life.store = _store(life, transfer, around)
+        load, on_members = life.store.load, _ignore
+    else:
+        host = life.host = _host(life, transfer, peers, around)
+        load = host.load
+        if role == "prefill":
+            service = life.prefill = PrefillService(host)
+            on_members = _set_nodes(host)
+        else:
+            service = decode = DecodeService(host, peers)
+            on_members = decode.set_members
+        engine = host.engine.info
+        info = msgspec.structs.replace(
+            info,
+            model=engine.model,
+            root=engine.layout.root(),
+            block_tokens=engine.layout.block_tokens,
+            context_max=min(engine.context_max, engine.kv_tokens_max),
+        )
+        life.tasks.start(host.run(), "iterations")
+    server = await network.listen(life.address, WatchedService(life, service, around))
+    assert server.address == life.address
+    life.membership = Membership(peers, around.router_address, info, load, on_members)
+    life.tasks.start(life.membership.run(), "membership")
+    await life.membership.joined.wait()
+    life.ready.set()
+
+
+def _ignore(members: Members) -> None:
+    """A store node needs nobody."""
+
+
+def _set_nodes(host: WorkerHost) -> Callable[[Members], None]:
+    return lambda members: host.set_nodes(members.nodes)
+
+
+def _store(life: Life, transfer: WatchedTransfer, around: Surroundings) -> StoreNode:
+    config = around.shape.store
+    memory = life.memory = SimMemory(config.arena_bytes)
+    node = StoreNode(config, life.generation, [Plane(transfer, transfer.register(memory))], memory, OFFLOAD)
+    life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer)
+    around.ledgers[life.process] = life.ledger
+    return node
+
+
+def _host(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> WorkerHost:
+    shape = around.shape
+    life.engine = FakeEngine(shape.engine, shape.cost)
+    buffer_bytes = shape.engine.layout.block_bytes
+    memory = life.memory = SimMemory(shape.worker.staging_blocks * buffer_bytes)
+    staging = Staging(memory, buffer_bytes)
+    client = StoreClient(peers, [Plane(transfer, transfer.register(memory))], staging, OFFLOAD)
+    return WorkerHost(life.engine, client, shape.worker)

@@ -1,0 +1,354 @@
+"""A whole cluster under virtual time: built from a seed, hit by faults, healed, and made to prove itself."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from kvstore.config import StoreConfig
+from router.dispatch import DispatchConfig
+from sim import loop as virtual
+from sim.checker import (
+    AbortChecker,
+    BugChecker,
+    CachedChecker,
+    Findings,
+    IndexChecker,
+    OutputChecker,
+    ProgressChecker,
+    ReferenceChecker,
+    SlotChecker,
+    TerminalChecker,
+    Truth,
+)
+from sim.clients import Agents, Books, Gateway
+from sim.faults import Break, Crash, Fault, FaultPlan, Fleet, Freeze, Rot, Weather, make_faults
+from sim.links import CopyLink, FrameLink
+from sim.nodes import Life, Shape, start
+from sim.traces import Mix, TracePlan, context_max, make_traces
+from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, fake_info
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.runtime import clock
+from tracehaul.transfer.local import LocalHub
+from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.messages import Role
+from worker.config import WorkerConfig
+
+MIX = Mix(traces=20, steps_min=3, steps_max=8, system_tokens_max=40, new_tokens_max=24, output_tokens_max=12)
+VOCAB = 256
+ROUTER = NodeId("router")
+ROLES: dict[NodeId, Role | None] = {
+    ROUTER: None,
+    **{NodeId(f"store-{i}"): "store" for i in range(3)},
+    **{NodeId(f"prefill-{i}"): "prefill" for i in range(2)},
+    **{NodeId(f"decode-{i}"): "decode" for i in range(2)},
+}
+FLEET = Fleet(
+    router=ROUTER,
+    stores=tuple(node for node, role in ROLES.items() if role == "store"),
+    workers=tuple(node for node, role in ROLES.items() if role in ("prefill", "decode")),
+)
+FAULTS_END_S = 25.0
+START_TIMEOUT_S = 10.0
+PROGRESS_TIMEOUT_S = 400.0
+"""From healing to the end of all traces: gaps of half a minute included."""
+IDLE_S = 45.0
+"""From the end of all work to the last timeout of anything that was held for it."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What came of one run."""
+
+    seed: int
+    findings: tuple[str, ...]
+    digest: str
+    virtual_s: float
+    faults: tuple[Fault, ...]
+    finished: int
+    failed: int
+    hung_up: int
+    prompt_tokens: int
+    cached_tokens: int
+    counts: dict[str, int]
+    """What the cluster did, summed over all lives: to see that a run exercised something."""
+
+
+def make_shape(seed: int) -> Shape:
+    """Sizes of a cluster: roomy ones, and such that everything is always short of something."""
+    rng = random.Random(f"shape {seed}")  # noqa: S311 - reproducible is the point
+    longest = context_max(MIX)
+    slots = rng.choice([40, 150, 1000])
+    return Shape(
+        engine=fake_info(
+            context_max=longest, kv_tokens_max=rng.choice([longest, 2 * longest, 6 * longest]), vocab_size=VOCAB
+        ),
+        cost=EngineCost(iteration_s=0.005, prefill_token_s=0.0002, copy_token_s=0.00001),
+        store=StoreConfig(
+            arena_bytes=slots * 4096,
+            slot_bytes=4096,
+            reservation_ttl_s=5.0,
+            lease_ttl_max_s=6.0,
+            late_write_s=15.0,
+        ),
+        worker=WorkerConfig(
+            chunk_tokens=rng.choice([16, 64]),
+            sequences_max=rng.choice([2, 16]),
+            waiting_max=64,
+            headroom_tokens=rng.choice([1, 16]),
+            local_prefill_tokens=rng.choice([0, 16, 64]),
+            staging_blocks=rng.choice([8, 64]),
+            group_blocks=rng.choice([1, 4, 8]),
+            store_timeout_s=rng.choice([1.0, 5.0]),
+        ),
+        dispatch=DispatchConfig(),
+    )
+
+
+class World:
+    """One run. Attributes are what :class:`sim.nodes.Surroundings` asks for."""
+
+    def __init__(self, seed: int) -> None:
+        self.shape = make_shape(seed)
+        self.findings = Findings()
+        self.terminal = TerminalChecker(self.findings)
+        self.aborts = AbortChecker(self.findings)
+        self.ledgers: dict[str, SlotChecker] = {}
+        self.plan: FaultPlan = make_faults(seed, FLEET, FAULTS_END_S)
+        self.weather = Weather(seed, self.plan)
+        self.network = LocalNetwork(FrameLink(self.weather))
+        self.hub = LocalHub(CopyLink(self.weather, self._is_alive))
+        self._same_addresses = seed % 2 == 0
+        self.router_address = self._address(ROUTER, 0)
+        self.gateway = Gateway()
+        self.lives: dict[NodeId, Life] = {}
+        self.graves: list[Life] = []
+        self.bugs = BugChecker(self.findings)
+        self._generation = 0
+        self._by_process: dict[str, Life] = {}
+        self._loop = asyncio.get_running_loop()
+        assert isinstance(self._loop, virtual.VirtualLoop)
+        self.loop: virtual.VirtualLoop = self._loop
+
+    # --- life and death -----------------------------------------------------------------------------------
+
+    def _is_alive(self, process: str) -> bool:
+        return self._by_process[process].alive
+
+    def _address(self, node: NodeId, generation: int) -> str:
+        """A node that comes back may have its old address, or another one."""
+        return f"{node}:{1 if self._same_addresses or node == ROUTER else generation}"
+
+    def start(self, node: NodeId) -> Life:
+        """A new life of ``node``."""
+        self._generation += 1
+        life = Life(node, Generation(self._generation), self._address(node, self._generation))
+        self.lives[node] = self._by_process[life.process] = life
+        if ROLES[node] is None:
+            self.gateway.router = life
+        start(life, ROLES[node], self)
+        return life
+
+    def crash(self, life: Life) -> None:
+        """It is gone, between two instructions."""
+        life.alive = False
+        self.graves.append(life)
+        self.bugs.dead.add(life.process)
+        self.loop.freeze(life.process)
+        self.hub.remove(life.process)
+        self.network.crash(life.address)
+        self.terminal.died(life.process)
+        if ROLES[life.node] is None:
+            self.gateway.lost()
+
+    # --- faults -------------------------------------------------------------------------------------------
+
+    async def inject(self) -> None:
+        """All faults of the plan, each in its time; returns when the last is over."""
+        await asyncio.gather(*(self._inject(fault) for fault in self.plan.faults))
+
+    async def _inject(self, fault: Fault) -> None:
+        await asyncio.sleep(max(0.0, fault.at_s - clock.now_s()))
+        self.loop.record(f"fault {fault}")
+        match fault:
+            case Crash(node=node, for_s=for_s):
+                if self.lives[node].alive:
+                    self.crash(self.lives[node])
+                    await asyncio.sleep(for_s)
+                    self.start(node)
+            case Freeze(node=node, for_s=for_s):
+                life = self.lives[node]
+                if life.alive:
+                    await self._freeze(life, for_s)
+            case Break(node=node):
+                self.network.sever(self.lives[node].address)
+            case Rot(node=node):
+                self._rot(self.lives[node])
+            case _:
+                self.weather.begin(fault)
+                await asyncio.sleep(fault.for_s)
+                self.weather.end(fault)
+
+    async def _freeze(self, life: Life, for_s: float) -> None:
+        life.freezes += 1
+        self.loop.freeze(life.process)
+        self.network.freeze(life.address)
+        await asyncio.sleep(for_s)
+        life.freezes -= 1
+        if life.alive and life.freezes == 0:
+            self.network.thaw(life.address)
+            self.loop.thaw(life.process)
+
+    def _rot(self, life: Life) -> None:
+        if life.ledger is None or life.memory is None or not life.alive:
+            return
+        blocks = life.ledger.visible()
+        if blocks:
+            block = blocks[self.weather.pick(len(blocks))]
+            life.ledger.rotten.add(block.hash)
+            life.memory.buffer[block.offset + self.weather.pick(block.size_bytes)] ^= 0x10
+
+    # --- the run ------------------------------------------------------------------------------------------
+
+    async def run(self, plans: Sequence[TracePlan]) -> Agents:
+        """Start, run the traces under faults, heal, wait for the end of all work, check what is left."""
+        progress = ProgressChecker(self.findings)
+        progress.calm = not self.plan.faults
+        cached = CachedChecker(self.findings)
+        truth = Truth(FAKE_LAYOUT)
+        aborts = self.aborts if progress.calm else None
+        books = Books(self.terminal, OutputChecker(self.findings), cached, progress, aborts, truth)
+        agents = Agents(self.gateway, books, VOCAB)
+        lives = [self.start(node) for node in ROLES]
+        async with asyncio.timeout(START_TIMEOUT_S):
+            await asyncio.gather(*(life.ready.wait() for life in lives))
+        running = asyncio.ensure_future(agents.run(plans))
+        await self.inject()
+        self.weather.heal()
+        progress.healed_s = clock.now_s()
+        done, _ = await asyncio.wait([running], timeout=PROGRESS_TIMEOUT_S)
+        if not done:
+            progress.stuck("some trace")
+            self.terminal.finish()
+        else:
+            running.result()
+            await asyncio.sleep(IDLE_S)
+            self._check_end(truth, cached)
+        self.bugs.uncaught(self.loop.errors)
+        self.prompt_tokens, self.cached_tokens = cached.prompt_tokens, cached.claimed_tokens
+        return agents
+
+    def _engines(self) -> list[FakeEngine]:
+        lives = self.graves + [self.lives[node] for node in sorted(self.lives)]
+        return [life.engine for life in lives if life.engine is not None]
+
+    def _check_end(self, truth: Truth, cached: CachedChecker) -> None:
+        self.terminal.finish()
+        cached.finish(sum(engine.computed_tokens for engine in self._engines()))
+        references = ReferenceChecker(self.findings)
+        index = IndexChecker(self.findings)
+        router = self.lives[ROUTER].dispatch
+        assert router is not None
+        for node in sorted(self.lives):
+            life = self.lives[node]
+            if life.ledger is not None and life.store is not None:
+                life.ledger.contents(truth)
+                check_store(references, life)
+                held = frozenset(life.store.arena.published())
+                index.compare(life.process, router.index.held(node), held)
+            elif life.host is not None:
+                check_worker(references, life)
+            else:
+                check_router(references, router)
+
+    def counts(self) -> dict[str, int]:
+        """Sums over all lives."""
+        total: dict[str, int] = {}
+
+        def add(name: str, value: object) -> None:
+            if isinstance(value, int):
+                total[name] = total.get(name, 0) + value
+            elif isinstance(value, dict):
+                for key, part in value.items():  # pyright: ignore[reportUnknownVariableType] - counters by outcome
+                    add(f"{name}.{key}", part)
+
+        for life in self.graves + list(self.lives.values()):
+            parts: list[tuple[str, msgspec.Struct]] = []
+            if life.store is not None:
+                parts.append(("store", life.store.stats))
+                add("store.evicted", life.store.arena.evicted)
+            if life.host is not None:
+                parts += [("worker", life.host.stats), ("client", life.host.client.stats)]
+            if life.dispatch is not None:
+                parts.append(("router", life.dispatch.stats))
+            for name, stats in parts:
+                for key, value in msgspec.structs.asdict(stats).items():
+                    add(f"{name}.{key}", value)
+        return total
+
+
+def check_store(references: ReferenceChecker, life: Life) -> None:
+    """An idle store node holds blocks, and nothing for anybody but the router's subscription."""
+    assert life.store is not None
+    arena = life.store.arena
+    arena.check()
+    references.zero(
+        life.process, leases=arena.leases, reservations=arena.reservations, quarantined=arena.slots_quarantined
+    )
+    references.same(life.process, "subscriptions", len(life.store.feed), 1)
+
+
+def check_worker(references: ReferenceChecker, life: Life) -> None:
+    """An idle worker holds warm sequences, and nothing else."""
+    assert life.host is not None
+    assert life.engine is not None
+    host, staging = life.host, life.host.client.staging
+    life.engine.check()
+    load = host.load()
+    references.zero(life.process, running=load.running, waiting=load.waiting, jobs=len(host.loop))
+    references.same(life.process, "staging buffers", staging.free, staging.count)
+    warm = len(host._residency)  # pyright: ignore[reportPrivateUsage] - the other view of what the engine has
+    references.same(life.process, "sequences", len(life.engine.sequences), warm)
+    if life.prefill is not None:
+        flights = life.prefill._flights  # pyright: ignore[reportPrivateUsage] - kept for nobody else to see
+        references.zero(life.process, flights=len(flights))
+
+
+def check_router(references: ReferenceChecker, router: object) -> None:
+    """An idle router counts no step as running."""
+    running: dict[NodeId, int] = router._running  # type: ignore[attr-defined]
+    references.zero("router", running=sum(running.values()))
+
+
+def simulate(seed: int, *, mix: Mix = MIX, prepare: Callable[[World], None] | None = None) -> Result:
+    """One run of everything; ``prepare`` may tamper with the world before it starts, to see a checker fail."""
+
+    async def main() -> Result:
+        world = World(seed)
+        if prepare is not None:
+            prepare(world)
+        root = logging.getLogger()
+        level = root.level
+        root.setLevel(min(level, logging.ERROR) if root.handlers else logging.ERROR)
+        root.addHandler(world.bugs)
+        try:
+            agents = await world.run(make_traces(seed, mix, VOCAB))
+        finally:
+            root.removeHandler(world.bugs)
+            root.setLevel(level)
+        return Result(
+            seed=seed,
+            findings=tuple(world.findings.lines),
+            digest=world.loop.digest(),
+            virtual_s=clock.now_s(),
+            faults=world.plan.faults,
+            finished=agents.finished,
+            failed=agents.failed,
+            hung_up=agents.hung_up,
+            prompt_tokens=world.prompt_tokens,
+            cached_tokens=world.cached_tokens,
+            counts=world.counts(),
+        )
+
+    return virtual.run(main, seed)
