@@ -205,7 +205,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    functions: Any = environment.globals
+    functions.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
 
 
