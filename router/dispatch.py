@@ -102,7 +102,10 @@ class Dispatch:
             self.stats.steps_failed += 1
             raise
         finally:
-            self.stats.steps_aborted += not ended
+            if not ended:
+                # The API ends a step that way at a stop string, too: what was computed is still worth coming back to.
+                self.stats.steps_aborted += 1
+                run.remember()
             self.traces.end(request.trace, final=request.final)
 
     async def _attempts(self, run: "_Run") -> AsyncGenerator[Output | Finished, None]:
@@ -178,6 +181,7 @@ class Dispatch:
             sampling=request.sampling,
         )
         context = CallContext(trace=request.trace, step=request.step)
+        retained = 0
         self._running[node] += 1
         replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
         try:
@@ -186,9 +190,10 @@ class Dispatch:
                     case Tokens(ids, usage):
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
+                        retained = len(request.prompt) + len(run.emitted) - 1
                         yield Output(tokens, usage)
                     case StepDone(reason, usage, retained_tokens):
-                        run.trace.warm = Warm(node, placement.decode.generation, retained_tokens)
+                        retained = retained_tokens
                         yield Finished(reason, usage)
                         return
                     case _:
@@ -196,6 +201,8 @@ class Dispatch:
             raise ProtocolError(f"{node} ended a step without a terminal message")
         finally:
             self._running[node] -= 1
+            if retained:
+                run.trace.warm = Warm(node, placement.decode.generation, retained)
             await replies.aclose()
 
     def _count(self, run: "_Run", usage: StepUsage) -> None:
@@ -246,6 +253,8 @@ class _Run:
 
     def remember(self) -> None:
         """The step ended: its trace's context is the prompt and the output, whose last token has no KV."""
+        if not self.emitted:
+            return
         parent = self.hashes[-1] if self.hashes else self._root
         rest = self.request.prompt[len(self.hashes) * self.block_tokens :] + self.emitted[:-1]
         hashes = self.hashes + chain(parent, pack_tokens(rest), self.block_tokens)

@@ -210,6 +210,7 @@ class Generation:
                         prompt=prompt.ids,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k)),
                         salt=opts.salt,
+                        decode=identity.decode,
                         final=identity.final,
                     )
                 )

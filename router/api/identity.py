@@ -9,7 +9,7 @@ import msgspec
 from blake3 import blake3
 
 from router.api.errors import bad_request
-from tracehaul.wire.ids import TraceId
+from tracehaul.wire.ids import NodeId, TraceId
 
 ID_CHARACTERS_MAX = 128
 _ID = re.compile(rf"[A-Za-z0-9._:/@+=-]{{1,{ID_CHARACTERS_MAX}}}", re.ASCII)
@@ -32,6 +32,8 @@ class Identity(msgspec.Struct, frozen=True):
     trace: TraceId
     parent: TraceId | None
     final: bool
+    decode: NodeId | None = None
+    """The decode worker that an operator asked for."""
 
 
 class TraceFields(msgspec.Struct, frozen=True):
@@ -81,7 +83,8 @@ def identify(headers: Mapping[str, str], fields: TraceFields, responses: Respons
     if parent is None and (session := headers.get("x-dynamo-parent-session-id")):
         parent = foreign_id(session)
     final = _flag(headers, "x-trace-final") or _flag(headers, "x-dynamo-session-final")
-    return Identity(trace or TraceId(fresh), parent, final)
+    decode = headers.get("x-decode-worker")
+    return Identity(trace or TraceId(fresh), parent, final, NodeId(decode) if decode else None)
 
 
 def foreign_id(value: str) -> TraceId:

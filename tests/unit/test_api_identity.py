@@ -86,3 +86,7 @@ def test_old_responses_are_forgotten() -> None:
     for name in ("a", "b", "c"):
         responses.put(name, TraceId(name))
     assert [responses.get(name) for name in ("a", "b", "c")] == [None, "b", "c"]
+
+
+def test_an_operator_names_a_decode_worker() -> None:
+    assert of({"x-decode-worker": "decode-1"}).decode == "decode-1"
