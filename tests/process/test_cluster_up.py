@@ -14,7 +14,7 @@ import pytest
 from cluster.rundir import RunDir, alive
 from tracehaul.runtime import clock
 
-SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB"]
+SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB", "--dtype", "float32"]
 
 
 def tracehaul(*args: str | Path, timeout_s: float = 100.0) -> subprocess.CompletedProcess[str]:
