@@ -19,7 +19,8 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.wire.errors import ClusterError, ContextTooLong, ProtocolError, Unavailable
 from tracehaul.wire.hashing import chain, pack_tokens, salted, unpack_tokens
 from tracehaul.wire.ids import BlockHash, NodeId
-from tracehaul.wire.messages import DecodeStep, NodeInfo, StepDone, StepUsage, Tokens
+from tracehaul.wire.messages import DecodeStep, FinishReason, NodeInfo, StepDone, StepUsage, Tokens
+from worker.iteration import finish_reason
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,10 @@ class Dispatch:
                     yield event
                 return
             except ClusterError as error:
+                reason = run.ended()
+                if reason is not None and run.usage is not None:  # only the terminal message was lost
+                    yield Finished(reason, msgspec.structs.replace(run.usage, output_tokens=len(run.emitted)))
+                    return
                 failures = 1 if len(run.emitted) > before else failures + 1
                 if not error.retriable or failures >= self._config.attempts_max:
                     raise
@@ -181,6 +186,7 @@ class Dispatch:
             sampling=request.sampling,
         )
         context = CallContext(trace=request.trace, step=request.step)
+        run.context_max = info.context_max
         retained = 0
         self._running[node] += 1
         replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
@@ -191,10 +197,10 @@ class Dispatch:
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
                         retained = len(request.prompt) + len(run.emitted) - 1
-                        yield Output(tokens, usage)
+                        yield Output(tokens, usage and run.account(usage))
                     case StepDone(reason, usage, retained_tokens):
                         retained = retained_tokens
-                        yield Finished(reason, usage)
+                        yield Finished(reason, run.account(usage))
                         return
                     case _:
                         raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
@@ -226,6 +232,10 @@ class _Run:
         self.request = request
         self.trace = trace
         self.emitted: list[int] = []
+        self.usage: StepUsage | None = None
+        """Of all attempts so far, as far as workers told."""
+        self.context_max = 0
+        """Of the worker that ran the last attempt."""
         self.home_lost = False
         self.hashes: list[BlockHash] = []
         """Of the prompt's full blocks."""
@@ -238,6 +248,21 @@ class _Run:
         if root != self._root:
             self._root, self.block_tokens = root, worker.block_tokens
             self.hashes = chain(root, pack_tokens(self.request.prompt), worker.block_tokens)
+
+    def account(self, usage: StepUsage) -> StepUsage:
+        """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
+        if self.usage is not None:
+            computed_from = min(usage.computed_from, self.usage.computed_from)
+            usage = msgspec.structs.replace(usage, computed_from=computed_from)
+        self.usage = usage
+        return usage
+
+    def ended(self) -> FinishReason | None:
+        """Why nothing may follow what was emitted; None if something must."""
+        if not self.emitted:
+            return None
+        length = len(self.request.prompt) + len(self.emitted)
+        return finish_reason(self.emitted[-1], len(self.emitted), length, self.request.sampling, self.context_max)
 
     def recomputed(self, usage: StepUsage) -> tuple[int, LossReason]:
         """Tokens of full blocks that the trace's last step left and that somebody computed again, and why."""
