@@ -131,7 +131,8 @@ class FrameReader:
         frames: list[Frame] = []
         start = 0
         while (end := self._frame_end(start)) is not None:
-            frames.append(_unpack(self._buffer[start + _LENGTH_BYTES : end]))
+            with memoryview(self._buffer)[start + _LENGTH_BYTES : end] as body:
+                frames.append(_unpack(body))
             self._limit = self._frame_bytes_max
             start = end
         if start:
@@ -149,7 +150,7 @@ class FrameReader:
         return end if len(self._buffer) >= end else None
 
 
-def _unpack(body: bytearray) -> Frame:
+def _unpack(body: memoryview) -> Frame:
     try:
         return _decoder.decode(body)
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors

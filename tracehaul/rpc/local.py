@@ -148,7 +148,7 @@ class LocalNetwork:
         return pipe.local in self._frozen or pipe.remote in self._frozen
 
     def forget_pipe(self, pipe: "_LocalPipe") -> None:
-        """That end is closed."""
+        """Both ends are closed."""
         self._pipes.pop(pipe, None)
 
     def forget_server(self, server: "LocalServer") -> None:
@@ -242,6 +242,11 @@ class _LocalPipe:
         self._last_due_s = 0.0
         self._pending: asyncio.Handle | None = None
 
+    @property
+    def closed(self) -> bool:
+        """This end sends nothing more, and takes nothing."""
+        return self._closed
+
     def send(self, frame: Frame) -> None:
         if self._closed:
             return
@@ -328,7 +333,9 @@ class _LocalPipe:
 
     def _end(self, reason: str) -> None:
         self._closed = True
-        self._network.forget_pipe(self)
+        if self.peer is not None and self.peer.closed:  # until then, frames may be held for a thaw
+            self._network.forget_pipe(self)
+            self._network.forget_pipe(self.peer)
         if self.session is not None:
             lost = f"connection to {self.remote} lost: {reason}"
             self._loop.call_soon(self.session.lost, lost, context=self.context)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 
 from tracehaul.rpc.base import CallContext, Service
@@ -15,6 +15,7 @@ log = Log(__name__)
 
 _HANDLERS_END_S = 5.0
 """How long a closing server waits for handlers that resist their cancellation."""
+_BURST_ITEMS = 64
 _MESSAGE_CHARS_MAX = 2000
 """An error's text is cut to this on the wire."""
 
@@ -62,6 +63,9 @@ class ServerSession(Session):
             raise ProtocolError(f"call {frame.id} after call {self._last_id}")
         self._last_id = frame.id
         if self._running >= self._limits.handlers_max:
+            if self._gate is not None:  # it asks without taking answers: even refusals would pile up
+                self._end(PeerLost("peer takes no answers and asks for more"))
+                return
             self._fail(frame.id, Overloaded(f"{self._running} calls run on this connection"))
             return
         self._running += 1
@@ -83,10 +87,10 @@ class ServerSession(Session):
                 self._fail(frame.id, ClusterError("the handler was cancelled"))
             raise
         except ClusterError as error:
-            self._fail(frame.id, error)
+            await self._refuse(frame.id, error)
         except Exception as error:  # a bug in the service: it must not reach other calls
             log.error("handler crashed", error=error, request=type(frame.request).__name__, peer=self._peer)
-            self._fail(frame.id, ClusterError(f"internal error in {type(frame.request).__name__}"))
+            await self._refuse(frame.id, ClusterError(f"internal error in {type(frame.request).__name__}"))
 
     async def _call(self, frame: Call) -> None:
         context = CallContext(frame.trace, frame.step, self._peer, frame.timeout_s)
@@ -101,12 +105,21 @@ class ServerSession(Session):
         await self._writable()
         self._pipe.send(Reply(frame.id, reply))
 
+    async def _refuse(self, call_id: int, error: ClusterError) -> None:
+        with suppress(PeerLost):
+            await self._writable()
+            self._fail(call_id, error)
+
     async def _stream(self, frame: Open) -> None:
         context = CallContext(frame.trace, frame.step, self._peer)
         async with aclosing(self._service.stream(frame.request, context)) as replies:
+            sent = 0
             async for reply in replies:
                 await self._writable()
                 self._pipe.send(Item(frame.id, reply))
+                sent += 1
+                if sent % _BURST_ITEMS == 0:
+                    await asyncio.sleep(0)  # a handler that never waits must not starve the others
         self._pipe.send(End(frame.id))
 
     def _fail(self, call_id: int, error: ClusterError) -> None:

@@ -155,14 +155,10 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
     def pause_writing(self) -> None:
         if self.session is not None:
             self.session.pause_writing()
-        if isinstance(self.session, ServerSession) and self._transport is not None:
-            self._transport.pause_reading()  # who does not take answers may not ask for more
 
     def resume_writing(self) -> None:
         if self.session is not None:
             self.session.resume_writing()
-        if isinstance(self.session, ServerSession) and self._transport is not None:
-            self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._close_timer is not None:
