@@ -40,6 +40,11 @@ Over = Callable[[TransferError | None], None]
 class Agent(Protocol):
     """The few things that a NIXL agent does for us. Raises TransferLost for a broken connection, else TransferError."""
 
+    @property
+    def wake_fds(self) -> Sequence[int]:
+        """Descriptors that become readable when it may be worth looking; none if there is no telling."""
+        ...
+
     def register(self, address: int, nbytes: int) -> bytes:
         """Register memory of this process; the metadata that peers need to reach all that is registered."""
         ...
@@ -132,6 +137,11 @@ class Exchange:
         """Notifications that made no sense."""
         self.refused = 0
         """Pull requests that were answered with a failure."""
+
+    @property
+    def wake_fds(self) -> Sequence[int]:
+        """See :class:`Agent`."""
+        return self._agent.wake_fds
 
     def register(self, address: int, nbytes: int) -> NixlPayload:
         """Make memory of this process reachable, and serve pulls from it."""

@@ -28,7 +28,7 @@ from tracehaul.transfer.poller import Poller
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.messages import RegionDescriptor
 
-PROGRESS_DELAY_US = 5000
+PROGRESS_DELAY_US = 100_000
 """How long the library's progress thread waits for events at most; with 0 it would spin."""
 TRANSFERS_MAX = 4096
 """Most transfers of one process at once, quarantined ones included."""
@@ -77,16 +77,24 @@ class NixlAgent:
         self.config.useListenThread = False
         self.config.pthrDelay = PROGRESS_DELAY_US
         self.config.syncMode = self._nixl.NIXL_THREAD_SYNC_STRICT
+        before = _event_fds()
         try:
             self._agent = self._nixl.nixlAgent(name, self.config)
             self._backends = [self._agent.createBackend("UCX", {})]
         except self._errors as error:
             raise TransferError(f"NIXL cannot start: {error}") from error
+        # UCX waits for its events in descriptors of its own, which NIXL does not give out. They are only a hint:
+        # one too many costs a look in vain, one too few a longer nap. Copies, so that closing stays its business.
+        self._wake_fds = [os.dup(fd) for fd in sorted(_event_fds() - before)]
 
     @property
     def strict(self) -> bool:
         """Whether the library guards itself against its own progress thread."""
         return self.config.syncMode == self._nixl.NIXL_THREAD_SYNC_STRICT
+
+    @property
+    def wake_fds(self) -> Sequence[int]:
+        return self._wake_fds
 
     def register(self, address: int, nbytes: int) -> bytes:
         regions = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(address, nbytes, 0, "")])
@@ -149,6 +157,8 @@ class NixlAgent:
             with contextlib.suppress(*self._errors):
                 self._agent.deregisterMem(regions, self._backends)
         del self._agent
+        for fd in self._wake_fds:
+            os.close(fd)
 
     def _translated(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -257,8 +267,9 @@ class NixlTransfer:
 
 def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
     """One-sided reads where UCX may use RDMA (``devices`` of this machine); requests over anything else."""
-    chosen = frozenset(environ.get("UCX_TLS", "all").split(","))
-    transports = "all" in chosen or not chosen.isdisjoint(RDMA_TLS)
+    tls = environ.get("UCX_TLS", "all")
+    chosen = frozenset(tls.split(","))
+    transports = "all" in chosen or tls.startswith("^") or not chosen.isdisjoint(RDMA_TLS)
     nets = frozenset(net.split(":")[0] for net in environ.get("UCX_NET_DEVICES", "all").split(","))
     reachable = devices if "all" in nets else devices & nets
     return "read" if transports and reachable else "request"
@@ -268,6 +279,16 @@ def rdma_devices() -> frozenset[str]:
     """Names of this machine's RDMA devices."""
     folder = Path("/sys/class/infiniband")
     return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
+
+
+def _event_fds() -> set[int]:
+    """This process's epoll descriptors."""
+    fds: set[int] = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventpoll]":
+                fds.add(int(fd))
+    return fds
 
 
 def _over(loop: asyncio.AbstractEventLoop, work: asyncio.Future[None], error: TransferError | None) -> None:

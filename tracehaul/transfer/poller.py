@@ -1,11 +1,15 @@
 """The one thread that touches a NIXL agent: transports hand it commands, it hands back results.
 
 NIXL must not be used by two threads, some of its calls block, and none of its events can be awaited, so it is
-polled: often while things happen, ever more seldom while nothing does.
+polled: often while things happen, ever more seldom while nothing does, and hardly at all once the agent's own file
+descriptors can tell when to look again.
 """
 
+import contextlib
 import logging
+import os
 import queue
+import select
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,15 +19,19 @@ from tracehaul.runtime import clock
 from tracehaul.transfer.exchange import Agent, Exchange
 from tracehaul.wire.errors import TransferError, TransferLost
 
-NAP_MIN_S = 100e-6
-NAP_MAX_S = 5e-3
-"""Also the longest that a peer's first request after a quiet time can lie unseen."""
+NAP_MIN_S = 200e-6
 NAP_SHARE = 0.05
 """Nap for this share of the time since something last happened: adds that much delay, at most."""
-COMMANDS_MAX = 16384
+QUIET_S = 0.05
+"""Without an event for so long, wait for one by the agent's file descriptors, where it has them."""
+BLIND_NAP_MAX_S = 5e-3
+"""Longest nap where it has none: how long a peer's first request after a quiet time can lie unseen."""
+WATCHFUL_NAP_MAX_S = 0.1
+"""Longest nap where it has: probes and quarantines are looked after at least so often."""
 COMMAND_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
+Command = Callable[[Exchange], None]
 _log = logging.getLogger(__name__)
 
 
@@ -37,28 +45,26 @@ class Poller:
             TransferError: it cannot be made.
         """
         self._make_agent = make_agent
-        self._commands: queue.Queue[Callable[[Exchange], None]] = queue.Queue(COMMANDS_MAX)
-        self._wake = threading.Event()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._started: Future[Exchange] = Future()
         self._thread = threading.Thread(target=self._main, name=f"nixl-{name}", daemon=True)
         self._thread.start()
         self.exchange = self._started.result(timeout=COMMAND_TIMEOUT_S)
 
-    def submit(self, command: Callable[[Exchange], None]) -> None:
+    def submit(self, command: Command) -> None:
         """Have ``command`` called in the thread, soon and in order. It must not raise.
+
+        The queue has no limit of its own: a transfer submits two commands in its life, and transfers are limited.
 
         Raises:
             TransferLost: the thread has ended.
-            TransferError: too many commands wait.
         """
         if self._stopping or not self._thread.is_alive():
             raise TransferLost("this side closed its transport")
-        try:
-            self._commands.put_nowait(command)
-        except queue.Full:
-            raise TransferError(f"{COMMANDS_MAX} commands wait for the data plane") from None
-        self._wake.set()
+        self._commands.put(command)
+        os.eventfd_write(self._wake_fd, 1)
 
     def ask(self, question: Callable[[Exchange], T]) -> T:
         """Result of ``question`` in the thread; its exception propagates. Blocks, usually for some milliseconds."""
@@ -76,11 +82,14 @@ class Poller:
     def stop(self) -> None:
         """Destroy the agent and end every transfer; :meth:`join` waits for it."""
         self._stopping = True
-        self._wake.set()
+        os.eventfd_write(self._wake_fd, 1)
 
     def join(self) -> None:
         """Block until the thread has ended, at most COMMAND_TIMEOUT_S."""
         self._thread.join(COMMAND_TIMEOUT_S)
+        if not self._thread.is_alive() and self._wake_fd >= 0:
+            os.close(self._wake_fd)
+            self._wake_fd = -1
 
     def _main(self) -> None:
         try:
@@ -98,24 +107,43 @@ class Poller:
             reason = TransferError("the data plane of this process failed")
             self._stopping = True
         exchange.close(reason)
-        self._drain(exchange)
+        self._run(exchange)
 
     def _loop(self, exchange: Exchange) -> None:
+        anything = select.poll()
+        for fd in (self._wake_fd, *exchange.wake_fds):
+            anything.register(fd, select.POLLIN)
+        nap_max_s = WATCHFUL_NAP_MAX_S if exchange.wake_fds else BLIND_NAP_MAX_S
         last_s = clock.perf_s()
-        while not self._stopping:
-            commanded = self._drain(exchange)
+        command: Command | None = None
+        while True:
+            commanded = self._run(exchange, command)
+            if self._stopping:
+                return
             now_s = clock.perf_s()
             if exchange.step(now_s) or commanded:
                 last_s = now_s
-            if self._wake.wait(min(NAP_MAX_S, max(NAP_MIN_S, (now_s - last_s) * NAP_SHARE))):
-                self._wake.clear()
+            quiet_s = now_s - last_s
+            command = None
+            if quiet_s > QUIET_S:
+                woken = [fd for fd, _ in anything.poll(nap_max_s * 1000)]
+                if self._wake_fd in woken:
+                    os.eventfd_read(self._wake_fd)
+                if woken:
+                    last_s = clock.perf_s()
+                continue
+            # While things happen the agent's descriptors are nearly always readable, and poll counts in milliseconds.
+            with contextlib.suppress(queue.Empty):
+                command = self._commands.get(timeout=max(NAP_MIN_S, quiet_s * NAP_SHARE))
 
-    def _drain(self, exchange: Exchange) -> bool:
+    def _run(self, exchange: Exchange, command: Command | None = None) -> bool:
+        """Carry out ``command`` and all that wait; whether there was any."""
         commanded = False
         while True:
+            if command is not None:
+                command(exchange)
+                commanded = True
             try:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return commanded
-            command(exchange)
-            commanded = True

@@ -1,0 +1,232 @@
+"""A process with one transport and one memory, told over pipes what to do; and the handle its parent holds.
+
+Run as a program it is the process: one JSON command per line in, one JSON reply per line out, many at once.
+"""
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import json
+import mmap
+import os
+import resource
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+
+from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.base import Copy, Region, Transfer, TransferTimedOut
+from tracehaul.transfer.memory import allocate
+from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.messages import RegionDescriptor
+
+
+class Failed(Exception):
+    """A transfer failed in the other process, with this error code."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+class Call:
+    """A command that was sent and not awaited yet."""
+
+    def __init__(self, peer: "Peer", number: int) -> None:
+        self._peer = peer
+        self._number = number
+
+    def result(self) -> Any:
+        """Wait for the reply."""
+        return self._peer.reply(self._number)
+
+
+class Peer:
+    """The parent's handle on such a process."""
+
+    def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request") -> None:
+        self._numbers = itertools.count()
+        self._replies: dict[int, Any] = {}
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"},
+            text=True,
+            bufsize=1,
+        )
+        self._hello: RegionDescriptor | None = None
+
+    @property
+    def descriptor(self) -> RegionDescriptor:
+        """Waits until the process is up."""
+        if self._hello is None:
+            assert self.process.stdout is not None
+            hello = json.loads(self.process.stdout.readline())
+            self._hello = unpack_descriptor(hello["descriptor"])
+            with open(f"/proc/{self.process.pid}/fd/{hello['fd']}", "r+b") as file:
+                self._memory = mmap.mmap(file.fileno(), 0)
+        return self._hello
+
+    def send(self, do: str, **arguments: Any) -> Call:
+        """Send a command."""
+        _ = self.descriptor
+        number = next(self._numbers)
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"number": number, "do": do, **arguments}) + "\n")
+        return Call(self, number)
+
+    def reply(self, number: int) -> Any:
+        """Wait for one reply; others are kept."""
+        while number not in self._replies:
+            assert self.process.stdout is not None
+            line = self.process.stdout.readline()
+            assert line, f"the process ended with {self.process.wait()}"
+            message = json.loads(line)
+            self._replies[message["number"]] = message
+        message = self._replies.pop(number)
+        if "error" in message:
+            raise Failed(message["error"], message["message"])
+        return message["value"]
+
+    def start_read(self, remote: RegionDescriptor, copies: list[Copy], timeout_s: float = 10.0) -> Call:
+        return self.send("read", remote=pack_descriptor(remote), copies=copies, timeout_s=timeout_s)
+
+    def start_write(self, remote: RegionDescriptor, copies: list[Copy], timeout_s: float = 10.0) -> Call:
+        return self.send("write", remote=pack_descriptor(remote), copies=copies, timeout_s=timeout_s)
+
+    def read(self, remote: RegionDescriptor, copies: list[Copy], timeout_s: float = 10.0) -> None:
+        self.start_read(remote, copies, timeout_s).result()
+
+    def write(self, remote: RegionDescriptor, copies: list[Copy], timeout_s: float = 10.0) -> None:
+        self.start_write(remote, copies, timeout_s).result()
+
+    def poke(self, offset: int, data: bytes) -> None:
+        """Set bytes of its memory, whatever state the process is in."""
+        _ = self.descriptor
+        self._memory[offset : offset + len(data)] = data
+
+    def peek(self, offset: int, nbytes: int) -> bytes:
+        """Bytes of its memory, whatever state the process is in."""
+        _ = self.descriptor
+        return self._memory[offset : offset + nbytes]
+
+    def settled(self, timeout_s: float) -> bool:
+        """Whether all transfers that timed out have settled, or do so within ``timeout_s``."""
+        return self.send("settled", timeout_s=timeout_s).result()
+
+    def ask(self, attribute: str) -> Any:
+        """A plain attribute of the transport."""
+        return self.send("attribute", name=attribute).result()
+
+    def close_transfer(self) -> None:
+        self.send("close").result()
+
+    def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        """Kill it and close the pipes; harmless if it is dead."""
+        self.kill()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+def pack_descriptor(remote: RegionDescriptor) -> str:
+    return base64.b64encode(msgspec.msgpack.encode(remote)).decode()
+
+
+def unpack_descriptor(text: str) -> RegionDescriptor:
+    return msgspec.msgpack.decode(base64.b64decode(text), type=RegionDescriptor)
+
+
+def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
+    if kind == "shm":
+        from tracehaul.transfer.shm import ShmTransfer
+
+        return ShmTransfer(owner, ThreadOffload("copy"))
+    from tracehaul.transfer.nixl import NixlTransfer
+
+    assert pull in ("read", "request")
+    return NixlTransfer(owner, "read" if pull == "read" else "request")
+
+
+class Program:
+    """The process's side."""
+
+    def __init__(self, transfer: Transfer, region: Region) -> None:
+        self.transfer = transfer
+        self.region = region
+        self.settling: list[asyncio.Future[None]] = []
+
+    async def handle(self, command: dict[str, Any]) -> None:
+        reply: dict[str, Any] = {"number": command["number"]}
+        try:
+            reply["value"] = await self.do(command)
+        except ClusterError as error:
+            if isinstance(error, TransferTimedOut):
+                self.settling.append(error.settled)
+            reply |= {"error": error.code, "message": str(error)}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+    async def do(self, command: dict[str, Any]) -> Any:
+        match command["do"]:
+            case "read" | "write" as way:
+                move = self.transfer.read if way == "read" else self.transfer.write
+                copies = [Copy(*copy) for copy in command["copies"]]
+                remote = unpack_descriptor(command["remote"])
+                start_s = asyncio.get_running_loop().time()
+                await move(remote, self.region, copies, timeout_s=command["timeout_s"])
+                return asyncio.get_running_loop().time() - start_s
+            case "settled":
+                if self.settling:
+                    await asyncio.wait(self.settling, timeout=command["timeout_s"])
+                return all(future.done() for future in self.settling)
+            case "attribute":
+                return getattr(self.transfer, command["name"])
+            case "cpu":
+                usage = resource.getrusage(resource.RUSAGE_SELF)
+                return usage.ru_utime + usage.ru_stime
+            case "close":
+                await self.transfer.close()
+            case other:
+                raise AssertionError(other)
+
+
+async def serve(program: Program) -> None:
+    reader = asyncio.StreamReader(limit=1 << 24)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    tasks: set[asyncio.Task[None]] = set()
+    while line := await reader.readline():
+        task = asyncio.create_task(program.handle(json.loads(line)))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+
+def main() -> None:
+    kind, owner, nbytes, pull = sys.argv[1:]
+    transfer = make_transfer(kind, owner, pull)
+    memory = allocate(int(nbytes), "peer")
+    region = transfer.register(memory)
+    sys.stdout.write(json.dumps({"descriptor": pack_descriptor(region.descriptor), "fd": memory.fd}) + "\n")
+    sys.stdout.flush()
+    asyncio.run(serve(Program(transfer, region)))
+
+
+if __name__ == "__main__":
+    main()
