@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from tracehaul.rpc.peers import Peers
@@ -97,6 +97,27 @@ class StoreNodes:
             self.failed(view)
             raise
         return reply
+
+    async def acquire(
+        self,
+        view: StoreNodeView,
+        request: Request,
+        reply_type: type[R],
+        timeout_s: float,
+        undo: Callable[[R], Request],
+    ) -> R:
+        """As :meth:`call`, for what must be given back: if the wait is cancelled, ``undo`` follows the reply."""
+        calling = asyncio.get_running_loop().create_task(self.call(view, request, reply_type, timeout_s))
+
+        def give_back(done: asyncio.Task[R]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.notify(view, undo(done.result()))
+
+        try:
+            return await asyncio.shield(calling)
+        except asyncio.CancelledError:
+            calling.add_done_callback(give_back)
+            raise
 
     async def attach(self, view: StoreNodeView, timeout_s: float) -> tuple[Plane, RegionDescriptor]:
         """How to copy to and from a node's arena; asked once per life.

@@ -66,7 +66,8 @@ class Reader:
         plane, remote = await self._nodes.attach(view, left_s(deadline_s))
         sent_s = clock.now_s()
         lease = Lease(tuple([item.hash for item in wanted]), deadline_s - sent_s)
-        leased = await self._nodes.call(view, lease, Leased, deadline_s - sent_s)
+        timeout_s = deadline_s - sent_s
+        leased = await self._nodes.acquire(view, lease, Leased, timeout_s, lambda leased: Release(leased.lease))
         try:
             if len(leased.blocks) != len(wanted):
                 raise ProtocolError(f"{view.node} leased {len(leased.blocks)} blocks of {len(wanted)}")

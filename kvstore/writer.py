@@ -85,24 +85,15 @@ class Writer:
         """All of it on one node. Raises ClusterError if the node does not see it through."""
         await self._nodes.attach(view, left_s(deadline_s))  # first: a slot that cannot be written is of no use
         specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for block in blocks])
-        reserved = await self._nodes.call(view, Reserve(specs), Reserved, left_s(deadline_s))
+
+        def undo(reserved: Reserved) -> Abandon:
+            return _abandon(_fills(blocks, reserved))
+
+        reserved = await self._nodes.acquire(view, Reserve(specs), Reserved, left_s(deadline_s), undo)
         if len(reserved.outcomes) != len(blocks):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(blocks)}")
-        outcomes: list[PutOutcome] = []
-        fills: list[_Filled] = []
-        for index, (block, outcome) in enumerate(zip(blocks, reserved.outcomes, strict=True)):
-            match outcome:
-                case Slot():
-                    fills.append(_Filled(index, block, outcome))
-                    outcomes.append("lost")
-                case Present():
-                    outcomes.append("present")
-                case InFlight():
-                    outcomes.append("in_flight")
-                case Full():
-                    outcomes.append("full")
-                case TooLarge():
-                    outcomes.append("too_large")
+        outcomes: list[PutOutcome] = [_outcome(outcome) for outcome in reserved.outcomes]
+        fills = _fills(blocks, reserved)
         if fills:
             published = await self._fill(view, fills, sums, deadline_s)
             for fill, outcome in zip(fills, published, strict=True):
@@ -141,4 +132,27 @@ class Writer:
             raise
 
     def _abandon(self, view: StoreNodeView, fills: Sequence[_Filled]) -> None:
-        self._nodes.notify(view, Abandon(tuple([(fill.block.hash, fill.slot.generation) for fill in fills])))
+        self._nodes.notify(view, _abandon(fills))
+
+
+def _fills(blocks: Sequence[OutgoingBlock], reserved: Reserved) -> list[_Filled]:
+    places = enumerate(zip(blocks, reserved.outcomes, strict=False))
+    return [_Filled(place, block, slot) for place, (block, slot) in places if isinstance(slot, Slot)]
+
+
+def _abandon(fills: Sequence[_Filled]) -> Abandon:
+    return Abandon(tuple([(fill.block.hash, fill.slot.generation) for fill in fills]))
+
+
+def _outcome(outcome: Slot | Present | InFlight | Full | TooLarge) -> PutOutcome:
+    match outcome:
+        case Slot():
+            return "lost"  # until it is published
+        case Present():
+            return "present"
+        case InFlight():
+            return "in_flight"
+        case Full():
+            return "full"
+        case TooLarge():
+            return "too_large"

@@ -195,7 +195,7 @@ async def put(
 
 
 async def get(
-    client: StoreClient, names: Sequence[str], where: Sequence[str] | None = None, timeout_s: float = TIMEOUT_S
+    client: StoreClient, names: Sequence[str], where: Sequence[str] | None = None, timeout_s: float = 30.0
 ) -> list[bytes | None]:
     buffers = await client.staging.acquire(len(names), TIMEOUT_S)
     try:
@@ -643,6 +643,29 @@ def test_an_aborted_get_keeps_its_buffers_until_the_bytes_have_landed() -> None:
         assert client.staging.quarantined == 0
 
     run("local", case)
+
+
+@pytest.mark.parametrize("patience", range(4))
+def test_an_abort_frees_leases_and_reservations_whenever_it_comes(play: Callable[[Case], None], patience: int) -> None:
+    async def case(world: World) -> None:
+        arena = (await world.start("s0")).node.arena
+        client = await world.client(buffers=4)
+        await put(client, ["a"])
+        for begin, pending in ((get, lambda: arena.leases), (put, lambda: arena.reservations)):
+            for _ in range(5):
+                names = ["a"] if begin is get else ["b"]
+                task = asyncio.create_task(begin(client, names, timeout_s=30.0))
+                while not pending() and not task.done():  # noqa: ASYNC110 - the very next step after it
+                    await asyncio.sleep(0)
+                for _ in range(patience):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await eventually(lambda: arena.leases == arena.reservations == 0)
+                await eventually(lambda: client.staging.free == 4)
+                assert arena.slots_quarantined == 0
+
+    play(case)
 
 
 def test_a_read_past_its_deadline_keeps_its_buffers_until_the_bytes_have_landed() -> None:
