@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -694,7 +695,7 @@ def test_a_client_that_takes_nothing_is_cut_off(kind: str) -> None:
 CHILD = """
 import asyncio, sys
 from tracehaul.rpc.tcp import TcpNetwork
-from tracehaul.wire.messages import Ok, PrefillProgress
+from tracehaul.wire.messages import Exists, Ok, PrefillProgress
 
 class Service:
     async def call(self, request, context):
@@ -702,6 +703,10 @@ class Service:
         return Ok()
 
     async def stream(self, request, context):
+        if isinstance(request, Exists):
+            for number in range(100_000):
+                yield PrefillProgress(number)
+            return
         yield PrefillProgress(1)
         await asyncio.sleep(60)
 
@@ -727,6 +732,7 @@ def child() -> Any:
             process.kill()
 
 
+@pytest.mark.slow
 @every_tcp
 def test_a_stopped_process_is_silent_and_a_killed_one_is_lost(kind: str) -> None:
     async def test(bench: Bench) -> None:
@@ -754,6 +760,27 @@ def test_a_stopped_process_is_silent_and_a_killed_one_is_lost(kind: str) -> None
             assert now_s() - start_s < SOON_S
 
     run(kind, test)
+
+
+@every_tcp
+def test_a_burst_does_not_overload_a_consumer_that_keeps_up(kind: str) -> None:
+    async def test(bench: Bench) -> None:
+        with child() as (_, address):
+            connection = await bench.network.connect(address, timeout_s=SOON_S)
+            bench.connections.append(connection)
+            received: list[Reply] = []
+            stream = connection.stream(Exists(()), idle_timeout_s=SOON_S)
+            received.append(await anext(stream))
+            wait_blocking()
+            await collect(stream, received)
+            assert received == [PrefillProgress(n) for n in range(100_000)]
+
+    run(kind, test)
+
+
+def wait_blocking() -> None:
+    """Stop this process's loop long enough for the socket to fill."""
+    threading.Event().wait(0.5)
 
 
 def test_every_error_code_has_one_class() -> None:

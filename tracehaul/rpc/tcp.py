@@ -19,6 +19,8 @@ log = Log(__name__)
 
 S = TypeVar("S", bound=Session)
 
+_BURST_FRAMES = 256
+"""After so many in one read, handlers and consumers run before the next read."""
 _CLOSE_S = 1.0
 """How long a closing connection may flush."""
 _WRITE_BUFFER_BYTES = 1 << 20
@@ -151,6 +153,20 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
             return
         for frame in frames:
             self.session.received(frame)
+        if len(frames) >= _BURST_FRAMES:
+            self._let_others_run()
+
+    def _let_others_run(self) -> None:
+        # libuv reads a full socket many times in a row: consumers would be overloaded before their first turn
+        assert self._transport is not None
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        assert self._transport is not None
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         if self.session is not None:
