@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import base_url, load_config, load_plan, parse_bytes
-from cluster.rundir import ClusterFault, RunDir
+from cluster.rundir import ClusterFault, RunDir, alive
 from router.steps import NodeStatus
 from tracehaul import __version__
 
@@ -34,6 +34,7 @@ RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
 ]
 DEFAULT_RUN_DIR = Path(".run")
+PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 STATUS_TIMEOUT_S = 5.0
 WIDE_COLUMNS = 110
 
@@ -147,28 +148,36 @@ def status(
 
       tracehaul status --url http://127.0.0.1:8100
     """
-    run = RunDir(run_dir)
+    local = None
     if url is None:
-        url = base_url(load_plan(run).config)
+        local = RunDir(run_dir)
+        url = base_url(load_plan(local).config)
     try:
         answer = httpx.get(f"{url.rstrip('/')}/cluster", timeout=STATUS_TIMEOUT_S, trust_env=False)
         answer.raise_for_status()
         nodes = msgspec.json.decode(answer.content, type=list[NodeStatus])
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ClusterFault(f"no router answers at {url}: {error}") from error
+        raise ClusterFault(
+            f"no router answers at {url}: {error}; the logs of a cluster here are in {run_dir}/logs"
+        ) from error
     except msgspec.DecodeError as error:
         raise ClusterFault(f"{url} answers, but not as a tracehaul router: {error}") from error
     # A pipe has no width to respect.
     console = out if out.is_terminal else Console(width=WIDE_COLUMNS)
-    console.print(_status_table(url, nodes, run, wide=console.width >= WIDE_COLUMNS))
+    console.print(_status_table(url, nodes, local, wide=console.width >= WIDE_COLUMNS))
 
 
-@app.command(hidden=True)
+@app.command()
 def node(
-    name: Annotated[str, typer.Argument(help="Which node of the plan to be, such as decode-0.")],
-    config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")],
+    name: Annotated[str, typer.Argument(help="Which node to be, such as decode-0.")],
+    config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")] = PLAN_FILE,
 ) -> None:
-    """Be one node of a cluster, in the foreground (what `up` starts, one process each)."""
+    """Be one node of a launched cluster, in the foreground: how to bring back one that died.
+
+    Example:
+
+      tracehaul node decode-0
+    """
     from cluster.node import run_node
 
     raise typer.Exit(run_node(name, RunDir(config.absolute().parent)))
@@ -180,14 +189,15 @@ def version() -> None:
     typer.echo(__version__)
 
 
-def _status_table(url: str, nodes: list[NodeStatus], run: RunDir, *, wide: bool) -> Table:
+def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wide: bool) -> Table:
+    """The members as the router sees them; with ``local``, also this machine's processes that are no members."""
     models = sorted({node.info.model for node in nodes if node.info.model})
     table = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("node", "role", "health"):
         table.add_column(column, no_wrap=True)
     for column in ("running", "waiting", "blocks", "MiB used", "generation"):
         table.add_column(column, justify="right", no_wrap=True)
-    if wide:
+    if wide and local:
         table.add_column("metrics", no_wrap=True)
     for node in nodes:
         info, load = node.info, node.load
@@ -204,7 +214,15 @@ def _status_table(url: str, nodes: list[NodeStatus], run: RunDir, *, wide: bool)
             # A generation is the wall clock of a start: as a time of day it can be read.
             f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}Z",
         ]
-        table.add_row(*row, *([run.state(info.node).metrics] if wide else []))
+        table.add_row(*row, *([local.state(info.node).metrics] if wide and local else []))
+    if local is None:
+        return table
+    members = {node.info.node for node in nodes}
+    for record in local.records():
+        if record.name not in members:
+            state = local.state(record.name)
+            health = f"[green]{state.phase}[/]" if alive(record) else "[red]dead[/]"
+            table.add_row(record.name, record.name.rpartition("-")[0], health, *[""] * 5, *([state.metrics] * wide))
     return table
 
 

@@ -50,6 +50,7 @@ def run_node(name: str, run: RunDir) -> int:
         spec = next((spec for spec in nodes_of(plan.config) if spec.name == name), None)
         if spec is None:
             raise ClusterFault(f"the plan has no node {name}")
+        run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
     except (ClusterFault, SourceError, NoMemory, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)

@@ -166,6 +166,17 @@ class RunDir:
         self._write(self.path / "processes" / f"{name}.json", msgspec.json.encode(record))
         return record
 
+    def enter(self, name: str) -> None:
+        """This process is that node from now on.
+
+        Raises:
+            ClusterFault: another one is.
+        """
+        for record in self.records():
+            if record.name == name and record.pid != os.getpid() and alive(record):
+                raise ClusterFault(f"{name} runs already, as process {record.pid}")
+        self.record(name, os.getpid())
+
     def records(self) -> list[ProcessRecord]:
         """All noted processes, by name, running or not."""
         found: list[ProcessRecord] = []

@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import httpx
@@ -87,13 +87,18 @@ def test_a_cluster_from_start_to_end(run: RunDir):
         assert "cannot listen" in refused("up", "--run-dir", run.path.parent / "other", "--port", port, *SMALL)
         assert all(alive(r) for r in records)
 
+        assert "runs already" in tracehaul("node", "store-0", "--config", run.plan_file).stderr.splitlines()[-1]
+        os.kill(next(r.pid for r in records if r.name == "prefill-0"), signal.SIGKILL)
+        wait_until(lambda: "dead" in tracehaul("status", "--run-dir", run.path).stdout)
+        assert "Paris" in ask(port)
+
         assert tracehaul("down", "--run-dir", run.path).returncode == 0
         assert not any(alive(r) for r in records)
         assert bystander.poll() is None
         again = tracehaul("down", "--run-dir", run.path)
         assert (again.returncode, again.stdout) == (0, "Nothing runs here.\n")
         assert "no cluster runs here" in refused("status", "--run-dir", run.path)
-        assert all("ended" in run.log_tail(r.name, 1)[0] for r in records)
+        assert all("ended" in run.log_tail(r.name, 1)[0] for r in records if r.name != "prefill-0")
     finally:
         bystander.kill()
         bystander.wait()
@@ -136,6 +141,14 @@ def test_an_interrupted_launch_leaves_nothing(run: RunDir, how: str):
     assert "Traceback" not in errors
     assert records
     assert not any(alive(r) for r in records)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """A few tries, each as slow as a command."""
+    for _ in range(20):
+        if holds():
+            return
+    raise AssertionError("it never came to hold")
 
 
 def wait_for(run: RunDir, name: str, launch: subprocess.Popen[str]) -> int:

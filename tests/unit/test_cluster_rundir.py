@@ -107,3 +107,15 @@ def test_an_unusable_place_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterFault, match=r"--run-dir"):
         RunDir(tmp_path / "file" / "run").create()
+
+
+def test_a_node_has_one_process_at_a_time(run: RunDir, children: list[subprocess.Popen[bytes]]):
+    first = sleeper(children)
+    run.record("store-0", first.pid)
+    with pytest.raises(ClusterFault, match=rf"store-0 runs already, as process {first.pid}"):
+        run.enter("store-0")
+    first.kill()
+    first.wait()
+    run.enter("store-0")
+    assert [r.pid for r in run.records()] == [os.getpid()]
+    run.enter("store-0")  # the launcher has noted this very process
