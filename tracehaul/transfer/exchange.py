@@ -29,7 +29,7 @@ METADATA_MAX = 64
 """Versions of one peer's metadata remembered as loaded; loading one again is harmless."""
 PROBE_S = 0.1
 GRACE_S = 0.05
-"""Between losing the connection to an owner and calling its pulls lost: what had arrived by then is landed by then."""
+"""Between losing a connection and calling its transfers lost: what had arrived by then is landed by then."""
 
 Way = Literal["read", "write", "pull"]
 """One-sided read, one-sided write, or asking the owner to write."""
@@ -112,10 +112,11 @@ class _Pull(msgspec.Struct, frozen=True):
 
 
 class _Grave(msgspec.Struct, frozen=True):
-    """A pull whose owner is gone, until nothing of it can be on its way here any more."""
+    """What was under way with a peer that is gone, until nothing of it can be on its way here any more."""
 
     until_s: float
-    pull: _Pull
+    peer: str
+    over: Over
 
 
 class Exchange:
@@ -181,7 +182,7 @@ class Exchange:
         if buried:
             self._graves = [grave for grave in self._graves if grave.until_s > now_s]
         for grave in buried:
-            grave.pull.over(TransferLost(f"{grave.pull.peer} is gone"))
+            grave.over(TransferLost(f"{grave.peer} is gone"))
         return bool(heard or ended or buried)
 
     def close(self, reason: TransferError) -> None:
@@ -241,17 +242,21 @@ class Exchange:
     def _poll_flights(self) -> int:
         ended = 0
         for handle, flight in list(self._flights.items()):
+            if handle not in self._flights:
+                continue  # lost with the one before it
             error: TransferError | None = None
             try:
                 if not self._agent.poll(handle):
                     continue
+            except TransferLost:
+                self._lose(flight.peer)
+                ended += 1
+                continue
             except TransferError as failure:
                 error = failure
             ended += 1
             del self._flights[handle]
             self._agent.release(handle)
-            if isinstance(error, TransferLost):
-                self._lose(flight.peer)
             flight.over(error)
         return ended
 
@@ -359,10 +364,13 @@ class Exchange:
         raise TransferError(f"transfers with {PEERS_MAX} peers at once; no more")
 
     def _lose(self, peer: str) -> None:
-        """The connection is broken: nothing more comes from there, and nothing that was asked for is answered."""
-        lost = [id for id, pull in self._pulls.items() if pull.peer == peer]
-        for id in lost:
-            self._graves.append(_Grave(self._now_s + GRACE_S, self._pulls.pop(id)))
+        """The connection is broken: nothing more comes or goes, and nothing that was asked for is answered."""
+        until_s = self._now_s + GRACE_S
+        for id in [id for id, pull in self._pulls.items() if pull.peer == peer]:
+            self._graves.append(_Grave(until_s, peer, self._pulls.pop(id).over))
+        for handle in [handle for handle, flight in self._flights.items() if flight.peer == peer]:
+            self._agent.release(handle)
+            self._graves.append(_Grave(until_s, peer, self._flights.pop(handle).over))
         self._forget(peer)
 
     def _forget(self, peer: str) -> None:

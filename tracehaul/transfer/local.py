@@ -80,6 +80,10 @@ class LocalHub:
         self._regions.pop(owner, None)
         self._gone.add(owner)
 
+    def gone(self, owner: str) -> bool:
+        """Whether ``owner`` lived in this process and does no more."""
+        return owner in self._gone
+
     def knows(self, owner: str) -> bool:
         """Whether ``owner`` lives, or lived, in this process."""
         return owner in self._regions or owner in self._gone
@@ -128,6 +132,8 @@ class LocalTransfer:
     ) -> None:
         if remote.kind != self.kind:
             raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
+        if self._hub.gone(self._owner):
+            raise TransferLost("this side closed its transport")
         self._hub.find(remote)
         nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
         if nbytes == 0:

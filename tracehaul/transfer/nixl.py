@@ -114,7 +114,12 @@ class NixlAgent:
             raise TransferError(f"metadata of {loaded} under the name of {name}")
 
     def _load(self, metadata: bytes) -> str:
-        name: bytes = self._translated("connect", self._agent.loadRemoteMD, metadata)
+        try:
+            name: bytes = self._translated("connect", self._agent.loadRemoteMD, metadata)
+        except TransferError as error:
+            if isinstance(error.__cause__, self._nixl.nixlBackendError):
+                raise TransferLost("NIXL connect: nobody is there") from error
+            raise
         return name.decode(errors="replace")
 
     def remove_peer(self, name: str) -> None:

@@ -71,7 +71,12 @@ class _Mapping:
         with contextlib.ExitStack() as undo:
             self._pidfd = _watch(remote.owner, payload)
             undo.callback(os.close, self._pidfd)
-            self.array = _map(remote, payload)
+            try:
+                self.array = _map(remote, payload)
+            except TransferError as error:
+                if _readable(self._pidfd):  # it died just now, and its memory with it
+                    raise TransferLost(f"{remote.owner} is gone") from error
+                raise
             undo.pop_all()
 
     @property
