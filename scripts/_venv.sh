@@ -35,6 +35,7 @@ phase() {
     trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM HUP
     while kill -0 "$pid" 2>/dev/null; do
         detail=$(grep -oE '^ *(Collecting|Downloading|Building|Preparing|Installing) [^ ,;<>=~!(]+' "$log" | tail -n 1 || true)
+        detail=${detail/Installing collected/Unpacking}
         if [ -t 2 ]; then
             printf '\r\033[K%s  %ds  %s' "$message" $((SECONDS - began)) "${detail#"${detail%%[! ]*}"}" >&2
         elif [ $((tick % 50)) -eq 0 ]; then
