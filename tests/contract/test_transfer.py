@@ -30,7 +30,9 @@ if not hasattr(transfer_peer, "Peer"):
     _spec.loader.exec_module(transfer_peer)
 Failed = transfer_peer.Failed
 
-KINDS = ["local", "shm", "nixl-request", "nixl-read"]
+# Each test with processes of its own starts up to three, and UCX takes its time to look at the machine.
+KINDS = ["local", "shm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nixl-request", "nixl-read"))]
+PAIR_KINDS = ["local", "shm", "nixl-request", pytest.param("nixl-read", marks=pytest.mark.slow)]
 NBYTES = 48 << 20
 
 
@@ -151,7 +153,7 @@ def start(request: pytest.FixtureRequest) -> Iterator[Start]:
     yield from starter(request.param)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=PAIR_KINDS)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
     """Two nodes for tests that leave them as they were."""
     generator = starter(request.param)

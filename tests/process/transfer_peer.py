@@ -55,7 +55,7 @@ class Peer:
             [sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"},
+            env={**{"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"}, **os.environ},
             text=True,
             bufsize=1,
         )

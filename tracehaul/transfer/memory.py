@@ -139,7 +139,7 @@ def available_bytes() -> int:
             continue
         group = Path(path)
         for folder in (group, *group.parents):
-            left = _group_left_bytes(f"{mount}{folder}", limit, usage)
+            left = _group_left_bytes(f"{mount}{folder}".rstrip("/"), limit, usage)
             if left is not None:
                 available.append(left)
     return min(available)

@@ -97,7 +97,7 @@ def unpack_note(data: bytes) -> Note:
         raise TransferError(f"notification of {len(data)} bytes; at most {NOTE_BYTES_MAX}")
     try:
         note = _note.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # ValueError: a key that is not UTF-8
         raise TransferError(f"malformed notification: {error}") from error
     if isinstance(note, PullRequest):
         check_payload(note.into)
@@ -117,7 +117,7 @@ def unpack_payload(remote: RegionDescriptor) -> NixlPayload:
     """
     try:
         payload = _payload.decode(remote.payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # ValueError: a key that is not UTF-8
         raise TransferError(f"unusable descriptor of {remote.owner}: {error}") from error
     check_payload(payload)
     if payload.nbytes != remote.nbytes:

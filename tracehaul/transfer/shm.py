@@ -250,7 +250,7 @@ def host_identity() -> str:
 def _unpack(remote: RegionDescriptor) -> ShmPayload:
     try:
         return msgspec.msgpack.decode(remote.payload, type=ShmPayload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # ValueError: a key that is not UTF-8
         raise TransferError(f"unusable descriptor of {remote.owner}: {error}") from error
 
 
