@@ -141,7 +141,7 @@ class TorchEngine:
 
     def truncate(self, sequence: SequenceId, length: int) -> None:
         it = self._sequences[sequence]
-        assert 0 <= length <= it.length
+        assert 0 <= length <= it.length, f"truncate to {length} of {it.length}"
         it.length = length
 
     def close(self, sequence: SequenceId) -> None:
@@ -268,8 +268,8 @@ class TorchEngine:
         return await asyncio.shield(task)
 
     def _blocks(self, tokens: int) -> int:
-        assert tokens > 0
-        return -(-tokens // self._block_tokens)
+        assert tokens >= 0
+        return max(1, -(-tokens // self._block_tokens))
 
 
 def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[int, int, memoryview]]) -> None:

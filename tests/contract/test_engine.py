@@ -1,0 +1,253 @@
+"""What every engine promises: the same assertions for the fake and for torch on a tiny random model."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tracehaul.engine.base import Engine, SequenceId, Work
+from tracehaul.engine.fake import FakeEngine
+from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
+from tracehaul.wire.messages import Sampling
+
+GREEDY = Sampling(max_tokens=100, temperature=0.0)
+SEEDED = Sampling(max_tokens=100, temperature=1.0, top_p=0.95, seed=7)
+PROMPT = [(7 * at * at + 3 * at) % 200 for at in range(45)]
+OTHER = [(5 * at + 11) % 200 for at in range(20)]
+
+MakeEngine = Callable[[], Awaitable[Engine]]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["fake", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_engine(request: pytest.FixtureRequest, tiny_model: Path) -> MakeEngine:
+    async def make() -> Engine:
+        if request.param == "fake":
+            return FakeEngine()
+        device = "cuda" if request.param == "cuda" else "cpu"
+        config = TorchEngineConfig(
+            model=str(tiny_model), dtype="float32", device=device, threads=1, kv_tokens_max=512, block_tokens=8
+        )
+        return await TorchEngine.load(config)
+
+    return make
+
+
+def with_engine(make_engine: MakeEngine, test: Callable[[Engine], Awaitable[None]]) -> None:
+    async def main() -> None:
+        engine = await make_engine()
+        try:
+            await test(engine)
+        finally:
+            await engine.aclose()
+
+    asyncio.run(main())
+
+
+def opened(engine: Engine, capacity: int) -> SequenceId:
+    sequence = engine.open(capacity)
+    assert sequence is not None
+    return sequence
+
+
+async def generate(
+    engine: Engine, sequence: SequenceId, tokens: list[int], count: int, sampling: Sampling = GREEDY
+) -> list[int]:
+    output: list[int] = []
+    for _ in range(count):
+        (token,) = await engine.run([Work(sequence, tokens, sampling, len(output))])
+        assert token is not None
+        output.append(token)
+        tokens = [token]
+    return output
+
+
+async def packed(engine: Engine, sequence: SequenceId, start: int, tokens: int) -> list[bytearray]:
+    layout = engine.info.layout
+    cuts = range(start, start + tokens, layout.block_tokens)
+    blocks = [bytearray(min(layout.block_tokens, start + tokens - at) * layout.token_bytes) for at in cuts]
+    await engine.pack(sequence, start, tokens, [memoryview(block) for block in blocks])
+    return blocks
+
+
+def test_memory_is_given_counted_and_taken_back(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        everything = engine.free_tokens
+        assert everything == engine.info.kv_tokens_max
+        first = opened(engine, 50)
+        assert engine.capacity(first) >= 50
+        assert engine.length(first) == 0
+        assert engine.free_tokens == everything - engine.capacity(first)
+        assert engine.open(everything) is None
+        rest = opened(engine, engine.free_tokens)
+        assert engine.open(1) is None
+        assert not engine.grow(first, engine.capacity(first) + 1)
+        engine.close(rest)
+        engine.close(first)
+        assert engine.free_tokens == everything
+
+    with_engine(make_engine, test)
+
+
+def test_chunks_give_what_one_shot_gives(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        whole, chunked = opened(engine, 100), opened(engine, 100)
+        expected = await generate(engine, whole, PROMPT, 12)
+        for start, end in ((0, 17), (17, 18), (18, 40)):
+            assert await engine.run([Work(chunked, PROMPT[start:end])]) == [None]
+            assert engine.length(chunked) == end
+        assert await generate(engine, chunked, PROMPT[40:], 12) == expected
+
+    with_engine(make_engine, test)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED])
+def test_a_batch_gives_what_each_gives_alone(make_engine: MakeEngine, sampling: Sampling) -> None:
+    async def test(engine: Engine) -> None:
+        alone = [await generate(engine, opened(engine, 64), tokens, 6, sampling) for tokens in (PROMPT, OTHER)]
+        first, second = opened(engine, 64), opened(engine, 64)
+        got = [await engine.run([Work(first, PROMPT, sampling)]), await engine.run([Work(second, OTHER[:-1])])]
+        output = [[got[0][0]], []]
+        feed = [[got[0][0]], OTHER[-1:]]
+        for _ in range(5):
+            tokens = await engine.run(
+                [
+                    Work(first, feed[0], sampling, len(output[0])),
+                    Work(second, feed[1], sampling, len(output[1])),
+                ]
+            )
+            for at, token in enumerate(tokens):
+                output[at].append(token)
+                feed[at] = [token]
+        assert output[0] == alone[0]
+        assert output[1] == alone[1][:5]
+
+    with_engine(make_engine, test)
+
+
+def test_packed_blocks_continue_in_another_sequence(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        source = opened(engine, 64)
+        await engine.run([Work(source, PROMPT[:-1])])
+        split = 2 * engine.info.layout.block_tokens
+        blocks = await packed(engine, source, 0, split)
+        tail = await packed(engine, source, split, len(PROMPT) - 1 - split)
+        expected = await generate(engine, source, PROMPT[-1:], 8)
+        opened(engine, 8)  # so that the target lies elsewhere
+        target = opened(engine, 64)
+        await engine.unpack(target, 0, split, [memoryview(block) for block in blocks])
+        assert engine.length(target) == split
+        await engine.unpack(target, split, len(PROMPT) - 1 - split, [memoryview(block) for block in tail])
+        assert await packed(engine, target, 0, split) == blocks
+        assert await generate(engine, target, PROMPT[-1:], 8) == expected
+
+    with_engine(make_engine, test)
+
+
+def test_wrong_bytes_change_the_output(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        source = opened(engine, 64)
+        await engine.run([Work(source, OTHER[:16])])
+        blocks = await packed(engine, source, 0, 16)
+        expected = await generate(engine, source, OTHER[16:], 12)
+        wrong = [memoryview(bytes(len(block))) for block in blocks]
+        target = opened(engine, 64)
+        await engine.unpack(target, 0, 16, wrong)
+        assert await generate(engine, target, OTHER[16:], 12) != expected
+
+    with_engine(make_engine, test)
+
+
+def test_truncating_takes_back_tokens(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        sequence = opened(engine, 100)
+        expected = await generate(engine, sequence, PROMPT, 5)
+        engine.truncate(sequence, 20)
+        assert engine.length(sequence) == 20
+        await engine.run([Work(sequence, OTHER)])
+        engine.truncate(sequence, 20)
+        assert await generate(engine, sequence, PROMPT[20:], 5) == expected
+
+    with_engine(make_engine, test)
+
+
+@pytest.mark.parametrize("neighbour", [False, True])
+def test_growing_keeps_the_contents(make_engine: MakeEngine, neighbour: bool) -> None:
+    async def test(engine: Engine) -> None:
+        expected = await generate(engine, opened(engine, 100), PROMPT, 8)
+        sequence = opened(engine, 40)
+        if neighbour:
+            opened(engine, 8)
+        await engine.run([Work(sequence, PROMPT[:40])])
+        assert engine.grow(sequence, 100)
+        assert engine.capacity(sequence) >= 100
+        assert engine.length(sequence) == 40
+        assert await generate(engine, sequence, PROMPT[40:], 8) == expected
+
+    with_engine(make_engine, test)
+
+
+def test_a_cancelled_wait_lets_the_iteration_end(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        expected = await generate(engine, opened(engine, 64), PROMPT, 3)
+        sequence = opened(engine, 64)
+        waiter = asyncio.ensure_future(engine.run([Work(sequence, PROMPT[:30])]))
+        await asyncio.sleep(0)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        other = opened(engine, 64)
+        await engine.run([Work(other, OTHER)])  # waits for the cancelled one
+        assert engine.length(sequence) == 30
+        assert await generate(engine, sequence, PROMPT[30:], 3) == expected
+
+    with_engine(make_engine, test)
+
+
+def test_copies_run_beside_an_iteration(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        first, second, third = (opened(engine, 64) for _ in range(3))
+        await engine.run([Work(first, PROMPT[:32])])
+        blocks = await packed(engine, first, 0, 32)
+        _, again, _ = await asyncio.gather(
+            engine.run([Work(first, PROMPT[32:]), Work(second, OTHER)]),
+            packed(engine, first, 0, 32),
+            engine.unpack(third, 0, 32, [memoryview(block) for block in blocks]),
+        )
+        assert again == blocks
+        assert [engine.length(s) for s in (first, second, third)] == [len(PROMPT), len(OTHER), 32]
+
+    with_engine(make_engine, test)
+
+
+def test_stop_tokens_wait_for_min_tokens(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        (first,) = await generate(engine, opened(engine, 64), PROMPT, 1)
+        masked = Sampling(max_tokens=9, temperature=0.0, stop_tokens=(first,), min_tokens=1)
+        sequence = opened(engine, 64)
+        (instead,) = await engine.run([Work(sequence, PROMPT, masked, 0)])
+        assert instead != first
+        engine.truncate(sequence, len(PROMPT) - 1)
+        assert await engine.run([Work(sequence, PROMPT[-1:], masked, 1)]) == [first]
+
+    with_engine(make_engine, test)
