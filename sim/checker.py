@@ -6,7 +6,8 @@ trusts the code under test for what it can know itself.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from kvstore.node import StoreNode
@@ -19,8 +20,8 @@ from tracehaul.wire.hashing import KVLayout, checksum, next_hash, pack_tokens
 from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, StepId
 from tracehaul.wire.messages import Leased, PrefillDone, Publish, Published, Reply, Reserved, Sampling, Slot, StepDone
 
-FINDINGS_MAX = 100
-"""More of them say nothing new."""
+FINDINGS_MAX = 10
+"""Of one rule; more say nothing new."""
 
 
 class Findings:
@@ -28,10 +29,12 @@ class Findings:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self._count: dict[str, int] = {}
 
     def add(self, rule: str, text: str) -> None:
         """``rule`` was violated."""
-        if len(self.lines) < FINDINGS_MAX:
+        self._count[rule] = self._count.get(rule, 0) + 1
+        if self._count[rule] <= FINDINGS_MAX:
             self.lines.append(f"[{clock.now_s():.6f}] {rule}: {text}")
 
 
@@ -319,6 +322,21 @@ class ReferenceChecker:
         """Two views of one thing must agree."""
         if a != b:
             self._findings.add("references", f"{where}: {what}: {a} is not {b}")
+
+
+class IntegrityChecker:
+    """Each part's own account of itself adds up."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+
+    def check(self, where: str, check: Callable[[], None]) -> None:
+        """``check`` asserts."""
+        try:
+            check()
+        except AssertionError as error:
+            line = traceback.extract_tb(error.__traceback__)[-1].line
+            self._findings.add("integrity", f"{where}: {line} {error}")
 
 
 class IndexChecker:

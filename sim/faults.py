@@ -121,7 +121,7 @@ def make_faults(seed: int, fleet: Fleet, end_s: float) -> FaultPlan:
     rng = random.Random(f"faults {seed}")  # noqa: S311 - reproducible is the point
     if seed % 10 == 0:
         return FaultPlan(faults=(), end_s=end_s, frame_delay_s=0.0005, copy_delay_s=0.0005)
-    count = rng.choice([2, 4, 8, 16])
+    count = rng.choice([2, 4, 8, 16, 32])
     # A run favours some kinds: what only shows when one thing happens again and again gets its chance.
     kinds = [Crash, Freeze, Cut, Break, Slow, Storm, Rot]
     weights = [rng.random() ** 2 for _ in kinds]

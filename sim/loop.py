@@ -65,25 +65,25 @@ class _Future(asyncio.Future[Any]):
 class _Handle(asyncio.Handle):
     """A callback that waits while its process is frozen."""
 
+    _loop: "VirtualLoop"
+
     def _run(self) -> None:
-        if not park(self):
+        if not (self._loop.frozen and park(self, self._loop)):
             super()._run()
 
 
 class _Timer(asyncio.TimerHandle):
     """A timer that fires late if its process is frozen when it is due."""
 
+    _loop: "VirtualLoop"
+
     def _run(self) -> None:
-        if not park(self):
+        if not (self._loop.frozen and park(self, self._loop)):
             super()._run()
 
 
-def park(handle: asyncio.Handle) -> bool:
+def park(handle: asyncio.Handle, loop: "VirtualLoop") -> bool:
     """Keep ``handle`` for later if its process is frozen."""
-    loop = handle._loop
-    assert isinstance(loop, VirtualLoop)
-    if not loop.frozen:
-        return False
     process = handle._context.get(PROCESS, "")
     if process not in loop.frozen:
         return False

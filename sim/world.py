@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvstore.config import StoreConfig
-from router.dispatch import DispatchConfig
+from router.dispatch import Dispatch, DispatchConfig
 from sim import loop as virtual
 from sim.checker import (
     AbortChecker,
@@ -16,6 +16,7 @@ from sim.checker import (
     CachedChecker,
     Findings,
     IndexChecker,
+    IntegrityChecker,
     OutputChecker,
     ProgressChecker,
     ReferenceChecker,
@@ -54,7 +55,9 @@ FAULTS_END_S = 25.0
 START_TIMEOUT_S = 10.0
 PROGRESS_TIMEOUT_S = 400.0
 """From healing to the end of all traces: gaps of half a minute included."""
-IDLE_S = 45.0
+LATE_WRITE_S = 15.0
+"""Longer than any fault holds a copy back: what a store has to be told of its transport."""
+IDLE_S = 25.0
 """From the end of all work to the last timeout of anything that was held for it."""
 
 
@@ -79,7 +82,7 @@ def make_shape(seed: int) -> Shape:
     """Sizes of a cluster: roomy ones, and such that everything is always short of something."""
     rng = random.Random(f"shape {seed}")  # noqa: S311 - reproducible is the point
     longest = context_max(MIX)
-    slots = rng.choice([40, 150, 1000])
+    slots = rng.choice([24, 100, 1000])
     return Shape(
         engine=fake_info(
             context_max=longest, kv_tokens_max=rng.choice([longest, 2 * longest, 6 * longest]), vocab_size=VOCAB
@@ -88,9 +91,9 @@ def make_shape(seed: int) -> Shape:
         store=StoreConfig(
             arena_bytes=slots * 4096,
             slot_bytes=4096,
-            reservation_ttl_s=5.0,
-            lease_ttl_max_s=6.0,
-            late_write_s=15.0,
+            reservation_ttl_s=rng.choice([0.5, 5.0]),
+            lease_ttl_max_s=rng.choice([0.1, 6.0]),
+            late_write_s=LATE_WRITE_S,
         ),
         worker=WorkerConfig(
             chunk_tokens=rng.choice([16, 64]),
@@ -109,13 +112,14 @@ def make_shape(seed: int) -> Shape:
 class World:
     """One run. Attributes are what :class:`sim.nodes.Surroundings` asks for."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, plan: FaultPlan | None = None) -> None:
         self.shape = make_shape(seed)
         self.findings = Findings()
         self.terminal = TerminalChecker(self.findings)
         self.aborts = AbortChecker(self.findings)
+        self.cached = CachedChecker(self.findings)
         self.ledgers: dict[str, SlotChecker] = {}
-        self.plan: FaultPlan = make_faults(seed, FLEET, FAULTS_END_S)
+        self.plan = plan or make_faults(seed, FLEET, FAULTS_END_S)
         self.weather = Weather(seed, self.plan)
         self.network = LocalNetwork(FrameLink(self.weather))
         self.hub = LocalHub(CopyLink(self.weather, self._is_alive))
@@ -127,9 +131,9 @@ class World:
         self.bugs = BugChecker(self.findings)
         self._generation = 0
         self._by_process: dict[str, Life] = {}
-        self._loop = asyncio.get_running_loop()
-        assert isinstance(self._loop, virtual.VirtualLoop)
-        self.loop: virtual.VirtualLoop = self._loop
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, virtual.VirtualLoop)
+        self.loop = loop
 
     # --- life and death -----------------------------------------------------------------------------------
 
@@ -215,10 +219,9 @@ class World:
         """Start, run the traces under faults, heal, wait for the end of all work, check what is left."""
         progress = ProgressChecker(self.findings)
         progress.calm = not self.plan.faults
-        cached = CachedChecker(self.findings)
         truth = Truth(FAKE_LAYOUT)
         aborts = self.aborts if progress.calm else None
-        books = Books(self.terminal, OutputChecker(self.findings), cached, progress, aborts, truth)
+        books = Books(self.terminal, OutputChecker(self.findings), self.cached, progress, aborts, truth)
         agents = Agents(self.gateway, books, VOCAB)
         lives = [self.start(node) for node in ROLES]
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -234,30 +237,32 @@ class World:
         else:
             running.result()
             await asyncio.sleep(IDLE_S)
-            self._check_end(truth, cached)
+            self._check_end(truth)
         self.bugs.uncaught(self.loop.errors)
-        self.prompt_tokens, self.cached_tokens = cached.prompt_tokens, cached.claimed_tokens
         return agents
 
     def _engines(self) -> list[FakeEngine]:
         lives = self.graves + [self.lives[node] for node in sorted(self.lives)]
         return [life.engine for life in lives if life.engine is not None]
 
-    def _check_end(self, truth: Truth, cached: CachedChecker) -> None:
+    def _check_end(self, truth: Truth) -> None:
         self.terminal.finish()
-        cached.finish(sum(engine.computed_tokens for engine in self._engines()))
+        self.cached.finish(sum(engine.computed_tokens for engine in self._engines()))
         references = ReferenceChecker(self.findings)
         index = IndexChecker(self.findings)
+        integrity = IntegrityChecker(self.findings)
         router = self.lives[ROUTER].dispatch
         assert router is not None
         for node in sorted(self.lives):
             life = self.lives[node]
             if life.ledger is not None and life.store is not None:
                 life.ledger.contents(truth)
+                integrity.check(life.process, life.store.arena.check)
                 check_store(references, life)
                 held = frozenset(life.store.arena.published())
                 index.compare(life.process, router.index.held(node), held)
-            elif life.host is not None:
+            elif life.host is not None and life.engine is not None:
+                integrity.check(life.process, life.engine.check)
                 check_worker(references, life)
             else:
                 check_router(references, router)
@@ -292,7 +297,6 @@ def check_store(references: ReferenceChecker, life: Life) -> None:
     """An idle store node holds blocks, and nothing for anybody but the router's subscription."""
     assert life.store is not None
     arena = life.store.arena
-    arena.check()
     references.zero(
         life.process, leases=arena.leases, reservations=arena.reservations, quarantined=arena.slots_quarantined
     )
@@ -304,7 +308,6 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
     assert life.host is not None
     assert life.engine is not None
     host, staging = life.host, life.host.client.staging
-    life.engine.check()
     load = host.load()
     references.zero(life.process, running=load.running, waiting=load.waiting, jobs=len(host.loop))
     references.same(life.process, "staging buffers", staging.free, staging.count)
@@ -315,28 +318,30 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
         references.zero(life.process, flights=len(flights))
 
 
-def check_router(references: ReferenceChecker, router: object) -> None:
+def check_router(references: ReferenceChecker, router: Dispatch) -> None:
     """An idle router counts no step as running."""
-    running: dict[NodeId, int] = router._running  # type: ignore[attr-defined]
+    running = router._running  # pyright: ignore[reportPrivateUsage] - its own view of what it runs
     references.zero("router", running=sum(running.values()))
 
 
-def simulate(seed: int, *, mix: Mix = MIX, prepare: Callable[[World], None] | None = None) -> Result:
-    """One run of everything; ``prepare`` may tamper with the world before it starts, to see a checker fail."""
+def simulate(
+    seed: int, *, mix: Mix = MIX, plan: FaultPlan | None = None, prepare: Callable[[World], None] | None = None
+) -> Result:
+    """One run of everything.
+
+    ``plan`` replaces the seed's own faults; ``prepare`` may tamper with the world before it starts.
+    """
 
     async def main() -> Result:
-        world = World(seed)
+        world = World(seed, plan)
         if prepare is not None:
             prepare(world)
         root = logging.getLogger()
-        level = root.level
-        root.setLevel(min(level, logging.ERROR) if root.handlers else logging.ERROR)
         root.addHandler(world.bugs)
         try:
             agents = await world.run(make_traces(seed, mix, VOCAB))
         finally:
             root.removeHandler(world.bugs)
-            root.setLevel(level)
         return Result(
             seed=seed,
             findings=tuple(world.findings.lines),
@@ -346,8 +351,8 @@ def simulate(seed: int, *, mix: Mix = MIX, prepare: Callable[[World], None] | No
             finished=agents.finished,
             failed=agents.failed,
             hung_up=agents.hung_up,
-            prompt_tokens=world.prompt_tokens,
-            cached_tokens=world.cached_tokens,
+            prompt_tokens=world.cached.prompt_tokens,
+            cached_tokens=world.cached.claimed_tokens,
             counts=world.counts(),
         )
 

@@ -1,0 +1,96 @@
+"""Two hundred runs of the whole cluster under faults; and the same seed is the same run in every process."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from sim.__main__ import replay
+from sim.world import MIX, simulate
+
+TRACES = 8
+SMALL = msgspec.structs.replace(MIX, traces=TRACES)
+CHUNK = 10
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Warnings are what faults are for; thousands of them only slow a run down."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    yield
+    root.setLevel(level)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(20))
+def test_nothing_is_violated_under_faults(chunk):
+    for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        result = simulate(seed, mix=SMALL)
+        assert not result.findings, "\n".join([replay(seed, TRACES), *result.findings])
+        assert result.finished + result.hung_up >= TRACES * MIX.steps_min
+
+
+def test_a_calm_run_fails_nothing_and_reuses_most_of_its_prompts():
+    result = simulate(0)
+    assert not result.findings, "\n".join([replay(0, MIX.traces), *result.findings])
+    assert result.failed == 0
+    assert result.hung_up > 0
+    assert result.cached_tokens > 0.6 * result.prompt_tokens
+    assert result.counts["store.published"] > 0
+
+
+@pytest.mark.slow
+def test_the_faults_reach_every_way_of_coping():
+    """A simulator that never gets anywhere near trouble passes everything."""
+    total: dict[str, int] = {}
+    for seed in range(100, 130):
+        for name, count in simulate(seed, mix=SMALL).counts.items():
+            total[name] = total.get(name, 0) + count
+    for name in (
+        "store.evicted",
+        "store.full",
+        "store.fenced",
+        "store.corrupt_writes",
+        "store.corrupt_held",
+        "client.misses.absent",
+        "client.misses.lost",
+        "client.misses.timeout",
+        "client.misses.corrupt",
+        "client.puts.in_flight",
+        "client.puts.present",
+        "client.failovers",
+        "worker.evicted_sequences",
+        "router.steps_aborted",
+        "router.steps_moved",
+        "router.prefill_fallbacks",
+    ):
+        assert total.get(name, 0) > 0, f"{name} never happened"
+
+
+def _digest(seed, hash_seed):
+    code = f"""
+import msgspec
+from sim.world import MIX, simulate
+print(simulate({seed}, mix=msgspec.structs.replace(MIX, traces={TRACES})).digest)
+"""
+    env = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True, text=True).stdout
+
+
+@pytest.mark.parametrize("seed", [7, pytest.param(21, marks=pytest.mark.slow)])
+def test_the_same_seed_is_the_same_run_in_every_process(seed):
+    digests = {_digest(seed, hash_seed) for hash_seed in ("0", "1", "4242")}
+    assert len(digests) == 1
+
+
+def test_the_command_replays_a_seed():
+    command = [sys.executable, "-m", "sim", "--seed", "1", "--traces", "2", "--verbose"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "digest" in done.stdout
+    assert "1 of 1 seeds passed" in done.stdout
