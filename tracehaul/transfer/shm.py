@@ -27,6 +27,8 @@ from tracehaul.wire.messages import RegionDescriptor
 PIECE_BYTES = 16 << 20
 """What is copied between two looks at the deadline: a few milliseconds."""
 PIECE_COPIES = 512
+DYING_MS = 200
+"""How long a process whose memory file cannot be opened is given to turn out to be dying."""
 MAPPINGS_MAX = 1024
 """Most regions of peers mapped at once."""
 
@@ -74,7 +76,8 @@ class _Mapping:
             try:
                 self.array = _map(remote, payload)
             except TransferError as error:
-                if _readable(self._pidfd):  # it died just now, and its memory with it
+                # A process that dies closes its files some time before its pidfd says that it is dead.
+                if _readable(self._pidfd, wait_ms=DYING_MS):
                     raise TransferLost(f"{remote.owner} is gone") from error
                 raise
             undo.pop_all()
@@ -286,10 +289,10 @@ def _map(remote: RegionDescriptor, payload: ShmPayload) -> Bytes:
         os.close(fd)
 
 
-def _readable(fd: int) -> bool:
+def _readable(fd: int, wait_ms: int = 0) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(wait_ms))
 
 
 def _started(pid: int) -> int | None:
