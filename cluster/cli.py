@@ -1,5 +1,6 @@
 """The ``tracehaul`` command."""
 
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -111,14 +112,11 @@ def up(
     run = RunDir(run_dir)
     name = up(chosen, run, err)
     url = base_url(chosen)
-    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
     typer.echo(f"ready {url}")
-    err.print(
-        f"\nTry it:\n  curl -s {url}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{body}'\n",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    messages = [{"role": "user", "content": "What is gravity?"}]
+    body = msgspec.json.encode({"model": name, "temperature": 0, "messages": messages}).decode()
+    curl = f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
+    err.print(f"Try it:\n  {curl}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

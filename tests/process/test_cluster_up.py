@@ -14,7 +14,7 @@ import pytest
 from cluster.rundir import RunDir, alive
 from tracehaul.runtime import clock
 
-SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB", "--dtype", "float32"]
+SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB"]
 
 
 def tracehaul(*args: str | Path, timeout_s: float = 100.0) -> subprocess.CompletedProcess[str]:
@@ -49,7 +49,7 @@ def refused(*args: str | Path) -> str:
 def ask(port: int) -> str:
     body = {
         "model": "smollm2-135m-instruct",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "What is the capital of France? Answer in English."}],
         "temperature": 0,
         "max_tokens": 8,
     }
