@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from tracehaul.wire.messages import Sampling
 
-_CANDIDATES = 512
-"""How many of the likeliest tokens are tried before the whole vocabulary is sorted."""
+_CANDIDATES = (256, 4096)
+"""How many of the likeliest tokens are tried, in turn, before the whole vocabulary is sorted."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -41,11 +41,12 @@ def sample(logits: NDArray[np.float32], sampling: Sampling, position: int, emitt
     # Shifted before it is divided, so that the smallest temperature cannot overflow.
     weights = np.exp((logits.astype(np.float64) - float(logits.max())) / sampling.temperature)
     u = uniform(sampling.seed, position)
-    if len(weights) > 2 * _CANDIDATES:
-        cut = np.partition(weights, len(weights) - _CANDIDATES)[len(weights) - _CANDIDATES]
-        found = _walk(weights, np.flatnonzero(weights >= cut), sampling, u)
-        if found is not None:
-            return found
+    for count in _CANDIDATES:
+        if len(weights) > 2 * count:
+            cut = np.partition(weights, len(weights) - count)[len(weights) - count]
+            found = _walk(weights, np.flatnonzero(weights >= cut), sampling, u)
+            if found is not None:
+                return found
     found = _walk(weights, np.arange(len(weights)), sampling, u)
     assert found is not None
     return found

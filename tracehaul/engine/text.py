@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import TemplateProcessing
 
-from tracehaul.engine.gguf_file import read_gguf
+from tracehaul.engine.gguf_file import GGUFError, read_gguf
 from tracehaul.engine.source import ModelSource, SourceError
 from tracehaul.runtime.clock import wall_s
 from tracehaul.wire.errors import InvalidRequest
@@ -68,6 +68,10 @@ class Text:
             return _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
         except jinja2.TemplateSyntaxError as error:
             raise SourceError(f"{source.name}: bad chat template: {error}") from error
+        except (GGUFError, OSError) as error:
+            raise SourceError(f"{source.name}: cannot read the tokenizer: {error}") from error
+        except KeyError as error:
+            raise SourceError(f"{source.name}: the tokenizer's files lack {error}") from error
 
     @property
     def vocab_size(self) -> int:
