@@ -166,6 +166,22 @@ def status(
 
 
 @app.command()
+def restart(
+    names: Annotated[list[str], typer.Argument(help="Which nodes, such as decode-0.")],
+    run_dir: RunDirOption = DEFAULT_RUN_DIR,
+) -> None:
+    """Stop nodes of the cluster that runs here and start them anew; the others serve on.
+
+    Example:
+
+      tracehaul restart prefill-0 decode-0
+    """
+    from cluster.launch import restart as start_again
+
+    start_again(RunDir(run_dir.absolute()), names, out)
+
+
+@app.command()
 def node(
     name: Annotated[str, typer.Argument(help="Which node to be, such as decode-0.")],
     config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")] = PLAN_FILE,

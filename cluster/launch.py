@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from cluster.config import (
+    ROUTER,
     ClusterConfig,
     NodeSpec,
     Plan,
@@ -86,6 +87,22 @@ def down(run: RunDir) -> tuple[list[str], list[str]]:
         stopped += [r.name for r in running]
     run.clear()
     return stopped, killed
+
+
+def restart(run: RunDir, names: Sequence[str], console: Console) -> None:
+    """Stops these nodes and starts them anew, the dead ones too; returns when they serve again.
+
+    Raises:
+        ClusterFault: no cluster runs here, a name is not in its plan, or a node does not come up.
+    """
+    plan = load_plan(run)
+    specs = {spec.name: spec for spec in nodes_of(plan.config)}
+    if unknown := [name for name in names if name not in specs]:
+        raise ClusterFault(f"no node {', '.join(unknown)} here; there are {', '.join(specs)}")
+    with run.lock():
+        grace_s = plan.config.drain_timeout_s + ROLLBACK_GRACE_S
+        stop([record for record in run.records() if record.name in names and alive(record)], grace_s=grace_s)
+        asyncio.run(_start_again(plan, run, [specs[name] for name in names], console))
 
 
 def refuse_if_running(run: RunDir) -> None:
@@ -188,6 +205,19 @@ async def _start(plan: Plan, run: RunDir, console: Console) -> None:
         raise
 
 
+async def _start_again(plan: Plan, run: RunDir, specs: Sequence[NodeSpec], console: Console) -> None:
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    for spec in specs:
+        run.write_state(spec.name, NodeState("starting"))
+        children[spec.name] = _spawn(spec, run)
+        run.record(spec.name, children[spec.name].pid)
+    try:
+        async with asyncio.timeout(plan.config.start_timeout_s):
+            await _wait_ready(plan, run, children, console)
+    except TimeoutError as error:
+        raise ClusterFault(f"not ready within {plan.config.start_timeout_s:.0f} s") from error
+
+
 def _spawn(spec: NodeSpec, run: RunDir) -> subprocess.Popen[bytes]:
     """One node's process. It leads a session, so that a Ctrl-C at this terminal does not reach it."""
     command = [sys.executable, "-m", "cluster.cli", "node", spec.name, "--config", str(run.plan_file)]
@@ -214,8 +244,10 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
         while True:
             try:
                 answer = await client.get(f"{base_url(plan.config)}/cluster")
-                if answer.status_code == 200 and len(answer.json()) >= len(children) - 1:
-                    return
+                if answer.status_code == 200:
+                    members = {node["info"]["node"] for node in answer.json()}
+                    if all(name in members or name == ROUTER for name in children):
+                        return
             except httpx.HTTPError:
                 pass
             await asyncio.sleep(POLL_S)
