@@ -193,6 +193,7 @@ class _Step:
             emitted=emitted,
             samples_max=self._request.sampling.max_tokens - emitted,
             computed=here.length,
+            copying=here.copying,
         )
         failed: ClusterError | None = None
         async with self._host.writer(here, self._request.home) as writer:

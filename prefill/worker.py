@@ -97,6 +97,7 @@ class PrefillService:
             emitted=request.emitted,
             samples_max=1,
             computed=here.length,
+            copying=here.copying,
         )
 
         def published(tokens: int) -> None:

@@ -61,6 +61,8 @@ class Context:
         self.holders: list[NodeId | None] = [None] * len(self.hashes)
         """Which store node holds each block, as of the last look."""
         self.pulled = PullStats()
+        self.copying = asyncio.Lock()
+        """Held while its sequence is copied out: it must not grow meanwhile."""
 
     @property
     def layout(self) -> KVLayout:

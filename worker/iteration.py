@@ -60,6 +60,8 @@ class Job:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     """Bounded by what a step can produce: one event for each token and chunk."""
     samples: int = 0
+    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who copies the sequence out: it must not grow, which may move it, meanwhile."""
 
     def accept(self, token: int, context_max: int) -> FinishReason | None:
         """Append a sampled token; says whether the step ends with it."""
@@ -132,14 +134,29 @@ class IterationLoop:
             job.events.put_nowait(Failed(error))
 
     async def _iterate(self) -> None:
+        self._iteration_ended.clear()
+        try:
+            computed = await self._compute()
+        finally:
+            self._iteration_ended.set()
+        self.iterations += bool(computed)
+        for grant, job, token in computed:
+            self._settle(grant, job, token)
+
+    async def _compute(self) -> list[tuple[Grant, Job, int | None]]:
         grants: list[tuple[Grant, Job]] = []
         work: list[Work] = []
         for grant in self._scheduler.plan():
-            job = self._jobs[grant.key]
+            job = self._jobs.get(grant.key)
+            if job is None:
+                continue  # left while another waited to grow
             end = job.computed + grant.tokens
-            if self._engine.capacity(job.sequence) < end and not self._make_room(job.sequence, end):
-                self._fail(grant.key, Overloaded("out of KV memory while the sequence grew"))
-                continue
+            if self._engine.capacity(job.sequence) < end:
+                async with job.copying:
+                    has_room = self._make_room(job.sequence, end)
+                if not has_room:
+                    self._fail(grant.key, Overloaded("out of KV memory while the sequence grew"))
+                    continue
             samples = end == len(job.tokens) and job.samples_max > 0
             grants.append((grant, job))
             work.append(
@@ -151,24 +168,19 @@ class IterationLoop:
                 )
             )
         if not work:
-            return
-        self._iteration_ended.clear()
+            return []
         try:
             sampled = await self._engine.run(work)
         except ClusterError as error:
             for grant, _ in grants:
                 self._fail(grant.key, error)
-            return
+            return []
         except Exception:
             log.exception("iteration failed: its steps end here")
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
-            return
-        finally:
-            self._iteration_ended.set()
-        self.iterations += 1
-        for (grant, job), token in zip(grants, sampled, strict=True):
-            self._settle(grant, job, token)
+            return []
+        return [(grant, job, token) for (grant, job), token in zip(grants, sampled, strict=True)]
 
     def _settle(self, grant: Grant, job: Job, token: int | None) -> None:
         job.computed += grant.tokens

@@ -39,6 +39,7 @@ class BlockWriter:
         self._layout = context.layout
         self._sequence = context.sequence
         self._tokens = context.tokens
+        self._copying = context.copying
         self._root = context.root
         self._hashes = list(context.hashes)
         self._held = [holder is not None for holder in context.holders]
@@ -133,7 +134,8 @@ class BlockWriter:
             views = [
                 buffer.view(count * self._layout.token_bytes) for buffer, count in zip(buffers, counts, strict=True)
             ]
-            await finish(self._engine.pack(self._sequence, block * size, tokens, views))
+            async with self._copying:
+                await finish(self._engine.pack(self._sequence, block * size, tokens, views))
             outgoing: list[OutgoingBlock] = []
             for index, (buffer, count) in enumerate(zip(buffers, counts, strict=True)):
                 parent = self._hash_of(block + index - 1) if block + index else self._root

@@ -35,6 +35,15 @@ def test_nothing_is_violated_under_faults(chunk):
         assert result.finished + result.hung_up >= TRACES * MIX.steps_min
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [16, 32, 342, 319, 467])
+def test_seeds_that_found_bugs(seed):
+    """16: a moved step's own work counted as cached; 32: a lost last message; the others: a sequence grew while its
+    blocks were copied out."""
+    result = simulate(seed)
+    assert not result.findings, "\n".join([replay(seed, MIX.traces), *result.findings])
+
+
 def test_a_calm_run_fails_nothing_and_reuses_most_of_its_prompts():
     result = simulate(0)
     assert not result.findings, "\n".join([replay(0, MIX.traces), *result.findings])
