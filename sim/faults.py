@@ -184,7 +184,7 @@ class Weather:
     def cut_s(self, a: NodeId, b: NodeId, now_s: float) -> float:
         """For how long nothing passes between these two; 0 if they are connected."""
         cuts = [fault for fault in self._now if isinstance(fault, Cut) and {fault.node, fault.other} == {a, b}]
-        return max((fault.at_s + fault.for_s - now_s for fault in cuts), default=0.0)
+        return max([0.0] + [fault.at_s + fault.for_s - now_s for fault in cuts])
 
     def frame_delay_s(self, a: NodeId, b: NodeId) -> float:
         """How long a frame from ``a`` to ``b`` travels."""

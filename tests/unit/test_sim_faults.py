@@ -42,6 +42,7 @@ def test_weather_follows_what_is_in_force():
     assert weather.cut_s(A, C, 0.25) == 0.75
     assert weather.cut_s(C, A, 0.25) == 0.75
     assert weather.cut_s(A, B, 0.25) == 0.0
+    assert weather.cut_s(A, C, 1.1) == 0.0
     assert weather.copy_lost()
     assert weather.flipped_byte(10) in range(10)
     assert max(weather.copy_delay_s(B, C) for _ in range(100)) > 1.0
