@@ -163,6 +163,7 @@ class World:
         self.hub.remove(life.process)
         self.network.crash(life.address)
         self.terminal.died(life.process)
+        self.ledgers.pop(life.process, None)  # its memory is unreachable: who still tries fails
         if ROLES[life.node] is None:
             self.gateway.lost()
 
