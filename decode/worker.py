@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
@@ -27,7 +28,7 @@ from tracehaul.wire.messages import (
 )
 from worker.context import Context
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, finish_reason
+from worker.iteration import Computed, Failed, Job, Published, Sampled, usable_context
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +55,20 @@ class DecodeService:
         if not isinstance(request, DecodeStep):
             raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
         step = _Step(self._host, self._peers, self._prefills, request, context)
-        self._host.stats.steps += 1
+        stats = self._host.stats
+        stats.steps += 1
+        ended = False
         try:
             async for reply in step.run():
+                ended = isinstance(reply, StepDone)
                 yield reply
         except ClusterError:
-            self._host.stats.steps_failed += 1
+            ended = True
+            stats.steps_failed += 1
             raise
         finally:
-            self._host.stats.output_tokens += step.sampled
+            stats.steps_aborted += not ended
+            stats.output_tokens += step.sampled
 
     def disconnected(self, peer: str) -> None:
         """Nothing is held for a connection beyond its handlers."""
@@ -159,21 +165,21 @@ class _Step:
             replies = self._peers.stream(
                 prefill.address, step, idle_timeout_s=self._host.config.prefill_idle_timeout_s, context=self._call
             )
-            async for reply in replies:
-                match reply:
-                    case PrefillProgress(published) | PrefillDone(published):
-                        await here.locate(published)
-                        await here.pull(min(published, wanted))
-                    case PrefillToken(token, computed_from):
-                        self._computed_from = min(self._computed_from, computed_from)
-                        here.tokens.append(token)
-                        info = self._host.engine.info
-                        self._reason = finish_reason(
-                            token, len(self._emitted) + 1, len(here.tokens), request.sampling, info.context_max
-                        )
-                        yield self._tokens(here, [token])
-                    case _:
-                        raise WrongNode(f"{prefill.node} answered a prefill with {type(reply).__name__}")
+            async with aclosing(replies):
+                async for reply in replies:
+                    match reply:
+                        case PrefillProgress(published) | PrefillDone(published):
+                            await here.locate(published)
+                            await here.pull(min(published, wanted))
+                        case PrefillToken(token, computed_from):
+                            self._computed_from = min(self._computed_from, computed_from)
+                            here.tokens.append(token)
+                            self._reason = request.sampling.finish_reason(
+                                token, len(self._emitted) + 1, len(here.tokens), usable_context(self._host.engine.info)
+                            )
+                            yield self._tokens(here, [token])
+                        case _:
+                            raise WrongNode(f"{prefill.node} answered a prefill with {type(reply).__name__}")
         except ClusterError as error:
             self._fallback = error.code
             self._computed_from = min(self._computed_from, before)

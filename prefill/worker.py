@@ -13,6 +13,9 @@ from worker.context import Context
 from worker.host import WorkerHost
 from worker.iteration import Computed, Failed, Job, Published, Sampled
 
+PATIENCE_S = 5.0
+"""How long another step may publish nothing before its work is not waited for: its caller may be frozen."""
+
 
 @dataclass
 class _Flight:
@@ -23,10 +26,14 @@ class _Flight:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def published(self, tokens: int) -> None:
-        """Wait until that many leading tokens are published, or the step ended without."""
+        """Wait until that many leading tokens are published, or the step ended without, or it does not get on."""
         while not self.ended and self.published_tokens < tokens:
             self.changed.clear()
-            await self.changed.wait()
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    await self.changed.wait()
+            except TimeoutError:
+                return
 
 
 class PrefillService:

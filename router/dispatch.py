@@ -20,7 +20,6 @@ from tracehaul.wire.errors import ClusterError, ContextTooLong, ProtocolError, U
 from tracehaul.wire.hashing import chain, pack_tokens, salted, unpack_tokens
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import DecodeStep, FinishReason, NodeInfo, StepDone, StepUsage, Tokens
-from worker.iteration import finish_reason
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +261,7 @@ class _Run:
         if not self.emitted:
             return None
         length = len(self.request.prompt) + len(self.emitted)
-        return finish_reason(self.emitted[-1], len(self.emitted), length, self.request.sampling, self.context_max)
+        return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
 
     def recomputed(self, usage: StepUsage) -> tuple[int, LossReason]:
         """Tokens of full blocks that the trace's last step left and that somebody computed again, and why."""

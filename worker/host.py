@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
-from kvstore.client import StoreClient
 
+from kvstore.client import StoreClient
 from tracehaul.engine.base import Engine, SequenceId
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ContextTooLong, Overloaded
@@ -16,7 +16,7 @@ from tracehaul.wire.ids import NodeId, TraceId
 from tracehaul.wire.messages import NodeInfo, NodeLoad
 from worker.config import WorkerConfig
 from worker.context import Context
-from worker.iteration import IterationLoop, Job
+from worker.iteration import IterationLoop, Job, usable_context
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
@@ -86,11 +86,11 @@ class WorkerHost:
             ContextTooLong: ``capacity`` can never fit.
             Overloaded: too many steps wait already.
         """
-        info = self.engine.info
-        if len(tokens) >= min(info.context_max, info.kv_tokens_max):
-            raise ContextTooLong(f"{len(tokens)} tokens do not fit {min(info.context_max, info.kv_tokens_max)}")
+        longest = usable_context(self.engine.info)
+        if len(tokens) >= longest:
+            raise ContextTooLong(f"{len(tokens)} tokens do not fit {longest}")
         packed = pack_tokens(tokens)
-        capacity = min(capacity, info.context_max, info.kv_tokens_max)
+        capacity = min(capacity, longest)
         sequence, resident_tokens = await self._acquire(trace, salt, packed, capacity)
         self._running += 1
         context = Context(
@@ -120,11 +120,16 @@ class WorkerHost:
         finally:
             await finish(self.loop.stop(key))
 
-    def writer(
+    @asynccontextmanager
+    async def writer(
         self, here: Context, home: NodeId | None, on_published: Callable[[int], None] | None = None
-    ) -> BlockWriter:
+    ) -> AsyncGenerator[BlockWriter]:
         """Writes a context's blocks back to the store; see there."""
-        return BlockWriter(self.engine, self.client, self.config, here, home, on_published)
+        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published) as writer:
+            try:
+                yield writer
+            finally:
+                self.stats.write_back_refused += writer.refused != ""
 
     def _count(self, here: Context) -> None:
         """Add a finished context's pulls to the counters."""

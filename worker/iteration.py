@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracehaul.engine.base import Engine, SequenceId, Work
+from tracehaul.engine.base import Engine, EngineInfo, SequenceId, Work
 from tracehaul.wire.errors import ClusterError, Overloaded
 from tracehaul.wire.messages import FinishReason, Sampling
 from worker.scheduler import Grant, Scheduler
@@ -68,16 +68,12 @@ class Job:
         self.tokens.append(token)
         self.emitted += 1
         self.samples += 1
-        return finish_reason(token, self.emitted, len(self.tokens), self.sampling, context_max)
+        return self.sampling.finish_reason(token, self.emitted, len(self.tokens), context_max)
 
 
-def finish_reason(token: int, emitted: int, length: int, sampling: Sampling, context_max: int) -> FinishReason | None:
-    """Whether a step ends with output token ``token``, the ``emitted``-th, in a sequence now ``length`` long."""
-    if token in sampling.stop_tokens and emitted >= sampling.min_tokens:
-        return "stop"
-    if emitted >= sampling.max_tokens or length >= context_max:
-        return "length"
-    return None
+def usable_context(info: EngineInfo) -> int:
+    """The longest sequence in tokens: what the model supports, if the KV memory holds it."""
+    return min(info.context_max, info.kv_tokens_max)
 
 
 class IterationLoop:
@@ -90,6 +86,7 @@ class IterationLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._make_room = make_room
+        self._context_max = usable_context(engine.info)
         self._jobs: dict[int, Job] = {}
         self._next_key = 0
         self._wake = asyncio.Event()
@@ -192,8 +189,7 @@ class IterationLoop:
             else:
                 self._scheduler.computed(grant, sampled=False)
             return
-        info = self._engine.info
-        reason = job.accept(token, min(info.context_max, info.kv_tokens_max))
+        reason = job.accept(token, self._context_max)
         job.events.put_nowait(Sampled(token, reason))
         if reason is not None or job.samples == job.samples_max:
             self._drop(grant.key)

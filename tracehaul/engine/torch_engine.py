@@ -23,6 +23,9 @@ from tracehaul.wire.hashing import KVLayout
 
 T = TypeVar("T")
 
+WARM_UP_TOKENS = 512
+"""Tokens of the first forward pass, at load."""
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -306,7 +309,17 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        return info, Model(weights), pool
+        model = Model(weights)
+        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
+        return info, model, pool
+
+
+def _warm_up(model: Model, pool: KVPool, tokens: int) -> None:
+    """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
+    not in the first request."""
+    chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
+    model.forward([0] * chunk.tokens, [chunk], pool.tensor, [chunk.tokens - 1])
+    model.forward([0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], pool.tensor, [0])
 
 
 def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> EngineInfo:

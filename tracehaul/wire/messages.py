@@ -273,6 +273,9 @@ class Events(Message, frozen=True):
 # --- workers ----------------------------------------------------------------------------------------------
 
 
+FinishReason = Literal["stop", "length"]
+
+
 class Sampling(msgspec.Struct, frozen=True):
     """How output tokens are chosen. Randomness is a function of (seed, position in the sequence) alone."""
 
@@ -288,6 +291,14 @@ class Sampling(msgspec.Struct, frozen=True):
     """The model's own end tokens and the request's: generation ends after one of them."""
     min_tokens: int = 0
     """Stop tokens are not sampled before this many output tokens."""
+
+    def finish_reason(self, token: int, emitted: int, length: int, context_max: int) -> FinishReason | None:
+        """Whether a step ends with output token ``token``, its ``emitted``-th, in a sequence now ``length`` long."""
+        if token in self.stop_tokens and emitted >= self.min_tokens:
+            return "stop"
+        if emitted >= self.max_tokens or length >= context_max:
+            return "length"
+        return None
 
 
 class PrefillStep(Message, frozen=True):
@@ -339,9 +350,6 @@ class DecodeStep(Message, frozen=True):
     prefill: NodeId | None
     """Who computes the missing part of the prompt; None: the decode worker itself."""
     sampling: Sampling
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class StepUsage(msgspec.Struct, frozen=True):
