@@ -2,10 +2,11 @@
 
 Each recorded trajectory is replayed step by step, cut where it outgrows the context: the prompt of a step is all that
 was said before a recorded answer. Every other step runs on the other decode worker, so that contexts are warm, pulled
-and extended in turn. The reference computes each prompt from nothing, in this process.
+and extended in turn. The reference is one engine in this process, which keeps a trace's KV to itself.
 """
 
 import asyncio
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,13 @@ from bench.recordings import Trajectory, trajectories
 from bench.report import Result, finish
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from tracehaul.engine.base import Work
+from tracehaul.engine.base import SequenceId, Work
 from tracehaul.engine.source import resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
+from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.messages import Sampling
+from worker.residency import common_prefix
 
 CONTEXT_TOKENS = 8000
 OUTPUT_TOKENS = 16
@@ -72,31 +75,41 @@ def replay(config: ClusterConfig, steps: list[Prompt], progress: Progress) -> tu
 
 
 async def reference(config: ClusterConfig, steps: list[Prompt], progress: Progress) -> list[list[int]]:
-    """What one engine alone says, each prompt from nothing."""
+    """What one engine alone says. It keeps each trace's sequence and computes only what is new: no block ever moves."""
     task = progress.add_task("one process", total=len(steps))
     settings = TorchEngineConfig(model=config.model, dtype=config.dtype, device="cpu", kv_tokens_max=CONTEXT_TOKENS * 2)
     engine = await TorchEngine.load(settings)
-    chunk = config.worker.chunk_tokens
     outputs: list[list[int]] = []
-    for prompt in steps:
+    for _, trace in groupby(steps, key=lambda prompt: prompt.trace):
         sequence = engine.open(CONTEXT_TOKENS)
         assert sequence is not None
-        sampling = Sampling(max_tokens=OUTPUT_TOKENS, temperature=0.0)
-        sampled: list[int | None] = []
-        for start in range(0, len(prompt.tokens), chunk):
-            piece = prompt.tokens[start : start + chunk]
-            last = start + chunk >= len(prompt.tokens)
-            sampled = await engine.run([Work(sequence, piece, sampling if last else None)])
-        output = [token for token in sampled if token is not None]
-        while len(output) < OUTPUT_TOKENS:
-            (token,) = await engine.run([Work(sequence, output[-1:], sampling, len(output))])
-            assert token is not None
-            output.append(token)
+        held: list[int] = []
+        for prompt in trace:
+            shared = common_prefix(pack_tokens(held), pack_tokens(prompt.tokens[:-1]))
+            engine.truncate(sequence, min(shared, engine.length(sequence)))
+            output = await generate(engine, sequence, prompt.tokens, config.worker.chunk_tokens)
+            held = prompt.tokens + output
+            outputs.append(output)
+            progress.advance(task)
         engine.close(sequence)
-        outputs.append(output)
-        progress.advance(task)
     await engine.aclose()
     return outputs
+
+
+async def generate(engine: TorchEngine, sequence: SequenceId, prompt: list[int], chunk: int) -> list[int]:
+    """Compute what the sequence lacks of ``prompt``, in chunks, then the output, greedily."""
+    sampling = Sampling(max_tokens=OUTPUT_TOKENS, temperature=0.0)
+    while len(prompt) - engine.length(sequence) > chunk:
+        start = engine.length(sequence)
+        await engine.run([Work(sequence, prompt[start : start + chunk])])
+    output: list[int] = []
+    pending = prompt[engine.length(sequence) :]
+    while len(output) < OUTPUT_TOKENS:
+        (token,) = await engine.run([Work(sequence, pending, sampling, len(output))])
+        assert token is not None
+        output.append(token)
+        pending = [token]
+    return output
 
 
 def main(
