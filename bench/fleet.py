@@ -44,21 +44,23 @@ class Fleet:
     """A running cluster."""
 
     def __init__(self, config: ClusterConfig, run: RunDir, model: str, console: Console) -> None:
-        self._run = run
-        self._model = model
+        self.run = run
+        self.model = model
         self._console = console
         self.url = base_url(config)
-        self._http = httpx.Client(base_url=self.url, timeout=STEP_TIMEOUT_S)
+        self._http = httpx.Client(base_url=self.url, timeout=STEP_TIMEOUT_S, trust_env=False)
 
-    def step(self, trace: str, prompt: list[int], max_tokens: int, decode: str | None = None, **body: Any) -> Step:
-        """One step of ``trace``, streamed; on decode worker ``decode`` if it is named.
+    def chunks(
+        self, trace: str, prompt: list[int], max_tokens: int, decode: str | None = None, **body: Any
+    ) -> Generator[dict[str, Any], None, None]:
+        """The stream of one step of ``trace``, chunk by chunk; on decode worker ``decode`` if it is named.
 
         Raises:
             RuntimeError: the cluster answered with an error.
         """
         headers = {"X-Trace-Id": trace} | ({"X-Decode-Worker": decode} if decode else {})
         request: dict[str, Any] = {
-            "model": self._model,
+            "model": self.model,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,
@@ -67,11 +69,6 @@ class Fleet:
             "return_token_ids": True,
             **body,
         }
-        started_s = clock.perf_s()
-        first_s = 0.0
-        tokens: list[int] = []
-        usage: dict[str, Any] = {}
-        reason: str | None = None
         with self._http.stream("POST", "/v1/completions", json=request, headers=headers) as response:
             if not response.is_success:
                 raise RuntimeError(f"{response.status_code}: {response.read().decode(errors='replace')}")
@@ -81,25 +78,44 @@ class Fleet:
                 chunk = msgspec.json.decode(line[6:])
                 if "error" in chunk:
                     raise RuntimeError(str(chunk["error"]))
-                for choice in chunk["choices"]:
-                    if choice.get("token_ids") and not tokens:
-                        first_s = clock.perf_s() - started_s
-                    tokens += choice.get("token_ids") or []
-                    reason = choice.get("finish_reason") or reason
-                usage = chunk.get("usage") or usage
+                yield chunk
+
+    def step(self, trace: str, prompt: list[int], max_tokens: int, decode: str | None = None, **body: Any) -> Step:
+        """One step, timed; arguments and errors are those of :meth:`chunks`."""
+        started_s = clock.perf_s()
+        first_s = 0.0
+        tokens: list[int] = []
+        usage: dict[str, Any] = {}
+        reason: str | None = None
+        for chunk in self.chunks(trace, prompt, max_tokens, decode, **body):
+            for choice in chunk["choices"]:
+                if choice.get("token_ids") and not tokens:
+                    first_s = clock.perf_s() - started_s
+                tokens += choice.get("token_ids") or []
+                reason = choice.get("finish_reason") or reason
+            usage = chunk.get("usage") or usage
         return Step(first_s, clock.perf_s() - started_s, tokens, usage, reason)
 
     def metrics(self) -> str:
         """The router's metrics page."""
         return self._http.get("/metrics").text
 
+    def metric(self, node: str, name: str) -> float:
+        """One sample of a node's own metrics page, by its full name with labels; 0 if there is none."""
+        page = self._http.get(f"http://{self.run.state(node).metrics}/metrics").text
+        return next((float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(f"{name} ")), 0.0)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Its members, as the router sees them."""
+        return self._http.get("/cluster").json()
+
     def restart(self, names: Iterable[str]) -> None:
         """Stop these nodes, start them anew, and wait until they serve again."""
-        restart(self._run, list(names), self._console)
+        restart(self.run, list(names), self._console)
 
     def pids(self) -> dict[str, int]:
         """Every process of the cluster by node name."""
-        return {record.name: record.pid for record in self._run.records()}
+        return {record.name: record.pid for record in self.run.records()}
 
     def cpu_s(self) -> float:
         """Processor time that all its processes have used, in seconds."""
