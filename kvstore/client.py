@@ -48,11 +48,6 @@ class ClientStats(msgspec.Struct):
         """Blocks whose landed bytes did not match: dropped, never returned."""
         return self.misses.get("corrupt", 0)
 
-    @property
-    def timeouts(self) -> int:
-        """Blocks not got because a node did not answer in time."""
-        return self.misses.get("timeout", 0)
-
 
 class StoreClient:
     """One process's access to the store.

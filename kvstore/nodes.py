@@ -24,12 +24,18 @@ NOTICE_TIMEOUT_S = 1.0
 class StoreNodeView:
     """One life of one store node, as this process sees it."""
 
-    __slots__ = ("attached", "broken_until_s", "info")
+    __slots__ = ("attached", "broken_until_s", "info", "stuck")
 
     def __init__(self, info: NodeInfo) -> None:
         self.info = info
         self.attached: tuple[Plane, RegionDescriptor] | None = None
         self.broken_until_s = 0.0
+        self.stuck: asyncio.Future[None] | None = None
+        """A transfer that missed its deadline: each more would hold buffers until this one settles."""
+
+    def is_live(self, now_s: float) -> bool:
+        """Whether it may be asked for blocks or be given some."""
+        return self.broken_until_s <= now_s and (self.stuck is None or self.stuck.done())
 
     @property
     def node(self) -> NodeId:
@@ -38,7 +44,7 @@ class StoreNodeView:
 
 
 class StoreNodes:
-    """The live store nodes. A node that just failed is left alone for ``break_s``."""
+    """The live store nodes. A node that just failed is left alone for ``break_s``, or while a transfer is stuck."""
 
     def __init__(self, peers: Peers, planes: Sequence[Plane], break_s: float) -> None:
         self._peers = peers
@@ -58,22 +64,23 @@ class StoreNodes:
     def live(self) -> list[StoreNodeView]:
         """Members that have not just failed, by name."""
         now_s = clock.now_s()
-        return [view for view in self._nodes.values() if view.broken_until_s <= now_s]
+        return [view for view in self._nodes.values() if view.is_live(now_s)]
 
     def find(self, node: NodeId) -> StoreNodeView | None:
         """The node, if it is live."""
         view = self._nodes.get(node)
-        return view if view is not None and view.broken_until_s <= clock.now_s() else None
+        return view if view is not None and view.is_live(clock.now_s()) else None
 
     def home_of(self, block_hash: BlockHash, but: Sequence[NodeId]) -> StoreNodeView | None:
         """The live node, other than ``but``, that every process would choose for this hash (rendezvous hashing)."""
         candidates = [view for view in self.live() if view.node not in but]
         return max(candidates, key=lambda v: (checksum(v.node.encode() + block_hash), v.node), default=None)
 
-    def failed(self, view: StoreNodeView) -> None:
-        """Leave a node alone for a moment, and find the way to it anew."""
+    def failed(self, view: StoreNodeView, stuck: asyncio.Future[None] | None = None) -> None:
+        """Leave a node alone for a moment, and until ``stuck`` has settled; find the way to it anew."""
         view.broken_until_s = clock.now_s() + self._break_s
         view.attached = None
+        view.stuck = stuck or view.stuck
 
     async def call(self, view: StoreNodeView, request: Request, reply_type: type[R], timeout_s: float) -> R:
         """One call. Loss, silence and nonsense break the circuit; a refusal does not.

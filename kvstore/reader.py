@@ -119,6 +119,9 @@ class Reader:
             return  # the caller finds the lease expired
         try:
             await transfer(plane.transfer.read(remote, plane.region, copies, timeout_s=timeout_s), buffers)
+        except TransferTimedOut as error:
+            self._nodes.failed(view, error.settled)
+            raise
         except TransferError:
             self._nodes.failed(view)
             raise

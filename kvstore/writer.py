@@ -9,7 +9,8 @@ from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.staging import StagingBuffer
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
-from tracehaul.wire.errors import ClusterError, ProtocolError, TransferError
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, ProtocolError, TransferError
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 from tracehaul.wire.messages import (
     Abandon,
@@ -20,6 +21,7 @@ from tracehaul.wire.messages import (
     Publication,
     Publish,
     Published,
+    RegionDescriptor,
     Reserve,
     Reserved,
     Slot,
@@ -83,7 +85,8 @@ class Writer:
         self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], sums: _Sums, deadline_s: float
     ) -> list[PutOutcome]:
         """All of it on one node. Raises ClusterError if the node does not see it through."""
-        await self._nodes.attach(view, left_s(deadline_s))  # first: a slot that cannot be written is of no use
+        # First: a slot that cannot be written is of no use.
+        way = await self._nodes.attach(view, left_s(deadline_s))
         specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for block in blocks])
 
         def undo(reserved: Reserved) -> Abandon:
@@ -95,15 +98,34 @@ class Writer:
         outcomes: list[PutOutcome] = [_outcome(outcome) for outcome in reserved.outcomes]
         fills = _fills(blocks, reserved)
         if fills:
-            published = await self._fill(view, fills, sums, deadline_s)
+            await self._write(view, way, fills, deadline_s)
+            published = await self._publish(view, fills, sums, deadline_s)
             for fill, outcome in zip(fills, published, strict=True):
                 outcomes[fill.place] = outcome
         return outcomes
 
-    async def _fill(
+    async def _write(
+        self, view: StoreNodeView, way: tuple[Plane, RegionDescriptor], fills: Sequence[_Filled], deadline_s: float
+    ) -> None:
+        plane, remote = way
+        copies = [Copy(fill.block.buffer.offset, fill.slot.offset, fill.block.nbytes) for fill in fills]
+        try:
+            writing = plane.transfer.write(remote, plane.region, copies, timeout_s=left_s(deadline_s))
+            await transfer(writing, [f.block.buffer for f in fills], on_late=lambda: self._abandon(view, fills))
+        except TransferTimedOut as error:  # a late write may land: the reservation must run out and its slot rest
+            self._nodes.failed(view, error.settled)
+            raise
+        except DeadlineExceeded:  # no time was left to write
+            self._abandon(view, fills)
+            raise
+        except TransferError:
+            self._abandon(view, fills)
+            self._nodes.failed(view)
+            raise
+
+    async def _publish(
         self, view: StoreNodeView, fills: Sequence[_Filled], sums: _Sums, deadline_s: float
     ) -> Sequence[PutOutcome]:
-        await self._write(view, fills, deadline_s)
         try:
             checks = await asyncio.shield(sums)
             request = Publish(tuple([Publication(f.block.hash, f.slot.generation, checks[f.place]) for f in fills]))
@@ -116,20 +138,6 @@ class Writer:
         if "corrupt" in published.outcomes:
             view.attached = None  # perhaps the bytes went to a former life's arena
         return published.outcomes
-
-    async def _write(self, view: StoreNodeView, fills: Sequence[_Filled], deadline_s: float) -> None:
-        plane, remote = await self._nodes.attach(view, left_s(deadline_s))
-        copies = [Copy(fill.block.buffer.offset, fill.slot.offset, fill.block.nbytes) for fill in fills]
-        try:
-            writing = plane.transfer.write(remote, plane.region, copies, timeout_s=left_s(deadline_s))
-            await transfer(writing, [f.block.buffer for f in fills], on_late=lambda: self._abandon(view, fills))
-        except TransferTimedOut:  # a late write may land: the reservation must run out and its slot rest
-            self._nodes.failed(view)
-            raise
-        except TransferError:
-            self._abandon(view, fills)
-            self._nodes.failed(view)
-            raise
 
     def _abandon(self, view: StoreNodeView, fills: Sequence[_Filled]) -> None:
         self._nodes.notify(view, _abandon(fills))

@@ -675,10 +675,29 @@ def test_a_read_past_its_deadline_keeps_its_buffers_until_the_bytes_have_landed(
         await put(client, ["a", "b"])
         world.link.gate.clear()
         assert await get(client, ["a", "b"], timeout_s=0.1) == [None, None]
-        assert client.stats.timeouts == 2
+        assert client.stats.misses == {"timeout": 2}
         assert client.staging.quarantined == 2
         world.link.gate.set()
         await eventually(lambda: client.staging.free == 2)
+
+    run("local", case)
+
+
+def test_a_node_with_a_stuck_transfer_cannot_drain_the_staging_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvstore.client.BREAK_S", 0.0)
+
+    async def case(world: World) -> None:
+        await world.start("s0")
+        client = await world.client(buffers=4)
+        await put(client, ["a"], "s0")
+        world.link.gate.clear()
+        for _ in range(3):
+            assert await get(client, ["a"], where=["s0"], timeout_s=0.05) == [None]
+            assert await put(client, ["b"], "s0", timeout_s=0.05) == ["lost"]
+        assert client.staging.quarantined == 1
+        world.link.gate.set()
+        await eventually(lambda: client.staging.free == 4)
+        assert await get(client, ["a"], where=["s0"]) == [content("a")]
 
     run("local", case)
 
