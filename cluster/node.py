@@ -218,6 +218,8 @@ class _Node:
         stack.push_async_callback(engine.aclose)
         # Aligned as the store's slots are, so that a copy moves whole pages.
         buffer_bytes = self._plan.store.slot_bytes
+        if engine.info.layout.block_bytes > buffer_bytes:
+            raise ClusterFault(f"{config.model} is not the model that this cluster was launched with: start it anew")
         memory = self._memory(stack, config.worker.staging_blocks * buffer_bytes)
         planes = await self._planes(stack, memory, offload)
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
