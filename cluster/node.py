@@ -63,12 +63,6 @@ def _ignore(members: Members) -> None:
     """A store node asks nothing of others."""
 
 
-def _has_cuda() -> bool:
-    import torch  # the engine's business, but a store node must not wait for it
-
-    return torch.cuda.is_available()
-
-
 class Room(NamedTuple):
     """What a role puts into a node."""
 
@@ -242,14 +236,11 @@ class _Node:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 
         config = self._plan.config
-        device = config.device
-        if device == "auto":
-            device = "cuda" if _has_cuda() else "cpu"
         return await TorchEngine.load(
             TorchEngineConfig(
                 model=config.model,
                 dtype=config.dtype,
-                device=device,
+                device=config.device,
                 threads=self._plan.threads,
                 kv_tokens_max=config.kv_tokens,
             )
