@@ -6,11 +6,14 @@ the same memory. Then the index: lookups, memory, and what an idle node costs.
 """
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
 from enum import StrEnum
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -47,28 +50,62 @@ Rates = dict[tuple[str, str, int], list[float]]
 """GB/s of each round by (what, size, clients)."""
 
 
-def one_round(clients: list[Process], batch: int, raw: str | None) -> Iterator[tuple[str, float]]:
+class Others(NamedTuple):
+    """The baselines of TCP: a raw peer's address, and a client of Mooncake if there is one."""
+
+    raw: str
+    mooncake: Process | None
+
+
+def one_round(clients: list[Process], batch: int, nbytes: int, others: Others | None) -> Iterator[tuple[str, float]]:
     """Seconds of each operation and of each baseline, alternating."""
-    if raw is None:
+    mooncake = [others.mooncake] if others is not None and others.mooncake is not None and len(clients) == 1 else []
+    if others is None:
         yield "memcpy", together(clients, do="memcpy", batch=batch)
     else:
-        yield "raw.put", together(clients, do="raw", way="put", address=raw, batch=batch)
+        yield "raw.put", together(clients, do="raw", way="put", address=others.raw, batch=batch)
+    if mooncake:
+        yield "mooncake.put", together(mooncake, way="put", batch=batch, size=nbytes)
     yield "put", together(clients, do="put", batch=batch)
-    if raw is not None:
-        yield "raw.get", together(clients, do="raw", way="get", address=raw, batch=batch)
+    if others is not None:
+        yield "raw.get", together(clients, do="raw", way="get", address=others.raw, batch=batch)
+    if mooncake:
+        yield "mooncake.get", together(mooncake, way="get", batch=batch, size=nbytes)
     # What was put some rounds ago: by now in nobody's cache.
     yield "get", together(clients, do="get", batch=batch - WARM_UP_ROUNDS)
 
 
-def move(node_place: Place, client_place: Place, kind: str, rounds: int, progress: Progress) -> Rates:
+@contextlib.contextmanager
+def tcp_others(node_place: Place, client_place: Place, python: str) -> Generator[Others, None, None]:
+    """Start the baselines of TCP."""
+    with contextlib.ExitStack() as stack:
+
+        def start(place: Place, *words: str, **where: str) -> Process:
+            process = Process(place, *words, **where)
+            stack.enter_context(running(process))
+            return process
+
+        raw = start(node_place, "raw", node_place.host)
+        mooncake = None
+        if subprocess.run([python, "-c", "import mooncake.store"], check=False, capture_output=True).returncode == 0:
+            where = {"module": "bench.baselines_mooncake", "python": python}
+            master = start(node_place, "serve", node_place.host, **where).hear()
+            mooncake = start(client_place, "client", client_place.host, master, **where)
+            mooncake.hear()
+        else:
+            console.print(f"Mooncake is left out: {python} cannot import it")
+        yield Others(raw.hear(), mooncake)
+
+
+def move(
+    node_place: Place, client_place: Place, kind: str, rounds: int, others: Others | None, progress: Progress
+) -> Rates:
     """Move batches of every size by one and by two clients."""
     rates: Rates = {}
-    where = "host" if kind == "shm" else "tcp"
+    where = "host" if others is None else "tcp"
     task = progress.add_task(where, total=len(SIZES) * CLIENTS_MAX * rounds)
     clients = [Process(client_place, "client", kind, f"client-{i}") for i in range(CLIENTS_MAX)]
-    raw = Process(node_place, "raw", node_place.host) if where == "tcp" else None
-    with running(*clients, *([raw] if raw else [])):
-        raw_address = raw.hear() if raw else None
+    with running(*clients):
         for client in clients:
             client.hear()
         for size, nbytes in SIZES.items():
@@ -84,7 +121,7 @@ def move(node_place: Place, client_place: Place, kind: str, rounds: int, progres
                         together(clients, do="put", batch=batch)
                         batch += 1
                     for _ in range(rounds):
-                        for what, seconds in one_round(clients[:count], batch, raw_address):
+                        for what, seconds in one_round(clients[:count], batch, nbytes, others):
                             rates.setdefault((what, size, count), []).append(count * BATCH_BYTES / seconds / 1e9)
                         batch += 1
                         progress.update(task, advance=1, description=f"{where} {size}, {count} client(s)")
@@ -92,23 +129,22 @@ def move(node_place: Place, client_place: Place, kind: str, rounds: int, progres
 
 
 def results_of(rates: Rates, where: str) -> list[Result]:
-    """Medians, each operation against its baseline of the same rounds."""
+    """Medians, each operation against its baselines of the same rounds."""
+    medians = {key: median(values) for key, values in rates.items()}
+    prefix = "" if where == "host" else "tcp."
     results: list[Result] = []
-    for count in range(1, CLIENTS_MAX + 1):
-        suffix = "" if count == 1 else f".x{count}"
-        for size in SIZES:
-            named: dict[str, float] = {}
-            for what in ("memcpy",) if where == "host" else ("raw.put", "raw.get"):
-                named[what] = median(rates[what, size, count])
-                results.append(
-                    Result(f"{what if where == 'host' else f'tcp.{what}'}.{size}{suffix}", named[what], "GB/s")
-                )
-            for what in ("put", "get"):
-                versus = "memcpy" if where == "host" else f"raw.{what}"
-                value = median(rates[what, size, count])
-                baseline = f"{'' if where == 'host' else 'tcp.'}{versus}.{size}{suffix}"
-                name = f"store.{what}.{where}.{size}{suffix}"
-                results.append(Result(name, value, "GB/s", baseline, value / named[versus]))
+    for (what, size, count), value in medians.items():
+        suffix = size if count == 1 else f"{size}.x{count}"
+        if what not in ("put", "get"):
+            results.append(Result(f"{prefix}{what}.{suffix}", value, "GB/s"))
+            continue
+        name = f"store.{what}.{where}.{suffix}"
+        first = "memcpy" if where == "host" else f"raw.{what}"
+        results.append(Result(name, value, "GB/s", f"{prefix}{first}.{suffix}", value / medians[first, size, count]))
+        second = f"mooncake.{what}"
+        if (second, size, count) in medians:
+            ratio = value / medians[second, size, count]
+            results.append(Result(f"{name}.mooncake", value, "GB/s", f"{prefix}{second}.{suffix}", ratio))
     return results
 
 
@@ -162,6 +198,7 @@ def main(
     png: Annotated[Path | None, typer.Option(help="Plot the rates there.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer rounds, shorter waits.")] = False,
     only: Annotated[Part | None, typer.Option(help="Measure just that.")] = None,
+    mooncake: Annotated[str, typer.Option(help="An interpreter that has Mooncake Store.")] = sys.executable,
 ) -> None:
     """Measure one store node and its clients on this machine."""
     rounds = ROUNDS_QUICK if quick else ROUNDS
@@ -169,12 +206,15 @@ def main(
     results: list[Result] = []
     with Progress(console=console) as progress:
         if only in (None, Part.HOST):
-            results += results_of(move(HERE, HERE, "shm", rounds, progress), "host")
+            results += results_of(move(HERE, HERE, "shm", rounds, None, progress), "host")
         if only in (None, Part.TCP):
             with two_places() as (node_place, client_place, words):
                 config["tcp"] = words
                 console.print(f"TCP over {words}")
-                results += results_of(move(node_place, client_place, "nixl", rounds, progress), "tcp")
+                with tcp_others(node_place, client_place, mooncake) as others:
+                    config["mooncake"] = others.mooncake is not None
+                    rates = move(node_place, client_place, "nixl", rounds, others, progress)
+                results += results_of(rates, "tcp")
     if only in (None, Part.INDEX):
         results += index(quick)
     if only in (None, Part.IDLE):
