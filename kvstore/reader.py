@@ -1,10 +1,9 @@
 """Getting blocks: lease, read, verify."""
 
-import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from kvstore.moves import checksums, left_s, transfer
+from kvstore.moves import checksums, in_lanes, left_s, parts_of, transfer
 from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.staging import StagingBuffer
 from tracehaul.runtime import clock
@@ -12,11 +11,12 @@ from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, TransferError
-from tracehaul.wire.ids import BlockHash, NodeId
+from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 from tracehaul.wire.messages import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
 
-READ_PART_BYTES = 16 << 20
-"""Blocks are read in parts of this size, each verified while the next is under way."""
+READ_PART_BYTES = 8 << 20
+READ_LANES = 2
+"""Blocks are read in parts of this size, so many at a time: one is wound up and verified while another lands."""
 
 MissReason = Literal["absent", "lost", "timeout", "refused", "corrupt", "lease_expired", "too_large"]
 GetResult = int | MissReason
@@ -92,33 +92,29 @@ class Reader:
         results: list[GetResult],
         expires_s: float,
     ) -> None:
-        verifying: list[asyncio.Task[None]] = []
-        try:
-            for part in _parts(reads):
-                copies = [Copy(r.wanted.buffer.offset, r.block.offset, r.block.size_bytes) for r in part]
-                await self._read(view, plane, remote, copies, [r.wanted.buffer for r in part], expires_s)
-                if clock.now_s() >= expires_s:  # the slots may have been given to others before the bytes left
-                    for read in part:
-                        results[read.wanted.place] = "lease_expired"
-                else:
-                    verifying.append(asyncio.create_task(self._verify(view, part, results)))
-        finally:
-            await asyncio.gather(*verifying)
+        async def land(part: list[_Read]) -> None:
+            sums = await self._read(view, plane, remote, part, expires_s)
+            if clock.now_s() >= expires_s:  # the slots may have been given to others before the bytes left
+                for read in part:
+                    results[read.wanted.place] = "lease_expired"
+                return
+            if sums is None:
+                views = [read.wanted.buffer.view(read.block.size_bytes) for read in part]
+                sums = await checksums(self._offload, views)
+            self._verify(view, part, sums, results)
+
+        await in_lanes(land, parts_of(reads, lambda read: read.block.size_bytes, READ_PART_BYTES), READ_LANES)
 
     async def _read(
-        self,
-        view: StoreNodeView,
-        plane: Plane,
-        remote: RegionDescriptor,
-        copies: Sequence[Copy],
-        buffers: Sequence[StagingBuffer],
-        expires_s: float,
-    ) -> None:
+        self, view: StoreNodeView, plane: Plane, remote: RegionDescriptor, part: Sequence[_Read], expires_s: float
+    ) -> Sequence[Checksum] | None:
         timeout_s = expires_s - clock.now_s()
         if timeout_s <= 0:
-            return  # the caller finds the lease expired
+            return None  # the caller finds the lease expired
+        copies = [Copy(read.wanted.buffer.offset, read.block.offset, read.block.size_bytes) for read in part]
+        reading = plane.transfer.read(remote, plane.region, copies, timeout_s=timeout_s)
         try:
-            await transfer(plane.transfer.read(remote, plane.region, copies, timeout_s=timeout_s), buffers)
+            return await transfer(reading, [read.wanted.buffer for read in part])
         except TransferTimedOut as error:
             self._nodes.failed(view, error.settled)
             raise
@@ -126,27 +122,15 @@ class Reader:
             self._nodes.failed(view)
             raise
 
-    async def _verify(self, view: StoreNodeView, part: Sequence[_Read], results: list[GetResult]) -> None:
-        views = [read.wanted.buffer.view(read.block.size_bytes) for read in part]
-        for read, actual in zip(part, await checksums(self._offload, views), strict=True):
+    def _verify(
+        self, view: StoreNodeView, part: Sequence[_Read], sums: Sequence[Checksum], results: list[GetResult]
+    ) -> None:
+        for read, actual in zip(part, sums, strict=True):
             if actual == read.block.checksum:
                 results[read.wanted.place] = read.block.size_bytes
             else:
                 results[read.wanted.place] = "corrupt"
                 self._nodes.notify(view, Revoke(read.wanted.hash, read.block.generation))
-
-
-def _parts(reads: Sequence[_Read]) -> Iterator[list[_Read]]:
-    part: list[_Read] = []
-    nbytes = 0
-    for read in reads:
-        part.append(read)
-        nbytes += read.block.size_bytes
-        if nbytes >= READ_PART_BYTES:
-            yield part
-            part, nbytes = [], 0
-    if part:
-        yield part
 
 
 def _reason(error: ClusterError) -> MissReason:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from kvstore.moves import checksums, left_s, transfer
+from kvstore.moves import checksums, in_lanes, left_s, parts_of, transfer
 from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.staging import StagingBuffer
 from tracehaul.runtime.offload import Offload
@@ -33,7 +33,10 @@ ATTEMPTS = 2
 
 PutOutcome = Literal["published", "present", "in_flight", "full", "too_large", "fenced", "corrupt", "lost"]
 
-_Sums = asyncio.Task[list[Checksum]]
+WRITE_PART_BYTES = 8 << 20
+WRITE_LANES = 3
+"""Blocks are reserved, written and published in parts of this size, so many at a time: the store verifies one and
+reserves another while a third is written."""
 
 
 class OutgoingBlock(NamedTuple):
@@ -43,6 +46,12 @@ class OutgoingBlock(NamedTuple):
     parent: BlockHash
     buffer: StagingBuffer
     nbytes: int
+
+
+class _Placed(NamedTuple):
+    place: int
+    """Where in the put."""
+    block: OutgoingBlock
 
 
 class _Filled(NamedTuple):
@@ -62,56 +71,63 @@ class Writer:
 
     async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], deadline_s: float) -> list[PutOutcome]:
         """One outcome per block; ``lost`` if no node could be found that saw it through."""
-        views = [block.buffer.view(block.nbytes) for block in blocks]
-        sums = asyncio.create_task(checksums(self._offload, views))  # beside reserving and writing
-        try:
-            view = self._nodes.find(home) if home is not None else None
-            tried: list[NodeId] = []
-            while len(tried) < ATTEMPTS:
-                view = view or self._nodes.home_of(blocks[0].hash, tried)
-                if view is None:
-                    break
-                try:
-                    return await self._put_to(view, blocks, sums, deadline_s)
-                except ClusterError:
-                    tried.append(view.node)
-                    view = None
-                    self.failovers += 1
-            return ["lost"] * len(blocks)
-        finally:
-            sums.cancel()
+        view = self._nodes.find(home) if home is not None else None
+        tried: list[NodeId] = []
+        while len(tried) < ATTEMPTS:
+            view = view or self._nodes.home_of(blocks[0].hash, tried)
+            if view is None:
+                break
+            try:
+                return await self._put_to(view, blocks, deadline_s)
+            except ClusterError:
+                tried.append(view.node)
+                view = None
+                self.failovers += 1
+        return ["lost"] * len(blocks)
 
     async def _put_to(
-        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], sums: _Sums, deadline_s: float
+        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float
     ) -> list[PutOutcome]:
         """All of it on one node. Raises ClusterError if the node does not see it through."""
         # First: a slot that cannot be written is of no use.
         way = await self._nodes.attach(view, left_s(deadline_s))
-        specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for block in blocks])
+        outcomes: list[PutOutcome] = ["lost"] * len(blocks)
+
+        async def put(part: list[_Placed]) -> None:
+            fills = await self._reserve(view, part, outcomes, deadline_s)
+            if fills:
+                sums = await self._write(view, way, fills, deadline_s)
+                await self._publish(view, fills, sums, outcomes, deadline_s)
+
+        placed = [_Placed(place, block) for place, block in enumerate(blocks)]
+        await in_lanes(put, parts_of(placed, lambda item: item.block.nbytes, WRITE_PART_BYTES), WRITE_LANES)
+        return outcomes
+
+    async def _reserve(
+        self, view: StoreNodeView, part: Sequence[_Placed], outcomes: list[PutOutcome], deadline_s: float
+    ) -> list[_Filled]:
+        """What is to be written; ``outcomes`` are set for the rest."""
+        specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for _, block in part])
 
         def undo(reserved: Reserved) -> Abandon:
-            return _abandon(_fills(blocks, reserved))
+            return _abandon(_fills(part, reserved))
 
         reserved = await self._nodes.acquire(view, Reserve(specs), Reserved, left_s(deadline_s), undo)
-        if len(reserved.outcomes) != len(blocks):
-            raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(blocks)}")
-        outcomes: list[PutOutcome] = [_outcome(outcome) for outcome in reserved.outcomes]
-        fills = _fills(blocks, reserved)
-        if fills:
-            await self._write(view, way, fills, deadline_s)
-            published = await self._publish(view, fills, sums, deadline_s)
-            for fill, outcome in zip(fills, published, strict=True):
-                outcomes[fill.place] = outcome
-        return outcomes
+        if len(reserved.outcomes) != len(part):
+            raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")
+        for item, outcome in zip(part, reserved.outcomes, strict=True):
+            outcomes[item.place] = _outcome(outcome)
+        return _fills(part, reserved)
 
     async def _write(
         self, view: StoreNodeView, way: tuple[Plane, RegionDescriptor], fills: Sequence[_Filled], deadline_s: float
-    ) -> None:
+    ) -> Sequence[Checksum] | None:
+        """The checksums of what was written, if the transport computed them in passing."""
         plane, remote = way
         copies = [Copy(fill.block.buffer.offset, fill.slot.offset, fill.block.nbytes) for fill in fills]
         try:
             writing = plane.transfer.write(remote, plane.region, copies, timeout_s=left_s(deadline_s))
-            await transfer(writing, [f.block.buffer for f in fills], on_late=lambda: self._abandon(view, fills))
+            return await transfer(writing, [f.block.buffer for f in fills], on_late=lambda: self._abandon(view, fills))
         except TransferTimedOut as error:  # a late write may land: the reservation must run out and its slot rest
             self._nodes.failed(view, error.settled)
             raise
@@ -124,12 +140,18 @@ class Writer:
             raise
 
     async def _publish(
-        self, view: StoreNodeView, fills: Sequence[_Filled], sums: _Sums, deadline_s: float
-    ) -> Sequence[PutOutcome]:
+        self,
+        view: StoreNodeView,
+        fills: Sequence[_Filled],
+        sums: Sequence[Checksum] | None,
+        outcomes: list[PutOutcome],
+        deadline_s: float,
+    ) -> None:
         try:
-            checks = await asyncio.shield(sums)
-            request = Publish(tuple([Publication(f.block.hash, f.slot.generation, checks[f.place]) for f in fills]))
-            published = await self._nodes.call(view, request, Published, left_s(deadline_s))
+            if sums is None:
+                sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])
+            blocks = [Publication(f.block.hash, f.slot.generation, s) for f, s in zip(fills, sums, strict=True)]
+            published = await self._nodes.call(view, Publish(tuple(blocks)), Published, left_s(deadline_s))
             if len(published.outcomes) != len(fills):
                 raise ProtocolError(f"{view.node} published {len(published.outcomes)} blocks of {len(fills)}")
         except (ClusterError, asyncio.CancelledError):
@@ -137,15 +159,16 @@ class Writer:
             raise
         if "corrupt" in published.outcomes:
             view.attached = None  # perhaps the bytes went to a former life's arena
-        return published.outcomes
+        for fill, outcome in zip(fills, published.outcomes, strict=True):
+            outcomes[fill.place] = outcome
 
     def _abandon(self, view: StoreNodeView, fills: Sequence[_Filled]) -> None:
         self._nodes.notify(view, _abandon(fills))
 
 
-def _fills(blocks: Sequence[OutgoingBlock], reserved: Reserved) -> list[_Filled]:
-    places = enumerate(zip(blocks, reserved.outcomes, strict=False))
-    return [_Filled(place, block, slot) for place, (block, slot) in places if isinstance(slot, Slot)]
+def _fills(part: Sequence[_Placed], reserved: Reserved) -> list[_Filled]:
+    outcomes = zip(part, reserved.outcomes, strict=False)
+    return [_Filled(place, block, slot) for (place, block), slot in outcomes if isinstance(slot, Slot)]
 
 
 def _abandon(fills: Sequence[_Filled]) -> Abandon:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from tracehaul.wire.errors import TransferError
+from tracehaul.wire.ids import Checksum
 from tracehaul.wire.messages import RegionDescriptor
 
 
@@ -82,8 +83,13 @@ class Transfer(Protocol):
         """Whether the descriptor names a place this transport can get to, as far as that shows without trying."""
         ...
 
-    async def read(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
+    async def read(
+        self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float
+    ) -> Sequence[Checksum] | None:
         """Copy bytes of a peer's region into ours. On return they have landed.
+
+        Returns the checksum of our bytes of each copy, as they are after landing, from a transport that touches
+        them anyway; None from one that does not: whoever needs checksums then computes them.
 
         Raises:
             TransferTimedOut: see there. The peer may be frozen or cut off.
@@ -92,8 +98,10 @@ class Transfer(Protocol):
         """
         ...
 
-    async def write(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
-        """Copy our bytes into a peer's region. On return they have landed there. Raises as :meth:`read`."""
+    async def write(
+        self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float
+    ) -> Sequence[Checksum] | None:
+        """Copy our bytes into a peer's region. On return they have landed there. Returns and raises as :meth:`read`."""
         ...
 
     async def close(self) -> None:

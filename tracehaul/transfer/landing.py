@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from tracehaul.runtime import clock
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.wire.errors import TransferError, TransferLost
+
+T = TypeVar("T")
 
 COPIES_MAX = 65536
 """Most copies in one transfer."""
@@ -49,8 +52,8 @@ def pieces(copies: Iterable[Copy], nbytes_max: int, copies_max: int) -> Iterator
         yield piece
 
 
-async def land(work: asyncio.Future[None], timeout_s: float, what: str, stop: Callable[[], None]) -> None:
-    """Wait until ``work`` (bytes under way) is over, at most ``timeout_s``; its exception propagates.
+async def land(work: asyncio.Future[T], timeout_s: float, what: str, stop: Callable[[], None]) -> T:
+    """Wait until ``work`` (bytes under way) is over, at most ``timeout_s``; its result or exception propagates.
 
     ``stop`` is called once if the caller gives up, by the deadline or by cancellation, before ``work`` is over:
     it may start nothing new, but what is under way still lands. Hence a cancelled call ends, with
@@ -76,14 +79,14 @@ async def land(work: asyncio.Future[None], timeout_s: float, what: str, stop: Ca
         raise asyncio.CancelledError
     if work.cancelled():
         raise TransferLost(f"{what}: this side closed its transport")
-    work.result()
+    return work.result()
 
 
-def settled_after(work: asyncio.Future[None]) -> asyncio.Future[None]:
+def settled_after(work: asyncio.Future[Any]) -> asyncio.Future[None]:
     """A future that is done when ``work`` is over, whatever its outcome."""
     settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def over(done: asyncio.Future[None]) -> None:
+    def over(done: asyncio.Future[Any]) -> None:
         if not done.cancelled():
             done.exception()  # seen
         if not settled.done():
