@@ -285,13 +285,11 @@ class Arena:
         """Keep blocks, and what is published of their prefixes. Returns why not, with nothing changed, if refused."""
         self.expire(now_s)
         key = request.tenant, request.trace
-        before = self._pins.get(key)
-        known = before.hashes if before is not None else {}
         covered: dict[BlockHash, None] = dict.fromkeys(request.hashes)
         for block_hash in request.hashes:
             for ancestor in self._families.ancestry(block_hash):
-                if ancestor in known or (ancestor in covered and ancestor != block_hash):
-                    break
+                if ancestor in covered and ancestor != block_hash:
+                    break  # it has been followed, or will be
                 covered[ancestor] = None
         refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s)
         if refusal is not None:
