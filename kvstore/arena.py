@@ -11,18 +11,24 @@ A block is visible exactly while it is PUBLISHED. ``now_s`` must never go back.
 
 from array import array
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from kvstore.config import StoreConfig
-from kvstore.eviction import Recency
+from kvstore.eviction import LeastRecent, Policy, Ranked
+from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
-from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration
+from kvstore.pins import HARD, PinKey, Pins
+from kvstore.tenants import Tenants
+from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
 from tracehaul.wire.messages import (
     BlockSpec,
     Full,
     InFlight,
     Leased,
     LeasedBlock,
+    Pin,
+    PinInfo,
+    Pinned,
     Present,
     Publication,
     PublishOutcome,
@@ -40,13 +46,14 @@ _PRESENT, _FULL, _TOO_LARGE = Present(), Full(), TooLarge()
 
 
 class Arena:
-    """Fixed slots over one region: reservations, visibility, leases, eviction.
+    """Fixed slots over one region: reservations, visibility, leases, pins, quotas, eviction.
 
-    Every change of visibility is appended to ``changes``, in order; the shell takes them with
-    :meth:`take_changes`. Costs are O(1) amortized per block, about 200 bytes of index per published block.
+    Every change of visibility and every end of a reservation is kept, in order, until the shell takes it with
+    :meth:`take_changes` and :meth:`take_ended`. Costs are O(1) amortized per block, about 200 bytes of index per
+    published block. ``policy`` is for comparing others with the default.
     """
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, policy: Policy | None = None) -> None:
         slots = config.slots_max
         self._config = config
         self._now_s = 0.0
@@ -56,19 +63,24 @@ class Arena:
         self._checksum = array("Q", bytes(8 * slots))
         self._size = array("I", bytes(4 * slots))
         self._lease_count = array("I", bytes(4 * slots))
-        self._child_count = array("I", bytes(4 * slots))
+        self._group = array("H", bytes(2 * slots))
+        self._depth = array("I", bytes(4 * slots))
         self._hash: list[BlockHash | None] = [None] * slots
-        self._parent: list[BlockHash | None] = [None] * slots
         self._free = array("I", range(slots - 1, -1, -1))
-        self._recency = Recency(slots)
         # By hash.
         self._published: dict[BlockHash, int] = {}
-        self._child_count_absent: dict[BlockHash, int] = {}  # of parents that are not published here
+        self._families = Families(slots, self._published)
         # By time and by holder.
         self._reservations = Reservations(config.reservation_ttl_s)
         self._leases = Leases()
         self._quarantine: deque[tuple[float, int]] = deque()  # (until_s, slot), in order
+        # Who gives way.
+        self._tenants = Tenants(config.quota_bytes, config.slot_bytes, slots)
+        self._pins = Pins(config)
+        self._policy = policy or LeastRecent(slots, len(self._tenants))
+        self._ranked = Ranked(len(self._tenants))
         self._changes: list[Stored | Removed] = []
+        self._ended: list[BlockHash] = []
         self.evicted = 0
         self.bytes_published = 0
 
@@ -98,6 +110,19 @@ class Arena:
         """Open reservations."""
         return len(self._reservations)
 
+    @property
+    def pins(self) -> int:
+        """Open pins."""
+        return len(self._pins)
+
+    def bytes_used(self, tenant: str) -> int:
+        """What counts against a tenant's quota; tenants without one count together."""
+        return self._tenants.used(self._tenants.group(tenant)) * self._config.slot_bytes
+
+    def is_reserved(self, block_hash: BlockHash) -> bool:
+        """Whether somebody is writing it."""
+        return self._reservations.get(block_hash) is not None
+
     def exists(self, hashes: Sequence[BlockHash]) -> bytes:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
         published = self._published
@@ -112,33 +137,46 @@ class Arena:
         changes, self._changes = self._changes, []
         return changes
 
+    def take_ended(self) -> list[BlockHash]:
+        """Blocks whose reservation ended since the last call, published or not, in order."""
+        ended, self._ended = self._ended, []
+        return ended
+
     # --- writing ------------------------------------------------------------------------------------------
 
-    def reserve(self, blocks: Sequence[BlockSpec], owner: str, now_s: float) -> list[ReserveOutcome]:
-        """Give ``owner`` a slot for each block that needs one; evicts as needed. One outcome per block, same order."""
-        self.expire(now_s)
-        return [self._reserve(block, owner, now_s) for block in blocks]
+    def reserve(self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "") -> list[ReserveOutcome]:
+        """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
-    def _reserve(self, block: BlockSpec, owner: str, now_s: float) -> ReserveOutcome:
+        One outcome per block, same order.
+        """
+        self.expire(now_s)
+        group = self._tenants.group(tenant)
+        return [self._reserve(block, owner, group, now_s) for block in blocks]
+
+    def _reserve(self, block: BlockSpec, owner: str, group: int, now_s: float) -> ReserveOutcome:
         if not 0 < block.size_bytes <= self._config.slot_bytes:
             return _TOO_LARGE
         slot = self._published.get(block.hash)
         if slot is not None:
-            self._recency.touch(slot)
+            self._touch(slot)
             return _PRESENT
         if (reservation := self._reservations.get(block.hash)) is not None:
-            return InFlight(since_s=now_s - reservation.since_s)
+            return InFlight(now_s - reservation.since_s, reservation.owner)
         if self._reservations.count(owner) >= self._config.reservations_max:
             return _FULL
         parent = self._same_object(block.parent)
-        self._add_child(parent)  # before taking a slot: the prefix must not make room for its own continuation
-        slot = self._take_slot()
+        if self._families.closes_cycle(block.hash, parent, self._reservations.parent_of):
+            return _FULL
+        self._families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
+        slot = self._take_slot(group)
         if slot is None:
-            self._drop_child(parent)
+            self._forget_child(parent)
             return _FULL
         self._state[slot] = RESERVED
         self._generation[slot] += 1
         self._size[slot] = block.size_bytes
+        self._group[slot] = group
+        self._tenants.take(group)
         self._reservations.add(Reservation(slot, block.hash, parent, owner, now_s))
         return Slot(slot * self._config.slot_bytes, SlotGeneration(self._generation[slot]))
 
@@ -164,14 +202,15 @@ class Arena:
             )
             return "published" if same else "fenced"
         slot = reservation.slot
-        self._reservations.end(reservation)
+        self._end_reservation(reservation)
         self._state[slot] = PUBLISHED
         self._checksum[slot] = block.checksum
         self._hash[slot] = reservation.hash
-        self._parent[slot] = reservation.parent
-        self._child_count[slot] = self._child_count_absent.pop(reservation.hash, 0)
+        parent_slot = self._published.get(reservation.parent)
+        self._depth[slot] = 0 if parent_slot is None else self._depth[parent_slot] + 1
+        self._families.publish(slot, reservation.hash, reservation.parent)
         self._published[reservation.hash] = slot
-        self._recency.touch(slot)
+        self._policy.add(slot, self._group[slot], reservation.hash, self._depth[slot])
         self.bytes_published += self._size[slot]
         self._changes.append(Stored(reservation.hash))
         return "published"
@@ -181,8 +220,9 @@ class Arena:
         for block_hash, generation in blocks:
             reservation = self._find(block_hash, generation, owner)
             if reservation is not None:
-                self._reservations.end(reservation)
-                self._drop_child(reservation.parent)
+                self._end_reservation(reservation)
+                self._forget_child(reservation.parent)
+                self._tenants.give(self._group[reservation.slot])
                 self._free_slot(reservation.slot)
 
     def withdraw(self, block_hash: BlockHash, generation: SlotGeneration, owner: str, now_s: float) -> None:
@@ -203,7 +243,7 @@ class Arena:
         slots = array("I")
         blocks = tuple([self._lease_block(block_hash, slots) for block_hash in hashes])
         for slot in reversed(slots):  # so that among equals the end of a sequence goes before its start
-            self._recency.touch(slot)
+            self._touch(slot)
         if slots and ttl_s > 0:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         else:
@@ -239,22 +279,72 @@ class Arena:
         self._remove(slot)
         return True
 
+    # --- keeping ------------------------------------------------------------------------------------------
+
+    def pin(self, request: Pin, now_s: float) -> Pinned | str:
+        """Keep blocks, and what is published of their prefixes. Returns why not, with nothing changed, if refused."""
+        self.expire(now_s)
+        key = request.tenant, request.trace
+        covered: dict[BlockHash, None] = dict.fromkeys(request.hashes)
+        for block_hash in request.hashes:
+            for ancestor in self._families.ancestry(block_hash):
+                if ancestor in covered and ancestor != block_hash:
+                    break  # it has been followed, or will be
+                covered[ancestor] = None
+        refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s)
+        if refusal is not None:
+            return refusal
+        held = self._pins.get(key)
+        assert held is not None
+        self._reconsider(held.hashes)
+        info = self._pin_info(key, now_s)
+        self.expire(now_s)  # of no priority, it has ended already
+        return Pinned(info.blocks, info.held, info.remaining_s)
+
+    def unpin(self, tenant: str, trace: TraceId) -> None:
+        """End a trace's pin. Harmless if there is none."""
+        held = self._pins.end((tenant, trace))
+        if held is not None:
+            self._reconsider(held.hashes)
+
+    def list_pins(self, tenant: str | None, now_s: float) -> list[PinInfo]:
+        """Open pins, of one tenant or all, the first to end first. Linear in what they cover."""
+        self.expire(now_s)
+        return [self._pin_info(key, now_s) for key, _ in self._pins.all() if tenant in (None, key[0])]
+
+    def _pin_info(self, key: PinKey, now_s: float) -> PinInfo:
+        pin = self._pins.get(key)
+        assert pin is not None
+        slots = [slot for slot in map(self._published.get, pin.hashes) if slot is not None]
+        nbytes = sum(self._size[slot] for slot in slots)
+        return PinInfo(key[1], key[0], pin.kind, len(pin.hashes), len(slots), nbytes, pin.until_s - now_s)
+
+    def _reconsider(self, hashes: Iterable[BlockHash]) -> None:
+        """What pins say of these blocks has changed."""
+        for block_hash in hashes:
+            slot = self._published.get(block_hash)
+            if slot is not None:
+                self._ranked.remove(slot)
+                self._unpark(slot)
+
     # --- time and loss ------------------------------------------------------------------------------------
 
     def next_deadline_s(self) -> float | None:
         """When :meth:`expire` next has something to do; None if nothing is pending."""
         quarantine_s = self._quarantine[0][0] if self._quarantine else None
-        pending = (self._reservations.deadline_s(), self._leases.deadline_s(), quarantine_s)
+        pending = (self._reservations.deadline_s(), self._leases.deadline_s(), self._pins.deadline_s(), quarantine_s)
         return min((deadline_s for deadline_s in pending if deadline_s is not None), default=None)
 
     def expire(self, now_s: float) -> None:
-        """End every reservation, lease and quarantine whose time has come."""
+        """End every reservation, lease, pin and quarantine whose time has come."""
         assert now_s >= self._now_s, "time went back"
         self._now_s = now_s
         for reservation in self._reservations.expired(now_s):
             self._quarantine_reservation(reservation, now_s)
         while (lease := self._leases.next_expired(now_s)) is not None:
             self._end_protection(self._leases.end(lease))
+        while (pin := self._pins.next_expired(now_s)) is not None:
+            self.unpin(*pin)
         while self._quarantine and self._quarantine[0][0] <= now_s:
             _, slot = self._quarantine.popleft()
             self._free_slot(slot)
@@ -269,44 +359,64 @@ class Arena:
 
     # --- slots --------------------------------------------------------------------------------------------
 
-    def _take_slot(self) -> int | None:
+    def _take_slot(self, group: int) -> int | None:
         """A free slot, if need be by evicting; None if nothing can go."""
         if not self._free:
-            victim = self._victim()
+            victim = self._victim(group)
             if victim is None:
                 return None
             self.evicted += 1
             self._remove(victim)
         return self._free.pop()
 
-    def _victim(self) -> int | None:
-        while (slot := self._recency.oldest()) is not None:
-            if self._evictable(slot):
-                return slot
-            self._recency.remove(slot)  # parked until its last lease or continuation goes
+    def _victim(self, group: int) -> int | None:
+        """Whose block goes for one of ``group``: by quota, then by priority, then as the policy says."""
+        for yielding in self._tenants.yielding(group):
+            while (slot := self._policy.candidate(yielding)) is not None:
+                rank = self._rank(slot)
+                if rank is None and self._is_idle(slot):
+                    return slot
+                self._policy.park(slot)  # until its last lease, pin or continuation goes
+                if rank is not None and self._evictable(slot):
+                    self._ranked.add(slot, yielding, rank)
+            while (slot := self._ranked.candidate(yielding)) is not None:
+                if self._evictable(slot):
+                    return slot
+                self._ranked.remove(slot)
         return None
 
+    def _is_idle(self, slot: int) -> bool:
+        return self._state[slot] == PUBLISHED and not self._lease_count[slot] and not self._families.is_parent(slot)
+
     def _evictable(self, slot: int) -> bool:
-        return self._state[slot] == PUBLISHED and not self._lease_count[slot] and not self._child_count[slot]
+        return self._is_idle(slot) and self._rank(slot) != HARD
+
+    def _rank(self, slot: int) -> float | None:
+        block_hash = self._hash[slot]
+        return None if block_hash is None else self._pins.rank(block_hash)
+
+    def _touch(self, slot: int) -> None:
+        self._ranked.remove(slot)
+        self._policy.touch(slot, self._group[slot])
 
     def _unpark(self, slot: int) -> None:
-        if slot not in self._recency and self._evictable(slot):
-            self._recency.restore(slot)
+        if slot not in self._policy and slot not in self._ranked and self._evictable(slot):
+            self._policy.restore(slot, self._group[slot])
 
     def _remove(self, slot: int) -> None:
         """Make a published block invisible; free its slot unless a lease still protects the bytes."""
-        block_hash, parent = self._hash[slot], self._parent[slot]
+        block_hash = self._hash[slot]
         assert self._state[slot] == PUBLISHED
         assert block_hash is not None
-        assert parent is not None
         del self._published[block_hash]
-        self._recency.remove(slot)
+        self._policy.remove(slot)
+        self._ranked.remove(slot)
+        self._tenants.give(self._group[slot])
         self.bytes_published -= self._size[slot]
-        if self._child_count[slot]:
-            self._child_count_absent[block_hash] = self._child_count[slot]
-            self._child_count[slot] = 0
-        self._hash[slot] = self._parent[slot] = None
-        self._drop_child(parent)
+        parent_slot = self._families.remove(slot, block_hash)
+        self._hash[slot] = None
+        if parent_slot is not None:
+            self._unpark(parent_slot)
         self._changes.append(Removed(block_hash))
         if self._lease_count[slot]:
             self._state[slot] = CONDEMNED
@@ -325,9 +435,15 @@ class Arena:
             return None
         return reservation
 
-    def _quarantine_reservation(self, reservation: Reservation, now_s: float) -> None:
+    def _end_reservation(self, reservation: Reservation) -> None:
         self._reservations.end(reservation)
-        self._drop_child(reservation.parent)
+        self._ended.append(reservation.hash)
+
+    def _quarantine_reservation(self, reservation: Reservation, now_s: float) -> None:
+        """The block may be reserved anew at once; its slot rests."""
+        self._end_reservation(reservation)
+        self._forget_child(reservation.parent)
+        self._tenants.give(self._group[reservation.slot])
         self._state[reservation.slot] = QUARANTINED
         self._quarantine.append((now_s + self._config.late_write_s, reservation.slot))
 
@@ -349,22 +465,10 @@ class Arena:
         reservation = self._reservations.get(parent)
         return reservation.hash if reservation is not None else parent
 
-    def _add_child(self, parent: BlockHash) -> None:
-        slot = self._published.get(parent)
+    def _forget_child(self, parent: BlockHash) -> None:
+        slot = self._families.forget(parent)
         if slot is not None:
-            self._child_count[slot] += 1
-        else:
-            self._child_count_absent[parent] = self._child_count_absent.get(parent, 0) + 1
-
-    def _drop_child(self, parent: BlockHash) -> None:
-        slot = self._published.get(parent)
-        if slot is not None:
-            self._child_count[slot] -= 1
             self._unpark(slot)
-            return
-        count = self._child_count_absent.pop(parent) - 1
-        if count:
-            self._child_count_absent[parent] = count
 
     # --- invariants ---------------------------------------------------------------------------------------
 
@@ -386,25 +490,25 @@ class Arena:
         assert leases == self._lease_count.tolist()
         assert all((leases[slot] > 0) <= (self._state[slot] in (PUBLISHED, CONDEMNED)) for slot in range(slots))
         assert all(leases[slot] > 0 for slot in by_state[CONDEMNED])
-        self._check_families()
-        order = self._recency.order()
-        assert set(order) <= set(by_state[PUBLISHED])
+        self._families.check([(r.hash, r.parent) for r in self._reservations.all()])
         for slot in by_state[PUBLISHED]:
-            assert slot in self._recency or not self._evictable(slot), "an evictable block would never be found"
+            block_hash = self._hash[slot]
+            assert block_hash is not None
+            assert self._published[block_hash] == slot
+        self._check_eviction(by_state[PUBLISHED], by_state[RESERVED])
         assert self.bytes_published == sum(self._size[slot] for slot in by_state[PUBLISHED])
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s
 
-    def _check_families(self) -> None:
-        children: dict[BlockHash, int] = {}
-        for block_hash, slot in self._published.items():
-            parent = self._parent[slot]
-            assert self._hash[slot] == block_hash
-            assert parent is not None
-            children[parent] = children.get(parent, 0) + 1
-        for reservation in self._reservations.all():
-            children[reservation.parent] = children.get(reservation.parent, 0) + 1
-        for slot, count in enumerate(self._child_count):
-            block_hash = self._hash[slot]
-            assert count == (0 if block_hash is None else children.pop(block_hash, 0))
-        assert self._child_count_absent == children
+    def _check_eviction(self, published: Sequence[int], reserved: Sequence[int]) -> None:
+        self._pins.check()
+        self._ranked.check(self._rank)
+        for group in range(len(self._tenants)):
+            order = self._policy.order(group)
+            assert len(order) == len(set(order))
+            assert set(order) <= {slot for slot in published if self._group[slot] == group}
+            assert self._tenants.used(group) == sum(self._group[slot] == group for slot in (*published, *reserved))
+        for slot in published:
+            assert not (slot in self._policy and slot in self._ranked)
+            found = slot in self._policy or slot in self._ranked
+            assert found or not self._evictable(slot), "an evictable block would never be found"

@@ -19,7 +19,7 @@ from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.ids import BlockHash, NodeId
-from tracehaul.wire.messages import Existing, Exists, NodeInfo
+from tracehaul.wire.messages import Await, Awaited, AwaitState, Existing, Exists, NodeInfo, Pin, Pinned
 
 __all__ = ["ClientStats", "OutgoingBlock", "PutOutcome", "StoreClient"]
 
@@ -122,6 +122,31 @@ class StoreClient:
             self.stats.puts[outcome] = self.stats.puts.get(outcome, 0) + 1
             self.stats.put_bytes += block.nbytes if outcome == "published" else 0
         return outcomes
+
+    async def wait(self, node: NodeId, hashes: Sequence[BlockHash], timeout_s: float) -> list[AwaitState]:
+        """Wait until nobody writes these on ``node`` any more, at most ``timeout_s``; their states then.
+
+        A node that cannot be asked has nothing.
+        """
+        view = self._nodes.find(node)
+        if view is None or not hashes:
+            return ["absent"] * len(hashes)
+        request = Await(tuple(hashes), timeout_s)
+        try:
+            states = (await self._nodes.call(view, request, Awaited, timeout_s + EXISTS_TIMEOUT_S)).states
+        except ClusterError:
+            return ["absent"] * len(hashes)
+        return list(states) if len(states) == len(hashes) else ["absent"] * len(hashes)
+
+    async def pin(self, node: NodeId, pin: Pin, timeout_s: float) -> Pinned | None:
+        """Pin a trace's blocks on ``node``; None if it refuses or cannot be asked."""
+        view = self._nodes.find(node)
+        if view is None:
+            return None
+        try:
+            return await self._nodes.call(view, pin, Pinned, timeout_s)
+        except ClusterError:
+            return None
 
     async def aclose(self) -> None:
         """Let releases and other notices under way end."""

@@ -1,43 +1,90 @@
 """Which block goes first. Pure.
 
-The order is least recently used, leaf first: a block that is leased or has a continuation here is never the victim.
-Such blocks are found only when they reach the old end; there they are *parked* (taken out of the list) and put back
-at the old end when their last lease or continuation goes. So every step of a search is paid by one earlier event,
-and an eviction costs O(1) amortized although a long-lived prefix may sit at the old end for ever.
+The arena asks a policy for candidates, per group of tenants, and decides whether one may go: a block that is leased,
+pinned hard or has a continuation here is never the victim, a softly pinned one only when nothing unpinned is left.
+Such blocks are found only when they come up; then they are *parked* (taken out of the order) and put back when their
+last lease, pin or continuation goes. So every step of a search is paid by one earlier event, and an eviction costs
+O(1) amortized although a long-lived prefix may sit at the old end for ever.
 """
 
 from array import array
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Protocol
+
+from tracehaul.wire.ids import BlockHash
 
 
-class Recency:
-    """Slots from least to most recently used: a doubly linked list in two flat arrays, 8 bytes per slot."""
+class Policy(Protocol):
+    """The order in which a group's blocks are given up. A slot is unknown to it, in its order, or parked."""
 
-    def __init__(self, slots_max: int) -> None:
-        self._end = slots_max  # the sentinel: its successor is the oldest, its predecessor the newest
-        self._newer = array("I", range(slots_max + 1))  # a slot linked to itself is not in the list
-        self._older = array("I", range(slots_max + 1))
+    def __contains__(self, slot: int) -> bool:
+        """Whether the slot is in the order."""
+        ...
+
+    def add(self, slot: int, group: int, block_hash: BlockHash, depth: int) -> None:
+        """A block became visible in an unknown slot; ``depth`` is its place in its sequence, in blocks."""
+        ...
+
+    def touch(self, slot: int, group: int) -> None:
+        """A block was used. It is in the order from then on, even if it was parked."""
+        ...
+
+    def candidate(self, group: int) -> int | None:
+        """The slot to give up next; it stays in the order until it is parked or removed."""
+        ...
+
+    def park(self, slot: int) -> None:
+        """Take a candidate out of the order until :meth:`restore`."""
+        ...
+
+    def restore(self, slot: int, group: int) -> None:
+        """Put a parked slot back where it was, or where it would be the next candidate."""
+        ...
+
+    def remove(self, slot: int) -> None:
+        """The block is gone: the slot, in the order or parked, is unknown again."""
+        ...
+
+    def order(self, group: int) -> list[int]:
+        """All slots of a group in the order, for checks and tests."""
+        ...
+
+
+class LeastRecent:
+    """Least recently used first: a doubly linked list per group in two flat arrays, 8 bytes per slot."""
+
+    def __init__(self, slots_max: int, groups: int) -> None:
+        # The sentinel of a group follows the slots: its successor is the oldest, its predecessor the newest.
+        self._slots_max = slots_max
+        self._newer = array("I", range(slots_max + groups))  # a slot linked to itself is not in a list
+        self._older = array("I", range(slots_max + groups))
 
     def __contains__(self, slot: int) -> bool:
         return self._newer[slot] != slot
 
-    def oldest(self) -> int | None:
-        """The least recently used slot in the list."""
-        slot = self._newer[self._end]
-        return None if slot == self._end else slot
+    def add(self, slot: int, group: int, block_hash: BlockHash, depth: int) -> None:
+        self.touch(slot, group)
 
-    def touch(self, slot: int) -> None:
-        """Make ``slot`` the most recently used, whether it was in the list or not."""
+    def touch(self, slot: int, group: int) -> None:
         self.remove(slot)
-        newest = self._older[self._end]
-        self._link(newest, slot, self._end)
+        end = self._slots_max + group
+        self._link(self._older[end], slot, end)
 
-    def restore(self, slot: int) -> None:
-        """Put a parked slot back at the old end: everything that was older has gone since."""
+    def candidate(self, group: int) -> int | None:
+        slot = self._newer[self._slots_max + group]
+        return None if slot >= self._slots_max else slot
+
+    def park(self, slot: int) -> None:
+        self.remove(slot)
+
+    def restore(self, slot: int, group: int) -> None:
+        """At the old end: everything that was older has gone since."""
         assert slot not in self
-        self._link(self._end, slot, self._newer[self._end])
+        end = self._slots_max + group
+        self._link(end, slot, self._newer[end])
 
     def remove(self, slot: int) -> None:
-        """Take ``slot`` out; harmless if it is not in."""
         older, newer = self._older[slot], self._newer[slot]
         self._newer[older] = newer
         self._older[newer] = older
@@ -48,14 +95,54 @@ class Recency:
         self._older[slot] = older
         self._newer[slot] = newer
 
-    def order(self) -> list[int]:
-        """All slots in the list, oldest first, with both directions verified: for checks and tests."""
+    def order(self, group: int) -> list[int]:
+        """Oldest first, with both directions verified."""
         slots: list[int] = []
-        at = self._end
-        while (newer := self._newer[at]) != self._end:
+        at = end = self._slots_max + group
+        while (newer := self._newer[at]) != end:
             assert self._older[newer] == at, "the list's directions disagree"
             slots.append(newer)
-            assert len(slots) <= self._end, "the list has a cycle"
+            assert len(slots) <= self._slots_max, "the list has a cycle"
             at = newer
-        assert self._older[self._end] == at
+        assert self._older[end] == at
         return slots
+
+
+class Ranked:
+    """Softly pinned slots that a search came across, per group, lowest rank first."""
+
+    def __init__(self, groups: int) -> None:
+        self._heaps: list[list[tuple[float, int]]] = [[] for _ in range(groups)]  # may name slots that are not in
+        self._in: dict[int, tuple[int, float]] = {}  # slot -> group, rank
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._in
+
+    def add(self, slot: int, group: int, rank: float) -> None:
+        """Put a slot in."""
+        assert slot not in self._in
+        self._in[slot] = group, rank
+        heap = self._heaps[group]
+        heappush(heap, (rank, slot))
+        if len(heap) > 2 * len(self._in) + 64:  # removed ones pile up; what is sorted is a heap
+            self._heaps[group] = sorted({entry for entry in heap if self._in.get(entry[1]) == (group, entry[0])})
+
+    def candidate(self, group: int) -> int | None:
+        """The slot of the lowest rank; it stays in."""
+        heap = self._heaps[group]
+        while heap:
+            rank, slot = heap[0]
+            if self._in.get(slot) == (group, rank):
+                return slot
+            heappop(heap)
+        return None
+
+    def remove(self, slot: int) -> None:
+        """Take a slot out; harmless if it is not in."""
+        self._in.pop(slot, None)
+
+    def check(self, rank_of: Callable[[int], float | None]) -> None:
+        """Assert that every slot in is found, at its rank of today."""
+        for slot, (group, rank) in self._in.items():
+            assert rank_of(slot) == rank
+            assert (rank, slot) in self._heaps[group]

@@ -33,6 +33,11 @@ class Reservations:
         """The open reservation of a block."""
         return self._by_hash.get(block_hash)
 
+    def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
+        """What the reserved block is chained to."""
+        reservation = self._by_hash.get(block_hash)
+        return None if reservation is None else reservation.parent
+
     def of(self, owner: str) -> list[Reservation]:
         """All of one owner, oldest first."""
         return [self._by_hash[block_hash] for block_hash in self._by_owner.get(owner, ())]

@@ -9,6 +9,8 @@ from kvstore.arena import Arena
 from kvstore.config import StoreConfig
 from kvstore.events import Feed
 from kvstore.moves import checksums
+from kvstore.pins import PRIORITY_MAX
+from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
@@ -16,19 +18,26 @@ from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import Checksum, Generation
+from tracehaul.wire.ids import BlockHash, Checksum, Generation
 from tracehaul.wire.messages import (
     Abandon,
     Attach,
     Attached,
+    Await,
+    Awaited,
+    AwaitState,
     Existing,
     Exists,
     Full,
     Lease,
     Leased,
+    ListPins,
     NodeLoad,
     Ok,
+    Pin,
     Ping,
+    PinList,
+    Pinned,
     Publication,
     Publish,
     Published,
@@ -41,10 +50,13 @@ from tracehaul.wire.messages import (
     Revoke,
     Slot,
     Subscribe,
+    Unpin,
 )
 
 HASHES_MAX = 65536
 """Blocks in one request."""
+NAME_CHARS_MAX = 256
+"""Of a tenant's or a trace's name."""
 SELF = ""
 """Holder of the node's own leases: no connection has this name."""
 
@@ -63,6 +75,8 @@ class StoreStats(msgspec.Struct):
     leased_blocks: int = 0
     missed_blocks: int = 0
     """Blocks asked for by a lease and not held."""
+    waits: int = 0
+    pins_refused: int = 0
 
 
 class StoreNode:
@@ -83,6 +97,7 @@ class StoreNode:
         self._offload = offload
         self._arena = Arena(config)
         self._feed = Feed(generation, changes_max=config.changes_max, subscribers_max=config.subscribers_max)
+        self._waiters = Waiters(config.waiters_max)
         self._timer: asyncio.TimerHandle | None = None
         self.stats = StoreStats()
 
@@ -127,6 +142,18 @@ class StoreNode:
             case Revoke():
                 await self._verify_own(request)
                 return Ok()
+            case Await():
+                return await self._await(request)
+            case Pin():
+                return self._pin(request)
+            case Unpin(trace=trace, tenant=tenant):
+                self._arena.unpin(tenant, trace)
+                self._changed()
+                return Ok()
+            case ListPins(tenant=tenant):
+                pins = self._arena.list_pins(tenant, clock.now_s())
+                self._changed()
+                return PinList(tuple(pins))
             case Attach():
                 return Attached(self._generation, tuple(plane.region.descriptor for plane in self._planes))
             case Ping():
@@ -169,10 +196,11 @@ class StoreNode:
 
     def _reserve(self, request: Reserve, peer: str) -> Reserved:
         _check_count(request.blocks)
+        _check_name(request.tenant)
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
-        outcomes = self._arena.reserve(request.blocks, peer, clock.now_s())
+        outcomes = self._arena.reserve(request.blocks, peer, clock.now_s(), request.tenant)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
         self._changed()
@@ -217,16 +245,46 @@ class StoreNode:
             self._arena.release(leased.lease, SELF)
             self._changed()
 
+    async def _await(self, request: Await) -> Awaited:
+        _check_count(request.hashes)
+        self.stats.waits += 1
+        self._arena.expire(clock.now_s())
+        self._changed()
+        in_flight = [block_hash for block_hash in request.hashes if self._arena.is_reserved(block_hash)]
+        await self._waiters.wait(in_flight, min(request.timeout_s, self._config.wait_max_s))
+        return Awaited(tuple([self._state(block_hash) for block_hash in request.hashes]))
+
+    def _state(self, block_hash: BlockHash) -> AwaitState:
+        if self._arena.is_reserved(block_hash):
+            return "in_flight"
+        return "published" if self._arena.exists((block_hash,))[0] else "absent"
+
+    def _pin(self, request: Pin) -> Pinned:
+        _check_count(request.hashes)
+        _check_name(request.tenant)
+        _check_name(request.trace)
+        if any(len(block_hash) != HASH_BYTES for block_hash in request.hashes):
+            raise InvalidRequest("not a block hash")
+        if not (request.ttl_s > 0 and 1 <= request.priority <= PRIORITY_MAX):
+            raise InvalidRequest(f"a pin lasts more than 0 s, at a priority from 1 to {PRIORITY_MAX:.0f}")
+        pinned = self._arena.pin(request, clock.now_s())
+        self._changed()
+        if isinstance(pinned, str):
+            self.stats.pins_refused += 1
+            raise Overloaded(pinned)
+        return pinned
+
     # --- helpers ------------------------------------------------------------------------------------------
 
     async def _checksums(self, ranges: Sequence[tuple[int, int]]) -> list[Checksum]:
         return await checksums(self._offload, [self._buffer[offset : offset + size] for offset, size in ranges])
 
     def _changed(self) -> None:
-        """After anything that touched the arena: tell the subscribers, arm the timer."""
+        """After anything that touched the arena: tell the subscribers, wake who waits, arm the timer."""
         changes = self._arena.take_changes()
         if changes:
             self._feed.append(changes)
+        self._waiters.ended(self._arena.take_ended())
         self._arm()
 
     def _arm(self) -> None:
@@ -246,3 +304,8 @@ class StoreNode:
 def _check_count(items: Sequence[object]) -> None:
     if len(items) > HASHES_MAX:
         raise InvalidRequest(f"{len(items)} blocks in one request; at most {HASHES_MAX}")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > NAME_CHARS_MAX:
+        raise InvalidRequest(f"a name of {len(name)} characters; at most {NAME_CHARS_MAX}")

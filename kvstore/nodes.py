@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from tracehaul.rpc.peers import Peers
@@ -21,6 +21,8 @@ ATTACH_TIMEOUT_S = 0.5
 """The first thing that a node is asked, and the first after a failure: one that is frozen costs each call no more."""
 NOTICE_TIMEOUT_S = 1.0
 """For what nobody waits for, and without which the store recovers by itself."""
+LATE_REPLY_S = 5.0
+"""How long the reply that grants something is still listened for, to give it back."""
 
 
 class StoreNodeView:
@@ -90,12 +92,15 @@ class StoreNodes:
         Raises:
             ClusterError: no usable reply came.
         """
-        if timeout_s <= 0:
-            raise DeadlineExceeded(f"no time left to ask {view.node}")
+        _check_time(view, timeout_s)
+        calling = self._peers.call(view.info.address, request, timeout_s=timeout_s)
+        return await self._judged(view, calling, reply_type, timeout_s)
+
+    async def _judged(self, view: StoreNodeView, calling: Awaitable[Reply], reply_type: type[R], timeout_s: float) -> R:
         try:
-            reply = await self._peers.call(view.info.address, request, timeout_s=timeout_s)
+            reply = await calling
             if not isinstance(reply, reply_type):
-                raise ProtocolError(f"{view.node} answered {type(request).__name__} with {type(reply).__name__}")
+                raise ProtocolError(f"{view.node} answered with {type(reply).__name__}, not {reply_type.__name__}")
         except Overloaded:
             raise
         except DeadlineExceeded:
@@ -115,16 +120,20 @@ class StoreNodes:
         timeout_s: float,
         undo: Callable[[R], Request],
     ) -> R:
-        """As :meth:`call`, for what must be given back: if the wait is cancelled, ``undo`` follows the reply."""
-        calling = asyncio.get_running_loop().create_task(self.call(view, request, reply_type, timeout_s))
+        """As :meth:`call`, for what must be given back: if nobody waits for the reply any more when it comes, since
+        the caller was cancelled or its time was up, ``undo`` follows at once."""
+        _check_time(view, timeout_s)
+        calling = asyncio.get_running_loop().create_task(
+            self._peers.call(view.info.address, request, timeout_s=timeout_s + LATE_REPLY_S)
+        )
 
-        def give_back(done: asyncio.Task[R]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                self.notify(view, undo(done.result()))
+        def give_back(done: asyncio.Task[Reply]) -> None:
+            if not done.cancelled() and done.exception() is None and isinstance(reply := done.result(), reply_type):
+                self._send(view, undo(reply))  # it lives, whatever is thought of it
 
         try:
-            return await asyncio.shield(calling)
-        except asyncio.CancelledError:
+            return await self._judged(view, _within(calling, timeout_s), reply_type, timeout_s)
+        except (asyncio.CancelledError, DeadlineExceeded):
             calling.add_done_callback(give_back)
             raise
 
@@ -148,8 +157,10 @@ class StoreNodes:
 
     def notify(self, view: StoreNodeView, request: Request) -> None:
         """Tell a node something in the background; silently lost if the node is."""
-        if view.broken_until_s > clock.now_s():
-            return
+        if view.broken_until_s <= clock.now_s():
+            self._send(view, request)
+
+    def _send(self, view: StoreNodeView, request: Request) -> None:
         task = asyncio.get_running_loop().create_task(self._notify(view, request))
         self._notices.add(task)
         task.add_done_callback(self._notices.discard)
@@ -161,3 +172,16 @@ class StoreNodes:
     async def aclose(self) -> None:
         """Wait for the notices under way, at most their timeout."""
         await asyncio.gather(*self._notices)
+
+
+def _check_time(view: StoreNodeView, timeout_s: float) -> None:
+    if timeout_s <= 0:
+        raise DeadlineExceeded(f"no time left to ask {view.node}")
+
+
+async def _within(calling: asyncio.Task[Reply], timeout_s: float) -> Reply:
+    """The result of a task that goes on when this wait ends, by time or cancellation."""
+    done, _ = await asyncio.wait((calling,), timeout=timeout_s)
+    if not done:
+        raise DeadlineExceeded(f"no reply within {timeout_s:.3f} s")
+    return calling.result()

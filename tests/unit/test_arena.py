@@ -103,7 +103,7 @@ def test_what_does_not_fit_a_slot_is_too_large(size: int) -> None:
 def test_a_second_writer_is_told_who_is_first() -> None:
     arena = Arena(config())
     reserve(arena, spec("a"), now_s=1.0)
-    assert reserve(arena, spec("a"), "other", now_s=3.5) == InFlight(since_s=2.5)
+    assert reserve(arena, spec("a"), "other", now_s=3.5) == InFlight(since_s=2.5, owner="w")
     arena.publish([Publication(h("a"), SlotGeneration(1), Checksum(7))], "w", 4.0)
     assert isinstance(reserve(arena, spec("a"), "other", now_s=4.0), Present)
 
@@ -354,14 +354,14 @@ def test_a_long_protected_prefix_does_not_slow_eviction() -> None:
     keeper = arena.lease([h(parent or "")], "r", 30.0, 0.0)
     assert keeper is not None
     steps = 0
-    oldest = arena._recency.oldest  # counting the search's steps needs a look inside
+    oldest = arena._policy.candidate  # counting the search's steps needs a look inside
 
-    def counted() -> int | None:
+    def counted(group: int) -> int | None:
         nonlocal steps
         steps += 1
-        return oldest()
+        return oldest(group)
 
-    arena._recency.oldest = counted  # type: ignore[method-assign]
+    arena._policy.candidate = counted  # type: ignore[method-assign]
     for i in range(2000):
         arena_put_fast(arena, f"x{i}", None)
     arena.check()

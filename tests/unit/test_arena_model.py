@@ -8,15 +8,31 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvstore.arena import Arena
 from kvstore.config import StoreConfig
-from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration
-from tracehaul.wire.messages import BlockSpec, Full, InFlight, Present, Publication, Removed, Slot, Stored
+from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
+from tracehaul.wire.messages import (
+    BlockSpec,
+    Full,
+    InFlight,
+    Pin,
+    PinKind,
+    Pinned,
+    Present,
+    Publication,
+    Removed,
+    Slot,
+    Stored,
+)
 
 SLOT = 4096
 RESERVATION_TTL_S, LEASE_TTL_MAX_S, LATE_WRITE_S = 8.0, 12.0, 16.0
 LIMIT = 3
+HALF_LIFE_S, PIN_TTL_MAX_S = 4.0, 30.0
+PINS_MAX, PINS_TENANT_MAX = 3, 2
+HARD_SHARE, HARD_TENANT_SHARE = 0.6, 0.4
 ROOT = BlockHash(b"\xff" * 16)
 NAMES = st.integers(0, 11)
 OWNERS = st.sampled_from(["w0", "w1", "r0"])
+TENANTS = st.sampled_from(["", "a", "b", "c"])
 
 
 def hash_of(name: int) -> BlockHash:
@@ -34,6 +50,8 @@ class Entry:
     offset: int
     generation: int
     checksum: int
+    parent: BlockHash
+    group: str
 
 
 @dataclass
@@ -43,6 +61,16 @@ class Pending:
     generation: int
     owner: str
     since_s: float
+    parent: BlockHash
+    group: str
+
+
+@dataclass
+class ModelPin:
+    kind: PinKind
+    rank: float
+    until_s: float
+    hashes: set[BlockHash]
 
 
 @dataclass
@@ -50,21 +78,57 @@ class Model:
     """What the arena must agree with; victims and free offsets are the arena's own choice, checked for fairness."""
 
     slots: int
+    quota: dict[str, int]
     published: dict[int, Entry] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
     leases: dict[LeaseId, tuple[str, float, list[int]]] = field(default_factory=dict)  # offsets
     resting: dict[int, float] = field(default_factory=dict)  # offset -> until
     condemned: dict[int, None] = field(default_factory=dict)
+    pins: dict[tuple[str, str], ModelPin] = field(default_factory=dict)
 
     def protected(self) -> set[int]:
         return {offset for _, _, offsets in self.leases.values() for offset in offsets}
 
     def has_child(self, name: int) -> bool:
         wanted = hash_of(name)
-        return any(parent_of(other) == wanted for other in (*self.published, *self.pending))
+        return any(other.parent == wanted for other in (*self.published.values(), *self.pending.values()))
+
+    def rank(self, name: int) -> float | None:
+        return max((pin.rank for pin in self.pins.values() if hash_of(name) in pin.hashes), default=None)
 
     def evictable(self, name: int) -> bool:
-        return self.published[name].offset not in self.protected() and not self.has_child(name)
+        kept = self.published[name].offset in self.protected() or self.rank(name) == float("inf")
+        return not kept and not self.has_child(name)
+
+    def group(self, tenant: str) -> str:
+        return tenant if tenant in self.quota else ""
+
+    def group_used(self, group: str) -> int:
+        return sum(block.group == group for block in (*self.published.values(), *self.pending.values()))
+
+    def victims(self, tenant: str, parent: BlockHash) -> set[int]:
+        """Which blocks may go for one of ``tenant``; the policy decides among them."""
+        group = self.group(tenant)
+        quota = {**self.quota, "": self.slots - sum(self.quota.values())}
+        excess = {g: self.group_used(g) + (g == group) - quota[g] for g in quota}
+        yielding = sorted((g for g in quota if excess[g] > 0), key=lambda g: (-excess[g], g != group, g))
+        for g in yielding if group in yielding else [*yielding, group]:
+            found = {
+                name: self.rank(name)
+                for name, entry in self.published.items()
+                if entry.group == g and self.evictable(name) and hash_of(name) != parent
+            }
+            lowest = min((rank or 0.0 for rank in found.values()), default=None)
+            if lowest is not None:
+                return {name for name, rank in found.items() if (rank or 0.0) == lowest}
+        return set()
+
+    def closes_cycle(self, name: int, parent: BlockHash) -> bool:
+        parents = {hash_of(b.name): b.parent for b in (*self.published.values(), *self.pending.values())}
+        at: BlockHash | None = parent
+        while at is not None and at != hash_of(name):
+            at = parents.get(at)
+        return at is not None
 
     def used(self) -> set[int]:
         taken = {e.offset for e in self.published.values()} | {p.offset for p in self.pending.values()}
@@ -75,6 +139,7 @@ class Model:
             if pending.since_s + RESERVATION_TTL_S <= now_s:
                 self.rest(pending, now_s)
         self.leases = {k: v for k, v in self.leases.items() if v[1] > now_s}
+        self.pins = {k: pin for k, pin in self.pins.items() if pin.until_s > now_s}
         self.sweep()
         self.resting = {offset: until for offset, until in self.resting.items() if until > now_s}
 
@@ -88,8 +153,11 @@ class Model:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    @initialize(slots=st.integers(1, 7))
-    def start(self, slots: int) -> None:
+    @initialize(slots=st.integers(1, 7), data=st.data())
+    def start(self, slots: int, data: st.DataObject) -> None:
+        quota: dict[str, int] = {}
+        for tenant in data.draw(st.sampled_from(["", "a", "ab"])):
+            quota[tenant] = data.draw(st.integers(0, slots - sum(quota.values())))
         self.arena = Arena(
             StoreConfig(
                 arena_bytes=slots * SLOT,
@@ -99,44 +167,59 @@ class ArenaMachine(RuleBasedStateMachine):
                 late_write_s=LATE_WRITE_S,
                 reservations_max=LIMIT,
                 leases_max=LIMIT,
+                quota_bytes={tenant: count * SLOT for tenant, count in quota.items()},
+                pin_ttl_max_s=PIN_TTL_MAX_S,
+                pin_half_life_s=HALF_LIFE_S,
+                pins_max=PINS_MAX,
+                pins_tenant_max=PINS_TENANT_MAX,
+                hard_share_max=HARD_SHARE,
+                hard_tenant_share_max=HARD_TENANT_SHARE,
             )
         )
-        self.model = Model(slots)
+        self.model = Model(slots, quota)
         self.now_s = 0.0
         self.seen: dict[BlockHash, None] = {}  # rebuilt from changes alone
         self.handles: list[tuple[int, int, str]] = []  # every slot ever granted, stale ones too
         self.lease_ids: list[LeaseId] = []
 
-    @rule(name=NAMES, owner=OWNERS)
-    def reserve(self, name: int, owner: str) -> None:
+    @rule(name=NAMES, owner=OWNERS, tenant=TENANTS)
+    def reserve(self, name: int, owner: str, tenant: str) -> None:
+        self._reserve(name, parent_of(name), owner, tenant)
+
+    @rule(name=NAMES, parent=NAMES, owner=OWNERS)
+    def reserve_forged(self, name: int, parent: int, owner: str) -> None:
+        if name != parent:
+            self._reserve(name, hash_of(parent), owner, "")
+
+    def _reserve(self, name: int, parent: BlockHash, owner: str, tenant: str) -> None:
         model = self.model
         model.settle(self.now_s)
-        (outcome,) = self.arena.reserve([BlockSpec(hash_of(name), parent_of(name), 1 + name)], owner, self.now_s)
+        (outcome,) = self.arena.reserve([BlockSpec(hash_of(name), parent, 1 + name)], owner, self.now_s, tenant)
         changes = self._observe()
         match outcome:
             case Present():
                 assert name in model.published
-            case InFlight(since_s=since_s):
-                assert since_s == self.now_s - model.pending[name].since_s
+            case InFlight(since_s=since_s, owner=holder):
+                assert (since_s, holder) == (self.now_s - model.pending[name].since_s, model.pending[name].owner)
             case Full():
                 assert name not in model.published
                 assert name not in model.pending
                 at_limit = sum(p.owner == owner for p in model.pending.values()) >= LIMIT
-                candidates = [n for n in model.published if model.evictable(n) and hash_of(n) != parent_of(name)]
-                assert at_limit or (len(model.used()) == model.slots and not candidates)
+                no_room = len(model.used()) == model.slots and not model.victims(tenant, parent)
+                assert at_limit or no_room or model.closes_cycle(name, parent)
             case Slot(offset=offset, generation=generation):
                 assert name not in model.published
                 assert name not in model.pending
+                assert not model.closes_cycle(name, parent)
                 for change in changes:
                     assert isinstance(change, Removed)
                     victim = change.hash[0]
                     assert len(model.used()) == model.slots, "evicted with slots free"
-                    assert model.evictable(victim)
-                    assert change.hash != parent_of(name)
+                    assert victim in model.victims(tenant, parent)
                     del model.published[victim]
                 assert len(changes) <= 1
                 assert offset not in model.used()
-                model.pending[name] = Pending(name, offset, generation, owner, self.now_s)
+                model.pending[name] = Pending(name, offset, generation, owner, self.now_s, parent, model.group(tenant))
                 self.handles.append((name, generation, owner))
             case _:
                 raise AssertionError(outcome)
@@ -159,7 +242,7 @@ class ArenaMachine(RuleBasedStateMachine):
             assert landing == (pending.offset, 1 + name)
             assert changes == [Stored(hash_of(name))]
             del model.pending[name]
-            model.published[name] = Entry(name, pending.offset, generation, checksum)
+            model.published[name] = Entry(name, pending.offset, generation, checksum, pending.parent, pending.group)
             return
         assert changes == []
         same = entry is not None and (entry.generation, entry.checksum) == (generation, checksum)
@@ -226,6 +309,56 @@ class ArenaMachine(RuleBasedStateMachine):
             self.model.condemned[entry.offset] = None
             self.model.sweep()
 
+    @rule(
+        tenant=st.sampled_from(["", "a"]),
+        trace=st.sampled_from(["t0", "t1"]),
+        names=st.lists(NAMES, max_size=3),
+        kind=st.sampled_from(["soft", "hard"]),
+        priority=st.sampled_from([1.0, 2.0, 8.0]),
+        ttl_s=st.sampled_from([2.0, 10.0, 100.0]),
+    )
+    def pin(self, tenant: str, trace: str, names: list[int], kind: PinKind, priority: float, ttl_s: float) -> None:
+        model = self.model
+        model.settle(self.now_s)
+        hashes = tuple(hash_of(name) for name in names)
+        pinned = self.arena.pin(Pin(TraceId(trace), hashes, ttl_s, kind, priority, tenant), self.now_s)
+        covered = set(hashes)
+        for at in hashes:
+            while at[0] in model.published and at != ROOT:
+                covered.add(at)
+                at = model.published[at[0]].parent
+        before = model.pins.get((tenant, trace))
+        covered |= before.hashes if before is not None else set()
+        if not self._may_pin((tenant, trace), len(covered), kind):
+            assert isinstance(pinned, str)
+            return
+        octaves = {1.0: 0, 2.0: 1, 8.0: 3}[priority]
+        rank = float("inf") if kind == "hard" else octaves + self.now_s / HALF_LIFE_S
+        lasts_s = min(ttl_s, PIN_TTL_MAX_S, octaves * HALF_LIFE_S if kind == "soft" else PIN_TTL_MAX_S)
+        held = sum(hash_of(name) in covered for name in model.published)
+        assert pinned == Pinned(len(covered), held, self.now_s + lasts_s - self.now_s)
+        model.pins[tenant, trace] = ModelPin(kind, rank, self.now_s + lasts_s, covered)
+        model.settle(self.now_s)
+
+    def _may_pin(self, key: tuple[str, str], blocks: int, kind: PinKind) -> bool:
+        slots = self.model.slots
+        others = {k: pin for k, pin in self.model.pins.items() if k != key}
+        own = [pin for k, pin in others.items() if k[0] == key[0]]
+        if key not in self.model.pins and (len(others) >= PINS_MAX or len(own) >= PINS_TENANT_MAX):
+            return False
+        if blocks + sum(len(pin.hashes) for pin in own) > slots:
+            return False
+        if blocks + sum(len(pin.hashes) for pin in others.values()) > 4 * slots:
+            return False
+        hard = [sum(len(pin.hashes) for pin in pins if pin.kind == "hard") for pins in (others.values(), own)]
+        limits = int(slots * HARD_SHARE), int(slots * HARD_TENANT_SHARE)
+        return kind == "soft" or all(blocks + n <= limit for n, limit in zip(hard, limits, strict=True))
+
+    @rule(tenant=st.sampled_from(["", "a"]), trace=st.sampled_from(["t0", "t1"]))
+    def unpin(self, tenant: str, trace: str) -> None:
+        self.arena.unpin(tenant, TraceId(trace))
+        self.model.pins.pop((tenant, trace), None)
+
     @rule(owner=OWNERS)
     def disconnect(self, owner: str) -> None:
         model = self.model
@@ -256,6 +389,10 @@ class ArenaMachine(RuleBasedStateMachine):
         assert arena.reservations == len(model.pending)
         assert arena.leases == len(model.leases)
         assert arena.slots_quarantined == len(model.resting)
+        assert arena.pins == len(model.pins)
+        for tenant in ("", "a", "b", "c"):
+            assert arena.bytes_used(tenant) == SLOT * model.group_used(model.group(tenant))
+        assert all(arena.is_reserved(hash_of(n)) == (n in model.pending) for n in names)
         assert arena.slots_free == model.slots - len(model.used())
 
     def _handle(self, data: st.DataObject) -> tuple[int, int, str]:

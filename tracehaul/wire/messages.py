@@ -98,6 +98,8 @@ class Reserve(Message, frozen=True):
     """Writer -> store: give me slots. Answered with :class:`Reserved`, one outcome per block, same order."""
 
     blocks: tuple[BlockSpec, ...]
+    tenant: str = ""
+    """Whose quota the slots count against."""
 
 
 class Slot(msgspec.Struct, frozen=True, tag=True):
@@ -116,10 +118,13 @@ class InFlight(msgspec.Struct, frozen=True, tag=True):
 
     since_s: float
     """How long it has held it."""
+    owner: str = ""
+    """The connection that holds it, by the store's name for it."""
 
 
 class Full(msgspec.Struct, frozen=True, tag=True):
-    """No slot can be freed now: everything left is leased, reserved or has continuations."""
+    """No slot can be freed now: what is left is leased, pinned, reserved, has continuations, or is within others'
+    quotas. Also the answer for a block whose parents would form a cycle."""
 
 
 class TooLarge(msgspec.Struct, frozen=True, tag=True):
@@ -212,6 +217,92 @@ class Revoke(Message, frozen=True):
 
     hash: BlockHash
     generation: SlotGeneration
+
+
+class Await(Message, frozen=True):
+    """Anyone -> store: tell me when none of these is being written any more, or ``timeout_s`` has passed.
+
+    Answered with :class:`Awaited`; refused as overloaded where too many wait already.
+    """
+
+    hashes: tuple[BlockHash, ...]
+    timeout_s: float
+
+
+AwaitState = Literal["published", "absent", "in_flight"]
+
+
+class Awaited(Message, frozen=True):
+    """Per hash: visible; or not, and free to be reserved; or (still, or again) being written."""
+
+    states: tuple[AwaitState, ...]
+
+
+PinKind = Literal["soft", "hard"]
+
+
+class Pin(Message, frozen=True):
+    """Router -> store: keep these blocks, and what you hold of their prefixes, for the trace's next step.
+
+    Pinning a trace again adds to what is covered and renews the kind, priority and end of all of it. Blocks that
+    are not there yet are covered once they are. Answered with :class:`Pinned`; refused as overloaded, with nothing
+    changed, where a limit is reached.
+    """
+
+    trace: TraceId
+    hashes: tuple[BlockHash, ...]
+    ttl_s: float
+    """Capped by the store."""
+    kind: PinKind = "soft"
+    """``hard`` blocks are never evicted; ``soft`` ones only when nothing unpinned is left."""
+    priority: float = 1024.0
+    """Of a soft pin: it halves with each half-life of the store's, and ends where it reaches 1."""
+    tenant: str = ""
+
+
+class Pinned(Message, frozen=True):
+    """The pin as it is now."""
+
+    blocks: int
+    """Covered."""
+    held: int
+    """Of those, published here."""
+    remaining_s: float
+
+
+class Unpin(Message, frozen=True):
+    """Router -> store: end a trace's pin. Harmless if there is none."""
+
+    trace: TraceId
+    tenant: str = ""
+
+
+class ListPins(Message, frozen=True):
+    """Anyone -> store. Answered with :class:`PinList`."""
+
+    tenant: str | None = None
+    """None: everybody's."""
+
+
+class PinInfo(msgspec.Struct, frozen=True):
+    """One open pin."""
+
+    trace: TraceId
+    tenant: str
+    kind: PinKind
+    blocks: int
+    """Covered."""
+    held: int
+    """Of those, published here."""
+    bytes: int
+    """What the held ones take."""
+    remaining_s: float
+
+
+class PinList(Message, frozen=True):
+    """Open pins, the first to end first."""
+
+    pins: tuple[PinInfo, ...]
 
 
 class Attach(Message, frozen=True):
@@ -403,6 +494,10 @@ Request = (
     | Release
     | Exists
     | Revoke
+    | Await
+    | Pin
+    | Unpin
+    | ListPins
     | Attach
     | Subscribe
     | PrefillStep
@@ -415,6 +510,9 @@ Reply = (
     | Published
     | Leased
     | Existing
+    | Awaited
+    | Pinned
+    | PinList
     | Attached
     | Snapshot
     | Events

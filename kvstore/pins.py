@@ -1,0 +1,182 @@
+"""Which blocks traces asked to keep. Pure.
+
+A pin belongs to a trace of a tenant and covers blocks by hash, whether they are there yet or not. A *hard* pin keeps
+its blocks whatever happens; a *soft* one gives them a priority that decays: p(t) = priority * 2^(-t / half life).
+All soft pins of a node decay alike, so which of two is higher never changes: log2(priority) + start / half life is a
+constant, the pin's *rank*, and nothing has to be recomputed as time passes. Where p reaches 1, the priority of an
+unpinned block, the pin ends. Every pin ends.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from heapq import heapify, heappop, heappush
+from math import inf, log2
+from typing import NamedTuple
+
+from kvstore.config import StoreConfig
+from tracehaul.wire.ids import BlockHash, TraceId
+from tracehaul.wire.messages import PinKind
+
+PRIORITY_MAX = float(2**32)
+
+PinKey = tuple[str, TraceId]
+"""Tenant and trace: one tenant's traces are never another's."""
+
+HARD = inf
+"""Rank of a hard pin."""
+
+
+class HeldPin(NamedTuple):
+    """An open pin. ``hashes`` grows while it lives."""
+
+    kind: PinKind
+    rank: float
+    """Of its blocks: those of the lowest go first. :data:`HARD` is never evicted."""
+    until_s: float
+    hashes: dict[BlockHash, None]
+
+
+class Pins:
+    """Open pins, and the rank that they give to blocks."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._config = config
+        slots = config.slots_max
+        self._hard_max = int(slots * config.hard_share_max)
+        self._hard_tenant_max = int(slots * config.hard_tenant_share_max)
+        self._covered_tenant_max = slots
+        self._covered_max = 4 * slots
+        self._pins: dict[PinKey, HeldPin] = {}
+        self._by_hash: dict[BlockHash, dict[PinKey, None]] = {}
+        self._heap: list[tuple[float, PinKey]] = []  # may name pins that have ended or moved
+        # By tenant; a block that two pins cover counts twice.
+        self._open: Counter[str] = Counter()
+        self._covered: Counter[str] = Counter()
+        self._hard: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._pins)
+
+    def get(self, key: PinKey) -> HeldPin | None:
+        """A trace's pin."""
+        return self._pins.get(key)
+
+    def rank(self, block_hash: BlockHash) -> float | None:
+        """The highest rank that pins give to a block; None if no pin covers it."""
+        keys = self._by_hash.get(block_hash)
+        return None if keys is None else max([self._pins[key].rank for key in keys])
+
+    def all(self) -> list[tuple[PinKey, HeldPin]]:
+        """Every open one, the first to end first."""
+        return sorted(self._pins.items(), key=lambda item: (item[1].until_s, item[0]))
+
+    def pin(
+        self, key: PinKey, hashes: Iterable[BlockHash], kind: PinKind, priority: float, ttl_s: float, now_s: float
+    ) -> str | None:
+        """Open a pin, or add ``hashes`` to an open one and renew it. Returns why not, with nothing changed, or None.
+
+        A renewed pin may rank its blocks lower than before: :meth:`end` it first where that must be noticed.
+        """
+        assert priority > 0
+        assert ttl_s > 0
+        before = self._pins.get(key)
+        covered = dict(before.hashes) if before is not None else {}
+        covered.update(dict.fromkeys(hashes))
+        refusal = self._refusal(key, before, len(covered), kind)
+        if refusal is not None:
+            return refusal
+        ttl_s = min(ttl_s, self._config.pin_ttl_max_s)
+        rank = HARD
+        if kind == "soft":
+            octaves = log2(min(priority, PRIORITY_MAX))
+            rank = octaves + now_s / self._config.pin_half_life_s
+            ttl_s = min(ttl_s, max(0.0, octaves * self._config.pin_half_life_s))
+        if before is not None:
+            self._count(key, before, -1)
+        for block_hash in covered:
+            self._by_hash.setdefault(block_hash, {})[key] = None
+        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered)
+        self._count(key, held, 1)
+        heappush(self._heap, (held.until_s, key))
+        if len(self._heap) > 2 * len(self._pins) + 64:  # renewed ones pile up
+            self._heap = [(held.until_s, key) for key, held in self._pins.items()]
+            heapify(self._heap)
+        return None
+
+    def end(self, key: PinKey) -> HeldPin | None:
+        """Forget a pin; returns what it was."""
+        held = self._pins.pop(key, None)
+        if held is None:
+            return None
+        self._count(key, held, -1)
+        for block_hash in held.hashes:
+            keys = self._by_hash[block_hash]
+            del keys[key]
+            if not keys:
+                del self._by_hash[block_hash]
+        return held
+
+    def deadline_s(self) -> float | None:
+        """When the first of them ends."""
+        first = self._first()
+        return None if first is None else self._pins[first].until_s
+
+    def next_expired(self, now_s: float) -> PinKey | None:
+        """One whose time has come, if any. It stays open until :meth:`end`."""
+        first = self._first()
+        return first if first is not None and self._pins[first].until_s <= now_s else None
+
+    def _first(self) -> PinKey | None:
+        while self._heap:
+            until_s, key = self._heap[0]
+            held = self._pins.get(key)
+            if held is not None and held.until_s == until_s:
+                return key
+            heappop(self._heap)
+        return None
+
+    def _refusal(self, key: PinKey, before: HeldPin | None, blocks: int, kind: PinKind) -> str | None:
+        tenant = key[0]
+        if before is None:
+            if len(self._pins) >= self._config.pins_max:
+                return f"{len(self._pins)} pins are open"
+            if self._open[tenant] >= self._config.pins_tenant_max:
+                return f"{self._open[tenant]} pins of this tenant are open"
+        more = blocks - (len(before.hashes) if before is not None else 0)
+        if self._covered.total() + more > self._covered_max or self._covered[tenant] + more > self._covered_tenant_max:
+            return "pins cover too many blocks"
+        if kind == "hard":
+            more = blocks - (len(before.hashes) if before is not None and before.kind == "hard" else 0)
+            if self._hard.total() + more > self._hard_max or self._hard[tenant] + more > self._hard_tenant_max:
+                return "hard pins cover too many blocks"
+        return None
+
+    def _count(self, key: PinKey, held: HeldPin, sign: int) -> None:
+        tenant = key[0]
+        self._add(self._open, tenant, sign)
+        self._add(self._covered, tenant, sign * len(held.hashes))
+        if held.kind == "hard":
+            self._add(self._hard, tenant, sign * len(held.hashes))
+
+    @staticmethod
+    def _add(counter: Counter[str], tenant: str, more: int) -> None:
+        counter[tenant] += more
+        if not counter[tenant]:
+            del counter[tenant]
+
+    def check(self) -> None:
+        """Assert that the counts and the index agree with the pins."""
+        by_hash: dict[BlockHash, set[PinKey]] = {}
+        opened: Counter[str] = Counter()
+        covered: Counter[str] = Counter()
+        hard: Counter[str] = Counter()
+        for key, held in self._pins.items():
+            opened[key[0]] += 1
+            covered[key[0]] += len(held.hashes)
+            hard[key[0]] += len(held.hashes) if held.kind == "hard" else 0
+            for block_hash in held.hashes:
+                by_hash.setdefault(block_hash, set()).add(key)
+        assert by_hash == {block_hash: set(keys) for block_hash, keys in self._by_hash.items()}
+        assert (+opened, +covered, +hard) == (self._open, self._covered, self._hard)
+        assert hard.total() <= self._hard_max
+        assert len(self._pins) <= self._config.pins_max
