@@ -108,7 +108,10 @@ class Tiering:
         self._config = config
         self._announce = announce
         self._settle = settle
-        self._batch_blocks = max(1, min(BATCH_BLOCKS_MAX, BATCH_BYTES // slot_bytes))
+        # What is being written cannot be evicted: in a small arena that must stay a small part.
+        share = len(buffer) // slot_bytes // (4 * WRITES_MAX)
+        self._batch_blocks = max(1, min(BATCH_BLOCKS_MAX, BATCH_BYTES // slot_bytes, share))
+        self._writing = 0
         self._behind: OrderedDict[BlockHash, None] = OrderedDict()  # in memory only, oldest first
         self._waiting = asyncio.Event()
         self._unflushed = asyncio.Event()
@@ -119,8 +122,8 @@ class Tiering:
 
     @property
     def behind(self) -> int:
-        """Blocks that wait to be written."""
-        return len(self._behind)
+        """Blocks that wait to be written, or are being written."""
+        return len(self._behind) + self._writing
 
     # --- what is visible ----------------------------------------------------------------------------------
 
@@ -303,9 +306,11 @@ class Tiering:
                 blocks.append(TierBlock(block_hash, parent, block.size_bytes, block.checksum))
                 views.append(self._slot_view(block.offset, block.size_bytes))
         self._settle()
+        self._writing += len(hashes)
         try:
             outcomes = await self.tier.store(blocks, views)
         finally:
+            self._writing -= len(hashes)
             self._arena.release(hold, TIER_HOLDER)
             self._settle()
         if "stored" in outcomes:
