@@ -53,6 +53,12 @@ SizeOption = Annotated[
         "--store-bytes", parser=_size, metavar="SIZE", help="Block memory of each store node, such as 512MiB or 4GiB."
     ),
 ]
+DiskOption = Annotated[
+    int | None,
+    typer.Option(
+        "--disk-bytes", parser=_size, metavar="SIZE", help="Disk of each store node for blocks, kept over restarts."
+    ),
+]
 
 
 @app.command()
@@ -73,6 +79,10 @@ def up(
     threads: Annotated[int | None, typer.Option(help="Compute threads of each worker.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV memory of each worker, in tokens.")] = None,
     store_bytes: SizeOption = None,
+    disk_bytes: DiskOption = None,
+    disk_dir: Annotated[
+        Path | None, typer.Option(help="Where the store nodes' disk files are. Default: in the run directory.")
+    ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most prompt tokens computed between two decode steps.")
     ] = None,
@@ -106,6 +116,8 @@ def up(
         "threads": threads,
         "kv_tokens": kv_tokens,
         "store_bytes": store_bytes,
+        "disk_bytes": disk_bytes,
+        "disk_dir": str(disk_dir.absolute()) if disk_dir is not None else None,
         "worker.chunk_tokens": chunk_tokens,
     }
     chosen = load_config(config, overrides)

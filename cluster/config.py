@@ -15,6 +15,8 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
+from kvstore.tiers.records import Layout
+from kvstore.tiers.tiering import TieringConfig
 from router.api.config import ApiConfig
 from router.dispatch import DispatchConfig
 from tracehaul.engine.source import DEFAULT_MODEL, ModelSource
@@ -59,6 +61,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """KV memory of each worker, in tokens."""
     store_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
     """Block memory of each store node."""
+    disk_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Disk of each store node for blocks that leave memory, taken at once; 0: none, and a restart forgets all."""
+    disk_dir: str = ""
+    """Where the store nodes' files are; empty: in the run directory."""
+    tiering: TieringConfig = TieringConfig()
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
     api: ApiConfig = ApiConfig()
@@ -176,12 +183,20 @@ def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
     """A store node's config: slots of one full block of ``layout``.
 
     Raises:
-        ClusterFault: the arena is smaller than one block.
+        ClusterFault: the arena, or the disk, is smaller than one block.
     """
     slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
     if config.store_bytes < slot_bytes:
         raise ClusterFault(f"--store-bytes {config.store_bytes} holds no block of this model ({slot_bytes} bytes)")
+    if config.disk_bytes and Layout.within(config.disk_bytes, slot_bytes) is None:
+        raise ClusterFault(f"--disk-bytes {config.disk_bytes} holds no block of this model ({slot_bytes} bytes)")
     return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes)
+
+
+def disk_path(config: ClusterConfig, run: RunDir, name: str) -> Path:
+    """A store node's disk tier."""
+    folder = Path(config.disk_dir) if config.disk_dir else run.path / "disk"
+    return folder / f"{name}.blocks"
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

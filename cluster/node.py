@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import uvloop
 
-from cluster.config import NodeSpec, Plan, load_plan, nodes_of
+from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from kvstore.tiers.disk import NoDisk, open_disk
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
 from tracehaul.rpc.base import Service
@@ -52,7 +53,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, TransferError, OSError) as fault:
+    except (ClusterFault, SourceError, NoMemory, NoDisk, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -193,9 +194,19 @@ class _Node:
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
-        store = StoreNode(config, self._generation, planes, memory, offload)
-        stack.callback(store.close)
-        return Room(store, {"store": store.stats}, store.load)
+        chosen = self._plan.config
+        if not chosen.disk_bytes:
+            store = StoreNode(config, self._generation, planes, memory, offload)
+            stack.callback(store.close)
+            return Room(store, {"store": store.stats}, store.load)
+        path = disk_path(chosen, self._run, self._spec.name)
+        tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
+        stack.callback(tier.close)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering)
+        assert store.tiering is not None
+        stack.push_async_callback(store.aclose)
+        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats}
+        return Room(store, stats, store.load, background=(store.run(),))
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers

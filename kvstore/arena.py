@@ -263,6 +263,24 @@ class Arena:
             Checksum(self._checksum[slot]),
         )
 
+    def hold(
+        self, hashes: Sequence[BlockHash], holder: str, ttl_s: float, now_s: float
+    ) -> tuple[LeaseId, list[tuple[LeasedBlock, BlockHash] | None]]:
+        """As :meth:`lease`, but no use that eviction remembers, and without caps: for the node's own copying.
+
+        Per hash the block and its parent.
+        """
+        self.expire(now_s)
+        lease = self._leases.next_id()
+        slots = array("I")
+        found: list[tuple[LeasedBlock, BlockHash] | None] = []
+        for block_hash in hashes:
+            block = self._lease_block(block_hash, slots)
+            found.append(None if block is None else (block, self._families.parent(slots[-1])))
+        if slots:
+            self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
+        return lease, found
+
     def release(self, lease: LeaseId, holder: str) -> None:
         """End a lease early. Unknown, ended and other holders' leases are ignored."""
         if self._leases.is_held(lease, holder):

@@ -1,15 +1,18 @@
 """A store node: serves one arena to the cluster."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 
 import msgspec
 
-from kvstore.arena import Arena
+from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
 from kvstore.events import Feed
 from kvstore.moves import checksums
 from kvstore.pins import PRIORITY_MAX
+from kvstore.tiers.base import Tier
+from kvstore.tiers.prefetch import PrefetchJobs
+from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
@@ -26,6 +29,7 @@ from tracehaul.wire.messages import (
     Await,
     Awaited,
     AwaitState,
+    BlockSpec,
     Existing,
     Exists,
     Full,
@@ -38,6 +42,11 @@ from tracehaul.wire.messages import (
     Ping,
     PinList,
     Pinned,
+    Prefetch,
+    PrefetchCancel,
+    PrefetchPoll,
+    PrefetchState,
+    Present,
     Publication,
     Publish,
     Published,
@@ -50,6 +59,9 @@ from tracehaul.wire.messages import (
     Revoke,
     Slot,
     Subscribe,
+    TierInfo,
+    TierList,
+    Tiers,
     Unpin,
 )
 
@@ -82,12 +94,19 @@ class StoreStats(msgspec.Struct):
 class StoreNode:
     """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. Costs nothing
-    while idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
+    :meth:`run` must run beside it. Costs nothing while idle: one timer, armed only if something can expire.
     """
 
     def __init__(
-        self, config: StoreConfig, generation: Generation, planes: Sequence[Plane], memory: Memory, offload: Offload
+        self,
+        config: StoreConfig,
+        generation: Generation,
+        planes: Sequence[Plane],
+        memory: Memory,
+        offload: Offload,
+        tier: Tier | None = None,
+        tiering: TieringConfig | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -100,6 +119,20 @@ class StoreNode:
         self._waiters = Waiters(config.waiters_max)
         self._timer: asyncio.TimerHandle | None = None
         self.stats = StoreStats()
+        self.tiering: Tiering | None = None
+        """Moves to and from ``tier``; None without one."""
+        self._prefetch: PrefetchJobs | None = None
+        if tier is not None:
+            self.tiering = Tiering(
+                self._arena,
+                self._buffer,
+                config.slot_bytes,
+                tier,
+                tiering or TieringConfig(),
+                self._feed.append,
+                self._changed,
+            )
+            self._prefetch = PrefetchJobs(self.tiering)
 
     @property
     def arena(self) -> Arena:
@@ -113,19 +146,35 @@ class StoreNode:
 
     def load(self) -> NodeLoad:
         """What goes into a heartbeat."""
-        return NodeLoad(
+        load = NodeLoad(
             blocks=len(self._arena),
             bytes_used=self._arena.bytes_published,
             bytes_max=self._config.slots_max * self._config.slot_bytes,
         )
+        if self.tiering is None:
+            return load
+        tier = self.tiering.tier
+        return msgspec.structs.replace(
+            load, disk_blocks=len(tier), disk_bytes_used=tier.bytes_used, disk_bytes_max=tier.bytes_max
+        )
+
+    async def run(self) -> None:
+        """What a tier needs done in the background, for as long as the node serves; nothing without one."""
+        if self.tiering is not None:
+            await self.tiering.run()
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
             case Exists(hashes=hashes):
                 _check_count(hashes)
-                return Existing(self._arena.exists(hashes))
+                return Existing((self.tiering or self._arena).exists(hashes))
             case Lease():
-                return self._lease(request, context.peer)
+                if self.tiering is None:
+                    return self._lease(request, context.peer)
+                _check_count(request.hashes)
+                # Half of what the reader has: it must still copy.
+                async with self.tiering.promoted(request.hashes, request.ttl_s / 2):
+                    return self._lease(request, context.peer)
             case Release(lease=lease):
                 self._arena.release(lease, context.peer)
                 self._changed()
@@ -158,13 +207,17 @@ class StoreNode:
                 return Attached(self._generation, tuple(plane.region.descriptor for plane in self._planes))
             case Ping():
                 return Ok()
+            case Tiers():
+                return TierList(tuple(self._tiers()))
+            case Prefetch() | PrefetchPoll() | PrefetchCancel():
+                return self._prefetched(request)
             case _:
                 raise InvalidRequest(f"a store node does not answer {type(request).__name__}")
 
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, Subscribe):
             raise InvalidRequest(f"a store node does not stream {type(request).__name__}")
-        follower = self._feed.follow(self._arena.published())
+        follower = self._feed.follow((self.tiering or self._arena).published())
         try:
             async for part in follower:
                 yield part
@@ -174,6 +227,15 @@ class StoreNode:
     def disconnected(self, peer: str) -> None:
         self._arena.disconnected(peer, clock.now_s())
         self._changed()
+
+    async def aclose(self) -> None:
+        """Write to the tier what waits for it, and leave the tier alone. Requests and :meth:`run` must have ended."""
+        if self._prefetch is not None:
+            await self._prefetch.close()
+        if self.tiering is not None:
+            await self.tiering.close()
+            await self.tiering.drain()
+        self.close()
 
     def close(self) -> None:
         """Stop the timer. Requests must have ended."""
@@ -200,11 +262,44 @@ class StoreNode:
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
-        outcomes = self._arena.reserve(request.blocks, peer, clock.now_s(), request.tenant)
+        outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
         self._changed()
         return Reserved(tuple(outcomes))
+
+    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str) -> list[ReserveOutcome]:
+        """What a tier has needs no slot: it comes up when somebody reads it."""
+        if self.tiering is None:
+            return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
+        find = self.tiering.tier.find
+        below = [find(block.hash) is not None for block in blocks]
+        missing = [block for block, there in zip(blocks, below, strict=True) if not there]
+        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
+        return [Present() if there else next(answers) for there in below]
+
+    def _tiers(self) -> Iterator[TierInfo]:
+        arena = self._arena
+        load = self.load()
+        counters = {"evicted": arena.evicted, "corrupt": self.stats.corrupt_held}
+        yield TierInfo("memory", len(arena), load.bytes_used, load.bytes_max, counters)
+        if self.tiering is not None:
+            tier = self.tiering.tier
+            counters = {**msgspec.structs.asdict(tier.stats), **msgspec.structs.asdict(self.tiering.stats)}
+            counters["waiting"] = self.tiering.behind
+            yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+
+    def _prefetched(self, request: Prefetch | PrefetchPoll | PrefetchCancel) -> PrefetchState:
+        if self._prefetch is None:
+            raise InvalidRequest("this node has one tier: there is nothing to prefetch from")
+        match request:
+            case Prefetch(hashes=hashes):
+                _check_count(hashes)
+                return self._prefetch.start(hashes)
+            case PrefetchPoll(job=job):
+                return self._prefetch.poll(job)
+            case PrefetchCancel(job=job):
+                return self._prefetch.cancel(job)
 
     async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
         landings = [self._arena.landing(block, peer) for block in blocks]
@@ -282,6 +377,8 @@ class StoreNode:
     def _changed(self) -> None:
         """After anything that touched the arena: tell the subscribers, wake who waits, arm the timer."""
         changes = self._arena.take_changes()
+        if self.tiering is not None and changes:
+            changes = self.tiering.merge(changes)
         if changes:
             self._feed.append(changes)
         self._waiters.ended(self._arena.take_ended())

@@ -52,6 +52,10 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """Published blocks held (store)."""
     bytes_used: int = 0
     bytes_max: int = 0
+    disk_blocks: int = 0
+    """Blocks on the node's disk; most of those in memory are there too."""
+    disk_bytes_used: int = 0
+    disk_bytes_max: int = 0
 
 
 class Join(Message, frozen=True):
@@ -361,6 +365,62 @@ class Events(Message, frozen=True):
     changes: tuple[Stored | Removed, ...]
 
 
+class Tiers(Message, frozen=True):
+    """Anyone -> store: what do you hold where? Answered with :class:`TierList`."""
+
+
+class TierInfo(msgspec.Struct, frozen=True):
+    """One tier of a store node."""
+
+    name: str
+    """``memory`` or ``disk``."""
+    blocks: int
+    bytes_used: int
+    bytes_max: int
+    counters: dict[str, int]
+    """Counts since the node's start, by name."""
+
+
+class TierList(Message, frozen=True):
+    """A node's tiers, the fastest first."""
+
+    tiers: tuple[TierInfo, ...]
+
+
+class Prefetch(Message, frozen=True):
+    """Anyone -> store: bring these from slower tiers to memory, in this order. Answered with :class:`PrefetchState`.
+
+    The job goes on when the connection ends.
+    """
+
+    hashes: tuple[BlockHash, ...]
+
+
+class PrefetchPoll(Message, frozen=True):
+    """Anyone -> store: how far is it? Answered with :class:`PrefetchState`."""
+
+    job: int
+
+
+class PrefetchCancel(Message, frozen=True):
+    """Anyone -> store: start no more of it. Answered with :class:`PrefetchState`."""
+
+    job: int
+
+
+class PrefetchState(Message, frozen=True):
+    """A prefetch job. Of ``blocks``, ``done`` were looked at, and ``missed`` of these could not be brought up.
+
+    A job that ended long ago is forgotten: ``unknown``.
+    """
+
+    job: int
+    state: Literal["running", "done", "cancelled", "unknown"]
+    blocks: int = 0
+    done: int = 0
+    missed: int = 0
+
+
 # --- workers ----------------------------------------------------------------------------------------------
 
 
@@ -500,6 +560,10 @@ Request = (
     | ListPins
     | Attach
     | Subscribe
+    | Tiers
+    | Prefetch
+    | PrefetchPoll
+    | PrefetchCancel
     | PrefillStep
     | DecodeStep
 )
@@ -516,6 +580,8 @@ Reply = (
     | Attached
     | Snapshot
     | Events
+    | TierList
+    | PrefetchState
     | PrefillProgress
     | PrefillToken
     | PrefillDone

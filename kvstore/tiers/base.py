@@ -1,0 +1,156 @@
+"""Interfaces of a tier: ``tests/contract/test_tiers.py`` holds every implementation to them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
+
+from tracehaul.wire.ids import BlockHash, Checksum
+from tracehaul.wire.messages import Removed, Stored
+
+Change = Stored | Removed
+
+StoreOutcome = Literal["stored", "present", "full", "failed"]
+"""``full``: nothing in the tier may make room for it. ``failed``: its device did not take the bytes."""
+LoadOutcome = Literal["loaded", "absent", "corrupt", "failed"]
+"""``corrupt``: the bytes did not match, the block is dropped. ``failed``: its device did not give them; dropped too."""
+
+
+class TierBlock(NamedTuple):
+    """A block as a tier knows it."""
+
+    hash: BlockHash
+    parent: BlockHash
+    size_bytes: int
+    checksum: Checksum
+
+
+class TierStats(msgspec.Struct):
+    """Counts since the node's start."""
+
+    stored: int = 0
+    stored_bytes: int = 0
+    loaded: int = 0
+    loaded_bytes: int = 0
+    full: int = 0
+    """Blocks refused because nothing could make room for them."""
+    evicted: int = 0
+    corrupt: int = 0
+    """Blocks dropped because their bytes did not match their checksum."""
+    failed: int = 0
+    """Reads and writes that the device refused; a block that cannot be read is dropped."""
+    recovered: int = 0
+    """Blocks found at the start."""
+    unreadable: int = 0
+    """Records found at the start that were torn or contradicted a newer one: their slots are free."""
+    scrubbed: int = 0
+    """Blocks verified in the background."""
+
+
+class Tier(Protocol):
+    """Blocks somewhere slower than memory; all of one event loop.
+
+    What it holds changes only inside calls of its methods, and every change is told at once, in order, to the
+    listener. Bytes that do not match their checksum are never returned: the block is dropped and counted.
+    """
+
+    name: str
+    stats: TierStats
+
+    def __len__(self) -> int:
+        """Blocks held."""
+        ...
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the blocks held."""
+        ...
+
+    @property
+    def bytes_max(self) -> int:
+        """The limit: what is full refuses or evicts, never grows."""
+        ...
+
+    def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
+        """Tell ``listener`` of every change from now on."""
+        ...
+
+    def find(self, block_hash: BlockHash) -> TierBlock | None:
+        """The block, if it is held: complete and readable as far as is known."""
+        ...
+
+    def held(self) -> tuple[BlockHash, ...]:
+        """All blocks."""
+        ...
+
+    def touch(self, block_hash: BlockHash) -> None:
+        """Make a held block the last to be evicted; harmless if it is not held."""
+        ...
+
+    async def store(self, blocks: Sequence[TierBlock], views: Sequence[memoryview]) -> list[StoreOutcome]:
+        """Take copies of blocks; evicts as needed. A block is held from when its outcome is ``stored``.
+
+        ``views`` are the slots that hold the bytes, whole pages and page aligned; they must not change meanwhile.
+        """
+        ...
+
+    async def load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
+        """Read and verify blocks into ``views`` (whole pages, page aligned), which hold anything if it fails."""
+        ...
+
+    async def drop(self, block_hash: BlockHash) -> None:
+        """Forget a block; harmless if it is not held."""
+        ...
+
+    async def scrub(self, after: int | None, view: memoryview) -> int | None:
+        """Verify the block that follows position ``after``, through ``view``; returns its position, None at the end.
+
+        A bad block is dropped and counted.
+        """
+        ...
+
+    async def flush(self) -> None:
+        """On return what was stored before survives the loss of power, if the device can do that at all."""
+        ...
+
+    def check(self) -> None:
+        """Assert the invariants of its index: for tests."""
+        ...
+
+    def close(self) -> None:
+        """End it. Calls must have ended."""
+        ...
+
+
+class SlotDevice(Protocol):
+    """Fixed slots and one record for each, on something that survives the process. Blocking; calls may run at once.
+
+    Everything raises OSError where the device does.
+    """
+
+    slot_bytes: int
+    slots_max: int
+
+    def records(self) -> bytes:
+        """All records as they were when the device was opened, one after the other."""
+        ...
+
+    def read(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Fill each view from the start of its slot. Views are whole pages and page aligned."""
+        ...
+
+    def write(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Write each view to the start of its slot. On return a killed process does not undo it."""
+        ...
+
+    def write_records(self, records: Mapping[int, bytes]) -> None:
+        """Replace records by slot, each as a whole or not at all. On return a killed process does not undo it."""
+        ...
+
+    def flush(self) -> None:
+        """On return what was written survives the loss of power."""
+        ...
+
+    def close(self) -> None:
+        """Give it up, to others too."""
+        ...

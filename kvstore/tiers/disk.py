@@ -1,0 +1,202 @@
+"""A slot device in one preallocated file, past the page cache.
+
+Every read and write is one system call over a run of neighbouring slots, straight from and into the arena. Process
+and machine may end at any moment:
+
+- *The process is killed.* What a call returned from is in the file. Bytes are written before the record that names
+  them, records go as whole pages, and one is erased before its slot is written again: nothing published here is lost,
+  nothing torn is found.
+- *The machine loses power.* The device may lose or reorder what it took since the last :meth:`DiskFile.flush`. The
+  blocks of those seconds may be gone; a record may name bytes that never arrived, which the block's checksum finds.
+"""
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from kvstore.tiers.records import PAGE_BYTES, RECORD_BYTES, RECORDS_PER_PAGE, Layout, pack_header, unpack_header
+from kvstore.tiers.slot_tier import SlotTier
+from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log
+from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.wire.errors import Unavailable
+
+log = Log(__name__)
+
+RUN_SLOTS_MAX = 64
+"""Slots in one system call; far below the kernel's limit of vectors."""
+
+
+class NoDisk(Unavailable):
+    """The file cannot be made, or is another process's: choose another place, or ask for less."""
+
+    code = "no_disk"
+    retriable = False
+
+
+class DiskFile:
+    """The :class:`kvstore.tiers.base.SlotDevice` in a file. Blocks for as long as it takes to reserve it.
+
+    Raises:
+        NoDisk: there is no room, no permission, or another process holds the file.
+    """
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.slot_bytes = layout.slot_bytes
+        self.slots_max = layout.slots_max
+        self._layout = layout
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd, self.direct = _open(path)
+        except OSError as error:
+            raise NoDisk(f"cannot open the disk tier {path}: {error.strerror}") from error
+        try:
+            self._own()
+            self._records = self._take_over()
+        except OSError as error:
+            os.close(self._fd)
+            room = f"{layout.file_bytes / 2**30:.2f} GiB"
+            raise NoDisk(f"cannot reserve {room} for the disk tier {path}: {error.strerror}") from error
+        except NoDisk:
+            os.close(self._fd)
+            raise
+        self._lock = threading.Lock()  # over the page images: an older one must not land after a newer
+
+    def records(self) -> bytes:
+        return bytes(self._records[: self.slots_max * RECORD_BYTES])
+
+    def read(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+        for first, run in _runs(slots, views, self.slot_bytes):
+            wanted = sum(view.nbytes for view in run)
+            got = os.preadv(self._fd, run, self._offset(first))
+            if got != wanted:
+                raise OSError(errno.EIO, f"read {got} bytes of {wanted}")
+
+    def write(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+        for first, run in _runs(slots, views, self.slot_bytes):
+            self._write(run, self._offset(first))
+
+    def write_records(self, records: Mapping[int, bytes]) -> None:
+        with self._lock:
+            pages: dict[int, None] = {}
+            for slot, record in sorted(records.items()):
+                assert len(record) == RECORD_BYTES
+                self._records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = record
+                pages[slot // RECORDS_PER_PAGE] = None
+            for page in pages:
+                at = page * PAGE_BYTES
+                self._write([memoryview(self._records)[at : at + PAGE_BYTES]], PAGE_BYTES + at)
+
+    def flush(self) -> None:
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _offset(self, slot: int) -> int:
+        return self._layout.data_offset + slot * self.slot_bytes
+
+    def _write(self, run: Sequence[memoryview], offset: int) -> None:
+        wanted = sum(view.nbytes for view in run)
+        put = os.pwritev(self._fd, run, offset)
+        if put != wanted:
+            raise OSError(errno.EIO, f"wrote {put} bytes of {wanted}")
+
+    def _own(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise NoDisk(f"another process holds the disk tier {self._path}") from error
+
+    def _take_over(self) -> mmap.mmap:
+        """The record region of the file, which is made anew if it is not of this layout. Page aligned."""
+        layout = self._layout
+        page = mmap.mmap(-1, PAGE_BYTES)
+        records = mmap.mmap(-1, layout.records_bytes)
+        size = os.fstat(self._fd).st_size
+        known = unpack_header(page[:]) if size and os.preadv(self._fd, [page], 0) == PAGE_BYTES else None
+        if known == layout and size == layout.file_bytes:
+            if os.preadv(self._fd, [records], PAGE_BYTES) != layout.records_bytes:
+                raise OSError(errno.EIO, "the record region is cut short")
+            return records
+        if size:
+            log.warning("disk tier starts empty: the file has another layout", path=self._path, found=known)
+        os.ftruncate(self._fd, 0)
+        os.posix_fallocate(self._fd, 0, layout.file_bytes)
+        page[:] = pack_header(layout)
+        self._write([memoryview(page)], 0)
+        os.fsync(self._fd)
+        with contextlib.closing(_Directory(self._path.parent)) as directory:
+            os.fsync(directory.fd)
+        return records
+
+
+class _Directory:
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """The file, and whether it is past the page cache."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o600), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    log.warning("the file system has no O_DIRECT: the disk tier also fills the page cache", path=path)
+    return os.open(path, flags, 0o600), False
+
+
+def _runs(slots: Sequence[int], views: Sequence[memoryview], slot_bytes: int) -> Iterator[tuple[int, list[memoryview]]]:
+    """The slots in ascending order, cut where they are not neighbours: (first slot, its views)."""
+    if not slots:
+        return
+    pairs = sorted(zip(slots, views, strict=True), key=lambda pair: pair[0])
+    first, run = pairs[0][0], [pairs[0][1]]
+    for (before, view_before), (slot, view) in pairwise(pairs):
+        if slot == before + 1 and view_before.nbytes == slot_bytes and len(run) < RUN_SLOTS_MAX:
+            run.append(view)
+        else:
+            yield first, run
+            first, run = slot, [view]
+    yield first, run
+
+
+READ_THREADS = 4
+WRITE_THREADS = 2
+
+
+async def open_disk(path: Path, file_bytes: int, slot_bytes: int) -> SlotTier:
+    """The disk tier in a file that takes at most ``file_bytes``, with every block that was published in it.
+
+    Raises:
+        NoDisk: the file cannot be had, or would hold no block.
+    """
+    layout = Layout.within(file_bytes, slot_bytes)
+    if layout is None:
+        raise NoDisk(f"a disk tier of {file_bytes} bytes holds no block of {slot_bytes} bytes")
+    began_s = clock.perf_s()
+    reads, writes = ThreadOffload("disk-read", READ_THREADS), ThreadOffload("disk-write", WRITE_THREADS)
+    device = await reads.run(lambda: DiskFile(path, layout))
+    tier = SlotTier("disk", device, reads, writes)
+    log.info(
+        "disk tier is open",
+        path=path,
+        slots=layout.slots_max,
+        blocks=len(tier),
+        unreadable_records=tier.stats.unreadable,
+        direct=device.direct,
+        took_s=clock.perf_s() - began_s,
+    )
+    return tier

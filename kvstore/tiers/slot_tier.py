@@ -1,0 +1,228 @@
+"""A tier of fixed slots over a device: the shell around :class:`kvstore.tiers.slots.SlotIndex`."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from kvstore.tiers.base import Change, LoadOutcome, SlotDevice, StoreOutcome, TierBlock, TierStats
+from kvstore.tiers.records import ERASED, PAGE_BYTES, Layout, Record, pack_record, unpack_records
+from kvstore.tiers.slots import Placement, SlotIndex
+from tracehaul.runtime.finish import finish
+from tracehaul.runtime.log import Log
+from tracehaul.runtime.offload import Offload
+from tracehaul.wire.hashing import checksum
+from tracehaul.wire.ids import BlockHash, Checksum
+
+log = Log(__name__)
+
+_Write = tuple[int, Placement, memoryview]
+
+
+class SlotTier:
+    """The :class:`kvstore.tiers.base.Tier` over a slot device. Reads and writes have threads of their own.
+
+    A cancelled call ends when the device has let go of its views.
+    """
+
+    def __init__(self, name: str, device: SlotDevice, reads: Offload, writes: Offload) -> None:
+        self.name = name
+        self.stats = TierStats()
+        self._device = device
+        self._reads = reads
+        self._writes = writes
+        self._listener: Callable[[Sequence[Change]], None] | None = None
+        self._erasing = asyncio.Lock()
+        layout = Layout(device.slot_bytes, device.slots_max)
+        self._index = SlotIndex(device.slots_max, device.slot_bytes)
+        self.stats.unreadable = self._index.restore(unpack_records(device.records(), layout))
+        self.stats.recovered = len(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def bytes_used(self) -> int:
+        return self._index.bytes_used
+
+    @property
+    def bytes_max(self) -> int:
+        return self._device.slots_max * self._device.slot_bytes
+
+    def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
+        assert self._listener is None
+        self._listener = listener
+
+    def find(self, block_hash: BlockHash) -> TierBlock | None:
+        return self._index.find(block_hash)
+
+    def held(self) -> tuple[BlockHash, ...]:
+        return self._index.held()
+
+    def touch(self, block_hash: BlockHash) -> None:
+        self._index.touch(block_hash)
+
+    # --- writing ------------------------------------------------------------------------------------------
+
+    async def store(self, blocks: Sequence[TierBlock], views: Sequence[memoryview]) -> list[StoreOutcome]:
+        outcomes: list[StoreOutcome] = ["present" if block.hash in self._index else "full" for block in blocks]
+        evicted = self._index.evicted
+        placements = self._index.place(blocks)
+        self._tell()
+        self.stats.evicted += self._index.evicted - evicted
+        writes = [
+            (i, placement, view)
+            for i, (placement, view) in enumerate(zip(placements, views, strict=True))
+            if placement is not None
+        ]
+        self.stats.full += outcomes.count("full") - len(writes)
+        if writes:
+            await finish(self._store(blocks, writes, outcomes))
+        return outcomes
+
+    async def _store(self, blocks: Sequence[TierBlock], writes: Sequence[_Write], outcomes: list[StoreOutcome]) -> None:
+        try:
+            await self._erase()
+            await self._writes.run(lambda: self._write(blocks, writes))
+        except OSError as error:
+            self.stats.failed += len(writes)
+            log.warning("a tier's device refused a write", tier=self.name, blocks=len(writes), error=error)
+            for i, placement, _ in writes:
+                outcomes[i] = "failed"
+                self._index.cancel(placement.slot)
+            return
+        for i, placement, _ in writes:
+            outcomes[i] = "stored"
+            self._index.commit(placement.slot)
+            self.stats.stored += 1
+            self.stats.stored_bytes += blocks[i].size_bytes
+        self._tell()
+
+    def _write(self, blocks: Sequence[TierBlock], writes: Sequence[_Write]) -> None:
+        """In a thread. The order is what makes a killed process harmless: bytes, then the records that name them."""
+        self._device.write([placement.slot for _, placement, _ in writes], [view for _, _, view in writes])
+        self._device.write_records(
+            {
+                placement.slot: pack_record(Record(placement.slot, placement.sequence, blocks[i]))
+                for i, placement, _ in writes
+            }
+        )
+
+    async def _erase(self) -> None:
+        """Erase the records of slots that were given up. One at a time: who waits here finds the others' erased."""
+        async with self._erasing:
+            stale = self._index.take_stale()
+            if not stale:
+                return
+            try:
+                await self._writes.run(lambda: self._device.write_records(dict.fromkeys(stale, ERASED)))
+            except OSError:
+                self._index.still_stale(stale)
+                raise
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    async def load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
+        sizes = [self._index.size_of(block_hash) for block_hash in hashes]
+        outcomes = await finish(self._load(hashes, views))
+        for size, outcome in zip(sizes, outcomes, strict=True):
+            if outcome == "loaded":
+                self.stats.loaded += 1
+                self.stats.loaded_bytes += size
+        return outcomes
+
+    async def _load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
+        outcomes: list[LoadOutcome] = ["absent"] * len(hashes)
+        reads: list[tuple[int, int, TierBlock, memoryview]] = []
+        for i, (block_hash, view) in enumerate(zip(hashes, views, strict=True)):
+            begun = self._index.begin_read(block_hash)
+            if begun is not None:
+                slot, block = begun
+                reads.append((i, slot, block, view[: pages_bytes(block.size_bytes)]))
+        if not reads:
+            return outcomes
+        try:
+            sums = await self._reads.run(
+                lambda: self._read([(slot, block.size_bytes, view) for _, slot, block, view in reads])
+            )
+        finally:
+            for _, slot, _, _ in reads:
+                self._index.end_read(slot)
+        for (i, _, block, _), actual in zip(reads, sums, strict=True):
+            if actual == block.checksum:
+                outcomes[i] = "loaded"
+            else:
+                outcomes[i] = "failed" if actual is None else "corrupt"
+                self._bad(block, unreadable=actual is None)
+        if any(outcome in ("corrupt", "failed") for outcome in outcomes):
+            await self._forget()
+        return outcomes
+
+    def _read(self, reads: Sequence[tuple[int, int, memoryview]]) -> list[Checksum | None]:
+        """In a thread: the checksum of what each slot gave; None where it gave nothing."""
+        try:
+            self._device.read([slot for slot, _, _ in reads], [view for _, _, view in reads])
+        except OSError:  # find out which
+            return [self._read_one(slot, size, view) for slot, size, view in reads]
+        return [checksum(view[:size]) for _, size, view in reads]
+
+    def _read_one(self, slot: int, size: int, view: memoryview) -> Checksum | None:
+        try:
+            self._device.read([slot], [view])
+        except OSError:
+            return None
+        return checksum(view[:size])
+
+    def _bad(self, block: TierBlock, *, unreadable: bool) -> None:
+        if unreadable:
+            self.stats.failed += 1
+        else:
+            self.stats.corrupt += 1
+        log.warning("dropped a bad block", tier=self.name, block=block.hash.hex(), unreadable=unreadable)
+        # A newer write of the same block may have taken its place while the bad bytes were read.
+        if self._index.find(block.hash) == block:
+            self._index.drop(block.hash)
+            self._tell()
+
+    async def drop(self, block_hash: BlockHash) -> None:
+        if self._index.drop(block_hash):
+            self._tell()
+            await self._forget()
+
+    async def _forget(self) -> None:
+        try:
+            await finish(self._erase())
+        except OSError as error:
+            log.warning("a tier's device refused to forget a block", tier=self.name, error=error)
+
+    async def scrub(self, after: int | None, view: memoryview) -> int | None:
+        slot = self._index.next_held(0 if after is None else after + 1)
+        block_hash = None if slot is None else self._index.hash_at(slot)
+        if block_hash is None:
+            return None
+        await finish(self._load([block_hash], [view]))
+        self.stats.scrubbed += 1
+        return slot
+
+    async def flush(self) -> None:
+        try:
+            await self._writes.run(self._device.flush)
+        except OSError as error:
+            self.stats.failed += 1
+            log.warning("a tier's device refused a flush", tier=self.name, error=error)
+
+    def check(self) -> None:
+        self._index.check()
+
+    def close(self) -> None:
+        self._reads.close()
+        self._writes.close()
+        self._device.close()
+
+    def _tell(self) -> None:
+        changes = self._index.take_changes()
+        if changes and self._listener is not None:
+            self._listener(changes)
+
+
+def pages_bytes(nbytes: int) -> int:
+    """``nbytes`` rounded up to whole pages: what a device moves."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES

@@ -1,0 +1,349 @@
+"""Which block is in which slot of a tier, and which goes first when it is full. Pure.
+
+A slot's life::
+
+    FREE --place--> WRITING --commit--> HELD --evict, drop--> FREE
+                       |                  '--drop under a read--> DOOMED --last read ends--> FREE
+                       '--cancel--> FREE
+
+A block can be found exactly while it is HELD. The victim is the least recently touched block without a child here
+and without a read: the end of a sequence goes before its start, so what is left can still be used.
+
+A slot that was HELD has a record on the device that must be erased before the slot's bytes change: such slots are
+*stale* until :meth:`SlotIndex.take_stale` hands them over.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from kvstore.eviction import LeastRecent
+from kvstore.tiers.base import Change, TierBlock
+from kvstore.tiers.records import Record
+from tracehaul.wire.ids import BlockHash, Checksum
+from tracehaul.wire.messages import Removed, Stored
+
+FREE, WRITING, HELD, DOOMED = range(4)
+
+
+class Placement(NamedTuple):
+    """A slot that one writer fills."""
+
+    slot: int
+    sequence: int
+
+
+class SlotIndex:
+    """Index of one tier. Every change of what can be found is appended to ``changes``, in order.
+
+    Costs are O(1) amortized per block.
+    """
+
+    def __init__(self, slots_max: int, slot_bytes: int) -> None:
+        assert slots_max > 0
+        self.slots_max = slots_max
+        self.slot_bytes = slot_bytes
+        # By slot.
+        self._state = bytearray(slots_max)
+        self._size = array("I", bytes(4 * slots_max))
+        self._checksum = array("Q", bytes(8 * slots_max))
+        self._sequence = array("Q", bytes(8 * slots_max))
+        self._reads = array("I", bytes(4 * slots_max))
+        self._child_count = array("I", bytes(4 * slots_max))
+        self._hash: list[BlockHash | None] = [None] * slots_max
+        self._parent: list[BlockHash | None] = [None] * slots_max
+        self._free = array("I", range(slots_max - 1, -1, -1))
+        self._stale: dict[int, None] = {}
+        self._recency = LeastRecent(slots_max, groups=1)
+        # By hash.
+        self._held: dict[BlockHash, int] = {}
+        self._writing: dict[BlockHash, int] = {}
+        self._child_count_absent: dict[BlockHash, int] = {}  # of parents that are not held here
+        self._sequence_last = 0
+        self._changes: list[Change] = []
+        self.bytes_used = 0
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        """Blocks held."""
+        return len(self._held)
+
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        return block_hash in self._held
+
+    def find(self, block_hash: BlockHash) -> TierBlock | None:
+        """A held block."""
+        slot = self._held.get(block_hash)
+        return None if slot is None else self._block(slot)
+
+    def size_of(self, block_hash: BlockHash) -> int:
+        """Bytes of a held block, 0 if it is not."""
+        slot = self._held.get(block_hash)
+        return 0 if slot is None else self._size[slot]
+
+    def next_held(self, slot: int) -> int | None:
+        """The first slot from ``slot`` on that holds a block."""
+        found = self._state.find(HELD, slot)
+        return None if found < 0 else found
+
+    def hash_at(self, slot: int) -> BlockHash | None:
+        """The block in a slot, if it is held or being written."""
+        return self._hash[slot]
+
+    def held(self) -> tuple[BlockHash, ...]:
+        """All held blocks."""
+        return tuple(self._held)
+
+    def take_changes(self) -> list[Change]:
+        """The changes since the last call, in order."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def take_stale(self) -> list[int]:
+        """Slots whose records have to be erased before anything is written to them; each is handed over once."""
+        stale = sorted(self._stale)
+        self._stale.clear()
+        return stale
+
+    def still_stale(self, slots: Iterable[int]) -> None:
+        """Their records could not be erased."""
+        self._stale.update(dict.fromkeys(slots))
+
+    # --- start --------------------------------------------------------------------------------------------
+
+    def restore(self, records: Iterable[Record | int]) -> int:
+        """Take over what a device remembers; returns how many records were no use. Only on an empty index.
+
+        Of two records of one block the newer is true. Nothing is told as a change.
+        """
+        assert not self._held
+        assert not self._writing
+        newest: dict[BlockHash, Record] = {}
+        useless = 0
+        for record in records:
+            if isinstance(record, int):
+                self._stale[record] = None
+                useless += 1
+                continue
+            other = newest.get(record.block.hash)
+            if other is not None:
+                useless += 1
+                record, loser = (record, other) if record.sequence > other.sequence else (other, record)
+                self._stale[loser.slot] = None
+            newest[record.block.hash] = record
+        for record in sorted(newest.values(), key=lambda record: record.sequence):
+            slot, block = record.slot, record.block
+            self._state[slot] = HELD
+            self._fill(slot, block, record.sequence)
+            self._held[block.hash] = slot
+            self._sequence_last = record.sequence
+        for slot in self._held.values():
+            self._recency.touch(slot, 0)
+            self._add_child(self._parent_at(slot))
+            self.bytes_used += self._size[slot]
+        self._free = array("I", [slot for slot in range(self.slots_max - 1, -1, -1) if self._state[slot] == FREE])
+        return useless
+
+    # --- writing ------------------------------------------------------------------------------------------
+
+    def place(self, blocks: Sequence[TierBlock]) -> list[Placement | None]:
+        """A slot for each block that is not here, evicting as needed; None if it is, or if nothing can go.
+
+        Slots of one call are as close to each other as they come, in the order of the blocks.
+        """
+        slots: list[int] = []
+        wanted: list[bool] = []
+        for block in blocks:
+            assert 0 < block.size_bytes <= self.slot_bytes
+            slot = None
+            if block.hash not in self._held and block.hash not in self._writing:
+                self._add_child(block.parent)  # first: the prefix must not make room for its own continuation
+                slot = self._take_slot()
+                if slot is None:
+                    self._drop_child(block.parent)
+                else:
+                    slots.append(slot)
+                    self._writing[block.hash] = slot  # so that a second one in the same call is not placed
+            wanted.append(slot is not None)
+        slots.sort()
+        placements: list[Placement | None] = []
+        rest = iter(slots)
+        for block, placed in zip(blocks, wanted, strict=True):
+            placements.append(self._place(block, next(rest)) if placed else None)
+        return placements
+
+    def _place(self, block: TierBlock, slot: int) -> Placement:
+        self._sequence_last += 1
+        self._state[slot] = WRITING
+        self._fill(slot, block, self._sequence_last)
+        self._writing[block.hash] = slot
+        return Placement(slot, self._sequence_last)
+
+    def commit(self, slot: int) -> None:
+        """The slot's bytes and its record are written: the block can be found."""
+        block_hash = self._hash_at(slot)
+        assert self._state[slot] == WRITING
+        del self._writing[block_hash]
+        self._state[slot] = HELD
+        self._held[block_hash] = slot
+        self._child_count[slot] = self._child_count_absent.pop(block_hash, 0)
+        self._recency.touch(slot, 0)
+        self.bytes_used += self._size[slot]
+        self._changes.append(Stored(block_hash))
+
+    def cancel(self, slot: int) -> None:
+        """The slot could not be written; there may be a record of it."""
+        assert self._state[slot] == WRITING
+        del self._writing[self._hash_at(slot)]
+        self._drop_child(self._parent_at(slot))
+        self._release(slot)
+
+    # --- reading, dropping --------------------------------------------------------------------------------
+
+    def begin_read(self, block_hash: BlockHash) -> tuple[int, TierBlock] | None:
+        """Keep a held block's slot until :meth:`end_read`."""
+        slot = self._held.get(block_hash)
+        if slot is None:
+            return None
+        self._reads[slot] += 1
+        return slot, self._block(slot)
+
+    def end_read(self, slot: int) -> None:
+        """One read of the slot is over."""
+        assert self._reads[slot] > 0
+        self._reads[slot] -= 1
+        if self._reads[slot]:
+            return
+        if self._state[slot] == DOOMED:
+            self._release(slot)
+        else:
+            self._unpark(slot)
+
+    def drop(self, block_hash: BlockHash) -> bool:
+        """Forget a held block; returns whether it was. Its slot stays until its reads end."""
+        slot = self._held.get(block_hash)
+        if slot is None:
+            return False
+        self._remove(slot)
+        return True
+
+    def touch(self, block_hash: BlockHash) -> None:
+        """Make a held block the last to be evicted."""
+        slot = self._held.get(block_hash)
+        if slot is not None:
+            self._recency.touch(slot, 0)
+
+    # --- slots --------------------------------------------------------------------------------------------
+
+    def _take_slot(self) -> int | None:
+        if not self._free:
+            victim = self._victim()
+            if victim is None:
+                return None
+            self.evicted += 1
+            self._remove(victim)
+        return self._free.pop()
+
+    def _victim(self) -> int | None:
+        while (slot := self._recency.candidate(0)) is not None:
+            if self._evictable(slot):
+                return slot
+            self._recency.remove(slot)  # parked until its last read or child goes
+        return None
+
+    def _evictable(self, slot: int) -> bool:
+        return self._state[slot] == HELD and not self._reads[slot] and not self._child_count[slot]
+
+    def _unpark(self, slot: int) -> None:
+        if slot not in self._recency and self._evictable(slot):
+            self._recency.restore(slot, 0)
+
+    def _remove(self, slot: int) -> None:
+        block_hash = self._hash_at(slot)
+        assert self._state[slot] == HELD
+        del self._held[block_hash]
+        self._recency.remove(slot)
+        self.bytes_used -= self._size[slot]
+        if self._child_count[slot]:
+            self._child_count_absent[block_hash] = self._child_count[slot]
+            self._child_count[slot] = 0
+        self._drop_child(self._parent_at(slot))
+        self._changes.append(Removed(block_hash))
+        self._stale[slot] = None
+        if self._reads[slot]:
+            self._state[slot] = DOOMED
+        else:
+            self._release(slot)
+
+    def _release(self, slot: int) -> None:
+        self._state[slot] = FREE
+        self._hash[slot] = self._parent[slot] = None
+        self._stale[slot] = None
+        self._free.append(slot)
+
+    def _fill(self, slot: int, block: TierBlock, sequence: int) -> None:
+        parent = self._held.get(block.parent)
+        self._hash[slot] = block.hash
+        # The equal hash that is already here, if any: 50 bytes saved per block.
+        self._parent[slot] = self._hash[parent] if parent is not None else block.parent
+        self._size[slot] = block.size_bytes
+        self._checksum[slot] = block.checksum
+        self._sequence[slot] = sequence
+
+    def _block(self, slot: int) -> TierBlock:
+        return TierBlock(self._hash_at(slot), self._parent_at(slot), self._size[slot], Checksum(self._checksum[slot]))
+
+    def _hash_at(self, slot: int) -> BlockHash:
+        block_hash = self._hash[slot]
+        assert block_hash is not None
+        return block_hash
+
+    def _parent_at(self, slot: int) -> BlockHash:
+        parent = self._parent[slot]
+        assert parent is not None
+        return parent
+
+    def _add_child(self, parent: BlockHash) -> None:
+        slot = self._held.get(parent)
+        if slot is not None:
+            self._child_count[slot] += 1
+        else:
+            self._child_count_absent[parent] = self._child_count_absent.get(parent, 0) + 1
+
+    def _drop_child(self, parent: BlockHash) -> None:
+        slot = self._held.get(parent)
+        if slot is not None:
+            self._child_count[slot] -= 1
+            self._unpark(slot)
+            return
+        count = self._child_count_absent.pop(parent) - 1
+        if count:
+            self._child_count_absent[parent] = count
+
+    # --- invariants ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Assert every invariant. Linear in slots: for tests."""
+        by_state: dict[int, list[int]] = {state: [] for state in (FREE, WRITING, HELD, DOOMED)}
+        for slot in range(self.slots_max):
+            by_state[self._state[slot]].append(slot)
+        assert sorted(self._free) == by_state[FREE]
+        assert sorted(self._writing.values()) == by_state[WRITING]
+        assert sorted(self._held.values()) == by_state[HELD]
+        assert not self._held.keys() & self._writing.keys()
+        assert all(self._reads[slot] for slot in by_state[DOOMED])
+        assert self.bytes_used == sum(self._size[slot] for slot in by_state[HELD])
+        children: dict[BlockHash, int] = {}
+        for block_hash, slot in [*self._held.items(), *self._writing.items()]:
+            assert self._hash[slot] == block_hash
+            parent = self._parent_at(slot)
+            children[parent] = children.get(parent, 0) + 1
+        for slot in range(self.slots_max):
+            count = children.pop(self._hash_at(slot), 0) if self._state[slot] == HELD else 0
+            assert count == self._child_count[slot]
+        assert children == self._child_count_absent
+        order = self._recency.order(0)
+        assert set(order) <= set(by_state[HELD])
+        for slot in by_state[HELD]:
+            assert slot in self._recency or not self._evictable(slot), "an evictable block would never be found"
+            assert slot not in self._stale

@@ -1,0 +1,339 @@
+"""What moves blocks between a node's memory and the tier below it.
+
+Down: every published block is copied to the tier in the background, in the order of publishing, as fast as the device
+takes them. So a block that the arena evicts is there already and leaving memory costs nothing, and a node that is
+killed has lost at most the blocks that still waited. A block that is evicted before its turn is gone, and counted.
+
+Up: a lease of blocks that only the tier has waits for them to come into the arena, for a bounded time, and readers
+read memory under a lease as ever. The tier keeps its copy.
+
+A block is visible as long as either has it: subscribers hear of the first arrival and of the last loss.
+"""
+
+import asyncio
+import contextlib
+import mmap
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from itertools import islice
+
+import msgspec
+
+from kvstore.arena import Arena
+from kvstore.tiers.base import Change, Tier, TierBlock
+from kvstore.tiers.slot_tier import pages_bytes
+from tracehaul.runtime import clock
+from tracehaul.wire.ids import BlockHash, LeaseId
+from tracehaul.wire.messages import BlockSpec, Publication, Slot, Stored
+
+TIER_HOLDER = "\0tier"
+"""Holder of what is on its way up or down: no connection has this name."""
+BATCH_BYTES = 4 << 20
+BATCH_BLOCKS_MAX = 64
+WRITES_MAX = 2
+"""Batches on their way down at once: one waits for the device while the other's records are written."""
+HOLD_S = 600.0
+"""A copy on its way protects its slot as long as it takes; this bounds what a device that hangs can keep."""
+FLUSH_S = 1.0
+"""What was written this long ago survives a loss of power."""
+RETRY_S = 1.0
+"""Pause after a write that the device refused."""
+SCRUB_BURST_S = 0.5
+SCRUB_PAUSE_S = 5.0
+"""Between two rounds, and while there is nothing."""
+
+
+class TieringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of the moves. Raises ValueError where they make no sense."""
+
+    promotions_max: int = 1024
+    """Blocks on their way from the tier to memory at once; those asked for beyond it are misses."""
+    promote_timeout_s: float = 2.0
+    """How long a lease waits for its blocks; those that come later can be leased then."""
+    scrub_bytes_s: int = 2 << 20
+    """How fast blocks are read in the background to find those that went bad; 0: never."""
+
+    def __post_init__(self) -> None:
+        if self.scrub_bytes_s < 0 or self.promotions_max < 1 or self.promote_timeout_s <= 0:
+            raise ValueError("promotions_max and promote_timeout_s must be positive, scrub_bytes_s not negative")
+
+
+class TieringStats(msgspec.Struct):
+    """Counts since the node's start."""
+
+    demoted: int = 0
+    """Blocks that left memory and stayed in the tier."""
+    evicted_unwritten: int = 0
+    """Blocks evicted before their turn to be written: gone."""
+    promoted: int = 0
+    promote_failed: int = 0
+    """Blocks that were asked for and turned out bad, or lost their slot meanwhile."""
+    promote_refused: int = 0
+    """Blocks not promoted because memory had no slot to give, or too many were on their way."""
+    promote_late: int = 0
+    """Leases that did not wait for all their blocks."""
+
+
+class _Promotion:
+    """Blocks that come up together. Protected from their arrival until nobody waits for them any more."""
+
+    def __init__(self) -> None:
+        self.waiters = 0
+        self.task: asyncio.Task[None] | None = None
+        self.hold: LeaseId | None = None
+
+
+class Tiering:
+    """Moves between one arena and one tier; all of one event loop.
+
+    ``announce`` takes what subscribers must hear. ``settle`` must follow every change of the arena made here: it hands
+    the arena's changes to :meth:`merge` and arms its timers.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        buffer: memoryview,
+        slot_bytes: int,
+        tier: Tier,
+        config: TieringConfig,
+        announce: Callable[[Sequence[Change]], None],
+        settle: Callable[[], None],
+    ) -> None:
+        self.tier = tier
+        self.stats = TieringStats()
+        self._arena = arena
+        self._buffer = buffer
+        self._slot_bytes = slot_bytes
+        self._config = config
+        self._announce = announce
+        self._settle = settle
+        # What is being written cannot be evicted: in a small arena that must stay a small part.
+        share = len(buffer) // slot_bytes // (4 * WRITES_MAX)
+        self._batch_blocks = max(1, min(BATCH_BLOCKS_MAX, BATCH_BYTES // slot_bytes, share))
+        self._writing = 0
+        self._behind: OrderedDict[BlockHash, None] = OrderedDict()  # in memory only, oldest first
+        self._waiting = asyncio.Event()
+        self._unflushed = asyncio.Event()
+        self._coming: dict[BlockHash, _Promotion] = {}
+        self._promotions: set[_Promotion] = set()
+        self._closed = False
+        tier.listen(self._on_tier)
+
+    @property
+    def behind(self) -> int:
+        """Blocks that wait to be written, or are being written."""
+        return len(self._behind) + self._writing
+
+    # --- what is visible ----------------------------------------------------------------------------------
+
+    def merge(self, changes: Sequence[Change]) -> list[Change]:
+        """What subscribers must hear of the arena's changes."""
+        told: list[Change] = []
+        for change in changes:
+            below = self.tier.find(change.hash) is not None
+            if isinstance(change, Stored):
+                if not below:
+                    self._behind[change.hash] = None
+                    self._waiting.set()
+                    told.append(change)
+                continue
+            waited = change.hash in self._behind
+            self._behind.pop(change.hash, None)
+            if below:
+                self.tier.touch(change.hash)
+                self.stats.demoted += 1
+            else:
+                self.stats.evicted_unwritten += waited
+                told.append(change)
+        return told
+
+    def _on_tier(self, changes: Sequence[Change]) -> None:
+        above = self._arena.exists([change.hash for change in changes])
+        told = [change for change, in_memory in zip(changes, above, strict=True) if not in_memory]
+        if told:
+            self._announce(told)
+
+    def above(self, hashes: Sequence[BlockHash]) -> bytes:
+        """One byte per hash: 1 where memory has it."""
+        return self._arena.exists(hashes)
+
+    def exists(self, hashes: Sequence[BlockHash]) -> bytes:
+        """One byte per hash: 1 where memory or the tier has it."""
+        held = self._arena.exists(hashes)
+        if 0 not in held:
+            return held
+        find = self.tier.find
+        return bytes([above or find(h) is not None for above, h in zip(held, hashes, strict=True)])
+
+    def published(self) -> tuple[BlockHash, ...]:
+        """All that is visible."""
+        above = self._arena.published()
+        below = self.tier.held()
+        held = self._arena.exists(below)
+        return above + tuple([h for h, in_memory in zip(below, held, strict=True) if not in_memory])
+
+    # --- up -----------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def promoted(self, hashes: Sequence[BlockHash], timeout_s: float) -> AsyncGenerator[None, None]:
+        """Inside, those of ``hashes`` that the tier has are in memory, as far as that was possible in time.
+
+        They can be evicted as soon as the block is left: take a lease inside, without waiting.
+        """
+        joined = self._join(hashes)
+        try:
+            tasks = [promotion.task for promotion in joined if promotion.task is not None]
+            if tasks:
+                timeout_s = min(timeout_s, self._config.promote_timeout_s)
+                _, late = await asyncio.wait(tasks, timeout=timeout_s)
+                self.stats.promote_late += bool(late)
+            yield
+        finally:
+            for promotion in joined:
+                promotion.waiters -= 1
+                self._let_go(promotion)
+
+    def _join(self, hashes: Sequence[BlockHash]) -> list[_Promotion]:
+        """The promotions that bring ``hashes``, those under way and new ones, each with one waiter more."""
+        joined: dict[_Promotion, None] = {}
+        wanted: dict[BlockHash, TierBlock] = {}
+        for block_hash, in_memory in zip(hashes, self._arena.exists(hashes), strict=True):
+            if in_memory:
+                continue
+            if (promotion := self._coming.get(block_hash)) is not None:
+                joined[promotion] = None
+            elif (block := self.tier.find(block_hash)) is not None:
+                wanted[block_hash] = block
+        joined.update(dict.fromkeys(self._start(list(wanted.values()))))
+        for promotion in joined:
+            promotion.waiters += 1
+        return list(joined)
+
+    def _start(self, blocks: Sequence[TierBlock]) -> Iterator[_Promotion]:
+        room = 0 if self._closed else max(0, self._config.promotions_max - len(self._coming))
+        self.stats.promote_refused += max(0, len(blocks) - room)
+        blocks = blocks[:room]
+        if not blocks:
+            return
+        specs = [BlockSpec(block.hash, block.parent, block.size_bytes) for block in blocks]
+        outcomes = self._arena.reserve(specs, TIER_HOLDER, clock.now_s())
+        self._settle()
+        granted = [(b, outcome) for b, outcome in zip(blocks, outcomes, strict=True) if isinstance(outcome, Slot)]
+        self.stats.promote_refused += len(blocks) - len(granted)
+        for start in range(0, len(granted), self._batch_blocks):
+            batch = granted[start : start + self._batch_blocks]
+            promotion = _Promotion()
+            promotion.task = asyncio.get_running_loop().create_task(self._promote(promotion, batch))
+            self._promotions.add(promotion)
+            self._coming.update(dict.fromkeys([block.hash for block, _ in batch], promotion))
+            yield promotion
+
+    async def _promote(self, promotion: _Promotion, batch: Sequence[tuple[TierBlock, Slot]]) -> None:
+        hashes = [block.hash for block, _ in batch]
+        views = [self._slot_view(slot.offset, block.size_bytes) for block, slot in batch]
+        try:
+            outcomes = await self.tier.load(hashes, views)
+        finally:
+            for block_hash in hashes:
+                del self._coming[block_hash]
+            self._promotions.discard(promotion)
+        now_s = clock.now_s()
+        for (block, slot), outcome in zip(batch, outcomes, strict=True):
+            published = False
+            if outcome == "loaded":
+                publication = Publication(block.hash, slot.generation, block.checksum)
+                published = self._arena.publish([publication], TIER_HOLDER, now_s) == ["published"]
+            else:
+                self._arena.abandon([(block.hash, slot.generation)], TIER_HOLDER)
+            self.stats.promoted += published
+            self.stats.promote_failed += not published
+        if promotion.waiters:
+            promotion.hold, _ = self._arena.hold(hashes, TIER_HOLDER, HOLD_S, now_s)
+        self._settle()
+
+    def _let_go(self, promotion: _Promotion) -> None:
+        if promotion.waiters == 0 and promotion.hold is not None:
+            self._arena.release(promotion.hold, TIER_HOLDER)
+            promotion.hold = None
+            self._settle()
+
+    def _slot_view(self, offset: int, size_bytes: int) -> memoryview:
+        return self._buffer[offset : offset + pages_bytes(size_bytes)]
+
+    # --- down, and around ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Write behind, flush and scrub, for as long as the node serves."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(WRITES_MAX):
+                group.create_task(self._write_behind())
+            group.create_task(self._flush())
+            if self._config.scrub_bytes_s:
+                group.create_task(self._scrub())
+
+    async def drain(self) -> None:
+        """Write what waits to be written. Beside :meth:`run` or after it."""
+        while self._behind:
+            await self._write_batch()
+        await self.tier.flush()
+
+    async def close(self) -> None:
+        """Let promotions under way end; start none."""
+        self._closed = True
+        while self._promotions:
+            await asyncio.wait([promotion.task for promotion in self._promotions if promotion.task is not None])
+
+    async def _write_behind(self) -> None:
+        while True:
+            await self._waiting.wait()
+            if not await self._write_batch():
+                await asyncio.sleep(RETRY_S)
+
+    async def _write_batch(self) -> bool:
+        """Write the oldest that wait; False if the device refused."""
+        hashes = list(islice(self._behind, self._batch_blocks))
+        for block_hash in hashes:
+            del self._behind[block_hash]
+        if not self._behind:
+            self._waiting.clear()
+        hold, found = self._arena.hold(hashes, TIER_HOLDER, HOLD_S, clock.now_s())
+        blocks: list[TierBlock] = []
+        views: list[memoryview] = []
+        for block_hash, held in zip(hashes, found, strict=True):
+            if held is not None:
+                block, parent = held
+                blocks.append(TierBlock(block_hash, parent, block.size_bytes, block.checksum))
+                views.append(self._slot_view(block.offset, block.size_bytes))
+        self._settle()
+        self._writing += len(hashes)
+        try:
+            outcomes = await self.tier.store(blocks, views)
+        finally:
+            self._writing -= len(hashes)
+            self._arena.release(hold, TIER_HOLDER)
+            self._settle()
+        if "stored" in outcomes:
+            self._unflushed.set()
+        return "failed" not in outcomes
+
+    async def _flush(self) -> None:
+        while True:
+            await self._unflushed.wait()
+            await asyncio.sleep(FLUSH_S)
+            self._unflushed.clear()
+            await self.tier.flush()
+
+    async def _scrub(self) -> None:
+        view = memoryview(mmap.mmap(-1, self._slot_bytes))
+        rate = self._config.scrub_bytes_s
+        at: int | None = None
+        owed_s = 0.0
+        while True:
+            at = await self.tier.scrub(at, view)
+            owed_s += self._slot_bytes / rate
+            if at is None:
+                await asyncio.sleep(SCRUB_PAUSE_S)
+            elif owed_s >= SCRUB_BURST_S:
+                await asyncio.sleep(owed_s)
+                owed_s = 0.0

@@ -1,0 +1,459 @@
+"""A store node with a tier below its memory, as clients and subscribers see it."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.config import StoreConfig
+from kvstore.node import StoreNode
+from kvstore.staging import Staging
+from kvstore.tiers.disk import DiskFile
+from kvstore.tiers.fake import MemoryDevice
+from kvstore.tiers.records import Layout
+from kvstore.tiers.slot_tier import SlotTier
+from kvstore.tiers.tiering import Tiering, TieringConfig
+from tracehaul.rpc.base import NO_CONTEXT, Connection
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.offload import InlineOffload, ThreadOffload
+from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
+from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.errors import InvalidRequest
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.messages import (
+    BlockSpec,
+    Events,
+    Existing,
+    Exists,
+    Lease,
+    Leased,
+    NodeInfo,
+    Prefetch,
+    PrefetchCancel,
+    PrefetchPoll,
+    PrefetchState,
+    Present,
+    Reply,
+    Request,
+    Reserve,
+    Reserved,
+    Snapshot,
+    Stored,
+    Subscribe,
+    TierList,
+    Tiers,
+)
+
+SLOT = 8192
+ROOT = BlockHash(b"\xff" * 16)
+ARENA_SLOTS = 4
+TIER_SLOTS = 32
+
+
+class Bed:
+    """What survives a node's life."""
+
+    def __init__(self, kind: str, folder: Path, slots: int = TIER_SLOTS) -> None:
+        self.kind = kind
+        self.path = folder / "tier.blocks"
+        self.layout = Layout(SLOT, slots)
+        self.memory = MemoryDevice(slots, SLOT)
+
+    def tier(self) -> SlotTier:
+        if self.kind == "memory":
+            return SlotTier("disk", self.memory, InlineOffload(), InlineOffload())
+        return SlotTier("disk", DiskFile(self.path, self.layout), ThreadOffload("r", 2), ThreadOffload("w", 2))
+
+
+class Life:
+    """One life of one node, with a client, a raw connection and a subscriber."""
+
+    def __init__(self, node: StoreNode, tier: SlotTier, client: StoreClient, raw: Connection) -> None:
+        self.node, self.tier, self.client, self.raw = node, tier, client, raw
+        self.index: set[BlockHash] = set()
+
+    @property
+    def tiering(self) -> Tiering:
+        assert self.node.tiering is not None
+        return self.node.tiering
+
+    async def call(self, request: Request) -> Reply:
+        return await self.raw.call(request, timeout_s=5.0)
+
+    async def put(self, names: Sequence[str], parents: Sequence[str] = ()) -> list[str]:
+        buffers = await self.client.staging.acquire(len(names), 5.0)
+        blocks: list[OutgoingBlock] = []
+        for name, parent, buffer in zip(names, parents or [""] * len(names), buffers, strict=True):
+            data = content(name)
+            buffer.view(len(data))[:] = data
+            blocks.append(OutgoingBlock(h(name), h(parent), buffer, len(data)))
+        try:
+            return list(await self.client.put(NodeId("s0"), blocks, 5.0))
+        finally:
+            self.client.staging.release(buffers)
+
+    async def get(self, names: Sequence[str]) -> list[bool]:
+        buffers = await self.client.staging.acquire(len(names), 5.0)
+        try:
+            sizes = await self.client.get([h(name) for name in names], buffers, 5.0)
+            for name, buffer, size in zip(names, buffers, sizes, strict=True):
+                assert size is None or bytes(buffer.view(size)) == content(name)
+            return [size is not None for size in sizes]
+        finally:
+            self.client.staging.release(buffers)
+
+    async def written(self) -> None:
+        """Until nothing waits to be written."""
+        while self.tiering.behind:  # noqa: ASYNC110 - polls a counter
+            await asyncio.sleep(0.001)
+
+    async def follow(self) -> None:
+        """Be a subscriber: ``index`` is what it knows."""
+        async for reply in self.raw.stream(Subscribe(), idle_timeout_s=10.0):
+            if isinstance(reply, Snapshot):
+                assert not self.index & set(reply.hashes)
+                self.index.update(reply.hashes)
+            else:
+                assert isinstance(reply, Events)
+                for change in reply.changes:
+                    if isinstance(change, Stored):
+                        assert change.hash not in self.index, "told twice"
+                        self.index.add(change.hash)
+                    else:
+                        self.index.remove(change.hash)
+
+    def visible(self) -> set[BlockHash]:
+        return set(self.node.arena.published()) | set(self.tier.held())
+
+    async def check(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        assert self.index == self.visible()
+        self.node.arena.check()
+        self.tier.check()
+
+
+@contextlib.asynccontextmanager
+async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[Life]:
+    async with contextlib.AsyncExitStack() as stack:
+        hub, network = LocalHub(PerfectLink()), LocalNetwork()
+        memory = allocate(ARENA_SLOTS * SLOT, "arena")
+        stack.callback(memory.close)
+        store = StoreConfig(arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT)
+        transfer = LocalTransfer("s0#1", hub)
+        tier = bed.tier()
+        stack.callback(tier.close)
+        planes = [Plane(transfer, transfer.register(memory))]
+        node = StoreNode(store, Generation(1), planes, memory, InlineOffload(), tier, config)
+        stack.push_async_callback(node.aclose)
+        server = await network.listen("127.0.0.1:0", node)
+        stack.push_async_callback(server.close)
+        staging = allocate(16 * SLOT, "client")
+        stack.callback(staging.close)
+        reader = LocalTransfer("c0#1", hub)
+        peers = Peers(network)
+        stack.push_async_callback(peers.close)
+        client = StoreClient(peers, [Plane(reader, reader.register(staging))], Staging(staging, SLOT), InlineOffload())
+        stack.push_async_callback(client.aclose)
+        client.set_nodes([NodeInfo(NodeId("s0"), Generation(1), "store", server.address)])
+        raw = await network.connect(server.address, timeout_s=5.0)
+        stack.push_async_callback(raw.close)
+        life = Life(node, tier, client, raw)
+        tasks = [asyncio.create_task(node.run()), asyncio.create_task(life.follow())]
+        try:
+            yield life
+            await life.check()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+Case = Callable[[Bed], Awaitable[None]]
+
+
+@pytest.fixture(params=["file", "memory"])
+def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
+    def run(case: Case) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(30):
+                await case(Bed(request.param, tmp_path))
+
+        asyncio.run(main())
+
+    return run
+
+
+def h(name: str) -> BlockHash:
+    return BlockHash(name.encode().ljust(16, b".")) if name else ROOT
+
+
+def content(name: str) -> bytes:
+    return random.Random(name).randbytes(5000 + 10 * len(name))
+
+
+NAMES = [f"n{i}" for i in range(12)]
+
+
+async def put_all(life: Life, names: Sequence[str] = NAMES) -> None:
+    """More than memory holds, in parts."""
+    for start in range(0, len(names), 2):
+        assert await life.put(names[start : start + 2]) == ["published"] * 2
+        await life.written()
+
+
+def test_what_memory_gave_up_is_still_there(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            assert len(life.node.arena) == ARENA_SLOTS
+            held = await life.call(Exists(tuple([h(name) for name in [*NAMES, "nobody"]])))
+            assert held == Existing(bytes([1] * 12 + [0]))
+            await life.check()
+            assert len(life.index) == 12
+            for start in range(0, 12, 3):
+                assert await life.get(NAMES[start : start + 3]) == [True] * 3
+            assert life.tiering.stats.promoted >= 9
+            assert life.tiering.stats.demoted >= 8
+            assert life.tiering.stats.evicted_unwritten == 0
+
+    play(case)
+
+
+def test_a_block_on_disk_needs_no_second_write(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            assert life.node.arena.exists([h("n0")]) == b"\0"
+            reply = await life.call(Reserve((BlockSpec(h("n0"), ROOT, 5000), BlockSpec(h("new"), ROOT, 5000))))
+            assert isinstance(reply, Reserved)
+            assert isinstance(reply.outcomes[0], Present)
+            assert not isinstance(reply.outcomes[1], Present)
+            assert await life.put(["n1"]) == ["present"]
+
+    play(case)
+
+
+def test_another_life_serves_what_the_last_one_wrote(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+        async with live(bed) as life:
+            await life.check()
+            assert life.index == {h(name) for name in NAMES}
+            assert await life.get(NAMES[:4]) == [True] * 4
+            assert await life.get(NAMES[8:]) == [True] * 4
+
+    play(case)
+
+
+def test_a_node_that_ends_writes_what_still_waits(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            assert await life.put(NAMES[:4]) == ["published"] * 4
+        async with live(bed) as life:
+            assert await life.get(NAMES[:4]) == [True] * 4
+
+    play(case)
+
+
+def test_many_readers_of_one_block_read_the_disk_once(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            asked = [life.call(Lease((h("n0"), h("n1")), 5.0)) for _ in range(10)]
+            for reply in await asyncio.gather(*asked):
+                assert isinstance(reply, Leased)
+                assert None not in reply.blocks
+            assert life.tier.stats.loaded == 2
+            assert life.tiering.stats.promoted == 2
+
+    play(case)
+
+
+def test_more_than_memory_holds_is_a_miss_for_the_rest(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            reply = await life.call(Lease(tuple([h(name) for name in NAMES]), 5.0))
+            assert isinstance(reply, Leased)
+            assert sum(block is not None for block in reply.blocks) == ARENA_SLOTS
+            second = await life.call(Lease((h("n0"),), 5.0))
+            assert isinstance(second, Leased)
+            assert life.tiering.stats.promote_refused > 0
+
+    play(case)
+
+
+def test_a_prefix_comes_up_before_its_continuation(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            chain = [f"c{i}" for i in range(8)]
+            for i, name in enumerate(chain):
+                await life.put([name], [chain[i - 1] if i else ""])
+                await life.written()
+            await put_all(life, [f"x{i}" for i in range(8)])
+            got = await life.get(chain)
+            assert got[:ARENA_SLOTS] == [True] * ARENA_SLOTS, "the start of a sequence is worth more than its end"
+
+    play(case)
+
+
+def test_bad_bytes_on_disk_are_a_miss_and_can_be_written_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path)
+        async with live(bed, TieringConfig(scrub_bytes_s=0)) as life:
+            await put_all(life)
+            before = life.node.arena.exists([h(name) for name in NAMES])
+            for at in range(0, len(bed.memory.data), SLOT):
+                bed.memory.data[at + 17] ^= 4
+            down = [name for name, in_memory in zip(NAMES, before, strict=True) if not in_memory]
+            for name in down:
+                assert await life.get([name]) == [False]
+            assert life.tier.stats.corrupt == len(down) == 8
+            await life.check()
+            assert await life.put(down[:2]) == ["published"] * 2
+            assert await life.get(down[:2]) == [True] * 2
+
+    asyncio.run(main())
+
+
+def test_the_scrubber_finds_bad_blocks_and_tells_subscribers(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path)
+        async with live(bed, TieringConfig(scrub_bytes_s=0)) as life:
+            await put_all(life)
+        bed.memory.data[5 * SLOT + 1] ^= 1
+        async with live(bed, TieringConfig(scrub_bytes_s=1 << 30)) as life:
+            async with asyncio.timeout(5):
+                while not life.tier.stats.corrupt:  # noqa: ASYNC110 - polls a counter
+                    await asyncio.sleep(0.01)
+            await life.check()
+            assert len(life.index) == 11
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_forgets_the_oldest_and_says_so(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path, slots=6)
+        async with live(bed) as life:
+            await put_all(life, [f"m{i}" for i in range(20)])
+            await life.check()
+            assert len(life.tier) == 6
+            assert len(life.index) <= 6 + ARENA_SLOTS
+            assert await life.get(["m0"]) == [False]
+            assert await life.get(["m19"]) == [True]
+
+    asyncio.run(main())
+
+
+def test_a_disk_that_refuses_costs_nothing_but_itself(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path)
+        async with live(bed) as life:
+            bed.memory.failing = True
+            for name in NAMES:
+                assert await life.put([name]) == ["published"]
+                assert await life.get([name]) == [True]
+            await life.check()
+            assert len(life.tier) == 0
+            bed.memory.failing = False
+
+    asyncio.run(main())
+
+
+def test_prefetch_brings_blocks_up(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            state = await life.call(Prefetch((h("n0"), h("nobody"), h("n1"))))
+            assert isinstance(state, PrefetchState)
+            job = state.job
+            while state.state == "running":
+                await asyncio.sleep(0.001)
+                state = await life.call(PrefetchPoll(job))
+                assert isinstance(state, PrefetchState)
+            assert state == PrefetchState(job, "done", blocks=3, done=3, missed=1)
+            assert life.node.arena.exists([h("n0"), h("n1")]) == b"\1\1"
+            assert await life.call(PrefetchPoll(99)) == PrefetchState(99, "unknown")
+
+    play(case)
+
+
+def test_a_cancelled_prefetch_starts_no_more(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            state = await life.call(Prefetch(tuple([h(NAMES[i % 12]) for i in range(6400)])))
+            assert isinstance(state, PrefetchState)
+            cancelled = await life.call(PrefetchCancel(state.job))
+            assert isinstance(cancelled, PrefetchState)
+            assert cancelled.state == "cancelled"
+            for _ in range(20):
+                await asyncio.sleep(0.005)
+            later = await life.call(PrefetchPoll(state.job))
+            assert isinstance(later, PrefetchState)
+            assert later.state == "cancelled"
+            assert later.done < 6400
+
+    play(case)
+
+
+def test_tiers_are_described(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            reply = await life.call(Tiers())
+            assert isinstance(reply, TierList)
+            memory, disk = reply.tiers
+            assert (memory.name, memory.blocks, memory.bytes_max) == ("memory", 4, ARENA_SLOTS * SLOT)
+            assert (disk.name, disk.blocks, disk.bytes_max) == ("disk", 12, TIER_SLOTS * SLOT)
+            assert disk.counters["stored"] == 12
+            assert disk.counters["waiting"] == 0
+            load = life.node.load()
+            assert (load.disk_blocks, load.disk_bytes_max) == (12, TIER_SLOTS * SLOT)
+
+    play(case)
+
+
+def test_readers_and_writers_at_once_agree(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+
+            async def work(seed: int) -> None:
+                dice = random.Random(seed)
+                for i in range(25):
+                    await life.put([f"w{seed}.{i}"], [f"w{seed}.{i - 1}" if i else ""])
+                    await life.get([f"w{dice.randrange(4)}.{dice.randrange(i + 1)}" for _ in range(2)])
+
+            await asyncio.gather(*(work(seed) for seed in range(4)))
+            await life.written()
+            assert life.client.stats.corrupt == 0
+
+    play(case)
+
+
+def test_a_node_with_one_tier_has_nothing_to_prefetch(tmp_path: Path) -> None:
+    async def main() -> None:
+        memory = allocate(SLOT, "arena")
+        transfer = LocalTransfer("s0#1", LocalHub(PerfectLink()))
+        config = StoreConfig(arena_bytes=SLOT, slot_bytes=SLOT)
+        planes = [Plane(transfer, transfer.register(memory))]
+        node = StoreNode(config, Generation(1), planes, memory, InlineOffload())
+        context = NO_CONTEXT
+        with pytest.raises(InvalidRequest):
+            await node.call(Prefetch((h("a"),)), context)
+        reply = await node.call(Tiers(), context)
+        assert isinstance(reply, TierList)
+        assert len(reply.tiers) == 1
+        await node.aclose()
+        memory.close()
+
+    asyncio.run(main())

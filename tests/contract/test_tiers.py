@@ -1,0 +1,408 @@
+"""What every tier does: one suite over a real file and over a device in memory."""
+
+import asyncio
+import mmap
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvstore.tiers.base import Change, SlotDevice, Tier, TierBlock
+from kvstore.tiers.disk import DiskFile, NoDisk, open_disk
+from kvstore.tiers.fake import MemoryDevice, PowerCut
+from kvstore.tiers.records import Layout
+from kvstore.tiers.slot_tier import SlotTier
+from tracehaul.runtime.offload import InlineOffload, ThreadOffload
+from tracehaul.wire.hashing import checksum
+from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.messages import Removed, Stored
+
+SLOT = 8192
+SLOTS = 8
+LAYOUT = Layout(SLOT, SLOTS)
+ROOT = BlockHash(b"\xff" * 16)
+
+
+class Place:
+    """Where a tier's bytes survive its life."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.path = folder / "tier.blocks"
+        self.memory = MemoryDevice(SLOTS, SLOT)
+
+    def device(self) -> SlotDevice:
+        return self.memory if self.kind == "memory" else DiskFile(self.path, LAYOUT)
+
+    def flip(self, slot: int, at: int) -> None:
+        if self.kind == "memory":
+            self.memory.data[slot * SLOT + at] ^= 1
+            return
+        with self.path.open("r+b") as file:
+            file.seek(LAYOUT.data_offset + slot * SLOT + at)
+            byte = file.read(1)[0]
+            file.seek(-1, 1)
+            file.write(bytes([byte ^ 1]))
+
+
+class Life:
+    """One life of a tier, and what it told."""
+
+    def __init__(self, place: Place) -> None:
+        threads = place.kind != "memory"
+        offloads = (ThreadOffload("r", 2), ThreadOffload("w", 2)) if threads else (InlineOffload(), InlineOffload())
+        self.tier: Tier = SlotTier(place.kind, place.device(), *offloads)
+        self.told: list[Change] = []
+        self.tier.listen(self.told.extend)
+
+    async def store(self, *names: str, parents: Sequence[str] = ()) -> list[str]:
+        blocks = [block(name, parent) for name, parent in zip(names, parents or [""] * len(names), strict=True)]
+        return list(await self.tier.store(blocks, [filled(content(name)) for name in names]))
+
+    async def load(self, *names: str) -> list[bytes | str]:
+        views = [filled(b"") for _ in names]
+        outcomes = await self.tier.load([h(name) for name in names], views)
+        return [
+            bytes(view[: len(content(name))]) if outcome == "loaded" else outcome
+            for name, view, outcome in zip(names, views, outcomes, strict=True)
+        ]
+
+
+Case = Callable[[Place], Awaitable[None]]
+
+
+@pytest.fixture(params=["file", "memory"])
+def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
+    def run(case: Case) -> None:
+        async def main() -> None:
+            async with asyncio.timeout(30):
+                await case(Place(request.param, tmp_path))
+
+        asyncio.run(main())
+
+    return run
+
+
+def h(name: str) -> BlockHash:
+    return BlockHash(name.encode().ljust(16, b".")) if name else ROOT
+
+
+def content(name: str) -> bytes:
+    return random.Random(name).randbytes(4097 + len(name) * 100)
+
+
+def block(name: str, parent: str = "") -> TierBlock:
+    data = content(name)
+    return TierBlock(h(name), h(parent), len(data), checksum(data))
+
+
+def filled(data: bytes) -> memoryview:
+    view = memoryview(mmap.mmap(-1, SLOT))
+    view[: len(data)] = data
+    return view
+
+
+NAMES = [f"b{i}" for i in range(SLOTS)]
+
+
+def test_blocks_come_back_as_they_were_stored(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        assert await life.store("a", "b", "c") == ["stored"] * 3
+        assert await life.load("c", "nothing", "a", "b") == [content("c"), "absent", content("a"), content("b")]
+        assert life.told == [Stored(h("a")), Stored(h("b")), Stored(h("c"))]
+        assert len(life.tier) == 3
+        assert life.tier.bytes_used == sum(len(content(name)) for name in "abc")
+        assert life.tier.find(h("a")) == block("a")
+        assert await life.store("b", "d") == ["present", "stored"]
+        life.tier.check()
+        life.tier.close()
+
+    play(case)
+
+
+def test_another_life_finds_what_was_stored(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        await life.store("a", "b", parents=["", "a"])
+        await life.store("c")
+        await life.tier.drop(h("c"))
+        life.tier.close()
+        again = Life(place)
+        assert set(again.tier.held()) == {h("a"), h("b")}
+        assert again.tier.stats.recovered == 2
+        assert again.tier.find(h("b")) == block("b", "a")
+        assert again.told == []
+        assert await again.load("a", "b", "c") == [content("a"), content("b"), "absent"]
+        again.tier.check()
+        again.tier.close()
+
+    play(case)
+
+
+def test_a_full_tier_evicts_the_oldest_leaf_and_never_grows(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        await life.store(*NAMES, parents=["", *NAMES[:3], "", "", "", ""])
+        life.tier.touch(h("b4"))
+        assert await life.store("x", "y") == ["stored"] * 2
+        assert [change.hash for change in life.told if isinstance(change, Removed)] == [h("b3"), h("b2")]
+        assert len(life.tier) == SLOTS
+        assert life.tier.bytes_used <= life.tier.bytes_max
+        assert await life.load("x", "y", "b3", "b4") == [content("x"), content("y"), "absent", content("b4")]
+        life.tier.close()
+        again = Life(place)
+        assert set(again.tier.held()) == {h(name) for name in [*NAMES[:2], *NAMES[4:], "x", "y"]}
+        again.tier.close()
+
+    play(case)
+
+
+def test_a_tier_full_of_prefixes_refuses(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        await life.store(*NAMES, parents=["", *NAMES[:-1]])
+        assert await life.store("next", parents=[NAMES[-1]]) == ["full"]
+        assert life.tier.stats.full == 1
+        assert len(life.tier) == SLOTS
+        life.tier.check()
+        life.tier.close()
+
+    play(case)
+
+
+def test_every_flip_is_found_and_none_is_served(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        dice = random.Random(7)
+        for _ in range(20):
+            life = Life(place)
+            await life.store(*NAMES)
+            flipped = dice.sample(range(SLOTS), 3)
+            held = {life.tier.find(h(name)): name for name in NAMES}
+            slots = {name: i for i, name in enumerate(NAMES)}  # in order, as the tier started empty
+            assert len(held) == SLOTS
+            for slot in flipped:
+                place.flip(slot, dice.randrange(len(content(NAMES[slot]))))
+            found = await life.load(*NAMES)
+            for name, data in zip(NAMES, found, strict=True):
+                assert data == ("corrupt" if slots[name] in flipped else content(name))
+            assert life.tier.stats.corrupt == 3
+            assert [c.hash for c in life.told if isinstance(c, Removed)] == [h(NAMES[slot]) for slot in sorted(flipped)]
+            assert len(life.tier) == SLOTS - 3
+            life.tier.check()
+            life.tier.close()
+            again = Life(place)
+            assert len(again.tier) == SLOTS - 3, "a dropped block must not come back"
+            again.tier.close()
+            place.path.unlink(missing_ok=True)
+            place.memory = MemoryDevice(SLOTS, SLOT)
+
+    play(case)
+
+
+def test_scrubbing_finds_what_nobody_reads(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        await life.store(*NAMES)
+        place.flip(2, 100)
+        place.flip(7, 4000)
+        view = filled(b"")
+        at, visited = None, 0
+        while (at := await life.tier.scrub(at, view)) is not None:
+            visited += 1
+        assert visited == SLOTS == life.tier.stats.scrubbed
+        assert life.tier.stats.corrupt == 2
+        assert life.tier.stats.loaded == 0
+        assert set(life.tier.held()) == {h(name) for name in NAMES} - {h("b2"), h("b7")}
+        life.tier.close()
+
+    play(case)
+
+
+def test_a_scrub_of_nothing_ends(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        assert await life.tier.scrub(None, filled(b"")) is None
+        await life.tier.flush()
+        life.tier.close()
+
+    play(case)
+
+
+def test_a_block_dropped_under_a_read_is_read_to_its_end(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        await life.store(*NAMES)
+        reading = asyncio.create_task(life.load("b0"))
+        for _ in range(2):
+            await asyncio.sleep(0)  # until it has begun
+        await life.tier.drop(h("b0"))
+        await life.store("x", "y", "z")
+        assert await reading == [content("b0")]
+        assert await life.load("b0", "x") == ["absent", content("x")]
+        life.tier.check()
+        life.tier.close()
+
+    play(case)
+
+
+def test_many_at_once_agree(play: Callable[[Case], None]) -> None:
+    async def case(place: Place) -> None:
+        life = Life(place)
+        dice = random.Random(3)
+
+        async def work(seed: int) -> None:
+            for i in range(20):
+                name = f"{seed}.{i}"
+                if await life.store(name) == ["stored"]:
+                    assert await life.load(name) in ([content(name)], ["absent"])
+                if dice.random() < 0.2:
+                    await life.tier.drop(h(name))
+
+        await asyncio.gather(*(work(seed) for seed in range(6)))
+        life.tier.check()
+        names = [bytes(block_hash).rstrip(b".").decode() for block_hash in life.tier.held()]
+        assert await life.load(*names) == [content(name) for name in names]
+        held = set(life.tier.held())
+        life.tier.close()
+        again = Life(place)
+        assert set(again.tier.held()) == held
+        assert again.tier.stats.unreadable == 0
+        assert await again.load(*names) == [content(name) for name in names]
+        again.tier.close()
+
+    play(case)
+
+
+def test_a_device_that_fails_costs_misses_and_nothing_else(tmp_path: Path) -> None:
+    async def main() -> None:
+        place = Place("memory", tmp_path)
+        life = Life(place)
+        await life.store("a", "b")
+        place.memory.failing = True
+        assert await life.store("c") == ["failed"]
+        assert await life.load("a") == ["failed"]
+        await life.tier.flush()
+        place.memory.failing = False
+        assert await life.load("a", "b") == ["absent", content("b")]
+        assert await life.store("a", "c") == ["stored"] * 2
+        life.tier.check()
+        again = Life(place)
+        assert set(again.tier.held()) == {h("a"), h("b"), h("c")}
+        assert again.tier.stats.unreadable == 0
+
+    asyncio.run(main())
+
+
+def test_killed_between_any_two_pages_nothing_stored_is_lost_and_nothing_torn_is_found(tmp_path: Path) -> None:
+    async def main() -> None:
+        for seed in range(300):
+            dice = random.Random(seed)
+            place = Place("memory", tmp_path)
+            place.memory.writes_left = dice.randrange(60)
+            life = Life(place)
+            removed: set[BlockHash] = set()
+            stored: set[BlockHash] = set()
+            try:
+                for i in range(0, 40, 2):
+                    await life.store(f"{i}", f"{i + 1}", parents=["", f"{i}"])
+                    stored = {c.hash for c in life.told if isinstance(c, Stored)}
+                    removed = {c.hash for c in life.told if isinstance(c, Removed)}
+            except PowerCut:
+                pass
+            stored |= {c.hash for c in life.told if isinstance(c, Stored)}
+            removed |= {c.hash for c in life.told if isinstance(c, Removed)}
+            place.memory.writes_left = None
+            again = Life(place)
+            assert stored - removed <= set(again.tier.held())
+            assert again.tier.stats.unreadable == 0
+            names = [bytes(block_hash).rstrip(b".").decode() for block_hash in again.tier.held()]
+            assert await again.load(*names) == [content(name) for name in names], f"torn, seed {seed}"
+            again.tier.check()
+
+    asyncio.run(main())
+
+
+# --- the file ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_belongs_to_one_process(tmp_path: Path) -> None:
+    device = DiskFile(tmp_path / "t", LAYOUT)
+    with pytest.raises(NoDisk, match="another process"):
+        DiskFile(tmp_path / "t", LAYOUT)
+    device.close()
+    DiskFile(tmp_path / "t", LAYOUT).close()
+
+
+def test_a_file_of_another_layout_starts_empty(tmp_path: Path) -> None:
+    async def main() -> None:
+        tier = await open_disk(tmp_path / "t", 100_000, SLOT)
+        await tier.store([block("a")], [filled(content("a"))])
+        tier.close()
+        other = await open_disk(tmp_path / "t", 200_000, SLOT)
+        assert len(other) == 0
+        assert (tmp_path / "t").stat().st_size <= 200_000
+        assert (tmp_path / "t").stat().st_blocks * 512 >= 190_000, "the room is taken at the start"
+        other.close()
+        with pytest.raises(NoDisk, match="holds no block"):
+            await open_disk(tmp_path / "u", SLOT, SLOT)
+
+    asyncio.run(main())
+
+
+def test_a_file_without_room_or_permission_says_so(tmp_path: Path) -> None:
+    with pytest.raises(NoDisk, match="cannot reserve"):
+        DiskFile(tmp_path / "t", Layout(1 << 30, 1 << 20))
+    with pytest.raises(NoDisk, match="cannot open"):
+        DiskFile(Path("/proc/nowhere/t"), LAYOUT)
+
+
+def test_a_file_system_without_direct_access_still_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import os
+
+    real = os.open
+
+    def refuse(path: object, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "invalid argument")
+        return real(path, flags, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(os, "open", refuse)
+    device = DiskFile(tmp_path / "t", LAYOUT)
+    assert not device.direct
+    assert "O_DIRECT" in caplog.text
+    device.write([3], [filled(b"abc")])
+    view = filled(b"")
+    device.read([3], [view])
+    assert bytes(view[:3]) == b"abc"
+    device.close()
+
+
+def test_a_hundred_thousand_blocks_come_back_in_two_seconds(tmp_path: Path) -> None:
+    from kvstore.tiers.records import Record, pack_record
+    from tracehaul.runtime import clock
+
+    count = 100_000
+    layout = Layout(4096, count)
+    device = DiskFile(tmp_path / "t", layout)
+    parent = ROOT
+    records: dict[int, bytes] = {}
+    for slot in range(count):
+        own = BlockHash(slot.to_bytes(16))
+        records[slot] = pack_record(Record(slot, slot + 1, TierBlock(own, parent, 4000, checksum(own))))
+        parent = own if slot % 100 else ROOT
+    device.write_records(records)
+    device.close()
+
+    async def main() -> None:
+        start_s = clock.perf_s()
+        tier = await open_disk(tmp_path / "t", layout.file_bytes, 4096)
+        took_s = clock.perf_s() - start_s
+        assert len(tier) == count
+        assert took_s < 2.0
+        tier.close()
+
+    asyncio.run(main())

@@ -1,0 +1,211 @@
+"""The slot index against a dict: whatever happens, it agrees, and its invariants hold."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvstore.tiers.base import TierBlock
+from kvstore.tiers.records import Layout, Record, pack_record, unpack_records
+from kvstore.tiers.slots import SlotIndex
+from tracehaul.wire.ids import BlockHash, Checksum
+from tracehaul.wire.messages import Removed, Stored
+
+SLOT = 8192
+ROOT = BlockHash(b"\xff" * 16)
+
+
+def h(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(16)) if number else ROOT
+
+
+def block(number: int, parent: int = 0) -> TierBlock:
+    return TierBlock(h(number), h(parent), 4000 + number, Checksum(number * 31))
+
+
+def fill(index: SlotIndex, blocks: list[TierBlock]) -> list[bool]:
+    placements = index.place(blocks)
+    for placement in placements:
+        if placement is not None:
+            index.commit(placement.slot)
+    index.take_stale()
+    return [placement is not None for placement in placements]
+
+
+def test_the_oldest_leaf_goes_first() -> None:
+    index = SlotIndex(3, SLOT)
+    fill(index, [block(1), block(2, 1), block(3)])
+    index.take_changes()
+    assert fill(index, [block(4)]) == [True]
+    assert index.take_changes() == [Removed(h(2)), Stored(h(4))]
+    index.touch(h(1))
+    fill(index, [block(5)])
+    assert set(index.held()) == {h(1), h(4), h(5)}
+    index.check()
+
+
+def test_a_prefix_makes_no_room_for_its_own_continuation() -> None:
+    index = SlotIndex(2, SLOT)
+    assert fill(index, [block(1), block(2, 1), block(3, 2)]) == [True, True, False]
+    assert set(index.held()) == {h(1), h(2)}
+    index.check()
+
+
+def test_a_block_twice_in_one_call_gets_one_slot() -> None:
+    index = SlotIndex(4, SLOT)
+    assert fill(index, [block(1), block(1)]) == [True, False]
+    assert fill(index, [block(1)]) == [False]
+    index.check()
+
+
+def test_slots_of_one_call_are_neighbours_in_order() -> None:
+    index = SlotIndex(8, SLOT)
+    assert [p.slot for p in index.place([block(n) for n in range(1, 5)]) if p] == [0, 1, 2, 3]
+
+
+def test_a_slot_under_a_read_is_not_reused() -> None:
+    index = SlotIndex(1, SLOT)
+    fill(index, [block(1)])
+    begun = index.begin_read(h(1))
+    assert begun is not None
+    assert begun[1] == block(1)
+    assert fill(index, [block(2)]) == [False]
+    index.drop(h(1))
+    assert fill(index, [block(2)]) == [False]
+    index.check()
+    index.end_read(begun[0])
+    assert fill(index, [block(2)]) == [True]
+    index.check()
+
+
+def test_an_evicted_slot_is_stale_until_it_is_taken() -> None:
+    index = SlotIndex(1, SLOT)
+    fill(index, [block(1)])
+    (placement,) = index.place([block(2)])
+    assert placement is not None
+    assert index.take_stale() == [placement.slot]
+    assert index.take_stale() == []
+    index.still_stale([placement.slot])
+    assert index.take_stale() == [placement.slot]
+    index.commit(placement.slot)
+    index.check()
+
+
+def test_restore_takes_the_newer_of_two_and_erases_the_rest() -> None:
+    index = SlotIndex(4, SLOT)
+    records: list[Record | int] = [Record(0, 5, block(1)), Record(1, 9, block(1)), 2, Record(3, 7, block(2, 1))]
+    assert index.restore(records) == 2
+    assert index.find(h(1)) == block(1)
+    assert index.begin_read(h(1)) == (1, block(1))
+    index.end_read(1)
+    assert index.take_stale() == [0, 2]
+    assert index.take_changes() == []
+    (placement,) = index.place([block(3)])
+    assert placement is not None
+    assert placement.sequence == 10
+    index.check()
+
+
+class Machine(RuleBasedStateMachine):
+    """A dict of what is held, beside the index; a dict of records, as a device would keep them."""
+
+    @initialize(slots=st.integers(1, 6))
+    def start(self, slots: int) -> None:
+        self.slots = slots
+        self.index = SlotIndex(slots, SLOT)
+        self.held: dict[BlockHash, TierBlock] = {}
+        self.told: set[BlockHash] = set()
+        self.writing: dict[int, tuple[int, TierBlock]] = {}
+        self.reading: list[tuple[int, TierBlock]] = []
+        self.records: dict[int, bytes] = {}
+        self.bytes: dict[int, TierBlock] = {}
+
+    def settle(self) -> None:
+        for change in self.index.take_changes():
+            if isinstance(change, Stored):
+                assert change.hash not in self.told
+                self.told.add(change.hash)
+            else:
+                self.told.remove(change.hash)
+                del self.held[change.hash]
+
+    @rule(numbers=st.lists(st.integers(1, 12), min_size=1, max_size=4), back=st.integers(0, 3))
+    def place(self, numbers: list[int], back: int) -> None:
+        blocks = [block(number, max(0, number - back) if back else 0) for number in numbers]
+        before = set(self.held) | {b.hash for _, b in self.writing.values()}
+        placements = self.index.place(blocks)
+        self.settle()
+        for slot in self.index.take_stale():
+            self.records.pop(slot, None)
+            assert slot not in self.writing
+        for placement, wanted in zip(placements, blocks, strict=True):
+            if placement is None:
+                continue
+            assert wanted.hash not in before
+            assert placement.slot not in self.records, "a record must be erased before its slot is written"
+            assert placement.slot not in {slot for slot, _ in self.reading}
+            self.writing[placement.slot] = (placement.sequence, wanted)
+            self.bytes[placement.slot] = wanted
+
+    @rule(good=st.booleans())
+    def end_write(self, good: bool) -> None:
+        if not self.writing:
+            return
+        slot, (sequence, written) = self.writing.popitem()
+        self.records[slot] = pack_record(Record(slot, sequence, written))
+        if good:
+            self.index.commit(slot)
+            self.held[written.hash] = written
+        else:
+            self.index.cancel(slot)
+        self.settle()
+
+    @rule(number=st.integers(1, 12))
+    def begin_read(self, number: int) -> None:
+        begun = self.index.begin_read(h(number))
+        assert (begun is None) == (h(number) not in self.held)
+        if begun is not None:
+            assert begun[1] == self.held[h(number)]
+            self.reading.append(begun)
+
+    @rule()
+    def end_read(self) -> None:
+        if self.reading:
+            slot, was = self.reading.pop()
+            assert self.bytes[slot] == was, "bytes changed under a read"
+            self.index.end_read(slot)
+
+    @rule(number=st.integers(1, 12))
+    def drop(self, number: int) -> None:
+        assert self.index.drop(h(number)) == (h(number) in self.held)
+        self.settle()
+
+    @rule(number=st.integers(1, 12))
+    def touch(self, number: int) -> None:
+        self.index.touch(h(number))
+
+    @rule()
+    def restart(self) -> None:
+        """What a process that is killed here would find: all that is held, and nothing that was never complete."""
+        layout = Layout(SLOT, self.slots)
+        data = b"".join(self.records.get(slot, bytes(64)) for slot in range(self.slots))
+        again = SlotIndex(self.slots, SLOT)
+        again.restore(unpack_records(data, layout))
+        again.check()
+        assert set(self.held) <= set(again.held())
+        for block_hash in again.held():
+            begun = again.begin_read(block_hash)
+            assert begun is not None
+            assert self.bytes[begun[0]] == begun[1], "a record names bytes that are not in its slot"
+            again.end_read(begun[0])
+
+    @invariant()
+    def agrees(self) -> None:
+        if not hasattr(self, "index"):
+            return
+        self.index.check()
+        assert {block_hash: self.index.find(block_hash) for block_hash in self.index.held()} == self.held
+        assert self.told == set(self.held)
+
+
+Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSlotIndex = Machine.TestCase
