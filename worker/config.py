@@ -26,7 +26,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Buffers between the engine and the transports."""
     group_blocks: Count = 16
     """Blocks per request when pulling and publishing: the next group travels while one is copied."""
-    store_timeout_s: Seconds = 5.0
+    store_timeout_s: Seconds = 2.0
     """Longest wait for one group of blocks."""
     prefill_idle_timeout_s: Seconds = 5.0
     """Longest silence of a prefill worker before its step is computed here."""
