@@ -310,10 +310,12 @@ class StoreNode:
             landing is None or next(landed) == block.checksum for landing, block in zip(landings, blocks, strict=True)
         ]
         now_s = clock.now_s()
+        good = [block for block, matching in zip(blocks, matches, strict=True) if matching]
+        published = iter(self._arena.publish(good, peer, now_s))
         outcomes: list[PublishOutcome] = []
         for block, matching in zip(blocks, matches, strict=True):
             if matching:
-                outcomes += self._arena.publish([block], peer, now_s)
+                outcomes.append(next(published))
             else:
                 self._arena.withdraw(block.hash, block.generation, peer, now_s)
                 outcomes.append("corrupt")

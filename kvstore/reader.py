@@ -1,4 +1,4 @@
-"""Getting blocks: lease, read, verify."""
+"""Getting blocks: lease, read, verify; a long list in parts that overlap."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -14,9 +14,10 @@ from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, Pr
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 from tracehaul.wire.messages import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
 
-READ_PART_BYTES = 8 << 20
+READ_PART_BYTES = 16 << 20
 READ_LANES = 2
-"""Blocks are read in parts of this size, so many at a time: one is wound up and verified while another lands."""
+"""Blocks are leased, read and verified in parts of this size, so many at a time: one is asked for, or verified,
+while another lands."""
 
 MissReason = Literal["absent", "lost", "timeout", "refused", "corrupt", "lease_expired", "too_large"]
 GetResult = int | MissReason
@@ -63,74 +64,81 @@ class Reader:
     async def _get_from(
         self, view: StoreNodeView, wanted: Sequence[Wanted], results: list[GetResult], deadline_s: float
     ) -> None:
-        plane, remote = await self._nodes.attach(view, left_s(deadline_s))
+        way = await self._nodes.attach(view, left_s(deadline_s))
+
+        async def get(part: list[Wanted]) -> None:
+            await self._get_part(view, way, part, results, deadline_s)
+
+        await in_lanes(get, parts_of(wanted, lambda item: item.buffer.nbytes, READ_PART_BYTES), READ_LANES)
+
+    async def _get_part(
+        self,
+        view: StoreNodeView,
+        way: tuple[Plane, RegionDescriptor],
+        part: Sequence[Wanted],
+        results: list[GetResult],
+        deadline_s: float,
+    ) -> None:
         sent_s = clock.now_s()
-        lease = Lease(tuple([item.hash for item in wanted]), deadline_s - sent_s)
-        timeout_s = deadline_s - sent_s
+        timeout_s = left_s(deadline_s)
+        lease = Lease(tuple([item.hash for item in part]), timeout_s)
         leased = await self._nodes.acquire(view, lease, Leased, timeout_s, lambda leased: Release(leased.lease))
         try:
-            if len(leased.blocks) != len(wanted):
-                raise ProtocolError(f"{view.node} leased {len(leased.blocks)} blocks of {len(wanted)}")
+            if len(leased.blocks) != len(part):
+                raise ProtocolError(f"{view.node} leased {len(leased.blocks)} blocks of {len(part)}")
             reads: list[_Read] = []
-            for item, block in zip(wanted, leased.blocks, strict=True):
+            for item, block in zip(part, leased.blocks, strict=True):
                 if block is None:
                     results[item.place] = "absent"
                 elif block.size_bytes > item.buffer.nbytes:
                     results[item.place] = "too_large"
                 else:
                     reads.append(_Read(item, block))
-            await self._land(view, plane, remote, reads, results, sent_s + leased.ttl_s)
+            if reads:
+                await self._land(view, way, reads, results, sent_s + leased.ttl_s)
         finally:
             self._nodes.notify(view, Release(leased.lease))
 
     async def _land(
         self,
         view: StoreNodeView,
-        plane: Plane,
-        remote: RegionDescriptor,
+        way: tuple[Plane, RegionDescriptor],
         reads: Sequence[_Read],
         results: list[GetResult],
         expires_s: float,
     ) -> None:
-        async def land(part: list[_Read]) -> None:
-            sums = await self._read(view, plane, remote, part, expires_s)
-            if clock.now_s() >= expires_s:  # the slots may have been given to others before the bytes left
-                for read in part:
-                    results[read.wanted.place] = "lease_expired"
-                return
-            if sums is None:
-                views = [read.wanted.buffer.view(read.block.size_bytes) for read in part]
-                sums = await checksums(self._offload, views)
-            self._verify(view, part, sums, results)
-
-        await in_lanes(land, parts_of(reads, lambda read: read.block.size_bytes, READ_PART_BYTES), READ_LANES)
+        sums = await self._read(view, way, reads, expires_s)
+        if clock.now_s() >= expires_s:  # the slots may have been given to others before the bytes left
+            for read in reads:
+                results[read.wanted.place] = "lease_expired"
+            return
+        if sums is None:
+            views = [read.wanted.buffer.view(read.block.size_bytes) for read in reads]
+            sums = await checksums(self._offload, views)
+        for read, actual in zip(reads, sums, strict=True):
+            if actual == read.block.checksum:
+                results[read.wanted.place] = read.block.size_bytes
+            else:
+                results[read.wanted.place] = "corrupt"
+                self._nodes.notify(view, Revoke(read.wanted.hash, read.block.generation))
 
     async def _read(
-        self, view: StoreNodeView, plane: Plane, remote: RegionDescriptor, part: Sequence[_Read], expires_s: float
+        self, view: StoreNodeView, way: tuple[Plane, RegionDescriptor], reads: Sequence[_Read], expires_s: float
     ) -> Sequence[Checksum] | None:
+        plane, remote = way
         timeout_s = expires_s - clock.now_s()
         if timeout_s <= 0:
             return None  # the caller finds the lease expired
-        copies = [Copy(read.wanted.buffer.offset, read.block.offset, read.block.size_bytes) for read in part]
+        copies = [Copy(read.wanted.buffer.offset, read.block.offset, read.block.size_bytes) for read in reads]
         reading = plane.transfer.read(remote, plane.region, copies, timeout_s=timeout_s)
         try:
-            return await transfer(reading, [read.wanted.buffer for read in part])
+            return await transfer(reading, [read.wanted.buffer for read in reads])
         except TransferTimedOut as error:
             self._nodes.failed(view, error.settled)
             raise
         except TransferError:
             self._nodes.failed(view)
             raise
-
-    def _verify(
-        self, view: StoreNodeView, part: Sequence[_Read], sums: Sequence[Checksum], results: list[GetResult]
-    ) -> None:
-        for read, actual in zip(part, sums, strict=True):
-            if actual == read.block.checksum:
-                results[read.wanted.place] = read.block.size_bytes
-            else:
-                results[read.wanted.place] = "corrupt"
-                self._nodes.notify(view, Revoke(read.wanted.hash, read.block.generation))
 
 
 def _reason(error: ClusterError) -> MissReason:

@@ -33,8 +33,8 @@ ATTEMPTS = 2
 
 PutOutcome = Literal["published", "present", "in_flight", "full", "too_large", "fenced", "corrupt", "lost"]
 
-WRITE_PART_BYTES = 8 << 20
-WRITE_LANES = 3
+WRITE_PART_BYTES = 16 << 20
+WRITE_LANES = 2
 """Blocks are reserved, written and published in parts of this size, so many at a time: the store verifies one and
 reserves another while a third is written."""
 
