@@ -881,6 +881,7 @@ def test_pins_over_the_wire(play: Callable[[Case], None]) -> None:
             Pin(trace, (), 1.0, priority=0.5),
             Pin(TraceId("t" * 1000), (), 1.0),
             Reserve((), tenant="t" * 1000),
+            Await(tuple(h(str(number)) for number in range(5000)), 1.0),
         ]
         for request in nonsense:
             with pytest.raises(InvalidRequest):

@@ -178,6 +178,16 @@ def test_pins_have_limits_and_a_refusal_changes_nothing() -> None:
     assert "open" in str(pin(arena, "v", tenant="three"))
 
 
+def test_hard_pins_stay_within_their_tenants_quota() -> None:
+    """Else others could not have what they were promised."""
+    arena = Arena(config(6, quota_bytes={"a": 2 * SLOT, "b": 2 * SLOT}))
+    assert isinstance(pin(arena, "t", *"12", kind="hard", tenant="a"), Pinned)
+    assert "quota" in str(pin(arena, "t", "3", kind="hard", tenant="a"))
+    assert isinstance(pin(arena, "t", "4", kind="hard", tenant="x"), Pinned)
+    assert "quota" in str(pin(arena, "t", *"56", kind="hard", tenant="y"))
+    assert isinstance(pin(arena, "t", "5", kind="hard", tenant="y"), Pinned)
+
+
 def test_renewing_for_ever_leaves_no_trace() -> None:
     pins = Pins(config(4))
     for now_s in range(2000):
