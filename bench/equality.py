@@ -59,7 +59,7 @@ def prompts(recording: list[Trajectory], text: Text) -> list[Prompt]:
 
 def replay(config: ClusterConfig, steps: list[Prompt], progress: Progress) -> tuple[list[list[int]], dict[str, float]]:
     """The cluster's output for each step, and what it reused."""
-    task = progress.add_task("cluster", total=len(steps))
+    task = progress.add_task(f"cluster, {config.transport}", total=len(steps))
     outputs: list[list[int]] = []
     sums = {"prompt": 0.0, "cached": 0.0, "pulled": 0.0, "resident": 0.0}
     with fleet(config, console) as cluster:
@@ -116,29 +116,36 @@ def main(
     recordings: Annotated[Path, typer.Option(help="Folder or tar archive of mini-swe-agent trajectories.")],
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
     quick: Annotated[bool, typer.Option(help="The first two traces only.")] = False,
-    transport: Annotated[str, typer.Option(help="shm or nixl.")] = "shm",
+    transport: Annotated[list[str] | None, typer.Option(help="shm, nixl; both if not given.")] = None,
 ) -> None:
     """Compare every output token; exits with 1 if any differs."""
-    settings: dict[str, Any] = {"transport": transport, "dtype": "float32", "port": free_port()}
-    config = msgspec.convert(
-        msgspec.to_builtins(ClusterConfig(nodes=NodeCounts(prefill=1, decode=2, store=1))) | settings, ClusterConfig
-    )
+    transports = transport or ["shm", "nixl"]
+    configs = [_config(kind) for kind in transports]
     recording = trajectories(recordings)
-    steps = prompts(recording[:QUICK_TRACES] if quick else recording, Text.load(resolve(config.model)))
+    steps = prompts(recording[:QUICK_TRACES] if quick else recording, Text.load(resolve(configs[0].model)))
+    results = [Result("equality.steps", len(steps), "steps")]
+    worst = 0
     with Progress(console=console) as progress:
-        ours, reused = replay(config, steps, progress)
-        alone = asyncio.run(reference(config, steps, progress))
-    differing = [prompt for prompt, mine, theirs in zip(steps, ours, alone, strict=True) if mine != theirs]
-    for prompt in differing[:10]:
-        console.print(f"differs: {prompt.trace}, message {prompt.step}, {len(prompt.tokens)} tokens")
-    results = [
-        Result("equality.steps", len(steps), "steps"),
-        Result("equality.tokens", sum(len(output) for output in ours), "tokens"),
-        Result("equality.differing", len(differing), "steps", "equality.steps", len(differing) / len(steps)),
-        *(Result(f"equality.{name}_tokens", count, "tokens") for name, count in reused.items()),
-    ]
-    finish(msgspec.to_builtins(config) | {"recordings": recordings.name}, results, json, console)
-    raise typer.Exit(1 if differing else 0)
+        alone = asyncio.run(reference(configs[0], steps, progress))
+        for config in configs:
+            kind = config.transport
+            ours, reused = replay(config, steps, progress)
+            differing = [step for step, mine, theirs in zip(steps, ours, alone, strict=True) if mine != theirs]
+            for step in differing[:10]:
+                console.print(f"{kind} differs: {step.trace}, message {step.step}, {len(step.tokens)} tokens")
+            share = len(differing) / len(steps)
+            results.append(Result(f"equality.differing.{kind}", len(differing), "steps", "equality.steps", share))
+            results += [Result(f"equality.{name}_tokens.{kind}", count, "tokens") for name, count in reused.items()]
+            worst = max(worst, len(differing))
+    results.append(Result("equality.tokens", sum(len(output) for output in alone), "tokens"))
+    finish(msgspec.to_builtins(configs[0]) | {"recordings": recordings.name}, results, json, console)
+    raise typer.Exit(1 if worst else 0)
+
+
+def _config(transport: str) -> ClusterConfig:
+    settings: dict[str, Any] = {"transport": transport, "dtype": "float32", "port": free_port()}
+    config = ClusterConfig(nodes=NodeCounts(prefill=1, decode=2, store=1))
+    return msgspec.convert(msgspec.to_builtins(config) | settings, ClusterConfig)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def results_of(steps: dict[tuple[str, str], list[Step]]) -> list[Result]:
         for kind in ("pulled", "restarted"):
             moved = [step.moved for step in steps[kind, size]]
             nbytes = median(m["pulled_bytes"] for m in moved)
-            rate = median(m["pulled_bytes"] / m["pull_s"] / 1e9 for m in moved if m["pull_s"])
+            rate = median(m["pulled_bytes"] / max(m["pull_s"], 1e-9) / 1e9 for m in moved)
             results.append(Result(f"pull.bytes.{kind}.{size}", nbytes, "B"))
             results.append(Result(f"pull.rate.{kind}.{size}", rate, "GB/s"))
         for kind in KINDS[1:]:

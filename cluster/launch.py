@@ -102,7 +102,7 @@ def restart(run: RunDir, names: Sequence[str], console: Console) -> None:
     with run.lock():
         grace_s = plan.config.drain_timeout_s + ROLLBACK_GRACE_S
         stop([record for record in run.records() if record.name in names and alive(record)], grace_s=grace_s)
-        asyncio.run(_start_again(plan, run, [specs[name] for name in names], console))
+        asyncio.run(_start_again(plan, run, [specs[name] for name in dict.fromkeys(names)], console))
 
 
 def refuse_if_running(run: RunDir) -> None:
@@ -187,6 +187,7 @@ async def _start(plan: Plan, run: RunDir, console: Console) -> None:
     records: list[ProcessRecord] = []
     try:
         for spec in nodes_of(plan.config):
+            run.log(spec.name).unlink(missing_ok=True)
             children[spec.name] = _spawn(spec, run)
             records.append(run.record(spec.name, children[spec.name].pid))
         async with asyncio.timeout(plan.config.start_timeout_s):
@@ -219,9 +220,12 @@ async def _start_again(plan: Plan, run: RunDir, specs: Sequence[NodeSpec], conso
 
 
 def _spawn(spec: NodeSpec, run: RunDir) -> subprocess.Popen[bytes]:
-    """One node's process. It leads a session, so that a Ctrl-C at this terminal does not reach it."""
+    """One node's process. It leads a session, so that a Ctrl-C at this terminal does not reach it.
+
+    Its log goes on where that of its last life ended: why that one died is worth knowing.
+    """
     command = [sys.executable, "-m", "cluster.cli", "node", spec.name, "--config", str(run.plan_file)]
-    with run.log(spec.name).open("wb") as log:
+    with run.log(spec.name).open("ab") as log:
         return subprocess.Popen(
             command, cwd=run.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )

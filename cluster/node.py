@@ -63,12 +63,6 @@ def _ignore(members: Members) -> None:
     """A store node asks nothing of others."""
 
 
-def _has_cuda() -> bool:
-    import torch  # the engine's business, but a store node must not wait for it
-
-    return torch.cuda.is_available()
-
-
 class Room(NamedTuple):
     """What a role puts into a node."""
 
@@ -218,6 +212,8 @@ class _Node:
         stack.push_async_callback(engine.aclose)
         # Aligned as the store's slots are, so that a copy moves whole pages.
         buffer_bytes = self._plan.store.slot_bytes
+        if engine.info.layout.block_bytes > buffer_bytes:
+            raise ClusterFault(f"{config.model} is not the model that this cluster was launched with: start it anew")
         memory = self._memory(stack, config.worker.staging_blocks * buffer_bytes)
         planes = await self._planes(stack, memory, offload)
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
@@ -240,14 +236,11 @@ class _Node:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 
         config = self._plan.config
-        device = config.device
-        if device == "auto":
-            device = "cuda" if _has_cuda() else "cpu"
         return await TorchEngine.load(
             TorchEngineConfig(
                 model=config.model,
                 dtype=config.dtype,
-                device=device,
+                device=config.device,
                 threads=self._plan.threads,
                 kv_tokens_max=config.kv_tokens,
             )

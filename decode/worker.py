@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
-from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, WrongNode
+from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, ProtocolError, WrongNode
 from tracehaul.wire.hashing import pack_tokens, unpack_tokens
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import (
@@ -59,9 +59,10 @@ class DecodeService:
         stats.steps += 1
         ended = False
         try:
-            async for reply in step.run():
-                ended = isinstance(reply, StepDone)
-                yield reply
+            async with aclosing(step.run()) as replies:
+                async for reply in replies:
+                    ended = isinstance(reply, StepDone)
+                    yield reply
         except ClusterError:
             ended = True
             stats.steps_failed += 1
@@ -103,6 +104,8 @@ class _Step:
         request = self._request
         tokens = self._prompt + self._emitted
         remaining = request.sampling.max_tokens - len(self._emitted)
+        if request.root != self._host.root:
+            raise WrongNode("this worker's KV has another layout, or is of another model")
         if not self._prompt or remaining < 1:
             raise InvalidRequest("a step needs a prompt and at least one token left to sample")
         room = len(tokens) + min(remaining, self._host.config.headroom_tokens)
@@ -110,12 +113,14 @@ class _Step:
             await here.locate()
             await here.pull(len(tokens) - 1)
             if len(tokens) - here.length > self._host.config.local_prefill_tokens:
-                async for reply in self._hand_off(here):
-                    yield reply
+                async with aclosing(self._hand_off(here)) as replies:
+                    async for reply in replies:
+                        yield reply
             self._host.stats.prompt_tokens += len(self._prompt)
             if self._reason is None:
-                async for reply in self._decode(here):
-                    yield reply
+                async with aclosing(self._decode(here)) as replies:
+                    async for reply in replies:
+                        yield reply
             assert self._reason is not None
             yield StepDone(self._reason, self._usage(here), here.length)
 
@@ -152,6 +157,7 @@ class _Step:
         step = PrefillStep(
             step=request.step,
             trace=request.trace,
+            root=request.root,
             tokens=here.packed,
             salt=request.salt,
             home=request.home,
@@ -171,7 +177,7 @@ class _Step:
                         case PrefillProgress(published) | PrefillDone(published):
                             await here.locate(published)
                             await here.pull(min(published, wanted))
-                        case PrefillToken(token, computed_from):
+                        case PrefillToken(token, computed_from) if len(here.tokens) == wanted:
                             self._computed_from = min(self._computed_from, computed_from)
                             here.tokens.append(token)
                             self._reason = request.sampling.finish_reason(
@@ -179,7 +185,7 @@ class _Step:
                             )
                             yield self._tokens(here, [token])
                         case _:
-                            raise WrongNode(f"{prefill.node} answered a prefill with {type(reply).__name__}")
+                            raise ProtocolError(f"{prefill.node} answered a prefill with {type(reply).__name__}")
         except ClusterError as error:
             self._fallback = error.code
             self._computed_from = min(self._computed_from, before)

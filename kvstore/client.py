@@ -23,7 +23,7 @@ from tracehaul.wire.messages import Await, Awaited, AwaitState, Existing, Exists
 
 __all__ = ["ClientStats", "OutgoingBlock", "PutOutcome", "StoreClient"]
 
-EXISTS_TIMEOUT_S = 0.25
+EXISTS_TIMEOUT_S = 0.5
 """What is not known to be there by then is not waited for."""
 BREAK_S = 1.0
 """How long a node that failed is left alone."""
@@ -68,7 +68,7 @@ class StoreClient:
         self._nodes.set(nodes)
 
     async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
-        """Per hash a node that holds it, or None. A hint; takes at most a quarter of a second.
+        """Per hash a node that holds it, or None. A hint; takes at most half a second.
 
         Among several holders the one with the longest run from there on is named: fewer nodes to ask later.
         """

@@ -17,6 +17,8 @@ R = TypeVar("R", bound=Reply)
 
 PATIENCE_S = 0.1
 """A node that does not answer a call with less time than this may be healthy: the caller was late."""
+ATTACH_TIMEOUT_S = 0.5
+"""The first thing that a node is asked, and the first after a failure: one that is frozen costs each call no more."""
 NOTICE_TIMEOUT_S = 1.0
 """For what nobody waits for, and without which the store recovers by itself."""
 LATE_REPLY_S = 5.0
@@ -136,13 +138,13 @@ class StoreNodes:
             raise
 
     async def attach(self, view: StoreNodeView, timeout_s: float) -> tuple[Plane, RegionDescriptor]:
-        """How to copy to and from a node's arena; asked once per life.
+        """How to copy to and from a node's arena; asked once per life, and again after each failure.
 
         Raises:
             ClusterError: it cannot be reached, or is another life than the membership says.
         """
         if view.attached is None:
-            attached = await self.call(view, Attach(), Attached, timeout_s)
+            attached = await self.call(view, Attach(), Attached, min(timeout_s, ATTACH_TIMEOUT_S))
             if attached.generation != view.info.generation:
                 self.failed(view)
                 raise WrongNode(f"{view.node} is in life {attached.generation}, not {view.info.generation}")

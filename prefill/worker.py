@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from tracehaul.rpc.base import CallContext
@@ -51,6 +52,8 @@ class PrefillService:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, PrefillStep):
             raise WrongNode(f"a prefill worker does not serve {type(request).__name__}")
+        if request.root != self._host.root:
+            raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
         tokens = unpack_tokens(request.tokens)
         async with self._host.context(request.trace, request.salt, tokens, len(tokens)) as here:
@@ -59,8 +62,9 @@ class PrefillService:
             await self._join(here)
             flight = self._depart(here)
             try:
-                async for reply in self._compute(request, here, flight):
-                    yield reply
+                async with aclosing(self._compute(request, here, flight)) as replies:
+                    async for reply in replies:
+                        yield reply
             finally:
                 self._land(here, flight)
 

@@ -4,9 +4,11 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator
-from typing import Literal
+from contextlib import aclosing
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from router.index import Index
 from router.members import MemberRegistry
@@ -16,9 +18,9 @@ from router.traces import Trace, Traces, Warm
 from router.watch import StoreWatch
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
-from tracehaul.wire.errors import ClusterError, ContextTooLong, ProtocolError, Unavailable
+from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
 from tracehaul.wire.hashing import chain, pack_tokens, salted, unpack_tokens
-from tracehaul.wire.ids import BlockHash, NodeId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
 from tracehaul.wire.messages import DecodeStep, FinishReason, NodeInfo, StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
@@ -32,13 +34,13 @@ arrived wrong; a prefill worker failed half-way; or it was no longer held by any
 class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator may set on the router's dispatching."""
 
-    traces_max: int = 10_000
+    traces_max: Annotated[int, Meta(ge=1)] = 10_000
     """Traces remembered."""
-    attempts_max: int = 4
+    attempts_max: Annotated[int, Meta(ge=1)] = 4
     """Workers tried in a row without a new token before a step fails."""
-    retry_pause_s: float = 0.2
+    retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
     """Pause before the next attempt: membership needs a moment to notice a death."""
-    idle_timeout_s: float = 5.0
+    idle_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
     """Longest silence of a decode worker (a living one proves itself every second)."""
 
 
@@ -92,11 +94,12 @@ class Dispatch:
         run = _Run(request, trace)
         ended = False
         try:
-            async for event in self._attempts(run):
-                if isinstance(event, Finished):
-                    ended = True
-                    self._count(run, event.usage)
-                yield event
+            async with aclosing(self._attempts(run)) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        ended = True
+                        self._count(run, event.usage)
+                    yield event
         except ClusterError:
             ended = True
             self.stats.steps_failed += 1
@@ -113,10 +116,12 @@ class Dispatch:
         failures = 0
         while True:
             before = len(run.emitted)
+            placement: Placement | None = None
             try:
                 placement = self._place(run)
-                async for event in self._on_worker(run, placement):
-                    yield event
+                async with aclosing(self._on_worker(run, placement)) as events:
+                    async for event in events:
+                        yield event
                 return
             except ClusterError as error:
                 reason = run.ended()
@@ -124,8 +129,12 @@ class Dispatch:
                     yield Finished(reason, msgspec.structs.replace(run.usage, output_tokens=len(run.emitted)))
                     return
                 failures = 1 if len(run.emitted) > before else failures + 1
-                if not error.retriable or failures >= self._config.attempts_max:
+                # A worker's own bug may be that worker's alone: one other may try.
+                attempts_max = self._config.attempts_max if error.retriable else 2
+                if isinstance(error, InvalidRequest) or failures >= attempts_max:
                     raise
+                if placement is not None:
+                    run.avoid.add((placement.decode.node, placement.decode.generation))
                 self.stats.steps_moved += 1
                 log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
             await asyncio.sleep(self._config.retry_pause_s * failures)
@@ -139,15 +148,19 @@ class Dispatch:
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
         run.cut(decodes[0])
-        chosen = [worker for worker in decodes if worker.node == request.decode]
+        # Blocks of another layout, or another model, are of no use to this step.
+        decodes = [worker for worker in decodes if worker.root == decodes[0].root]
+        prefills = [worker for worker in self.members.live("prefill") if worker.root == decodes[0].root]
+        fresh = [worker for worker in decodes if (worker.node, worker.generation) not in run.avoid] or decodes
+        chosen = [worker for worker in fresh if worker.node == request.decode] or fresh
         placement = place(
             trace=request.trace,
             prompt_tokens=tokens,
             stored_tokens=self.index.match(run.hashes) * run.block_tokens,
             warm=trace.warm,
             home=trace.home,
-            decodes=self._candidates(chosen or decodes),
-            prefills=self._candidates(self.members.live("prefill")),
+            decodes=self._candidates(chosen),
+            prefills=self._candidates(prefills),
             stores=self._candidates(self.members.live("store")),
         )
         assert placement is not None
@@ -177,6 +190,7 @@ class Dispatch:
         message = DecodeStep(
             step=request.step,
             trace=request.trace,
+            root=info.root,
             prompt=pack_tokens(request.prompt),
             emitted=pack_tokens(run.emitted),
             salt=request.salt,
@@ -235,6 +249,8 @@ class _Run:
         """Of all attempts so far, as far as workers told."""
         self.context_max = 0
         """Of the worker that ran the last attempt."""
+        self.avoid: set[tuple[NodeId, Generation]] = set()
+        """Workers that failed it, while there are others."""
         self.home_lost = False
         self.hashes: list[BlockHash] = []
         """Of the prompt's full blocks."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from contextlib import aclosing
 
 from router.index import Index
 from tracehaul.rpc.peers import Peers
@@ -49,17 +50,21 @@ class StoreWatch:
                 await self._subscribe(info)
             except ClusterError as error:
                 log.info("events of %s broke off (%s): subscribing again", info.node, error)
+            except Exception:
+                log.exception("events of %s could not be taken in: subscribing again", info.node)
             self._index.forget(info.node)
             await asyncio.sleep(RETRY_S)
 
     async def _subscribe(self, info: NodeInfo) -> None:
         """Returns when the node's numbers do not add up."""
-        async for reply in self._peers.stream(info.address, Subscribe(), idle_timeout_s=IDLE_TIMEOUT_S):
-            match reply:
-                case Snapshot():
-                    self._index.snapshot(info.node, reply)
-                case Events():
-                    if not self._index.events(info.node, reply):
-                        return
-                case _:
-                    raise ProtocolError(f"{info.node} answered a subscription with {type(reply).__name__}")
+        stream = self._peers.stream(info.address, Subscribe(), idle_timeout_s=IDLE_TIMEOUT_S)
+        async with aclosing(stream) as replies:
+            async for reply in replies:
+                match reply:
+                    case Snapshot():
+                        self._index.snapshot(info.node, reply)
+                    case Events():
+                        if not self._index.events(info.node, reply):
+                            return
+                    case _:
+                        raise ProtocolError(f"{info.node} answered a subscription with {type(reply).__name__}")

@@ -53,7 +53,7 @@ class Mix(msgspec.Struct, frozen=True):
     fork_share: float = 0.2
     hang_up_share: float = 0.1
     long_gap_share: float = 0.05
-    """Gaps of half a minute: leases and pins end in them."""
+    """Gaps of half a minute: leases end in them."""
     tenants: int = 2
     systems: int = 3
     """Distinct system prompts that traces share."""

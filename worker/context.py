@@ -10,7 +10,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, chain, tail_candidates
-from tracehaul.wire.ids import BlockHash, NodeId, TraceId
+from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
 
 Fetched = tuple[list[StagingBuffer], list[int | None]]
@@ -39,7 +39,6 @@ class Context:
         client: StoreClient,
         config: WorkerConfig,
         *,
-        trace: TraceId,
         salt: str,
         tokens: list[int],
         packed: bytes,
@@ -49,7 +48,6 @@ class Context:
         self._engine = engine
         self._client = client
         self._config = config
-        self.trace = trace
         self.salt = salt
         self.tokens = tokens
         self.packed = packed
@@ -173,10 +171,13 @@ class Context:
         return await self._fetch(self.hashes[blocks.start : blocks.stop], self.holders[blocks.start : blocks.stop])
 
     async def _fetch(self, hashes: list[BlockHash], holders: list[NodeId | None]) -> Fetched:
-        buffers = await self._client.staging.acquire(len(hashes), timeout_s=self._config.store_timeout_s)
+        """Where there is no room to land in, everything is a miss: computing beats waiting."""
         try:
-            sizes = await finish(self._client.get(hashes, buffers, self._config.store_timeout_s, holders))
-            return buffers, sizes
+            buffers = await self._client.staging.acquire(len(hashes), timeout_s=self._config.store_timeout_s)
+        except ClusterError:
+            return [], [None] * len(hashes)
+        try:
+            return buffers, await self._client.get(hashes, buffers, self._config.store_timeout_s, holders)
         except BaseException:
             self._client.staging.release(buffers)
             raise

@@ -1,7 +1,6 @@
 """A worker, whatever its role: an engine, the sequences on it, and its way to the store."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -20,8 +19,6 @@ from worker.iteration import IterationLoop, Job, usable_context
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
-
-log = logging.getLogger(__name__)
 
 
 class WorkerStats(msgspec.Struct):
@@ -50,6 +47,7 @@ class WorkerHost:
         self.client = client
         self.config = config
         self.stats = WorkerStats()
+        self.root = engine.info.layout.root()
         self.loop = IterationLoop(engine, Scheduler(config.chunk_tokens, config.sequences_max), self._make_room)
         self._residency = Residency()
         self._admission = asyncio.Lock()
@@ -97,7 +95,6 @@ class WorkerHost:
             self.engine,
             self.client,
             self.config,
-            trace=trace,
             salt=salt,
             tokens=tokens,
             packed=packed,

@@ -40,10 +40,13 @@ class Scheduler:
 
     def plan(self) -> list[Grant]:
         """Grants for the next iteration, decode steps first; at most ``sequences_max``, ``chunk_tokens`` in sum."""
-        budget = self._chunk_tokens
-        grants: list[Grant] = []
-        waiting = sorted(self._pending, key=lambda key: self._pending[key] > 1)
-        for key in waiting:
+        decodes = [key for key, pending in self._pending.items() if pending == 1]
+        prompts = [key for key, pending in self._pending.items() if pending > 1]
+        # However many decode, the first prompt gets on.
+        places = max(1, min(self._sequences_max, self._chunk_tokens) - bool(prompts))
+        grants = [Grant(key, 1) for key in decodes[:places]]
+        budget = self._chunk_tokens - len(grants)
+        for key in prompts:
             if budget == 0 or len(grants) == self._sequences_max:
                 break
             grant = Grant(key, min(self._pending[key], budget))

@@ -91,6 +91,9 @@ class BlockWriter:
                     await self._wake.wait()
         except ClusterError as error:
             self.refused = error.code
+        except Exception:
+            log.exception("write-back of sequence %s failed", self._sequence)
+            self.refused = "internal"
         if self.refused:
             log.warning(
                 "write-back of sequence %s ended at block %s: %s", self._sequence, self._next_block, self.refused
@@ -145,7 +148,7 @@ class BlockWriter:
                     start = (block + index) * size
                     own = next_hash(parent, pack_tokens(self._tokens[start : start + count]))
                 outgoing.append(OutgoingBlock(own, parent, buffer, count * self._layout.token_bytes))
-            outcomes = await finish(self._client.put(self._home, outgoing, timeout_s=self._config.store_timeout_s))
+            outcomes = await self._client.put(self._home, outgoing, timeout_s=self._config.store_timeout_s)
         finally:
             self._client.staging.release(buffers)
         self.refused = next(

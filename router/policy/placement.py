@@ -84,5 +84,6 @@ def place(
             decode, reason = sticky, "warm"
             warm_tokens = min(warm.retained_tokens, prompt_tokens)
     expected = max(stored_tokens, warm_tokens)
-    prefill = _least_loaded(prefills, trace).node if prefills else None
+    # Without a store there is no way from there to here: the decode worker would compute all of it once more.
+    prefill = _least_loaded(prefills, trace).node if prefills and stores else None
     return Placement(decode, prefill, choose_home(stores, trace, home), expected, reason)

@@ -45,7 +45,7 @@ def candidates(*running: int) -> list[Candidate]:
     return [Candidate(NodeId(f"decode-{i}"), G, n) for i, n in enumerate(running)]
 
 
-def choose(warm: Warm | None, *running: int, prompt: int = 100, stored: int = 0):
+def choose(warm: Warm | None, *running: int, prompt: int = 100, stored: int = 0, stores: int = 0):
     return place(
         trace=T,
         prompt_tokens=prompt,
@@ -54,7 +54,7 @@ def choose(warm: Warm | None, *running: int, prompt: int = 100, stored: int = 0)
         home=None,
         decodes=candidates(*running),
         prefills=candidates(0),
-        stores=[],
+        stores=candidates(*[0] * stores),
     )
 
 
@@ -76,6 +76,14 @@ def test_a_restarted_worker_is_not_warm() -> None:
 
 def test_no_decode_worker_no_placement() -> None:
     assert choose(None) is None
+
+
+def test_without_a_store_no_prefill_worker_is_asked() -> None:
+    alone, with_store = choose(None, 0), choose(None, 0, stores=1)
+    assert alone is not None
+    assert with_store is not None
+    assert alone.prefill is None
+    assert with_store.prefill is not None
 
 
 def test_homes_are_kept_spread_and_replaced() -> None:

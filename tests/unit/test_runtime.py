@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 
 from tracehaul.runtime.log import Log, setup
-from tracehaul.runtime.metrics import Metrics
 from tracehaul.runtime.tasks import Tasks
 
 
@@ -106,18 +105,3 @@ def test_a_task_that_resists_its_cancellation_once_ends_too() -> None:
         assert len(tasks) == 0
 
     asyncio.run(main())
-
-
-def test_metrics_are_named_with_their_unit() -> None:
-    metrics = Metrics()
-    metrics.counter("pulled", "bytes", "Bytes pulled.", ["tier"]).labels("dram").inc(5)
-    metrics.gauge("held", "blocks", "Blocks held.").set(3)
-    metrics.histogram("iteration", "seconds", "Time of an iteration.").observe(0.02)
-    text = metrics.render().decode()
-    assert 'tracehaul_pulled_bytes_total{tier="dram"} 5.0' in text
-    assert "tracehaul_held_blocks 3.0" in text
-    assert 'tracehaul_iteration_seconds_bucket{le="0.025"} 1.0' in text
-    assert "process_cpu_seconds_total" in text
-    with pytest.raises(ValueError, match="Duplicated"):
-        metrics.gauge("held", "blocks", "Again.")
-    assert b"held" not in Metrics().render()

@@ -60,3 +60,11 @@ def test_every_prompt_is_computed_once_within_the_limits(pending: list[int], chu
             else:
                 scheduler.computed(grant, sampled=False)
     assert all(tokens == 0 for tokens in left.values())
+
+
+def test_a_prompt_gets_on_however_many_decode() -> None:
+    scheduler = Scheduler(chunk_tokens=64, sequences_max=4)
+    for key in range(10):
+        scheduler.add(key, 1)
+    scheduler.add(99, 100)
+    assert scheduler.plan() == [Grant(0, 1), Grant(1, 1), Grant(2, 1), Grant(99, 61)]

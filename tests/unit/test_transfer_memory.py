@@ -35,6 +35,19 @@ def test_sizes_need_not_be_whole_pages() -> None:
     arena.close()
 
 
+def test_only_its_own_files_pass_for_memory(tmp_path: Path) -> None:
+    arena = allocate(PAGE_BYTES, "seal")
+    assert memory.is_memory_file(arena.fd)
+    with pytest.raises(PermissionError):
+        os.truncate(arena.fd, 0)
+    arena.close()
+    path = tmp_path / f"{memory.FILE_PREFIX}file"
+    path.write_bytes(bytes(PAGE_BYTES))
+    for other in (os.open(path, os.O_RDWR), os.memfd_create(f"{memory.FILE_PREFIX}unsealed")):
+        assert not memory.is_memory_file(other)
+        os.close(other)
+
+
 def test_views_outlive_close() -> None:
     arena = allocate(PAGE_BYTES, "view")
     view = arena.buffer[10:20]

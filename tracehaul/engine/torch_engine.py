@@ -37,8 +37,8 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     cache_dir: str | None = None
     """Where a fetched default model is kept; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    device: str = "cpu"
-    """``cpu``, or a CUDA device as torch names it."""
+    device: str = "auto"
+    """``cpu``, or a CUDA device as torch names it; ``auto``: CUDA where there is one."""
     threads: int = 2
     """CPU threads of an iteration."""
     kv_tokens_max: int = 32_768
@@ -67,14 +67,12 @@ class TorchEngine:
     otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is foreseen.
     """
 
-    def __init__(
-        self, info: EngineInfo, model: Model, pool: KVPool, compute: ThreadPoolExecutor, device: torch.device
-    ) -> None:
+    def __init__(self, info: EngineInfo, model: Model, pool: KVPool, compute: ThreadPoolExecutor) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
         self._model = model
         self._pool = pool
-        self._device = device
+        self._device = pool.tensor.device
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
         self._ranges = RangeAllocator(info.kv_tokens_max // self._block_tokens)
@@ -96,7 +94,7 @@ class TorchEngine:
         except BaseException:
             compute.shutdown(wait=False, cancel_futures=True)
             raise
-        return cls(*loaded, compute, torch.device(config.device))
+        return cls(*loaded, compute)
 
     @property
     def info(self) -> EngineInfo:
@@ -335,6 +333,8 @@ def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> E
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,1 +1,1 @@
-"""What every process needs: clock, offload, config, logging, metrics, tasks, node lifecycle."""
+"""What every process needs: clock, offload, logging, supervised tasks, waits that must end."""

@@ -6,6 +6,7 @@ start. The file has no name in any file system: nothing is left behind, however 
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ POPULATE_CHUNK_BYTES = 64 << 20
 POPULATE_THREADS_MAX = 8
 HEADROOM_BYTES = 64 << 20
 """What an allocation leaves free of the available memory, so that the process itself can go on."""
+
+FILE_PREFIX = "tracehaul-"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; fails with an error code where a touch would be killed by SIGBUS
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -73,9 +77,11 @@ def allocate(nbytes: int, name: str) -> FileMemory:
     if nbytes > room:
         raise NoMemory(name, nbytes, max(room, 0))
     # The random part lets a peer verify that a descriptor number still means this very file.
-    fd = os.memfd_create(f"tracehaul-{name}-{os.urandom(8).hex()}"[:200], os.MFD_CLOEXEC)
+    label = f"{FILE_PREFIX}{name[:100]}-{os.urandom(8).hex()}"
+    fd = os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, _page_round(nbytes))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         memory = FileMemory(fd, nbytes)
     except OSError as error:
         os.close(fd)
@@ -88,6 +94,16 @@ def allocate(nbytes: int, name: str) -> FileMemory:
         memory.close()
         raise NoMemory(name, nbytes, max(room, 0)) from error
     return memory
+
+
+def is_memory_file(fd: int) -> bool:
+    """Whether :func:`allocate` made that file: a private one that can never shrink under who has it mapped."""
+    if not os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{FILE_PREFIX}"):
+        return False
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:  # a file of another kind, whatever its name
+        return False
 
 
 def populate(buffer: memoryview) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land, pieces
-from tracehaul.transfer.memory import populate
+from tracehaul.transfer.memory import is_memory_file, populate
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.messages import RegionDescriptor
 
@@ -272,12 +272,14 @@ def _watch(owner: str, payload: ShmPayload) -> int:
 
 def _map(remote: RegionDescriptor, payload: ShmPayload) -> Bytes:
     try:
-        fd = os.open(f"/proc/{payload.pid}/fd/{payload.fd}", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(f"/proc/{payload.pid}/fd/{payload.fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise TransferError(f"memory of {remote.owner} cannot be opened: {error.strerror}") from error
     try:
         if os.readlink(f"/proc/self/fd/{fd}") != payload.link:
             raise TransferError(f"memory of {remote.owner} is not the file it was")
+        if not is_memory_file(fd):  # a descriptor is a peer's word: it must not make us write to any file at all
+            raise TransferError(f"what {remote.owner} offers is no memory file")
         if not 0 < remote.nbytes <= os.fstat(fd).st_size:
             raise TransferError(f"memory of {remote.owner} has not {remote.nbytes} bytes")
         mapped = mmap.mmap(fd, remote.nbytes)

@@ -398,6 +398,8 @@ class PrefillStep(Message, frozen=True):
 
     step: StepId
     trace: TraceId
+    root: BlockHash
+    """The KV layout's root without salt: a worker with another one refuses."""
     tokens: bytes
     """The whole sequence so far: prompt and what was already emitted."""
     salt: str
@@ -433,6 +435,8 @@ class DecodeStep(Message, frozen=True):
 
     step: StepId
     trace: TraceId
+    root: BlockHash
+    """The KV layout's root without salt: a worker with another one refuses."""
     prompt: bytes
     emitted: bytes
     """Output tokens that the client already has (a step moved in mid-stream); never sampled again."""
