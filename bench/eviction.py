@@ -1,5 +1,8 @@
 """Which eviction policy keeps the right blocks: recordings replayed against a store node's arena.
 
+A request finds the leading run of its blocks that is there and writes the rest. What a model answers is not recorded
+as blocks, so it counts as new in the next request of its trace, under every policy.
+
 Prints, per recording, capacity and policy, the share of prompt tokens found (`hits`) and the cost of computing the
 rest (`recompute`), as a share of computing everything, where a token at position p costs 1 + p / 32768.
 """
