@@ -1,5 +1,8 @@
 """Which eviction policy keeps the right blocks: recordings replayed against a store node's arena.
 
+A request finds the leading run of its blocks that is there and writes the rest. What a model answers is not recorded
+as blocks, so it counts as new in the next request of its trace, under every policy.
+
 Prints, per recording, capacity and policy, the share of prompt tokens found (`hits`) and the cost of computing the
 rest (`recompute`), as a share of computing everything, where a token at position p costs 1 + p / 32768.
 """
@@ -46,6 +49,14 @@ class Recording(msgspec.Struct):
     blocks: int
     """Distinct ones, numbered from 0."""
 
+    def costs(self) -> "array[float]":
+        """Per block, what computing one of its tokens costs, by its position."""
+        costs = array("d", bytes(8 * self.blocks))
+        for request in self.requests:
+            for depth, block in enumerate(request):
+                costs[block] = 1 + depth * self.block_tokens / ATTENTION_TOKENS
+        return costs
+
 
 class Outcome(msgspec.Struct, frozen=True):
     """What one replay found."""
@@ -54,18 +65,18 @@ class Outcome(msgspec.Struct, frozen=True):
     recompute: float
 
 
-def policies(slots_max: int, block_tokens: int) -> dict[str, Callable[[], Policy]]:
+def policies(slots_max: int, costs: "array[float]") -> dict[str, Callable[[], Policy]]:
     """What is compared, by name."""
 
-    def cost(depth: int) -> float:
-        return 1 + depth * block_tokens / ATTENTION_TOKENS
+    def cost(block_hash: BlockHash) -> float:
+        return costs[int.from_bytes(block_hash, "little")]
 
     return {
         "lru": lambda: lru(slots_max),
         "s3-fifo": lambda: S3Fifo(slots_max),
-        "greedy-dual": lambda: GreedyDual(lambda uses, depth: cost(depth)),
-        "greedy-dual-frequency": lambda: GreedyDual(lambda uses, depth: uses * cost(depth)),
-        "frequency-only": lambda: GreedyDual(lambda uses, depth: float(uses)),
+        "greedy-dual": lambda: GreedyDual(lambda uses, block: cost(block)),
+        "greedy-dual-frequency": lambda: GreedyDual(lambda uses, block: uses * cost(block)),
+        "frequency-only": lambda: GreedyDual(lambda uses, block: float(uses)),
     }
 
 
@@ -168,6 +179,7 @@ def main(
     folder, names = (recordings, FILES) if recordings.is_dir() else (recordings.parent, (recordings.name,))
     for name in names:
         recording = load(folder, name, quick)
+        costs = recording.costs()
         bound = replay(recording, recording.blocks, None)
         table = Table(
             "capacity",
@@ -181,7 +193,7 @@ def main(
         for share in CAPACITIES[::2] if quick else CAPACITIES:
             slots_max = int(recording.blocks * share)
             baseline: float | None = None
-            for policy, make in policies(slots_max, recording.block_tokens).items():
+            for policy, make in policies(slots_max, costs).items():
                 outcome = replay(recording, slots_max, make())
                 baseline = baseline or outcome.hits
                 key = f"eviction.{recording.name}.{round(share * 100)}.{policy}"

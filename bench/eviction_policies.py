@@ -27,7 +27,7 @@ class S3Fifo:
     def __contains__(self, slot: int) -> bool:
         return slot in self._small or slot in self._main
 
-    def add(self, slot: int, group: int, block_hash: BlockHash, depth: int) -> None:
+    def add(self, slot: int, group: int, block_hash: BlockHash) -> None:
         self._frequency[slot] = 0
         self._hash[slot] = block_hash
         known = self._ghost.pop(block_hash, False) is None
@@ -80,13 +80,13 @@ class S3Fifo:
 
 class GreedyDual:
     """Lowest credit first (Cao and Irani, 1997): a use sets a block's credit to the credit last evicted plus its value,
-    a function of its uses so far and its depth. One group."""
+    a function of its uses so far and its hash. One group."""
 
-    def __init__(self, value: Callable[[int, int], float]) -> None:
+    def __init__(self, value: Callable[[int, BlockHash], float]) -> None:
         self._value = value
         self._clock = 0.0
         self._uses: dict[int, int] = {}
-        self._depth: dict[int, int] = {}
+        self._hash: dict[int, BlockHash] = {}
         self._credit: dict[int, tuple[float, int]] = {}
         self._parked: dict[int, None] = {}
         self._heap: list[tuple[float, int, int]] = []
@@ -95,16 +95,16 @@ class GreedyDual:
     def __contains__(self, slot: int) -> bool:
         return slot in self._credit and slot not in self._parked
 
-    def add(self, slot: int, group: int, block_hash: BlockHash, depth: int) -> None:
+    def add(self, slot: int, group: int, block_hash: BlockHash) -> None:
         self._uses[slot] = 0
-        self._depth[slot] = depth
+        self._hash[slot] = block_hash
         self.touch(slot, group)
 
     def touch(self, slot: int, group: int) -> None:
         self._parked.pop(slot, None)
         self._uses[slot] += 1
         self._touches += 1  # among equals the least recently used goes first
-        credit = self._clock + self._value(self._uses[slot], self._depth[slot])
+        credit = self._clock + self._value(self._uses[slot], self._hash[slot])
         self._credit[slot] = credit, self._touches
         self._push(slot)
 
@@ -134,7 +134,7 @@ class GreedyDual:
         if slot not in self._parked:
             self._clock = max(self._clock, self._credit[slot][0])
         self._parked.pop(slot, None)
-        del self._credit[slot], self._uses[slot], self._depth[slot]
+        del self._credit[slot], self._uses[slot], self._hash[slot]
 
     def order(self, group: int) -> list[int]:
         return [slot for slot in self._credit if slot not in self._parked]

@@ -64,7 +64,6 @@ class Arena:
         self._size = array("I", bytes(4 * slots))
         self._lease_count = array("I", bytes(4 * slots))
         self._group = array("H", bytes(2 * slots))
-        self._depth = array("I", bytes(4 * slots))
         self._hash: list[BlockHash | None] = [None] * slots
         self._free = array("I", range(slots - 1, -1, -1))
         # By hash.
@@ -206,11 +205,9 @@ class Arena:
         self._state[slot] = PUBLISHED
         self._checksum[slot] = block.checksum
         self._hash[slot] = reservation.hash
-        parent_slot = self._published.get(reservation.parent)
-        self._depth[slot] = 0 if parent_slot is None else self._depth[parent_slot] + 1
         self._families.publish(slot, reservation.hash, reservation.parent)
         self._published[reservation.hash] = slot
-        self._policy.add(slot, self._group[slot], reservation.hash, self._depth[slot])
+        self._policy.add(slot, self._group[slot], reservation.hash)
         self.bytes_published += self._size[slot]
         self._changes.append(Stored(reservation.hash))
         return "published"

@@ -22,8 +22,8 @@ class Policy(Protocol):
         """Whether the slot is in the order."""
         ...
 
-    def add(self, slot: int, group: int, block_hash: BlockHash, depth: int) -> None:
-        """A block became visible in an unknown slot; ``depth`` is its place in its sequence, in blocks."""
+    def add(self, slot: int, group: int, block_hash: BlockHash) -> None:
+        """A block became visible in an unknown slot."""
         ...
 
     def touch(self, slot: int, group: int) -> None:
@@ -63,7 +63,7 @@ class LeastRecent:
     def __contains__(self, slot: int) -> bool:
         return self._newer[slot] != slot
 
-    def add(self, slot: int, group: int, block_hash: BlockHash, depth: int) -> None:
+    def add(self, slot: int, group: int, block_hash: BlockHash) -> None:
         self.touch(slot, group)
 
     def touch(self, slot: int, group: int) -> None:

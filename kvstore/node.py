@@ -67,6 +67,8 @@ from tracehaul.wire.messages import (
 
 HASHES_MAX = 65536
 """Blocks in one request."""
+WAIT_HASHES_MAX = 4096
+"""Blocks that one request waits for."""
 NAME_CHARS_MAX = 256
 """Of a tenant's or a trace's name."""
 SELF = ""
@@ -343,7 +345,8 @@ class StoreNode:
             self._changed()
 
     async def _await(self, request: Await) -> Awaited:
-        _check_count(request.hashes)
+        if len(request.hashes) > WAIT_HASHES_MAX:
+            raise InvalidRequest(f"a wait for {len(request.hashes)} blocks; at most {WAIT_HASHES_MAX}")
         self.stats.waits += 1
         self._arena.expire(clock.now_s())
         self._changed()

@@ -149,7 +149,22 @@ class Pins:
             more = blocks - (len(before.hashes) if before is not None and before.kind == "hard" else 0)
             if self._hard.total() + more > self._hard_max or self._hard[tenant] + more > self._hard_tenant_max:
                 return "hard pins cover too many blocks"
+            if self._hard_of_group(tenant) + more > self._quota(tenant):
+                return "hard pins cover more than the quota"  # others could not get theirs
         return None
+
+    def _quota(self, tenant: str) -> int:
+        """In slots; tenants without one of their own have what is left, together."""
+        quotas, slot_bytes = self._config.quota_bytes, self._config.slot_bytes
+        if tenant in quotas:
+            return quotas[tenant] // slot_bytes
+        return self._config.slots_max - sum(quota // slot_bytes for quota in quotas.values())
+
+    def _hard_of_group(self, tenant: str) -> int:
+        quotas = self._config.quota_bytes
+        if tenant in quotas:
+            return self._hard[tenant]
+        return sum(blocks for other, blocks in self._hard.items() if other not in quotas)
 
     def _count(self, key: PinKey, held: HeldPin, sign: int) -> None:
         tenant = key[0]

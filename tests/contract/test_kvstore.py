@@ -26,17 +26,23 @@ from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import checksum
-from tracehaul.wire.ids import BlockHash, Checksum, Generation, NodeId, SlotGeneration
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, NodeId, SlotGeneration, TraceId
 from tracehaul.wire.messages import (
+    Abandon,
+    Await,
     BlockSpec,
     Events,
     Full,
+    InFlight,
     Lease,
     Leased,
+    ListPins,
     Members,
     NodeInfo,
     Ok,
+    Pin,
     Ping,
+    PinList,
     Publication,
     Publish,
     Published,
@@ -52,6 +58,7 @@ from tracehaul.wire.messages import (
     Snapshot,
     Stored,
     Subscribe,
+    Unpin,
 )
 
 SLOT = 8192
@@ -745,6 +752,148 @@ def test_a_write_past_its_deadline_rests_its_slot() -> None:
 
 
 # --- events -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_waits_for_the_first(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        first, second = await world.connect("s0"), await world.connect("s0")
+        client = await world.client()
+        specs = [BlockSpec(h(name), ROOT, 1) for name in "ab"]
+        reserved = await first.call(Reserve(tuple(specs)), timeout_s=TIMEOUT_S)
+        assert isinstance(reserved, Reserved)
+        told = await second.call(Reserve((specs[0],)), timeout_s=TIMEOUT_S)
+        assert isinstance(told, Reserved)
+        (in_flight,) = told.outcomes
+        assert isinstance(in_flight, InFlight)
+        assert in_flight.owner, "by whom"
+        waiting = asyncio.create_task(client.wait(NodeId("s0"), [h("a"), h("b"), h("c")], TIMEOUT_S))
+        await _publish_zeros(first, specs[:1], Reserved(reserved.outcomes[:1]))
+        await asyncio.sleep(0.05)
+        assert not waiting.done(), "one of them is still being written"
+        slot = reserved.outcomes[1]
+        assert isinstance(slot, Slot)
+        await first.call(Abandon(((h("b"), slot.generation),)), timeout_s=TIMEOUT_S)
+        assert await waiting == ["published", "absent", "absent"]
+
+    play(case)
+
+
+def test_a_dead_owners_block_passes_on_within_a_second(play: Callable[[Case], None]) -> None:
+    """Its hash at once, its slot not before its writes can no longer land."""
+
+    async def case(world: World) -> None:
+        running = await world.start("s0", reservation_ttl_s=100.0)
+        client = await world.client()
+        owner, heir = await world.connect("s0"), await world.connect("s0")
+        dead = await reserve(owner, "a")
+        waiting = asyncio.create_task(client.wait(NodeId("s0"), [h("a")], TIMEOUT_S))
+        await eventually(lambda: running.node.stats.waits == 1)
+        lost_s = clock.now_s()
+        await owner.close()
+        assert await waiting == ["absent"]
+        slot = await reserve(heir, "a")
+        assert clock.now_s() - lost_s < 1.0
+        assert isinstance(slot, Slot)
+        assert isinstance(dead, Slot)
+        assert slot.offset != dead.offset
+        assert running.node.arena.slots_quarantined == 1
+
+    play(case)
+
+
+def test_a_wait_ends_with_its_time_and_with_the_reservations(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", reservation_ttl_s=0.3, waiters_max=1)
+        client = await world.client()
+        owner, other = await world.connect("s0"), await world.connect("s0")
+        await reserve(owner, "a")
+        assert await client.wait(NodeId("s0"), [h("a")], 0.05) == ["in_flight"]
+        assert await client.wait(NodeId("s0"), [h("a")], 0.0) == ["in_flight"]
+        waiting = asyncio.create_task(client.wait(NodeId("s0"), [h("a")], TIMEOUT_S))
+        await eventually(lambda: len(running.node._waiters) == 1)
+        with pytest.raises(Overloaded):
+            await other.call(Await((h("a"),), 1.0), timeout_s=TIMEOUT_S)
+        assert await waiting == ["absent"], "a frozen owner keeps it no longer than a reservation lasts"
+        await reserve(owner, "b")
+        leaver = await world.connect("s0")
+        leaving = asyncio.create_task(leaver.call(Await((h("b"),), 60.0), timeout_s=60.0))
+        await eventually(lambda: len(running.node._waiters) == 1)
+        await leaver.close()
+        await asyncio.gather(leaving, return_exceptions=True)
+        await eventually(lambda: len(running.node._waiters) == 0)
+
+    play(case)
+
+
+def test_a_reservation_that_is_granted_too_late_is_given_back() -> None:
+    """The caller's time was up: nothing may hold the slot until the reservation would have expired."""
+
+    async def case(world: World) -> None:
+        running = await world.start("s0")
+        client = await world.client()
+        arena, serve = running.node.arena, running.node.call
+        late = asyncio.Event()
+
+        async def slow(request: Request, context: CallContext) -> Reply:
+            reply = await serve(request, context)
+            if isinstance(request, Reserve):
+                await late.wait()
+            return reply
+
+        running.node.call = slow  # type: ignore[method-assign]
+        assert await put(client, ["a"], timeout_s=0.2) == ["lost"]
+        assert arena.reservations == 1
+        late.set()
+        await eventually(lambda: arena.reservations == 0)
+        assert arena.slots_quarantined == 0
+        running.node.call = serve  # type: ignore[method-assign]
+        await eventually(lambda: bool(client._nodes.live()))
+        assert await put(client, ["a"]) == ["published"]
+
+    run("local", case)
+
+
+def test_pins_over_the_wire(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", slots=4, hard_share_max=0.5, hard_tenant_share_max=0.5)
+        client = await world.client()
+        connection = await world.connect("s0")
+        trace = TraceId("t")
+        assert await put(client, ["a", "b"]) == ["published", "published"]
+        pin = Pin(trace, (h("b"),), ttl_s=0.5, kind="hard")
+        pinned = await client.pin(NodeId("s0"), pin, TIMEOUT_S)
+        assert pinned is not None
+        assert (pinned.blocks, pinned.held) == (2, 2), "its prefix too"
+        assert await client.pin(NodeId("s0"), Pin(TraceId("u"), (h("c"),), 1.0, "hard"), TIMEOUT_S) is None
+        assert running.node.stats.pins_refused == 1
+        assert set(await put(client, ["v", "w", "x"])) == {"published", "full"}
+        assert (await client.exists([h("a"), h("b")])) == [NodeId("s0")] * 2
+        listed = await connection.call(ListPins(), timeout_s=TIMEOUT_S)
+        assert isinstance(listed, PinList)
+        (info,) = listed.pins
+        assert (info.trace, info.kind, info.blocks, info.held, info.bytes) == (trace, "hard", 2, 2, 10000)
+        assert 0 < info.remaining_s <= 0.5
+        await eventually(lambda: running.node.arena.pins == 0)
+        await client.pin(NodeId("s0"), pin, TIMEOUT_S)
+        assert running.node.arena.pins == 1
+        assert await connection.call(Unpin(trace), timeout_s=TIMEOUT_S) == Ok()
+        assert running.node.arena.pins == 0
+        nonsense = [
+            Pin(trace, (BlockHash(b"short"),), 1.0),
+            Pin(trace, (), 0.0),
+            Pin(trace, (), float("nan")),
+            Pin(trace, (), 1.0, priority=float("nan")),
+            Pin(trace, (), 1.0, priority=0.5),
+            Pin(TraceId("t" * 1000), (), 1.0),
+            Reserve((), tenant="t" * 1000),
+            Await(tuple(h(str(number)) for number in range(5000)), 1.0),
+        ]
+        for request in nonsense:
+            with pytest.raises(InvalidRequest):
+                await connection.call(request, timeout_s=TIMEOUT_S)
+
+    play(case)
 
 
 class Follower:

@@ -352,6 +352,12 @@ class ArenaMachine(RuleBasedStateMachine):
             return False
         hard = [sum(len(pin.hashes) for pin in pins if pin.kind == "hard") for pins in (others.values(), own)]
         limits = int(slots * HARD_SHARE), int(slots * HARD_TENANT_SHARE)
+        quota = self.model.quota.get(key[0], slots - sum(self.model.quota.values()))
+        group = own
+        if key[0] not in self.model.quota:
+            group = [pin for k, pin in others.items() if k[0] not in self.model.quota]
+        if kind == "hard" and blocks + sum(len(pin.hashes) for pin in group if pin.kind == "hard") > quota:
+            return False
         return kind == "soft" or all(blocks + n <= limit for n, limit in zip(hard, limits, strict=True))
 
     @rule(tenant=st.sampled_from(["", "a"]), trace=st.sampled_from(["t0", "t1"]))
