@@ -31,8 +31,12 @@ from tracehaul.wire.ids import BlockHash
 
 BLOCK = 256 << 10
 DEPTH = 16
+"""Blocks under way at once, ours and fio's."""
 CALLS = 2
-"""Loads or stores at once, each of :data:`DEPTH` blocks: one is under way while another's checksums are compared."""
+"""Loads or stores at once, which share the depth: one is under way while another is accounted for."""
+BATCH = DEPTH // CALLS
+PATTERNS = {"read": "randread", "write": "write"}
+"""What fio does beside us: a reader's blocks lie anywhere; a tier chooses where it writes, and takes neighbours."""
 ROOT = BlockHash(b"\xff" * 16)
 FIO_TIMEOUT_S = 300
 
@@ -47,7 +51,7 @@ class Bench:
         self._fio_file = folder / "fio.data"
         self._slots = slots
         self._moved = moved
-        memory = memoryview(mmap.mmap(-1, CALLS * DEPTH * BLOCK))
+        memory = memoryview(mmap.mmap(-1, DEPTH * BLOCK))
         memory[:] = random.Random(0).randbytes(len(memory))
         self._views = [memory[at : at + BLOCK] for at in range(0, len(memory), BLOCK)]
         self._sums = [checksum(view) for view in self._views]
@@ -57,14 +61,14 @@ class Bench:
     async def fill(self) -> None:
         """Write every slot once, so that neither side writes to room that was never written before."""
         while len(self._tier) < self._slots:
-            await self._store(0, min(DEPTH, self._slots - len(self._tier)))
+            await self._store(0, min(BATCH, self._slots - len(self._tier)))
         self.fio("write", self._slots)
 
     async def read(self) -> float:
         """Bytes per second over random blocks."""
         held = list(self._tier.held())
         wanted = self._dice.sample(held, self._moved)
-        views = [memoryview(mmap.mmap(-1, DEPTH * BLOCK)) for _ in range(CALLS)]
+        views = [memoryview(mmap.mmap(-1, BATCH * BLOCK)) for _ in range(CALLS)]
         for view in views:
             view[:: mmap.PAGESIZE] = bytes(len(view) // mmap.PAGESIZE)  # present before the clock starts
 
@@ -73,12 +77,12 @@ class Bench:
             outcomes = await self._tier.load(part, slots)
             assert set(outcomes) == {"loaded"}, outcomes
 
-        parts = [wanted[at : at + DEPTH] for at in range(0, len(wanted), DEPTH)]
+        parts = [wanted[at : at + BATCH] for at in range(0, len(wanted), BATCH)]
         return await self._timed(lambda lane, turn: load(lane, parts[turn]), len(parts))
 
     async def write(self) -> float:
         """Bytes per second of new blocks, each taking the place of another."""
-        return await self._timed(lambda lane, _: self._store(lane, DEPTH), self._moved // DEPTH)
+        return await self._timed(lambda lane, _: self._store(lane, BATCH), self._moved // BATCH)
 
     def fio(self, pattern: str, blocks: int) -> float:
         """Bytes per second that fio reports."""
@@ -99,11 +103,11 @@ class Bench:
 
         start_s = clock.perf_s()
         await asyncio.gather(*(lane(number) for number in range(CALLS)))
-        return turns * DEPTH * BLOCK / (clock.perf_s() - start_s)
+        return turns * BATCH * BLOCK / (clock.perf_s() - start_s)
 
     async def _store(self, lane: int, count: int) -> None:
         blocks: list[TierBlock] = []
-        at = lane * DEPTH
+        at = lane * BATCH
         for i in range(count):
             self._number += 1
             blocks.append(TierBlock(BlockHash(self._number.to_bytes(16)), ROOT, BLOCK, self._sums[at + i]))
@@ -123,9 +127,9 @@ async def measure(folder: Path, slots: int, moved: int, rounds: int) -> dict[str
             for name, ours in (("read", bench.read), ("write", bench.write)):
                 if turn % 2:
                     mine = await ours()
-                    theirs = await asyncio.to_thread(bench.fio, f"rand{name}", moved)
+                    theirs = await asyncio.to_thread(bench.fio, PATTERNS[name], moved)
                 else:
-                    theirs = await asyncio.to_thread(bench.fio, f"rand{name}", moved)
+                    theirs = await asyncio.to_thread(bench.fio, PATTERNS[name], moved)
                     mine = await ours()
                 found[name].append((mine, theirs))
                 console.print(f"{name}: {mine / 1e9:.2f} GB/s, fio {theirs / 1e9:.2f} GB/s")
@@ -156,7 +160,7 @@ def _result(name: str, pairs: list[tuple[float, float]]) -> Result:
     """The median of our figures, and the median of the ratios within a round."""
     ours = statistics.median([mine for mine, _ in pairs]) / 1e9
     ratio = statistics.median([mine / theirs for mine, theirs in pairs])
-    return Result(f"store.disk.{name}.256K", ours, "GB/s", f"fio {name} 256K QD{DEPTH}", ratio)
+    return Result(f"store.disk.{name}.256K", ours, "GB/s", f"fio {PATTERNS[name]} 256K QD{DEPTH}", ratio)
 
 
 if __name__ == "__main__":
