@@ -87,13 +87,19 @@ class SlotTier:
         ]
         self.stats.full += outcomes.count("full") - len(writes)
         if writes:
-            await finish(self._store(blocks, writes, outcomes))
+            # Taken before anything is awaited, so that nobody else erases them when they have been written.
+            stale = self._index.take_stale([placement.slot for _, placement, _ in writes])
+            await finish(self._store(blocks, writes, stale, outcomes))
         return outcomes
 
-    async def _store(self, blocks: Sequence[TierBlock], writes: Sequence[_Write], outcomes: list[StoreOutcome]) -> None:
+    async def _store(
+        self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int], outcomes: list[StoreOutcome]
+    ) -> None:
         try:
-            await self._erase()
-            await self._writes.run(lambda: self._write(blocks, writes))
+            if self._erasing.locked():  # perhaps slots that this call was given
+                async with self._erasing:
+                    pass
+            await self._writes.run(lambda: self._write(blocks, writes, stale))
         except OSError as error:
             self.stats.failed += len(writes)
             log.warning("a tier's device refused a write", tier=self.name, blocks=len(writes), error=error)
@@ -108,8 +114,10 @@ class SlotTier:
             self.stats.stored_bytes += blocks[i].size_bytes
         self._tell()
 
-    def _write(self, blocks: Sequence[TierBlock], writes: Sequence[_Write]) -> None:
-        """In a thread. The order is what makes a killed process harmless: bytes, then the records that name them."""
+    def _write(self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int]) -> None:
+        """In a thread. The order is what makes a killed process harmless: no record names what is being written."""
+        if stale:
+            self._device.write_records(dict.fromkeys(stale, ERASED))
         self._device.write([placement.slot for _, placement, _ in writes], [view for _, _, view in writes])
         self._device.write_records(
             {
@@ -119,7 +127,7 @@ class SlotTier:
         )
 
     async def _erase(self) -> None:
-        """Erase the records of slots that were given up. One at a time: who waits here finds the others' erased."""
+        """Erase the records of slots that were given up and not given out again; one call at a time."""
         async with self._erasing:
             stale = self._index.take_stale()
             if not stale:
