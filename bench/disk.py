@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bench.report import Result, finish
 from kvstore.tiers.base import TierBlock
-from kvstore.tiers.disk import open_disk
+from kvstore.tiers.disk import READ_THREADS, WRITE_THREADS, open_disk
 from kvstore.tiers.records import Layout
 from kvstore.tiers.slot_tier import SlotTier
 from tracehaul.runtime import clock
@@ -30,11 +30,12 @@ from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash
 
 BLOCK = 256 << 10
-DEPTH = 16
-"""Blocks under way at once, ours and fio's."""
-CALLS = 2
-"""Loads or stores at once, which share the depth: one is under way while another is accounted for."""
-BATCH = DEPTH // CALLS
+BATCH = 16
+"""Blocks in one load or store: what a node moves together at this block size."""
+CALLS = {"read": 4, "write": WRITE_THREADS}
+"""Loads or stores at once."""
+DEPTHS = {"read": READ_THREADS, "write": WRITE_THREADS * BATCH}
+"""Blocks under way at once in the device, ours and fio's: a thread reads one of random blocks, or writes a batch."""
 PATTERNS = {"read": "randread", "write": "write"}
 """What fio does beside us: a reader's blocks lie anywhere; a tier chooses where it writes, and takes neighbours."""
 ROOT = BlockHash(b"\xff" * 16)
@@ -51,7 +52,7 @@ class Bench:
         self._fio_file = folder / "fio.data"
         self._slots = slots
         self._moved = moved
-        memory = memoryview(mmap.mmap(-1, DEPTH * BLOCK))
+        memory = memoryview(mmap.mmap(-1, CALLS["write"] * BATCH * BLOCK))
         memory[:] = random.Random(0).randbytes(len(memory))
         self._views = [memory[at : at + BLOCK] for at in range(0, len(memory), BLOCK)]
         self._sums = [checksum(view) for view in self._views]
@@ -68,7 +69,7 @@ class Bench:
         """Bytes per second over random blocks."""
         held = list(self._tier.held())
         wanted = self._dice.sample(held, self._moved)
-        views = [memoryview(mmap.mmap(-1, BATCH * BLOCK)) for _ in range(CALLS)]
+        views = [memoryview(mmap.mmap(-1, BATCH * BLOCK)) for _ in range(CALLS["read"])]
         for view in views:
             view[:: mmap.PAGESIZE] = bytes(len(view) // mmap.PAGESIZE)  # present before the clock starts
 
@@ -78,31 +79,31 @@ class Bench:
             assert set(outcomes) == {"loaded"}, outcomes
 
         parts = [wanted[at : at + BATCH] for at in range(0, len(wanted), BATCH)]
-        return await self._timed(lambda lane, turn: load(lane, parts[turn]), len(parts))
+        return await self._timed(lambda lane, turn: load(lane, parts[turn]), len(parts), CALLS["read"])
 
     async def write(self) -> float:
         """Bytes per second of new blocks, each taking the place of another."""
-        return await self._timed(lambda lane, _: self._store(lane, BATCH), self._moved // BATCH)
+        return await self._timed(lambda lane, _: self._store(lane, BATCH), self._moved // BATCH, CALLS["write"])
 
-    def fio(self, pattern: str, blocks: int) -> float:
+    def fio(self, name: str, blocks: int) -> float:
         """Bytes per second that fio reports."""
-        command = ["fio", "--name=x", f"--filename={self._fio_file}", f"--rw={pattern}", f"--bs={BLOCK}"]
-        command += [f"--iodepth={DEPTH}", f"--ioengine={self._engine()}", "--direct=1", "--overwrite=1"]
+        command = ["fio", "--name=x", f"--filename={self._fio_file}", f"--rw={PATTERNS[name]}", f"--bs={BLOCK}"]
+        command += [f"--iodepth={DEPTHS[name]}", f"--ioengine={self._engine()}", "--direct=1", "--overwrite=1"]
         command += [f"--size={self._slots * BLOCK}", f"--io_size={blocks * BLOCK}", "--output-format=json"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=FIO_TIMEOUT_S)
         job = jsonlib.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-        return float(job["read" if "read" in pattern else "write"]["bw_bytes"])
+        return float(job[name]["bw_bytes"])
 
     def _engine(self) -> str:
         return "io_uring" if os.path.exists("/proc/sys/kernel/io_uring_disabled") else "libaio"
 
-    async def _timed(self, work: Callable[[int, int], Awaitable[None]], turns: int) -> float:
+    async def _timed(self, work: Callable[[int, int], Awaitable[None]], turns: int, lanes: int) -> float:
         async def lane(number: int) -> None:
-            for turn in range(number, turns, CALLS):
+            for turn in range(number, turns, lanes):
                 await work(number, turn)
 
         start_s = clock.perf_s()
-        await asyncio.gather(*(lane(number) for number in range(CALLS)))
+        await asyncio.gather(*(lane(number) for number in range(lanes)))
         return turns * BATCH * BLOCK / (clock.perf_s() - start_s)
 
     async def _store(self, lane: int, count: int) -> None:
@@ -127,9 +128,9 @@ async def measure(folder: Path, slots: int, moved: int, rounds: int) -> dict[str
             for name, ours in (("read", bench.read), ("write", bench.write)):
                 if turn % 2:
                     mine = await ours()
-                    theirs = await asyncio.to_thread(bench.fio, PATTERNS[name], moved)
+                    theirs = await asyncio.to_thread(bench.fio, name, moved)
                 else:
-                    theirs = await asyncio.to_thread(bench.fio, PATTERNS[name], moved)
+                    theirs = await asyncio.to_thread(bench.fio, name, moved)
                     mine = await ours()
                 found[name].append((mine, theirs))
                 console.print(f"{name}: {mine / 1e9:.2f} GB/s, fio {theirs / 1e9:.2f} GB/s")
@@ -152,7 +153,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder, prefix="tracehaul-disk-") as made:
         found = asyncio.run(measure(Path(made), slots, moved, rounds))
     results = [_result(name, pairs) for name, pairs in found.items()]
-    config: dict[str, Any] = {"block_bytes": BLOCK, "depth": DEPTH, "slots": slots, "blocks": moved, "rounds": rounds}
+    config: dict[str, Any] = {"block_bytes": BLOCK, "depths": DEPTHS, "slots": slots, "blocks": moved, "rounds": rounds}
     finish(config, results, json, console)
 
 
@@ -160,7 +161,7 @@ def _result(name: str, pairs: list[tuple[float, float]]) -> Result:
     """The median of our figures, and the median of the ratios within a round."""
     ours = statistics.median([mine for mine, _ in pairs]) / 1e9
     ratio = statistics.median([mine / theirs for mine, theirs in pairs])
-    return Result(f"store.disk.{name}.256K", ours, "GB/s", f"fio {PATTERNS[name]} 256K QD{DEPTH}", ratio)
+    return Result(f"store.disk.{name}.256K", ours, "GB/s", f"fio {PATTERNS[name]} 256K QD{DEPTHS[name]}", ratio)
 
 
 if __name__ == "__main__":
