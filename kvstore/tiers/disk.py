@@ -173,8 +173,11 @@ def _runs(slots: Sequence[int], views: Sequence[memoryview], slot_bytes: int) ->
     yield first, run
 
 
-READ_THREADS = 4
+READ_THREADS = 16
+"""The depth of reads. Measured: threads in preadv over runs of slots read as fast as fio with io_uring at depth 16,
+and faster than NIXL's POSIX plugin; the io_uring binding that exists cannot read into an arena."""
 WRITE_THREADS = 2
+"""One waits for the device while the other writes records: runs are long, so depth comes from their length."""
 
 
 async def open_disk(path: Path, file_bytes: int, slot_bytes: int) -> SlotTier:

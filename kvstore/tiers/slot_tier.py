@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from kvstore.tiers.base import Change, LoadOutcome, SlotDevice, StoreOutcome, TierBlock, TierStats
 from kvstore.tiers.records import ERASED, PAGE_BYTES, Layout, Record, pack_record, unpack_records
@@ -14,7 +16,17 @@ from tracehaul.wire.ids import BlockHash, Checksum
 
 log = Log(__name__)
 
+READ_RUN_BYTES = 1 << 20
+"""Neighbouring slots read in one call, and hashed by the thread that read them."""
+
 _Write = tuple[int, Placement, memoryview]
+
+
+class _Read(NamedTuple):
+    place: int
+    slot: int
+    block: TierBlock
+    view: memoryview
 
 
 class SlotTier:
@@ -75,13 +87,19 @@ class SlotTier:
         ]
         self.stats.full += outcomes.count("full") - len(writes)
         if writes:
-            await finish(self._store(blocks, writes, outcomes))
+            # Taken before anything is awaited, so that nobody else erases them when they have been written.
+            stale = self._index.take_stale([placement.slot for _, placement, _ in writes])
+            await finish(self._store(blocks, writes, stale, outcomes))
         return outcomes
 
-    async def _store(self, blocks: Sequence[TierBlock], writes: Sequence[_Write], outcomes: list[StoreOutcome]) -> None:
+    async def _store(
+        self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int], outcomes: list[StoreOutcome]
+    ) -> None:
         try:
-            await self._erase()
-            await self._writes.run(lambda: self._write(blocks, writes))
+            if self._erasing.locked():  # perhaps slots that this call was given
+                async with self._erasing:
+                    pass
+            await self._writes.run(lambda: self._write(blocks, writes, stale))
         except OSError as error:
             self.stats.failed += len(writes)
             log.warning("a tier's device refused a write", tier=self.name, blocks=len(writes), error=error)
@@ -96,8 +114,10 @@ class SlotTier:
             self.stats.stored_bytes += blocks[i].size_bytes
         self._tell()
 
-    def _write(self, blocks: Sequence[TierBlock], writes: Sequence[_Write]) -> None:
-        """In a thread. The order is what makes a killed process harmless: bytes, then the records that name them."""
+    def _write(self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int]) -> None:
+        """In a thread. The order is what makes a killed process harmless: no record names what is being written."""
+        if stale:
+            self._device.write_records(dict.fromkeys(stale, ERASED))
         self._device.write([placement.slot for _, placement, _ in writes], [view for _, _, view in writes])
         self._device.write_records(
             {
@@ -107,7 +127,7 @@ class SlotTier:
         )
 
     async def _erase(self) -> None:
-        """Erase the records of slots that were given up. One at a time: who waits here finds the others' erased."""
+        """Erase the records of slots that were given up and not given out again; one call at a time."""
         async with self._erasing:
             stale = self._index.take_stale()
             if not stale:
@@ -131,45 +151,41 @@ class SlotTier:
 
     async def _load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
         outcomes: list[LoadOutcome] = ["absent"] * len(hashes)
-        reads: list[tuple[int, int, TierBlock, memoryview]] = []
+        reads: list[_Read] = []
         for i, (block_hash, view) in enumerate(zip(hashes, views, strict=True)):
             begun = self._index.begin_read(block_hash)
             if begun is not None:
                 slot, block = begun
-                reads.append((i, slot, block, view[: pages_bytes(block.size_bytes)]))
+                reads.append(_Read(i, slot, block, view[: pages_bytes(block.size_bytes)]))
         if not reads:
             return outcomes
         try:
-            sums = await self._reads.run(
-                lambda: self._read([(slot, block.size_bytes, view) for _, slot, block, view in reads])
-            )
+            # Neighbours together and the rest side by side: depth is what a disk's throughput comes from.
+            parts = _runs(reads, self._device.slot_bytes)
+            sums = await asyncio.gather(*(self._reads.run(partial(self._read, part)) for part in parts))
         finally:
-            for _, slot, _, _ in reads:
-                self._index.end_read(slot)
-        for (i, _, block, _), actual in zip(reads, sums, strict=True):
-            if actual == block.checksum:
-                outcomes[i] = "loaded"
-            else:
-                outcomes[i] = "failed" if actual is None else "corrupt"
-                self._bad(block, unreadable=actual is None)
+            for read in reads:
+                self._index.end_read(read.slot)
+        for part, part_sums in zip(parts, sums, strict=True):
+            for read, actual in zip(part, part_sums, strict=True):
+                if actual == read.block.checksum:
+                    outcomes[read.place] = "loaded"
+                else:
+                    outcomes[read.place] = "failed" if actual is None else "corrupt"
+                    self._bad(read.block, unreadable=actual is None)
         if any(outcome in ("corrupt", "failed") for outcome in outcomes):
             await self._forget()
         return outcomes
 
-    def _read(self, reads: Sequence[tuple[int, int, memoryview]]) -> list[Checksum | None]:
+    def _read(self, reads: Sequence[_Read]) -> list[Checksum | None]:
         """In a thread: the checksum of what each slot gave; None where it gave nothing."""
         try:
-            self._device.read([slot for slot, _, _ in reads], [view for _, _, view in reads])
-        except OSError:  # find out which
-            return [self._read_one(slot, size, view) for slot, size, view in reads]
-        return [checksum(view[:size]) for _, size, view in reads]
-
-    def _read_one(self, slot: int, size: int, view: memoryview) -> Checksum | None:
-        try:
-            self._device.read([slot], [view])
+            self._device.read([read.slot for read in reads], [read.view for read in reads])
         except OSError:
-            return None
-        return checksum(view[:size])
+            if len(reads) == 1:
+                return [None]
+            return [self._read([read])[0] for read in reads]  # find out which
+        return [checksum(read.view[: read.block.size_bytes]) for read in reads]
 
     def _bad(self, block: TierBlock, *, unreadable: bool) -> None:
         if unreadable:
@@ -221,6 +237,17 @@ class SlotTier:
         changes = self._index.take_changes()
         if changes and self._listener is not None:
             self._listener(changes)
+
+
+def _runs(reads: Sequence[_Read], slot_bytes: int) -> list[list[_Read]]:
+    """The reads by slot, cut where slots are not neighbours or the run is long."""
+    runs: list[list[_Read]] = []
+    for read in sorted(reads, key=lambda read: read.slot):
+        if runs and runs[-1][-1].slot + 1 == read.slot and (len(runs[-1]) + 1) * slot_bytes <= READ_RUN_BYTES:
+            runs[-1].append(read)
+        else:
+            runs.append([read])
+    return runs
 
 
 def pages_bytes(nbytes: int) -> int:

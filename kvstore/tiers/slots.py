@@ -99,10 +99,11 @@ class SlotIndex:
         changes, self._changes = self._changes, []
         return changes
 
-    def take_stale(self) -> list[int]:
-        """Slots whose records have to be erased before anything is written to them; each is handed over once."""
-        stale = sorted(self._stale)
-        self._stale.clear()
+    def take_stale(self, among: Iterable[int] | None = None) -> list[int]:
+        """Slots, of those or of all, whose records have to be erased before they are written; each once."""
+        stale = sorted(self._stale if among is None else [slot for slot in among if slot in self._stale])
+        for slot in stale:
+            del self._stale[slot]
         return stale
 
     def still_stale(self, slots: Iterable[int]) -> None:

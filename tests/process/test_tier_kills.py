@@ -30,6 +30,7 @@ CONFIG = StoreConfig(arena_bytes=24 * SLOT, slot_bytes=SLOT)
 ROOT = BlockHash(b"\xff" * 16)
 POOL = random.Random(1).randbytes(2 * BLOCK)
 CYCLES = int(os.environ.get("TRACEHAUL_KILL_CYCLES", "20"))
+ATTEMPTS = 4
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 10 * CYCLES)]
 
@@ -101,11 +102,12 @@ async def put(client: StoreClient, info: NodeInfo, numbers: list[int], timeout_s
         client.staging.release(buffers)
 
 
-async def get(client: StoreClient, numbers: list[int]) -> list[bool]:
+async def get(client: StoreClient, numbers: list[int], info: NodeInfo | None = None) -> list[bool]:
     """Which of them were got; wrong bytes fail the test."""
     buffers = await client.staging.acquire(len(numbers), 10.0)
     try:
-        sizes = await client.get([hash_of(number) for number in numbers], buffers, 5.0)
+        where = [info.node] * len(numbers) if info is not None else None
+        sizes = await client.get([hash_of(number) for number in numbers], buffers, 5.0, where)
         for number, buffer, size in zip(numbers, buffers, sizes, strict=True):
             assert size is None or bytes(buffer.view(size)) == content(number), f"torn: {number}"
         return [size is not None for size in sizes]
@@ -124,7 +126,14 @@ async def verify(peers: Peers, client: StoreClient, info: NodeInfo, disk: Disk) 
     assert not lost, f"published on disk and lost: {lost}"
     for start in range(0, len(numbers), 4):
         part = numbers[start : start + 4]
-        got = await get(client, part)
+        got: list[bool] = []
+        # A busy machine may cost a deadline, which is a miss; what is lost or torn stays a miss, and is counted below.
+        for _ in range(ATTEMPTS):
+            got = await get(client, part, info)
+            if all(got):
+                break
+            print(f"not at once: {part} {got} {client.stats.misses}")  # noqa: T201 - shown where the test fails
+            await asyncio.sleep(1.5)
         assert got == [True] * len(part), f"not served: {part} {got} {client.stats.misses}"
     tiers = await peers.call(info.address, Tiers(), timeout_s=5.0)
     assert isinstance(tiers, TierList)
