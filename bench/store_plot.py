@@ -28,7 +28,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             axes: Axes = grid[row][column]
             _panel(axes, _lines(values, key, count))
             axes.set_title(f"{title}, {count} client{'s' if count > 1 else ''}", loc="left", fontweight="bold")
-            axes.set_ylim(0, top * 1.12)
+            axes.set_ylim(0, top * 1.3)  # room for the legend
             if column == 0:
                 axes.set_ylabel("GB/s")
             if row == 1:
@@ -66,13 +66,19 @@ def _panel(axes: Axes, lines: list[Line]) -> None:
     places = list(range(len(SIZES)))
     for label, points, colour, style in lines:
         axes.plot(places, points, style, color=colour, marker="o", markersize=5, linewidth=2, label=label)
-        if style == "-":
-            below = label == "store put"
-            for place, point in zip(places, points, strict=True):
-                offset = (0, -14) if below else (0, 7)
-                axes.annotate(
-                    f"{point:.1f}", (place, point), offset, textcoords="offset points", ha="center", color=colour
-                )
+    ours = [line for line in lines if line[3] == "-"]
+    for place in places:
+        ranked = sorted(ours, key=lambda line: line[1][place])
+        for line, offset in zip(ranked, (-14, 7), strict=True):
+            point = line[1][place]
+            axes.annotate(
+                f"{point:.1f}" if point >= 1 else f"{point:.2f}",
+                (place, point),
+                xytext=(0, offset),
+                textcoords="offset points",
+                ha="center",
+                color=line[2],
+            )
     axes.set_xticks(places, [f"{size[:-1]} {size[-1]}iB" for size in SIZES])
     axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -7,7 +7,9 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -215,8 +217,8 @@ def lookup_rate(blocks: int = 100_000) -> float:
 
 def cpu_s() -> float:
     """CPU seconds of this process."""
-    times = os.times()
-    return times.user + times.system
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def resident_bytes() -> int:
@@ -255,7 +257,8 @@ def main(role: str, *arguments: str) -> None:
         case "client":
             uvloop.run(client(*arguments))
         case "raw":
-            serve_raw(arguments[0], BATCH_BYTES * BATCHES, say)
+            threading.Thread(target=serve_raw, args=(arguments[0], BATCH_BYTES * BATCHES, say), daemon=True).start()
+            sys.stdin.read()
         case "index":
             say(index(int(arguments[0])) | {"dict_lookups": lookup_rate()})
         case other:
