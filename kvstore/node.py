@@ -357,7 +357,8 @@ class StoreNode:
     def _state(self, block_hash: BlockHash) -> AwaitState:
         if self._arena.is_reserved(block_hash):
             return "in_flight"
-        return "published" if self._arena.exists((block_hash,))[0] else "absent"
+        below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
+        return "published" if below or self._arena.exists((block_hash,))[0] else "absent"
 
     def _pin(self, request: Pin) -> Pinned:
         _check_count(request.hashes)

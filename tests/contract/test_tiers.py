@@ -201,6 +201,30 @@ def test_every_flip_is_found_and_none_is_served(play: Callable[[Case], None]) ->
     play(case)
 
 
+@pytest.mark.slow
+def test_ten_thousand_flips_in_the_file_are_all_found(tmp_path: Path) -> None:
+    async def main() -> None:
+        dice = random.Random(11)
+        place = Place("file", tmp_path)
+        life = Life(place)
+        flips = 0
+        while flips < 10_000:
+            await life.store(*NAMES)
+            # A full tier takes slots in the order in which they became free: find each block's by its bytes.
+            file = place.path.read_bytes()
+            for name in NAMES:
+                at = file.index(content(name)[:64], LAYOUT.data_offset) - LAYOUT.data_offset
+                place.flip(at // SLOT, dice.randrange(len(content(name))))
+                flips += 1
+            assert set(await life.load(*NAMES)) == {"corrupt"}
+            assert len(life.tier) == 0
+        assert life.tier.stats.corrupt == flips
+        assert life.tier.stats.loaded == 0
+        life.tier.close()
+
+    asyncio.run(main())
+
+
 def test_scrubbing_finds_what_nobody_reads(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
         life = Life(place)

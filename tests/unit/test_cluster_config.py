@@ -8,13 +8,14 @@ from cluster.config import (
     ClusterConfig,
     NodeCounts,
     base_url,
+    disk_path,
     load_config,
     nodes_of,
     parse_bytes,
     store_config,
     threads_of,
 )
-from cluster.rundir import ClusterFault
+from cluster.rundir import ClusterFault, RunDir
 from tracehaul.wire.hashing import KVLayout
 
 LAYOUT = KVLayout(model="m", dtype="bfloat16", layers=30, kv_heads=3, head_dim=64, element_bytes=2)
@@ -89,6 +90,14 @@ def test_a_slot_holds_a_block_in_whole_pages():
     assert LAYOUT.block_bytes <= store.slot_bytes < LAYOUT.block_bytes + 4096
     with pytest.raises(ClusterFault, match="--store-bytes"):
         store_config(ClusterConfig(store_bytes=1 << 20), KVLayout("m", "float32", 80, 8, 128, 4, block_tokens=256))
+
+
+def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_path: Path):
+    assert ClusterConfig().disk_bytes == 0
+    assert disk_path(ClusterConfig(), RunDir(tmp_path), "store-0") == tmp_path / "disk" / "store-0.blocks"
+    assert disk_path(ClusterConfig(disk_dir="/data"), RunDir(tmp_path), "store-1") == Path("/data/store-1.blocks")
+    with pytest.raises(ClusterFault, match="--disk-bytes"):
+        store_config(ClusterConfig(disk_bytes=4096), LAYOUT)
 
 
 @pytest.mark.parametrize(
