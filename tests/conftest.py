@@ -3,8 +3,10 @@
 import pytest
 from hypothesis import settings
 
-# A deadline per example measures the machine's load, not the code.
-settings.register_profile("tracehaul", deadline=None, print_blob=True)
+# A deadline per example measures the machine's load, not the code. The suite must say the same twice about the same
+# tree, so its examples are fixed; `--hypothesis-profile=explore` draws new ones, and more of them.
+settings.register_profile("tracehaul", deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("explore", deadline=None, print_blob=True, max_examples=1000)
 settings.load_profile("tracehaul")
 
 

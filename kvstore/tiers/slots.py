@@ -150,8 +150,11 @@ class SlotIndex:
     def place(self, blocks: Sequence[TierBlock]) -> list[Placement | None]:
         """A slot for each block that is not here, evicting as needed; None if it is, or if nothing can go.
 
-        Slots of one call are as close to each other as they come, in the order of the blocks.
+        Slots of one call are as close to each other as they come, in the order of the blocks. Those that are here
+        count as touched: a block that the same call names is the last to make room for the others.
         """
+        for block in blocks:
+            self.touch(block.hash)
         slots: list[int] = []
         wanted: list[bool] = []
         for block in blocks:

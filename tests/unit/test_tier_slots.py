@@ -62,6 +62,14 @@ def test_slots_of_one_call_are_neighbours_in_order() -> None:
     assert [p.slot for p in index.place([block(n) for n in range(1, 5)]) if p] == [0, 1, 2, 3]
 
 
+def test_a_block_that_the_call_names_makes_room_last() -> None:
+    index = SlotIndex(3, SLOT)
+    fill(index, [block(1), block(2), block(3)])
+    assert fill(index, [block(4), block(1)]) == [True, False]
+    assert set(index.held()) == {h(1), h(3), h(4)}
+    index.check()
+
+
 def test_a_slot_under_a_read_is_not_reused() -> None:
     index = SlotIndex(1, SLOT)
     fill(index, [block(1)])
@@ -131,16 +139,16 @@ class Machine(RuleBasedStateMachine):
     @rule(numbers=st.lists(st.integers(1, 12), min_size=1, max_size=4), back=st.integers(0, 3))
     def place(self, numbers: list[int], back: int) -> None:
         blocks = [block(number, max(0, number - back) if back else 0) for number in numbers]
-        before = set(self.held) | {b.hash for _, b in self.writing.values()}
         placements = self.index.place(blocks)
         self.settle()
+        here = set(self.held) | {b.hash for _, b in self.writing.values()}  # less what the call itself evicted
         for slot in self.index.take_stale():
             self.records.pop(slot, None)
             assert slot not in self.writing
         for placement, wanted in zip(placements, blocks, strict=True):
             if placement is None:
                 continue
-            assert wanted.hash not in before
+            assert wanted.hash not in here
             assert placement.slot not in self.records, "a record must be erased before its slot is written"
             assert placement.slot not in {slot for slot, _ in self.reading}
             self.writing[placement.slot] = (placement.sequence, wanted)
