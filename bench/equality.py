@@ -25,7 +25,7 @@ from tracehaul.engine.source import resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.wire.hashing import pack_tokens
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 from worker.residency import common_prefix
 
 CONTEXT_TOKENS = 8000

@@ -26,8 +26,8 @@ from bench.report import Result, finish
 from kvstore.arena import Arena
 from kvstore.config import PAGE_BYTES, StoreConfig
 from kvstore.eviction import Policy
+from tracehaul.wire.blocks import BlockSpec, Publication, Slot
 from tracehaul.wire.ids import BlockHash, Checksum
-from tracehaul.wire.messages import BlockSpec, Publication, Slot
 
 CAPACITIES = (0.05, 0.1, 0.25, 0.5)
 """Of the distinct blocks of a recording."""

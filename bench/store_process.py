@@ -33,9 +33,11 @@ from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.base import Ping
+from tracehaul.wire.blocks import BlockSpec, Publication, Slot
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES, checksum
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
-from tracehaul.wire.messages import BlockSpec, NodeInfo, Ping, Publication, Slot
 
 BATCH_BYTES = 64 << 20
 BATCHES = 4

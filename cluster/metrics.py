@@ -14,7 +14,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from tracehaul.wire.messages import NodeLoad
+from tracehaul.wire.cluster import NodeLoad
 
 
 class StructCollector(Collector):

@@ -32,9 +32,9 @@ from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
 from tracehaul.wire.errors import TransferError
 from tracehaul.wire.ids import Generation, NodeId
-from tracehaul.wire.messages import Members, NodeInfo, NodeLoad, Role
 
 log = Log(__name__)
 

@@ -6,22 +6,19 @@ from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.cluster import Members, NodeInfo
 from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, ProtocolError, WrongNode
 from tracehaul.wire.hashing import pack_tokens, unpack_tokens
 from tracehaul.wire.ids import NodeId
-from tracehaul.wire.messages import (
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import (
     DecodeStep,
     FinishReason,
-    Members,
-    NodeInfo,
-    Ok,
-    Ping,
     PrefillDone,
     PrefillProgress,
     PrefillStep,
     PrefillToken,
-    Reply,
-    Request,
     StepDone,
     StepUsage,
     Tokens,

@@ -19,8 +19,7 @@ from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
 from kvstore.pins import HARD, PinKey, Pins
 from kvstore.tenants import Tenants
-from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
-from tracehaul.wire.messages import (
+from tracehaul.wire.blocks import (
     BlockSpec,
     Full,
     InFlight,
@@ -37,6 +36,7 @@ from tracehaul.wire.messages import (
     Stored,
     TooLarge,
 )
+from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
 
 FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED = range(5)
 

@@ -17,9 +17,10 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.plane import Plane
+from tracehaul.wire.blocks import Await, Awaited, AwaitState, Existing, Exists, Pin, Pinned
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.ids import BlockHash, NodeId
-from tracehaul.wire.messages import Await, Awaited, AwaitState, Existing, Exists, NodeInfo, Pin, Pinned
 
 __all__ = ["ClientStats", "OutgoingBlock", "PutOutcome", "StoreClient"]
 

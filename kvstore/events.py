@@ -4,9 +4,9 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
+from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.ids import BlockHash, Generation
-from tracehaul.wire.messages import Events, Removed, Snapshot, Stored
 
 Change = Stored | Removed
 

@@ -19,10 +19,8 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.errors import InvalidRequest, Overloaded
-from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import BlockHash, Checksum, Generation
-from tracehaul.wire.messages import (
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import (
     Abandon,
     Attach,
     Attached,
@@ -36,10 +34,7 @@ from tracehaul.wire.messages import (
     Lease,
     Leased,
     ListPins,
-    NodeLoad,
-    Ok,
     Pin,
-    Ping,
     PinList,
     Pinned,
     Prefetch,
@@ -52,8 +47,6 @@ from tracehaul.wire.messages import (
     Published,
     PublishOutcome,
     Release,
-    Reply,
-    Request,
     Reserve,
     Reserved,
     Revoke,
@@ -64,6 +57,11 @@ from tracehaul.wire.messages import (
     Tiers,
     Unpin,
 )
+from tracehaul.wire.cluster import NodeLoad
+from tracehaul.wire.errors import InvalidRequest, Overloaded
+from tracehaul.wire.hashing import HASH_BYTES
+from tracehaul.wire.ids import BlockHash, Checksum, Generation
+from tracehaul.wire.messages import Reply, Request
 
 HASHES_MAX = 65536
 """Blocks in one request."""

@@ -8,10 +8,13 @@ from typing import TypeVar
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.transfer.plane import Plane, choose
+from tracehaul.wire.base import Ok
+from tracehaul.wire.blocks import Attach, Attached, RegionDescriptor
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, WrongNode
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash, NodeId
-from tracehaul.wire.messages import Attach, Attached, NodeInfo, Ok, RegionDescriptor, Reply, Request
+from tracehaul.wire.messages import Reply, Request
 
 R = TypeVar("R", bound=Reply)
 

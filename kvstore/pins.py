@@ -14,8 +14,8 @@ from math import inf, log2
 from typing import NamedTuple
 
 from kvstore.config import StoreConfig
+from tracehaul.wire.blocks import PinKind
 from tracehaul.wire.ids import BlockHash, TraceId
-from tracehaul.wire.messages import PinKind
 
 PRIORITY_MAX = float(2**32)
 

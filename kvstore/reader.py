@@ -10,9 +10,9 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.plane import Plane
+from tracehaul.wire.blocks import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, TransferError
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
-from tracehaul.wire.messages import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
 
 READ_PART_BYTES = 16 << 20
 READ_LANES = 2

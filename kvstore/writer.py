@@ -10,9 +10,7 @@ from kvstore.staging import StagingBuffer
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, ProtocolError, TransferError
-from tracehaul.wire.ids import BlockHash, Checksum, NodeId
-from tracehaul.wire.messages import (
+from tracehaul.wire.blocks import (
     Abandon,
     BlockSpec,
     Full,
@@ -27,6 +25,8 @@ from tracehaul.wire.messages import (
     Slot,
     TooLarge,
 )
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, ProtocolError, TransferError
+from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 
 ATTEMPTS = 2
 """Nodes tried for one put."""

@@ -6,10 +6,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from tracehaul.rpc.base import CallContext
+from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.errors import WrongNode
 from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.ids import BlockHash
-from tracehaul.wire.messages import Ok, Ping, PrefillDone, PrefillProgress, PrefillStep, PrefillToken, Reply, Request
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
 from worker.context import Context
 from worker.host import WorkerHost
 from worker.iteration import Computed, Failed, Job, Published, Sampled

@@ -18,10 +18,11 @@ from router.traces import Trace, Traces, Warm
 from router.watch import StoreWatch
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
 from tracehaul.wire.hashing import chain, pack_tokens, salted, unpack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
-from tracehaul.wire.messages import DecodeStep, FinishReason, NodeInfo, StepDone, StepUsage, Tokens
+from tracehaul.wire.steps import DecodeStep, FinishReason, StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
 

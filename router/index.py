@@ -7,8 +7,8 @@ again and a snapshot replaces it. A stale entry costs a miss, never a wrong answ
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tracehaul.wire.blocks import Events, Snapshot, Stored
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
-from tracehaul.wire.messages import Events, Snapshot, Stored
 
 
 @dataclass

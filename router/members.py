@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from router.steps import NodeStatus
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import WrongNode
 from tracehaul.wire.ids import NodeId
-from tracehaul.wire.messages import Heartbeat, Join, Members, NodeInfo, NodeLoad, Ok, Ping, Reply, Request
+from tracehaul.wire.messages import Reply, Request
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,9 @@ from typing import Protocol
 
 import msgspec
 
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import NodeId, StepId, TraceId
-from tracehaul.wire.messages import FinishReason, NodeInfo, NodeLoad, Sampling, StepUsage
+from tracehaul.wire.steps import FinishReason, Sampling, StepUsage
 
 
 class StepRequest(msgspec.Struct, frozen=True):

@@ -6,9 +6,10 @@ from contextlib import aclosing
 
 from router.index import Index
 from tracehaul.rpc.peers import Peers
+from tracehaul.wire.blocks import Events, Snapshot, Subscribe
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ProtocolError
 from tracehaul.wire.ids import NodeId
-from tracehaul.wire.messages import Events, NodeInfo, Snapshot, Subscribe
 
 log = logging.getLogger(__name__)
 

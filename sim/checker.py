@@ -15,10 +15,12 @@ from router.steps import Finished, Output
 from sim.loop import PROCESS
 from tracehaul.engine.fake import TrueState, pack_rows
 from tracehaul.runtime import clock
+from tracehaul.wire.blocks import Leased, Publish, Published, Reserved, Slot
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.hashing import KVLayout, checksum, next_hash, pack_tokens
 from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, StepId
-from tracehaul.wire.messages import Leased, PrefillDone, Publish, Published, Reply, Reserved, Sampling, Slot, StepDone
+from tracehaul.wire.messages import Reply
+from tracehaul.wire.steps import PrefillDone, Sampling, StepDone
 
 FINDINGS_MAX = 10
 """Of one rule; more say nothing new."""

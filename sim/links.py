@@ -10,8 +10,8 @@ from sim.loop import PROCESS
 from tracehaul.runtime import clock
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.local import Landing, LocalTransfer
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.ids import NodeId
-from tracehaul.wire.messages import RegionDescriptor
 
 COPY_GIVES_UP_S = 3.0
 """A reliable transport retries a copy over a cut link for so long; then it is lost."""

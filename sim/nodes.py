@@ -29,23 +29,11 @@ from tracehaul.runtime.offload import InlineOffload
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.transfer.local import LocalHub, LocalTransfer
 from tracehaul.transfer.plane import Plane
+from tracehaul.wire.blocks import Lease, Leased, Publish, Published, Release, Reserved
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
 from tracehaul.wire.ids import Generation, NodeId
-from tracehaul.wire.messages import (
-    DecodeStep,
-    Lease,
-    Leased,
-    Members,
-    NodeInfo,
-    NodeLoad,
-    PrefillStep,
-    Publish,
-    Published,
-    Release,
-    Reply,
-    Request,
-    Reserved,
-    Role,
-)
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import DecodeStep, PrefillStep
 from worker.config import WorkerConfig
 from worker.host import WorkerHost
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tracehaul.wire.ids import TraceId
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 STOP_TOKEN = 0
 """The only end token; about one output token in ``vocab_size`` is one."""

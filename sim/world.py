@@ -33,8 +33,8 @@ from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, fake_info
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.runtime import clock
 from tracehaul.transfer.local import LocalHub
+from tracehaul.wire.cluster import Role
 from tracehaul.wire.ids import Generation, NodeId
-from tracehaul.wire.messages import Role
 from worker.config import WorkerConfig
 
 MIX = Mix(traces=20, steps_min=3, steps_max=8, system_tokens_max=40, new_tokens_max=24, output_tokens_max=12)

@@ -9,10 +9,10 @@ import msgspec
 from kvstore.client import StoreClient
 from tracehaul.engine.base import Engine, SequenceId
 from tracehaul.runtime.finish import finish
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
 from tracehaul.wire.hashing import TOKEN_BYTES, pack_tokens
 from tracehaul.wire.ids import NodeId, TraceId
-from tracehaul.wire.messages import NodeInfo, NodeLoad
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.iteration import IterationLoop, Job, usable_context

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tracehaul.engine.base import Engine, EngineInfo, SequenceId, Work
 from tracehaul.wire.errors import ClusterError, Overloaded
-from tracehaul.wire.messages import FinishReason, Sampling
+from tracehaul.wire.steps import FinishReason, Sampling
 from worker.scheduler import Grant, Scheduler
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
-from tracehaul.wire.messages import Removed, Stored
 
 Change = Stored | Removed
 

@@ -7,9 +7,9 @@ from typing import Literal
 
 from kvstore.tiers.tiering import Tiering
 from tracehaul.runtime.tasks import Tasks
+from tracehaul.wire.blocks import PrefetchState
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.ids import BlockHash
-from tracehaul.wire.messages import PrefetchState
 
 RUNNING_MAX = 16
 REMEMBERED_MAX = 1024

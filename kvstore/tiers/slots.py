@@ -20,8 +20,8 @@ from typing import NamedTuple
 from kvstore.eviction import LeastRecent
 from kvstore.tiers.base import Change, TierBlock
 from kvstore.tiers.records import Record
+from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
-from tracehaul.wire.messages import Removed, Stored
 
 FREE, WRITING, HELD, DOOMED = range(4)
 

@@ -23,8 +23,8 @@ from kvstore.arena import Arena
 from kvstore.tiers.base import Change, Tier, TierBlock
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
+from tracehaul.wire.blocks import BlockSpec, Publication, Slot, Stored
 from tracehaul.wire.ids import BlockHash, LeaseId
-from tracehaul.wire.messages import BlockSpec, Publication, Slot, Stored
 
 TIER_HOLDER = "\0tier"
 """Holder of what is on its way up or down: no connection has this name."""

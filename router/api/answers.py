@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.api.text import TextStream
-from tracehaul.wire.messages import FinishReason, StepUsage
+from tracehaul.wire.steps import FinishReason, StepUsage
 
 
 class StopMatcher:

@@ -8,7 +8,7 @@ from typing import Any
 
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
 from tracehaul.wire.errors import InvalidRequest
-from tracehaul.wire.messages import StepUsage
+from tracehaul.wire.steps import StepUsage
 
 IM_START, IM_END = 256, 257
 _SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END}

@@ -25,7 +25,7 @@ from router.steps import Dispatcher, Finished, ModelCard, StepRequest
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 SEED_BITS = 63
 

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from tracehaul.wire.messages import FinishReason
+from tracehaul.wire.steps import FinishReason
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):

@@ -16,7 +16,7 @@ from router.api.responses import (
     TextChoice,
     Usage,
 )
-from tracehaul.wire.messages import FinishReason
+from tracehaul.wire.steps import FinishReason
 
 DONE = b"data: [DONE]\n\n"
 KEEPALIVE = b": keepalive\n\n"

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tracehaul.engine.base import Engine, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 GREEDY = Sampling(max_tokens=100, temperature=0.0)
 SEEDED = Sampling(max_tokens=100, temperature=1.0, top_p=0.95, seed=7)

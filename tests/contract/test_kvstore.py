@@ -24,10 +24,8 @@ from tracehaul.transfer.local import Landing, LocalHub, LocalTransfer, PerfectLi
 from tracehaul.transfer.memory import FileMemory, allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
-from tracehaul.wire.errors import InvalidRequest, Overloaded
-from tracehaul.wire.hashing import checksum
-from tracehaul.wire.ids import BlockHash, Checksum, Generation, NodeId, SlotGeneration, TraceId
-from tracehaul.wire.messages import (
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import (
     Abandon,
     Await,
     BlockSpec,
@@ -37,11 +35,7 @@ from tracehaul.wire.messages import (
     Lease,
     Leased,
     ListPins,
-    Members,
-    NodeInfo,
-    Ok,
     Pin,
-    Ping,
     PinList,
     Publication,
     Publish,
@@ -49,8 +43,6 @@ from tracehaul.wire.messages import (
     RegionDescriptor,
     Release,
     Removed,
-    Reply,
-    Request,
     Reserve,
     Reserved,
     Revoke,
@@ -60,6 +52,11 @@ from tracehaul.wire.messages import (
     Subscribe,
     Unpin,
 )
+from tracehaul.wire.cluster import Members, NodeInfo
+from tracehaul.wire.errors import InvalidRequest, Overloaded
+from tracehaul.wire.hashing import checksum
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, NodeId, SlotGeneration, TraceId
+from tracehaul.wire.messages import Reply, Request
 
 SLOT = 8192
 ROOT = BlockHash(b"\xff" * 16)

@@ -23,6 +23,8 @@ from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime.clock import now_s
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import Attach, Existing, Exists, Subscribe
 from tracehaul.wire.errors import (
     ClusterError,
     ContextTooLong,
@@ -33,17 +35,8 @@ from tracehaul.wire.errors import (
     error_from_code,
 )
 from tracehaul.wire.ids import BlockHash, StepId, TraceId
-from tracehaul.wire.messages import (
-    Attach,
-    Existing,
-    Exists,
-    Ok,
-    Ping,
-    PrefillProgress,
-    Reply,
-    Request,
-    Subscribe,
-)
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillProgress
 
 KINDS = ["tcp-asyncio", "tcp-uvloop", "local", "local-virtual"]
 TCP_KINDS = ["tcp-asyncio", "tcp-uvloop"]
@@ -695,7 +688,9 @@ def test_a_client_that_takes_nothing_is_cut_off(kind: str) -> None:
 CHILD = """
 import asyncio, sys
 from tracehaul.rpc.tcp import TcpNetwork
-from tracehaul.wire.messages import Exists, Ok, PrefillProgress
+from tracehaul.wire.base import Ok
+from tracehaul.wire.blocks import Exists
+from tracehaul.wire.steps import PrefillProgress
 
 class Service:
     async def call(self, request, context):

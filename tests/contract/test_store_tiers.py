@@ -24,23 +24,18 @@ from tracehaul.runtime.offload import InlineOffload, ThreadOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.errors import InvalidRequest
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
-from tracehaul.wire.messages import (
+from tracehaul.wire.blocks import (
     BlockSpec,
     Events,
     Existing,
     Exists,
     Lease,
     Leased,
-    NodeInfo,
     Prefetch,
     PrefetchCancel,
     PrefetchPoll,
     PrefetchState,
     Present,
-    Reply,
-    Request,
     Reserve,
     Reserved,
     Snapshot,
@@ -49,6 +44,10 @@ from tracehaul.wire.messages import (
     TierList,
     Tiers,
 )
+from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.errors import InvalidRequest
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.messages import Reply, Request
 
 SLOT = 8192
 ROOT = BlockHash(b"\xff" * 16)

@@ -14,9 +14,9 @@ from kvstore.tiers.fake import MemoryDevice, PowerCut
 from kvstore.tiers.records import Layout
 from kvstore.tiers.slot_tier import SlotTier
 from tracehaul.runtime.offload import InlineOffload, ThreadOffload
+from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash
-from tracehaul.wire.messages import Removed, Stored
 
 SLOT = 8192
 SLOTS = 8

@@ -17,8 +17,8 @@ import pytest
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.local import Landing, LocalHub, LocalTransfer
 from tracehaul.transfer.memory import allocate
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.messages import RegionDescriptor
 
 _spec = importlib.util.spec_from_file_location(
     "transfer_peer", Path(__file__).parents[1] / "process" / "transfer_peer.py"

@@ -11,7 +11,7 @@ from cluster.config import ClusterConfig
 from cluster.launch import down, up
 from cluster.rundir import RunDir
 from tracehaul.engine.base import Work
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 CONTEXT_TOKENS = 2048
 CHUNK_TOKENS = 256

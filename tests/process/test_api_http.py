@@ -20,7 +20,7 @@ from router.api.fakes import FakeDispatcher, FakeText, Script, say
 from router.steps import Output, StepRequest
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
-from tracehaul.wire.messages import StepUsage
+from tracehaul.wire.steps import StepUsage
 
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
 

@@ -18,7 +18,7 @@ from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from cluster.rundir import alive as runs
 from tracehaul.runtime import clock
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 
 Alone = Callable[[Sequence[int], Sampling], list[int]]

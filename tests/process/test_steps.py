@@ -11,7 +11,7 @@ from openai.types import CompletionUsage
 from bench.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 
 Alone = Callable[[Sequence[int], Sampling], list[int]]

@@ -21,8 +21,8 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.ids import BlockHash
-from tracehaul.wire.messages import NodeInfo
 
 SLOT = 256 << 10
 BLOCK = 250_000

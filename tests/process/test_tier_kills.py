@@ -21,8 +21,9 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.blocks import Existing, Exists, TierList, Tiers
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.ids import BlockHash
-from tracehaul.wire.messages import Existing, Exists, NodeInfo, TierList, Tiers
 
 SLOT = 64 << 10
 BLOCK = 60_000

@@ -22,8 +22,8 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.ids import Generation, NodeId
-from tracehaul.wire.messages import NodeInfo
 
 
 class LoudFile(DiskFile):

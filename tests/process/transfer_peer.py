@@ -21,8 +21,8 @@ import msgspec
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Copy, Region, Transfer, TransferTimedOut
 from tracehaul.transfer.memory import allocate
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.messages import RegionDescriptor
 
 
 class Failed(Exception):

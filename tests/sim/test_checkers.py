@@ -20,8 +20,9 @@ from sim.faults import Crash, FaultPlan, Storm
 from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.runtime import clock
+from tracehaul.wire.blocks import Events, LeasedBlock, Removed
 from tracehaul.wire.errors import Overloaded
-from tracehaul.wire.messages import Events, LeasedBlock, Removed, StepDone
+from tracehaul.wire.steps import StepDone
 from worker.host import WorkerHost
 from worker.iteration import IterationLoop
 

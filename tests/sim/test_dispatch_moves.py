@@ -10,10 +10,12 @@ from sim import loop as virtual
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
+from tracehaul.wire.base import Ok
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.hashing import pack_tokens, unpack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
-from tracehaul.wire.messages import NodeInfo, NodeLoad, Ok, Sampling, StepDone, StepUsage, Tokens
+from tracehaul.wire.steps import Sampling, StepDone, StepUsage, Tokens
 
 STOP = 9
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from router.api.answers import Answer, StopMatcher
 from router.api.fakes import IM_END, FakeText
-from tracehaul.wire.messages import StepUsage
+from tracehaul.wire.steps import StepUsage
 
 
 def answer(stops: tuple[str, ...] = (), stop_tokens: tuple[int, ...] = (IM_END,), min_tokens: int = 0) -> Answer:

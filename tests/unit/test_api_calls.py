@@ -13,9 +13,10 @@ from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script, say
 from router.api.generate import choice_seed
 from router.steps import Finished, NodeStatus, Output, StepRequest
 from tracehaul.runtime.offload import InlineOffload
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, PeerLost, Unavailable
 from tracehaul.wire.ids import Generation, NodeId
-from tracehaul.wire.messages import NodeInfo, NodeLoad, StepUsage
+from tracehaul.wire.steps import StepUsage
 
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "org/fake", "prompt": "hi"}

@@ -11,7 +11,7 @@ from router.api.fakes import IM_END, FakeDispatcher, FakeText, say
 from router.steps import Finished, Output
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost
-from tracehaul.wire.messages import StepUsage
+from tracehaul.wire.steps import StepUsage
 
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}], "stream": True}
 TEXT: dict[str, Any] = {"model": "org/fake", "prompt": "hi", "stream": True}

@@ -21,7 +21,7 @@ from router.steps import Finished, Output, StepRequest
 from router.texts import CutTokens, TraceTexts, extend
 from tracehaul.engine.text import Text
 from tracehaul.runtime.offload import InlineOffload
-from tracehaul.wire.messages import StepUsage
+from tracehaul.wire.steps import StepUsage
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -7,8 +7,7 @@ import pytest
 
 from kvstore.arena import Arena
 from kvstore.config import StoreConfig
-from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration
-from tracehaul.wire.messages import (
+from tracehaul.wire.blocks import (
     BlockSpec,
     Full,
     InFlight,
@@ -20,6 +19,7 @@ from tracehaul.wire.messages import (
     Stored,
     TooLarge,
 )
+from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration
 
 SLOT = 4096
 ROOT = BlockHash(b"root" * 4)

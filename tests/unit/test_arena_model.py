@@ -8,8 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvstore.arena import Arena
 from kvstore.config import StoreConfig
-from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
-from tracehaul.wire.messages import (
+from tracehaul.wire.blocks import (
     BlockSpec,
     Full,
     InFlight,
@@ -22,6 +21,7 @@ from tracehaul.wire.messages import (
     Slot,
     Stored,
 )
+from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
 
 SLOT = 4096
 RESERVATION_TTL_S, LEASE_TTL_MAX_S, LATE_WRITE_S = 8.0, 12.0, 16.0

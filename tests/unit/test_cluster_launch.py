@@ -12,8 +12,8 @@ from cluster.metrics import NodeMetrics
 from cluster.model import kv_layout
 from cluster.rundir import ClusterFault
 from tracehaul.engine.source import ModelSource
+from tracehaul.wire.cluster import NodeLoad
 from tracehaul.wire.hashing import KVLayout
-from tracehaul.wire.messages import NodeLoad
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 3}
 

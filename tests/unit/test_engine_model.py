@@ -24,7 +24,7 @@ from tracehaul.engine.source import SourceError, resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.engine.weights import Weights, load_weights
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {

@@ -7,7 +7,7 @@ import pytest
 
 from tracehaul.engine import sampling as module
 from tracehaul.engine.sampling import sample, uniform
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.25, 0.2], dtype=np.float32))
 

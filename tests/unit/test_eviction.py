@@ -11,8 +11,8 @@ from bench.eviction_policies import S3Fifo
 from kvstore.arena import Arena
 from kvstore.config import StoreConfig
 from kvstore.eviction import LeastRecent, Ranked
+from tracehaul.wire.blocks import BlockSpec, Pin, Publication, Slot
 from tracehaul.wire.ids import BlockHash, Checksum, TraceId
-from tracehaul.wire.messages import BlockSpec, Pin, Publication, Slot
 
 SLOTS = 12
 NAMES = list(policies(1, array("d", [1.0])))

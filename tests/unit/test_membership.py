@@ -6,9 +6,11 @@ from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
+from tracehaul.wire.base import Ok
+from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import WrongNode
 from tracehaul.wire.ids import Generation, NodeId
-from tracehaul.wire.messages import Heartbeat, Join, Members, NodeInfo, NodeLoad, Ok, Reply, Request
+from tracehaul.wire.messages import Reply, Request
 
 ROUTER = "router:1"
 ME = NodeInfo(NodeId("decode-0"), Generation(7), "decode", "decode-0:1")

@@ -6,8 +6,8 @@ from kvstore.arena import Arena
 from kvstore.config import StoreConfig
 from kvstore.pins import HARD, Pins
 from kvstore.tenants import Tenants
+from tracehaul.wire.blocks import BlockSpec, Full, Pin, PinInfo, PinKind, Pinned, Publication, Removed, Slot
 from tracehaul.wire.ids import BlockHash, Checksum, TraceId
-from tracehaul.wire.messages import BlockSpec, Full, Pin, PinInfo, PinKind, Pinned, Publication, Removed, Slot
 
 SLOT = 4096
 ROOT = BlockHash(b"root" * 4)

@@ -1,8 +1,8 @@
 from router.index import Index
 from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
 from router.traces import Traces, Warm
+from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
-from tracehaul.wire.messages import Events, Removed, Snapshot, Stored
 
 A, B = NodeId("store-0"), NodeId("store-1")
 G = Generation(7)

@@ -21,9 +21,11 @@ from tracehaul.rpc.frames import (
     check_hello,
     pack,
 )
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import Existing, Exists, Subscribe
 from tracehaul.wire.errors import ProtocolError
 from tracehaul.wire.ids import BlockHash, StepId, TraceId
-from tracehaul.wire.messages import Existing, Exists, Ok, Ping, PrefillProgress, Subscribe
+from tracehaul.wire.steps import PrefillProgress
 
 ids = st.integers(1, 2**63 - 1)
 requests = st.one_of(

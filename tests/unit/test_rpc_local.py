@@ -10,8 +10,11 @@ from sim import loop as virtual
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.runtime.clock import now_s
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import Subscribe
 from tracehaul.wire.errors import DeadlineExceeded, PeerLost
-from tracehaul.wire.messages import Ok, Ping, PrefillProgress, Reply, Request, Subscribe
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillProgress
 
 SERVER = "store-0:1"
 CLIENT = "decode-0:1"

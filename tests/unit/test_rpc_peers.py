@@ -8,8 +8,11 @@ from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.peers import BACKOFF_MAX_S, Peers
 from tracehaul.runtime.clock import now_s
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import Subscribe
 from tracehaul.wire.errors import DeadlineExceeded, PeerLost
-from tracehaul.wire.messages import Ok, Ping, PrefillProgress, Reply, Request, Subscribe
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillProgress
 
 ADDRESS = "store-0:1"
 

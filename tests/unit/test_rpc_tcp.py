@@ -9,8 +9,11 @@ import uvloop
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.tcp import TcpNetwork, join_address, split_address
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.blocks import Subscribe
 from tracehaul.wire.errors import ClusterError, PeerLost
-from tracehaul.wire.messages import Ok, Ping, PrefillProgress, Reply, Request, Subscribe
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillProgress
 
 
 class Echo:

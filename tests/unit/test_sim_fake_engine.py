@@ -8,7 +8,7 @@ import pytest
 from sim import loop as virtual
 from tracehaul.engine.base import Work
 from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, TrueState, expected_output, fake_info, pack_rows
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 VOCAB = 256
 PROMPT = list(range(10, 31))

@@ -7,8 +7,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import Layout, Record, pack_record, unpack_records
 from kvstore.tiers.slots import SlotIndex
+from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
-from tracehaul.wire.messages import Removed, Stored
 
 SLOT = 8192
 ROOT = BlockHash(b"\xff" * 16)

@@ -12,8 +12,8 @@ from tracehaul.transfer.base import Copy
 from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, Movement, Way
 from tracehaul.transfer.nixl import best_pull
 from tracehaul.transfer.notes import Note, Probe, PullDone, PullFailed, PullRequest, Triples
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
-from tracehaul.wire.messages import RegionDescriptor
 
 
 class FakeAgent:

@@ -11,8 +11,8 @@ from tracehaul.transfer.landing import land, pieces
 from tracehaul.transfer.local import Landing, LocalHub, LocalRegion, LocalTransfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane, choose
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
-from tracehaul.wire.messages import RegionDescriptor
 
 
 class ScriptedLink:

@@ -11,7 +11,7 @@ from typing import NewType, Protocol
 import msgspec
 
 from tracehaul.wire.hashing import KVLayout
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 SequenceId = NewType("SequenceId", int)
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tracehaul.engine.base import EngineInfo, SequenceId, Work
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]

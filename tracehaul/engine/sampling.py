@@ -10,7 +10,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.wire.messages import Sampling
+from tracehaul.wire.steps import Sampling
 
 _CANDIDATES = (256, 4096)
 """How many of the likeliest tokens are tried, in turn, before the whole vocabulary is sorted."""

@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
+from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError
-from tracehaul.wire.messages import Heartbeat, Join, Members, NodeInfo, NodeLoad
 
 log = Log(__name__)
 

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError
 from tracehaul.wire.ids import Checksum
-from tracehaul.wire.messages import RegionDescriptor
 
 
 class Copy(NamedTuple):

@@ -8,8 +8,8 @@ import msgspec
 
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
-from tracehaul.wire.messages import RegionDescriptor
 
 
 class Landing(msgspec.Struct, frozen=True):

@@ -25,8 +25,8 @@ from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import address_of
 from tracehaul.transfer.notes import NixlPayload, Triples
 from tracehaul.transfer.poller import Poller
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
-from tracehaul.wire.messages import RegionDescriptor
 
 PROGRESS_DELAY_US = 100_000
 """How long the library's progress thread waits for events at most; with 0 it would spin."""

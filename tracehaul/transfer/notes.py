@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from tracehaul.transfer.base import Copy
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError
-from tracehaul.wire.messages import RegionDescriptor
 
 NOTE_BYTES_MAX = 256 << 10
 METADATA_BYTES_MAX = 128 << 10

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tracehaul.transfer.base import Region, Transfer
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError
-from tracehaul.wire.messages import RegionDescriptor
 
 PREFERENCE = ("local", "shm", "nixl")
 """Kinds by cost per byte, cheapest first."""

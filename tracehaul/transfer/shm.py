@@ -22,9 +22,9 @@ from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import is_memory_file, populate
+from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.ids import Checksum
-from tracehaul.wire.messages import RegionDescriptor
 
 STEP_BYTES = 256 << 10
 """Copied, then summed while it is still in the core's cache: the sum costs a tenth of what it costs from memory."""

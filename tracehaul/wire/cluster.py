@@ -1,0 +1,68 @@
+"""Messages about who is there: joining, membership, heartbeats."""
+
+from typing import Literal
+
+import msgspec
+
+from tracehaul.wire.base import Message
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
+
+Role = Literal["store", "prefill", "decode"]
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """One life of one node, as it introduces itself."""
+
+    node: NodeId
+    generation: Generation
+    role: Role
+    address: str
+    """``host:port`` of its control plane."""
+    model: str = ""
+    """Name that clients call the served model by; empty on a store node."""
+    root: BlockHash = BlockHash(b"")
+    """Root hash of its KV layout without salt: nodes with different roots cannot share blocks."""
+    block_tokens: int = 0
+    context_max: int = 0
+    """Longest sequence in tokens; 0 on a store node."""
+
+
+class NodeLoad(msgspec.Struct, frozen=True):
+    """What a node says of itself with each heartbeat."""
+
+    running: int = 0
+    """Steps in progress."""
+    waiting: int = 0
+    """Steps queued for memory."""
+    blocks: int = 0
+    """Published blocks held (store)."""
+    bytes_used: int = 0
+    bytes_max: int = 0
+    disk_blocks: int = 0
+    """Blocks on the node's disk; most of those in memory are there too."""
+    disk_bytes_used: int = 0
+    disk_bytes_max: int = 0
+
+
+class Join(Message, frozen=True):
+    """Node -> router, as a stream: announces itself, receives :class:`Members` whenever they change.
+
+    The node is a member for as long as the stream is open and its heartbeats arrive.
+    """
+
+    info: NodeInfo
+
+
+class Members(Message, frozen=True):
+    """Router -> node: every live member. ``version`` grows with each change within one router's life."""
+
+    version: int
+    nodes: tuple[NodeInfo, ...]
+
+
+class Heartbeat(Message, frozen=True):
+    """Node -> router, about once a second."""
+
+    node: NodeId
+    generation: Generation
+    load: NodeLoad

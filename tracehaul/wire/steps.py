@@ -1,0 +1,126 @@
+"""Messages of a step: the router drives a decode worker, which drives a prefill worker."""
+
+from typing import Literal
+
+import msgspec
+
+from tracehaul.wire.base import Message
+from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
+
+FinishReason = Literal["stop", "length"]
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How output tokens are chosen. Randomness is a function of (seed, position in the sequence) alone."""
+
+    max_tokens: int
+    """Output tokens of the whole step, those already emitted included; at least 1."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is unlimited."""
+    seed: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    """The model's own end tokens and the request's: generation ends after one of them."""
+    min_tokens: int = 0
+    """Stop tokens are not sampled before this many output tokens."""
+
+    def finish_reason(self, token: int, emitted: int, length: int, context_max: int) -> FinishReason | None:
+        """Whether a step ends with output token ``token``, its ``emitted``-th, in a sequence now ``length`` long."""
+        if token in self.stop_tokens and emitted >= self.min_tokens:
+            return "stop"
+        if emitted >= self.max_tokens or length >= context_max:
+            return "length"
+        return None
+
+
+class PrefillStep(Message, frozen=True):
+    """Decode worker -> prefill worker, as a stream: :class:`PrefillProgress` as blocks are published, one
+    :class:`PrefillToken`, more progress, and one :class:`PrefillDone`."""
+
+    step: StepId
+    trace: TraceId
+    root: BlockHash
+    """The KV layout's root without salt: a worker with another one refuses."""
+    tokens: bytes
+    """The whole sequence so far: prompt and what was already emitted."""
+    salt: str
+    home: NodeId | None
+    """Store node that takes the new blocks."""
+    sampling: Sampling
+    emitted: int
+    """How many of ``tokens`` are output of this step."""
+
+
+class PrefillProgress(Message, frozen=True):
+    """The first ``published_tokens`` of the sequence can be pulled from the store now."""
+
+    published_tokens: int
+
+
+class PrefillToken(Message, frozen=True):
+    """The next token of the sequence, sampled; the last blocks are still being published."""
+
+    token: int
+    computed_from: int
+    """Positions before it were not computed here: they were resident or pulled."""
+
+
+class PrefillDone(Message, frozen=True):
+    """The terminal message of a prefill: all that will be published is."""
+
+    published_tokens: int
+
+
+class DecodeStep(Message, frozen=True):
+    """Router -> decode worker, as a stream of :class:`Tokens`, then one :class:`StepDone`."""
+
+    step: StepId
+    trace: TraceId
+    root: BlockHash
+    """The KV layout's root without salt: a worker with another one refuses."""
+    prompt: bytes
+    emitted: bytes
+    """Output tokens that the client already has (a step moved in mid-stream); never sampled again."""
+    salt: str
+    home: NodeId | None
+    prefill: NodeId | None
+    """Who computes the missing part of the prompt; None: the decode worker itself."""
+    sampling: Sampling
+
+
+class StepUsage(msgspec.Struct, frozen=True):
+    """Where a step's context came from, in tokens, and what that took."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    resident_tokens: int = 0
+    """Found on the decode worker itself."""
+    pulled_tokens: int = 0
+    """Pulled from the store by the decode worker."""
+    computed_from: int = 0
+    """First position that anybody computed in this step: everything before it is cached."""
+    pulled_bytes: int = 0
+    pull_s: float = 0.0
+    missed_blocks: int = 0
+    """Blocks expected from the store that did not arrive: recomputed."""
+    prefill_fallback: str = ""
+    """Why the prefill worker's result was not used, as an error code; empty if it was, or none was asked."""
+
+
+class Tokens(Message, frozen=True):
+    """The next output tokens, packed."""
+
+    ids: bytes
+    usage: StepUsage | None = None
+    """With the first tokens: what is known by then."""
+
+
+class StepDone(Message, frozen=True):
+    """The terminal message of a step on a decode worker."""
+
+    reason: FinishReason
+    usage: StepUsage
+    retained_tokens: int
+    """Length of the sequence whose KV stays on this worker, warm for the next step."""
