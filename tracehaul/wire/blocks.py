@@ -72,6 +72,8 @@ class Publish(Message, frozen=True):
     """Writer -> store: make these visible. Answered with :class:`Published`."""
 
     blocks: tuple[Publication, ...]
+    verified: bool = False
+    """The writer's transport has read the bytes back where they landed, and they match: the node need not."""
 
 
 PublishOutcome = Literal["published", "fenced", "corrupt"]
