@@ -87,6 +87,8 @@ class _Node:
         self._state = NodeState("starting")
         self._generation = Generation(clock.wall_ns())
         self._stopping = asyncio.Event()
+        self._transfers: list[Transfer] = []
+        """Whose failure is the node's: what it offers to peers is out of their reach."""
 
     async def run(self) -> None:
         """Until told to stop."""
@@ -124,7 +126,8 @@ class _Node:
             info = self._info(role, server.address, room.info)
             membership = Membership(peers, self._plan.router_address, info, room.load, room.on_members)
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(work) for work in room.background]
+                watches = [transfer.broken() for transfer in self._transfers]
+                background = [group.create_task(work) for work in (*room.background, *watches)]
                 member = group.create_task(membership.run(), name="membership")
                 stopping = group.create_task(self._stopping.wait())
                 joined = group.create_task(membership.joined.wait())
@@ -176,11 +179,18 @@ class _Node:
         match self._plan.config.transport:
             case "shm":
                 transfer = ShmTransfer(owner, offload)
+                log.info("transport", kind="shm", why="configured")
             case "nixl":
-                from tracehaul.transfer.nixl import NixlTransfer
+                from tracehaul.transfer.network import open_network
 
-                transfer = NixlTransfer(owner)
+                transfer = open_network(owner)
+            case "ucxx":
+                from tracehaul.transfer.ucxx import UcxxTransfer
+
+                transfer = UcxxTransfer(owner)
+                log.info("transport", kind="ucxx", why="configured")
         stack.push_async_callback(transfer.close)
+        self._transfers.append(transfer)
         return [Plane(transfer, transfer.register(memory))]
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:

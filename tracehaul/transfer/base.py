@@ -72,7 +72,7 @@ class Transfer(Protocol):
 
     @property
     def kind(self) -> str:
-        """``local``, ``shm`` or ``nixl``."""
+        """``local``, ``shm``, ``nixl`` or ``ucxx``."""
         ...
 
     def register(self, memory: Memory) -> Region:
@@ -102,6 +102,11 @@ class Transfer(Protocol):
         self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float
     ) -> Sequence[Checksum] | None:
         """Copy our bytes into a peer's region. On return they have landed there. Returns and raises as :meth:`read`."""
+        ...
+
+    async def broken(self) -> None:
+        """Wait until this transport can transfer no more through a fault of its own, and raise it: a process that
+        answers for its memory ends on that. Returns, if at all, only after :meth:`close`."""
         ...
 
     async def close(self) -> None:

@@ -1,6 +1,6 @@
-"""The bookkeeping of a NIXL transport: what is under way, with whom, and when it is over.
+"""The bookkeeping of a transport whose agent is polled (NIXL, UCXX): what is under way, with whom, and when it is over.
 
-No threads, no asyncio and no NIXL here: :class:`Exchange` is driven by one thread (see :mod:`.poller`), which also
+No threads, no asyncio and no library here: :class:`Exchange` is driven by one thread (see :mod:`.poller`), which also
 hands it the time, through an :class:`Agent`.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from tracehaul.transfer import notes
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.landing import pieces
-from tracehaul.transfer.notes import NixlPayload, Probe, PullDone, PullFailed, PullRequest, Triples
+from tracehaul.transfer.notes import AgentPayload, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.errors import TransferError, TransferLost
 
 CHUNK_BYTES = 64 << 20
@@ -33,16 +33,27 @@ GRACE_S = 0.05
 
 Way = Literal["read", "write", "pull"]
 """One-sided read, one-sided write, or asking the owner to write."""
+Waking = Literal["armed", "busy", "unknown"]
+"""Whether an agent's descriptors will tell of the next event: they will; there is something to do now; or there is no
+telling, so look again after a nap."""
 Over = Callable[[TransferError | None], None]
 """Called once when something is over, with what went wrong."""
 
 
+class NameTaken(TransferError):
+    """Another peer is known by that name."""
+
+
 class Agent(Protocol):
-    """The few things that a NIXL agent does for us. Raises TransferLost for a broken connection, else TransferError."""
+    """The few things that an agent does for us. Raises TransferLost for a broken connection, else TransferError."""
 
     @property
     def wake_fds(self) -> Sequence[int]:
         """Descriptors that become readable when it may be worth looking; none if there is no telling."""
+        ...
+
+    def arm(self) -> Waking:
+        """Make ``wake_fds`` tell of the next event, where that can be done."""
         ...
 
     def register(self, address: int, nbytes: int) -> bytes:
@@ -50,7 +61,10 @@ class Agent(Protocol):
         ...
 
     def add_peer(self, name: str, metadata: bytes) -> None:
-        """Make a peer reachable, or learn what it has registered since."""
+        """Make a peer reachable, or learn what it has registered since.
+
+        Raises NameTaken, and leaves the known one as it was, if another peer is known by that name.
+        """
         ...
 
     def remove_peer(self, name: str) -> None:
@@ -74,7 +88,8 @@ class Agent(Protocol):
         ...
 
     def heard(self) -> list[tuple[str, bytes]]:
-        """Notifications since the last call, with their senders."""
+        """Notifications since the last call, with their senders. Also where an agent without a thread of its own
+        does its work."""
         ...
 
     def close(self) -> None:
@@ -85,7 +100,9 @@ class Agent(Protocol):
 class Movement:
     """One transfer: chunks launched a few at a time, over when all have ended."""
 
-    def __init__(self, way: Way, peer: str, theirs: NixlPayload, ours: NixlPayload, copies: Sequence[Copy], over: Over):
+    def __init__(
+        self, way: Way, peer: str, theirs: AgentPayload, ours: AgentPayload, copies: Sequence[Copy], over: Over
+    ):
         self.way: Way = way
         self.peer = peer
         self.theirs = theirs
@@ -124,7 +141,7 @@ class Exchange:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._regions: dict[int, NixlPayload] = {}
+        self._regions: dict[int, AgentPayload] = {}
         self._peers: dict[str, set[bytes]] = {}
         self._movements: set[Movement] = set()
         self._flights: dict[int, _Flight] = {}
@@ -144,7 +161,11 @@ class Exchange:
         """See :class:`Agent`."""
         return self._agent.wake_fds
 
-    def register(self, address: int, nbytes: int) -> NixlPayload:
+    def arm(self) -> Waking:
+        """See :class:`Agent`."""
+        return self._agent.arm()
+
+    def register(self, address: int, nbytes: int) -> AgentPayload:
         """Make memory of this process reachable, and serve pulls from it."""
         if self._closed:
             raise TransferLost("this side closed its transport")
@@ -161,7 +182,7 @@ class Exchange:
         self._now_s = now_s
         self._movements.add(movement)
         try:
-            self._know(movement.peer, movement.theirs.metadata)
+            self._meet(movement.peer, movement.theirs.metadata)
         except TransferError as error:
             movement.error = error
         self._advance(movement)
@@ -355,6 +376,18 @@ class Exchange:
         if len(versions) >= METADATA_MAX:
             versions.clear()
         versions.add(metadata)
+
+    def _meet(self, peer: str, metadata: bytes) -> None:
+        """Load the metadata of a peer that our side chose to talk to: the control plane vouches for who it is.
+
+        A name that only a request on the data plane claimed is taken from whoever claimed it; the other way round,
+        in :meth:`_serve`, a claim never disturbs the peer that is known by that name.
+        """
+        try:
+            self._know(peer, metadata)
+        except NameTaken:
+            self._lose(peer)
+            self._know(peer, metadata)
 
     def _least_needed_peer(self) -> str:
         busy = {flight.peer for flight in self._flights.values()} | {pull.peer for pull in self._pulls.values()}
