@@ -56,6 +56,10 @@ def planes(transfer_kind: str, owner: str, nbytes: int, offload: ThreadOffload) 
     transfer: Transfer
     if transfer_kind == "shm":
         transfer = ShmTransfer(owner, offload)
+    elif transfer_kind == "ucxx":
+        from tracehaul.transfer.ucxx import UcxxTransfer
+
+        transfer = UcxxTransfer(owner)
     else:
         from tracehaul.transfer.nixl import NixlTransfer
 

@@ -32,9 +32,9 @@ from tracehaul.wire.errors import TransferError, TransferLost
 
 PIECES_IN_FLIGHT = 8
 """On one connection. What waits takes turns, so that a small write need not wait for the end of a large one."""
-TURNS_MAX = 64
-"""Looks at the worker in a row before others have theirs."""
-PROGRESS_MAX = 32
+TURNS_MAX = 8
+"""Looks at the worker in a row before the exchange has its turn."""
+PROGRESS_MAX = 16
 """Steps of the worker in one look."""
 CONNECTIONS_MAX = 2048
 WRITES_MAX = 1024
@@ -182,6 +182,8 @@ class UcxxAgent:
         for _ in range(TURNS_MAX):
             if not self._turn():
                 self._more = False
+                break
+            if self._heard:
                 break
         heard, self._heard = self._heard, []
         return heard
