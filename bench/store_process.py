@@ -60,6 +60,10 @@ def planes(transfer_kind: str, owner: str, host: str, nbytes: int, offload: Thre
             transfer = ShmTransfer(owner, offload)
         case "tcp":
             transfer = TcpTransfer(owner, host)
+        case "ucxx":
+            from tracehaul.transfer.ucxx import UcxxTransfer
+
+            transfer = UcxxTransfer(owner)
         case _:
             from tracehaul.transfer.nixl import NixlTransfer
 

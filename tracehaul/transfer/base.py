@@ -72,7 +72,7 @@ class Transfer(Protocol):
 
     @property
     def kind(self) -> str:
-        """``local``, ``shm`` or ``nixl``."""
+        """``local``, ``shm``, ``tcp``, ``nixl`` or ``ucxx``."""
         ...
 
     def register(self, memory: Memory) -> Region:
@@ -109,6 +109,11 @@ class Transfer(Protocol):
         Raises:
             TransferError: also where what was read back is not what was sent. Otherwise as :meth:`read`.
         """
+        ...
+
+    async def broken(self) -> None:
+        """Wait until this transport can transfer no more through a fault of its own, and raise it: a process that
+        answers for its memory ends on that. Returns, if at all, only after :meth:`close`."""
         ...
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import threading
+from concurrent.futures import Future, InvalidStateError
 from typing import Protocol
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
@@ -38,6 +39,8 @@ class Pump:
     def __init__(self, name: str, threads: int) -> None:
         self._epoll = select.epoll()
         self._lines: dict[int, Line] = {}
+        self.ended: Future[None] = Future()
+        """Done when a thread has ended; with what ended it, if that was a fault of ours."""
         self._closing = os.eventfd(0, os.EFD_NONBLOCK)
         self._epoll.register(self._closing, select.EPOLLIN)
         self._threads = [
@@ -68,6 +71,21 @@ class Pump:
         os.close(self._closing)
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        with contextlib.suppress(InvalidStateError):  # another thread was first
+            if error is None:
+                self.ended.set_result(None)
+            else:
+                self.ended.set_exception(error)
+
+    def _serve(self) -> None:
         while True:
             fd, _ = self._epoll.poll(maxevents=1)[0]
             if fd == self._closing:

@@ -23,6 +23,7 @@ from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import is_memory_file, populate
+from tracehaul.transfer.region import Registered
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.ids import Checksum
@@ -56,22 +57,6 @@ class ShmPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fd: int
     link: str
     """The file's name, with its random part: a descriptor number is used again, this is not."""
-
-
-class ShmRegion:
-    """Memory of this process that others on its host can map."""
-
-    def __init__(self, buffer: memoryview, descriptor: RegionDescriptor) -> None:
-        self._buffer = buffer
-        self._descriptor = descriptor
-
-    @property
-    def buffer(self) -> memoryview:
-        return self._buffer
-
-    @property
-    def descriptor(self) -> RegionDescriptor:
-        return self._descriptor
 
 
 class _Mapping:
@@ -130,7 +115,7 @@ class ShmTransfer:
         """How many regions of peers are mapped now."""
         return len(self._mappings)
 
-    def register(self, memory: Memory) -> ShmRegion:
+    def register(self, memory: Memory) -> Registered:
         pid = os.getpid()
         started = _started(pid)
         assert started is not None
@@ -139,7 +124,7 @@ class ShmTransfer:
         descriptor = RegionDescriptor(
             kind=self.kind, owner=self._owner, nbytes=memory.buffer.nbytes, payload=msgspec.msgpack.encode(payload)
         )
-        return ShmRegion(memory.buffer, descriptor)
+        return Registered(memory.buffer, descriptor)
 
     def reaches(self, remote: RegionDescriptor) -> bool:
         if remote.kind != self.kind:
@@ -212,6 +197,9 @@ class ShmTransfer:
         if made.done():
             asyncio.get_running_loop().remove_reader(made.result().pidfd)
             made.result().close()
+
+    async def broken(self) -> None:
+        await asyncio.get_running_loop().create_future()  # nothing here can end by itself
 
     async def close(self) -> None:
         self._closed = True

@@ -22,6 +22,7 @@ from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.cursor import Cursor
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
+from tracehaul.transfer.region import Registered
 from tracehaul.transfer.tcp_serving import Listener
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -46,22 +47,6 @@ class TcpPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one region in one life of its owner."""
 
 
-class TcpRegion:
-    """Memory of this process that others can reach over TCP."""
-
-    def __init__(self, buffer: memoryview, descriptor: RegionDescriptor) -> None:
-        self._buffer = buffer
-        self._descriptor = descriptor
-
-    @property
-    def buffer(self) -> memoryview:
-        return self._buffer
-
-    @property
-    def descriptor(self) -> RegionDescriptor:
-        return self._descriptor
-
-
 class TcpTransfer:
     """The TCP transport of ``owner``, listening on ``host`` at a port of its own. See :class:`.base.Transfer`."""
 
@@ -80,12 +65,12 @@ class TcpTransfer:
     def kind(self) -> str:
         return "tcp"
 
-    def register(self, memory: Memory) -> TcpRegion:
+    def register(self, memory: Memory) -> Registered:
         token = secrets.token_bytes(wire.TOKEN_BYTES)
         self._regions[token] = memory.buffer
         payload = TcpPayload(self._host, self._listener.socket.getsockname()[1], token)
         packed = msgspec.msgpack.encode(payload)
-        return TcpRegion(memory.buffer, RegionDescriptor(self.kind, self._owner, memory.buffer.nbytes, packed))
+        return Registered(memory.buffer, RegionDescriptor(self.kind, self._owner, memory.buffer.nbytes, packed))
 
     def reaches(self, remote: RegionDescriptor) -> bool:
         return remote.kind == self.kind
@@ -121,6 +106,10 @@ class TcpTransfer:
         end.submit(order)
         what = f"{nbytes} bytes {'from' if way == wire.READ else 'to'} {remote.owner}"
         return await land(order.future, timeout_s, what, order.stop)
+
+    async def broken(self) -> None:
+        # Shielded: to stop waiting must not cancel what a thread will set.
+        await asyncio.shield(asyncio.wrap_future(self._pump.ended))
 
     async def close(self) -> None:
         if self._closed:

@@ -238,7 +238,7 @@ class RegionDescriptor(msgspec.Struct, frozen=True):
     """What a peer needs to reach a registered region by one transport."""
 
     kind: str
-    """``local``, ``shm`` or ``nixl``."""
+    """``local``, ``shm``, ``nixl`` or ``ucxx``."""
     owner: str
     """``node#generation``: one life of one process."""
     nbytes: int
