@@ -60,6 +60,7 @@ class Arena:
         # By slot.
         self._state = bytearray(slots)
         self._generation = array("Q", bytes(8 * slots))
+        self._generation_last = 0  # of all slots: a late message about one grant must not fit another
         self._checksum = array("Q", bytes(8 * slots))
         self._size = array("I", bytes(4 * slots))
         self._lease_count = array("I", bytes(4 * slots))
@@ -81,6 +82,8 @@ class Arena:
         self._changes: list[Stored | Removed] = []
         self._ended: list[BlockHash] = []
         self.evicted = 0
+        self.passed_on = 0
+        """Reservations that a second writer took over from a silent first one."""
         self.bytes_published = 0
 
     # --- what is there ------------------------------------------------------------------------------------
@@ -119,8 +122,18 @@ class Arena:
         return self._tenants.used(self._tenants.group(tenant)) * self._config.slot_bytes
 
     def is_reserved(self, block_hash: BlockHash) -> bool:
-        """Whether somebody is writing it."""
+        """Whether it has an open reservation."""
         return self._reservations.get(block_hash) is not None
+
+    def quiet_at_s(self, block_hash: BlockHash) -> float | None:
+        """When its reservation passes on to whoever asks, if its owner is not heard of until then; None without one.
+
+        In the past: nobody is known to be writing it.
+        """
+        reservation = self._reservations.get(block_hash)
+        if reservation is None:
+            return None
+        return self._reservations.heard_s(reservation) + self._config.reservation_quiet_s
 
     def exists(self, hashes: Sequence[BlockHash]) -> bytes:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
@@ -159,8 +172,9 @@ class Arena:
         if slot is not None:
             self._touch(slot)
             return _PRESENT
-        if (reservation := self._reservations.get(block.hash)) is not None:
-            return InFlight(now_s - reservation.since_s, reservation.owner)
+        quiet = self._reservations.get(block.hash)
+        if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
+            return InFlight(now_s - quiet.since_s, quiet.owner)
         if self._reservations.count(owner) >= self._config.reservations_max:
             return _FULL
         parent = self._same_object(block.parent)
@@ -171,8 +185,12 @@ class Arena:
         if slot is None:
             self._forget_child(parent)
             return _FULL
+        if quiet is not None:  # its owner may yet write, and is fenced
+            self._quarantine_reservation(quiet, now_s)
+            self.passed_on += 1
         self._state[slot] = RESERVED
-        self._generation[slot] += 1
+        self._generation_last += 1
+        self._generation[slot] = self._generation_last
         self._size[slot] = block.size_bytes
         self._group[slot] = group
         self._tenants.take(group)
@@ -221,6 +239,14 @@ class Arena:
                 self._forget_child(reservation.parent)
                 self._tenants.give(self._group[reservation.slot])
                 self._free_slot(reservation.slot)
+
+    def renew(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str, now_s: float) -> None:
+        """The owner still writes these reservations. It moves no end. Unknown ones are ignored."""
+        self.expire(now_s)
+        for block_hash, generation in blocks:
+            reservation = self._find(block_hash, generation, owner)
+            if reservation is not None:
+                self._reservations.renew(reservation, now_s)
 
     def withdraw(self, block_hash: BlockHash, generation: SlotGeneration, owner: str, now_s: float) -> None:
         """End a reservation in quarantine: what is in its slot is wrong, or may yet change. Harmless if gone."""
