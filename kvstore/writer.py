@@ -71,7 +71,7 @@ class Writer:
 
     async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], deadline_s: float) -> list[PutOutcome]:
         """One outcome per block; ``lost`` if no node could be found that saw it through."""
-        view = self._nodes.find(home) if home is not None else None
+        view = self._nodes.find_home(home) if home is not None else None
         tried: list[NodeId] = []
         while len(tried) < ATTEMPTS:
             view = view or self._nodes.home_of(blocks[0].hash, tried)

@@ -7,6 +7,8 @@ from tracehaul.wire.blocks import (
     Attached,
     Await,
     Awaited,
+    Drain,
+    DrainState,
     Events,
     Existing,
     Exists,
@@ -56,6 +58,7 @@ Request = (
     | Prefetch
     | PrefetchPoll
     | PrefetchCancel
+    | Drain
     | PrefillStep
     | DecodeStep
 )
@@ -74,6 +77,7 @@ Reply = (
     | Events
     | TierList
     | PrefetchState
+    | DrainState
     | PrefillProgress
     | PrefillToken
     | PrefillDone
