@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
+from kvstore.copies import ReplicationConfig
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
 from router.api.config import ApiConfig
@@ -66,6 +67,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     disk_dir: str = ""
     """Where the store nodes' files are; empty: in the run directory."""
     tiering: TieringConfig = TieringConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
     api: ApiConfig = ApiConfig()

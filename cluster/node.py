@@ -18,6 +18,7 @@ import uvloop
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import NoDisk, open_disk
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
@@ -60,17 +61,13 @@ def run_node(name: str, run: RunDir) -> int:
     return 0
 
 
-def _ignore(members: Members) -> None:
-    """A store node asks nothing of others."""
-
-
 class Room(NamedTuple):
     """What a role puts into a node."""
 
     service: Service
     stats: Mapping[str, msgspec.Struct]
     load: Callable[[], NodeLoad]
-    on_members: Callable[[Members], None] = _ignore
+    on_members: Callable[[Members], None]
     info: EngineInfo | None = None
     """A worker's engine."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -165,7 +162,7 @@ class _Node:
         stack.callback(offload.close)
         match role:
             case "store":
-                return await self._store(stack, offload)
+                return await self._store(stack, offload, peers)
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
@@ -188,25 +185,28 @@ class _Node:
         stack.callback(memory.close)
         return memory
 
-    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
+    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
+        from kvstore.neighbours import Others
         from kvstore.node import StoreNode
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
-        if not chosen.disk_bytes:
-            store = StoreNode(config, self._generation, planes, memory, offload)
-            stack.callback(store.close)
-            return Room(store, {"store": store.stats}, store.load)
-        path = disk_path(chosen, self._run, self._spec.name)
-        tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
-        stack.callback(tier.close)
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering)
-        assert store.tiering is not None
+        tier: Tier | None = None
+        if chosen.disk_bytes:
+            path = disk_path(chosen, self._run, self._spec.name)
+            tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
+            stack.callback(tier.close)
+        others = Others(NodeId(self._spec.name), peers, chosen.replication)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, others)
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats}
-        return Room(store, stats, store.load, background=(store.run(),))
+        stats: dict[str, msgspec.Struct] = {"store": store.stats}
+        if store.neighbours is not None:
+            stats.update(store.neighbours.stats)
+        if tier is not None and store.tiering is not None:
+            stats.update(disk=tier.stats, tiering=store.tiering.stats)
+        return Room(store, stats, store.load, store.set_members, background=(store.run(),))
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers

@@ -17,7 +17,7 @@ from kvstore.config import StoreConfig
 from kvstore.eviction import LeastRecent, Policy, Ranked
 from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
-from kvstore.pins import HARD, PinKey, Pins
+from kvstore.pins import HARD, HeldPin, PinKey, Pins
 from kvstore.tenants import Tenants
 from tracehaul.wire.blocks import (
     BlockSpec,
@@ -126,6 +126,11 @@ class Arena:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
         published = self._published
         return bytes([h in published for h in hashes])
+
+    def spec(self, block_hash: BlockHash) -> BlockSpec | None:
+        """A published block's size and parent."""
+        slot = self._published.get(block_hash)
+        return None if slot is None else BlockSpec(block_hash, self._families.parent(slot), self._size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
         """All visible hashes, oldest publish first: a snapshot as of the last change."""
@@ -321,6 +326,18 @@ class Arena:
         held = self._pins.end((tenant, trace))
         if held is not None:
             self._reconsider(held.hashes)
+
+    def pin_of(self, key: PinKey) -> HeldPin | None:
+        """A trace's open pin."""
+        return self._pins.get(key)
+
+    def pins_of(self, block_hash: BlockHash) -> list[PinKey]:
+        """The pins that cover a block."""
+        return self._pins.keys(block_hash)
+
+    def open_pins(self) -> list[tuple[PinKey, HeldPin]]:
+        """All, the first to end first."""
+        return self._pins.all()
 
     def list_pins(self, tenant: str | None, now_s: float) -> list[PinInfo]:
         """Open pins, of one tenant or all, the first to end first. Linear in what they cover."""

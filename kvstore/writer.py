@@ -46,6 +46,8 @@ class OutgoingBlock(NamedTuple):
     parent: BlockHash
     buffer: StagingBuffer
     nbytes: int
+    checksum: Checksum | None = None
+    """If it is known what the bytes must be; otherwise they are what they are."""
 
 
 class _Placed(NamedTuple):
@@ -84,6 +86,14 @@ class Writer:
                 view = None
                 self.failovers += 1
         return ["lost"] * len(blocks)
+
+    async def put_to(self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float) -> list[PutOutcome]:
+        """As :meth:`put`, on that node or nowhere.
+
+        Raises:
+            ClusterError: the node does not see it through. Some of the blocks may be there.
+        """
+        return await self._put_to(view, blocks, deadline_s)
 
     async def _put_to(
         self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float
@@ -148,7 +158,10 @@ class Writer:
         deadline_s: float,
     ) -> None:
         try:
-            if sums is None:
+            known = [f.block.checksum for f in fills if f.block.checksum is not None]
+            if len(known) == len(fills):
+                sums = known
+            elif sums is None:
                 sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])
             blocks = [Publication(f.block.hash, f.slot.generation, s) for f, s in zip(fills, sums, strict=True)]
             published = await self._nodes.call(view, Publish(tuple(blocks)), Published, left_s(deadline_s))

@@ -46,6 +46,8 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """It moves what it holds to others and takes nothing new (store); it is still read from."""
     copies_waiting: int = 0
     """Blocks that are still to be copied to other nodes, for replicas or a drain (store)."""
+    pins_short: int = 0
+    """Pins that have fewer copies than they ask for, as there is nobody to take one (store)."""
 
 
 class Join(Message, frozen=True):
