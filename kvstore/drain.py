@@ -6,7 +6,9 @@ ancestors went, else by rendezvous over the first of them. Families that are in 
 come up from the slower tier after them, as these may push others out; within a family the prefix comes first.
 
 A receiver that is dead, frozen or full is passed over for the rest of the round. What is left then is tried again
-after a pause, and at once when the membership changes: the loss of a node that took blocks makes them left again.
+after a pause, and at once when the membership changes: the loss of a node that took blocks makes them left again. In
+the end every receiver is asked whether it still has what it took. What it has not is moved once more; what is gone
+again then is counted as lost, as nodes that are short of memory would throw out each other's blocks for ever.
 """
 
 import asyncio
@@ -63,6 +65,10 @@ class Drainer:
 
     def _forget(self) -> None:
         self._moved: dict[BlockHash, _Moved] = {}
+        self._again: dict[BlockHash, NodeId] = {}
+        self._given_up: set[BlockHash] = set()
+        self._full: set[NodeId] = set()
+        self._takers = frozenset(self._fleet.takers("", None))
         self._pins: dict[PinKey, tuple[HeldPin, NodeId]] = {}
         self._passed_over: dict[NodeId, str] = {}
         self._pins_refused: dict[NodeId, str] = {}
@@ -129,6 +135,11 @@ class Drainer:
         for block_hash in [h for h, moved in self._moved.items() if not self._fleet.serves(moved.node)]:
             self._count(self._moved.pop(block_hash), -1)
             self._lost += self._holdings.spec(block_hash) is None
+        takers = frozenset(self._fleet.takers("", None))
+        if takers - self._takers:
+            self._lost -= len(self._given_up)
+            self._given_up.clear()
+        self._takers = takers
         self._pins = {key: (held, node) for key, (held, node) in self._pins.items() if self._fleet.serves(node)}
         self._wake.set()
 
@@ -137,7 +148,8 @@ class Drainer:
         if not self.draining:
             return
         for block_hash in removed:
-            self._lost += block_hash not in self._moved
+            self._lost += block_hash not in self._moved and block_hash not in self._given_up
+            self._given_up.discard(block_hash)
         self._wake.set()
 
     # --- what is done about it ----------------------------------------------------------------------------
@@ -152,7 +164,7 @@ class Drainer:
             await self._move_all()
             if not self.draining:
                 continue
-            if self._look_whether_done():
+            if await self._is_done():
                 pause_s = PAUSE_MIN_S
                 await self._wake.wait()
                 continue
@@ -163,9 +175,9 @@ class Drainer:
             except TimeoutError:
                 pass
 
-    def _look_whether_done(self) -> bool:
+    async def _is_done(self) -> bool:
+        done = not self._left() and not self._pins_left() and await self._is_all_there()
         left, pins = len(self._left()), len(self._pins_left())
-        done = not left and not pins
         if done:
             self._held_up = ""
             if not self._drained:
@@ -180,6 +192,37 @@ class Drainer:
         self._drained = done
         self._left_count = left
         return done
+
+    async def _is_all_there(self) -> bool:
+        """Whether all that was moved is where it was moved to; what is not is left again, or given up."""
+        by_node: dict[NodeId, list[BlockHash]] = {}
+        for block_hash, moved in self._moved.items():
+            if self._holdings.spec(block_hash) is not None:
+                by_node.setdefault(moved.node, []).append(block_hash)
+        for node, hashes in by_node.items():
+            for start in range(0, len(hashes), ASK_BLOCKS):
+                view = self._copier.view(node)
+                try:
+                    gone = None if view is None else await self._copier.lacks(view, hashes[start : start + ASK_BLOCKS])
+                except ClusterError:
+                    gone = None
+                if gone is None:
+                    self._passed_over[node] = "it does not say what it has"
+                    return False
+                for block_hash in gone:
+                    self._not_there(block_hash)
+        return not self._left()
+
+    def _not_there(self, block_hash: BlockHash) -> None:
+        moved = self._moved.pop(block_hash, None)
+        if moved is None:
+            return
+        self._count(moved, -1)
+        if block_hash not in self._again:
+            self._again[block_hash] = moved.node
+        else:
+            self._given_up.add(block_hash)
+            self._lost += 1
 
     async def _move_all(self) -> None:
         self._passed_over, self._pins_refused = {}, {}
@@ -206,10 +249,14 @@ class Drainer:
         by_node: dict[NodeId, list[BlockHash]] = {}
         for root in sorted(by_root, key=comes_up):
             takers = [node for node in self._fleet.takers(root.hex(), None) if node not in self._passed_over]
+            if not takers:
+                continue
             before = self._moved.get(specs[root].parent)
-            if takers:
-                node = before.node if before is not None and before.node in takers else takers[0]
-                by_node.setdefault(node, []).extend(by_root[root])
+            thrown_out = self._again.get(root)
+            node = next((node for node in takers if node != thrown_out), takers[0])
+            if before is not None and before.node in takers and before.node != thrown_out:
+                node = before.node
+            by_node.setdefault(node, []).extend(by_root[root])
         return by_node
 
     async def _move_pin(self, key: PinKey, held: HeldPin) -> None:
@@ -252,7 +299,11 @@ class Drainer:
             for block_hash in asked:
                 if block_hash not in lacking:
                     self._enter(block_hash, node)
-            for part in self._copier.parts(list(lacking)):
+            wanted = list(lacking)
+            parts = [*self._copier.parts(wanted)]
+            if node in self._full and wanted:  # one block will tell, and throws nothing out for what cannot follow
+                parts = [wanted[:1], *self._copier.parts(wanted[1:])]
+            for part in parts:
                 if not self.draining:
                     return False
                 outcomes = await self._copier.copy(view, part)
@@ -261,6 +312,9 @@ class Drainer:
                         self._enter(block_hash, node)
                     elif outcome in ("full", "failed"):
                         self._passed_over[node] = "it has no room" if outcome == "full" else "copies did not get there"
+                self._full.discard(node)
+                if "full" in outcomes:
+                    self._full.add(node)
                 if node in self._passed_over:
                     return False
         return True
@@ -280,7 +334,8 @@ class Drainer:
         self._bytes_moved += sign * moved.size_bytes
 
     def _left(self) -> list[BlockHash]:
-        return [block_hash for block_hash in self._holdings.visible() if block_hash not in self._moved]
+        moved, given_up = self._moved, self._given_up
+        return [h for h in self._holdings.visible() if h not in moved and h not in given_up]
 
     def _pins_left(self) -> list[tuple[PinKey, HeldPin]]:
         """Those that nobody took as they are now; one that was renewed or has grown is taken anew."""

@@ -113,6 +113,18 @@ class World:
             life.node.set_members(Members(self._version, nodes, draining))
         self.client.set_nodes(nodes, draining)
 
+    async def start_all(self, count: int, slots: int = 256, disk_slots: int = 0, bytes_s: int = 1 << 30) -> None:
+        """``s0`` and so on; returns when they know each other for long enough to copy."""
+        for i in range(count):
+            await self.start(f"s{i}", slots, disk_slots, bytes_s)
+        await asyncio.sleep(GRACE_S)
+
+    def occupy(self, name: str, hashes: list[BlockHash]) -> Callable[[], None]:
+        """Keep blocks there from being evicted; returns what ends that."""
+        arena = self.lives[name].node.arena
+        lease, _ = arena.hold(hashes, "test", 1e6, clock.now_s())
+        return lambda: arena.release(lease, "test")
+
     async def ask(self, name: str, request: object) -> object:
         life = self.lives[name]
         return await life.peers.call(life.info.address, request, timeout_s=TIMEOUT_S)  # pyright: ignore
@@ -213,8 +225,7 @@ def play(case: Callable[[World], Awaitable[None]]) -> None:
 
 def test_a_pin_has_its_copies_where_the_router_would_look_for_a_new_home() -> None:
     async def case(world: World) -> None:
-        for i in range(4):
-            await world.start(f"s{i}")
+        await world.start_all(4)
         home, second, *_ = order(world, "t")
         hashes = await world.put("t", 40, home)
         await world.pin("t", hashes, home)
@@ -238,8 +249,7 @@ def test_a_pin_has_its_copies_where_the_router_would_look_for_a_new_home() -> No
 
 def test_one_copy_asks_for_no_other_and_idle_nodes_do_nothing() -> None:
     async def case(world: World) -> None:
-        for i in range(3):
-            await world.start(f"s{i}")
+        await world.start_all(3)
         hashes = await world.put("t", 10, "s0")
         await world.pin("t", hashes, "s0", replicas=1)
         await asyncio.sleep(10.0)
@@ -252,8 +262,7 @@ def test_one_copy_asks_for_no_other_and_idle_nodes_do_nothing() -> None:
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_copy_is_made_again_after_the_grace_and_only_there(lost: int) -> None:
     async def case(world: World) -> None:
-        for i in range(4):
-            await world.start(f"s{i}")
+        await world.start_all(4)
         names = order(world, "t")
         hashes = await world.put("t", 20, names[0])
         await world.pin("t", hashes, names[0])
@@ -285,8 +294,7 @@ def test_a_lost_copy_is_made_again_after_the_grace_and_only_there(lost: int) -> 
 
 def test_who_joins_gets_nothing_of_what_is_satisfied() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}")
+        await world.start_all(2)
         for i in range(30):
             hashes = await world.put(f"t{i}", 4, "s0")
             await world.pin(f"t{i}", hashes, "s0")
@@ -303,8 +311,7 @@ def test_who_joins_gets_nothing_of_what_is_satisfied() -> None:
 
 def test_a_node_that_comes_and_goes_costs_one_rebuilding() -> None:
     async def case(world: World) -> None:
-        for i in range(4):
-            await world.start(f"s{i}")
+        await world.start_all(4)
         names = order(world, "t")
         hashes = await world.put("t", 20, names[0])
         await world.pin("t", hashes, names[0])
@@ -330,8 +337,7 @@ def test_a_node_that_comes_and_goes_costs_one_rebuilding() -> None:
 
 def test_copies_keep_to_their_rate() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}", bytes_s=100 * SLOT)
+        await world.start_all(2, bytes_s=100 * SLOT)
         hashes = await world.put("t", 200, "s0")
         await world.pin("t", hashes, "s0")
         await asyncio.sleep(1.0)
@@ -346,8 +352,7 @@ def test_copies_keep_to_their_rate() -> None:
 
 def test_bytes_that_went_bad_do_not_spread() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}")
+        await world.start_all(2)
         hashes = await world.put("t", 8, "s0")
         node = world.lives["s0"].node
         block = node.arena.hold([hashes[3]], "test", 1.0, clock.now_s())[1][0]
@@ -365,19 +370,16 @@ def test_bytes_that_went_bad_do_not_spread() -> None:
 
 def test_a_full_node_is_passed_over_and_blocks_below_come_up() -> None:
     async def case(world: World) -> None:
-        for i in range(3):
-            await world.start(f"s{i}", disk_slots=300, slots=64)
+        await world.start_all(3, disk_slots=300, slots=64)
         names = order(world, "t")
-        full = world.lives[names[1]].node
-        taken = await world.put("other", 60, names[1])
-        await world.ask(names[1], Pin(TraceId("other"), tuple(taken[:30]), 3000.0, "hard", tenant="a"))
-        full.arena.hold(taken, "test", 1e6, clock.now_s())
-        hashes = await world.put("t", 150, names[0])
+        release = world.occupy(names[1], await world.put("other", 60, names[1]))
+        hashes = [b for i in range(10) for b in await world.put(f"t{i}", 15, names[0])][:60]
         await asyncio.sleep(2.0)
+        assert sum(world.lives[names[0]].node.arena.exists(hashes)) < 20
         await world.pin("t", hashes, names[0])
         await asyncio.sleep(20.0)
         assert world.holders(hashes) == {names[0], names[2]}
-        full.arena.release(full.arena._leases.all() and max(full.arena._leases._by_id), "test")  # pyright: ignore
+        release()
 
     play(case)
 
@@ -387,8 +389,7 @@ def test_a_full_node_is_passed_over_and_blocks_below_come_up() -> None:
 
 def test_a_drain_moves_everything_and_families_stay_together() -> None:
     async def case(world: World) -> None:
-        for i in range(4):
-            await world.start(f"s{i}", slots=1000)
+        await world.start_all(4, slots=1000)
         traces = {f"t{i}": await world.put(f"t{i}", 12, "s0") for i in range(30)}
         for i in range(10):
             await world.pin(f"t{i}", traces[f"t{i}"], "s0", replicas=1)
@@ -436,8 +437,7 @@ def test_a_drain_says_what_it_cannot_move_and_goes_on_when_it_can() -> None:
             await world.drain("s0")
         await world.start("s1", slots=32)
         hashes = await world.put("t", 60, "s0")
-        hard = await world.put("u", 15, "s1")
-        await world.ask("s1", Pin(TraceId("u"), tuple(hard), 3000.0, "hard", tenant="b"))
+        release = world.occupy("s1", await world.put("u", 15, "s1"))
         await world.drain("s0")
         await asyncio.sleep(20.0)
         state = await world.drain("s0")
@@ -449,14 +449,33 @@ def test_a_drain_says_what_it_cannot_move_and_goes_on_when_it_can() -> None:
         state = await world.drained("s0")
         assert state.blocks_lost == 0
         assert len([b for b in hashes if world.holders([b]) - {"s0"}]) == 60
+        release()
+
+    play(case)
+
+
+def test_what_the_others_throw_out_again_is_counted_as_lost() -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        await world.start("s1", slots=64)
+        for i in range(100):
+            await world.put(f"t{i}", 1, "s0")
+        state = await world.drained("s0")
+        assert state.blocks_lost == 36
+        assert len(world.lives["s1"].node.arena) == 64
+        await world.start("s2")
+        await asyncio.sleep(1.0)
+        state = await world.drained("s0")
+        assert state.blocks_lost == 0
+        for i in range(100):
+            assert world.holders([h(f"t{i}", 0)]) - {"s0"}
 
     play(case)
 
 
 def test_a_cancelled_drain_serves_again() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}", bytes_s=20 * SLOT)
+        await world.start_all(2, bytes_s=20 * SLOT)
         hashes = await world.put("t", 100, "s0")
         await world.drain("s0")
         await asyncio.sleep(1.0)
@@ -474,8 +493,7 @@ def test_a_cancelled_drain_serves_again() -> None:
 
 def test_a_drain_survives_the_loss_of_who_takes_its_blocks() -> None:
     async def case(world: World) -> None:
-        for i in range(3):
-            await world.start(f"s{i}", bytes_s=50 * SLOT)
+        await world.start_all(3, bytes_s=50 * SLOT)
         traces = [await world.put(f"t{i}", 10, "s0") for i in range(20)]
         await world.drain("s0")
         await asyncio.sleep(2.0)
@@ -492,8 +510,7 @@ def test_a_drain_survives_the_loss_of_who_takes_its_blocks() -> None:
 
 def test_replicas_of_a_drained_node_are_made_again() -> None:
     async def case(world: World) -> None:
-        for i in range(3):
-            await world.start(f"s{i}")
+        await world.start_all(3)
         names = order(world, "t")
         hashes = await world.put("t", 20, names[0])
         await world.pin("t", hashes, names[0])
@@ -514,8 +531,7 @@ def test_replicas_of_a_drained_node_are_made_again() -> None:
 
 def test_reads_fail_over_to_the_other_copy_and_a_lone_one_is_a_miss_at_once() -> None:
     async def case(world: World) -> None:
-        for i in range(3):
-            await world.start(f"s{i}")
+        await world.start_all(3)
         home = order(world, "t")[0]
         hashes = await world.put("t", 20, home)
         lone = await world.put("lone", 20, home)
@@ -540,8 +556,7 @@ def test_reads_fail_over_to_the_other_copy_and_a_lone_one_is_a_miss_at_once() ->
 
 def test_a_frozen_holder_costs_patience_not_the_deadline() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}")
+        await world.start_all(2)
         hashes = await world.put("t", 20, "s0")
         await world.pin("t", hashes, "s0")
         await asyncio.sleep(1.0)
@@ -563,8 +578,7 @@ def test_a_frozen_holder_costs_patience_not_the_deadline() -> None:
 
 def test_a_copy_that_hangs_half_way_lands_elsewhere() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}")
+        await world.start_all(2)
         hashes = await world.put("t", 4, "s0")
         await world.pin("t", hashes, "s0")
         await asyncio.sleep(1.0)
@@ -596,8 +610,7 @@ def test_a_copy_that_hangs_half_way_lands_elsewhere() -> None:
 
 def test_a_bad_copy_is_replaced_by_a_good_one() -> None:
     async def case(world: World) -> None:
-        for i in range(2):
-            await world.start(f"s{i}")
+        await world.start_all(2)
         hashes = await world.put("t", 4, "s0")
         await world.pin("t", hashes, "s0")
         await asyncio.sleep(1.0)

@@ -376,6 +376,7 @@ class DrainState(Message, frozen=True):
     """Since the drain began; those that the other node had already are counted too."""
     bytes_moved: int = 0
     blocks_lost: int = 0
-    """Gone from here before they were moved: evicted, or their bytes were bad."""
+    """Gone from here before they were moved (evicted, or their bytes were bad), or moved twice and evicted there both
+    times. A node that joins later gets those that are still here."""
     held_up: str = ""
     """Why what is left could not be moved when it was last tried."""
