@@ -15,10 +15,12 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import uvloop
 
-from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
+from cluster.config import NodeSpec, Plan, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
-from kvstore.tiers.disk import NoDisk, open_disk
+from cluster.tiers import open_tiers
+from kvstore.tiers.disk import NoDisk
+from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
 from tracehaul.rpc.base import Service
@@ -53,7 +55,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, TransferError, OSError) as fault:
+    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -195,17 +197,16 @@ class _Node:
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
-        if not chosen.disk_bytes:
+        tier, stats = await open_tiers(chosen, self._run, self._spec.name, config.slot_bytes)
+        if tier is None:
             store = StoreNode(config, self._generation, planes, memory, offload)
             stack.callback(store.close)
             return Room(store, {"store": store.stats}, store.load)
-        path = disk_path(chosen, self._run, self._spec.name)
-        tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
         stack.callback(tier.close)
         store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering)
         assert store.tiering is not None
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats}
+        stats = {"store": store.stats, "tiering": store.tiering.stats, **stats}
         return Room(store, stats, store.load, background=(store.run(),))
 
     async def _worker(
