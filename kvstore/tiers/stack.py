@@ -41,11 +41,10 @@ class StackStats(msgspec.Struct):
 
 
 class Stack:
-    """The :class:`kvstore.tiers.base.Tier` of two; they have no other listener. Its stats are those of its parts."""
+    """The :class:`kvstore.tiers.base.Tier` of two; they have no other listener."""
 
     def __init__(self, upper: Tier, lower: Tier, slot_bytes: int) -> None:
         self.name = f"{upper.name}+{lower.name}"
-        self.stats = TierStats()
         self.moves = StackStats()
         self.stores_max = upper.stores_max
         self._upper = upper
@@ -70,6 +69,12 @@ class Stack:
     @property
     def bytes_max(self) -> int:
         return self._upper.bytes_max + self._lower.bytes_max
+
+    @property
+    def stats(self) -> TierStats:
+        """Of both together."""
+        both = [msgspec.structs.astuple(part.stats)[: len(TierStats.__struct_fields__)] for part in self.parts]
+        return TierStats(*map(sum, zip(*both, strict=True)))
 
     @property
     def available(self) -> bool:
