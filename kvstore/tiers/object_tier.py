@@ -189,7 +189,7 @@ class ObjectTier:
         if self._breaker.failed(final=final or isinstance(error, ObjectsRefused)):
             self.stats.outages += 1
             self._to_mend.set()
-            log.error("a tier does not answer: its blocks are misses until it does", tier=self.name, error=error)
+            log.error("a tier does not answer: its blocks are misses until it does", tier=self.name, reason=error)
 
     # --- writing ------------------------------------------------------------------------------------------
 
@@ -359,8 +359,8 @@ class ObjectTier:
 
     def check(self) -> None:
         self._index.check()
-        for block_hash in self._index.held():
-            assert block_hash.hex() in str(self._names), "a held block without an object"
+        named = {name.partition(".")[0] for name in self._names if name is not None}
+        assert {block_hash.hex() for block_hash in self._index.held()} <= named, "a held block without an object"
         assert not any(name in self._trash for name in self._names if name is not None)
 
     def close(self) -> None:

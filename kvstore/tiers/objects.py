@@ -86,7 +86,7 @@ def parse_url(url: str) -> tuple[str, str]:
         ValueError: it is no such address.
     """
     found = _URL.fullmatch(url)
-    if found is None or "//" in (found[2] or ""):
+    if found is None or "//" in url.removeprefix("s3://"):
         raise ValueError(f"not an address of a bucket: {url!r}; write s3://bucket or s3://bucket/prefix")
     return found[1], (found[2] or "").strip("/")
 

@@ -9,6 +9,7 @@ checksum. A put whose time is over ends when the library has let go of the memor
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Coroutine, Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -45,7 +46,10 @@ PAGE_OBJECTS = 1000
 LAST_NAME = "~"
 """Sorts after every name of ours."""
 COPY_THREADS = 2
-REASON_CHARS_MAX = 300
+REASON_CHARS_MAX = 500
+BUSY_STATUSES = ("408", "429")
+"""Of those that blame the caller, the ones that pass."""
+_STATUS = re.compile(r"status code: (\d{3})")
 
 
 class NoBucket(Unavailable):
@@ -130,15 +134,21 @@ async def _ask(call: Coroutine[Any, Any, T], timeout_s: float) -> T:
 def _translated() -> Generator[None, None, None]:
     try:
         yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error):
-            raise ObjectsRefused(_reason(error)) from error
-        raise ObjectMissing(_reason(error)) from error
-    except (PermissionDeniedError, UnauthenticatedError) as error:
-        raise ObjectsRefused(_reason(error)) from error
     except (BaseError, OSError) as error:
-        refused = "NoSuchBucket" in str(error)
-        raise (ObjectsRefused if refused else ObjectsUnreachable)(_reason(error)) from error
+        raise _translate(error) from error
+
+
+def _translate(error: Exception) -> ObjectMissing | ObjectsUnreachable:
+    """The library has types for some answers of some calls; the status is in its words for all of them."""
+    reason = _reason(error)
+    if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in reason:
+        return ObjectMissing(reason)
+    if isinstance(error, FileNotFoundError | PermissionDeniedError | UnauthenticatedError):
+        return ObjectsRefused(reason)
+    status = _STATUS.search(reason)
+    if status is not None and status[1].startswith("4") and status[1] not in BUSY_STATUSES:
+        return ObjectsRefused(reason)
+    return ObjectsUnreachable(reason)
 
 
 def _reason(error: Exception) -> str:
@@ -181,5 +191,5 @@ async def open_s3(url: str, node: str, nbytes: int, slot_bytes: int) -> ObjectTi
     except ObjectsRefused as error:
         raise NoBucket(f"cannot use {url}: {error}") from error
     except ObjectsUnreachable as error:
-        log.error("the S3 tier does not answer: the node serves without it until it does", url=url, error=error)
+        log.error("the S3 tier does not answer: the node serves without it until it does", url=url, reason=error)
     return ObjectTier("s3", objects, ThreadOffload("s3", COPY_THREADS), slots, slot_bytes)
