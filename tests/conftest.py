@@ -1,5 +1,6 @@
 """What all tests share: where GPU tests run, how Hypothesis behaves on busy machines, and a server of S3's protocol."""
 
+import os
 import subprocess
 import sys
 import uuid
@@ -31,7 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def s3_port() -> Generator[int, None, None]:
-    """The port of a server that speaks S3's protocol."""
+    """The port of a server that speaks S3's protocol: of our own, or the local one that ``TRACEHAUL_S3_PORT`` names."""
+    if port := os.environ.get("TRACEHAUL_S3_PORT"):
+        yield int(port)
+        return
     script = Path(__file__).with_name("s3_server.py")
     with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
         assert server.stdout is not None
