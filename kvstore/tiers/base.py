@@ -58,6 +58,8 @@ class Tier(Protocol):
     name: str
     stores_max: int
     """Calls of :meth:`store` that are worth having under way at once."""
+    metered: bool
+    """Whether somebody is paid for each read: then nothing is read unless somebody wants it."""
 
     @property
     def stats(self) -> TierStats:

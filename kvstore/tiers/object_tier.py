@@ -81,6 +81,7 @@ class ObjectTier:
         self.name = name
         self.stats = ObjectStats()
         self.stores_max = STORES_MAX
+        self.metered = True
         self._objects = objects
         self._offload = offload
         self._slots_max = slots_max

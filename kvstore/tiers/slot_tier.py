@@ -42,6 +42,7 @@ class SlotTier:
         self.name = name
         self.stats = TierStats()
         self.stores_max = STORES_MAX
+        self.metered = False
         self._device = device
         self._reads = reads
         self._writes = writes

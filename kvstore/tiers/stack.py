@@ -47,6 +47,7 @@ class Stack:
         self.name = f"{upper.name}+{lower.name}"
         self.moves = StackStats()
         self.stores_max = upper.stores_max
+        self.metered = upper.metered or lower.metered
         self._upper = upper
         self._lower = lower
         self._slot_bytes = slot_bytes

@@ -49,7 +49,7 @@ class TieringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     promote_timeout_s: float = 2.0
     """How long a lease waits for its blocks; those that come later can be leased then."""
     scrub_bytes_s: int = 2 << 20
-    """How fast blocks are read in the background to find those that went bad; 0: never."""
+    """How fast blocks on disk are read in the background to find those that went bad; 0: never."""
 
     def __post_init__(self) -> None:
         if self.scrub_bytes_s < 0 or self.promotions_max < 1 or self.promote_timeout_s <= 0:
@@ -328,12 +328,16 @@ class Tiering:
             await self.tier.flush()
 
     async def _scrub(self) -> None:
+        """Round and round through what can be read for nothing: at most one part of the tier."""
+        tier = next((part for part in self.tier.parts if not part.metered), None)
+        if tier is None:
+            return
         view = memoryview(mmap.mmap(-1, self._slot_bytes))
         rate = self._config.scrub_bytes_s
         at: int | None = None
         owed_s = 0.0
         while True:
-            at = await self.tier.scrub(at, view)
+            at = await tier.scrub(at, view)
             owed_s += self._slot_bytes / rate
             if at is None:
                 await asyncio.sleep(SCRUB_PAUSE_S)

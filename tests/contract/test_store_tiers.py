@@ -12,6 +12,7 @@ from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
 from kvstore.node import StoreNode
 from kvstore.staging import Staging
+from kvstore.tiers import tiering
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import DiskFile
 from kvstore.tiers.fake import MemoryDevice
@@ -377,6 +378,22 @@ def test_a_disk_that_refuses_costs_nothing_but_itself(tmp_path: Path) -> None:
             await life.check()
             assert len(life.tier) == 0
             bed.memory.failing = False
+
+    asyncio.run(main())
+
+
+def test_a_bucket_is_not_read_unless_somebody_wants_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiering, "SCRUB_PAUSE_S", 0.05)
+
+    async def main() -> None:
+        bed = Bed("stack", tmp_path)
+        async with live(bed, TieringConfig(scrub_bytes_s=1 << 30)) as life:
+            await put_all(life)
+            disk, bucket = life.tier.parts
+            async with asyncio.timeout(5):
+                while disk.stats.scrubbed < 12:  # noqa: ASYNC110 - polls a counter
+                    await asyncio.sleep(0.01)
+            assert (bucket.stats.scrubbed, bucket.stats.loaded) == (0, 0)
 
     asyncio.run(main())
 
