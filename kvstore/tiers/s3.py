@@ -49,6 +49,7 @@ COPY_THREADS = 2
 REASON_CHARS_MAX = 500
 BUSY_STATUSES = ("408", "429")
 """Of those that blame the caller, the ones that pass."""
+_SAID = re.compile(r"<Code>(.*?)</Code>\s*<Message>(.*?)</Message>")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -152,8 +153,11 @@ def _translate(error: Exception) -> ObjectMissing | ObjectsUnreachable:
 
 
 def _reason(error: Exception) -> str:
-    """The library's words in one line: it says the request, the status and what the service wrote, no secrets."""
+    """One line without secrets: what the service wrote, or else the library's words, which name the request."""
     text = " ".join(str(error).partition("Debug source")[0].split())
+    status, said = _STATUS.search(text), _SAID.search(text)
+    if status is not None and said is not None:
+        return f"status code: {status[1]} {said[1]}: {said[2]}"[:REASON_CHARS_MAX]
     return text[:REASON_CHARS_MAX] or type(error).__name__
 
 
