@@ -18,7 +18,7 @@ from kvstore.eviction import LeastRecent, Policy, Ranked
 from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
 from kvstore.pins import HARD, PinKey, Pins
-from kvstore.tenants import Tenants
+from kvstore.tenants import SHARED, Tenants
 from tracehaul.wire.blocks import (
     BlockSpec,
     Full,
@@ -37,6 +37,7 @@ from tracehaul.wire.blocks import (
     TooLarge,
 )
 from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
+from tracehaul.wire.operations import TenantUsage
 
 FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED = range(5)
 
@@ -73,6 +74,7 @@ class Arena:
         self._reservations = Reservations(config.reservation_ttl_s)
         self._leases = Leases()
         self._quarantine: deque[tuple[float, int]] = deque()  # (until_s, slot), in order
+        self._scratch: dict[BlockHash, str] = {}  # reserved or published for a measurement: by whom
         # Who gives way.
         self._tenants = Tenants(config.quota_bytes, config.slot_bytes, slots)
         self._pins = Pins(config)
@@ -114,6 +116,14 @@ class Arena:
         """Open pins."""
         return len(self._pins)
 
+    def usage(self) -> list[TenantUsage]:
+        """What each group of tenants takes of its quota, the shared one first."""
+        slot_bytes = self._config.slot_bytes
+        return [
+            TenantUsage(name, self._tenants.quota(group) * slot_bytes, self._tenants.used(group) * slot_bytes)
+            for group, name in enumerate(self._tenants.names)
+        ]
+
     def bytes_used(self, tenant: str) -> int:
         """What counts against a tenant's quota; tenants without one count together."""
         return self._tenants.used(self._tenants.group(tenant)) * self._config.slot_bytes
@@ -128,7 +138,9 @@ class Arena:
         return bytes([h in published for h in hashes])
 
     def published(self) -> tuple[BlockHash, ...]:
-        """All visible hashes, oldest publish first: a snapshot as of the last change."""
+        """All visible hashes but scratch ones, oldest publish first: a snapshot as of the last change."""
+        if self._scratch:
+            return tuple([block_hash for block_hash in self._published if block_hash not in self._scratch])
         return tuple(self._published)
 
     def take_changes(self) -> list[Stored | Removed]:
@@ -143,16 +155,19 @@ class Arena:
 
     # --- writing ------------------------------------------------------------------------------------------
 
-    def reserve(self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "") -> list[ReserveOutcome]:
+    def reserve(
+        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "", *, scratch: bool = False
+    ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
-        One outcome per block, same order.
+        One outcome per block, same order. ``scratch`` blocks get free slots only, are the first to give way, are no
+        change that anybody is told of, and go with their owner's connection.
         """
         self.expire(now_s)
         group = self._tenants.group(tenant)
-        return [self._reserve(block, owner, group, now_s) for block in blocks]
+        return [self._reserve(block, owner, group, now_s, scratch) for block in blocks]
 
-    def _reserve(self, block: BlockSpec, owner: str, group: int, now_s: float) -> ReserveOutcome:
+    def _reserve(self, block: BlockSpec, owner: str, group: int, now_s: float, scratch: bool) -> ReserveOutcome:
         if not 0 < block.size_bytes <= self._config.slot_bytes:
             return _TOO_LARGE
         slot = self._published.get(block.hash)
@@ -167,10 +182,12 @@ class Arena:
         if self._families.closes_cycle(block.hash, parent, self._reservations.parent_of):
             return _FULL
         self._families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
-        slot = self._take_slot(group)
+        slot = self._take_slot(group) if self._free or not scratch else None
         if slot is None:
             self._forget_child(parent)
             return _FULL
+        if scratch:
+            self._scratch[block.hash] = owner
         self._state[slot] = RESERVED
         self._generation[slot] += 1
         self._size[slot] = block.size_bytes
@@ -209,7 +226,8 @@ class Arena:
         self._published[reservation.hash] = slot
         self._policy.add(slot, self._group[slot], reservation.hash)
         self.bytes_published += self._size[slot]
-        self._changes.append(Stored(reservation.hash))
+        if reservation.hash not in self._scratch:
+            self._changes.append(Stored(reservation.hash))
         return "published"
 
     def abandon(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str) -> None:
@@ -218,6 +236,7 @@ class Arena:
             reservation = self._find(block_hash, generation, owner)
             if reservation is not None:
                 self._end_reservation(reservation)
+                self._scratch.pop(block_hash, None)
                 self._forget_child(reservation.parent)
                 self._tenants.give(self._group[reservation.slot])
                 self._free_slot(reservation.slot)
@@ -342,6 +361,44 @@ class Arena:
                 self._ranked.remove(slot)
                 self._unpark(slot)
 
+    # --- limits -------------------------------------------------------------------------------------------
+
+    def reconfigure(self, config: StoreConfig, now_s: float) -> str | None:
+        """Other limits from now on. Returns why not, with nothing changed, where what is held now exceeds them.
+
+        What is only asked for later (leases, reservations) may exceed them until it ends. Sizes cannot change.
+        Linear in slots if tenants get or lose a quota of their own: what a tenant wrote before it had one goes on
+        counting as shared, and what it wrote under one that it loses counts as shared, and as recently used.
+        """
+        before = self._config
+        assert (config.arena_bytes, config.slot_bytes) == (before.arena_bytes, before.slot_bytes)
+        assert config.late_write_s >= before.late_write_s, "slots at rest were promised their time"
+        self.expire(now_s)
+        refusal = self._pins.reconfigure(config)
+        if refusal is not None:
+            return refusal
+        self._config = config
+        if config.quota_bytes != before.quota_bytes:
+            self._regroup(Tenants(config.quota_bytes, config.slot_bytes, config.slots_max))
+        self._reservations.set_ttl(config.reservation_ttl_s)
+        self.expire(now_s)
+        return None
+
+    def _regroup(self, tenants: Tenants) -> None:
+        assert isinstance(self._policy, LeastRecent), "other policies are for measurements"
+        moved = [SHARED, *[tenants.group(tenant) for tenant in self._tenants.names[1:]]]
+        policy = LeastRecent(len(self._state), len(tenants))
+        for group, to in enumerate(moved):
+            for slot in self._policy.order(group):
+                policy.touch(slot, to)
+        for slot, state in enumerate(self._state):
+            self._group[slot] = moved[self._group[slot]]
+            if state in (RESERVED, PUBLISHED):
+                tenants.take(self._group[slot])
+            if slot in self._ranked:  # a search comes across it again
+                policy.restore(slot, self._group[slot])
+        self._tenants, self._policy, self._ranked = tenants, policy, Ranked(len(tenants))
+
     # --- time and loss ------------------------------------------------------------------------------------
 
     def next_deadline_s(self) -> float | None:
@@ -371,18 +428,29 @@ class Arena:
             self._end_protection(self._leases.end(lease))
         for reservation in self._reservations.of(owner):
             self._quarantine_reservation(reservation, now_s)
+        for block_hash in [block_hash for block_hash, by in self._scratch.items() if by == owner]:
+            self._remove(self._published[block_hash])  # reserved ones were ended just now
 
     # --- slots --------------------------------------------------------------------------------------------
 
     def _take_slot(self, group: int) -> int | None:
         """A free slot, if need be by evicting; None if nothing can go."""
         if not self._free:
-            victim = self._victim(group)
+            victim = self._scratch_victim()
             if victim is None:
-                return None
-            self.evicted += 1
+                victim = self._victim(group)
+                if victim is None:
+                    return None
+                self.evicted += 1
             self._remove(victim)
         return self._free.pop()
+
+    def _scratch_victim(self) -> int | None:
+        for block_hash in reversed(self._scratch):
+            slot = self._published.get(block_hash)
+            if slot is not None and self._is_idle(slot):
+                return slot
+        return None
 
     def _victim(self, group: int) -> int | None:
         """Whose block goes for one of ``group``: by quota, then by priority, then as the policy says."""
@@ -432,7 +500,8 @@ class Arena:
         self._hash[slot] = None
         if parent_slot is not None:
             self._unpark(parent_slot)
-        self._changes.append(Removed(block_hash))
+        if self._scratch.pop(block_hash, None) is None:
+            self._changes.append(Removed(block_hash))
         if self._lease_count[slot]:
             self._state[slot] = CONDEMNED
         else:
@@ -457,6 +526,7 @@ class Arena:
     def _quarantine_reservation(self, reservation: Reservation, now_s: float) -> None:
         """The block may be reserved anew at once; its slot rests."""
         self._end_reservation(reservation)
+        self._scratch.pop(reservation.hash, None)
         self._forget_child(reservation.parent)
         self._tenants.give(self._group[reservation.slot])
         self._state[reservation.slot] = QUARANTINED
@@ -511,6 +581,7 @@ class Arena:
             assert block_hash is not None
             assert self._published[block_hash] == slot
         self._check_eviction(by_state[PUBLISHED], by_state[RESERVED])
+        assert all(h in self._published or self.is_reserved(h) for h in self._scratch)
         assert self.bytes_published == sum(self._size[slot] for slot in by_state[PUBLISHED])
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s

@@ -20,8 +20,8 @@ class Feed:
 
     def __init__(self, generation: Generation, *, changes_max: int, subscribers_max: int) -> None:
         self._generation = generation
-        self._changes_max = changes_max
-        self._subscribers_max = subscribers_max
+        self.changes_max = changes_max
+        self.subscribers_max = subscribers_max
         self._subscribers: dict[int, _Subscriber] = {}
         self._subscriber_last = 0
         self.sequence = 0
@@ -48,12 +48,12 @@ class Feed:
         Raises:
             Overloaded: there are too many subscribers, or this one fell too far behind: subscribe again.
         """
-        if len(self._subscribers) >= self._subscribers_max:
+        if len(self._subscribers) >= self.subscribers_max:
             raise Overloaded(f"{len(self._subscribers)} subscribers already")
         sequence = self.sequence
         self._subscriber_last += 1
         key = self._subscriber_last
-        subscriber = self._subscribers[key] = _Subscriber(self._changes_max)
+        subscriber = self._subscribers[key] = _Subscriber(self.changes_max)
         try:
             # At least one part, so that an empty node is known to be empty.
             for start in range(0, max(1, len(held)), SNAPSHOT_PART_HASHES):

@@ -2,20 +2,25 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
 from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
 from kvstore.events import Feed
+from kvstore.limits import changed, limits_of, live_of
 from kvstore.moves import checksums
 from kvstore.pins import PRIORITY_MAX
+from kvstore.scrub import Scrubber
 from kvstore.tiers.base import Tier
 from kvstore.tiers.prefetch import PrefetchJobs
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
+from tracehaul import __version__
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
@@ -27,7 +32,6 @@ from tracehaul.wire.blocks import (
     Await,
     Awaited,
     AwaitState,
-    BlockSpec,
     Existing,
     Exists,
     Full,
@@ -62,6 +66,19 @@ from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Checksum, Generation
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.operations import (
+    Describe,
+    Description,
+    Limits,
+    Locate,
+    Located,
+    Scrub,
+    ScrubCancel,
+    ScrubPoll,
+    SetLimits,
+)
+
+log = Log(__name__)
 
 HASHES_MAX = 65536
 """Blocks in one request."""
@@ -133,6 +150,10 @@ class StoreNode:
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
+        self._born_s = clock.perf_s()
+        self._scrubber = Scrubber(
+            self._arena, self._buffer, config.slot_bytes, offload, self.tiering, self._changed, self._found_bad
+        )
 
     @property
     def arena(self) -> Arena:
@@ -211,6 +232,18 @@ class StoreNode:
                 return TierList(tuple(self._tiers()))
             case Prefetch() | PrefetchPoll() | PrefetchCancel():
                 return self._prefetched(request)
+            case Describe():
+                return self.describe()
+            case Locate(hashes=hashes):
+                return self._locate(hashes)
+            case SetLimits(changes=changes):
+                return self._set_limits(changes, context.peer)
+            case Scrub():
+                return self._scrubber.start()
+            case ScrubPoll(job=job):
+                return self._scrubber.poll(job)
+            case ScrubCancel(job=job):
+                return self._scrubber.cancel(job)
             case _:
                 raise InvalidRequest(f"a store node does not answer {type(request).__name__}")
 
@@ -239,6 +272,7 @@ class StoreNode:
 
     def close(self) -> None:
         """Stop the timer. Requests must have ended."""
+        self._scrubber.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -262,20 +296,21 @@ class StoreNode:
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
-        outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
+        outcomes = self._reserve_missing(request, peer)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
         self._changed()
         return Reserved(tuple(outcomes))
 
-    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str) -> list[ReserveOutcome]:
+    def _reserve_missing(self, request: Reserve, peer: str) -> list[ReserveOutcome]:
         """What a tier has needs no slot: it comes up when somebody reads it."""
+        blocks, tenant, scratch = request.blocks, request.tenant, request.scratch
         if self.tiering is None:
-            return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
+            return self._arena.reserve(blocks, peer, clock.now_s(), tenant, scratch=scratch)
         find = self.tiering.tier.find
         below = [find(block.hash) is not None for block in blocks]
         missing = [block for block, there in zip(blocks, below, strict=True) if not there]
-        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
+        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant, scratch=scratch))
         return [Present() if there else next(answers) for there in below]
 
     def _tiers(self) -> Iterator[TierInfo]:
@@ -337,7 +372,7 @@ class StoreNode:
                 return
             (actual,) = await self._checksums([(block.offset, block.size_bytes)])
             if actual != block.checksum and self._arena.revoke(request.hash, request.generation):
-                self.stats.corrupt_held += 1
+                self._found_bad(request.hash)
         finally:
             self._arena.release(leased.lease, SELF)
             self._changed()
@@ -372,6 +407,67 @@ class StoreNode:
             self.stats.pins_refused += 1
             raise Overloaded(pinned)
         return pinned
+
+    # --- for operators ------------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """The node as it is now."""
+        arena, tiering = self._arena, self.tiering.config if self.tiering is not None else None
+        return Description(
+            version=__version__,
+            generation=self._generation,
+            uptime_s=clock.perf_s() - self._born_s,
+            transports=tuple([plane.region.descriptor.kind for plane in self._planes]),
+            slot_bytes=self._config.slot_bytes,
+            slots=self._config.slots_max,
+            slots_free=arena.slots_free,
+            slots_quarantined=arena.slots_quarantined,
+            blocks=len(arena),
+            bytes_used=arena.bytes_published,
+            leases=arena.leases,
+            reservations=arena.reservations,
+            pins=arena.pins,
+            waiters=len(self._waiters),
+            subscribers=len(self._feed),
+            limits=limits_of(self._config, tiering),
+            live=live_of(tiering),
+            tenants=tuple(arena.usage()),
+            tiers=tuple(self._tiers()),
+            counters=msgspec.structs.asdict(self.stats),
+        )
+
+    def _locate(self, hashes: Sequence[BlockHash]) -> Located:
+        _check_count(hashes)
+        held = {"memory": self._arena.exists(hashes)}
+        if self.tiering is not None:
+            find = self.tiering.tier.find
+            held[self.tiering.tier.name] = bytes([find(block_hash) is not None for block_hash in hashes])
+        return Located(held)
+
+    def _set_limits(self, changes: dict[str, Any], peer: str) -> Limits:
+        """All or none, in one turn of the event loop."""
+        before = limits_of(self._config, self.tiering.config if self.tiering is not None else None)
+        store, tiering = changed(self._config, self.tiering.config if self.tiering is not None else None, changes)
+        refusal = self._arena.reconfigure(store, clock.now_s())
+        self._changed()
+        if refusal is not None:
+            raise InvalidRequest(f"{refusal}: end some first, or choose a higher limit")
+        self._config = store
+        self._feed.changes_max, self._feed.subscribers_max = store.changes_max, store.subscribers_max
+        self._waiters.waiters_max = store.waiters_max
+        if self.tiering is not None and tiering is not None:
+            self.tiering.reconfigure(tiering)
+        after = limits_of(store, tiering)
+        for name in changes:
+            if before[name] != after[name]:
+                log.info(
+                    "limit changed, until this node restarts", limit=name, old=before[name], new=after[name], by=peer
+                )
+        return Limits(after)
+
+    def _found_bad(self, block_hash: BlockHash) -> None:
+        self.stats.corrupt_held += 1
+        log.warning("dropped a bad block", tier="memory", block=block_hash.hex())
 
     # --- helpers ------------------------------------------------------------------------------------------
 

@@ -118,7 +118,19 @@ class Tiering:
         self._coming: dict[BlockHash, _Promotion] = {}
         self._promotions: set[_Promotion] = set()
         self._closed = False
+        self._scrubbing = asyncio.Event()
+        """Set when the scrubber's rate may have become other than 0."""
         tier.listen(self._on_tier)
+
+    @property
+    def config(self) -> TieringConfig:
+        """Its limits as they are now."""
+        return self._config
+
+    def reconfigure(self, config: TieringConfig) -> None:
+        """Other limits from now on."""
+        self._config = config
+        self._scrubbing.set()
 
     @property
     def behind(self) -> int:
@@ -269,8 +281,7 @@ class Tiering:
             for _ in range(WRITES_MAX):
                 group.create_task(self._write_behind())
             group.create_task(self._flush())
-            if self._config.scrub_bytes_s:
-                group.create_task(self._scrub())
+            group.create_task(self._scrub())
 
     async def drain(self) -> None:
         """Write what waits to be written. Beside :meth:`run` or after it."""
@@ -326,10 +337,12 @@ class Tiering:
 
     async def _scrub(self) -> None:
         view = memoryview(mmap.mmap(-1, self._slot_bytes))
-        rate = self._config.scrub_bytes_s
         at: int | None = None
         owed_s = 0.0
         while True:
+            while not (rate := self._config.scrub_bytes_s):
+                self._scrubbing.clear()
+                await self._scrubbing.wait()
             at = await self.tier.scrub(at, view)
             owed_s += self._slot_bytes / rate
             if at is None:

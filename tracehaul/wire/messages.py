@@ -33,6 +33,18 @@ from tracehaul.wire.blocks import (
     Unpin,
 )
 from tracehaul.wire.cluster import Heartbeat, Join, Members
+from tracehaul.wire.operations import (
+    Describe,
+    Description,
+    Limits,
+    Locate,
+    Located,
+    Scrub,
+    ScrubCancel,
+    ScrubPoll,
+    ScrubState,
+    SetLimits,
+)
 from tracehaul.wire.steps import DecodeStep, PrefillDone, PrefillProgress, PrefillStep, PrefillToken, StepDone, Tokens
 
 Request = (
@@ -56,6 +68,12 @@ Request = (
     | Prefetch
     | PrefetchPoll
     | PrefetchCancel
+    | Describe
+    | SetLimits
+    | Locate
+    | Scrub
+    | ScrubPoll
+    | ScrubCancel
     | PrefillStep
     | DecodeStep
 )
@@ -74,6 +92,10 @@ Reply = (
     | Events
     | TierList
     | PrefetchState
+    | Description
+    | Limits
+    | Located
+    | ScrubState
     | PrefillProgress
     | PrefillToken
     | PrefillDone
