@@ -236,7 +236,7 @@ class _Node:
                 prefill = PrefillService(host)
 
                 def on_members(members: Members) -> None:
-                    host.set_nodes(members.nodes)
+                    host.set_nodes(members.nodes, members.draining)
 
                 return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),))
             case "decode":

@@ -5,7 +5,7 @@ Bytes that are reported as got were read under a live lease and match their chec
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -67,9 +67,12 @@ class StoreClient:
         self._reader = Reader(self._nodes, offload)
         self._writer = Writer(self._nodes, offload, scratch=scratch)
 
-    def set_nodes(self, nodes: Sequence[NodeInfo]) -> None:
-        """The live members of the cluster; those that are not store nodes are ignored."""
-        self._nodes.set(nodes)
+    def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
+        """The live members of the cluster, and which of them are about to leave: these are only read from.
+
+        Those that are not store nodes are ignored.
+        """
+        self._nodes.set(nodes, draining)
 
     async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
         """Per hash a node that holds it, or None. A hint; takes at most half a second.

@@ -26,6 +26,7 @@ from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import (
+    REPLICAS_MAX,
     Abandon,
     Attach,
     Attached,
@@ -401,6 +402,8 @@ class StoreNode:
             raise InvalidRequest("not a block hash")
         if not (request.ttl_s > 0 and 1 <= request.priority <= PRIORITY_MAX):
             raise InvalidRequest(f"a pin lasts more than 0 s, at a priority from 1 to {PRIORITY_MAX:.0f}")
+        if not 1 <= request.replicas <= REPLICAS_MAX:
+            raise InvalidRequest(f"a pin asks for 1 to {REPLICAS_MAX} copies")
         pinned = self._arena.pin(request, clock.now_s())
         self._changed()
         if isinstance(pinned, str):

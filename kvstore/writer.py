@@ -72,7 +72,7 @@ class Writer:
 
     async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], deadline_s: float) -> list[PutOutcome]:
         """One outcome per block; ``lost`` if no node could be found that saw it through."""
-        view = self._nodes.find(home) if home is not None else None
+        view = self._nodes.find_home(home) if home is not None else None
         tried: list[NodeId] = []
         while len(tried) < ATTEMPTS:
             view = view or self._nodes.home_of(blocks[0].hash, tried)
@@ -113,7 +113,8 @@ class Writer:
         def undo(reserved: Reserved) -> Abandon:
             return _abandon(_fills(part, reserved))
 
-        reserved = await self._nodes.acquire(view, Reserve(specs, scratch=self._scratch), Reserved, left_s(deadline_s), undo)
+        request = Reserve(specs, scratch=self._scratch)
+        reserved = await self._nodes.acquire(view, request, Reserved, left_s(deadline_s), undo)
         if len(reserved.outcomes) != len(part):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")
         for item, outcome in zip(part, reserved.outcomes, strict=True):

@@ -7,6 +7,8 @@ from tracehaul.wire.blocks import (
     Attached,
     Await,
     Awaited,
+    Drain,
+    DrainState,
     Events,
     Existing,
     Exists,
@@ -74,6 +76,7 @@ Request = (
     | Scrub
     | ScrubPoll
     | ScrubCancel
+    | Drain
     | PrefillStep
     | DecodeStep
 )
@@ -96,6 +99,7 @@ Reply = (
     | Limits
     | Located
     | ScrubState
+    | DrainState
     | PrefillProgress
     | PrefillToken
     | PrefillDone
