@@ -52,6 +52,7 @@ from tracehaul.wire.operations import (
 )
 
 JOB_START_TIMEOUT_S = 10.0
+BENCH_BYTES = 128 << 20
 
 
 def _prefetch_progress(state: PrefetchState) -> Progressed:
@@ -305,8 +306,9 @@ def _size(text: str) -> int:
 def bench(
     node: NodeArgument = None,
     nbytes: Annotated[
-        int, typer.Option("--bytes", parser=_size, metavar="SIZE", help="At most so much of a node's free memory.")
-    ] = 128 << 20,
+        int | None,
+        typer.Option("--bytes", parser=_size, metavar="SIZE", help="At most so much of a node's free memory: 128MiB."),
+    ] = None,
     as_json: JsonOption = False,
     url: UrlOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
@@ -329,7 +331,7 @@ def bench(
             answers.failed.update(reached.failed)
             if ref.node in reached.got:
                 try:
-                    answers.got[ref.node] = await measure(ref, nbytes)
+                    answers.got[ref.node] = await measure(ref, nbytes or BENCH_BYTES)
                 except ClusterError as error:
                     answers.failed[ref.node] = f"was not measured: {error}"
         return answers

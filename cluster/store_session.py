@@ -90,7 +90,10 @@ def echo(got: Mapping[NodeId, Any], failed: Mapping[NodeId, str]) -> None:
 def end(failed: Mapping[NodeId, str]) -> None:
     """Raises ClusterFault if some node did not do its part: one line, exit code 1."""
     if failed:
-        raise ClusterFault("; ".join(f"{node} {why}" for node, why in failed.items()))
+        alike: dict[str, list[NodeId]] = {}
+        for node, why in failed.items():
+            alike.setdefault(why, []).append(node)
+        raise ClusterFault("; ".join(f"{', '.join(nodes)} {why}" for why, nodes in alike.items()))
 
 
 def told(answers: Answers[Any], table: Callable[[], Table], as_json: bool) -> None:
