@@ -8,12 +8,13 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import uvloop
+from prometheus_client.metrics_core import Metric
 
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
@@ -75,6 +76,8 @@ class Room(NamedTuple):
     """A worker's engine."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
     """Runs for as long as the node serves; its failure is the node's."""
+    metrics: tuple[Callable[[], Iterable[Metric]], ...] = ()
+    """Beside those of ``stats`` and ``load``."""
 
 
 class _Node:
@@ -118,7 +121,7 @@ class _Node:
         async with AsyncExitStack() as stack:
             server = await network.listen(LISTEN, room.service)
             stack.push_async_callback(server.close)
-            metrics, close_metrics = NodeMetrics(room.stats, room.load).serve()
+            metrics, close_metrics = NodeMetrics(room.stats, room.load, room.metrics).serve()
             stack.callback(close_metrics)
             self._tell(phase="joining", address=server.address, metrics=metrics)
             info = self._info(role, server.address, room.info)
@@ -189,6 +192,7 @@ class _Node:
         return memory
 
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
+        from cluster.store_metrics import store_metrics, transfer_metrics
         from kvstore.node import StoreNode
 
         config = self._plan.store
@@ -198,7 +202,9 @@ class _Node:
         if not chosen.disk_bytes:
             store = StoreNode(config, self._generation, planes, memory, offload)
             stack.callback(store.close)
-            return Room(store, {"store": store.stats}, store.load)
+            return Room(
+                store, {"store": store.stats}, store.load, metrics=(store_metrics(store), transfer_metrics(planes))
+            )
         path = disk_path(chosen, self._run, self._spec.name)
         tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
         stack.callback(tier.close)
@@ -206,11 +212,13 @@ class _Node:
         assert store.tiering is not None
         stack.push_async_callback(store.aclose)
         stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats}
-        return Room(store, stats, store.load, background=(store.run(),))
+        metrics = (store_metrics(store), transfer_metrics(planes))
+        return Room(store, stats, store.load, background=(store.run(),), metrics=metrics)
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
     ) -> Room:
+        from cluster.store_metrics import client_metrics, transfer_metrics
         from decode.worker import DecodeService
         from kvstore.client import StoreClient
         from kvstore.staging import Staging
@@ -231,6 +239,7 @@ class _Node:
         stack.push_async_callback(client.aclose)
         host = WorkerHost(engine, client, config.worker)
         stats = {"worker": host.stats, "store_client": client.stats}
+        metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
         match role:
             case "prefill":
                 prefill = PrefillService(host)
@@ -238,10 +247,10 @@ class _Node:
                 def on_members(members: Members) -> None:
                     host.set_nodes(members.nodes, members.draining)
 
-                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),))
+                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),), metrics)
             case "decode":
                 decode = DecodeService(host, peers)
-                return Room(decode, stats, host.load, decode.set_members, engine.info, (host.run(),))
+                return Room(decode, stats, host.load, decode.set_members, engine.info, (host.run(),), metrics)
 
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig

@@ -116,12 +116,17 @@ class Arena:
         """Open pins."""
         return len(self._pins)
 
+    @property
+    def hard_pinned(self) -> int:
+        """Blocks that hard pins cover, there or not; one that two of them cover counts twice."""
+        return self._pins.hard
+
     def usage(self) -> list[TenantUsage]:
         """What each group of tenants takes of its quota, the shared one first."""
-        slot_bytes = self._config.slot_bytes
+        slot_bytes, tenants = self._config.slot_bytes, self._tenants  # metrics read this from another thread
         return [
-            TenantUsage(name, self._tenants.quota(group) * slot_bytes, self._tenants.used(group) * slot_bytes)
-            for group, name in enumerate(self._tenants.names)
+            TenantUsage(name, tenants.quota(group) * slot_bytes, tenants.used(group) * slot_bytes)
+            for group, name in enumerate(tenants.names)
         ]
 
     def bytes_used(self, tenant: str) -> int:

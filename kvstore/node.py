@@ -36,6 +36,7 @@ from tracehaul.wire.blocks import (
     Existing,
     Exists,
     Full,
+    InFlight,
     Lease,
     Leased,
     ListPins,
@@ -107,6 +108,9 @@ class StoreStats(msgspec.Struct):
     """Blocks asked for by a lease and not held."""
     waits: int = 0
     pins_refused: int = 0
+    in_flight: int = 0
+    """Blocks not given to a writer because another was writing them."""
+    leases_refused: int = 0
 
 
 class StoreNode:
@@ -165,6 +169,11 @@ class StoreNode:
     def feed(self) -> Feed:
         """The subscribers' feed, to be read only."""
         return self._feed
+
+    @property
+    def scrubbed_blocks(self) -> int:
+        """Blocks in memory verified on demand since the node's start."""
+        return self._scrubber.checked
 
     def load(self) -> NodeLoad:
         """What goes into a heartbeat."""
@@ -285,6 +294,7 @@ class StoreNode:
         leased = self._arena.lease(request.hashes, peer, request.ttl_s, clock.now_s())
         self._changed()
         if leased is None:
+            self.stats.leases_refused += 1
             raise Overloaded(f"{self._config.leases_max} leases are open on this connection")
         missed = sum(block is None for block in leased.blocks)
         self.stats.missed_blocks += missed
@@ -300,6 +310,7 @@ class StoreNode:
         outcomes = self._reserve_missing(request, peer)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.in_flight += sum(isinstance(outcome, InFlight) for outcome in outcomes)
         self._changed()
         return Reserved(tuple(outcomes))
 

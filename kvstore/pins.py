@@ -85,6 +85,11 @@ class Pins:
     def __len__(self) -> int:
         return len(self._pins)
 
+    @property
+    def hard(self) -> int:
+        """Blocks that hard pins cover, each pin's counted."""
+        return sum(list(self._hard.values()))  # metrics read this from another thread
+
     def get(self, key: PinKey) -> HeldPin | None:
         """A trace's pin."""
         return self._pins.get(key)

@@ -61,6 +61,8 @@ class Scrubber:
         self._state: Literal["running", "done", "cancelled"] = "done"
         self._tiers: list[_Tier] = []
         self._task: asyncio.Task[None] | None = None
+        self.checked = 0
+        """Blocks in memory verified since the node's start."""
 
     def start(self) -> ScrubState:
         """Begin one, unless one runs."""
@@ -134,6 +136,7 @@ class Scrubber:
         finally:
             self._arena.release(lease, SCRUB_HOLDER)
             self._settle()
+        self.checked += len(blocks)
         tier.checked += len(hashes)  # those evicted meanwhile are no longer anybody's worry
 
     async def _scrub_tier(self, tiering: Tiering, tier: _Tier) -> None:
