@@ -4,9 +4,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.ids import BlockHash, Generation
+
+seldom = Seldom(Log(__name__))
 
 Change = Stored | Removed
 
@@ -38,6 +41,7 @@ class Feed:
         for subscriber in self._subscribers.values():
             if not subscriber.offer(changes):
                 self.overflows += 1
+                seldom.warning("cut off a subscriber that fell too far behind", changes=self.changes_max)
 
     async def follow(self, held: tuple[BlockHash, ...]) -> AsyncGenerator[Snapshot | Events, None]:
         """The snapshot ``held``, in parts, then changes for ever.

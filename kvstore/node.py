@@ -20,7 +20,7 @@ from kvstore.waiting import Waiters
 from tracehaul import __version__
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
@@ -81,6 +81,7 @@ from tracehaul.wire.operations import (
 )
 
 log = Log(__name__)
+seldom = Seldom(log)
 
 HASHES_MAX = 65536
 """Blocks in one request."""
@@ -295,6 +296,7 @@ class StoreNode:
         self._changed()
         if leased is None:
             self.stats.leases_refused += 1
+            seldom.warning("refused a lease: too many on one connection", peer=peer, leases=self._config.leases_max)
             raise Overloaded(f"{self._config.leases_max} leases are open on this connection")
         missed = sum(block is None for block in leased.blocks)
         self.stats.missed_blocks += missed
@@ -312,7 +314,22 @@ class StoreNode:
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
         self.stats.in_flight += sum(isinstance(outcome, InFlight) for outcome in outcomes)
         self._changed()
+        if not request.scratch and any(isinstance(outcome, Full) for outcome in outcomes):
+            self._tell_full(request.tenant)
         return Reserved(tuple(outcomes))
+
+    def _tell_full(self, tenant: str) -> None:
+        arena = self._arena
+        seldom.warning(
+            "no slot could be freed for a writer",
+            tenant=tenant,
+            slots=self._config.slots_max,
+            blocks=len(arena),
+            reserved=arena.reservations,
+            quarantined=arena.slots_quarantined,
+            hard_pinned=arena.hard_pinned,
+            leases=arena.leases,
+        )
 
     def _reserve_missing(self, request: Reserve, peer: str) -> list[ReserveOutcome]:
         """What a tier has needs no slot: it comes up when somebody reads it."""
@@ -365,6 +382,7 @@ class StoreNode:
                 outcomes.append(next(published))
             else:
                 self._arena.withdraw(block.hash, block.generation, peer, now_s)
+                seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
                 outcomes.append("corrupt")
         self.stats.published += outcomes.count("published")
         self.stats.fenced += outcomes.count("fenced")
@@ -419,6 +437,7 @@ class StoreNode:
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
+            seldom.warning("refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned)
             raise Overloaded(pinned)
         return pinned
 

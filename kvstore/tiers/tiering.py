@@ -23,8 +23,11 @@ from kvstore.arena import Arena
 from kvstore.tiers.base import Change, Tier, TierBlock
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot, Stored
 from tracehaul.wire.ids import BlockHash, LeaseId
+
+seldom = Seldom(Log(__name__))
 
 TIER_HOLDER = "\0tier"
 """Holder of what is on its way up or down: no connection has this name."""
@@ -157,6 +160,8 @@ class Tiering:
                 self.stats.demoted += 1
             else:
                 self.stats.evicted_unwritten += waited
+                if waited:
+                    seldom.warning("blocks leave memory before they are written: the tier is slow", tier=self.tier.name)
                 told.append(change)
         return told
 

@@ -74,6 +74,28 @@ def test_a_restarted_worker_is_not_warm() -> None:
     assert (placed.decode.node, placed.reason) == ("decode-1", "its worker is gone")
 
 
+def test_why_a_trace_leaves_its_worker_is_told_as_it_is() -> None:
+    def why(asked: bool = False, avoided: bool = False) -> tuple[str, str]:
+        placed = place(
+            trace=T,
+            prompt_tokens=100,
+            stored_tokens=0,
+            warm=Warm(NodeId("decode-9"), G, 80),
+            home=None,
+            decodes=candidates(0),
+            prefills=[],
+            stores=[],
+            asked=asked,
+            avoided=avoided,
+        )
+        assert placed is not None
+        return placed.decode.node, placed.reason
+
+    assert why() == ("decode-0", "its worker is gone")
+    assert why(avoided=True) == ("decode-0", "its worker failed it")
+    assert why(asked=True) == ("decode-0", "asked for")
+
+
 def test_no_decode_worker_no_placement() -> None:
     assert choose(None) is None
 
