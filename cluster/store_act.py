@@ -8,7 +8,7 @@ import typer
 
 from cluster.config import parse_bytes
 from cluster.members import Answers, ask, ask_own
-from cluster.prompts import Source, blocks_of
+from cluster.prompts import Source
 from cluster.rundir import ClusterFault
 from cluster.store_jobs import Job, Progressed, follow
 from cluster.store_session import (
@@ -92,7 +92,7 @@ def prefetch(
     source = Source(prompt, chat, tokens, hashes or (), salt)
 
     async def work(session: Session) -> Answers[PrefetchState]:
-        wanted = blocks_of(source, session.found).hashes
+        wanted = session.blocks.hashes
         located = await ask(session.peers, session.refs, Locate(tuple(wanted)), Located)
         requests: dict[NodeId, Request] = {}
         for name, where in located.got.items():
@@ -104,7 +104,7 @@ def prefetch(
         ended = await follow(session.peers, session.refs, begun.got, PREFETCH, err)
         return Answers(ended.got, located.failed | begun.failed | ended.failed)
 
-    answers = with_nodes(url, run_dir, node, work)
+    answers = with_nodes(url, run_dir, node, work, source)
     if as_json:
         echo(answers.got, answers.failed)
     elif not answers.got and not answers.failed:

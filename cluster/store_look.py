@@ -7,7 +7,7 @@ import msgspec
 import typer
 
 from cluster.members import Answers, StoreRef, ask, ask_own
-from cluster.prompts import Blocks, Source, blocks_of
+from cluster.prompts import Blocks, Source
 from cluster.rundir import ClusterFault
 from cluster.store_session import (
     DEFAULT_RUN_DIR,
@@ -156,10 +156,10 @@ def query(
     source = Source(prompt, chat, tokens, hashes or (), salt)
 
     async def work(session: Session) -> tuple[Blocks, Answers[Located]]:
-        blocks = blocks_of(source, session.found)
+        blocks = session.blocks
         return blocks, await ask(session.peers, session.refs, Locate(tuple(blocks.hashes)), Located)
 
-    blocks, answers = with_nodes(url, run_dir, node, work)
+    blocks, answers = with_nodes(url, run_dir, node, work, source)
     count = len(blocks.hashes)
     if as_json:
         shown = {
@@ -228,7 +228,7 @@ def pin(
     kind: PinKind = "hard" if hard else "soft"
 
     async def work(session: Session) -> Answers[Pinned]:
-        wanted = tuple(blocks_of(source, session.found).hashes)
+        wanted = tuple(session.blocks.hashes)
         located = await ask(session.peers, session.refs, Locate(wanted), Located)
         request = Pin(TraceId(trace), wanted, ttl_s, kind, tenant=tenant)
         holders = {n: request for n, where in located.got.items() if holding([where], len(wanted)).held}
@@ -237,7 +237,7 @@ def pin(
         pinned = await ask_own(session.peers, session.refs, holders, Pinned)
         return Answers(pinned.got, located.failed | pinned.failed)
 
-    answers = with_nodes(url, run_dir, node, work)
+    answers = with_nodes(url, run_dir, node, work, source)
     for name, pinned in answers.got.items():
         covers = f"{pinned.blocks} blocks, {pinned.held} of them held, for {pinned.remaining_s:.0f} s"
         out.print(f"{name}: {trace} pins {covers}", highlight=False, markup=False)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.members import Answers, Found, StoreRef, find
+from cluster.prompts import Blocks, Source, blocks_of
 from cluster.rundir import ClusterFault, RunDir
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
@@ -53,22 +54,29 @@ class Session(NamedTuple):
     found: Found
     refs: list[StoreRef]
     peers: Peers
+    blocks: Blocks
+    """Those that the command names, if it names any."""
 
 
 def with_nodes(
-    url: str | None, run_dir: Path, node: str | None, work: Callable[[Session], Coroutine[None, None, T]]
+    url: str | None,
+    run_dir: Path,
+    node: str | None,
+    work: Callable[[Session], Coroutine[None, None, T]],
+    source: Source | None = None,
 ) -> T:
-    """Find the cluster and the nodes that are meant, and do ``work`` with them."""
+    """Find the cluster, the nodes and the blocks that are meant, and do ``work`` with them."""
     found = find(url, RunDir(run_dir))
     if found.router_lost is not None:
         warning = f"tracehaul: {found.router_lost}. Asking the store nodes that were started here."
         err.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
     refs = found.select(node)
+    blocks = blocks_of(source, found) if source is not None else Blocks([], 0)
 
     async def main() -> T:
         peers = Peers(TcpNetwork())
         try:
-            return await work(Session(found, refs, peers))
+            return await work(Session(found, refs, peers, blocks))
         finally:
             await peers.close()
 

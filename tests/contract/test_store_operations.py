@@ -238,6 +238,20 @@ def test_limits_are_taken_whole_or_not_at_all(changes: dict[str, object], why: s
     play(case)
 
 
+def test_a_full_node_says_so_once(caplog: pytest.LogCaptureFixture):
+    async def case(life: Life) -> None:
+        async with client(life) as put:
+            await put("abcdefgh")
+            leased = await life.call(Lease(tuple(map(h, "abcdefgh")), 20.0))
+            assert isinstance(leased, Leased)
+            for name in "ijk":
+                assert await put(name) == ["full"]
+
+    play(case)
+    (line,) = [record for record in caplog.records if "no slot could be freed" in record.message]
+    assert {"slots": 8, "blocks": 8, "leases": 1}.items() <= line.__dict__["tracehaul_fields"].items()
+
+
 def test_a_scrubber_that_was_off_begins_when_it_is_given_a_rate():
     async def case(life: Life) -> None:
         async with client(life) as put:
