@@ -213,9 +213,9 @@ class StoreNode:
                 return Ok()
             case Reserve():
                 return self._reserve(request, context.peer)
-            case Publish(blocks=blocks):
+            case Publish(blocks=blocks, verified=verified):
                 _check_count(blocks)
-                return Published(tuple(await self._publish(blocks, context.peer)))
+                return Published(tuple(await self._publish(blocks, verified, context.peer)))
             case Abandon(blocks=blocks):
                 self._arena.abandon(blocks, context.peer)
                 self._changed()
@@ -365,8 +365,8 @@ class StoreNode:
             case PrefetchCancel(job=job):
                 return self._prefetch.cancel(job)
 
-    async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
-        landings = [self._arena.landing(block, peer) for block in blocks]
+    async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
+        landings = [None if verified else self._arena.landing(block, peer) for block in blocks]
         sums = await self._checksums([landing for landing in landings if landing is not None])
         landed = iter(sums)
         # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.
