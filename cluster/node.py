@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk, open_disk
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
@@ -32,7 +33,6 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
 from tracehaul.wire.errors import TransferError
 from tracehaul.wire.ids import Generation, NodeId
@@ -40,7 +40,6 @@ from tracehaul.wire.ids import Generation, NodeId
 log = Log(__name__)
 
 DRAIN_POLL_S = 0.05
-HOST = "127.0.0.1"
 LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
@@ -179,25 +178,7 @@ class _Node:
     async def _planes(self, stack: AsyncExitStack, memory: Memory, offload: ThreadOffload) -> list[Plane]:
         """This process's memory on the transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer: Transfer
-        match self._plan.config.transport:
-            case "shm":
-                transfer = ShmTransfer(owner, offload)
-                log.info("transport", kind="shm", why="configured")
-            case "tcp":
-                from tracehaul.transfer.tcp import TcpTransfer
-
-                transfer = TcpTransfer(owner, HOST)
-                log.info("transport", kind="tcp", why="configured")
-            case "nixl":
-                from tracehaul.transfer.network import open_network
-
-                transfer = open_network(owner)
-            case "ucxx":
-                from tracehaul.transfer.ucxx import UcxxTransfer
-
-                transfer = UcxxTransfer(owner)
-                log.info("transport", kind="ucxx", why="configured")
+        transfer = open_transport(self._plan.config.transport, owner, offload)
         stack.push_async_callback(transfer.close)
         self._transfers.append(transfer)
         return [Plane(transfer, transfer.register(memory))]

@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack
 import msgspec
 
 from cluster.members import ASK_TIMEOUT_S, StoreRef
+from cluster.transports import open_transport
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers
@@ -22,8 +23,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.memory import allocate
-from tracehaul.transfer.plane import Plane
-from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.transfer.plane import Plane, cost
 from tracehaul.wire.base import Ping
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
@@ -134,14 +134,10 @@ class _Bench:
         )
 
     def _transfer(self, offload: ThreadOffload) -> Transfer:
-        owner = f"store-bench-{os.getpid()}#{clock.wall_ns()}"
-        if "shm" in self._transports:
-            return ShmTransfer(owner, offload)
-        if "nixl" in self._transports:
-            from tracehaul.transfer.nixl import NixlTransfer
-
-            return NixlTransfer(owner)
-        raise Unavailable(f"no transport from here: it offers {', '.join(self._transports) or 'none'}")
+        if not self._transports:
+            raise Unavailable("it offers no transport")
+        kind = min(self._transports, key=cost)
+        return open_transport(kind, f"store-bench-{os.getpid()}#{clock.wall_ns()}", offload)
 
     async def _singles(
         self, client: StoreClient, times: int, out: Sequence[StagingBuffer], back: Sequence[StagingBuffer]
