@@ -34,6 +34,7 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "leased_blocks": Metric("leased_blocks", "blocks", "Blocks given to readers under a lease."),
         "missed_blocks": Metric("missed_blocks", "blocks", "Blocks that readers asked for and that were not held."),
         "waits": Metric("waits", "requests", "Requests that waited for a block that another was writing."),
+        "passed_on": Metric("passed_on_blocks", "blocks", "Reservations of a silent writer that went to another."),
         "pins_refused": Metric("refused_pins", "requests", "Pins refused because a limit was reached."),
         "leases_refused": Metric("refused_leases", "requests", "Leases refused: too many on one connection."),
     },
@@ -61,6 +62,12 @@ COUNTERS: dict[str, dict[str, Metric]] = {
             "promote_refused_blocks", "blocks", "Blocks not brought up: no slot, or too many coming."
         ),
         "promote_late": Metric("promote_late_leases", "requests", "Leases that did not wait for all their blocks."),
+    },
+    "JournalStats": {
+        "recovered": Metric("recovered", "pins", "Pins found at the node's start and still in force."),
+        "appended": Metric("appended_entries", "entries", "Entries added to the journal of pins."),
+        "rewritten": Metric("rewrites", "rewrites", "Times that the journal was written anew to make it shorter."),
+        "failed": Metric("failed_entries", "entries", "Entries that the device refused: their callers were told."),
     },
     "ClientStats": {
         "hits": Metric("hit_blocks", "blocks", "Blocks got, landed and verified."),
@@ -111,6 +118,7 @@ PARTS = {
     "store": "StoreStats",
     "disk": "TierStats",
     "tiering": "TieringStats",
+    "pins": "JournalStats",
     "store_client": "ClientStats",
     "worker": "WorkerStats",
     "router": "DispatchStats",

@@ -191,6 +191,7 @@ class _Node:
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
         from cluster.store_metrics import store_metrics, transfer_metrics
         from kvstore.node import StoreNode
+        from kvstore.pin_journal import open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
@@ -205,10 +206,11 @@ class _Node:
         path = disk_path(chosen, self._run, self._spec.name)
         tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
         stack.callback(tier.close)
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering)
+        journal = await open_journal(path.with_suffix(".pins"))  # the lock on the tier's file is on it too
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal)
         assert store.tiering is not None
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats}
+        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats, "pins": journal.stats}
         metrics = (store_metrics(store), transfer_metrics(planes))
         return Room(store, stats, store.load, background=(store.run(),), metrics=metrics)
 

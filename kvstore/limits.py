@@ -11,6 +11,7 @@ from tracehaul.wire.errors import InvalidRequest
 
 LIVE = (
     "reservation_ttl_s",
+    "reservation_quiet_s",
     "lease_ttl_max_s",
     "reservations_max",
     "leases_max",

@@ -11,6 +11,8 @@ from kvstore.config import StoreConfig
 from kvstore.events import Feed
 from kvstore.limits import changed, limits_of, live_of
 from kvstore.moves import checksums
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
 from kvstore.scrub import Scrubber
 from kvstore.tiers.base import Tier
@@ -53,6 +55,7 @@ from tracehaul.wire.blocks import (
     Published,
     PublishOutcome,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -108,6 +111,8 @@ class StoreStats(msgspec.Struct):
     missed_blocks: int = 0
     """Blocks asked for by a lease and not held."""
     waits: int = 0
+    passed_on: int = 0
+    """Reservations that a second writer took over from a silent first one."""
     pins_refused: int = 0
     in_flight: int = 0
     """Blocks not given to a writer because another was writing them."""
@@ -117,8 +122,9 @@ class StoreStats(msgspec.Struct):
 class StoreNode:
     """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
-    :meth:`run` must run beside it. Costs nothing while idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier`` or
+    a ``journal``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are in force from
+    the start. Costs nothing while idle: one timer, armed only if something can expire.
     """
 
     def __init__(
@@ -130,6 +136,7 @@ class StoreNode:
         offload: Offload,
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
+        journal: PinJournal | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -160,6 +167,8 @@ class StoreNode:
         self._scrubber = Scrubber(
             self._arena, self._buffer, config.slot_bytes, offload, self.tiering, self._changed, self._found_bad
         )
+        self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
+        self._changed()
 
     @property
     def arena(self) -> Arena:
@@ -191,9 +200,12 @@ class StoreNode:
         )
 
     async def run(self) -> None:
-        """What a tier needs done in the background, for as long as the node serves; nothing without one."""
-        if self.tiering is not None:
-            await self.tiering.run()
+        """What a tier and a journal need done in the background, for as long as the node serves."""
+        async with asyncio.TaskGroup() as group:
+            if self.tiering is not None:
+                group.create_task(self.tiering.run())
+            if self._keeper is not None:
+                group.create_task(self._keeper.journal.run())
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -220,16 +232,26 @@ class StoreNode:
                 self._arena.abandon(blocks, context.peer)
                 self._changed()
                 return Ok()
+            case Renew(blocks=blocks):
+                _check_count(blocks)
+                self._arena.renew(blocks, context.peer, clock.now_s())
+                self._changed()
+                return Ok()
             case Revoke():
                 await self._verify_own(request)
                 return Ok()
             case Await():
                 return await self._await(request)
             case Pin():
-                return self._pin(request)
+                pinned = self._pin(request)
+                if self._keeper is not None:
+                    await self._keeper.keep((request.tenant, request.trace))
+                return pinned
             case Unpin(trace=trace, tenant=tenant):
                 self._arena.unpin(tenant, trace)
                 self._changed()
+                if self._keeper is not None:
+                    await self._keeper.keep((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
@@ -279,6 +301,8 @@ class StoreNode:
         if self.tiering is not None:
             await self.tiering.close()
             await self.tiering.drain()
+        if self._keeper is not None:
+            await self._keeper.journal.aclose()
         self.close()
 
     def close(self) -> None:
@@ -313,6 +337,7 @@ class StoreNode:
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
         self.stats.in_flight += sum(isinstance(outcome, InFlight) for outcome in outcomes)
+        self.stats.passed_on = self._arena.passed_on
         self._changed()
         if not request.scratch and any(isinstance(outcome, Full) for outcome in outcomes):
             self._tell_full(request.tenant)
@@ -411,14 +436,22 @@ class StoreNode:
         if len(request.hashes) > WAIT_HASHES_MAX:
             raise InvalidRequest(f"a wait for {len(request.hashes)} blocks; at most {WAIT_HASHES_MAX}")
         self.stats.waits += 1
-        self._arena.expire(clock.now_s())
+        now_s = clock.now_s()
+        until_s = now_s + min(request.timeout_s, self._config.wait_max_s) if request.timeout_s > 0 else now_s
+        self._arena.expire(now_s)
         self._changed()
-        in_flight = [block_hash for block_hash in request.hashes if self._arena.is_reserved(block_hash)]
-        await self._waiters.wait(in_flight, min(request.timeout_s, self._config.wait_max_s))
-        return Awaited(tuple([self._state(block_hash) for block_hash in request.hashes]))
+        while True:
+            quiet_s = {block_hash: self._arena.quiet_at_s(block_hash) for block_hash in request.hashes}
+            in_flight = {block_hash: at_s for block_hash, at_s in quiet_s.items() if at_s is not None and at_s > now_s}
+            if not in_flight or now_s >= until_s:
+                return Awaited(tuple([self._state(block_hash, now_s) for block_hash in request.hashes]))
+            # A silent owner ends nothing: whoever waits looks again when the last of them could have gone quiet.
+            await self._waiters.wait(in_flight, min(until_s, max(in_flight.values())) - now_s)
+            now_s = clock.now_s()
 
-    def _state(self, block_hash: BlockHash) -> AwaitState:
-        if self._arena.is_reserved(block_hash):
+    def _state(self, block_hash: BlockHash, now_s: float) -> AwaitState:
+        quiet_s = self._arena.quiet_at_s(block_hash)
+        if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
         below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"
@@ -490,6 +523,8 @@ class StoreNode:
         self._waiters.waiters_max = store.waiters_max
         if self.tiering is not None and tiering is not None:
             self.tiering.reconfigure(tiering)
+            if "quota_bytes" in changes:
+                self.tiering.tier.reshare(self._arena.quota_shares())
         after = limits_of(store, tiering)
         for name in changes:
             if before[name] != after[name]:

@@ -1,5 +1,6 @@
 """Limits that change while a node serves, and blocks that are there for a measurement only."""
 
+import random
 from typing import Any
 
 import msgspec
@@ -8,10 +9,13 @@ import pytest
 from kvstore.arena import Arena
 from kvstore.config import StoreConfig
 from kvstore.limits import FIXED, LIVE, LIVE_TIERING, changed
+from kvstore.tenants import tenant_key
+from kvstore.tiers.base import TierBlock
+from kvstore.tiers.slots import SlotIndex
 from kvstore.tiers.tiering import TieringConfig
 from tracehaul.wire.blocks import BlockSpec, Full, Pin, Pinned, Present, Publication, Removed, Slot, Stored
 from tracehaul.wire.errors import InvalidRequest
-from tracehaul.wire.ids import BlockHash, Checksum, TraceId
+from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, TraceId
 from tracehaul.wire.operations import TenantUsage
 
 SLOT = 4096
@@ -136,18 +140,17 @@ def test_limits_below_what_pins_hold_are_refused_and_nothing_changes(changes: di
     arena.check()
 
 
-def test_a_tenant_that_gets_a_quota_keeps_what_it_writes_from_then_on():
+def test_a_tenant_that_gets_a_quota_takes_its_blocks_along():
     arena = Arena(config())
-    for name in "ab":
-        assert put(arena, name, "t")
+    for name, tenant in (("a", "t"), ("b", "other"), ("c", "t"), ("d", "other")):
+        assert put(arena, name, tenant)
     assert arena.reconfigure(config(quota_bytes={"t": 2 * SLOT}), 0.0) is None
     arena.check()
-    assert arena.usage() == [TenantUsage("", 2 * SLOT, 2 * SLOT), TenantUsage("t", 2 * SLOT, 0)]
-    for name in "cd":
-        assert put(arena, name, "t")
-    for name in "efg":
+    assert arena.usage() == [TenantUsage("", 2 * SLOT, 2 * SLOT), TenantUsage("t", 2 * SLOT, 2 * SLOT)]
+    assert arena.quota_shares() == {"t": 0.5}
+    for name in "ef":
         assert put(arena, name, "other")
-    assert held(arena, "abcdefg") == "cdfg"
+    assert held(arena, "abcdef") == "acef"
     assert arena.bytes_used("t") == 2 * SLOT
 
 
@@ -247,3 +250,66 @@ def test_an_abandoned_scratch_reservation_may_become_a_real_one():
     assert isinstance(arena.reserve([BlockSpec(h("x"), ROOT, 1)], "bench", 0.0, scratch=True)[0], Present)
     arena.disconnected("bench", 0.0)
     assert held(arena, "x") == "x"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_between_changes_of_quotas_the_index_agrees_with_itself(seed: int):
+    rng = random.Random(seed)
+    base = config(8, hard_share_max=1.0, hard_tenant_share_max=1.0)
+    arena = Arena(base)
+    leases: list[LeaseId] = []
+    for now_s in range(200):
+        name, tenant = rng.choice("abcdefghijklmnop"), rng.choice(["", "s", "t", "u"])
+        match rng.randrange(6):
+            case 0 | 1:
+                parent = h(rng.choice("abcd")) if rng.random() < 0.3 else ROOT
+                spec = BlockSpec(h(name), parent if parent != h(name) else ROOT, 100)
+                (slot,) = arena.reserve([spec], "w", now_s, tenant, scratch=rng.random() < 0.2)
+                if isinstance(slot, Slot) and rng.random() < 0.9:
+                    arena.publish([Publication(h(name), slot.generation, Checksum(7))], "w", now_s)
+            case 2:
+                leased = arena.lease([h(name)], "r", 5.0, now_s)
+                leases += [leased.lease] if leased is not None else []
+            case 3 if leases:
+                arena.release(leases.pop(rng.randrange(len(leases))), "r")
+            case 4:
+                kind = rng.choice(["soft", "hard"])
+                arena.pin(Pin(TraceId(name), (h(name),), 20.0, kind, tenant=tenant), now_s)
+            case _:
+                quotas = {t: rng.randrange(3) * SLOT for t in rng.sample(["s", "t", "u"], rng.randrange(4))}
+                arena.expire(now_s)
+                before = arena.usage()
+                refusal = arena.reconfigure(msgspec.structs.replace(base, quota_bytes=quotas), now_s)
+                assert refusal is None or arena.usage() == before
+                assert sum(u.used_bytes for u in arena.usage()) == sum(u.used_bytes for u in before)
+        arena.check()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_tier_shares_its_slots_anew_at_any_time(seed: int):
+    rng = random.Random(seed)
+    index = SlotIndex(8, SLOT)
+    for _ in range(200):
+        name = rng.choice("abcdefghijklmnop")
+        match rng.randrange(4):
+            case 0 | 1:
+                block = TierBlock(h(name), ROOT, 100, Checksum(1), tenant_key(rng.choice(["", "s", "t"])))
+                (placement,) = index.place([block])
+                if placement is not None:
+                    if rng.random() < 0.5:
+                        index.reshare({"s": 0.25})
+                        index.check()
+                    index.commit(placement.slot)
+                    index.take_stale([placement.slot])
+            case 2:
+                index.touch(h(name))
+            case _:
+                index.reshare({t: rng.choice([0.0, 0.25, 0.5]) for t in rng.sample(["s", "t"], rng.randrange(3))})
+        index.check()
+    index.reshare({"t": 0.5})
+    fill = [TierBlock(h(f"{n}"), ROOT, 100, Checksum(1), tenant_key("t" if n < 4 else "s")) for n in range(20)]
+    for block in fill:
+        (placement,) = index.place([block])
+        assert placement is not None
+        index.commit(placement.slot)
+    assert {h(f"{n}") for n in range(4)} <= set(index.held()), "within its share, a tenant loses nothing to others"
