@@ -30,8 +30,8 @@ from tracehaul.wire.ids import Checksum
 
 STEP_BYTES = 512 << 10
 """Copied, then summed while it is still in the core's cache: the sum costs a tenth of what it costs from memory."""
-TURN_BYTES = 8 << 20
-"""Copied before others that wait for a thread have their turn: about a millisecond."""
+TURN_BYTES = 2 << 20
+"""Copied before others that wait for a thread have their turn: some tenths of a millisecond."""
 TURN_COPY_BYTES = 16 << 10
 """A copy counts for at least so much of a turn: tiny ones cost time, too."""
 THREADS = 2
