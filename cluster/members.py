@@ -165,7 +165,7 @@ async def _ask(peers: Peers, ref: StoreRef, request: Request, kind: type[R], tim
     except DeadlineExceeded:
         return f"did not answer within {timeout_s:g} s ({ref.state}): it is frozen, cut off or far too busy"
     except PeerLost:
-        return f"does not listen at {ref.address} any more: it died or restarts; see: tracehaul status"
+        return f"cannot be reached at {ref.address}: it died, restarts, or is of another version; see: tracehaul status"
     except InvalidRequest as error:
         return f"refuses: {error}"
     except ClusterError as error:

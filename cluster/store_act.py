@@ -197,6 +197,8 @@ def drain(
         return Answers(ended.got, begun.failed | ended.failed)
 
     answers = with_nodes(url, run_dir, node, work)
+    if not as_json and any(state.state == "drained" for state in answers.got.values()):
+        out.print(f"{node} can be stopped: all that it holds is on other nodes too.", highlight=False)
     told(answers, lambda: drain_table(answers.got), as_json)
 
 

@@ -164,8 +164,9 @@ class StoreNode:
             )
             self._prefetch = PrefetchJobs(self.tiering)
         self._born_s = clock.perf_s()
+        self._below: tuple[Tier, ...] = () if tier is None else (tier,)
         self._scrubber = Scrubber(
-            self._arena, self._buffer, config.slot_bytes, offload, self.tiering, self._changed, self._found_bad
+            self._arena, self._buffer, config.slot_bytes, offload, self._below, self._changed, self._found_bad
         )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
         self._changed()
@@ -505,9 +506,8 @@ class StoreNode:
     def _locate(self, hashes: Sequence[BlockHash]) -> Located:
         _check_count(hashes)
         held = {"memory": self._arena.exists(hashes)}
-        if self.tiering is not None:
-            find = self.tiering.tier.find
-            held[self.tiering.tier.name] = bytes([find(block_hash) is not None for block_hash in hashes])
+        for tier in self._below:
+            held[tier.name] = bytes([tier.find(block_hash) is not None for block_hash in hashes])
         return Located(held)
 
     def _set_limits(self, changes: dict[str, Any], peer: str) -> Limits:

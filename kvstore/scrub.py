@@ -2,12 +2,12 @@
 
 import asyncio
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from kvstore.arena import Arena
 from kvstore.moves import checksums
-from kvstore.tiers.tiering import Tiering
+from kvstore.tiers.base import Tier
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
@@ -37,7 +37,7 @@ class _Tier:
 class Scrubber:
     """At most one scrub of one node at a time.
 
-    ``settle`` must follow every change of the arena made here; ``on_bad`` is told of each bad block in memory.
+    ``tiers`` are those below the arena. ``settle`` must follow every change of the arena made here; ``on_bad`` is told of each bad block in memory.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Scrubber:
         buffer: memoryview,
         slot_bytes: int,
         offload: Offload,
-        tiering: Tiering | None,
+        tiers: Sequence[Tier],
         settle: Callable[[], None],
         on_bad: Callable[[BlockHash], None],
     ) -> None:
@@ -54,7 +54,7 @@ class Scrubber:
         self._buffer = buffer
         self._slot_bytes = slot_bytes
         self._offload = offload
-        self._tiering = tiering
+        self._below = tuple(tiers)
         self._settle = settle
         self._on_bad = on_bad
         self._job = 0
@@ -70,8 +70,7 @@ class Scrubber:
             self._job += 1
             self._state = "running"
             self._tiers = [_Tier("memory", len(self._arena))]
-            if self._tiering is not None:
-                self._tiers.append(_Tier(self._tiering.tier.name, len(self._tiering.tier)))
+            self._tiers += [_Tier(tier.name, len(tier)) for tier in self._below]
             self._task = asyncio.get_running_loop().create_task(self._run(), name="scrub")
         return self.poll(self._job)
 
@@ -97,8 +96,8 @@ class Scrubber:
         log.info("scrub begins", job=self._job, **{tier.name: tier.blocks for tier in self._tiers})
         try:
             await self._scrub_memory(self._tiers[0])
-            if self._tiering is not None:
-                await self._scrub_tier(self._tiering, self._tiers[1])
+            for below, told in zip(self._below, self._tiers[1:], strict=True):
+                await self._scrub_tier(below, told)
             if self._state == "running":
                 self._state = "done"
         finally:
@@ -139,15 +138,15 @@ class Scrubber:
         self.checked += len(blocks)
         tier.checked += len(hashes)  # those evicted meanwhile are no longer anybody's worry
 
-    async def _scrub_tier(self, tiering: Tiering, tier: _Tier) -> None:
+    async def _scrub_tier(self, below: Tier, tier: _Tier) -> None:
         view = memoryview(mmap.mmap(-1, self._slot_bytes))
-        stats = tiering.tier.stats
-        tier.blocks = len(tiering.tier)
+        stats = below.stats
+        tier.blocks = len(below)
         bad_before = stats.corrupt + stats.failed
         at: int | None = None
         while self._state == "running":
             began_s = clock.now_s()
-            at = await tiering.tier.scrub(at, view)
+            at = await below.scrub(at, view)
             # Bad blocks that a reader came across meanwhile count too: they are as bad, and as gone.
             tier.bad = stats.corrupt + stats.failed - bad_before
             if at is None:

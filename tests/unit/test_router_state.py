@@ -1,7 +1,15 @@
+import asyncio
+import logging
+
+import pytest
+
 from router.index import Index
+from router.members import MemberRegistry
 from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
 from router.traces import Traces, Warm
+from tracehaul.rpc.base import NO_CONTEXT
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
+from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
 A, B = NodeId("store-0"), NodeId("store-1")
@@ -136,3 +144,31 @@ def test_a_fork_starts_at_its_parents_home_and_a_final_step_forgets() -> None:
     assert traces.start(TraceId("b"), TraceId("a")).home == A
     traces.end(TraceId("b"), final=True)
     assert traces.get(TraceId("b")) is None
+
+
+def test_a_member_that_falls_silent_is_told_once_and_when_it_is_heard_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("router.members.clock.now_s", lambda: now_s[0])
+    info = NodeInfo(NodeId("store-0"), G, "store", "x:1")
+
+    async def main() -> None:
+        members = MemberRegistry(lambda nodes: None)
+        joined = members.stream(Join(info), NO_CONTEXT)
+        await anext(joined)
+        assert [node.node for node in members.live("store")] == ["store-0"]
+        now_s[0] += 10
+        assert members.live("store") == members.live("store") == []
+        await members.call(Heartbeat(info.node, G, NodeLoad()), NO_CONTEXT)
+        assert len(members.live("store")) == 1
+        await joined.aclose()
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    assert [record.getMessage() for record in caplog.records if record.name == "router.members"] == [
+        "store-0 joined as store at x:1",
+        "store-0 is silent for 10.0 s: no new work for it",
+        "store-0 is heard again, after 10.0 s",
+        "store-0 left",
+    ]
