@@ -37,7 +37,8 @@ class _Tier:
 class Scrubber:
     """At most one scrub of one node at a time.
 
-    ``tiers`` are those below the arena. ``settle`` must follow every change of the arena made here; ``on_bad`` is told of each bad block in memory.
+    ``tiers`` are those below the arena. ``settle`` must follow every change of the arena made here; ``on_bad`` is told
+    of each bad block in memory.
     """
 
     def __init__(
