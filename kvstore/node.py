@@ -89,7 +89,6 @@ from tracehaul.wire.operations import (
 )
 
 log = Log(__name__)
-seldom = Seldom(log)
 
 HASHES_MAX = 65536
 """Blocks in one request."""
@@ -158,6 +157,7 @@ class StoreNode:
         self._waiters = Waiters(config.waiters_max)
         self._timer: asyncio.TimerHandle | None = None
         self.stats = StoreStats()
+        self._seldom = Seldom(log)
         self.tiering: Tiering | None = None
         """Moves to and from ``tier``; None without one."""
         self._prefetch: PrefetchJobs | None = None
@@ -353,7 +353,9 @@ class StoreNode:
         self._changed()
         if leased is None:
             self.stats.leases_refused += 1
-            seldom.warning("refused a lease: too many on one connection", peer=peer, leases=self._config.leases_max)
+            self._seldom.warning(
+                "refused a lease: too many on one connection", peer=peer, leases=self._config.leases_max
+            )
             raise Overloaded(f"{self._config.leases_max} leases are open on this connection")
         missed = sum(block is None for block in leased.blocks)
         self.stats.missed_blocks += missed
@@ -383,7 +385,7 @@ class StoreNode:
 
     def _tell_full(self, tenant: str | int) -> None:
         arena = self._arena
-        seldom.warning(
+        self._seldom.warning(
             "no slot could be freed for a writer",
             tenant=tenant,
             slots=self._config.slots_max,
@@ -448,7 +450,7 @@ class StoreNode:
                 outcomes.append(next(published))
             else:
                 self._arena.withdraw(block.hash, block.generation, peer, now_s)
-                seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
+                self._seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
                 outcomes.append("corrupt")
         self.stats.published += outcomes.count("published")
         self.stats.fenced += outcomes.count("fenced")
@@ -519,7 +521,9 @@ class StoreNode:
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
-            seldom.warning("refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned)
+            self._seldom.warning(
+                "refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned
+            )
             raise Overloaded(pinned)
         if self.neighbours is not None:
             self.neighbours.pinned(request)
