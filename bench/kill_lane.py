@@ -49,6 +49,7 @@ SETTLE_S = 20.0
 START_S = 30.0
 PART = 8
 """Blocks read together."""
+EXISTS_PART = 50_000
 CHAIN = 4
 """Blocks in one sequence: a prefix with continuations is evicted last."""
 
@@ -214,10 +215,14 @@ class Lane:
         self._tally.found_bad += bad + client.stats.misses.pop("corrupt", 0)
 
     async def _exist(self, peers: Peers, info: NodeInfo, numbers: Sequence[int]) -> set[int]:
-        request = Exists(tuple([hash_of(number) for number in numbers]))
-        existing = await peers.call(info.address, request, timeout_s=10.0)
-        assert isinstance(existing, Existing)
-        return {number for number, there in zip(numbers, existing.held, strict=True) if there}
+        held: set[int] = set()
+        for start in range(0, len(numbers), EXISTS_PART):
+            part = numbers[start : start + EXISTS_PART]
+            request = Exists(tuple([hash_of(number) for number in part]))
+            existing = await peers.call(info.address, request, timeout_s=10.0)
+            assert isinstance(existing, Existing)
+            held.update(number for number, there in zip(part, existing.held, strict=True) if there)
+        return held
 
     async def _read(self, client: StoreClient, info: NodeInfo, numbers: list[int]) -> None:
         """All of them, as long as it takes within reason: slots may be busy for a moment."""

@@ -33,7 +33,6 @@ FILE_SLOTS = (48, 200, 1000)
 """Of the lanes in turn: a tier that evicts all the time, one that does later, one that only grows."""
 RESTART_SLOT = 4096
 RESTART_ROUNDS = 3
-EXISTS_PART = 50_000
 
 console = Console()
 
@@ -85,8 +84,8 @@ async def restart_s(folder: Path, blocks: int) -> list[float]:
 async def _has_all(info: NodeInfo, blocks: int) -> None:
     peers = Peers(TcpNetwork())
     try:
-        for start in range(0, blocks, EXISTS_PART):
-            part = tuple([hash_of(number) for number in range(start, min(start + EXISTS_PART, blocks))])
+        for start in range(0, blocks, kill_lane.EXISTS_PART):
+            part = tuple([hash_of(number) for number in range(start, min(start + kill_lane.EXISTS_PART, blocks))])
             existing = await peers.call(info.address, Exists(part), timeout_s=30.0)
             assert isinstance(existing, Existing)
             assert 0 not in existing.held, "blocks in the file are not visible"
