@@ -18,7 +18,7 @@ import logging
 import os
 import random
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +44,7 @@ from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, SlotGeneration
 
 KINDS = ("memory", "slots", "records", "put", "get", "tier")
 SHARES = (0.2, 0.2, 0.2, 0.15, 0.15, 0.1)
@@ -126,7 +126,7 @@ class Site:
         for place in self.places(blocks).values():
             arena.revoke(*place)
 
-    def places(self, blocks: Sequence[Block]) -> dict[int, tuple[BlockHash, int]]:
+    def places(self, blocks: Sequence[Block]) -> dict[int, tuple[BlockHash, SlotGeneration]]:
         """Offset in the arena, per block its hash and generation."""
         leased = self.node.arena.lease(
             [block.hash for block in blocks], "bench", 0.0, asyncio.get_running_loop().time()
@@ -137,7 +137,7 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def open_site(tier: Tier, generation: int, dice: random.Random) -> AsyncIterator[Site]:
+async def open_site(tier: Tier, generation: int, dice: random.Random) -> AsyncGenerator[Site, None]:
     """A life of the node over ``tier``, which is closed at its end."""
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(tier.close)

@@ -10,7 +10,7 @@ import contextlib
 import random
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -241,7 +241,7 @@ class Lane:
         deadline_s = clock.now_s() + SETTLE_S
         while clock.now_s() < deadline_s:
             before = self._index.held(info.node)
-            truth = {hash_of(number) for number in await self._exist(peers, info, everything)}
+            truth = frozenset(hash_of(number) for number in await self._exist(peers, info, everything))
             if before == truth:
                 return True
             await asyncio.sleep(0.02)
@@ -329,7 +329,7 @@ async def _ends(process: asyncio.subprocess.Process, timeout_s: float) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _open_client(peers: Peers, owner: str) -> AsyncIterator[StoreClient]:
+async def _open_client(peers: Peers, owner: str) -> AsyncGenerator[StoreClient, None]:
     async with contextlib.AsyncExitStack() as stack:
         memory = allocate(BUFFERS * SLOT, owner)
         stack.callback(memory.close)

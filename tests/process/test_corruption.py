@@ -24,7 +24,7 @@ def test_every_corruption_is_found_and_none_is_served(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_trusts_what_lands_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def trust(self, view, way, reads, results, expires_s):  # noqa: ANN001 # pyright: ignore
+    async def trust(self, view, way, reads, results, expires_s):  # pyright: ignore
         await self._read(view, way, reads, expires_s)
         for read in reads:
             results[read.wanted.place] = read.block.size_bytes
@@ -41,7 +41,7 @@ def test_a_tier_that_trusts_its_file_does_not_get_wrong_bytes_past_the_reader(
 ) -> None:
     """Two checks stand between a bad disk and an engine: with the tier's gone the reader's remains."""
 
-    def trust(self, reads):  # noqa: ANN001 # pyright: ignore
+    def trust(self, reads):  # pyright: ignore
         self._device.read([read.slot for read in reads], [read.view for read in reads])
         return [read.block.checksum for read in reads]
 
