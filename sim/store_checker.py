@@ -1,0 +1,193 @@
+"""What must hold of a store node's tiers, pins and generations: books kept beside those of :mod:`sim.checker`."""
+
+import asyncio
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from kvstore.node import StoreNode
+from sim.checker import Findings, Truth
+from tracehaul.rpc.base import CallContext
+from tracehaul.runtime import clock
+from tracehaul.wire.blocks import Lease, Leased, PinKind, Release
+from tracehaul.wire.hashing import checksum
+from tracehaul.wire.ids import BlockHash, TraceId
+
+PROBE_BLOCKS = 4
+PROBE_ATTEMPTS = 40
+PROBE_PAUSE_S = 0.1
+
+
+class TierChecker:
+    """Nothing that was published below memory is lost by a death, and what is visible can be had or is counted."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+
+    def recovered(self, process: str, promised: Iterable[BlockHash], node: StoreNode) -> None:
+        """A new life has taken over a device on which these blocks are whole, as its bytes say."""
+        assert node.tiering is not None
+        missing = [block_hash for block_hash in promised if node.tiering.tier.find(block_hash) is None]
+        if missing:
+            self._findings.add(
+                "lost", f"{process}: {len(missing)} blocks were on its device and are not there any more"
+            )
+
+    def missed(self, process: str, node: StoreNode, request: Lease, reply: Leased, before: "Excuses") -> None:
+        """A lease was answered. What memory has must be in it; what the tier has, or the miss be counted."""
+        tiering = node.tiering
+        gone = [h for h, block in zip(request.hashes, reply.blocks, strict=True) if block is None]
+        in_memory = node.arena.exists(gone)
+        if 1 in in_memory:
+            self._findings.add("visible", f"{process}: {sum(in_memory)} blocks in memory were not leased")
+        if node.stats.missed_blocks - before.missed < len(gone):
+            self._findings.add("visible", f"{process}: {len(gone)} misses are not counted")
+        if tiering is not None:
+            below = sum(tiering.tier.find(h) is not None for h in gone)
+            if below and excuses(node).tier <= before.tier:
+                self._findings.add(
+                    "visible", f"{process}: {below} blocks of the tier were not leased, without a reason"
+                )
+
+    async def probe(
+        self, process: str, node: StoreNode, buffer: memoryview, truth: Truth, rotten: set[BlockHash]
+    ) -> None:
+        """At rest: every visible block is leased and right, or found bad and gone."""
+        visible = list((node.tiering or node.arena).published())
+        for start in range(0, len(visible), PROBE_BLOCKS):
+            part = tuple(visible[start : start + PROBE_BLOCKS])
+            for _ in range(PROBE_ATTEMPTS):
+                bad = excuses(node).bad
+                if await self._lease(process, node, buffer, part, truth, rotten) or excuses(node).bad > bad:
+                    break
+                await asyncio.sleep(PROBE_PAUSE_S)
+            else:
+                self._findings.add("visible", f"{process}: {len(part)} visible blocks cannot be leased at rest")
+
+    async def _lease(
+        self,
+        process: str,
+        node: StoreNode,
+        buffer: memoryview,
+        hashes: tuple[BlockHash, ...],
+        truth: Truth,
+        rotten: set[BlockHash],
+    ) -> bool:
+        context = CallContext(peer="probe")
+        leased = await node.call(Lease(hashes, 5.0), context)
+        assert isinstance(leased, Leased)
+        for block_hash, block in zip(hashes, leased.blocks, strict=True):
+            if block is None or block_hash in rotten:
+                continue
+            data = bytes(buffer[block.offset : block.offset + block.size_bytes])
+            expected = truth.block(block_hash)
+            if checksum(data) != block.checksum or (expected is not None and data != expected):
+                self._findings.add("torn", f"{process}: {block_hash.hex()} is leased with wrong bytes at rest")
+        await node.call(Release(leased.lease), context)
+        return None not in leased.blocks
+
+
+class Excuses(NamedTuple):
+    """Counts of what may cost a block that was there."""
+
+    missed: int
+    """Misses that the node has counted."""
+    tier: int
+    """Blocks of the tier that did not come up, and leases that did not wait."""
+    bad: int
+    """Blocks dropped because their bytes were wrong, or their device did not give them."""
+
+
+def excuses(node: StoreNode) -> Excuses:
+    """As of now."""
+    bad = node.stats.corrupt_held
+    below = 0
+    if node.tiering is not None:
+        moved, tier = node.tiering.stats, node.tiering.tier.stats
+        bad += tier.corrupt + tier.failed
+        below = moved.promote_refused + moved.promote_failed + moved.promote_late
+    return Excuses(node.stats.missed_blocks, below + bad, bad)
+
+
+PinKey = tuple[str, str, TraceId]
+"""Process, tenant, trace."""
+
+
+class _HardPin(NamedTuple):
+    until_s: float
+    hashes: tuple[BlockHash, ...]
+
+
+class PinChecker:
+    """A hard pin holds what is there until it ends; only the node's death or a bad byte takes that away.
+
+    Knows of pins what the one who pins knows: what was asked for and granted.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self._pins: dict[PinKey, _HardPin] = {}
+        self._asked: dict[PinKey, int] = {}
+        self._seen: dict[tuple[PinKey, BlockHash], None] = {}
+        self._bad: dict[str, int] = {}
+        self.held = 0
+        """Blocks seen under a hard pin, over all audits: to see that it looked at something."""
+
+    def asking(self, key: PinKey, kind: PinKind, until_s: float) -> int:
+        """Somebody is about to pin it: from now on it may end by then. Returns a number for :meth:`granted`."""
+        known = self._pins.get(key)
+        if known is not None and kind == "hard":
+            self._pins[key] = _HardPin(min(known.until_s, until_s), known.hashes)
+        elif known is not None:
+            self._forget(key)
+        self._asked[key] = self._asked.get(key, 0) + 1
+        return self._asked[key]
+
+    def granted(self, key: PinKey, number: int, until_s: float, hashes: Sequence[BlockHash]) -> None:
+        """A hard pin was granted that lasts at least until then."""
+        if self._asked.get(key) != number:
+            return  # something else has been asked for since: what it is now is not known
+        known = self._pins.get(key)
+        both = dict.fromkeys((*(known.hashes if known is not None else ()), *hashes))
+        self._pins[key] = _HardPin(until_s, tuple(both))
+
+    def ended(self, key: PinKey) -> None:
+        """Somebody is about to unpin it, or it is not known what became of a call."""
+        self._asked[key] = self._asked.get(key, 0) + 1
+        self._forget(key)
+
+    def _forget(self, key: PinKey) -> None:
+        self._pins.pop(key, None)
+        self._seen = {seen: None for seen in self._seen if seen[0] != key}
+
+    def audit(self, process: str, node: StoreNode) -> None:
+        """Look whether everything that was there last time still is. Call it often, and only while the node lives."""
+        now_s = clock.now_s()
+        for key in [key for key, pin in self._pins.items() if key[0] == process and pin.until_s <= now_s]:
+            self._forget(key)
+        bad = excuses(node).bad
+        excused = bad - self._bad.get(process, 0)
+        self._bad[process] = bad
+        lost: set[BlockHash] = set()
+        for key, pin in self._pins.items():
+            if key[0] != process:
+                continue
+            held = (node.tiering or node.arena).exists(pin.hashes)
+            for block_hash, there in zip(pin.hashes, held, strict=True):
+                if there:
+                    self._seen[key, block_hash] = None
+                    self.held += 1
+                elif self._seen.pop((key, block_hash), 0) is None:
+                    lost.add(block_hash)
+        if len(lost) > excused:
+            self._findings.add("pins", f"{process}: {len(lost)} blocks under hard pins are gone")
+
+
+def offset_in(buffer: memoryview, view: memoryview) -> int | None:
+    """Where ``view`` is in ``buffer``; None if it is not."""
+    at = _address(view) - _address(buffer)
+    return at if 0 <= at < buffer.nbytes else None
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
