@@ -13,7 +13,6 @@ from tracehaul.wire.blocks import Lease, Leased, PinKind, Release
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash, TraceId
 
-PROBE_BLOCKS = 4
 PROBE_ATTEMPTS = 40
 PROBE_PAUSE_S = 0.1
 
@@ -53,38 +52,45 @@ class TierChecker:
         self, process: str, node: StoreNode, buffer: memoryview, truth: Truth, rotten: set[BlockHash]
     ) -> None:
         """At rest: every visible block is leased and right, or found bad and gone."""
-        visible = list((node.tiering or node.arena).published())
-        for start in range(0, len(visible), PROBE_BLOCKS):
-            part = tuple(visible[start : start + PROBE_BLOCKS])
+        for block_hash in (node.tiering or node.arena).published():
+            bad = excuses(node).bad
             for _ in range(PROBE_ATTEMPTS):
-                bad = excuses(node).bad
-                if await self._lease(process, node, buffer, part, truth, rotten) or excuses(node).bad > bad:
+                if await self._lease(process, node, buffer, block_hash, truth, rotten) or excuses(node).bad > bad:
                     break
+                if _only_its_prefix(node, block_hash):
+                    break  # a sequence as long as the arena: what comes before it must not make room for it
                 await asyncio.sleep(PROBE_PAUSE_S)
             else:
-                self._findings.add("visible", f"{process}: {len(part)} visible blocks cannot be leased at rest")
+                self._findings.add("visible", f"{process}: {block_hash.hex()} is visible and cannot be leased at rest")
 
     async def _lease(
         self,
         process: str,
         node: StoreNode,
         buffer: memoryview,
-        hashes: tuple[BlockHash, ...],
+        block_hash: BlockHash,
         truth: Truth,
         rotten: set[BlockHash],
     ) -> bool:
         context = CallContext(peer="probe")
-        leased = await node.call(Lease(hashes, 5.0), context)
+        leased = await node.call(Lease((block_hash,), 5.0), context)
         assert isinstance(leased, Leased)
-        for block_hash, block in zip(hashes, leased.blocks, strict=True):
-            if block is None or block_hash in rotten:
-                continue
+        (block,) = leased.blocks
+        if block is not None and block_hash not in rotten:
             data = bytes(buffer[block.offset : block.offset + block.size_bytes])
             expected = truth.block(block_hash)
             if checksum(data) != block.checksum or (expected is not None and data != expected):
                 self._findings.add("torn", f"{process}: {block_hash.hex()} is leased with wrong bytes at rest")
         await node.call(Release(leased.lease), context)
-        return None not in leased.blocks
+        return block is not None
+
+
+def _only_its_prefix(node: StoreNode, block_hash: BlockHash) -> bool:
+    """Whether memory is full of what the block continues."""
+    assert node.tiering is not None
+    below = node.tiering.tier.find(block_hash)
+    families = node.arena._families  # pyright: ignore[reportPrivateUsage] - no message says it
+    return below is not None and len(list(families.ancestry(below.parent))) == len(node.arena)
 
 
 class Excuses(NamedTuple):
