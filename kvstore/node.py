@@ -47,6 +47,7 @@ from tracehaul.wire.blocks import (
     Published,
     PublishOutcome,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -88,6 +89,8 @@ class StoreStats(msgspec.Struct):
     missed_blocks: int = 0
     """Blocks asked for by a lease and not held."""
     waits: int = 0
+    passed_on: int = 0
+    """Reservations that a second writer took over from a silent first one."""
     pins_refused: int = 0
 
 
@@ -188,6 +191,11 @@ class StoreNode:
                 self._arena.abandon(blocks, context.peer)
                 self._changed()
                 return Ok()
+            case Renew(blocks=blocks):
+                _check_count(blocks)
+                self._arena.renew(blocks, context.peer, clock.now_s())
+                self._changed()
+                return Ok()
             case Revoke():
                 await self._verify_own(request)
                 return Ok()
@@ -265,6 +273,7 @@ class StoreNode:
         outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.passed_on = self._arena.passed_on
         self._changed()
         return Reserved(tuple(outcomes))
 
@@ -346,14 +355,22 @@ class StoreNode:
         if len(request.hashes) > WAIT_HASHES_MAX:
             raise InvalidRequest(f"a wait for {len(request.hashes)} blocks; at most {WAIT_HASHES_MAX}")
         self.stats.waits += 1
-        self._arena.expire(clock.now_s())
+        now_s = clock.now_s()
+        until_s = now_s + min(request.timeout_s, self._config.wait_max_s) if request.timeout_s > 0 else now_s
+        self._arena.expire(now_s)
         self._changed()
-        in_flight = [block_hash for block_hash in request.hashes if self._arena.is_reserved(block_hash)]
-        await self._waiters.wait(in_flight, min(request.timeout_s, self._config.wait_max_s))
-        return Awaited(tuple([self._state(block_hash) for block_hash in request.hashes]))
+        while True:
+            quiet_s = {block_hash: self._arena.quiet_at_s(block_hash) for block_hash in request.hashes}
+            in_flight = {block_hash: at_s for block_hash, at_s in quiet_s.items() if at_s is not None and at_s > now_s}
+            if not in_flight or now_s >= until_s:
+                return Awaited(tuple([self._state(block_hash, now_s) for block_hash in request.hashes]))
+            # A silent owner ends nothing: whoever waits looks again when the last of them could have gone quiet.
+            await self._waiters.wait(in_flight, min(until_s, max(in_flight.values())) - now_s)
+            now_s = clock.now_s()
 
-    def _state(self, block_hash: BlockHash) -> AwaitState:
-        if self._arena.is_reserved(block_hash):
+    def _state(self, block_hash: BlockHash, now_s: float) -> AwaitState:
+        quiet_s = self._arena.quiet_at_s(block_hash)
+        if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
         below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"

@@ -89,6 +89,13 @@ class Abandon(Message, frozen=True):
     blocks: tuple[tuple[BlockHash, SlotGeneration], ...]
 
 
+class Renew(Message, frozen=True):
+    """Writer -> store: I am still writing these. Without a sign of life for about a second, a reservation passes on
+    to the next who asks for its block; with it, it lasts as long as any. Unknown ones are ignored."""
+
+    blocks: tuple[tuple[BlockHash, SlotGeneration], ...]
+
+
 class Lease(Message, frozen=True):
     """Reader -> store: protect what you have of these for ``ttl_s``. Answered with :class:`Leased`."""
 
@@ -145,6 +152,7 @@ class Revoke(Message, frozen=True):
 class Await(Message, frozen=True):
     """Anyone -> store: tell me when none of these is being written any more, or ``timeout_s`` has passed.
 
+    A block whose writer has gone silent (:class:`Renew`) is no longer being written: who asks for it gets it.
     Answered with :class:`Awaited`; refused as overloaded where too many wait already.
     """
 
