@@ -34,7 +34,7 @@ from kvstore.node import StoreNode
 from kvstore.staging import Staging
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import open_disk
-from kvstore.tiers.records import PAGE_BYTES, RECORD_BYTES, Layout
+from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records
 from kvstore.tiers.tiering import TieringConfig
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
@@ -269,7 +269,7 @@ class Injector:
         bad = self._sample(blocks)
         with self._path.open("r+b") as file:
             for block in bad:
-                at = PAGE_BYTES + slots[block.hash] * RECORD_BYTES + self._dice.randrange(RECORD_BYTES)
+                at = LAYOUT.records_offset + slots[block.hash] * RECORD_BYTES + self._dice.randrange(RECORD_BYTES)
                 _flip_file(file.fileno(), at, self._dice)
         tier = await self._disk()
         assert tier.stats.unreadable == len(bad), "records that changed were taken for true"
@@ -318,14 +318,16 @@ class Injector:
         await self._judge(site, blocks, [], count)
 
     def _find_records(self) -> dict[BlockHash, int]:
-        """The slot of each block, by the newest record that names it: the higher sequence."""
-        raw = self._path.read_bytes()[PAGE_BYTES : LAYOUT.data_offset]
-        found: dict[BlockHash, tuple[int, int]] = {}
-        for slot in range(LAYOUT.slots_max):
-            record = raw[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES]
-            sequence = int.from_bytes(record[48:56], "little")
-            found[BlockHash(record[:16])] = max(found.get(BlockHash(record[:16]), (0, 0)), (sequence, slot))
-        return {block_hash: slot for block_hash, (_, slot) in found.items()}
+        """The slot of each block, by the newest record that names it."""
+        raw = self._path.read_bytes()[LAYOUT.records_offset :]
+        found: dict[BlockHash, Record] = {}
+        for record in unpack_records(raw, LAYOUT):
+            if isinstance(record, int):
+                continue
+            known = found.get(record.block.hash)
+            if known is None or known.sequence < record.sequence:
+                found[record.block.hash] = record
+        return {block_hash: record.slot for block_hash, record in found.items()}
 
 
 def _flip(buffer: memoryview, offset: int, size: int, dice: random.Random) -> None:

@@ -1,7 +1,7 @@
 """Where bytes change in :mod:`bench.corruption`: a transfer that flips bits on the way, a tier that lies."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from kvstore.tiers.base import Change, LoadOutcome, StoreOutcome, TierBlock, TierStats
@@ -108,6 +108,12 @@ class LyingTier:
 
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         self._listener = listener
+
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        pass
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        pass
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:
         known = self._objects.get(block_hash)

@@ -35,6 +35,8 @@ class Below(msgspec.Struct, frozen=True):
     """Of steps: their blocks are pinned afterwards."""
     prefetch_share: float
     """Of steps: their blocks are asked for before the next one."""
+    quotas: bool
+    """Whether a tenant has one."""
 
 
 def make_below(seed: int, slots: int) -> Below | None:
@@ -52,6 +54,7 @@ def make_below(seed: int, slots: int) -> Below | None:
         ),
         pin_share=rng.choice([0.0, 0.5, 1.0]),
         prefetch_share=rng.choice([0.0, 0.5]),
+        quotas=rng.random() < 0.5,
     )
 
 

@@ -58,6 +58,8 @@ from worker.config import WorkerConfig
 
 MIX = Mix(traces=20, steps_min=3, steps_max=8, system_tokens_max=40, new_tokens_max=24, output_tokens_max=12)
 VOCAB = 256
+TENANTS = ("tenant-0",)
+"""Those with a quota, of the traces' salts; the others share the rest."""
 ROUTER = NodeId("router")
 ROLES: dict[NodeId, Role | None] = {
     ROUTER: None,
@@ -107,6 +109,7 @@ def make_shape(seed: int) -> Shape:
     rng = random.Random(f"shape {seed}")  # noqa: S311 - reproducible is the point
     longest = context_max(MIX)
     slots = rng.choice([24, 100, 1000])
+    below = make_below(seed, slots)
     return Shape(
         engine=fake_info(
             context_max=longest, kv_tokens_max=rng.choice([longest, 2 * longest, 6 * longest]), vocab_size=VOCAB
@@ -118,6 +121,7 @@ def make_shape(seed: int) -> Shape:
             reservation_ttl_s=rng.choice([0.5, 5.0]),
             lease_ttl_max_s=rng.choice([0.1, 6.0]),
             late_write_s=LATE_WRITE_S,
+            quota_bytes=dict.fromkeys(TENANTS, slots * 4096 // 4) if below is not None and below.quotas else {},
         ),
         worker=WorkerConfig(
             chunk_tokens=rng.choice([16, 64]),
@@ -130,7 +134,7 @@ def make_shape(seed: int) -> Shape:
             store_timeout_s=rng.choice([1.0, 5.0]),
         ),
         dispatch=DispatchConfig(),
-        below=make_below(seed, slots),
+        below=below,
     )
 
 
