@@ -129,7 +129,7 @@ class SimDevice(MemoryDevice):
             await asyncio.sleep(self._rng.uniform(0.0, self._latency_s) + self._rng.uniform(0.0, self.slow_s))
             return function()
         finally:
-            del self._under_way[call]
+            self._under_way.pop(call, None)  # a killed process has none
 
     def killed(self) -> None:
         """The process that uses it is gone: each call under way got as far as it got."""

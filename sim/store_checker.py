@@ -86,11 +86,17 @@ class TierChecker:
 
 
 def _only_its_prefix(node: StoreNode, block_hash: BlockHash) -> bool:
-    """Whether memory is full of what the block continues."""
+    """Whether everything that may make room for it, by its tenant's quota, is what it continues."""
     assert node.tiering is not None
     below = node.tiering.tier.find(block_hash)
-    families = node.arena._families  # pyright: ignore[reportPrivateUsage] - no message says it
-    return below is not None and len(list(families.ancestry(below.parent))) == len(node.arena)
+    if below is None:
+        return False
+    arena = node.arena
+    prefix = set(arena._families.ancestry(below.parent))  # pyright: ignore[reportPrivateUsage] - no message says it
+    tenants, groups = arena._tenants, arena._group  # pyright: ignore[reportPrivateUsage]
+    yielding = set(tenants.yielding(tenants.group(below.tenant)))
+    slots = arena._published  # pyright: ignore[reportPrivateUsage]
+    return all(held in prefix for held, slot in slots.items() if groups[slot] in yielding)
 
 
 class Excuses(NamedTuple):
