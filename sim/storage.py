@@ -37,6 +37,8 @@ class Below(msgspec.Struct, frozen=True):
     """Of steps: their blocks are asked for before the next one."""
     quotas: bool
     """Whether a tenant has one."""
+    hard_share: float = 0.25
+    """Of the slots, that one tenant may pin hard."""
 
 
 def make_below(seed: int, slots: int) -> Below | None:
@@ -55,6 +57,7 @@ def make_below(seed: int, slots: int) -> Below | None:
         pin_share=rng.choice([0.0, 0.5, 1.0]),
         prefetch_share=rng.choice([0.0, 0.5]),
         quotas=rng.random() < 0.5,
+        hard_share=rng.choice([0.25, 0.5]),
     )
 
 

@@ -121,6 +121,7 @@ def make_shape(seed: int) -> Shape:
             reservation_ttl_s=rng.choice([0.5, 5.0]),
             lease_ttl_max_s=rng.choice([0.1, 6.0]),
             late_write_s=LATE_WRITE_S,
+            hard_tenant_share_max=0.25 if below is None else below.hard_share,
             quota_bytes=dict.fromkeys(TENANTS, slots * 4096 // 4) if below is not None and below.quotas else {},
         ),
         worker=WorkerConfig(
