@@ -93,7 +93,9 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address that the HTTP API listens on.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
-    transport: Annotated[str | None, typer.Option(help="shm or nixl: how KV moves between processes.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="shm, tcp, nixl or ucxx: how KV moves between processes.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of each worker.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV memory of each worker, in tokens.")] = None,
     store_bytes: SizeOption = None,

@@ -50,7 +50,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    transport: Literal["shm", "nixl"] = "shm"
+    transport: Literal["shm", "tcp", "nixl", "ucxx"] = "shm"
     host: str = "127.0.0.1"
     """Where the HTTP API listens; everything else stays on the loopback interface."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000

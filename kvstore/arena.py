@@ -11,13 +11,16 @@ A block is visible exactly while it is PUBLISHED. ``now_s`` must never go back.
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from math import log2
+from typing import Protocol
 
 from kvstore.config import StoreConfig
 from kvstore.eviction import LeastRecent, Policy
 from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
-from kvstore.pins import PinKey, Pins
+from kvstore.pin_records import KeptPin
+from kvstore.pins import PRIORITY_MAX, HeldPin, PinKey, Pins
 from kvstore.tenants import TenantKey, Tenants, tenant_key
 from kvstore.victims import Victims
 from tracehaul.wire.blocks import (
@@ -42,13 +45,23 @@ from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, Tra
 FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED = range(5)
 
 ReserveOutcome = Slot | Present | InFlight | Full | TooLarge
-
-
-def _nobody(hashes: Iterable[BlockHash]) -> None:
-    """Nobody else keeps blocks."""
-
-
 _PRESENT, _FULL, _TOO_LARGE = Present(), Full(), TooLarge()
+
+
+class Below(Protocol):
+    """What keeps blocks below an arena."""
+
+    def is_behind(self, block_hash: BlockHash) -> bool:
+        """Whether a block of the arena has yet to be taken: evicted now, it would be gone."""
+        ...
+
+    def size_of(self, block_hash: BlockHash) -> int:
+        """Bytes of a block that is kept; 0 if it is not."""
+        ...
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """What pins say of these has changed."""
+        ...
 
 
 class Arena:
@@ -86,8 +99,7 @@ class Arena:
         self._pins = Pins(config)
         policy = policy or LeastRecent(slots, len(self._tenants))
         self._victims = Victims(self._tenants, policy, self._rank, self._is_idle)
-        self.on_repinned: Callable[[Iterable[BlockHash]], None] = _nobody
-        """Told of blocks that pins now say something else of: who else keeps blocks wants to know."""
+        self._below: Below | None = None
         self._changes: list[Stored | Removed] = []
         self._ended: list[BlockHash] = []
         self.evicted = 0
@@ -134,13 +146,15 @@ class Arena:
         """What pins say of a block, here or not: None where none covers it, else its rank in eviction."""
         return self._pins.rank(block_hash)
 
-    def spare(self, is_spared: Callable[[BlockHash], bool]) -> None:
-        """Prefer other victims, if there are some near, to blocks of which this is true."""
+    def stand_over(self, below: "Below") -> None:
+        """What is evicted here may be kept there from now on. At most once."""
+        assert self._below is None
 
         def spared(slot: int) -> bool:
             block_hash = self._hash[slot]
-            return block_hash is not None and is_spared(block_hash)
+            return block_hash is not None and below.is_behind(block_hash)
 
+        self._below = below
         self._victims.is_spared = spared
 
     def bytes_used(self, tenant: str) -> int:
@@ -386,6 +400,24 @@ class Arena:
         if held is not None:
             self._reconsider(held.hashes)
 
+    def repin(self, kept: KeptPin, now_s: float) -> str | None:
+        """Take over what is left of a pin of the node's former life; returns why not, or None."""
+        self.expire(now_s)
+        priority = 2.0 ** min(kept.octaves, log2(PRIORITY_MAX))
+        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s)
+        if refusal is None:
+            self._reconsider(kept.hashes)
+        return refusal
+
+    def pin_of(self, key: PinKey) -> HeldPin | None:
+        """A trace's open pin."""
+        return self._pins.get(key)
+
+    def open_pins(self, now_s: float) -> list[tuple[PinKey, HeldPin]]:
+        """All, the first to end first."""
+        self.expire(now_s)
+        return self._pins.all()
+
     def list_pins(self, tenant: str | None, now_s: float) -> list[PinInfo]:
         """Open pins, of one tenant or all, the first to end first. Linear in what they cover."""
         self.expire(now_s)
@@ -394,9 +426,14 @@ class Arena:
     def _pin_info(self, key: PinKey, now_s: float) -> PinInfo:
         pin = self._pins.get(key)
         assert pin is not None
-        slots = [slot for slot in map(self._published.get, pin.hashes) if slot is not None]
-        nbytes = sum(self._size[slot] for slot in slots)
-        return PinInfo(key[1], key[0], pin.kind, len(pin.hashes), len(slots), nbytes, pin.until_s - now_s)
+        sizes = [size for size in map(self._size_of, pin.hashes) if size]
+        return PinInfo(key[1], key[0], pin.kind, len(pin.hashes), len(sizes), sum(sizes), pin.until_s - now_s)
+
+    def _size_of(self, block_hash: BlockHash) -> int:
+        slot = self._published.get(block_hash)
+        if slot is not None:
+            return self._size[slot]
+        return 0 if self._below is None else self._below.size_of(block_hash)
 
     def _reconsider(self, hashes: Iterable[BlockHash]) -> None:
         """What pins say of these blocks has changed."""
@@ -404,7 +441,8 @@ class Arena:
             slot = self._published.get(block_hash)
             if slot is not None:
                 self._victims.reconsider(slot, self._group[slot])
-        self.on_repinned(hashes)
+        if self._below is not None:
+            self._below.repinned(hashes)
 
     # --- time and loss ------------------------------------------------------------------------------------
 

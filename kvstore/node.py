@@ -9,6 +9,8 @@ from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
 from kvstore.events import Feed
 from kvstore.moves import checksums
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
 from kvstore.tiers.base import Tier
 from kvstore.tiers.prefetch import PrefetchJobs
@@ -97,8 +99,9 @@ class StoreStats(msgspec.Struct):
 class StoreNode:
     """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
-    :meth:`run` must run beside it. Costs nothing while idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier`` or
+    a ``journal``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are in force from
+    the start. Costs nothing while idle: one timer, armed only if something can expire.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class StoreNode:
         offload: Offload,
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
+        journal: PinJournal | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -136,6 +140,8 @@ class StoreNode:
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
+        self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
+        self._changed()
 
     @property
     def arena(self) -> Arena:
@@ -162,9 +168,12 @@ class StoreNode:
         )
 
     async def run(self) -> None:
-        """What a tier needs done in the background, for as long as the node serves; nothing without one."""
-        if self.tiering is not None:
-            await self.tiering.run()
+        """What a tier and a journal need done in the background, for as long as the node serves."""
+        async with asyncio.TaskGroup() as group:
+            if self.tiering is not None:
+                group.create_task(self.tiering.run())
+            if self._keeper is not None:
+                group.create_task(self._keeper.journal.run())
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -184,9 +193,9 @@ class StoreNode:
                 return Ok()
             case Reserve():
                 return self._reserve(request, context.peer)
-            case Publish(blocks=blocks):
+            case Publish(blocks=blocks, verified=verified):
                 _check_count(blocks)
-                return Published(tuple(await self._publish(blocks, context.peer)))
+                return Published(tuple(await self._publish(blocks, verified, context.peer)))
             case Abandon(blocks=blocks):
                 self._arena.abandon(blocks, context.peer)
                 self._changed()
@@ -202,10 +211,15 @@ class StoreNode:
             case Await():
                 return await self._await(request)
             case Pin():
-                return self._pin(request)
+                pinned = self._pin(request)
+                if self._keeper is not None:
+                    await self._keeper.keep((request.tenant, request.trace))
+                return pinned
             case Unpin(trace=trace, tenant=tenant):
                 self._arena.unpin(tenant, trace)
                 self._changed()
+                if self._keeper is not None:
+                    await self._keeper.keep((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
@@ -243,6 +257,8 @@ class StoreNode:
         if self.tiering is not None:
             await self.tiering.close()
             await self.tiering.drain()
+        if self._keeper is not None:
+            await self._keeper.journal.aclose()
         self.close()
 
     def close(self) -> None:
@@ -310,8 +326,8 @@ class StoreNode:
             case PrefetchCancel(job=job):
                 return self._prefetch.cancel(job)
 
-    async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
-        landings = [self._arena.landing(block, peer) for block in blocks]
+    async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
+        landings = [None if verified else self._arena.landing(block, peer) for block in blocks]
         sums = await self._checksums([landing for landing in landings if landing is not None])
         landed = iter(sums)
         # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.

@@ -38,9 +38,9 @@ ATTEMPTS = 2
 
 PutOutcome = Literal["published", "present", "in_flight", "full", "too_large", "fenced", "corrupt", "lost"]
 
-WRITE_PART_BYTES = 16 << 20
+WRITE_PART_BYTES = 64 << 20
 WRITE_LANES = 2
-"""Blocks are reserved, written and published in parts of this size, so many at a time: the store verifies one and
+"""Blocks are reserved, written and published in parts of this size, so many at a time: the store publishes one and
 reserves another while a third is written."""
 RENEW_S = 0.3
 """How often a writer tells the store that it still writes. Only this counts as a sign of life: a connection that
@@ -191,7 +191,7 @@ class Writer:
     async def _write(
         self, view: StoreNodeView, way: tuple[Plane, RegionDescriptor], fills: Sequence[_Filled], deadline_s: float
     ) -> Sequence[Checksum] | None:
-        """The checksums of what was written, if the transport computed them in passing."""
+        """The checksums of what was written, if the transport has verified it."""
         plane, remote = way
         copies = [Copy(fill.block.buffer.offset, fill.slot.offset, fill.block.nbytes) for fill in fills]
         try:
@@ -217,10 +217,11 @@ class Writer:
         deadline_s: float,
     ) -> None:
         try:
+            verified = sums is not None
             if sums is None:
                 sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])
-            blocks = [Publication(f.block.hash, f.slot.generation, s) for f, s in zip(fills, sums, strict=True)]
-            published = await self._nodes.call(view, Publish(tuple(blocks)), Published, left_s(deadline_s))
+            blocks = tuple([Publication(f.block.hash, f.slot.generation, s) for f, s in zip(fills, sums, strict=True)])
+            published = await self._nodes.call(view, Publish(blocks, verified), Published, left_s(deadline_s))
             if len(published.outcomes) != len(fills):
                 raise ProtocolError(f"{view.node} published {len(published.outcomes)} blocks of {len(fills)}")
         except (ClusterError, asyncio.CancelledError):

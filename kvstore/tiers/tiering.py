@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import mmap
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import msgspec
@@ -121,13 +121,25 @@ class Tiering:
         self._closed = False
         tier.listen(self._on_tier)
         tier.protect(arena.rank, arena.quota_shares())
-        arena.on_repinned = tier.repinned
-        arena.spare(self._behind.__contains__)  # what only memory has is lost if it goes
+        arena.stand_over(self)
 
     @property
     def behind(self) -> int:
         """Blocks that wait to be written, or are being written."""
         return len(self._behind) + self._writing
+
+    def is_behind(self, block_hash: BlockHash) -> bool:
+        """As :class:`kvstore.arena.Below` has it."""
+        return block_hash in self._behind
+
+    def size_of(self, block_hash: BlockHash) -> int:
+        """As :class:`kvstore.arena.Below` has it."""
+        block = self.tier.find(block_hash)
+        return 0 if block is None else block.size_bytes
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """As :class:`kvstore.arena.Below` has it."""
+        self.tier.repinned(hashes)
 
     # --- what is visible ----------------------------------------------------------------------------------
 

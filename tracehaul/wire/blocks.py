@@ -72,6 +72,8 @@ class Publish(Message, frozen=True):
     """Writer -> store: make these visible. Answered with :class:`Published`."""
 
     blocks: tuple[Publication, ...]
+    verified: bool = False
+    """The writer's transport has read the bytes back where they landed, and they match: the node need not."""
 
 
 PublishOutcome = Literal["published", "fenced", "corrupt"]
@@ -244,7 +246,7 @@ class RegionDescriptor(msgspec.Struct, frozen=True):
     """What a peer needs to reach a registered region by one transport."""
 
     kind: str
-    """``local``, ``shm`` or ``nixl``."""
+    """``local``, ``shm``, ``nixl`` or ``ucxx``."""
     owner: str
     """``node#generation``: one life of one process."""
     nbytes: int
