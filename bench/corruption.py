@@ -6,7 +6,8 @@ A real store node with a real file, a real client, and one byte (or all of them)
 memory   in the arena, after publish
 slots    in the file, of a block that only the file has
 records  in the file's table of contents, between two lives of the node
-put      on the way from the client to the arena
+put      on the way from the client to the arena, by a transport that leaves checking to the node, and just after one
+         that has read back what it wrote
 get      on the way back, by a transport that sums what lands, and by one that does not
 tier     in a remote tier that does not check what it returns: cut off, garbage, another block's, one bit
 ======== ================================================================================================
@@ -278,13 +279,21 @@ class Injector:
 
     async def _put(self, site: Site, count: Count) -> None:
         blocks = self._blocks()
+        verified = self._dice.random() < 0.5
         site.way.flipped.clear()
-        site.way.fault = "put"
+        site.way.fault = "put-verified" if verified else "put"
         outcomes = await site.put(blocks)
         site.way.fault = None
-        assert outcomes.count("corrupt") == len(site.way.flipped), outcomes
-        bad = [block for block, outcome in zip(blocks, outcomes, strict=True) if outcome == "corrupt"]
+        if verified:  # published, as nobody can know yet
+            assert set(outcomes) == {"published"}, outcomes
+            places = site.places(blocks)
+            hit = {places[offset][0] for offset in site.way.flipped}
+            bad = [block for block in blocks if block.hash in hit]
+        else:
+            assert outcomes.count("corrupt") == len(site.way.flipped), outcomes
+            bad = [block for block, outcome in zip(blocks, outcomes, strict=True) if outcome == "corrupt"]
         await self._judge(site, blocks, bad, count)
+        await site.write_all()
         await asyncio.sleep(2 * CONFIG.late_write_s)  # their slots rest
 
     async def _get(self, site: Site, count: Count, *, unsummed: bool) -> None:

@@ -9,7 +9,7 @@ from tracehaul.transfer.base import Copy, Memory, Region, Transfer
 from tracehaul.wire.blocks import RegionDescriptor, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
-Fault = Literal["put", "get", "get-unsummed"]
+Fault = Literal["put", "put-verified", "get", "get-unsummed"]
 
 
 def flip(view: memoryview, dice: random.Random) -> int:
@@ -65,10 +65,11 @@ class FlippingTransfer:
         self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float
     ) -> Sequence[Checksum] | None:
         sums = await self._inner.write(remote, local, copies, timeout_s=timeout_s)
-        if self.fault == "put":
-            for copy in self._choose(copies):
-                flip(self._arena[copy.remote_offset :][: copy.nbytes], self._dice)
-        return sums
+        if self.fault not in ("put", "put-verified"):
+            return sums
+        for copy in self._choose(copies):
+            flip(self._arena[copy.remote_offset :][: copy.nbytes], self._dice)
+        return None if self.fault == "put" else sums  # a moment too late for one that has read back what it wrote
 
     async def close(self) -> None:
         await self._inner.close()

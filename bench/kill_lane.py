@@ -30,9 +30,10 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
-from tracehaul.wire.blocks import Existing, Exists, TierList, Tiers
+from tracehaul.wire.blocks import Existing, Exists, ListPins, Pin, PinList, TierList, Tiers, Unpin
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.errors import ClusterError, Overloaded
+from tracehaul.wire.ids import BlockHash, TraceId
 
 SLOT = 16 << 10
 BLOCK = 15_000
@@ -49,6 +50,10 @@ SETTLE_S = 20.0
 START_S = 30.0
 PART = 8
 """Blocks read together."""
+PINS = 40
+PINNED_MAX = 10
+"""Few and the same for all, so that they fit the store's limits."""
+PIN_S = 3000.0
 EXISTS_PART = 50_000
 CHAIN = 4
 """Blocks in one sequence: a prefix with continuations is evicted last."""
@@ -91,6 +96,10 @@ class Tally:
     """Bad blocks that the node or a reader found and dropped: there should be none, as nothing flips bytes here."""
     index_wrong: int = 0
     """Restarts after which the index did not come to equal the node."""
+    pins: int = 0
+    """Pins that a restarted node had to have, over all restarts."""
+    pins_wrong: int = 0
+    """Pins that were promised and are gone or cover something else; or were ended and are back."""
     restart_s: list[float] = field(default_factory=list[float])
     """From starting the process to its answer."""
     complaints: list[str] = field(default_factory=list[str])
@@ -98,7 +107,7 @@ class Tally:
     @property
     def violations(self) -> int:
         """What must be 0."""
-        return self.lost + self.unread + self.torn + self.found_bad + self.index_wrong
+        return self.lost + self.unread + self.torn + self.found_bad + self.index_wrong + self.pins_wrong
 
     def complain(self, text: str) -> None:
         """Say what went wrong; the first hundred say enough."""
@@ -113,7 +122,9 @@ class Lane:
         self._name = name
         self._path = folder / f"{name}.blocks"
         self._file_bytes = (file_slots + 2) * (SLOT + 64) + (16 << 10)
-        self._config = StoreConfig(arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT, late_write_s=0.5)
+        self._config = StoreConfig(
+            arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT, late_write_s=0.5, pin_half_life_s=PIN_S
+        )
         self._dice = random.Random(name)
         self._tally = tally
         self._records: dict[int, BlockHash] = {}
@@ -121,6 +132,10 @@ class Lane:
         self._generation = 0
         self._began_s = 0.0
         self._index = Index()
+        self._pins: dict[TraceId, int] = {}
+        """Blocks that each trace's pin was answered to cover."""
+        self._asked: dict[TraceId, int | None] = {}
+        """What was asked of a trace and not answered: either may be true."""
 
     async def run(self, cycles: int) -> None:
         """That many lives and deaths, and one life more, which must have all that the last one left."""
@@ -155,7 +170,7 @@ class Lane:
             following = asyncio.create_task(self._follow(process.stdout))
             await self._verify(peers, client, info)
             if not last:
-                await self._load_until_dead(process, client, info, point)
+                await self._load_until_dead(process, peers, client, info, point)
         finally:
             await _kill(process)
             if following is not None:
@@ -203,6 +218,7 @@ class Lane:
         assert isinstance(tiers, TierList)
         bad = sum(tiers.tiers[1].counters[name] for name in ("corrupt", "failed")) + tiers.tiers[0].counters["corrupt"]
         where = f"{self._name}#{self._generation}"
+        await self._verify_pins(peers, info, where)
         if lost:
             self._tally.complain(f"{where}: published on disk and lost: {lost}")
         if bad or client.stats.corrupt:
@@ -213,6 +229,21 @@ class Lane:
         self._tally.owed += len(numbers)
         self._tally.lost += len(lost)
         self._tally.found_bad += bad + client.stats.misses.pop("corrupt", 0)
+
+    async def _verify_pins(self, peers: Peers, info: NodeInfo, where: str) -> None:
+        listed = await peers.call(info.address, ListPins(), timeout_s=5.0)
+        assert isinstance(listed, PinList)
+        found = {pin.trace: pin.blocks for pin in listed.pins}
+        for trace in {*found, *self._pins, *self._asked}:
+            allowed = {self._pins.get(trace)}
+            if trace in self._asked:
+                allowed |= {None, self._asked[trace]}
+            if found.get(trace) not in allowed:
+                self._tally.pins_wrong += 1
+                self._tally.complain(f"{where}: {trace} pins {found.get(trace)} blocks, not {allowed}")
+        self._tally.pins += len(self._pins)
+        self._pins = found
+        self._asked.clear()
 
     async def _exist(self, peers: Peers, info: NodeInfo, numbers: Sequence[int]) -> set[int]:
         held: set[int] = set()
@@ -250,10 +281,16 @@ class Lane:
     # --- until the next death -----------------------------------------------------------------------------
 
     async def _load_until_dead(
-        self, process: asyncio.subprocess.Process, client: StoreClient, info: NodeInfo, point: Point | None
+        self,
+        process: asyncio.subprocess.Process,
+        peers: Peers,
+        client: StoreClient,
+        info: NodeInfo,
+        point: Point | None,
     ) -> None:
         working = [asyncio.create_task(self._write(client, info)), asyncio.create_task(self._read_on(client, info))]
         working.append(asyncio.create_task(self._write(client, info)))
+        working.append(asyncio.create_task(self._pin(peers, info)))
         try:
             if point is not None and await _ends(process, SELF_KILL_MAX_S):
                 self._tally.ends[point] += 1
@@ -277,6 +314,26 @@ class Lane:
             if self._dice.random() < 0.2:  # some that were evicted, or lost with memory, come again
                 numbers += [self._dice.randrange(CHAIN, numbers[0] + 1)]
             await self._put(client, info, list(dict.fromkeys(numbers)))
+            await asyncio.sleep(0)
+
+    async def _pin(self, peers: Peers, info: NodeInfo) -> None:
+        """Pin and unpin without rest, and remember what was answered."""
+        while True:
+            trace = TraceId(f"t{self._dice.randrange(PINS)}")
+            blocks = self._dice.randrange(1, PINNED_MAX) if self._dice.random() < 0.7 else None
+            hashes = tuple([hash_of(number) for number in range(CHAIN, CHAIN + (blocks or 0))])
+            self._asked[trace] = blocks
+            try:
+                await peers.call(info.address, Unpin(trace), timeout_s=2.0)
+                self._pins.pop(trace, None)
+                if blocks is not None:
+                    await peers.call(info.address, Pin(trace, hashes, PIN_S, "soft", 2.0**20), timeout_s=2.0)
+                    self._pins[trace] = blocks
+                del self._asked[trace]
+            except Overloaded:
+                del self._asked[trace]
+            except ClusterError:
+                return  # it is dead, and what became of the last one is not known
             await asyncio.sleep(0)
 
     async def _read_on(self, client: StoreClient, info: NodeInfo) -> None:

@@ -16,6 +16,7 @@ import uvloop
 
 from kvstore.config import StoreConfig
 from kvstore.node import StoreNode
+from kvstore.pin_journal import open_journal
 from kvstore.tiers.disk import DiskFile
 from kvstore.tiers.records import ERASED, Layout
 from kvstore.tiers.slot_tier import SlotTier
@@ -104,7 +105,8 @@ async def serve(told: KillNode) -> None:
     file = DyingFile(Path(told.path), layout, told.point, told.passes)
     tier = SlotTier("disk", file, ThreadOffload("r", 4), ThreadOffload("w", 2))
     generation = Generation(told.generation)
-    node = StoreNode(told.store, generation, planes, memory, offload, tier)
+    journal = await open_journal(Path(told.path).with_suffix(".pins"))
+    node = StoreNode(told.store, generation, planes, memory, offload, tier, journal=journal)
     server = await TcpNetwork().listen("127.0.0.1:0", node)
     info = NodeInfo(NodeId(told.name), generation, "store", server.address)
     os.write(1, msgspec.json.encode(info) + b"\n")

@@ -104,6 +104,8 @@ def results_of(tally: Tally, back_s: list[float]) -> list[Result]:
         Result("store.kill.torn", tally.torn, "blocks"),
         Result("store.kill.found_bad", tally.found_bad, "blocks"),
         Result("store.kill.index_wrong", tally.index_wrong, "restarts"),
+        Result("store.kill.pins", tally.pins, "pins"),
+        Result("store.kill.pins_wrong", tally.pins_wrong, "pins"),
         Result("store.kill.put", tally.put, "blocks"),
         Result("store.kill.got", tally.got, "blocks"),
         Result("store.kill.restart_p50", starts[len(starts) // 2], "s"),

@@ -13,6 +13,8 @@ from decode.worker import DecodeService
 from kvstore.client import StoreClient
 from kvstore.config import StoreConfig
 from kvstore.node import StoreNode
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_records import Moment
 from kvstore.staging import Staging
 from kvstore.tiers.slot_tier import SlotTier
 from prefill.worker import PrefillService
@@ -21,7 +23,7 @@ from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is
 from sim.links import SimMemory, WatchedTransfer
 from sim.loop import PROCESS
 from sim.storage import Below, SimDevice
-from sim.store_checker import TierChecker, excuses, offset_in
+from sim.store_checker import PinChecker, TierChecker, excuses, offset_in
 from tracehaul.engine.base import EngineInfo
 from tracehaul.engine.fake import EngineCost, FakeEngine
 from tracehaul.rpc.base import CallContext, Service
@@ -70,6 +72,7 @@ class Surroundings(Protocol):
     ledgers: dict[str, SlotChecker]
     router_address: str
     tiers: TierChecker
+    pins: PinChecker
     devices: dict[NodeId, SimDevice]
     """What is below each store's memory; it outlives its node's lives."""
     healed_s: float | None
@@ -253,14 +256,20 @@ def _store(life: Life, transfer: WatchedTransfer, around: Surroundings) -> Store
     else:
         device = life.device = around.devices[life.node]
         promised = [record.block.hash for record in device.whole()]
-        tier = SlotTier("disk", device, device, device)
-        node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering)
+        tier = SlotTier("disk", device, device.calls, device.calls)
+        journal = PinJournal(device.pins, device.pins.calls, _moment)
+        node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering, journal)
         around.tiers.recovered(life.process, promised, node)
+        around.pins.restarted(device, life.process, node)
         ledger = life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer, device.published)
         device.on_read = lambda view: _promoted(ledger, memory.buffer, view)
         life.tasks.start(node.run(), "tiering")
     around.ledgers[life.process] = life.ledger
     return node
+
+
+def _moment() -> Moment:
+    return Moment("one boot", clock.now_s(), clock.now_s())
 
 
 def _promoted(ledger: SlotChecker, buffer: memoryview, view: memoryview) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from kvstore.tiers.fake import MemoryDevice, PowerCut
+from kvstore.tiers.fake import MemoryDevice, MemoryPinFile, PowerCut
 from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records
 from kvstore.tiers.tiering import TieringConfig
 from tracehaul.wire.hashing import checksum
@@ -22,6 +22,8 @@ from tracehaul.wire.ids import BlockHash
 T = TypeVar("T")
 
 PAGE_BYTES = 4096
+SLOW_S = 1.0
+"""What each call of a slow device takes more, at most."""
 
 
 class Below(msgspec.Struct, frozen=True):
@@ -69,18 +71,75 @@ class _Page(NamedTuple):
     before: bytes
 
 
+class _Calls:
+    """:class:`tracehaul.runtime.offload.Offload` of what a process asks of a device: each call takes its time."""
+
+    def __init__(self, rng: random.Random, latency_s: float) -> None:
+        self._rng = rng
+        self._latency_s = latency_s
+        self._under_way: dict[int, Callable[[], object]] = {}
+        self._number = 0
+        self.slow_s = 0.0
+        """Added to every call, at most."""
+
+    async def run(self, function: Callable[[], T]) -> T:
+        self._number += 1
+        call = self._number
+        self._under_way[call] = function
+        try:
+            await asyncio.sleep(self._rng.uniform(0.0, self._latency_s) + self._rng.uniform(0.0, self.slow_s))
+            return function()
+        finally:
+            self._under_way.pop(call, None)  # a killed process has none
+
+    def close(self) -> None:
+        pass
+
+    def abandoned(self) -> list[Callable[[], object]]:
+        """Calls under way of a process that is gone; forgotten with that."""
+        calls = list(self._under_way.values())
+        self._under_way.clear()
+        return calls
+
+
+class SimPinFile(MemoryPinFile):
+    """A :class:`kvstore.pin_journal.PinFile` of one node, through all its lives."""
+
+    def __init__(self, rng: random.Random, latency_s: float) -> None:
+        super().__init__()
+        self._rng = rng
+        self._flushed = 0
+        self.calls = _Calls(rng, latency_s)
+
+    def replace(self, data: bytes) -> None:
+        super().replace(data)
+        self._flushed = len(data)
+
+    def flush(self) -> None:
+        self._flushed = len(self.data)
+
+    def killed(self) -> None:
+        """The process that uses it is gone: each call under way got as far as it got."""
+        for function in self.calls.abandoned():
+            self.bytes_left = self._rng.randrange(300)
+            with suppress(PowerCut, OSError):
+                function()
+        self.bytes_left = None
+
+    def lose_power(self) -> None:
+        """After :meth:`killed`: the end that was not flushed may not have happened."""
+        self.data = self.data[: self._rng.randint(min(self._flushed, len(self.data)), len(self.data))]
+
+
 class SimDevice(MemoryDevice):
-    """A :class:`kvstore.tiers.base.SlotDevice` of one node, through all its lives."""
+    """A :class:`kvstore.tiers.base.SlotDevice` of one node, through all its lives, and its pins beside it."""
 
     def __init__(self, slots_max: int, slot_bytes: int, latency_s: float, seed: str) -> None:
         super().__init__(slots_max, slot_bytes)
         self._rng = random.Random(seed)  # noqa: S311 - reproducible is the point
-        self._latency_s = latency_s
         self._unflushed: list[_Page] = []
-        self._under_way: dict[int, Callable[[], object]] = {}
-        self._calls = 0
-        self.slow_s = 0.0
-        """Added to every call, at most."""
+        self.calls = _Calls(self._rng, latency_s)
+        self.pins = SimPinFile(self._rng, latency_s)
         self.writes_fail = False
         self.flipped = 0
         """Bytes that a fault changed, in records or blocks."""
@@ -121,31 +180,28 @@ class SimDevice(MemoryDevice):
         if self.writes_fail:
             raise OSError(28, "no space left on device")
 
-    # --- as the world does it -----------------------------------------------------------------------------
+    def trouble(self, kind: str | None) -> None:
+        """It is slow, full or dead from now on; None: no more."""
+        self.calls.slow_s = self.pins.calls.slow_s = SLOW_S if kind == "slow" else 0.0
+        self.writes_fail = kind == "full"
+        self.failing = kind == "dead"
+        self.pins.failing = kind in ("full", "dead")
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """:class:`tracehaul.runtime.offload.Offload` of the tier: a call takes its time."""
-        self._calls += 1
-        call = self._calls
-        self._under_way[call] = function
-        try:
-            await asyncio.sleep(self._rng.uniform(0.0, self._latency_s) + self._rng.uniform(0.0, self.slow_s))
-            return function()
-        finally:
-            self._under_way.pop(call, None)  # a killed process has none
+    # --- as the world does it -----------------------------------------------------------------------------
 
     def killed(self) -> None:
         """The process that uses it is gone: each call under way got as far as it got."""
-        for function in list(self._under_way.values()):
+        for function in self.calls.abandoned():
             self.writes_left = self._rng.randrange(8)
             with suppress(PowerCut, OSError):
                 function()
         self.writes_left = None
-        self._under_way.clear()
+        self.pins.killed()
 
     def lose_power(self) -> None:
         """After :meth:`killed`: of what was not flushed, each write may not have happened, whatever came after it."""
         self.lost_power += 1
+        self.pins.lose_power()
         for page in reversed(self._unflushed):
             if self._rng.random() < 0.5:
                 target = self._records if page.records else self.data

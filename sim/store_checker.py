@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kvstore.node import StoreNode
 from sim.checker import Findings, Truth
+from sim.storage import SimDevice
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
 from tracehaul.wire.blocks import Lease, Leased, PinKind, Release
@@ -142,6 +143,10 @@ class PinChecker:
         self._asked: dict[PinKey, int] = {}
         self._seen: dict[tuple[PinKey, BlockHash], None] = {}
         self._bad: dict[str, int] = {}
+        self._user: dict[SimDevice, str] = {}
+        self._lost_power: dict[SimDevice, int] = {}
+        self.recovered = 0
+        """Hard pins found again after a restart."""
         self.held = 0
         """Blocks seen under a hard pin, over all audits: to see that it looked at something."""
 
@@ -171,6 +176,25 @@ class PinChecker:
     def _forget(self, key: PinKey) -> None:
         self._pins.pop(key, None)
         self._seen = {seen: None for seen in self._seen if seen[0] != key}
+
+    def restarted(self, device: SimDevice, process: str, node: StoreNode) -> None:
+        """A life has taken over a device: the pins that its former user promised are in force."""
+        former = self._user.get(device)
+        self._user[device] = process
+        if former is None:
+            return
+        lost_power, self._lost_power[device] = self._lost_power.get(device, 0), device.lost_power
+        now_s = clock.now_s()
+        listed = {(pin.tenant, pin.trace): pin for pin in node.arena.list_pins(None, now_s)}
+        for key in [key for key in self._pins if key[0] == former]:
+            promised = self._pins[key]
+            self.ended(key)
+            found = listed.get((key[1], key[2]))
+            if found is not None and found.kind == "hard" and found.blocks >= len(promised.hashes):
+                self._pins[process, key[1], key[2]] = promised
+                self.recovered += 1
+            elif promised.until_s > now_s and lost_power == device.lost_power:  # power takes the last second's
+                self._findings.add("pins", f"{process}: {key[2]} was pinned and is not, after a restart: {found}")
 
     def audit(self, process: str, node: StoreNode) -> None:
         """Look whether everything that was there last time still is. Call it often, and only while the node lives."""

@@ -82,7 +82,6 @@ TOLD_S = 2.0
 """In which the router has heard of what the probes found bad."""
 AUDIT_S = 0.1
 """How often hard pins are looked after."""
-DISK_SLOW_S = 1.0
 IDLE_S = 25.0
 """From the end of all work to the last timeout of anything that was held for it."""
 
@@ -285,11 +284,9 @@ class World:
         device = self.devices.get(fault.node)
         if device is None:
             return
-        device.slow_s = DISK_SLOW_S if fault.kind == "slow" else device.slow_s
-        device.writes_fail = fault.kind == "full" or device.writes_fail
-        device.failing = fault.kind == "dead" or device.failing
+        device.trouble(fault.kind)
         await asyncio.sleep(fault.for_s)
-        device.slow_s, device.writes_fail, device.failing = 0.0, False, False
+        device.trouble(None)
 
     def _rot(self, life: Life) -> None:
         if life.ledger is None or life.memory is None or not life.alive:
@@ -403,6 +400,7 @@ class World:
         """Sums over all lives."""
         total: dict[str, int] = {"world.deaths": len(self.graves), "world.zombies": len(self.zombies)}
         total["world.audited"] = self.pins.held
+        total["world.pins_recovered"] = self.pins.recovered
 
         def add(name: str, value: object) -> None:
             if isinstance(value, int):

@@ -8,6 +8,7 @@ import pytest
 
 from kvstore.arena import Arena
 from kvstore.node import StoreNode
+from kvstore.pin_journal import PinJournal
 from kvstore.pins import Pins
 from kvstore.tiers.records import Record, pack_record
 from kvstore.tiers.slot_tier import SlotTier
@@ -130,6 +131,11 @@ def test_a_miss_that_is_not_counted(monkeypatch):
 def test_a_hard_pin_that_holds_nothing(monkeypatch):
     monkeypatch.setattr(Pins, "rank", lambda self, block_hash: None)
     assert "pins" in rules(seed=5, tier_slots=12)
+
+
+def test_a_pin_that_a_restart_forgets(monkeypatch):
+    monkeypatch.setattr(PinJournal, "recover", lambda self, half_life_s: [])
+    assert "pins" in rules(*DEATH, seed=5)
 
 
 def test_the_tier_writes_into_what_is_leased(monkeypatch):
