@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
+from kvstore.copies import ReplicationConfig
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
 from router.api.config import ApiConfig
@@ -69,6 +70,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of each store node's block memory, what each tenant (a request's ``cache_salt``) is sure of. Tenants without an
     entry share what is left."""
     tiering: TieringConfig = TieringConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
     api: ApiConfig = ApiConfig()

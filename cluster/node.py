@@ -18,6 +18,7 @@ import uvloop
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import NoDisk, open_disk
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
@@ -61,17 +62,13 @@ def run_node(name: str, run: RunDir) -> int:
     return 0
 
 
-def _ignore(members: Members) -> None:
-    """A store node asks nothing of others."""
-
-
 class Room(NamedTuple):
     """What a role puts into a node."""
 
     service: Service
     stats: Mapping[str, msgspec.Struct]
     load: Callable[[], NodeLoad]
-    on_members: Callable[[Members], None] = _ignore
+    on_members: Callable[[Members], None]
     info: EngineInfo | None = None
     """A worker's engine."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -169,7 +166,7 @@ class _Node:
         stack.callback(offload.close)
         match role:
             case "store":
-                return await self._store(stack, offload)
+                return await self._store(stack, offload, peers)
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
@@ -204,27 +201,33 @@ class _Node:
         stack.callback(memory.close)
         return memory
 
-    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
+    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
+        from kvstore.neighbours import Others
         from kvstore.node import StoreNode
-        from kvstore.pin_journal import open_journal
+        from kvstore.pin_journal import PinJournal, open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
-        if not chosen.disk_bytes:
-            store = StoreNode(config, self._generation, planes, memory, offload)
-            stack.callback(store.close)
-            return Room(store, {"store": store.stats}, store.load)
-        path = disk_path(chosen, self._run, self._spec.name)
-        tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
-        stack.callback(tier.close)
-        journal = await open_journal(path.with_suffix(".pins"))  # the lock on the tier's file is on it too
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal)
-        assert store.tiering is not None
+        tier: Tier | None = None
+        journal: PinJournal | None = None
+        if chosen.disk_bytes:
+            path = disk_path(chosen, self._run, self._spec.name)
+            tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
+            stack.callback(tier.close)
+            journal = await open_journal(path.with_suffix(".pins"))  # the lock on the tier's file is on it too
+        others = Others(NodeId(self._spec.name), peers, chosen.replication)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats, "pins": journal.stats}
-        return Room(store, stats, store.load, background=(store.run(),))
+        stats: dict[str, msgspec.Struct] = {"store": store.stats}
+        if store.neighbours is not None:
+            stats.update(store.neighbours.stats)
+        if tier is not None and store.tiering is not None:
+            stats.update(disk=tier.stats, tiering=store.tiering.stats)
+        if journal is not None:
+            stats.update(pins=journal.stats)
+        return Room(store, stats, store.load, store.set_members, background=(store.run(),))
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
@@ -254,7 +257,7 @@ class _Node:
                 prefill = PrefillService(host)
 
                 def on_members(members: Members) -> None:
-                    host.set_nodes(members.nodes)
+                    host.set_nodes(members.nodes, members.draining)
 
                 return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),))
             case "decode":
