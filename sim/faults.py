@@ -16,10 +16,11 @@ corrupt   A copy lands with one byte wrong (:class:`Storm`), or a byte of a publ
 crash     The process is gone between two instructions: no cleanup runs, connections break, its memory is
           unreachable. It comes back as a new life with a higher generation, empty but for what its device kept:
           what the process was writing is half done, and after a :class:`PowerLoss` what was not flushed may be
-          gone in any order.
+          gone in any order, and after a :class:`HostLoss` all of it is.
 freeze    SIGSTOP, or a machine that swaps: nothing runs there, nobody is told, and then it goes on with all its
           timers late. Copies that its memory takes part in go on, as one-sided copies do. A :class:`Zombie` was
           replaced meanwhile.
+operator  Drains a node and replaces it (:class:`Retire`).
 disk      A device is slow, full, dead for a while (:class:`DiskTrouble`), or rots (:class:`DiskRot`).
 ========= ==================================================================================================
 """
@@ -109,6 +110,22 @@ class PowerLoss(msgspec.Struct, frozen=True, tag=True):
     for_s: float
 
 
+class HostLoss(msgspec.Struct, frozen=True, tag=True):
+    """As :class:`Crash`, and its device is gone, too: what comes back is another host, empty."""
+
+    at_s: float
+    node: NodeId
+    for_s: float
+
+
+class Retire(msgspec.Struct, frozen=True, tag=True):
+    """An operator drains ``node`` for at most ``for_s``, and replaces it by an empty host if that was enough."""
+
+    at_s: float
+    node: NodeId
+    for_s: float
+
+
 class DiskTrouble(msgspec.Struct, frozen=True, tag=True):
     """The device of ``node`` is slow, refuses writes, or refuses everything for ``for_s``."""
 
@@ -125,7 +142,9 @@ class DiskRot(msgspec.Struct, frozen=True, tag=True):
     node: NodeId
 
 
-Fault = Crash | Freeze | Cut | Break | Slow | Storm | Rot | Zombie | PowerLoss | DiskTrouble | DiskRot
+Fault = (
+    Crash | Freeze | Cut | Break | Slow | Storm | Rot | Zombie | PowerLoss | HostLoss | Retire | DiskTrouble | DiskRot
+)
 
 
 class FaultPlan(msgspec.Struct, frozen=True):
@@ -176,7 +195,7 @@ def make_store_faults(seed: int, fleet: Fleet, end_s: float) -> list[Fault]:
     rng = random.Random(f"store faults {seed}")  # noqa: S311 - reproducible is the point
     if seed % 10 == 0:
         return []
-    kinds: list[type[Any]] = [Crash, Zombie, PowerLoss, DiskTrouble, DiskRot]
+    kinds: list[type[Any]] = [Crash, Zombie, PowerLoss, HostLoss, Retire, DiskTrouble, DiskRot]
     weights = [rng.random() ** 2 for _ in kinds]
     faults: list[Fault] = []
     for _ in range(rng.choice([1, 4, 12])):

@@ -24,8 +24,9 @@ from tracehaul.wire.blocks import (
     Unpin,
 )
 from tracehaul.wire.errors import ClusterError, Overloaded
-from tracehaul.wire.hashing import chain, pack_tokens
+from tracehaul.wire.hashing import chain, checksum, pack_tokens
 from tracehaul.wire.ids import BlockHash, TraceId
+from tracehaul.wire.messages import Request
 
 CALL_S = 2.0
 AWAIT_SHARE = 0.3
@@ -52,10 +53,12 @@ class Keeper:
         hashes = chain(FAKE_LAYOUT.root(salt), pack_tokens(tokens), FAKE_LAYOUT.block_tokens)
         if not hashes:
             return
+        if self._below.replicas > 1:
+            self._copies(trace, salt, hashes, final=final)
         for process, address in self._stores():
-            if final:
+            if self._below.replicas == 1 and final:
                 self._tasks.start(self._unpin(process, address, salt, trace), "unpin")
-            elif self._rng.random() < self._below.pin_share:
+            elif self._below.replicas == 1 and self._rng.random() < self._below.pin_share:
                 kind: PinKind = self._rng.choice(("hard", "soft"))
                 pin = Pin(
                     trace, tuple(hashes[-self._rng.choice((1, 4)) :]), self._rng.choice(TTLS_S), kind, tenant=salt
@@ -65,6 +68,25 @@ class Keeper:
                 self._tasks.start(self._prefetch(address, hashes, cancel=self._rng.random() < 0.2), "prefetch")
             if self._rng.random() < AWAIT_SHARE:
                 self._tasks.start(self._await(address, hashes), "await")
+
+    def _copies(self, trace: TraceId, salt: str, hashes: Sequence[BlockHash], *, final: bool) -> None:
+        """Pins with copies are the fleet's: told to one node, as a router does, and one by one."""
+        order = sorted(self._stores(), key=lambda store: checksum(f"{store[0].partition('#')[0]} {trace}".encode()))
+        if final:
+            self._pins.fleet_ended((salt, trace))
+            self._tasks.start(self._call(order[0][1], Unpin(trace, salt)), "unpin")
+        elif self._below.pin_share:
+            pin = Pin(trace, tuple(hashes), TTLS_S[-1], "hard", tenant=salt, replicas=self._below.replicas)
+            self._tasks.start(self._pin_fleet([address for _, address in order], pin), "pin")
+
+    async def _pin_fleet(self, addresses: Sequence[str], pin: Pin) -> None:
+        sent_s = clock.now_s()
+        for address in addresses:
+            pinned = await self._call(address, pin)
+            if isinstance(pinned, Pinned):
+                until_s = sent_s + min(pinned.remaining_s, pin.ttl_s)
+                self._pins.fleet_pinned((pin.tenant, pin.trace), until_s - CALL_S, pin.hashes)
+                return
 
     async def _pin(self, process: str, address: str, pin: Pin) -> None:
         key = (process, pin.tenant, pin.trace)
@@ -93,7 +115,7 @@ class Keeper:
     async def _await(self, address: str, hashes: Sequence[BlockHash]) -> None:
         await self._call(address, Await(tuple(hashes[-4:]), 1.0))
 
-    async def _call(self, address: str, request: Unpin | Prefetch | PrefetchCancel | PrefetchPoll | Await) -> object:
+    async def _call(self, address: str, request: Request) -> object:
         try:
             return await self._peers.call(address, request, timeout_s=CALL_S)
         except ClusterError:

@@ -12,6 +12,7 @@ import msgspec
 from decode.worker import DecodeService
 from kvstore.client import StoreClient
 from kvstore.config import StoreConfig
+from kvstore.neighbours import Others
 from kvstore.node import StoreNode
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_records import Moment
@@ -210,8 +211,8 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
     load: Callable[[], NodeLoad]
     on_members: Callable[[Members], None]
     if role == "store":
-        service = life.store = _store(life, transfer, around)
-        load, on_members = life.store.load, _ignore
+        service = life.store = _store(life, transfer, peers, around)
+        load, on_members = life.store.load, life.store.set_members
     else:
         host = life.host = _host(life, transfer, peers, around)
         load = host.load
@@ -238,15 +239,11 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
     life.ready.set()
 
 
-def _ignore(members: Members) -> None:
-    """A store node needs nobody."""
-
-
 def _set_nodes(host: WorkerHost) -> Callable[[Members], None]:
     return lambda members: host.set_nodes(members.nodes, members.draining)
 
 
-def _store(life: Life, transfer: WatchedTransfer, around: Surroundings) -> StoreNode:
+def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> StoreNode:
     config, below = around.shape.store, around.shape.below
     memory = life.memory = SimMemory(config.arena_bytes)
     planes = [Plane(transfer, transfer.register(memory))]
@@ -258,7 +255,8 @@ def _store(life: Life, transfer: WatchedTransfer, around: Surroundings) -> Store
         promised = [record.block.hash for record in device.whole()]
         tier = SlotTier("disk", device, device.calls, device.calls)
         journal = PinJournal(device.pins, device.pins.calls, _moment)
-        node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering, journal)
+        others = Others(life.node, peers, below.copies)
+        node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering, journal, others)
         around.tiers.recovered(life.process, promised, node)
         around.pins.restarted(device, life.process, node)
         ledger = life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer, device.published)

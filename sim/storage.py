@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from kvstore.copies import ReplicationConfig
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile, PowerCut
 from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records
 from kvstore.tiers.tiering import TieringConfig
@@ -41,6 +42,9 @@ class Below(msgspec.Struct, frozen=True):
     """Whether a tenant has one."""
     hard_share: float = 0.25
     """Of the slots, that one tenant may pin hard."""
+    replicas: int = 1
+    """Copies that a pin asks for."""
+    copies: ReplicationConfig = ReplicationConfig(copy_bytes_s=1 << 20, grace_s=2.0)
 
 
 def make_below(seed: int, slots: int) -> Below | None:
@@ -60,6 +64,7 @@ def make_below(seed: int, slots: int) -> Below | None:
         prefetch_share=rng.choice([0.0, 0.5]),
         quotas=rng.random() < 0.5,
         hard_share=rng.choice([0.25, 0.5]),
+        replicas=rng.choice([1, 2]),
     )
 
 

@@ -10,7 +10,7 @@ from sim.checker import Findings, Truth
 from sim.storage import SimDevice
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
-from tracehaul.wire.blocks import Lease, Leased, PinKind, Release
+from tracehaul.wire.blocks import DrainState, Lease, Leased, PinKind, Release
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash, TraceId
 
@@ -100,6 +100,25 @@ def _only_its_prefix(node: StoreNode, block_hash: BlockHash) -> bool:
     return all(held in prefix for held, slot in slots.items() if groups[slot] in yielding)
 
 
+class DrainChecker:
+    """A node that says that it is drained can be switched off: all that it has is elsewhere, or counted as lost."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self.drained = 0
+        self.moved_blocks = 0
+
+    def done(self, process: str, node: StoreNode, others: Sequence[StoreNode], state: DrainState) -> None:
+        """It says so now."""
+        self.drained += 1
+        self.moved_blocks += state.blocks_moved
+        visible = (node.tiering or node.arena).published()
+        found = [(other.tiering or other.arena).exists(visible) for other in others]
+        missing = sum(not any(there) for there in zip(*found, strict=True)) if found else len(visible)
+        if missing > state.blocks_lost:
+            self._findings.add("drain", f"{process}: drained, and {missing} of {len(visible)} blocks are nowhere else")
+
+
 class Excuses(NamedTuple):
     """Counts of what may cost a block that was there."""
 
@@ -145,6 +164,12 @@ class PinChecker:
         self._bad: dict[str, int] = {}
         self._user: dict[SimDevice, str] = {}
         self._lost_power: dict[SimDevice, int] = {}
+        self._fleet: dict[tuple[str, TraceId], _HardPin] = {}
+        self._holders: dict[BlockHash, int] = {}
+        self.replicated = 0
+        """Blocks seen on two nodes under a hard pin, over all audits."""
+        self.wanted: dict[BlockHash, None] = {}
+        """Blocks that were ever under a hard pin."""
         self.recovered = 0
         """Hard pins found again after a restart."""
         self.held = 0
@@ -176,6 +201,35 @@ class PinChecker:
     def _forget(self, key: PinKey) -> None:
         self._pins.pop(key, None)
         self._seen = {seen: None for seen in self._seen if seen[0] != key}
+
+    def fleet_pinned(self, key: tuple[str, TraceId], until_s: float, hashes: Sequence[BlockHash]) -> None:
+        """A node has granted a hard pin with copies, which lasts at least until then wherever it is copied to."""
+        known = self._fleet.get(key)
+        both = dict.fromkeys((*(known.hashes if known is not None else ()), *hashes))
+        self._fleet[key] = _HardPin(until_s, tuple(both))
+
+    def fleet_ended(self, key: tuple[str, TraceId]) -> None:
+        """Somebody is about to unpin it."""
+        self._fleet.pop(key, None)
+
+    def audit_fleet(self, nodes: Sequence[StoreNode]) -> None:
+        """Of pins that ask for copies: what two live nodes had is not gone with one. Only where one dies at a time."""
+        now_s = clock.now_s()
+        wanted: dict[BlockHash, None] = {}
+        for pin in self._fleet.values():
+            if pin.until_s > now_s:
+                wanted.update(dict.fromkeys(pin.hashes))
+        holders: dict[BlockHash, int] = {}
+        for node in nodes:
+            held = (node.tiering or node.arena).exists(tuple(wanted))
+            for block_hash, there in zip(wanted, held, strict=True):
+                holders[block_hash] = holders.get(block_hash, 0) + there
+        gone = [h for h, count in holders.items() if count == 0 and self._holders.get(h, 0) > 1]
+        if gone:
+            self._findings.add("replicas", f"{len(gone)} pinned blocks that two nodes had are on none")
+        self.replicated += sum(count > 1 for count in holders.values())
+        self.wanted.update(wanted)
+        self._holders = holders
 
     def restarted(self, device: SimDevice, process: str, node: StoreNode) -> None:
         """A life has taken over a device: the pins that its former user promised are in force."""

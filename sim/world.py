@@ -34,7 +34,9 @@ from sim.faults import (
     FaultPlan,
     Fleet,
     Freeze,
+    HostLoss,
     PowerLoss,
+    Retire,
     Rot,
     Weather,
     Zombie,
@@ -45,14 +47,17 @@ from sim.keeper import ADDRESS, Keeper
 from sim.links import CopyLink, FrameLink
 from sim.nodes import Life, Shape, start
 from sim.storage import SimDevice, make_below
-from sim.store_checker import PinChecker, TierChecker
+from sim.store_checker import DrainChecker, PinChecker, TierChecker
 from sim.traces import Mix, TracePlan, context_max, make_traces
 from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, fake_info
+from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.transfer.local import LocalHub
+from tracehaul.wire.blocks import Drain, DrainState
 from tracehaul.wire.cluster import Role
+from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.ids import Generation, NodeId
 from worker.config import WorkerConfig
 
@@ -151,6 +156,9 @@ class World:
         self.tiers = TierChecker(self.findings)
         self.pins = PinChecker(self.findings)
         self.devices: dict[NodeId, SimDevice] = {}
+        self.drains = DrainChecker(self.findings)
+        self.one_at_a_time = False
+        """Whether store nodes die so far apart that copies have been made anew; then what they promise is checked."""
         self.zombies: list[Life] = []
         self.healed_s: float | None = None
         self._seed = seed
@@ -233,9 +241,11 @@ class World:
         await asyncio.sleep(max(0.0, fault.at_s - clock.now_s()))
         self.loop.record(f"fault {fault}")
         match fault:
-            case Crash(node=node, for_s=for_s) | PowerLoss(node=node, for_s=for_s):
+            case Crash(node=node, for_s=for_s) | PowerLoss(node=node, for_s=for_s) | HostLoss(node=node, for_s=for_s):
                 if self.lives[node].alive:
                     self.crash(self.lives[node], power=isinstance(fault, PowerLoss))
+                    if isinstance(fault, HostLoss):
+                        self._give_device(node)
                     await asyncio.sleep(for_s)
                     self.start(node)
             case Freeze(node=node, for_s=for_s):
@@ -246,6 +256,8 @@ class World:
                 life = self.lives[node]
                 if life.alive and not self._same_addresses:  # two processes cannot have one address
                     await self._replace(life, for_s)
+            case Retire(node=node, for_s=for_s):
+                await self._retire(self.lives[node], for_s)
             case DiskTrouble(node=node):
                 await self._trouble(fault)
             case DiskRot(node=node):
@@ -279,6 +291,37 @@ class World:
         self._give_device(life.node)
         self.start(life.node)
         await freezing
+
+    async def _retire(self, life: Life, for_s: float) -> None:
+        """Drain it, and replace it by an empty host once it says that it is drained; or give up."""
+        until_s = clock.now_s() + for_s
+        while life.alive and life.store is not None:
+            late = clock.now_s() >= until_s
+            asking = self.loop.create_task(self._drain(life, cancel=late), context=life.context())
+            await asyncio.wait([asking], timeout=1.0)
+            if life.alive and asking.done() and asking.result():
+                self.crash(life)
+                self._give_device(life.node)
+                self.start(life.node)
+            elif late and (asking.done() or not life.alive):
+                return
+            asking.cancel()
+            await asyncio.sleep(0.1)
+
+    async def _drain(self, life: Life, *, cancel: bool) -> bool:
+        """Whether it is drained."""
+        assert life.store is not None
+        try:
+            state = await life.store.call(Drain(cancel), CallContext(peer="operator"))
+        except ClusterError:
+            return False  # nobody could take anything, or it drains nothing
+        assert isinstance(state, DrainState)
+        if state.state != "drained":
+            return False
+        if self.one_at_a_time:
+            others = [self.lives[node] for node in FLEET.stores if node != life.node]
+            self.drains.done(life.process, life.store, [o.store for o in others if o.alive and o.store], state)
+        return True
 
     async def _trouble(self, fault: DiskTrouble) -> None:
         device = self.devices.get(fault.node)
@@ -346,6 +389,9 @@ class World:
                 life = self.lives[node]
                 if life.alive and not life.freezes and life.store is not None:
                     self.pins.audit(life.process, life.store)
+            if self.one_at_a_time:
+                lives = [self.lives[node] for node in FLEET.stores]
+                self.pins.audit_fleet([life.store for life in lives if life.alive and life.store is not None])
 
     async def _probe(self, truth: Truth) -> None:
         """Ask every store for everything that it shows."""
@@ -401,6 +447,10 @@ class World:
         total: dict[str, int] = {"world.deaths": len(self.graves), "world.zombies": len(self.zombies)}
         total["world.audited"] = self.pins.held
         total["world.pins_recovered"] = self.pins.recovered
+        total["world.replicated"] = self.pins.replicated
+        total["world.wanted"] = len(self.pins.wanted)
+        total["world.drained"] = self.drains.drained
+        total["world.drained_blocks"] = self.drains.moved_blocks
 
         def add(name: str, value: object) -> None:
             if isinstance(value, int):
@@ -416,6 +466,8 @@ class World:
                 add("store.evicted", life.store.arena.evicted)
                 if life.store.tiering is not None:
                     parts += [("tier", life.store.tiering.tier.stats), ("tiering", life.store.tiering.stats)]
+                if life.store.neighbours is not None:
+                    parts += list(life.store.neighbours.stats.items())
             if life.host is not None:
                 parts += [("worker", life.host.stats), ("client", life.host.client.stats)]
             if life.dispatch is not None:
@@ -437,6 +489,7 @@ def check_store(references: ReferenceChecker, life: Life) -> None:
     tiering = life.store.tiering
     if tiering is not None:
         coming = tiering._coming  # pyright: ignore[reportPrivateUsage] - kept for nobody else to see
+        references.zero(life.process, uncopied=life.store.load().copies_waiting)
         references.zero(life.process, unwritten=tiering.behind, promotions=len(coming), pins=arena.pins)
 
 
