@@ -219,11 +219,11 @@ class PinChecker:
         for pin in self._fleet.values():
             if pin.until_s > now_s:
                 wanted.update(dict.fromkeys(pin.hashes))
-        holders: dict[BlockHash, int] = {}
+        holders = dict.fromkeys(wanted, 0)
         for node in nodes:
             held = (node.tiering or node.arena).exists(tuple(wanted))
             for block_hash, there in zip(wanted, held, strict=True):
-                holders[block_hash] = holders.get(block_hash, 0) + there
+                holders[block_hash] += there
         gone = [h for h, count in holders.items() if count == 0 and self._holders.get(h, 0) > 1]
         if gone:
             self._findings.add("replicas", f"{len(gone)} pinned blocks that two nodes had are on none")
