@@ -71,6 +71,9 @@ class FlippingTransfer:
             flip(self._arena[copy.remote_offset :][: copy.nbytes], self._dice)
         return None if self.fault == "put" else sums  # a moment too late for one that has read back what it wrote
 
+    async def broken(self) -> None:
+        await self._inner.broken()
+
     async def close(self) -> None:
         await self._inner.close()
 

@@ -7,7 +7,7 @@ records apart, so that every disagreement between them is possible that a crash 
 
 import asyncio
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
@@ -96,6 +96,11 @@ class _Calls:
             return function()
         finally:
             self._under_way.pop(call, None)  # a killed process has none
+
+    async def turns(self, *work: Iterator[object]) -> None:
+        for iterator in work:
+            for _ in iterator:
+                await asyncio.sleep(0)
 
     def close(self) -> None:
         pass
