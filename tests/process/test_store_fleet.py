@@ -107,9 +107,7 @@ class Fleet:
 
     async def held(self, name: str, hashes: list[BlockHash]) -> int:
         """By that node alone."""
-        view = self.client._nodes.find(NodeId(name))  # pyright: ignore[reportPrivateUsage]
-        assert view is not None
-        return (await self.client._look(hashes, [n for n in self.infos if n != name], 1.0))[NodeId(name)].count(1)  # pyright: ignore
+        return (await self.client.holdings(hashes)).get(NodeId(name), b"").count(1)
 
     async def copied(self, hashes: list[BlockHash], *names: str) -> None:
         async with asyncio.timeout(30):
