@@ -1,4 +1,4 @@
-"""The router's side of membership, under virtual time: who is a member, who is draining, who was silent for too long."""
+"""The router's side of membership, under virtual time: who is a member, who is draining, who was silent too long."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
