@@ -59,7 +59,7 @@ async def node(name: str, router: str) -> None:
     setup(name, "error")
     generation = Generation(clock.wall_ns())
     offload = ThreadOffload("node", COPY_THREADS)
-    ways, memory = planes("shm", f"{name}#{generation}", ARENA_BYTES, offload)
+    ways, memory = planes("shm", f"{name}#{generation}", "127.0.0.1", ARENA_BYTES, offload)
     network = TcpNetwork()
     peers = Peers(network)
     others = Others(NodeId(name), peers, ReplicationConfig(grace_s=GRACE_S))
@@ -81,7 +81,7 @@ class Reader:
 
     def __init__(self, name: str, router: str) -> None:
         offload = ThreadOffload("copy", COPY_THREADS)
-        ways, memory = planes("shm", f"{name}#{clock.wall_ns()}", BUFFERS * BLOCK, offload)
+        ways, memory = planes("shm", f"{name}#{clock.wall_ns()}", "127.0.0.1", BUFFERS * BLOCK, offload)
         self._memory = memory
         self._name = name
         self._router = router

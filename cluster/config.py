@@ -51,7 +51,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    transport: Literal["shm", "nixl"] = "shm"
+    transport: Literal["shm", "tcp", "nixl", "ucxx"] = "shm"
     host: str = "127.0.0.1"
     """Where the HTTP API listens; everything else stays on the loopback interface."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
@@ -66,6 +66,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Disk of each store node for blocks that leave memory, taken at once; 0: none, and a restart forgets all."""
     disk_dir: str = ""
     """Where the store nodes' files are; empty: in the run directory."""
+    quota_bytes: dict[str, int] = {}
+    """Of each store node's block memory, what each tenant (a request's ``cache_salt``) is sure of. Tenants without an
+    entry share what is left."""
     tiering: TieringConfig = TieringConfig()
     replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
@@ -185,14 +188,17 @@ def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
     """A store node's config: slots of one full block of ``layout``.
 
     Raises:
-        ClusterFault: the arena, or the disk, is smaller than one block.
+        ClusterFault: the arena, or the disk, is smaller than one block; or the quotas are larger than the arena.
     """
     slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
     if config.store_bytes < slot_bytes:
         raise ClusterFault(f"--store-bytes {config.store_bytes} holds no block of this model ({slot_bytes} bytes)")
     if config.disk_bytes and Layout.within(config.disk_bytes, slot_bytes) is None:
         raise ClusterFault(f"--disk-bytes {config.disk_bytes} holds no block of this model ({slot_bytes} bytes)")
-    return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes)
+    try:
+        return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes, quota_bytes=config.quota_bytes)
+    except ValueError as error:
+        raise ClusterFault(f"the store nodes' config is wrong: {error}") from error
 
 
 def disk_path(config: ClusterConfig, run: RunDir, name: str) -> Path:
@@ -202,6 +208,18 @@ def disk_path(config: ClusterConfig, run: RunDir, name: str) -> Path:
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_quota(text: str) -> tuple[str, int]:
+    """Tenant and bytes of ``acme=512MiB``.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    tenant, equals, size = text.rpartition("=")
+    if not equals:
+        raise ValueError(f"not a quota: {text!r}; write for example acme=512MiB")
+    return tenant, parse_bytes(size)
 
 
 def parse_bytes(text: str) -> int:

@@ -40,7 +40,8 @@ from tracehaul.wire.ids import Generation, NodeId
 log = Log(__name__)
 
 DRAIN_POLL_S = 0.05
-LISTEN = "127.0.0.1:0"
+HOST = "127.0.0.1"
+LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
 
@@ -84,6 +85,8 @@ class _Node:
         self._state = NodeState("starting")
         self._generation = Generation(clock.wall_ns())
         self._stopping = asyncio.Event()
+        self._transfers: list[Transfer] = []
+        """Whose failure is the node's: what it offers to peers is out of their reach."""
 
     async def run(self) -> None:
         """Until told to stop."""
@@ -121,7 +124,8 @@ class _Node:
             info = self._info(role, server.address, room.info)
             membership = Membership(peers, self._plan.router_address, info, room.load, room.on_members)
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(work) for work in room.background]
+                watches = [transfer.broken() for transfer in self._transfers]
+                background = [group.create_task(work) for work in (*room.background, *watches)]
                 member = group.create_task(membership.run(), name="membership")
                 stopping = group.create_task(self._stopping.wait())
                 joined = group.create_task(membership.joined.wait())
@@ -173,11 +177,23 @@ class _Node:
         match self._plan.config.transport:
             case "shm":
                 transfer = ShmTransfer(owner, offload)
-            case "nixl":
-                from tracehaul.transfer.nixl import NixlTransfer
+                log.info("transport", kind="shm", why="configured")
+            case "tcp":
+                from tracehaul.transfer.tcp import TcpTransfer
 
-                transfer = NixlTransfer(owner)
+                transfer = TcpTransfer(owner, HOST)
+                log.info("transport", kind="tcp", why="configured")
+            case "nixl":
+                from tracehaul.transfer.network import open_network
+
+                transfer = open_network(owner)
+            case "ucxx":
+                from tracehaul.transfer.ucxx import UcxxTransfer
+
+                transfer = UcxxTransfer(owner)
+                log.info("transport", kind="ucxx", why="configured")
         stack.push_async_callback(transfer.close)
+        self._transfers.append(transfer)
         return [Plane(transfer, transfer.register(memory))]
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
@@ -188,24 +204,27 @@ class _Node:
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
         from kvstore.neighbours import Others
         from kvstore.node import StoreNode
+        from kvstore.pin_journal import PinJournal, open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
         tier: Tier | None = None
+        journal: PinJournal | None = None
         if chosen.disk_bytes:
             path = disk_path(chosen, self._run, self._spec.name)
             tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
             stack.callback(tier.close)
+            journal = await open_journal(path.with_suffix(".pins"))  # the lock on the tier's file is on it too
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, others)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
         stack.push_async_callback(store.aclose)
         stats: dict[str, msgspec.Struct] = {"store": store.stats}
         if store.neighbours is not None:
             stats.update(store.neighbours.stats)
-        if tier is not None and store.tiering is not None:
-            stats.update(disk=tier.stats, tiering=store.tiering.stats)
+        if tier is not None and journal is not None and store.tiering is not None:
+            stats.update(disk=tier.stats, tiering=store.tiering.stats, pins=journal.stats)
         return Room(store, stats, store.load, store.set_members, background=(store.run(),))
 
     async def _worker(

@@ -120,16 +120,19 @@ class StoreClient:
         self.stats.get_s += clock.now_s() - start_s
         return [self._counted(result) for result in results]
 
-    async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float) -> list[PutOutcome]:
+    async def put(
+        self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float, tenant: str = ""
+    ) -> list[PutOutcome]:
         """Write and publish blocks on their trace's home, or on another live node if that one is gone.
 
-        Fails over once. Only ``published`` and ``present`` say that a block can be got; ``in_flight`` says that
-        another writer is about to publish it.
+        They count against ``tenant``'s quota. Fails over once. A block that another writer has begun is waited for,
+        and written if that one dies. Only ``published`` and ``present`` say that a block can be got; ``in_flight``
+        says that another writer lives and is slow.
         """
         if not blocks:
             return []
         start_s = clock.now_s()
-        outcomes = await self._writer.put(home, blocks, start_s + timeout_s)
+        outcomes = await self._writer.put(home, blocks, start_s + timeout_s, tenant)
         self.stats.put_s += clock.now_s() - start_s
         self.stats.failovers = self._writer.failovers
         for block, outcome in zip(blocks, outcomes, strict=True):

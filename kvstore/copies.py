@@ -159,9 +159,9 @@ class Copier:
                 blocks.append(None)
                 generations.append(None)
                 continue
-            block, parent = held
+            block, parent, tenant = held
             buffer = StagingBuffer(holdings.buffer[block.offset : block.offset + block.size_bytes], block.offset)
-            blocks.append(OutgoingBlock(block_hash, parent, buffer, block.size_bytes, block.checksum))
+            blocks.append(OutgoingBlock(block_hash, parent, buffer, block.size_bytes, block.checksum, tenant))
             generations.append(block.generation)
         holdings.settle()
         return _Hold(lease, blocks, generations)

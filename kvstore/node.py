@@ -12,7 +12,10 @@ from kvstore.copies import Holdings
 from kvstore.events import Feed
 from kvstore.moves import checksums
 from kvstore.neighbours import Neighbours, Others
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
+from kvstore.tenants import TenantKey, tenant_key
 from kvstore.tiers.base import Change, Tier
 from kvstore.tiers.prefetch import PrefetchJobs
 from kvstore.tiers.tiering import Tiering, TieringConfig
@@ -52,6 +55,7 @@ from tracehaul.wire.blocks import (
     Published,
     PublishOutcome,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -95,15 +99,18 @@ class StoreStats(msgspec.Struct):
     missed_blocks: int = 0
     """Blocks asked for by a lease and not held."""
     waits: int = 0
+    passed_on: int = 0
+    """Reservations that a second writer took over from a silent first one."""
     pins_refused: int = 0
 
 
 class StoreNode:
     """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes to and from clients.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier`` or
-    ``others``, :meth:`run` must run beside it. Without ``others`` it makes no copies elsewhere. Costs nothing while
-    idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``, a
+    ``journal`` or ``others``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are
+    in force from the start. Without ``others`` it makes no copies elsewhere. Costs nothing while idle: one timer, armed
+    only if something can expire.
     """
 
     def __init__(
@@ -115,6 +122,7 @@ class StoreNode:
         offload: Offload,
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
+        journal: PinJournal | None = None,
         others: Others | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
@@ -142,6 +150,7 @@ class StoreNode:
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
+        self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
         self.neighbours: Neighbours | None = None
         """Copies to other nodes; None without any."""
         if others is not None:
@@ -149,6 +158,8 @@ class StoreNode:
                 self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
+            self.neighbours.restore(self._arena.open_pins(clock.now_s()))
+        self._changed()
 
     @property
     def arena(self) -> Arena:
@@ -177,9 +188,10 @@ class StoreNode:
         )
 
     async def run(self) -> None:
-        """What a tier and copies need done in the background, for as long as the node serves; nothing without them."""
+        """What a tier, a journal and copies need done in the background, for as long as the node serves."""
+        journal = None if self._keeper is None else self._keeper.journal
         async with asyncio.TaskGroup() as group:
-            for part in (self.tiering, self.neighbours):
+            for part in (self.tiering, journal, self.neighbours):
                 if part is not None:
                     group.create_task(part.run())
 
@@ -206,11 +218,16 @@ class StoreNode:
                 return Ok()
             case Reserve():
                 return self._reserve(request, context.peer)
-            case Publish(blocks=blocks):
+            case Publish(blocks=blocks, verified=verified):
                 _check_count(blocks)
-                return Published(tuple(await self._publish(blocks, context.peer)))
+                return Published(tuple(await self._publish(blocks, verified, context.peer)))
             case Abandon(blocks=blocks):
                 self._arena.abandon(blocks, context.peer)
+                self._changed()
+                return Ok()
+            case Renew(blocks=blocks):
+                _check_count(blocks)
+                self._arena.renew(blocks, context.peer, clock.now_s())
                 self._changed()
                 return Ok()
             case Revoke(hash=block_hash, generation=generation):
@@ -219,12 +236,17 @@ class StoreNode:
             case Await():
                 return await self._await(request)
             case Pin():
-                return self._pin(request)
+                pinned = self._pin(request)
+                if self._keeper is not None:
+                    await self._keeper.keep((request.tenant, request.trace))
+                return pinned
             case Unpin(trace=trace, tenant=tenant):
                 self._arena.unpin(tenant, trace)
                 self._changed()
                 if self.neighbours is not None:
                     self.neighbours.unpinned((tenant, trace))
+                if self._keeper is not None:
+                    await self._keeper.keep((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
@@ -268,6 +290,8 @@ class StoreNode:
             await self.tiering.drain()
         if self.neighbours is not None:
             await self.neighbours.aclose()
+        if self._keeper is not None:
+            await self._keeper.journal.aclose()
         self.close()
 
     def close(self) -> None:
@@ -297,20 +321,27 @@ class StoreNode:
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
-        outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
+        if request.keys and len(request.keys) != len(request.blocks):
+            raise InvalidRequest(f"{len(request.keys)} tenants of {len(request.blocks)} blocks")
+        keys = [TenantKey(key) for key in request.keys] or [tenant_key(request.tenant)] * len(request.blocks)
+        outcomes = self._reserve_missing(request.blocks, peer, keys)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.passed_on = self._arena.passed_on
         self._changed()
         return Reserved(tuple(outcomes))
 
-    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str) -> list[ReserveOutcome]:
+    def _reserve_missing(
+        self, blocks: Sequence[BlockSpec], peer: str, keys: Sequence[TenantKey]
+    ) -> list[ReserveOutcome]:
         """What a tier has needs no slot: it comes up when somebody reads it."""
         if self.tiering is None:
-            return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
+            return self._arena.readmit(blocks, keys, peer, clock.now_s())
         find = self.tiering.tier.find
         below = [find(block.hash) is not None for block in blocks]
-        missing = [block for block, there in zip(blocks, below, strict=True) if not there]
-        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
+        missing = [(block, key) for block, key, there in zip(blocks, keys, below, strict=True) if not there]
+        specs, of = [block for block, _ in missing], [key for _, key in missing]
+        answers = iter(self._arena.readmit(specs, of, peer, clock.now_s()))
         return [Present() if there else next(answers) for there in below]
 
     def _tiers(self) -> Iterator[TierInfo]:
@@ -336,8 +367,8 @@ class StoreNode:
             case PrefetchCancel(job=job):
                 return self._prefetch.cancel(job)
 
-    async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
-        landings = [self._arena.landing(block, peer) for block in blocks]
+    async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
+        landings = [None if verified else self._arena.landing(block, peer) for block in blocks]
         sums = await self._checksums([landing for landing in landings if landing is not None])
         landed = iter(sums)
         # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.
@@ -385,14 +416,22 @@ class StoreNode:
         if len(request.hashes) > WAIT_HASHES_MAX:
             raise InvalidRequest(f"a wait for {len(request.hashes)} blocks; at most {WAIT_HASHES_MAX}")
         self.stats.waits += 1
-        self._arena.expire(clock.now_s())
+        now_s = clock.now_s()
+        until_s = now_s + min(request.timeout_s, self._config.wait_max_s) if request.timeout_s > 0 else now_s
+        self._arena.expire(now_s)
         self._changed()
-        in_flight = [block_hash for block_hash in request.hashes if self._arena.is_reserved(block_hash)]
-        await self._waiters.wait(in_flight, min(request.timeout_s, self._config.wait_max_s))
-        return Awaited(tuple([self._state(block_hash) for block_hash in request.hashes]))
+        while True:
+            quiet_s = {block_hash: self._arena.quiet_at_s(block_hash) for block_hash in request.hashes}
+            in_flight = {block_hash: at_s for block_hash, at_s in quiet_s.items() if at_s is not None and at_s > now_s}
+            if not in_flight or now_s >= until_s:
+                return Awaited(tuple([self._state(block_hash, now_s) for block_hash in request.hashes]))
+            # A silent owner ends nothing: whoever waits looks again when the last of them could have gone quiet.
+            await self._waiters.wait(in_flight, min(until_s, max(in_flight.values())) - now_s)
+            now_s = clock.now_s()
 
-    def _state(self, block_hash: BlockHash) -> AwaitState:
-        if self._arena.is_reserved(block_hash):
+    def _state(self, block_hash: BlockHash, now_s: float) -> AwaitState:
+        quiet_s = self._arena.quiet_at_s(block_hash)
+        if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
         below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"

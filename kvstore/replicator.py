@@ -6,7 +6,7 @@ doubles. One that has no room is no holder: another takes its place if there is 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -83,6 +83,12 @@ class Replicator:
             self.sets.pinned(key, pin.replicas, pin.holders, clock.now_s())
             self._wake.set()
             self._prune()
+
+    def restore(self, pins: Iterable[tuple[PinKey, HeldPin]]) -> None:
+        """The node came back with these pins, and does not know who else has them: it looks at its neighbours anew."""
+        for key, held in pins:
+            if held.replicas > 1:
+                self.sets.pinned(key, held.replicas, (), clock.now_s())
 
     def unpinned(self, key: PinKey) -> None:
         """The node was told to end a pin."""

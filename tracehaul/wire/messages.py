@@ -25,6 +25,7 @@ from tracehaul.wire.blocks import (
     Publish,
     Published,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -44,6 +45,7 @@ Request = (
     | Reserve
     | Publish
     | Abandon
+    | Renew
     | Lease
     | Release
     | Exists
