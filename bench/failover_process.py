@@ -28,7 +28,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.log import setup
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.blocks import Pin, Pinned
-from tracehaul.wire.cluster import Join, Members, NodeInfo
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from tracehaul.wire.hashing import HASH_BYTES, checksum
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
@@ -91,12 +91,13 @@ class Reader:
         self._addresses: dict[NodeId, str] = {}
 
     async def follow(self) -> None:
-        """Hear of members for ever."""
+        """Be a member for ever."""
         info = NodeInfo(NodeId(self._name), Generation(1), "decode", "127.0.0.1:1")
-        async for members in self._peers.stream(self._router, Join(info), idle_timeout_s=60.0):
-            assert isinstance(members, Members)
-            self._addresses = {info.node: info.address for info in members.nodes}
-            self._client.set_nodes(members.nodes, members.draining)
+        await Membership(self._peers, self._router, info, NodeLoad, self._on_members).run()
+
+    def _on_members(self, members: Members) -> None:
+        self._addresses = {info.node: info.address for info in members.nodes}
+        self._client.set_nodes(members.nodes, members.draining)
 
     async def do(self, command: dict[str, Any]) -> Any:
         """Carry out one command."""

@@ -201,7 +201,9 @@ class Arena:
 
     # --- writing ------------------------------------------------------------------------------------------
 
-    def reserve(self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "") -> list[ReserveOutcome]:
+    def reserve(
+        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str | int = ""
+    ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
         One outcome per block, same order.

@@ -8,7 +8,8 @@ A receiver that is dead, frozen or slow costs one part its timeout at most, and 
 may still read of that part stays held meanwhile.
 """
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -17,6 +18,7 @@ from kvstore.arena import Arena
 from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.rate import Rate
 from kvstore.staging import StagingBuffer
+from kvstore.tenants import TenantKey
 from kvstore.tiers.tiering import Tiering
 from kvstore.writer import OutgoingBlock, PutOutcome, Writer
 from tracehaul.runtime import clock
@@ -154,22 +156,24 @@ class Copier:
         lease, found = holdings.arena.hold(part, HOLDER, HOLD_S, clock.now_s())
         blocks: list[OutgoingBlock | None] = []
         generations: list[SlotGeneration | None] = []
+        tenants: dict[BlockHash, TenantKey] = {}
         for block_hash, held in zip(part, found, strict=True):
             if held is None:
                 blocks.append(None)
                 generations.append(None)
                 continue
             block, parent, tenant = held
+            tenants[block_hash] = tenant
             buffer = StagingBuffer(holdings.buffer[block.offset : block.offset + block.size_bytes], block.offset)
-            blocks.append(OutgoingBlock(block_hash, parent, buffer, block.size_bytes, block.checksum, tenant))
+            blocks.append(OutgoingBlock(block_hash, parent, buffer, block.size_bytes, block.checksum))
             generations.append(block.generation)
         holdings.settle()
-        return _Hold(lease, blocks, generations)
+        return _Hold(lease, blocks, generations, tenants)
 
     async def _copy(self, view: StoreNodeView, part: Sequence[BlockHash], hold: "_Hold") -> list[CopyOutcome]:
         outgoing = [block for block in hold.blocks if block is not None]
         try:
-            puts = iter(await self._put(view, outgoing))
+            puts = await self._put(view, outgoing, hold.tenants)
         finally:
             self._release_settled(hold.lease, [block.buffer for block in outgoing])
         outcomes: list[CopyOutcome] = []
@@ -178,7 +182,7 @@ class Copier:
                 # It may be below, and have been too slow to come up.
                 outcomes.append("gone" if self._holdings.spec(block_hash) is None else "failed")
                 continue
-            outcome = _outcome(next(puts))
+            outcome = _outcome(puts[block_hash])
             outcomes.append(outcome)
             if outcome == "copied":
                 self.stats.blocks += 1
@@ -187,14 +191,18 @@ class Copier:
                 await self._holdings.verify(block_hash, generation)
         return outcomes
 
-    async def _put(self, view: StoreNodeView, blocks: Sequence[OutgoingBlock]) -> Sequence[PutOutcome]:
-        if not blocks:
-            return []
-        try:
-            return await self._writer.put_to(view, blocks, clock.now_s() + PART_TIMEOUT_S)
-        except ClusterError:
-            lost: list[PutOutcome] = ["lost"] * len(blocks)
-            return lost
+    async def _put(
+        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], tenants: Mapping[BlockHash, TenantKey]
+    ) -> dict[BlockHash, PutOutcome]:
+        """Put each tenant's blocks on its account."""
+        outcomes: dict[BlockHash, PutOutcome] = {}
+        for tenant in dict.fromkeys(tenants.values()):
+            own = [block for block in blocks if tenants[block.hash] == tenant]
+            puts: list[PutOutcome] = ["lost"] * len(own)
+            with contextlib.suppress(ClusterError):
+                puts = await self._writer.put_to(view, own, clock.now_s() + PART_TIMEOUT_S, tenant)
+            outcomes.update(zip([block.hash for block in own], puts, strict=True))
+        return outcomes
 
     def _release_settled(self, lease: LeaseId, buffers: Sequence[StagingBuffer]) -> None:
         """End the hold once no transfer can read these bytes any more."""
@@ -211,6 +219,8 @@ class _Hold(NamedTuple):
     blocks: list[OutgoingBlock | None]
     """By place; None where the block is not in memory."""
     generations: list[SlotGeneration | None]
+    tenants: dict[BlockHash, TenantKey]
+    """Of those in memory."""
 
 
 def _outcome(put: PutOutcome) -> CopyOutcome:

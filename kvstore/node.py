@@ -15,9 +15,9 @@ from kvstore.neighbours import Neighbours, Others
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
-from kvstore.tenants import TenantKey, tenant_key
-from kvstore.tiers.base import Change, Tier
+from kvstore.tiers.base import Change, Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
+from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
@@ -107,10 +107,10 @@ class StoreStats(msgspec.Struct):
 class StoreNode:
     """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes to and from clients.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``, a
-    ``journal`` or ``others``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are
-    in force from the start. Without ``others`` it makes no copies elsewhere. Costs nothing while idle: one timer, armed
-    only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
+    a ``journal`` or ``others``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are
+    in force from the start. Without ``others`` it makes no copies elsewhere. Costs nothing while idle: one timer,
+    armed only if something can expire.
     """
 
     def __init__(
@@ -182,16 +182,17 @@ class StoreNode:
             load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
-        tier = self.tiering.tier
-        return msgspec.structs.replace(
-            load, disk_blocks=len(tier), disk_bytes_used=tier.bytes_used, disk_bytes_max=tier.bytes_max
-        )
+        below: dict[str, int] = {}
+        for tier in self.tiering.tier.parts:
+            below[f"{tier.name}_blocks"] = len(tier)
+            below[f"{tier.name}_bytes_used"] = tier.bytes_used
+            below[f"{tier.name}_bytes_max"] = tier.bytes_max
+        return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
         """What a tier, a journal and copies need done in the background, for as long as the node serves."""
-        journal = None if self._keeper is None else self._keeper.journal
         async with asyncio.TaskGroup() as group:
-            for part in (self.tiering, journal, self.neighbours):
+            for part in (self.tiering, self.neighbours, self._keeper and self._keeper.journal):
                 if part is not None:
                     group.create_task(part.run())
 
@@ -243,10 +244,10 @@ class StoreNode:
             case Unpin(trace=trace, tenant=tenant):
                 self._arena.unpin(tenant, trace)
                 self._changed()
-                if self.neighbours is not None:
-                    self.neighbours.unpinned((tenant, trace))
                 if self._keeper is not None:
                     await self._keeper.keep((tenant, trace))
+                if self.neighbours is not None:
+                    self.neighbours.unpinned((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
@@ -288,10 +289,10 @@ class StoreNode:
         if self.tiering is not None:
             await self.tiering.close()
             await self.tiering.drain()
-        if self.neighbours is not None:
-            await self.neighbours.aclose()
         if self._keeper is not None:
             await self._keeper.journal.aclose()
+        if self.neighbours is not None:
+            await self.neighbours.aclose()
         self.close()
 
     def close(self) -> None:
@@ -317,31 +318,28 @@ class StoreNode:
         if self.neighbours is not None and self.neighbours.draining:
             raise Overloaded("this node is draining: write elsewhere")  # it is well, and still to be read from
         _check_count(request.blocks)
-        _check_name(request.tenant)
+        if isinstance(request.tenant, str):
+            _check_name(request.tenant)
+        elif not 0 <= request.tenant < 1 << 64:
+            raise InvalidRequest("not a tenant's key")
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
-        if request.keys and len(request.keys) != len(request.blocks):
-            raise InvalidRequest(f"{len(request.keys)} tenants of {len(request.blocks)} blocks")
-        keys = [TenantKey(key) for key in request.keys] or [tenant_key(request.tenant)] * len(request.blocks)
-        outcomes = self._reserve_missing(request.blocks, peer, keys)
+        outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
         self.stats.passed_on = self._arena.passed_on
         self._changed()
         return Reserved(tuple(outcomes))
 
-    def _reserve_missing(
-        self, blocks: Sequence[BlockSpec], peer: str, keys: Sequence[TenantKey]
-    ) -> list[ReserveOutcome]:
-        """What a tier has needs no slot: it comes up when somebody reads it."""
+    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str | int) -> list[ReserveOutcome]:
+        """What a tier can give needs no slot: it comes up when somebody reads it."""
         if self.tiering is None:
-            return self._arena.readmit(blocks, keys, peer, clock.now_s())
-        find = self.tiering.tier.find
-        below = [find(block.hash) is not None for block in blocks]
-        missing = [(block, key) for block, key, there in zip(blocks, keys, below, strict=True) if not there]
-        specs, of = [block for block, _ in missing], [key for _, key in missing]
-        answers = iter(self._arena.readmit(specs, of, peer, clock.now_s()))
+            return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
+        tier = self.tiering.tier
+        below = [readable(tier, block.hash) for block in blocks]
+        missing = [block for block, there in zip(blocks, below, strict=True) if not there]
+        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
         return [Present() if there else next(answers) for there in below]
 
     def _tiers(self) -> Iterator[TierInfo]:
@@ -350,10 +348,13 @@ class StoreNode:
         counters = {"evicted": arena.evicted, "corrupt": self.stats.corrupt_held}
         yield TierInfo("memory", len(arena), load.bytes_used, load.bytes_max, counters)
         if self.tiering is not None:
-            tier = self.tiering.tier
-            counters = {**msgspec.structs.asdict(tier.stats), **msgspec.structs.asdict(self.tiering.stats)}
-            counters["waiting"] = self.tiering.behind
-            yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+            moves: dict[str, int] = {**msgspec.structs.asdict(self.tiering.stats), "waiting": self.tiering.behind}
+            for tier in self.tiering.tier.parts:
+                counters = {**msgspec.structs.asdict(tier.stats), **moves}
+                yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+                # Each tier shows what comes to it from the one above.
+                if isinstance(self.tiering.tier, Stack):
+                    moves = {**msgspec.structs.asdict(self.tiering.tier.moves), "waiting": self.tiering.tier.behind}
 
     def _prefetched(self, request: Prefetch | PrefetchPoll | PrefetchCancel) -> PrefetchState:
         if self._prefetch is None:

@@ -130,7 +130,7 @@ class Replicator:
                 await self._act(*found)
                 continue
             if self._rebuilding:
-                log.info("copies are in place again", without=self.sets.short)
+                log.info("all copies that can be made are made", pins_short=self.sets.short)
                 self._rebuilding = False
             deadline_s = self.sets.deadline_s(now_s)
             try:

@@ -62,8 +62,6 @@ class OutgoingBlock(NamedTuple):
     nbytes: int
     checksum: Checksum | None = None
     """If it is known what the bytes must be; otherwise they are what they are."""
-    tenant: TenantKey | None = None
-    """Whose it is, of a block that another store node has; all of a put have one, or none."""
 
 
 class _Placed(NamedTuple):
@@ -98,25 +96,21 @@ class Writer:
             if view is None:
                 break
             try:
-                return await self._put_to(view, blocks, deadline_s, tenant)
+                return await self.put_to(view, blocks, deadline_s, tenant)
             except ClusterError:
                 tried.append(view.node)
                 view = None
                 self.failovers += 1
         return ["lost"] * len(blocks)
 
-    async def put_to(self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float) -> list[PutOutcome]:
-        """As :meth:`put`, on that node or nowhere, on the accounts of those whose blocks they are.
+    async def put_to(
+        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float, tenant: str | TenantKey
+    ) -> list[PutOutcome]:
+        """As :meth:`put`, on that node or nowhere.
 
         Raises:
             ClusterError: the node does not see it through. Some of the blocks may be there.
         """
-        return await self._put_to(view, blocks, deadline_s, "")
-
-    async def _put_to(
-        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float, tenant: str
-    ) -> list[PutOutcome]:
-        """All of it on one node. Raises ClusterError if the node does not see it through."""
         # First: a slot that cannot be written is of no use.
         way = await self._nodes.attach(view, left_s(deadline_s))
         outcomes: list[PutOutcome] = ["lost"] * len(blocks)
@@ -186,17 +180,15 @@ class Writer:
         part: Sequence[_Placed],
         outcomes: list[PutOutcome],
         deadline_s: float,
-        tenant: str,
+        tenant: str | TenantKey,
     ) -> list[_Filled]:
         """What is to be written; ``outcomes`` are set for the rest."""
         specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for _, block in part])
 
-        keys = tuple([block.tenant for _, block in part if block.tenant is not None])
-
         def undo(reserved: Reserved) -> Abandon:
             return _abandon(_fills(part, reserved))
 
-        reserved = await self._nodes.acquire(view, Reserve(specs, tenant, keys), Reserved, left_s(deadline_s), undo)
+        reserved = await self._nodes.acquire(view, Reserve(specs, tenant), Reserved, left_s(deadline_s), undo)
         if len(reserved.outcomes) != len(part):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")
         for item, outcome in zip(part, reserved.outcomes, strict=True):
@@ -235,8 +227,7 @@ class Writer:
             verified = sums is not None
             known = [f.block.checksum for f in fills if f.block.checksum is not None]
             if len(known) == len(fills):
-                # Bytes that are not what they were must not be shown: the node finds that by itself.
-                verified = verified and list(sums or ()) == known
+                verified = sums is not None and list(sums) == known  # if not, what the node finds there decides
                 sums = known
             elif sums is None:
                 sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])

@@ -21,10 +21,8 @@ class Reserve(Message, frozen=True):
     """Writer -> store: give me slots. Answered with :class:`Reserved`, one outcome per block, same order."""
 
     blocks: tuple[BlockSpec, ...]
-    tenant: str = ""
-    """Whose quota the slots count against."""
-    keys: tuple[int, ...] = ()
-    """Between store nodes, instead of ``tenant``: per block, the key of the tenant that it counts against."""
+    tenant: str | int = ""
+    """Whose quota the slots count against: its name; its key where a name is not known, as in a copy."""
 
 
 class Slot(msgspec.Struct, frozen=True, tag=True):
