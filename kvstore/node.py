@@ -178,7 +178,6 @@ class StoreNode:
             self._arena, self._buffer, config.slot_bytes, offload, self._below, self._changed, self._found_bad
         )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
-        self._changed()
         self.neighbours: Neighbours | None = None
         """Copies to other nodes; None without any."""
         if others is not None:
@@ -186,6 +185,8 @@ class StoreNode:
                 self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
+            self.neighbours.restore(self._arena.open_pins(clock.now_s()))
+        self._changed()
 
     @property
     def arena(self) -> Arena:
