@@ -61,7 +61,8 @@ class Life:
         await self.keeper.keep(("acme", TraceId(trace)))
 
     def open(self) -> dict[str, tuple[str, list[int]]]:
-        found = self.arena.open_pins(clock.now_s())
+        self.arena.expire(clock.now_s())
+        found = self.arena.open_pins()
         return {key[1]: (pin.kind, sorted(int.from_bytes(b) for b in pin.hashes)) for key, pin in found}
 
 
