@@ -218,7 +218,7 @@ class Arena:
             return _TOO_LARGE
         slot = self._published.get(block.hash)
         if slot is not None:
-            self._touch(slot)
+            self._victims.touch(slot, self._group[slot])
             return _PRESENT
         quiet = self._reservations.get(block.hash)
         if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
@@ -318,7 +318,7 @@ class Arena:
         slots = array("I")
         blocks = tuple([self._lease_block(block_hash, slots) for block_hash in hashes])
         for slot in reversed(slots):  # so that among equals the end of a sequence goes before its start
-            self._touch(slot)
+            self._victims.touch(slot, self._group[slot])
         if slots and ttl_s > 0:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         else:
@@ -468,9 +468,6 @@ class Arena:
     def _rank(self, slot: int) -> float | None:
         block_hash = self._hash[slot]
         return None if block_hash is None else self._pins.rank(block_hash)
-
-    def _touch(self, slot: int) -> None:
-        self._victims.touch(slot, self._group[slot])
 
     def _unpark(self, slot: int) -> None:
         self._victims.let_go(slot, self._group[slot])
