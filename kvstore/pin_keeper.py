@@ -40,7 +40,7 @@ class PinKeeper:
 
     def _snapshot(self) -> Sequence[PinEntry]:
         now_s, at = clock.now_s(), self.journal.moment()
-        return [self._entry(key, held, now_s, at) for key, held in self._arena.open_pins()]
+        return [self._entry(key, held, now_s, at) for key, held in self._arena.open_pins(now_s)]
 
     def _entry(self, key: PinKey, held: HeldPin, now_s: float, at: Moment) -> PinEntry:
         octaves = 0.0 if held.rank == HARD else held.rank - now_s / self._half_life_s

@@ -61,8 +61,7 @@ class Life:
         await self.keeper.keep(("acme", TraceId(trace)))
 
     def open(self) -> dict[str, tuple[str, list[int]]]:
-        self.arena.expire(clock.now_s())
-        found = self.arena.open_pins()
+        found = self.arena.open_pins(clock.now_s())
         return {key[1]: (pin.kind, sorted(int.from_bytes(b) for b in pin.hashes)) for key, pin in found}
 
 

@@ -452,7 +452,7 @@ class ArenaMachine(RuleBasedStateMachine):
         assert arena.leases == len(model.leases)
         assert arena.slots_quarantined == len(model.resting)
         assert arena.pins == len(model.pins)
-        for key, held in arena.open_pins():
+        for key, held in arena.open_pins(self.now_s):
             pin = model.pins[key[0], key[1]]
             assert (held.kind, held.rank, held.until_s) == (pin.kind, pin.rank, pin.until_s)
             assert (set(held.hashes), set(held.gaps)) == (pin.hashes, pin.gaps)
