@@ -151,7 +151,6 @@ class StoreNode:
             )
             self._prefetch = PrefetchJobs(self.tiering)
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
-        self._changed()
         self.neighbours: Neighbours | None = None
         """Copies to other nodes; None without any."""
         if others is not None:
@@ -159,6 +158,7 @@ class StoreNode:
                 self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
+        self._changed()  # pins of a former life have ends
 
     @property
     def arena(self) -> Arena:
