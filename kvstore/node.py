@@ -186,7 +186,7 @@ class StoreNode:
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
             self.neighbours.restore(self._arena.open_pins(clock.now_s()))
-        self._changed()
+        self._changed()  # pins of a former life have ends
 
     @property
     def arena(self) -> Arena:
