@@ -54,7 +54,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    transport: Literal["shm", "nixl"] = "shm"
+    transport: Literal["shm", "tcp", "nixl", "ucxx"] = "shm"
     host: str = "127.0.0.1"
     """Where the HTTP API listens; everything else stays on the loopback interface."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
@@ -74,6 +74,9 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...)."""
     s3_bytes: Annotated[int, Meta(ge=0)] = 0
     """The most that each store node keeps there."""
+    quota_bytes: dict[str, int] = {}
+    """Of each store node's block memory, what each tenant (a request's ``cache_salt``) is sure of. Tenants without an
+    entry share what is left."""
     tiering: TieringConfig = TieringConfig()
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
@@ -192,7 +195,8 @@ def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
     """A store node's config: slots of one full block of ``layout``.
 
     Raises:
-        ClusterFault: the arena, or a tier, is smaller than one block, or what is said of a tier makes no sense.
+        ClusterFault: the arena, or a tier, is smaller than one block; the quotas are larger than the arena; or what is
+            said of a tier makes no sense.
     """
     slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
     if config.store_bytes < slot_bytes:
@@ -200,7 +204,10 @@ def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
     if config.disk_bytes and Layout.within(config.disk_bytes, slot_bytes) is None:
         raise ClusterFault(f"--disk-bytes {config.disk_bytes} holds no block of this model ({slot_bytes} bytes)")
     _check_s3(config, slot_bytes)
-    return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes)
+    try:
+        return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes, quota_bytes=config.quota_bytes)
+    except ValueError as error:
+        raise ClusterFault(f"the store nodes' config is wrong: {error}") from error
 
 
 def _check_s3(config: ClusterConfig, slot_bytes: int) -> None:
@@ -225,6 +232,18 @@ def disk_path(config: ClusterConfig, run: RunDir, name: str) -> Path:
 
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_quota(text: str) -> tuple[str, int]:
+    """Tenant and bytes of ``acme=512MiB``.
+
+    Raises:
+        ValueError: it is no such thing.
+    """
+    tenant, equals, size = text.rpartition("=")
+    if not equals:
+        raise ValueError(f"not a quota: {text!r}; write for example acme=512MiB")
+    return tenant, parse_bytes(size)
 
 
 def parse_bytes(text: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import uvloop
 
-from cluster.config import NodeSpec, Plan, load_plan, nodes_of
+from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_tiers
@@ -41,7 +41,8 @@ from tracehaul.wire.ids import Generation, NodeId
 log = Log(__name__)
 
 DRAIN_POLL_S = 0.05
-LISTEN = "127.0.0.1:0"
+HOST = "127.0.0.1"
+LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
 
@@ -89,6 +90,8 @@ class _Node:
         self._state = NodeState("starting")
         self._generation = Generation(clock.wall_ns())
         self._stopping = asyncio.Event()
+        self._transfers: list[Transfer] = []
+        """Whose failure is the node's: what it offers to peers is out of their reach."""
 
     async def run(self) -> None:
         """Until told to stop."""
@@ -126,7 +129,8 @@ class _Node:
             info = self._info(role, server.address, room.info)
             membership = Membership(peers, self._plan.router_address, info, room.load, room.on_members)
             async with asyncio.TaskGroup() as group:
-                background = [group.create_task(work) for work in room.background]
+                watches = [transfer.broken() for transfer in self._transfers]
+                background = [group.create_task(work) for work in (*room.background, *watches)]
                 member = group.create_task(membership.run(), name="membership")
                 stopping = group.create_task(self._stopping.wait())
                 joined = group.create_task(membership.joined.wait())
@@ -178,11 +182,23 @@ class _Node:
         match self._plan.config.transport:
             case "shm":
                 transfer = ShmTransfer(owner, offload)
-            case "nixl":
-                from tracehaul.transfer.nixl import NixlTransfer
+                log.info("transport", kind="shm", why="configured")
+            case "tcp":
+                from tracehaul.transfer.tcp import TcpTransfer
 
-                transfer = NixlTransfer(owner)
+                transfer = TcpTransfer(owner, HOST)
+                log.info("transport", kind="tcp", why="configured")
+            case "nixl":
+                from tracehaul.transfer.network import open_network
+
+                transfer = open_network(owner)
+            case "ucxx":
+                from tracehaul.transfer.ucxx import UcxxTransfer
+
+                transfer = UcxxTransfer(owner)
+                log.info("transport", kind="ucxx", why="configured")
         stack.push_async_callback(transfer.close)
+        self._transfers.append(transfer)
         return [Plane(transfer, transfer.register(memory))]
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
@@ -192,6 +208,7 @@ class _Node:
 
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
         from kvstore.node import StoreNode
+        from kvstore.pin_journal import open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
@@ -203,10 +220,14 @@ class _Node:
             stack.callback(store.close)
             return Room(store, {"store": store.stats}, store.load)
         stack.callback(tier.close)
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering)
+        # Beside the disk tier, whose lock is on it too, if there is one; else the run directory's is.
+        pins = disk_path(chosen, self._run, self._spec.name).with_suffix(".pins")
+        pins.parent.mkdir(parents=True, exist_ok=True)
+        journal = await open_journal(pins)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal)
         assert store.tiering is not None
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "tiering": store.tiering.stats, **stats}
+        stats = {"store": store.stats, "tiering": store.tiering.stats, "pins": journal.stats, **stats}
         return Room(store, stats, store.load, background=(store.run(),))
 
     async def _worker(

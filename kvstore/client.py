@@ -103,20 +103,27 @@ class StoreClient:
             if node is not None:
                 groups.setdefault(node, []).append(Wanted(index, hashes[index], buffers[index]))
         deadline_s = start_s + timeout_s
-        await asyncio.gather(*(self._reader.get_from(n, wanted, results, deadline_s) for n, wanted in groups.items()))
+        reading = [self._reader.get_from(node, wanted, results, deadline_s) for node, wanted in groups.items()]
+        if len(reading) == 1:
+            await reading[0]  # no turn of the loop in between: what has landed is handed over at once
+        else:
+            await asyncio.gather(*reading)
         self.stats.get_s += clock.now_s() - start_s
         return [self._counted(result) for result in results]
 
-    async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float) -> list[PutOutcome]:
+    async def put(
+        self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float, tenant: str = ""
+    ) -> list[PutOutcome]:
         """Write and publish blocks on their trace's home, or on another live node if that one is gone.
 
-        Fails over once. Only ``published`` and ``present`` say that a block can be got; ``in_flight`` says that
-        another writer is about to publish it.
+        They count against ``tenant``'s quota. Fails over once. A block that another writer has begun is waited for,
+        and written if that one dies. Only ``published`` and ``present`` say that a block can be got; ``in_flight``
+        says that another writer lives and is slow.
         """
         if not blocks:
             return []
         start_s = clock.now_s()
-        outcomes = await self._writer.put(home, blocks, start_s + timeout_s)
+        outcomes = await self._writer.put(home, blocks, start_s + timeout_s, tenant)
         self.stats.put_s += clock.now_s() - start_s
         self.stats.failovers = self._writer.failovers
         for block, outcome in zip(blocks, outcomes, strict=True):

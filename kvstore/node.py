@@ -9,6 +9,8 @@ from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
 from kvstore.events import Feed
 from kvstore.moves import checksums
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
 from kvstore.tiers.base import Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
@@ -48,6 +50,7 @@ from tracehaul.wire.blocks import (
     Published,
     PublishOutcome,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -89,14 +92,17 @@ class StoreStats(msgspec.Struct):
     missed_blocks: int = 0
     """Blocks asked for by a lease and not held."""
     waits: int = 0
+    passed_on: int = 0
+    """Reservations that a second writer took over from a silent first one."""
     pins_refused: int = 0
 
 
 class StoreNode:
     """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
-    :meth:`run` must run beside it. Costs nothing while idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier`` or
+    a ``journal``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are in force from
+    the start. Costs nothing while idle: one timer, armed only if something can expire.
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class StoreNode:
         offload: Offload,
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
+        journal: PinJournal | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -134,6 +141,8 @@ class StoreNode:
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
+        self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
+        self._changed()
 
     @property
     def arena(self) -> Arena:
@@ -162,9 +171,12 @@ class StoreNode:
         return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
-        """What a tier needs done in the background, for as long as the node serves; nothing without one."""
-        if self.tiering is not None:
-            await self.tiering.run()
+        """What a tier and a journal need done in the background, for as long as the node serves."""
+        async with asyncio.TaskGroup() as group:
+            if self.tiering is not None:
+                group.create_task(self.tiering.run())
+            if self._keeper is not None:
+                group.create_task(self._keeper.journal.run())
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -184,11 +196,16 @@ class StoreNode:
                 return Ok()
             case Reserve():
                 return self._reserve(request, context.peer)
-            case Publish(blocks=blocks):
+            case Publish(blocks=blocks, verified=verified):
                 _check_count(blocks)
-                return Published(tuple(await self._publish(blocks, context.peer)))
+                return Published(tuple(await self._publish(blocks, verified, context.peer)))
             case Abandon(blocks=blocks):
                 self._arena.abandon(blocks, context.peer)
+                self._changed()
+                return Ok()
+            case Renew(blocks=blocks):
+                _check_count(blocks)
+                self._arena.renew(blocks, context.peer, clock.now_s())
                 self._changed()
                 return Ok()
             case Revoke():
@@ -197,10 +214,15 @@ class StoreNode:
             case Await():
                 return await self._await(request)
             case Pin():
-                return self._pin(request)
+                pinned = self._pin(request)
+                if self._keeper is not None:
+                    await self._keeper.keep((request.tenant, request.trace))
+                return pinned
             case Unpin(trace=trace, tenant=tenant):
                 self._arena.unpin(tenant, trace)
                 self._changed()
+                if self._keeper is not None:
+                    await self._keeper.keep((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
@@ -238,6 +260,8 @@ class StoreNode:
         if self.tiering is not None:
             await self.tiering.close()
             await self.tiering.drain()
+        if self._keeper is not None:
+            await self._keeper.journal.aclose()
         self.close()
 
     def close(self) -> None:
@@ -268,6 +292,7 @@ class StoreNode:
         outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.passed_on = self._arena.passed_on
         self._changed()
         return Reserved(tuple(outcomes))
 
@@ -307,8 +332,8 @@ class StoreNode:
             case PrefetchCancel(job=job):
                 return self._prefetch.cancel(job)
 
-    async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
-        landings = [self._arena.landing(block, peer) for block in blocks]
+    async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
+        landings = [None if verified else self._arena.landing(block, peer) for block in blocks]
         sums = await self._checksums([landing for landing in landings if landing is not None])
         landed = iter(sums)
         # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.
@@ -352,14 +377,22 @@ class StoreNode:
         if len(request.hashes) > WAIT_HASHES_MAX:
             raise InvalidRequest(f"a wait for {len(request.hashes)} blocks; at most {WAIT_HASHES_MAX}")
         self.stats.waits += 1
-        self._arena.expire(clock.now_s())
+        now_s = clock.now_s()
+        until_s = now_s + min(request.timeout_s, self._config.wait_max_s) if request.timeout_s > 0 else now_s
+        self._arena.expire(now_s)
         self._changed()
-        in_flight = [block_hash for block_hash in request.hashes if self._arena.is_reserved(block_hash)]
-        await self._waiters.wait(in_flight, min(request.timeout_s, self._config.wait_max_s))
-        return Awaited(tuple([self._state(block_hash) for block_hash in request.hashes]))
+        while True:
+            quiet_s = {block_hash: self._arena.quiet_at_s(block_hash) for block_hash in request.hashes}
+            in_flight = {block_hash: at_s for block_hash, at_s in quiet_s.items() if at_s is not None and at_s > now_s}
+            if not in_flight or now_s >= until_s:
+                return Awaited(tuple([self._state(block_hash, now_s) for block_hash in request.hashes]))
+            # A silent owner ends nothing: whoever waits looks again when the last of them could have gone quiet.
+            await self._waiters.wait(in_flight, min(until_s, max(in_flight.values())) - now_s)
+            now_s = clock.now_s()
 
-    def _state(self, block_hash: BlockHash) -> AwaitState:
-        if self._arena.is_reserved(block_hash):
+    def _state(self, block_hash: BlockHash, now_s: float) -> AwaitState:
+        quiet_s = self._arena.quiet_at_s(block_hash)
+        if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
         below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"

@@ -25,7 +25,9 @@ ATTACH_TIMEOUT_S = 0.5
 NOTICE_TIMEOUT_S = 1.0
 """For what nobody waits for, and without which the store recovers by itself."""
 LATE_REPLY_S = 5.0
-"""How long the reply that grants something is still listened for, to give it back."""
+"""How long the reply that grants something is still listened for, to give it back. What is granted later than that
+ends by itself: a lease with its time, at most what the call had; a reservation passes on to the next who asks after
+``reservation_quiet_s``, as nobody renews it, and its slot is freed ``reservation_ttl_s + late_write_s`` after."""
 
 
 class StoreNodeView:

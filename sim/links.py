@@ -96,6 +96,9 @@ class WatchedTransfer:
         finally:
             _ON_LANDING.reset(token)
 
+    async def broken(self) -> None:
+        await self._inner.broken()
+
     async def close(self) -> None:
         await self._inner.close()
 

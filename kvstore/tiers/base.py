@@ -1,10 +1,11 @@
 """Interfaces of a tier: ``tests/contract/test_tiers.py`` holds every implementation to them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from kvstore.tenants import TenantKey
 from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
@@ -24,6 +25,8 @@ class TierBlock(NamedTuple):
     parent: BlockHash
     size_bytes: int
     checksum: Checksum
+    tenant: TenantKey = TenantKey(0)
+    """Whose quota it counts against."""
 
 
 class TierStats(msgspec.Struct):
@@ -92,6 +95,15 @@ class Tier(Protocol):
 
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         """Tell ``listener`` of every change from now on."""
+        ...
+
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        """From now on ask ``rank`` what pins say of a block (:mod:`kvstore.pins`) before it is given up, and leave
+        each of these tenants its share of the tier. Called at most once, right after :meth:`listen`."""
+        ...
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """What pins say of these blocks has changed; harmless for those that are not held."""
         ...
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:

@@ -10,7 +10,7 @@ background. Nothing is stored before the first listing has told what is there.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -124,6 +124,12 @@ class ObjectTier:
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         assert self._listener is None
         self._listener = listener
+
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        self._index.protect(rank, shares)
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        self._index.repinned(hashes)
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:
         return self._index.find(block_hash)

@@ -3,7 +3,7 @@ the interface: ``kvstore/tiers/s3.py`` and ``kvstore/tiers/fake_objects.py`` imp
 
 An object is one block, and its name says all that an index must know of it::
 
-    <hash>.<parent>.<checksum>.<size>.<sequence>
+    <hash>.<parent>.<checksum>.<size>.<sequence>.<tenant>
 
 in hexadecimal, but for the size and the sequence. So a listing restores an index without a body being read, of two
 objects of one block the newer is known, and no name is ever written twice with other bytes: a late delete cannot hit
@@ -14,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
+from kvstore.tenants import TenantKey
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import Record
 from tracehaul.wire.hashing import HASH_BYTES
@@ -24,6 +25,7 @@ DELETE_MAX = 1000
 _HEX = 2 * HASH_BYTES
 _NAME = re.compile(
     rf"([0-9a-f]{{{_HEX}}})\.([0-9a-f]{{{_HEX}}})\.([0-9a-f]{{16}})\.([1-9][0-9]{{0,9}})\.([0-9]{{1,18}})"
+    r"\.([0-9a-f]{16})"
 )
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
@@ -93,7 +95,8 @@ def parse_url(url: str) -> tuple[str, str]:
 
 def pack_name(block: TierBlock, sequence: int) -> str:
     """The object's name."""
-    return f"{block.hash.hex()}.{block.parent.hex()}.{block.checksum:016x}.{block.size_bytes}.{sequence}"
+    ids = f"{block.hash.hex()}.{block.parent.hex()}.{block.checksum:016x}"
+    return f"{ids}.{block.size_bytes}.{sequence}.{block.tenant:016x}"
 
 
 def unpack_name(name: str) -> tuple[TierBlock, int] | None:
@@ -101,9 +104,13 @@ def unpack_name(name: str) -> tuple[TierBlock, int] | None:
     found = _NAME.fullmatch(name)
     if found is None or found[1] == found[2]:
         return None
-    block_hash, parent, summed, size, sequence = found.groups()
+    block_hash, parent, summed, size, sequence, tenant = found.groups()
     block = TierBlock(
-        BlockHash(bytes.fromhex(block_hash)), BlockHash(bytes.fromhex(parent)), int(size), Checksum(int(summed, 16))
+        BlockHash(bytes.fromhex(block_hash)),
+        BlockHash(bytes.fromhex(parent)),
+        int(size),
+        Checksum(int(summed, 16)),
+        TenantKey(int(tenant, 16)),
     )
     return block, int(sequence)
 

@@ -1,7 +1,7 @@
 """A tier of fixed slots over a device: the shell around :class:`kvstore.tiers.slots.SlotIndex`."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -75,6 +75,12 @@ class SlotTier:
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         assert self._listener is None
         self._listener = listener
+
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        self._index.protect(rank, shares)
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        self._index.repinned(hashes)
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:
         return self._index.find(block_hash)

@@ -13,7 +13,7 @@ A block is visible as long as either has it. A tier that is not available costs 
 import asyncio
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 import msgspec
@@ -95,6 +95,15 @@ class Stack:
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         assert self._listener is None
         self._listener = listener
+
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        self._upper.protect(rank, shares)
+        self._lower.protect(rank, shares)
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        pinned = tuple(hashes)
+        self._upper.repinned(pinned)
+        self._lower.repinned(pinned)
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:
         return self._upper.find(block_hash) or self._lower.find(block_hash)

@@ -2,7 +2,8 @@
 
 Down: every published block is copied to the tier in the background, in the order of publishing, as fast as the device
 takes them. So a block that the arena evicts is there already and leaving memory costs nothing, and a node that is
-killed has lost at most the blocks that still waited. A block that is evicted before its turn is gone, and counted.
+killed has lost at most the blocks that still waited. These are spared while blocks that can be had again are near the
+end of the order; one that is evicted before its turn is gone, and counted.
 
 Up: a lease of blocks that only the tier has waits for them to come into the arena, for a bounded time, and readers
 read memory under a lease as ever. The tier keeps its copy.
@@ -14,7 +15,7 @@ import asyncio
 import contextlib
 import mmap
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import msgspec
@@ -117,11 +118,26 @@ class Tiering:
         self._promotions: set[_Promotion] = set()
         self._closed = False
         tier.listen(self._on_tier)
+        tier.protect(arena.rank, arena.quota_shares())
+        arena.stand_over(self)
 
     @property
     def behind(self) -> int:
         """Blocks that wait to be written, or are being written."""
         return len(self._behind) + self._writing
+
+    def is_behind(self, block_hash: BlockHash) -> bool:
+        """As :class:`kvstore.arena.Below` has it."""
+        return block_hash in self._behind
+
+    def size_of(self, block_hash: BlockHash) -> int:
+        """As :class:`kvstore.arena.Below` has it."""
+        block = self.tier.find(block_hash)
+        return 0 if block is None else block.size_bytes
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """As :class:`kvstore.arena.Below` has it."""
+        self.tier.repinned(hashes)
 
     # --- what is visible ----------------------------------------------------------------------------------
 
@@ -215,7 +231,7 @@ class Tiering:
         if not blocks:
             return
         specs = [BlockSpec(block.hash, block.parent, block.size_bytes) for block in blocks]
-        outcomes = self._arena.reserve(specs, TIER_HOLDER, clock.now_s())
+        outcomes = self._arena.readmit(specs, [block.tenant for block in blocks], TIER_HOLDER, clock.now_s())
         self._settle()
         granted = [(b, outcome) for b, outcome in zip(blocks, outcomes, strict=True) if isinstance(outcome, Slot)]
         self.stats.promote_refused += len(blocks) - len(granted)
@@ -301,8 +317,8 @@ class Tiering:
         views: list[memoryview] = []
         for block_hash, held in zip(hashes, found, strict=True):
             if held is not None:
-                block, parent = held
-                blocks.append(TierBlock(block_hash, parent, block.size_bytes, block.checksum))
+                block, parent, tenant = held
+                blocks.append(TierBlock(block_hash, parent, block.size_bytes, block.checksum, tenant))
                 views.append(self._slot_view(block.offset, block.size_bytes))
         self._settle()
         self._writing += len(hashes)

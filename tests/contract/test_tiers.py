@@ -422,13 +422,86 @@ def test_a_file_of_another_layout_starts_empty(tmp_path: Path) -> None:
         tier = await open_disk(tmp_path / "t", 100_000, SLOT)
         await tier.store([block("a")], [filled(content("a"))])
         tier.close()
-        other = await open_disk(tmp_path / "t", 200_000, SLOT)
+        other = await open_disk(tmp_path / "t", 200_000, 2 * SLOT)
         assert len(other) == 0
         assert (tmp_path / "t").stat().st_size <= 200_000
-        assert (tmp_path / "t").stat().st_blocks * 512 >= 190_000, "the room is taken at the start"
+        assert (tmp_path / "t").stat().st_blocks * 512 >= 180_000, "the room is taken at the start"
         other.close()
         with pytest.raises(NoDisk, match="holds no block"):
             await open_disk(tmp_path / "u", SLOT, SLOT)
+
+    asyncio.run(main())
+
+
+def test_a_file_that_grows_or_shrinks_keeps_what_fits(tmp_path: Path) -> None:
+    async def main() -> None:
+        path, held, views = tmp_path / "t", [block(name) for name in "abcdef"], 6
+        tier = await open_disk(path, Layout(SLOT, 6).file_bytes, SLOT)
+        assert await tier.store(held, [filled(content(name)) for name in "abcdef"]) == ["stored"] * 6
+        tier.close()
+        for slots, kept in ((40, 6), (41, 6), (5, 5), (100, 5), (3, 3), (1, 1)):
+            tier = await open_disk(path, Layout(SLOT, slots).file_bytes, SLOT)
+            tier.check()
+            assert tier.stats.unreadable == 0
+            assert len(tier) == kept, f"{slots} slots"
+            assert path.stat().st_size <= Layout(SLOT, slots).file_bytes
+            out = [filled(b"") for _ in range(views)]
+            outcomes = await tier.load([b.hash for b in held], out)
+            assert outcomes.count("loaded") == kept
+            assert all(
+                bytes(view[: b.size_bytes]) == content(name)
+                for b, name, view, outcome in zip(held, "abcdef", out, outcomes, strict=True)
+                if outcome == "loaded"
+            )
+            tier.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("slots", [3, 60], ids=["shrinking", "growing"])
+def test_killed_while_it_is_resized_a_file_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """Every write of a resize may be the last."""
+    import os
+
+    class Killed(BaseException):
+        pass
+
+    async def main() -> None:
+        path, real = tmp_path / "t", os.pwritev
+        for last in range(5):
+            path.unlink(missing_ok=True)
+            tier = await open_disk(path, Layout(SLOT, 8).file_bytes, SLOT)
+            await tier.store([block(name) for name in "abcdefgh"], [filled(content(name)) for name in "abcdefgh"])
+            tier.close()
+            done = 0
+
+            def write(fd: int, run: list[memoryview], offset: int, last: int = last) -> int:
+                nonlocal done
+                if done == last:
+                    os.close(fd)
+                    raise Killed
+                done += 1
+                return real(fd, run, offset)
+
+            monkeypatch.setattr(os, "pwritev", write)
+            finished = True
+            try:
+                DiskFile(path, Layout(SLOT, slots)).close()
+            except Killed:
+                finished = False
+            monkeypatch.setattr(os, "pwritev", real)
+            device = DiskFile(path, Layout(SLOT, slots if finished else 8))
+            tier = SlotTier("disk", device, InlineOffload(), InlineOffload())
+            assert len(tier) >= min(slots - 1, 2)
+            names = [name for name in "abcdefgh" if tier.find(block(name).hash) is not None]
+            out = [filled(b"") for _ in names]
+            assert await tier.load([block(name).hash for name in names], out) == ["loaded"] * len(names)
+            tier.close()
+            if finished:
+                return
+        raise AssertionError("a resize takes more writes than that")
 
     asyncio.run(main())
 

@@ -12,6 +12,7 @@ from cluster.config import (
     load_config,
     nodes_of,
     parse_bytes,
+    parse_quota,
     store_config,
     threads_of,
 )
@@ -52,6 +53,19 @@ def test_what_no_config_has_is_refused_by_name(tmp_path: Path, text: str, part: 
         load_config(file, {})
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_quotas_reach_the_store_nodes(tmp_path: Path):
+    file = tmp_path / "cluster.toml"
+    file.write_text('store_bytes = 67108864\n[quota_bytes]\nacme = 33554432\n"b.c d" = 1048576\n')
+    config = store_config(load_config(file, {}), LAYOUT)
+    assert config.quota_bytes == {"acme": 32 << 20, "b.c d": 1 << 20}
+    with pytest.raises(ClusterFault, match="quota_bytes"):
+        store_config(load_config(file, {"quota_bytes": {"acme": 65 << 20}}), LAYOUT)
+    assert parse_quota("a=b=2MiB") == ("a=b", 2 << 20)
+    for wrong in ("acme", "acme=much"):
+        with pytest.raises(ValueError, match="not a"):
+            parse_quota(wrong)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path):

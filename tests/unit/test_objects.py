@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.tenants import TenantKey
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.breaker import Breaker
 from kvstore.tiers.objects import ListedObject, Listing, pack_name, parse_url, unpack_name
@@ -20,6 +21,7 @@ blocks = st.builds(
     hashes,
     st.integers(1, 2**32 - 1).filter(lambda n: n < 10**10),
     st.integers(0, 2**64 - 1).map(Checksum),
+    st.integers(0, 2**64 - 1).map(TenantKey),
 ).filter(lambda block: block.hash != block.parent)
 
 

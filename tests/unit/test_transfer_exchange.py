@@ -147,6 +147,7 @@ def test_a_refused_pull_fails() -> None:
 
 def test_a_large_transfer_keeps_a_window_of_chunks_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_module, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(exchange_module, "LANE_BYTES", 200)
     bench = Bench()
     bench.start("write", [Copy(0, 0, 350)])
     assert sorted(bench.agent.posted) == [1, 2]
@@ -163,6 +164,7 @@ def test_a_large_transfer_keeps_a_window_of_chunks_under_way(monkeypatch: pytest
 
 def test_giving_up_starts_no_more_and_ends_when_the_rest_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_module, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(exchange_module, "LANE_BYTES", 200)
     bench = Bench()
     movement = bench.start("write", [Copy(0, 0, 900)])
     bench.exchange.give_up(movement)

@@ -8,9 +8,10 @@ import pytest
 
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.landing import land, pieces
-from tracehaul.transfer.local import Landing, LocalHub, LocalRegion, LocalTransfer
+from tracehaul.transfer.local import Landing, LocalHub, LocalTransfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane, choose
+from tracehaul.transfer.region import Registered
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 
@@ -29,7 +30,7 @@ class ScriptedLink:
         return self.landing
 
 
-def node(hub: LocalHub, owner: str, fill: bytes) -> tuple[LocalTransfer, LocalRegion]:
+def node(hub: LocalHub, owner: str, fill: bytes) -> tuple[LocalTransfer, Registered]:
     transfer = LocalTransfer(owner, hub)
     memory = allocate(4096, "test")
     memory.buffer[:] = fill * 4096

@@ -1,9 +1,10 @@
-"""The bookkeeping of a NIXL transport: what is under way, with whom, and when it is over.
+"""The bookkeeping of a transport whose agent is polled (NIXL, UCXX): what is under way, with whom, and when it is over.
 
-No threads, no asyncio and no NIXL here: :class:`Exchange` is driven by one thread (see :mod:`.poller`), which also
+No threads, no asyncio and no library here: :class:`Exchange` is driven by one thread (see :mod:`.poller`), which also
 hands it the time, through an :class:`Agent`.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, Protocol
@@ -14,13 +15,15 @@ import numpy as np
 from tracehaul.transfer import notes
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.landing import pieces
-from tracehaul.transfer.notes import NixlPayload, Probe, PullDone, PullFailed, PullRequest, Triples
+from tracehaul.transfer.notes import AgentPayload, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.errors import TransferError, TransferLost
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 2 << 20
 CHUNK_COPIES = 1024
-WINDOW = 2
-"""Chunks of one transfer under way at once: the second keeps the wire busy while the first is wound up."""
+LANE_BYTES = 8 << 20
+"""Under way to or from one peer, above which no further chunk is launched. What is under way is served in order, so
+this is what a small transfer finds before it; less of it, and the wire stands still while chunks are wound up."""
+LANE_CHUNKS = 32
 SERVED_MAX = 512
 SERVED_PER_PEER_MAX = 64
 """Pulls of peers served at once, in all and for one peer (which may be frozen, and hold them for ever)."""
@@ -33,16 +36,27 @@ GRACE_S = 0.05
 
 Way = Literal["read", "write", "pull"]
 """One-sided read, one-sided write, or asking the owner to write."""
+Waking = Literal["armed", "busy", "unknown"]
+"""Whether an agent's descriptors will tell of the next event: they will; there is something to do now; or there is no
+telling, so look again after a nap."""
 Over = Callable[[TransferError | None], None]
 """Called once when something is over, with what went wrong."""
 
 
+class NameTaken(TransferError):
+    """Another peer is known by that name."""
+
+
 class Agent(Protocol):
-    """The few things that a NIXL agent does for us. Raises TransferLost for a broken connection, else TransferError."""
+    """The few things that an agent does for us. Raises TransferLost for a broken connection, else TransferError."""
 
     @property
     def wake_fds(self) -> Sequence[int]:
         """Descriptors that become readable when it may be worth looking; none if there is no telling."""
+        ...
+
+    def arm(self) -> Waking:
+        """Make ``wake_fds`` tell of the next event, where that can be done."""
         ...
 
     def register(self, address: int, nbytes: int) -> bytes:
@@ -50,7 +64,10 @@ class Agent(Protocol):
         ...
 
     def add_peer(self, name: str, metadata: bytes) -> None:
-        """Make a peer reachable, or learn what it has registered since."""
+        """Make a peer reachable, or learn what it has registered since.
+
+        Raises NameTaken, and leaves the known one as it was, if another peer is known by that name.
+        """
         ...
 
     def remove_peer(self, name: str) -> None:
@@ -74,7 +91,8 @@ class Agent(Protocol):
         ...
 
     def heard(self) -> list[tuple[str, bytes]]:
-        """Notifications since the last call, with their senders."""
+        """Notifications since the last call, with their senders. Also where an agent without a thread of its own
+        does its work."""
         ...
 
     def close(self) -> None:
@@ -83,9 +101,11 @@ class Agent(Protocol):
 
 
 class Movement:
-    """One transfer: chunks launched a few at a time, over when all have ended."""
+    """One transfer: chunks launched in turn with those of others, over when all have ended."""
 
-    def __init__(self, way: Way, peer: str, theirs: NixlPayload, ours: NixlPayload, copies: Sequence[Copy], over: Over):
+    def __init__(
+        self, way: Way, peer: str, theirs: AgentPayload, ours: AgentPayload, copies: Sequence[Copy], over: Over
+    ):
         self.way: Way = way
         self.peer = peer
         self.theirs = theirs
@@ -94,6 +114,15 @@ class Movement:
         self.over = over
         self.under_way = 0
         self.error: TransferError | None = None
+
+
+class _Lane:
+    """What our transfers with one peer have under way, and the transfers that have chunks left, next one first."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Movement] = deque()
+        self.chunks = 0
+        self.nbytes = 0
 
 
 class _Flight(msgspec.Struct, frozen=True):
@@ -124,9 +153,10 @@ class Exchange:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self._regions: dict[int, NixlPayload] = {}
+        self._regions: dict[int, AgentPayload] = {}
         self._peers: dict[str, set[bytes]] = {}
         self._movements: set[Movement] = set()
+        self._lanes: dict[str, _Lane] = {}
         self._flights: dict[int, _Flight] = {}
         self._pulls: dict[int, _Pull] = {}
         self._graves: list[_Grave] = []
@@ -144,7 +174,11 @@ class Exchange:
         """See :class:`Agent`."""
         return self._agent.wake_fds
 
-    def register(self, address: int, nbytes: int) -> NixlPayload:
+    def arm(self) -> Waking:
+        """See :class:`Agent`."""
+        return self._agent.arm()
+
+    def register(self, address: int, nbytes: int) -> AgentPayload:
         """Make memory of this process reachable, and serve pulls from it."""
         if self._closed:
             raise TransferLost("this side closed its transport")
@@ -161,14 +195,17 @@ class Exchange:
         self._now_s = now_s
         self._movements.add(movement)
         try:
-            self._know(movement.peer, movement.theirs.metadata)
+            self._meet(movement.peer, movement.theirs.metadata)
         except TransferError as error:
-            movement.error = error
-        self._advance(movement)
+            self._fail(movement, error)
+            return
+        self._lanes.setdefault(movement.peer, _Lane()).waiting.append(movement)
+        self._launch_next(movement.peer)
 
     def give_up(self, movement: Movement) -> None:
         """Launch no more of it. What is under way ends in its own time, and only then is the transfer over."""
-        movement.error = movement.error or TransferLost(f"transfer with {movement.peer} was given up")
+        if movement in self._movements:
+            self._fail(movement, TransferLost(f"transfer with {movement.peer} was given up"))
 
     def step(self, now_s: float) -> bool:
         """Look once at everything under way; whether anything happened."""
@@ -194,6 +231,7 @@ class Exchange:
             self._forget(peer)
         self._agent.close()
         movements, self._movements = self._movements, set()
+        self._lanes.clear()
         self._flights.clear()
         self._pulls.clear()
         self._graves.clear()
@@ -202,42 +240,68 @@ class Exchange:
 
     # --- our transfers
 
-    def _advance(self, movement: Movement) -> None:
-        while movement.under_way < WINDOW and movement.error is None:
+    def _launch_next(self, peer: str) -> None:
+        """Launch what there is room for, a chunk of each transfer in turn: a small one passes a large one."""
+        lane = self._lanes.get(peer)
+        while lane is not None and lane.waiting and lane.nbytes < LANE_BYTES and lane.chunks < LANE_CHUNKS:
+            movement = lane.waiting.popleft()
             chunk = next(movement.chunks, None)
             if chunk is None:
-                break
+                self._end_if_idle(movement)
+                continue
             try:
-                self._launch(movement, chunk)
-                movement.under_way += 1
+                self._launch(movement, chunk, lane)
             except TransferLost as error:
-                movement.error = error
-                self._lose(movement.peer)
+                self._fail(movement, error)
+                self._lose(peer)
             except TransferError as error:
-                movement.error = error
-        if movement.under_way == 0:
+                self._fail(movement, error)
+            else:
+                lane.waiting.append(movement)
+        if lane is not None and not lane.waiting and not lane.chunks:
+            self._lanes.pop(peer, None)
+
+    def _fail(self, movement: Movement, error: TransferError) -> None:
+        movement.error = movement.error or error
+        lane = self._lanes.get(movement.peer)
+        if lane is not None and movement in lane.waiting:
+            lane.waiting.remove(movement)
+        self._end_if_idle(movement)
+
+    def _end_if_idle(self, movement: Movement) -> None:
+        """For a transfer that launches no more."""
+        if movement.under_way == 0 and movement in self._movements:
             self._movements.discard(movement)
             movement.over(movement.error)
 
-    def _launch(self, movement: Movement, chunk: list[Copy]) -> None:
-        over = partial(self._chunk_over, movement)
+    def _launch(self, movement: Movement, chunk: list[Copy], lane: _Lane) -> None:
+        nbytes = sum(copy.nbytes for copy in chunk)
+        over = partial(self._chunk_over, movement, lane, nbytes)
         if movement.way == "pull":
             self._last_id += 1
             request = PullRequest(self._last_id, movement.theirs.region, movement.ours, notes.pack_ranges(chunk))
             self._agent.notify(movement.peer, notes.pack(request))
             self._pulls[request.id] = _Pull(movement.peer, over)
             self._probe_at_s.setdefault(movement.peer, self._now_s + PROBE_S)
-            return
-        rows = np.asarray(chunk, dtype=np.uint64)
-        ours = movement.ours.triples(rows[:, 0], rows[:, 2])
-        theirs = movement.theirs.triples(rows[:, 1], rows[:, 2])
-        handle = self._agent.post(movement.way, movement.peer, ours, theirs, b"")
-        self._flights[handle] = _Flight(movement.peer, over, served=False)
+        else:
+            rows = np.asarray(chunk, dtype=np.uint64)
+            ours = movement.ours.triples(rows[:, 0], rows[:, 2])
+            theirs = movement.theirs.triples(rows[:, 1], rows[:, 2])
+            handle = self._agent.post(movement.way, movement.peer, ours, theirs, b"")
+            self._flights[handle] = _Flight(movement.peer, over, served=False)
+        movement.under_way += 1
+        lane.chunks += 1
+        lane.nbytes += nbytes
 
-    def _chunk_over(self, movement: Movement, error: TransferError | None) -> None:
+    def _chunk_over(self, movement: Movement, lane: _Lane, nbytes: int, error: TransferError | None) -> None:
         movement.under_way -= 1
-        movement.error = movement.error or error
-        self._advance(movement)
+        lane.chunks -= 1
+        lane.nbytes -= nbytes
+        if error is not None:
+            self._fail(movement, error)
+        elif movement not in lane.waiting:
+            self._end_if_idle(movement)
+        self._launch_next(movement.peer)
 
     def _poll_flights(self) -> int:
         ended = 0
@@ -356,6 +420,18 @@ class Exchange:
             versions.clear()
         versions.add(metadata)
 
+    def _meet(self, peer: str, metadata: bytes) -> None:
+        """Load the metadata of a peer that our side chose to talk to: the control plane vouches for who it is.
+
+        A name that only a request on the data plane claimed is taken from whoever claimed it; the other way round,
+        in :meth:`_serve`, a claim never disturbs the peer that is known by that name.
+        """
+        try:
+            self._know(peer, metadata)
+        except NameTaken:
+            self._lose(peer)
+            self._know(peer, metadata)
+
     def _least_needed_peer(self) -> str:
         busy = {flight.peer for flight in self._flights.values()} | {pull.peer for pull in self._pulls.values()}
         for peer in self._peers:
@@ -372,6 +448,9 @@ class Exchange:
             self._agent.release(handle)
             self._graves.append(_Grave(until_s, peer, self._flights.pop(handle).over))
         self._forget(peer)
+        lane = self._lanes.get(peer)
+        for movement in list(lane.waiting) if lane is not None else []:
+            self._fail(movement, TransferLost(f"{peer} is gone"))
 
     def _forget(self, peer: str) -> None:
         self._peers.pop(peer, None)

@@ -8,6 +8,7 @@ import msgspec
 
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
+from tracehaul.transfer.region import Registered
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 
@@ -42,37 +43,21 @@ class PerfectLink:
         return Landing()
 
 
-class LocalRegion:
-    """Memory known to a :class:`LocalHub`."""
-
-    def __init__(self, buffer: memoryview, descriptor: RegionDescriptor) -> None:
-        self._buffer = buffer
-        self._descriptor = descriptor
-
-    @property
-    def buffer(self) -> memoryview:
-        return self._buffer
-
-    @property
-    def descriptor(self) -> RegionDescriptor:
-        return self._descriptor
-
-
 class LocalHub:
     """All the memory that the transfers of one process can reach, and the link between them."""
 
     def __init__(self, link: Link | None = None) -> None:
         self.link: Link = link or PerfectLink()
-        self._regions: dict[str, dict[bytes, LocalRegion]] = {}
+        self._regions: dict[str, dict[bytes, Registered]] = {}
         self._gone: set[str] = set()
 
-    def add(self, owner: str, memory: Memory) -> LocalRegion:
+    def add(self, owner: str, memory: Memory) -> Registered:
         """Make memory reachable as ``owner``'s."""
         assert owner not in self._gone, f"{owner} is gone; a new life has a new generation"
         regions = self._regions.setdefault(owner, {})
         payload = len(regions).to_bytes(4, "little")
         descriptor = RegionDescriptor(kind="local", owner=owner, nbytes=memory.buffer.nbytes, payload=payload)
-        regions[payload] = LocalRegion(memory.buffer, descriptor)
+        regions[payload] = Registered(memory.buffer, descriptor)
         return regions[payload]
 
     def remove(self, owner: str) -> None:
@@ -88,7 +73,7 @@ class LocalHub:
         """Whether ``owner`` lives, or lived, in this process."""
         return owner in self._regions or owner in self._gone
 
-    def find(self, remote: RegionDescriptor) -> LocalRegion:
+    def find(self, remote: RegionDescriptor) -> Registered:
         """The region that a descriptor names.
 
         Raises:
@@ -115,7 +100,7 @@ class LocalTransfer:
     def kind(self) -> str:
         return "local"
 
-    def register(self, memory: Memory) -> LocalRegion:
+    def register(self, memory: Memory) -> Registered:
         return self._hub.add(self._owner, memory)
 
     def reaches(self, remote: RegionDescriptor) -> bool:
@@ -160,6 +145,9 @@ class LocalTransfer:
                 if 0 <= flipped < size:
                     landed[flipped] ^= 0xFF
                 flipped -= size
+
+    async def broken(self) -> None:
+        await asyncio.get_running_loop().create_future()  # nothing here can end by itself
 
     async def close(self) -> None:
         """End all transfers: waiting callers get TransferLost. Peers see this owner's regions gone."""

@@ -8,7 +8,6 @@ thread, if given a delay, waits for events instead of burning a core, and also s
 Which networks are used is the operator's choice by UCX's own variables (UCX_TLS, UCX_NET_DEVICES).
 """
 
-import asyncio
 import contextlib
 import importlib
 import os
@@ -17,42 +16,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tracehaul.runtime import clock
-from tracehaul.transfer import notes
-from tracehaul.transfer.base import Copy, Memory, Region, TransferTimedOut
-from tracehaul.transfer.exchange import Movement, Way
-from tracehaul.transfer.landing import check_copies, land
-from tracehaul.transfer.memory import address_of
-from tracehaul.transfer.notes import NixlPayload, Triples
-from tracehaul.transfer.poller import Poller
-from tracehaul.wire.blocks import RegionDescriptor
+from tracehaul.transfer.exchange import NameTaken, Waking
+from tracehaul.transfer.notes import Triples
+from tracehaul.transfer.polled import PolledTransfer
 from tracehaul.wire.errors import TransferError, TransferLost
 
 PROGRESS_DELAY_US = 100_000
 """How long the library's progress thread waits for events at most; with 0 it would spin."""
-TRANSFERS_MAX = 4096
-"""Most transfers of one process at once, quarantined ones included."""
 RDMA_TLS = frozenset({"rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5", "ib", "gga_mlx5"})
+
+METADATA_HEAD = b"nixlSerDes|Agent"
+"""How an agent's metadata begins; then the length of its name in 8 bytes, then its name."""
 
 Pull = Literal["read", "request"]
 """How to read from a peer: by a one-sided read, or by asking it to write, which over TCP is twice as fast."""
-
-
-class NixlRegion:
-    """Memory registered with NIXL."""
-
-    def __init__(self, buffer: memoryview, payload: NixlPayload, descriptor: RegionDescriptor) -> None:
-        self._buffer = buffer
-        self._descriptor = descriptor
-        self.payload = payload
-
-    @property
-    def buffer(self) -> memoryview:
-        return self._buffer
-
-    @property
-    def descriptor(self) -> RegionDescriptor:
-        return self._descriptor
 
 
 class NixlAgent:
@@ -67,6 +44,7 @@ class NixlAgent:
         )
         self._disconnected: type[Exception] = self._nixl.nixlRemoteDisconnectError
         self._registered: list[Any] = []
+        self._known: set[str] = set()
         # The library's own constructor fixes the delay at 0 (a core burnt) and the sync mode at none.
         self.config = self._nixl.nixlAgentConfig()
         self.config.useProgThread = True
@@ -92,6 +70,9 @@ class NixlAgent:
     def wake_fds(self) -> Sequence[int]:
         return self._wake_fds
 
+    def arm(self) -> Waking:
+        return "unknown"  # its descriptors are nearly always readable while things happen
+
     def register(self, address: int, nbytes: int) -> bytes:
         regions = self._nixl.nixlRegDList(self._nixl.DRAM_SEG, [(address, nbytes, 0, "")])
         self._translated("register", self._agent.registerMem, regions, self._backends)
@@ -99,15 +80,15 @@ class NixlAgent:
         return self._translated("describe", self._agent.getLocalMD)
 
     def add_peer(self, name: str, metadata: bytes) -> None:
-        try:
-            loaded = self._load(metadata)
-        except TransferError:
-            # Another life of this name, or a connection that broke: forget it and try once more.
-            self.remove_peer(name)
-            loaded = self._load(metadata)
+        claimed = named_in(metadata)
+        if claimed is not None and claimed != name:
+            raise TransferError(f"metadata of {claimed} under the name of {name}")
+        loaded = self._load(metadata)  # NIXL itself refuses another connection for a name that it knows
         if loaded != name:
-            self.remove_peer(loaded)
+            if loaded not in self._known:
+                self.remove_peer(loaded)
             raise TransferError(f"metadata of {loaded} under the name of {name}")
+        self._known.add(name)
 
     def _load(self, metadata: bytes) -> str:
         try:
@@ -115,10 +96,13 @@ class NixlAgent:
         except TransferError as error:
             if isinstance(error.__cause__, self._nixl.nixlBackendError):
                 raise TransferLost("NIXL connect: nobody is there") from error
+            if isinstance(error.__cause__, self._nixl.nixlNotAllowedError):
+                raise NameTaken("NIXL connect: another peer has that name") from error
             raise
         return name.decode(errors="replace")
 
     def remove_peer(self, name: str) -> None:
+        self._known.discard(name)
         with contextlib.suppress(*self._errors):
             self._agent.invalidateRemoteMD(name)
 
@@ -170,7 +154,7 @@ class NixlAgent:
             raise TransferError(f"NIXL {what}: {error}") from error
 
 
-class NixlTransfer:
+class NixlTransfer(PolledTransfer):
     """The NIXL transport of ``owner`` (``node#generation``, the agent's name). See :class:`.base.Transfer`."""
 
     def __init__(self, owner: str, pull: Pull | None = None) -> None:
@@ -183,87 +167,9 @@ class NixlTransfer:
         Raises:
             TransferError: NIXL is not installed or cannot start.
         """
-        self._owner = owner
         # UCX reads these variables itself: they are its configuration, not ours, and we must see what it sees.
         self.pull: Pull = pull or best_pull(os.environ, rdma_devices())
-        self._poller = Poller(owner, partial(NixlAgent, owner))
-        self._under_way = 0
-        self._quarantined_bytes = 0
-
-    @property
-    def kind(self) -> str:
-        return "nixl"
-
-    @property
-    def quarantined_bytes(self) -> int:
-        """Local bytes of transfers past their deadline that may still be read or written by the network."""
-        return self._quarantined_bytes
-
-    @property
-    def dropped(self) -> int:
-        """Notifications from peers that made no sense."""
-        return self._poller.exchange.dropped
-
-    def register(self, memory: Memory) -> NixlRegion:
-        buffer = memory.buffer
-        address = address_of(buffer)
-        payload = self._poller.ask(lambda exchange: exchange.register(address, buffer.nbytes))
-        descriptor = RegionDescriptor(
-            kind=self.kind, owner=self._owner, nbytes=buffer.nbytes, payload=notes.pack(payload)
-        )
-        return NixlRegion(buffer, payload, descriptor)
-
-    def reaches(self, remote: RegionDescriptor) -> bool:
-        return remote.kind == self.kind
-
-    async def read(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
-        await self._transfer("pull" if self.pull == "request" else "read", remote, local, copies, timeout_s)
-
-    async def write(self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float) -> None:
-        await self._transfer("write", remote, local, copies, timeout_s)
-
-    async def _transfer(
-        self, way: Way, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], timeout_s: float
-    ) -> None:
-        assert isinstance(local, NixlRegion), "a transport moves only what it registered"
-        if remote.kind != self.kind:
-            raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
-        if remote.owner == self._owner:
-            raise TransferError(f"{remote.owner} is this process")
-        theirs = notes.unpack_payload(remote)
-        nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
-        if nbytes == 0:
-            return
-        if self._under_way >= TRANSFERS_MAX:
-            raise TransferError(f"{TRANSFERS_MAX} transfers are under way; no more")
-        loop = asyncio.get_running_loop()
-        work: asyncio.Future[None] = loop.create_future()
-        over = partial(_over, loop, work)
-        movement = Movement(way, remote.owner, theirs, local.payload, tuple(copies), over)
-        self._poller.submit(lambda exchange: exchange.start(movement, clock.perf_s()))
-        self._under_way += 1
-        work.add_done_callback(self._ended)
-        what = f"{nbytes} bytes {'to' if way == 'write' else 'from'} {remote.owner}"
-        try:
-            await land(work, timeout_s, what, lambda: self._give_up(movement))
-        except TransferTimedOut as error:
-            self._quarantined_bytes += nbytes
-            error.settled.add_done_callback(partial(self._settled, nbytes))
-            raise
-
-    def _give_up(self, movement: Movement) -> None:
-        with contextlib.suppress(TransferError):  # the poller has ended, and the transfer with it
-            self._poller.submit(lambda exchange: exchange.give_up(movement))
-
-    def _ended(self, work: asyncio.Future[None]) -> None:
-        self._under_way -= 1
-
-    def _settled(self, nbytes: int, settled: asyncio.Future[None]) -> None:
-        self._quarantined_bytes -= nbytes
-
-    async def close(self) -> None:
-        self._poller.stop()
-        await asyncio.to_thread(self._poller.join)
+        super().__init__("nixl", owner, "pull" if self.pull == "request" else "read", partial(NixlAgent, owner))
 
 
 def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
@@ -274,6 +180,15 @@ def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
     nets = frozenset(net.split(":")[0] for net in environ.get("UCX_NET_DEVICES", "all").split(","))
     reachable = devices if "all" in nets else devices & nets
     return "read" if transports and reachable else "request"
+
+
+def named_in(metadata: bytes) -> str | None:
+    """Whose metadata it says it is, without loading it; None if this version of NIXL writes it in another way."""
+    if not metadata.startswith(METADATA_HEAD):
+        return None
+    start = len(METADATA_HEAD) + 8
+    nbytes = int.from_bytes(metadata[len(METADATA_HEAD) : start], "little")
+    return metadata[start : start + nbytes].decode(errors="replace")
 
 
 def rdma_devices() -> frozenset[str]:
@@ -302,17 +217,3 @@ def _event_fds() -> set[int]:
             if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventpoll]":
                 fds.add(int(fd))
     return fds
-
-
-def _over(loop: asyncio.AbstractEventLoop, work: asyncio.Future[None], error: TransferError | None) -> None:
-    """Called by the poller: hand the outcome to the loop, if it still runs."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(_resolve, work, error)
-
-
-def _resolve(work: asyncio.Future[None], error: TransferError | None) -> None:
-    assert not work.done(), "a transfer ends once"
-    if error is None:
-        work.set_result(None)
-    else:
-        work.set_exception(error)

@@ -1,4 +1,4 @@
-"""What NIXL transports tell each other: region payloads, and the notifications of a pull by request.
+"""What transports of polled agents tell each other: region payloads, and the notifications of a pull by request.
 
 Over TCP a one-sided write is two to three times as fast as a read, so a pull asks the owner to write: the requester
 sends :class:`PullRequest`; the owner writes, and :class:`PullDone` arrives after the bytes. All of it is plain
@@ -20,16 +20,16 @@ NOTE_BYTES_MAX = 256 << 10
 METADATA_BYTES_MAX = 128 << 10
 
 Triples = NDArray[np.uint64]
-"""Rows of (address, bytes, device): how NIXL names memory."""
+"""Rows of (address, bytes, device): how agents name memory."""
 
 
-class NixlPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AgentPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a region is, in the terms of the agent that registered it."""
 
     metadata: bytes
     """The agent's own blob: connection addresses and keys."""
     metadata_checksum: int
-    """xxh3-64: NIXL, given a damaged blob, cannot load the sound one any more."""
+    """xxh3-64: NIXL, given a damaged blob, cannot load the sound one any more, and UCX aborts the process."""
     region: int
     """Names the region at its owner."""
     address: int
@@ -52,7 +52,7 @@ class PullRequest(msgspec.Struct, frozen=True, tag="pull", forbid_unknown_fields
     """Names the request at the requester."""
     region: int
     """The owner's region."""
-    into: NixlPayload
+    into: AgentPayload
     """The requester's region."""
     ranges: bytes
     """See :func:`pack_ranges`; local is the requester's side."""
@@ -78,11 +78,11 @@ class Probe(msgspec.Struct, frozen=True, tag="probe", forbid_unknown_fields=True
 Note = PullRequest | PullDone | PullFailed | Probe
 
 _note = msgspec.msgpack.Decoder(Note)
-_payload = msgspec.msgpack.Decoder(NixlPayload)
+_payload = msgspec.msgpack.Decoder(AgentPayload)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def pack(item: Note | NixlPayload) -> bytes:
+def pack(item: Note | AgentPayload) -> bytes:
     """Wire form of a notification or payload."""
     return _encoder.encode(item)
 
@@ -104,13 +104,13 @@ def unpack_note(data: bytes) -> Note:
     return note
 
 
-def make_payload(metadata: bytes, region: int, address: int, nbytes: int) -> NixlPayload:
+def make_payload(metadata: bytes, region: int, address: int, nbytes: int) -> AgentPayload:
     """Payload of a region of ours."""
-    return NixlPayload(metadata, xxh3_64_intdigest(metadata), region, address, nbytes)
+    return AgentPayload(metadata, xxh3_64_intdigest(metadata), region, address, nbytes)
 
 
-def unpack_payload(remote: RegionDescriptor) -> NixlPayload:
-    """What a descriptor of kind ``nixl`` carries.
+def unpack_payload(remote: RegionDescriptor) -> AgentPayload:
+    """What a descriptor of kind ``nixl`` or ``ucxx`` carries.
 
     Raises:
         TransferError: it is damaged.
@@ -125,7 +125,7 @@ def unpack_payload(remote: RegionDescriptor) -> NixlPayload:
     return payload
 
 
-def check_payload(payload: NixlPayload) -> None:
+def check_payload(payload: AgentPayload) -> None:
     """Raise TransferError if a payload cannot be what an agent made."""
     if len(payload.metadata) > METADATA_BYTES_MAX or xxh3_64_intdigest(payload.metadata) != payload.metadata_checksum:
         raise TransferError("damaged agent metadata")

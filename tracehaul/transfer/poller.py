@@ -1,8 +1,8 @@
-"""The one thread that touches a NIXL agent: transports hand it commands, it hands back results.
+"""The one thread that touches an agent: transports hand it commands, it hands back results.
 
 NIXL must not be used by two threads, some of its calls block, and none of its events can be awaited, so it is
 polled: often while things happen, ever more seldom while nothing does, and hardly at all once the agent's own file
-descriptors can tell when to look again.
+descriptors can tell when to look again. UCXX's descriptor can always be made to tell.
 """
 
 import contextlib
@@ -49,7 +49,9 @@ class Poller:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._started: Future[Exchange] = Future()
-        self._thread = threading.Thread(target=self._main, name=f"nixl-{name}", daemon=True)
+        self.ended: Future[None] = Future()
+        """Done when the thread has ended: with an exception if that was its own failure."""
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
         self.exchange = self._started.result(timeout=COMMAND_TIMEOUT_S)
 
@@ -98,16 +100,24 @@ class Poller:
             self._started.set_exception(error)
             return
         self._started.set_result(exchange)
-        reason: TransferError = TransferLost("this side closed its transport")
         try:
             self._loop(exchange)
-        except Exception:
+            failure = None
+        except Exception as error:
             # A bug here must not leave callers waiting for a thread that is gone.
             _log.exception("the data plane of this process failed")
-            reason = TransferError("the data plane of this process failed")
+            failure = error
             self._stopping = True
-        exchange.close(reason)
-        self._run(exchange)
+        reason = "this side closed its transport" if failure is None else "the data plane of this process failed"
+        try:
+            exchange.close(TransferLost(reason) if failure is None else TransferError(reason))
+            self._run(exchange)
+        except Exception as error:
+            failure = failure or error
+        if failure is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(failure)
 
     def _loop(self, exchange: Exchange) -> None:
         anything = select.poll()
@@ -125,7 +135,10 @@ class Poller:
                 last_s = now_s
             quiet_s = now_s - last_s
             command = None
-            if quiet_s > QUIET_S:
+            waking = exchange.arm()
+            if waking == "busy":
+                continue
+            if waking == "armed" or quiet_s > QUIET_S:
                 woken = [fd for fd, _ in anything.poll(nap_max_s * 1000)]
                 if self._wake_fd in woken:
                     os.eventfd_read(self._wake_fd)

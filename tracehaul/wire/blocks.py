@@ -72,6 +72,8 @@ class Publish(Message, frozen=True):
     """Writer -> store: make these visible. Answered with :class:`Published`."""
 
     blocks: tuple[Publication, ...]
+    verified: bool = False
+    """The writer's transport has read the bytes back where they landed, and they match: the node need not."""
 
 
 PublishOutcome = Literal["published", "fenced", "corrupt"]
@@ -85,6 +87,13 @@ class Published(Message, frozen=True):
 
 class Abandon(Message, frozen=True):
     """Writer -> store: I will not publish these reservations, and no write of mine is under way."""
+
+    blocks: tuple[tuple[BlockHash, SlotGeneration], ...]
+
+
+class Renew(Message, frozen=True):
+    """Writer -> store: I am still writing these. Without a sign of life for about a second, a reservation passes on
+    to the next who asks for its block; with it, it lasts as long as any. Unknown ones are ignored."""
 
     blocks: tuple[tuple[BlockHash, SlotGeneration], ...]
 
@@ -145,6 +154,7 @@ class Revoke(Message, frozen=True):
 class Await(Message, frozen=True):
     """Anyone -> store: tell me when none of these is being written any more, or ``timeout_s`` has passed.
 
+    A block whose writer has gone silent (:class:`Renew`) is no longer being written: who asks for it gets it.
     Answered with :class:`Awaited`; refused as overloaded where too many wait already.
     """
 
@@ -236,7 +246,7 @@ class RegionDescriptor(msgspec.Struct, frozen=True):
     """What a peer needs to reach a registered region by one transport."""
 
     kind: str
-    """``local``, ``shm`` or ``nixl``."""
+    """``local``, ``shm``, ``nixl`` or ``ucxx``."""
     owner: str
     """``node#generation``: one life of one process."""
     nbytes: int

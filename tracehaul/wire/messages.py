@@ -23,6 +23,7 @@ from tracehaul.wire.blocks import (
     Publish,
     Published,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -42,6 +43,7 @@ Request = (
     | Reserve
     | Publish
     | Abandon
+    | Renew
     | Lease
     | Release
     | Exists
