@@ -107,11 +107,11 @@ def up(
     disk_dir: Annotated[
         Path | None, typer.Option(help="Where the store nodes' disk files are. Default: in the run directory.")
     ] = None,
+    quota: QuotaOption = None,
     s3_url: Annotated[
         str | None, typer.Option(help="s3://bucket/prefix for blocks; endpoint and credentials: AWS_* variables.")
     ] = None,
     s3_bytes: S3Option = None,
-    quota: QuotaOption = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most prompt tokens computed between two decode steps.")
     ] = None,
@@ -147,9 +147,9 @@ def up(
         "store_bytes": store_bytes,
         "disk_bytes": disk_bytes,
         "disk_dir": str(disk_dir.absolute()) if disk_dir is not None else None,
+        "quota_bytes": dict(quota) if quota else None,
         "s3_url": s3_url,
         "s3_bytes": s3_bytes,
-        "quota_bytes": dict(quota) if quota else None,
         "worker.chunk_tokens": chunk_tokens,
     }
     chosen = load_config(config, overrides)

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
+from kvstore.copies import ReplicationConfig
 from kvstore.tiers.objects import parse_url
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
@@ -69,15 +70,16 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Disk of each store node for blocks that leave memory, taken at once; 0: none, and a restart forgets all."""
     disk_dir: str = ""
     """Where the store nodes' files are; empty: in the run directory."""
+    quota_bytes: dict[str, int] = {}
+    """Of each store node's block memory, what each tenant (a request's ``cache_salt``) is sure of. Tenants without an
+    entry share what is left."""
     s3_url: str = ""
     """``s3://bucket/prefix``: a tier below memory and disk, each store node under its own name there; empty: none.
     Endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...)."""
     s3_bytes: Annotated[int, Meta(ge=0)] = 0
     """The most that each store node keeps there."""
-    quota_bytes: dict[str, int] = {}
-    """Of each store node's block memory, what each tenant (a request's ``cache_salt``) is sure of. Tenants without an
-    entry share what is left."""
     tiering: TieringConfig = TieringConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
     api: ApiConfig = ApiConfig()
@@ -195,7 +197,7 @@ def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
     """A store node's config: slots of one full block of ``layout``.
 
     Raises:
-        ClusterFault: the arena, or a tier, is smaller than one block; the quotas are larger than the arena; or what is
+        ClusterFault: the arena, or a tier, is smaller than one block, the quotas are larger than the arena, or what is
             said of a tier makes no sense.
     """
     slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES

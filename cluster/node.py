@@ -63,17 +63,13 @@ def run_node(name: str, run: RunDir) -> int:
     return 0
 
 
-def _ignore(members: Members) -> None:
-    """A store node asks nothing of others."""
-
-
 class Room(NamedTuple):
     """What a role puts into a node."""
 
     service: Service
     stats: Mapping[str, msgspec.Struct]
     load: Callable[[], NodeLoad]
-    on_members: Callable[[Members], None] = _ignore
+    on_members: Callable[[Members], None]
     info: EngineInfo | None = None
     """A worker's engine."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -171,7 +167,7 @@ class _Node:
         stack.callback(offload.close)
         match role:
             case "store":
-                return await self._store(stack, offload)
+                return await self._store(stack, offload, peers)
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
@@ -206,29 +202,34 @@ class _Node:
         stack.callback(memory.close)
         return memory
 
-    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
+    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
+        from kvstore.neighbours import Others
         from kvstore.node import StoreNode
-        from kvstore.pin_journal import open_journal
+        from kvstore.pin_journal import PinJournal, open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
-        tier, stats = await open_tiers(chosen, self._run, self._spec.name, config.slot_bytes)
-        if tier is None:
-            store = StoreNode(config, self._generation, planes, memory, offload)
-            stack.callback(store.close)
-            return Room(store, {"store": store.stats}, store.load)
-        stack.callback(tier.close)
-        # Beside the disk tier, whose lock is on it too, if there is one; else the run directory's is.
-        pins = disk_path(chosen, self._run, self._spec.name).with_suffix(".pins")
-        pins.parent.mkdir(parents=True, exist_ok=True)
-        journal = await open_journal(pins)
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal)
-        assert store.tiering is not None
+        tier, tier_stats = await open_tiers(chosen, self._run, self._spec.name, config.slot_bytes)
+        if tier is not None:
+            stack.callback(tier.close)
+        journal: PinJournal | None = None
+        if tier is not None:  # the lock on the disk's file is on it too, or else the run directory's
+            pins = disk_path(chosen, self._run, self._spec.name).with_suffix(".pins")
+            pins.parent.mkdir(parents=True, exist_ok=True)
+            journal = await open_journal(pins)
+        others = Others(NodeId(self._spec.name), peers, chosen.replication)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "tiering": store.tiering.stats, "pins": journal.stats, **stats}
-        return Room(store, stats, store.load, background=(store.run(),))
+        stats: dict[str, msgspec.Struct] = {"store": store.stats, **tier_stats}
+        if store.neighbours is not None:
+            stats.update(store.neighbours.stats)
+        if store.tiering is not None:
+            stats.update(tiering=store.tiering.stats)
+        if journal is not None:
+            stats.update(pins=journal.stats)
+        return Room(store, stats, store.load, store.set_members, background=(store.run(),))
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
@@ -258,7 +259,7 @@ class _Node:
                 prefill = PrefillService(host)
 
                 def on_members(members: Members) -> None:
-                    host.set_nodes(members.nodes)
+                    host.set_nodes(members.nodes, members.draining)
 
                 return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),))
             case "decode":

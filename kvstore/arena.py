@@ -180,6 +180,11 @@ class Arena:
         published = self._published
         return bytes([h in published for h in hashes])
 
+    def spec(self, block_hash: BlockHash) -> BlockSpec | None:
+        """A published block's size and parent."""
+        slot = self._published.get(block_hash)
+        return None if slot is None else BlockSpec(block_hash, self._families.parent(slot), self._size[slot])
+
     def published(self) -> tuple[BlockHash, ...]:
         """All visible hashes, oldest publish first: a snapshot as of the last change."""
         return tuple(self._published)
@@ -196,7 +201,9 @@ class Arena:
 
     # --- writing ------------------------------------------------------------------------------------------
 
-    def reserve(self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "") -> list[ReserveOutcome]:
+    def reserve(
+        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str | int = ""
+    ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
         One outcome per block, same order.
@@ -412,6 +419,10 @@ class Arena:
     def pin_of(self, key: PinKey) -> HeldPin | None:
         """A trace's open pin."""
         return self._pins.get(key)
+
+    def pins_of(self, block_hash: BlockHash) -> list[PinKey]:
+        """The pins that cover a block."""
+        return self._pins.keys(block_hash)
 
     def open_pins(self, now_s: float) -> list[tuple[PinKey, HeldPin]]:
         """All, the first to end first."""

@@ -1,18 +1,21 @@
 """A store node: serves one arena to the cluster."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
 import msgspec
 
 from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
+from kvstore.copies import Holdings
 from kvstore.events import Feed
 from kvstore.moves import checksums
+from kvstore.neighbours import Neighbours, Others
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
-from kvstore.tiers.base import Tier, readable
+from kvstore.tiers.base import Change, Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
 from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
@@ -24,6 +27,7 @@ from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import (
+    REPLICAS_MAX,
     Abandon,
     Attach,
     Attached,
@@ -31,6 +35,7 @@ from tracehaul.wire.blocks import (
     Awaited,
     AwaitState,
     BlockSpec,
+    Drain,
     Existing,
     Exists,
     Full,
@@ -61,10 +66,10 @@ from tracehaul.wire.blocks import (
     Tiers,
     Unpin,
 )
-from tracehaul.wire.cluster import NodeLoad
+from tracehaul.wire.cluster import Members, NodeLoad
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import BlockHash, Checksum, Generation
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, SlotGeneration
 from tracehaul.wire.messages import Reply, Request
 
 HASHES_MAX = 65536
@@ -73,6 +78,8 @@ WAIT_HASHES_MAX = 4096
 """Blocks that one request waits for."""
 NAME_CHARS_MAX = 256
 """Of a tenant's or a trace's name."""
+HOLDERS_MAX = 64
+"""Nodes that one pin names."""
 SELF = ""
 """Holder of the node's own leases: no connection has this name."""
 
@@ -98,11 +105,12 @@ class StoreStats(msgspec.Struct):
 
 
 class StoreNode:
-    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
+    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes to and from clients.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier`` or
-    a ``journal``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are in force from
-    the start. Costs nothing while idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
+    a ``journal`` or ``others``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are
+    in force from the start. Without ``others`` it makes no copies elsewhere. Costs nothing while idle: one timer,
+    armed only if something can expire.
     """
 
     def __init__(
@@ -115,6 +123,7 @@ class StoreNode:
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
         journal: PinJournal | None = None,
+        others: Others | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -137,12 +146,19 @@ class StoreNode:
                 config.slot_bytes,
                 tier,
                 tiering or TieringConfig(),
-                self._feed.append,
+                self._announce,
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
         self._changed()
+        self.neighbours: Neighbours | None = None
+        """Copies to other nodes; None without any."""
+        if others is not None:
+            holdings = Holdings(
+                self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
+            )
+            self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
 
     @property
     def arena(self) -> Arena:
@@ -161,6 +177,8 @@ class StoreNode:
             bytes_used=self._arena.bytes_published,
             bytes_max=self._config.slots_max * self._config.slot_bytes,
         )
+        if self.neighbours is not None:
+            load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
         below: dict[str, int] = {}
@@ -171,12 +189,16 @@ class StoreNode:
         return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
-        """What a tier and a journal need done in the background, for as long as the node serves."""
+        """What a tier, a journal and copies need done in the background, for as long as the node serves."""
         async with asyncio.TaskGroup() as group:
-            if self.tiering is not None:
-                group.create_task(self.tiering.run())
-            if self._keeper is not None:
-                group.create_task(self._keeper.journal.run())
+            for part in (self.tiering, self.neighbours, self._keeper and self._keeper.journal):
+                if part is not None:
+                    group.create_task(part.run())
+
+    def set_members(self, members: Members) -> None:
+        """Who else is there."""
+        if self.neighbours is not None:
+            self.neighbours.set_members(members)
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -208,8 +230,8 @@ class StoreNode:
                 self._arena.renew(blocks, context.peer, clock.now_s())
                 self._changed()
                 return Ok()
-            case Revoke():
-                await self._verify_own(request)
+            case Revoke(hash=block_hash, generation=generation):
+                await self._verify_own(block_hash, generation)
                 return Ok()
             case Await():
                 return await self._await(request)
@@ -223,11 +245,17 @@ class StoreNode:
                 self._changed()
                 if self._keeper is not None:
                     await self._keeper.keep((tenant, trace))
+                if self.neighbours is not None:
+                    self.neighbours.unpinned((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
                 self._changed()
-                return PinList(tuple(pins))
+                return PinList(tuple(pins if self.neighbours is None else map(self.neighbours.describe, pins)))
+            case Drain():
+                if self.neighbours is None:
+                    raise InvalidRequest("this node is on its own: there is nowhere to drain to")
+                return self.neighbours.drain(request)
             case Attach():
                 return Attached(self._generation, tuple(plane.region.descriptor for plane in self._planes))
             case Ping():
@@ -262,6 +290,8 @@ class StoreNode:
             await self.tiering.drain()
         if self._keeper is not None:
             await self._keeper.journal.aclose()
+        if self.neighbours is not None:
+            await self.neighbours.aclose()
         self.close()
 
     def close(self) -> None:
@@ -284,8 +314,13 @@ class StoreNode:
         return leased
 
     def _reserve(self, request: Reserve, peer: str) -> Reserved:
+        if self.neighbours is not None and self.neighbours.draining:
+            raise Overloaded("this node is draining: write elsewhere")  # it is well, and still to be read from
         _check_count(request.blocks)
-        _check_name(request.tenant)
+        if isinstance(request.tenant, str):
+            _check_name(request.tenant)
+        elif not 0 <= request.tenant < 1 << 64:
+            raise InvalidRequest("not a tenant's key")
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
@@ -296,7 +331,7 @@ class StoreNode:
         self._changed()
         return Reserved(tuple(outcomes))
 
-    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str) -> list[ReserveOutcome]:
+    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str | int) -> list[ReserveOutcome]:
         """What a tier can give needs no slot: it comes up when somebody reads it."""
         if self.tiering is None:
             return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
@@ -356,22 +391,26 @@ class StoreNode:
         self._changed()
         return outcomes
 
-    async def _verify_own(self, request: Revoke) -> None:
-        """A reader's copy of a block was bad: drop ours only if it is bad too."""
-        leased = self._arena.lease([request.hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
+    async def _verify_own(self, block_hash: BlockHash, generation: SlotGeneration) -> None:
+        """Somebody's copy of a block was bad: drop ours only if it is bad too."""
+        leased = self._arena.lease([block_hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
         self._changed()
         if leased is None:
             raise Overloaded("too many blocks are being verified")
         block = leased.blocks[0]
         try:
-            if block is None or block.generation != request.generation:
+            if block is None or block.generation != generation:
                 return
             (actual,) = await self._checksums([(block.offset, block.size_bytes)])
-            if actual != block.checksum and self._arena.revoke(request.hash, request.generation):
+            if actual != block.checksum and self._arena.revoke(block_hash, generation):
                 self.stats.corrupt_held += 1
         finally:
             self._arena.release(leased.lease, SELF)
             self._changed()
+
+    async def _verify_held(self, block_hash: BlockHash, generation: SlotGeneration) -> None:
+        with contextlib.suppress(Overloaded):  # it will be found bad again
+            await self._verify_own(block_hash, generation)
 
     async def _await(self, request: Await) -> Awaited:
         if len(request.hashes) > WAIT_HASHES_MAX:
@@ -394,7 +433,7 @@ class StoreNode:
         quiet_s = self._arena.quiet_at_s(block_hash)
         if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
-        below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
+        below = self.tiering is not None and readable(self.tiering.tier, block_hash)
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"
 
     def _pin(self, request: Pin) -> Pinned:
@@ -405,11 +444,19 @@ class StoreNode:
             raise InvalidRequest("not a block hash")
         if not (request.ttl_s > 0 and 1 <= request.priority <= PRIORITY_MAX):
             raise InvalidRequest(f"a pin lasts more than 0 s, at a priority from 1 to {PRIORITY_MAX:.0f}")
+        if not 1 <= request.replicas <= REPLICAS_MAX:
+            raise InvalidRequest(f"a pin asks for 1 to {REPLICAS_MAX} copies")
+        if len(request.holders) > HOLDERS_MAX:
+            raise InvalidRequest(f"a pin names {len(request.holders)} holders; at most {HOLDERS_MAX}")
+        for node in request.holders:
+            _check_name(node)
         pinned = self._arena.pin(request, clock.now_s())
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
             raise Overloaded(pinned)
+        if self.neighbours is not None:
+            self.neighbours.pinned(request)
         return pinned
 
     # --- helpers ------------------------------------------------------------------------------------------
@@ -423,9 +470,14 @@ class StoreNode:
         if self.tiering is not None and changes:
             changes = self.tiering.merge(changes)
         if changes:
-            self._feed.append(changes)
+            self._announce(changes)
         self._waiters.ended(self._arena.take_ended())
         self._arm()
+
+    def _announce(self, changes: Sequence[Change]) -> None:
+        self._feed.append(changes)
+        if self.neighbours is not None:
+            self.neighbours.changed(changes)
 
     def _arm(self) -> None:
         deadline_s = self._arena.next_deadline_s()

@@ -3,7 +3,7 @@ the interface: ``kvstore/tiers/s3.py`` and ``kvstore/tiers/fake_objects.py`` imp
 
 An object is one block, and its name says all that an index must know of it::
 
-    <hash>.<parent>.<checksum>.<size>.<sequence>.<tenant>
+    <hash>.<parent>.<checksum>.<tenant>.<size>.<sequence>
 
 in hexadecimal, but for the size and the sequence. So a listing restores an index without a body being read, of two
 objects of one block the newer is known, and no name is ever written twice with other bytes: a late delete cannot hit
@@ -24,8 +24,7 @@ DELETE_MAX = 1000
 """Names in one request to delete: what the protocol allows."""
 _HEX = 2 * HASH_BYTES
 _NAME = re.compile(
-    rf"([0-9a-f]{{{_HEX}}})\.([0-9a-f]{{{_HEX}}})\.([0-9a-f]{{16}})\.([1-9][0-9]{{0,9}})\.([0-9]{{1,18}})"
-    r"\.([0-9a-f]{16})"
+    rf"([0-9a-f]{{{_HEX}}})\.([0-9a-f]{{{_HEX}}})\.([0-9a-f]{{16}})\.([0-9a-f]{{16}})\.([1-9][0-9]{{0,9}})\.([0-9]{{1,18}})"
 )
 
 _URL = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
@@ -95,8 +94,8 @@ def parse_url(url: str) -> tuple[str, str]:
 
 def pack_name(block: TierBlock, sequence: int) -> str:
     """The object's name."""
-    ids = f"{block.hash.hex()}.{block.parent.hex()}.{block.checksum:016x}"
-    return f"{ids}.{block.size_bytes}.{sequence}.{block.tenant:016x}"
+    sums = f"{block.checksum:016x}.{block.tenant:016x}"
+    return f"{block.hash.hex()}.{block.parent.hex()}.{sums}.{block.size_bytes}.{sequence}"
 
 
 def unpack_name(name: str) -> tuple[TierBlock, int] | None:
@@ -104,7 +103,7 @@ def unpack_name(name: str) -> tuple[TierBlock, int] | None:
     found = _NAME.fullmatch(name)
     if found is None or found[1] == found[2]:
         return None
-    block_hash, parent, summed, size, sequence, tenant = found.groups()
+    block_hash, parent, summed, tenant, size, sequence = found.groups()
     block = TierBlock(
         BlockHash(bytes.fromhex(block_hash)),
         BlockHash(bytes.fromhex(parent)),

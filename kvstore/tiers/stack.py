@@ -101,9 +101,9 @@ class Stack:
         self._lower.protect(rank, shares)
 
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
-        pinned = tuple(hashes)
-        self._upper.repinned(pinned)
-        self._lower.repinned(pinned)
+        hashes = tuple(hashes)
+        self._upper.repinned(hashes)
+        self._lower.repinned(hashes)
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:
         return self._upper.find(block_hash) or self._lower.find(block_hash)

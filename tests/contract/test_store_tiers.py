@@ -77,13 +77,13 @@ class Bed:
         self.path = folder / "tier.blocks"
         self.layout = Layout(SLOT, slots)
         self.memory = MemoryDevice(slots, SLOT)
+        self.pins = MemoryPinFile()
         self.objects = MemoryObjects()
         self.objects_slots = slots
-        self.pins = MemoryPinFile()
         self.config = StoreConfig(arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT)
 
     def journal(self) -> PinJournal:
-        file = self.pins if self.kind != "file" else DiskPinFile(self.path.with_suffix(".pins"))
+        file = DiskPinFile(self.path.with_suffix(".pins")) if self.kind == "file" else self.pins
         return PinJournal(file, InlineOffload(), moment)
 
     async def tier(self) -> Tier:

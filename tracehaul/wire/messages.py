@@ -7,6 +7,8 @@ from tracehaul.wire.blocks import (
     Attached,
     Await,
     Awaited,
+    Drain,
+    DrainState,
     Events,
     Existing,
     Exists,
@@ -58,6 +60,7 @@ Request = (
     | Prefetch
     | PrefetchPoll
     | PrefetchCancel
+    | Drain
     | PrefillStep
     | DecodeStep
 )
@@ -76,6 +79,7 @@ Reply = (
     | Events
     | TierList
     | PrefetchState
+    | DrainState
     | PrefillProgress
     | PrefillToken
     | PrefillDone
