@@ -58,15 +58,18 @@ class StoreClient:
 
     ``planes`` know the memory of ``staging``. Buffers come from ``staging`` and go back to it when a call has
     ended, however it ended: one that a late transfer may still touch returns to the pool when that has settled.
+    ``scratch``: what is put is for measurement only (see :class:`tracehaul.wire.blocks.Reserve`).
     """
 
-    def __init__(self, peers: Peers, planes: Sequence[Plane], staging: Staging, offload: Offload) -> None:
+    def __init__(
+        self, peers: Peers, planes: Sequence[Plane], staging: Staging, offload: Offload, *, scratch: bool = False
+    ) -> None:
         self.staging = staging
         self.stats = ClientStats()
         self._nodes = StoreNodes(peers, planes, BREAK_S)
         self._holders = Holders()
         self._reader = Reader(self._nodes, offload)
-        self._writer = Writer(self._nodes, offload)
+        self._writer = Writer(self._nodes, offload, scratch=scratch)
 
     def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """The live members of the cluster, and which of them are about to leave: these are only read from.

@@ -25,6 +25,8 @@ class _Member:
     info: NodeInfo
     load: NodeLoad
     heard_s: float
+    silent: bool = False
+    """Whether its silence has been told."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -46,6 +48,9 @@ class MemberRegistry:
                     raise WrongNode(f"{node}#{generation} is not a member: join first")
                 was_draining = member.load.draining
                 member.load = load
+                if member.silent:
+                    member.silent = False
+                    log.info("%s is heard again, after %.1f s", node, clock.now_s() - member.heard_s)
                 member.heard_s = clock.now_s()
                 if load.draining != was_draining:
                     log.info("%s %s", node, "is draining" if load.draining else "takes new blocks again")
@@ -93,6 +98,10 @@ class MemberRegistry:
         """Members of a role that may get new work, by name."""
         now_s = clock.now_s()
         members = [self._members[node] for node in sorted(self._members)]
+        for member in members:
+            if now_s - member.heard_s >= SUSPECT_AFTER_S and not member.silent:
+                member.silent = True
+                log.warning("%s is silent for %.1f s: no new work for it", member.info.node, now_s - member.heard_s)
         return [
             member.info
             for member in members
