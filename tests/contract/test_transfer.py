@@ -142,6 +142,7 @@ def starter(kind: str) -> Iterator[Start]:
         else:
             transport, _, pull = kind.partition("-")
             node = transfer_peer.Peer(transport, owner, NBYTES, pull or "request")
+        node.kind = kind
         nodes.append(node)
         return node
 
@@ -394,6 +395,22 @@ def test_a_peer_that_freezes_and_dies_settles_too(start: Start) -> None:
     if us.descriptor.kind == "local":
         peer.thaw()
     assert us.settled(20.0)
+
+
+def test_a_peer_that_lies_about_its_name_harms_nobody(start: Start) -> None:
+    us, victim, liar = start("us#1"), start("victim#1"), start("victim#1")
+    us.poke(0, b"to be read")
+    victim.read(us.descriptor, [Copy(0, 0, 10)])
+    reading = outcome(liar.start_read(us.descriptor, [Copy(0, 0, 10)], 2.0))
+    # Where the owner is asked, it answers only the one that it knows by that name.
+    assert reading == "ok" if us.kind in ("local", "shm", "nixl-read") else reading != "ok"
+    lie = msgspec.structs.replace(liar.descriptor, owner="other#1")
+    assert us.kind == "shm" or outcome(us.start_read(lie, [Copy(0, 0, 10)], 2.0)) != "ok"
+    victim.poke(20, b"still the victim")
+    us.read(victim.descriptor, [Copy(20, 20, 16)], 2.0)
+    assert us.peek(20, 16) == b"still the victim"
+    victim.read(us.descriptor, [Copy(40, 20, 16)], 2.0)
+    assert victim.peek(40, 16) == b"still the victim"
 
 
 def test_a_closed_transport_transfers_nothing(start: Start) -> None:
