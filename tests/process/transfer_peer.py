@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -126,6 +127,10 @@ class Peer:
     def close_transfer(self) -> None:
         self.send("close").result()
 
+    def cut(self) -> None:
+        """Break all its connections to other processes."""
+        self.send("cut").result()
+
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
@@ -169,6 +174,15 @@ def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
     return NixlTransfer(owner, "read" if pull == "read" else "request")
 
 
+def cut_connections() -> None:
+    """Shut every connected TCP socket of this process, whoever's it is."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.getpeername()  # fails for one that listens: new connections must be possible
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 class Program:
     """The process's side."""
 
@@ -206,6 +220,8 @@ class Program:
             case "cpu":
                 usage = resource.getrusage(resource.RUSAGE_SELF)
                 return usage.ru_utime + usage.ru_stime
+            case "cut":
+                cut_connections()
             case "close":
                 await self.transfer.close()
             case other:

@@ -335,7 +335,7 @@ class Exchange:
             ours = region.triples(rows[:, 1], rows[:, 2])
             theirs = request.into.triples(rows[:, 0], rows[:, 2])
             done = notes.pack(PullDone(request.id))
-            self._know(peer, request.into.metadata)
+            self._admit(peer, request.into.metadata)
             try:
                 handle = self._agent.post("write", peer, ours, theirs, done)
             except TransferLost:
@@ -376,11 +376,24 @@ class Exchange:
             versions.clear()
         versions.add(metadata)
 
+    def _admit(self, peer: str, metadata: bytes) -> None:
+        """Load the metadata that came with a request. A name that another has is taken over only from the dead."""
+        try:
+            self._know(peer, metadata)
+        except NameTaken:
+            try:
+                self._agent.notify(peer, notes.pack(Probe()))
+            except TransferLost:
+                self._lose(peer)
+                self._know(peer, metadata)
+                return
+            raise
+
     def _meet(self, peer: str, metadata: bytes) -> None:
         """Load the metadata of a peer that our side chose to talk to: the control plane vouches for who it is.
 
         A name that only a request on the data plane claimed is taken from whoever claimed it; the other way round,
-        in :meth:`_serve`, a claim never disturbs the peer that is known by that name.
+        in :meth:`_admit`, a claim never disturbs a living peer that is known by that name.
         """
         try:
             self._know(peer, metadata)

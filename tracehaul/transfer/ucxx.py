@@ -376,7 +376,10 @@ class UcxxAgent:
         if bound == address:
             return
         if bound is not None:
-            raise NameTaken(f"{name} is another peer")
+            known = self._connections.get(bound)
+            if known is not None and not known.broken and known.endpoint.alive:
+                raise NameTaken(f"{name} is another peer")
+            self.remove_peer(name)
         if len(self._names) >= CONNECTIONS_MAX:
             self._forget_broken()
         self._names[name] = address
