@@ -1,6 +1,7 @@
 """The NIXL transport's bookkeeping, over an agent that does what the test says."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -11,7 +12,7 @@ from tracehaul.transfer import lanes, notes
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, NameTaken, Waking
 from tracehaul.transfer.lanes import Movement, Way
-from tracehaul.transfer.nixl import best_pull
+from tracehaul.transfer.nixl import best_pull, rdma_devices
 from tracehaul.transfer.notes import Note, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -422,7 +423,21 @@ def test_a_payload_survives_the_wire_and_damage_is_seen() -> None:
         ({"UCX_NET_DEVICES": "eth0"}, {"mlx5_0"}, "request"),
         ({"UCX_NET_DEVICES": "mlx5_0:1"}, {"mlx5_0"}, "read"),
         ({"UCX_TLS": "rc"}, set(), "request"),
+        ({"UCX_TLS": "^rc,dc,ib"}, {"mlx5_0"}, "read"),
+        ({"UCX_TLS": "sm,self,rc_x"}, {"mlx5_0"}, "read"),
+        ({"UCX_NET_DEVICES": "^mlx5_0"}, {"mlx5_0"}, "request"),
+        ({"UCX_NET_DEVICES": "^mlx5_0:1"}, {"mlx5_0", "mlx5_1"}, "read"),
+        ({"UCX_TLS": "tcp", "UCX_NET_DEVICES": "mlx5_0:1"}, {"mlx5_0"}, "request"),
     ],
 )
 def test_reads_are_one_sided_only_where_rdma_may_be_used(environ: dict[str, str], devices: set[str], pull: str) -> None:
     assert best_pull(environ, frozenset(devices)) == pull
+
+
+def test_only_devices_with_an_active_port_are_offered(tmp_path: Path) -> None:
+    for device, port, state in (("mlx5_0", 1, "1: DOWN"), ("mlx5_0", 2, "4: ACTIVE"), ("mlx5_1", 1, "2: INIT")):
+        folder = tmp_path / device / "ports" / str(port)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(f"{state}\n")
+    assert rdma_devices(tmp_path) == {"mlx5_0"}
+    assert rdma_devices(tmp_path / "absent") == frozenset()

@@ -173,13 +173,25 @@ class NixlTransfer(PolledTransfer):
 
 
 def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
-    """One-sided reads where UCX may use RDMA (``devices`` of this machine); requests over anything else."""
+    """One-sided reads where UCX offers RDMA, requests over anything else.
+
+    UCX offers it if its variables in ``environ`` allow a transport for it, on one of the machine's ``devices``. Both
+    are lists of what may be used, or, after a ``^``, of what may not.
+    """
     tls = environ.get("UCX_TLS", "all")
-    chosen = frozenset(tls.split(","))
-    transports = "all" in chosen or tls.startswith("^") or not chosen.isdisjoint(RDMA_TLS)
-    nets = frozenset(net.split(":")[0] for net in environ.get("UCX_NET_DEVICES", "all").split(","))
-    reachable = devices if "all" in nets else devices & nets
+    transports = bool(_allowed(tls, RDMA_TLS))
+    nets = environ.get("UCX_NET_DEVICES", "all")
+    # A device is named with or without its port.
+    reachable = _allowed(",".join(net.split(":")[0] for net in nets.split(",")), devices)
     return "read" if transports and reachable else "request"
+
+
+def _allowed(listed: str, offered: frozenset[str]) -> frozenset[str]:
+    """What of ``offered`` a list of UCX's allows."""
+    names = frozenset(listed.removeprefix("^").split(","))
+    if listed.startswith("^"):
+        return offered - names
+    return offered if "all" in names else offered & names
 
 
 def named_in(metadata: bytes) -> str | None:
@@ -191,10 +203,10 @@ def named_in(metadata: bytes) -> str | None:
     return metadata[start : start + nbytes].decode(errors="replace")
 
 
-def rdma_devices() -> frozenset[str]:
-    """Names of this machine's RDMA devices."""
-    folder = Path("/sys/class/infiniband")
-    return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
+def rdma_devices(folder: Path = Path("/sys/class/infiniband")) -> frozenset[str]:
+    """Names of this machine's RDMA devices that have an active port: UCX offers no others."""
+    ports = folder.glob("*/ports/*/state") if folder.is_dir() else ()
+    return frozenset(port.parts[-4] for port in ports if "ACTIVE" in port.read_text())
 
 
 def _bindings() -> Any:
