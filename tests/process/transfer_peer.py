@@ -49,14 +49,20 @@ class Call:
 class Peer:
     """The parent's handle on such a process."""
 
-    def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request") -> None:
+    def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request", place: Any = None) -> None:
+        """``place``, a ``bench.store_fleet.Place``, is where it runs; by default here."""
+        before, environment = (place.command, place.environment) if place is not None else ((), {})
         self._numbers = itertools.count()
         self._replies: dict[int, Any] = {}
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
+            [*before, sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**{"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"}, **os.environ},
+            env={
+                **{"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"},
+                **os.environ,
+                **environment,
+            },
             text=True,
             bufsize=1,
         )

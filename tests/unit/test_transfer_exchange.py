@@ -12,7 +12,7 @@ from tracehaul.transfer import lanes, notes
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, NameTaken, Waking
 from tracehaul.transfer.lanes import Movement, Way
-from tracehaul.transfer.nixl import best_pull, rdma_devices
+from tracehaul.transfer.nixl import best_pull, harmful_setting, rdma_devices
 from tracehaul.transfer.notes import Note, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -432,6 +432,13 @@ def test_a_payload_survives_the_wire_and_damage_is_seen() -> None:
 )
 def test_reads_are_one_sided_only_where_rdma_may_be_used(environ: dict[str, str], devices: set[str], pull: str) -> None:
     assert best_pull(environ, frozenset(devices)) == pull
+
+
+def test_settings_that_break_nixl_are_named() -> None:
+    assert harmful_setting({"UCX_TLS": "tcp", "UCX_PROTO_ENABLE": "y"}, "request") is None
+    assert "UCX_PROTO_ENABLE" in (harmful_setting({"UCX_PROTO_ENABLE": "n"}, "read") or "")
+    assert "UCX_TCP_PUT_ENABLE" in (harmful_setting({"UCX_TCP_PUT_ENABLE": "n"}, "request") or "")
+    assert harmful_setting({"UCX_TCP_PUT_ENABLE": "n"}, "read") is None  # RDMA has writes of its own
 
 
 def test_only_devices_with_an_active_port_are_offered(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ PROGRESS_DELAY_US = 100_000
 """How long the library's progress thread waits for events at most; with 0 it would spin."""
 RDMA_TLS = frozenset({"rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5", "ib", "gga_mlx5"})
 
+NO = ("n", "no", "0", "off", "false")
 METADATA_HEAD = b"nixlSerDes|Agent"
 """How an agent's metadata begins; then the length of its name in 8 bytes, then its name."""
 
@@ -169,6 +170,9 @@ class NixlTransfer(PolledTransfer):
         """
         # UCX reads these variables itself: they are its configuration, not ours, and we must see what it sees.
         self.pull: Pull = pull or best_pull(os.environ, rdma_devices())
+        harmful = harmful_setting(os.environ, self.pull)
+        if harmful is not None:
+            raise TransferError(f"NIXL cannot be used with {harmful}")
         super().__init__("nixl", owner, "pull" if self.pull == "request" else "read", partial(NixlAgent, owner))
 
 
@@ -192,6 +196,15 @@ def _allowed(listed: str, offered: frozenset[str]) -> frozenset[str]:
     if listed.startswith("^"):
         return offered - names
     return offered if "all" in names else offered & names
+
+
+def harmful_setting(environ: Mapping[str, str], pull: Pull) -> str | None:
+    """A variable of UCX that breaks NIXL, and how; None if there is none. Both were seen to."""
+    if environ.get("UCX_PROTO_ENABLE", "y").lower() in NO:
+        return "UCX_PROTO_ENABLE=n: every transfer fails"
+    if pull == "request" and environ.get("UCX_TCP_PUT_ENABLE", "y").lower() in NO:
+        return "UCX_TCP_PUT_ENABLE=n: UCX then aborts the process when a connection breaks"
+    return None
 
 
 def named_in(metadata: bytes) -> str | None:
