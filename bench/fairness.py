@@ -18,7 +18,6 @@ from bench.store_fleet import Place, Process, running
 LARGE_BYTES = 10 * 10**9 // BLOCK_BYTES * BLOCK_BYTES
 ALONE = 500
 """Small pulls without the large one."""
-KINDS = {"shm": "shm", "tcp": "nixl", "ucxx": "ucxx"}
 HERE = Place("127.0.0.1", environment={"UCX_TLS": "tcp"})
 
 console = Console()
@@ -32,9 +31,9 @@ def percentile(values: list[float], share: float) -> float:
 def measure(name: str, nbytes: int, levels: list[str]) -> list[Result]:
     """One transport at each level."""
     results: list[Result] = []
-    client = Process(HERE, KINDS[name], module="bench.fairness_process")
+    client = Process(HERE, name, module="bench.fairness_process")
     arena_bytes = (LARGE_BLOCKS + SMALL_BLOCKS + 64) * BLOCK_BYTES
-    node = Process(HERE, "node", KINDS[name], HERE.host, str(arena_bytes), str(BLOCK_BYTES))
+    node = Process(HERE, "node", name, HERE.host, str(arena_bytes), str(BLOCK_BYTES))
     with console.status(f"pulling ({name})"), running(node, client):
         client.hear()
         client.ask(do="attach", info=node.hear())
@@ -54,7 +53,9 @@ def measure(name: str, nbytes: int, levels: list[str]) -> list[Result]:
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="shm, tcp (NIXL) or ucxx; the first two if not given.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="shm, tcp, nixl or ucxx; the first three if not given.")
+    ] = None,
     level: Annotated[list[str] | None, typer.Option(help="transfer or store; both if not given.")] = None,
     quick: Annotated[bool, typer.Option(help="A large pull of 2 GB.")] = False,
 ) -> None:
@@ -62,7 +63,7 @@ def main(
     nbytes = LARGE_BYTES // 5 if quick else LARGE_BYTES
     config: dict[str, Any] = {"large_bytes": nbytes, "block_bytes": BLOCK_BYTES, "load_before": os.getloadavg()[0]}
     results: list[Result] = []
-    for name in only or ["shm", "tcp"]:
+    for name in only or ["shm", "tcp", "nixl"]:
         results += measure(name, nbytes, level or ["transfer", "store"])
     finish(config, results, json, console)
 

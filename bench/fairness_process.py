@@ -43,7 +43,7 @@ class Client:
     def __init__(self, kind: str) -> None:
         blocks = LARGE_BLOCKS + SMALL_BLOCKS
         self._offload = ThreadOffload("copy", COPY_THREADS)
-        ways, memory = planes(kind, f"client#{clock.wall_ns()}", blocks * BLOCK_BYTES, self._offload)
+        ways, memory = planes(kind, f"client#{clock.wall_ns()}", "127.0.0.1", blocks * BLOCK_BYTES, self._offload)
         memory.buffer[:] = os.urandom(BLOCK_BYTES) * blocks
         self._plane = ways[0]
         self._peers = Peers(TcpNetwork())

@@ -105,7 +105,7 @@ def move(
     rates: Rates = {}
     where = "host" if others is None else "tcp"
     task = progress.add_task(where, total=len(SIZES) * CLIENTS_MAX * rounds)
-    clients = [Process(client_place, "client", kind, f"client-{i}") for i in range(CLIENTS_MAX)]
+    clients = [Process(client_place, "client", kind, client_place.host, f"client-{i}") for i in range(CLIENTS_MAX)]
     with running(*clients):
         for client in clients:
             client.hear()
@@ -152,7 +152,7 @@ def results_of(rates: Rates, where: str) -> list[Result]:
 def index(quick: bool) -> list[Result]:
     """Lookups and the memory of the index."""
     node = Process(HERE, "node", "shm", HERE.host, str(BATCH_BYTES * BATCHES), str(SIZES["64K"]))
-    client = Process(HERE, "client", "shm", "client-0")
+    client = Process(HERE, "client", "shm", HERE.host, "client-0")
     with console.status("looking up"), running(node, client):
         client.hear()
         client.ask(do="attach", info=node.hear(), size=SIZES["64K"])
@@ -179,9 +179,9 @@ def index(quick: bool) -> list[Result]:
 def idle(seconds: float) -> list[Result]:
     """CPU of a node that holds blocks and has a client, with nothing to do; per transport."""
     results: list[Result] = []
-    for kind in ("shm", "nixl"):
+    for kind in ("shm", "tcp", "nixl"):
         node = Process(HERE, "node", kind, HERE.host, str(BATCH_BYTES * BATCHES), str(SIZES["1M"]))
-        client = Process(HERE, "client", kind, "client-0")
+        client = Process(HERE, "client", kind, HERE.host, "client-0")
         with console.status(f"idling for {seconds:.0f} s ({kind})"), running(node, client):
             client.hear()
             client.ask(do="attach", info=node.hear(), size=SIZES["1M"])
@@ -200,6 +200,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Fewer rounds, shorter waits.")] = False,
     only: Annotated[Part | None, typer.Option(help="Measure just that.")] = None,
     mooncake: Annotated[str, typer.Option(help="An interpreter that has Mooncake Store.")] = sys.executable,
+    transport: Annotated[str, typer.Option(help="What the store uses between hosts: tcp or nixl.")] = "tcp",
 ) -> None:
     """Measure one store node and its clients on this machine."""
     rounds = ROUNDS_QUICK if quick else ROUNDS
@@ -212,11 +213,11 @@ def main(
             results += results_of(move(HERE, HERE, "shm", rounds, None, progress), "host")
         if only in (None, Part.TCP):
             with two_places() as (node_place, client_place, words):
-                config["tcp"] = words
+                config |= {"tcp": words, "transport": transport}
                 console.print(f"TCP over {words}")
                 with tcp_others(node_place, client_place, mooncake) as others:
                     config["mooncake"] = others.mooncake is not None
-                    rates = move(node_place, client_place, "nixl", rounds, others, progress)
+                    rates = move(node_place, client_place, transport, rounds, others, progress)
                 results += results_of(rates, "tcp")
     if only in (None, Part.INDEX):
         results += index(quick)

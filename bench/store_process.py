@@ -33,6 +33,7 @@ from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.transfer.tcp import TcpTransfer
 from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
 from tracehaul.wire.cluster import NodeInfo
@@ -50,20 +51,23 @@ Span = tuple[float, float]
 """Start and end on the machine's monotonic clock: comparable across processes."""
 
 
-def planes(transfer_kind: str, owner: str, nbytes: int, offload: ThreadOffload) -> tuple[list[Plane], Any]:
+def planes(transfer_kind: str, owner: str, host: str, nbytes: int, offload: ThreadOffload) -> tuple[list[Plane], Any]:
     """One transport and its memory."""
     memory = allocate(nbytes, owner.replace("#", "-"))
     transfer: Transfer
-    if transfer_kind == "shm":
-        transfer = ShmTransfer(owner, offload)
-    elif transfer_kind == "ucxx":
-        from tracehaul.transfer.ucxx import UcxxTransfer
+    match transfer_kind:
+        case "shm":
+            transfer = ShmTransfer(owner, offload)
+        case "tcp":
+            transfer = TcpTransfer(owner, host)
+        case "ucxx":
+            from tracehaul.transfer.ucxx import UcxxTransfer
 
-        transfer = UcxxTransfer(owner)
-    else:
-        from tracehaul.transfer.nixl import NixlTransfer
+            transfer = UcxxTransfer(owner)
+        case _:
+            from tracehaul.transfer.nixl import NixlTransfer
 
-        transfer = NixlTransfer(owner)
+            transfer = NixlTransfer(owner)
     return [Plane(transfer, transfer.register(memory))], memory
 
 
@@ -72,7 +76,7 @@ async def node(transfer_kind: str, host: str, arena_bytes: int, slot_bytes: int)
     offload = ThreadOffload("node", COPY_THREADS)
     config = StoreConfig(arena_bytes=arena_bytes, slot_bytes=slot_bytes, late_write_s=1.0)
     generation = Generation(clock.wall_ns())
-    ways, memory = planes(transfer_kind, f"store-0#{generation}", arena_bytes, offload)
+    ways, memory = planes(transfer_kind, f"store-0#{generation}", host, arena_bytes, offload)
     store = StoreNode(config, generation, ways, memory, offload)
     server = await TcpNetwork().listen(f"{host}:0", store)
     say(msgspec.to_builtins(NodeInfo(NodeId("store-0"), generation, "store", server.address)))
@@ -82,10 +86,10 @@ async def node(transfer_kind: str, host: str, arena_bytes: int, slot_bytes: int)
 class Client:
     """One client process: the store through :class:`StoreClient`, and the baselines over the same memory."""
 
-    def __init__(self, transfer_kind: str, name: str) -> None:
+    def __init__(self, transfer_kind: str, host: str, name: str) -> None:
         self._offload = ThreadOffload("copy", COPY_THREADS)
         nbytes = BATCH_BYTES * BATCHES
-        ways, self._memory = planes(transfer_kind, f"{name}#{clock.wall_ns()}", nbytes, self._offload)
+        ways, self._memory = planes(transfer_kind, f"{name}#{clock.wall_ns()}", host, nbytes, self._offload)
         self._memory.buffer[:] = os.urandom(1 << 20) * (nbytes >> 20)
         self._name = name
         self._planes = ways
@@ -247,9 +251,9 @@ async def listen(answer: Callable[[dict[str, Any]], Any]) -> None:
         say(await reply if asyncio.iscoroutine(reply) else reply)
 
 
-async def client(transfer_kind: str, name: str) -> None:
+async def client(transfer_kind: str, host: str, name: str) -> None:
     """A client process."""
-    work = Client(transfer_kind, name)
+    work = Client(transfer_kind, host, name)
     say("ready")
     await listen(work.do)
 

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import base_url, load_config, load_plan, parse_bytes
+from cluster.config import base_url, load_config, load_plan, parse_bytes, parse_quota
 from cluster.rundir import ClusterFault, RunDir, alive
 from router.steps import NodeStatus
 from tracehaul import __version__
@@ -53,11 +53,33 @@ SizeOption = Annotated[
         "--store-bytes", parser=_size, metavar="SIZE", help="Block memory of each store node, such as 512MiB or 4GiB."
     ),
 ]
+
+
+def _quota(text: str) -> tuple[str, int]:
+    try:
+        return parse_quota(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+QuotaOption = Annotated[
+    list[Any] | None,
+    typer.Option(
+        "--quota",
+        parser=_quota,
+        metavar="TENANT=SIZE",
+        help="Block memory of each store node that a tenant (a request's cache_salt) is sure of; repeat for others.",
+    ),
+]
 DiskOption = Annotated[
     int | None,
     typer.Option(
         "--disk-bytes", parser=_size, metavar="SIZE", help="Disk of each store node for blocks, kept over restarts."
     ),
+]
+S3Option = Annotated[
+    int | None,
+    typer.Option("--s3-bytes", parser=_size, metavar="SIZE", help="The most that each store node keeps in the bucket."),
 ]
 
 
@@ -75,7 +97,9 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address that the HTTP API listens on.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
-    transport: Annotated[str | None, typer.Option(help="shm, nixl or ucxx: how KV moves between processes.")] = None,
+    transport: Annotated[
+        str | None, typer.Option(help="shm, tcp, nixl or ucxx: how KV moves between processes.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of each worker.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV memory of each worker, in tokens.")] = None,
     store_bytes: SizeOption = None,
@@ -83,6 +107,11 @@ def up(
     disk_dir: Annotated[
         Path | None, typer.Option(help="Where the store nodes' disk files are. Default: in the run directory.")
     ] = None,
+    quota: QuotaOption = None,
+    s3_url: Annotated[
+        str | None, typer.Option(help="s3://bucket/prefix for blocks; endpoint and credentials: AWS_* variables.")
+    ] = None,
+    s3_bytes: S3Option = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most prompt tokens computed between two decode steps.")
     ] = None,
@@ -118,6 +147,9 @@ def up(
         "store_bytes": store_bytes,
         "disk_bytes": disk_bytes,
         "disk_dir": str(disk_dir.absolute()) if disk_dir is not None else None,
+        "quota_bytes": dict(quota) if quota else None,
+        "s3_url": s3_url,
+        "s3_bytes": s3_bytes,
         "worker.chunk_tokens": chunk_tokens,
     }
     chosen = load_config(config, overrides)

@@ -40,7 +40,7 @@ class DecodeService:
 
     def set_members(self, members: Members) -> None:
         """Membership changed."""
-        self._host.set_nodes(members.nodes)
+        self._host.set_nodes(members.nodes, members.draining)
         self._prefills = {node.node: node for node in members.nodes if node.role == "prefill"}
 
     async def call(self, request: Request, context: CallContext) -> Reply:

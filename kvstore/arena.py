@@ -12,13 +12,17 @@ A block is visible exactly while it is PUBLISHED. ``now_s`` must never go back.
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
+from math import log2
+from typing import Protocol
 
 from kvstore.config import StoreConfig
-from kvstore.eviction import LeastRecent, Policy, Ranked
+from kvstore.eviction import LeastRecent, Policy
 from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
-from kvstore.pins import HARD, PinKey, Pins
-from kvstore.tenants import Tenants
+from kvstore.pin_records import KeptPin
+from kvstore.pins import PRIORITY_MAX, HeldPin, PinKey, Pins
+from kvstore.tenants import TenantKey, Tenants, tenant_key
+from kvstore.victims import Victims
 from tracehaul.wire.blocks import (
     BlockSpec,
     Full,
@@ -41,8 +45,23 @@ from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, Tra
 FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED = range(5)
 
 ReserveOutcome = Slot | Present | InFlight | Full | TooLarge
-
 _PRESENT, _FULL, _TOO_LARGE = Present(), Full(), TooLarge()
+
+
+class Below(Protocol):
+    """What keeps blocks below an arena."""
+
+    def is_behind(self, block_hash: BlockHash) -> bool:
+        """Whether a block of the arena has yet to be taken: evicted now, it would be gone."""
+        ...
+
+    def size_of(self, block_hash: BlockHash) -> int:
+        """Bytes of a block that is kept; 0 if it is not."""
+        ...
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """What pins say of these has changed."""
+        ...
 
 
 class Arena:
@@ -60,10 +79,12 @@ class Arena:
         # By slot.
         self._state = bytearray(slots)
         self._generation = array("Q", bytes(8 * slots))
+        self._generation_last = 0  # of all slots: a late message about one grant must not fit another
         self._checksum = array("Q", bytes(8 * slots))
         self._size = array("I", bytes(4 * slots))
         self._lease_count = array("I", bytes(4 * slots))
         self._group = array("H", bytes(2 * slots))
+        self._tenant = array("Q", bytes(8 * slots))
         self._hash: list[BlockHash | None] = [None] * slots
         self._free = array("I", range(slots - 1, -1, -1))
         # By hash.
@@ -76,11 +97,14 @@ class Arena:
         # Who gives way.
         self._tenants = Tenants(config.quota_bytes, config.slot_bytes, slots)
         self._pins = Pins(config)
-        self._policy = policy or LeastRecent(slots, len(self._tenants))
-        self._ranked = Ranked(len(self._tenants))
+        policy = policy or LeastRecent(slots, len(self._tenants))
+        self._victims = Victims(self._tenants, policy, self._rank, self._is_idle)
+        self._below: Below | None = None
         self._changes: list[Stored | Removed] = []
         self._ended: list[BlockHash] = []
         self.evicted = 0
+        self.passed_on = 0
+        """Reservations that a second writer took over from a silent first one."""
         self.bytes_published = 0
 
     # --- what is there ------------------------------------------------------------------------------------
@@ -114,18 +138,52 @@ class Arena:
         """Open pins."""
         return len(self._pins)
 
+    def quota_shares(self) -> dict[str, float]:
+        """The part of the arena that each tenant with a quota is sure of."""
+        return {tenant: quota / self._config.arena_bytes for tenant, quota in self._config.quota_bytes.items()}
+
+    def rank(self, block_hash: BlockHash) -> float | None:
+        """What pins say of a block, here or not: None where none covers it, else its rank in eviction."""
+        return self._pins.rank(block_hash)
+
+    def stand_over(self, below: "Below") -> None:
+        """What is evicted here may be kept there from now on. At most once."""
+        assert self._below is None
+
+        def spared(slot: int) -> bool:
+            block_hash = self._hash[slot]
+            return block_hash is not None and below.is_behind(block_hash)
+
+        self._below = below
+        self._victims.is_spared = spared
+
     def bytes_used(self, tenant: str) -> int:
         """What counts against a tenant's quota; tenants without one count together."""
-        return self._tenants.used(self._tenants.group(tenant)) * self._config.slot_bytes
+        return self._tenants.used(self._tenants.group(tenant_key(tenant))) * self._config.slot_bytes
 
     def is_reserved(self, block_hash: BlockHash) -> bool:
-        """Whether somebody is writing it."""
+        """Whether it has an open reservation."""
         return self._reservations.get(block_hash) is not None
+
+    def quiet_at_s(self, block_hash: BlockHash) -> float | None:
+        """When its reservation passes on to whoever asks, if its owner is not heard of until then; None without one.
+
+        In the past: nobody is known to be writing it.
+        """
+        reservation = self._reservations.get(block_hash)
+        if reservation is None:
+            return None
+        return self._reservations.heard_s(reservation) + self._config.reservation_quiet_s
 
     def exists(self, hashes: Sequence[BlockHash]) -> bytes:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
         published = self._published
         return bytes([h in published for h in hashes])
+
+    def spec(self, block_hash: BlockHash) -> BlockSpec | None:
+        """A published block's size and parent."""
+        slot = self._published.get(block_hash)
+        return None if slot is None else BlockSpec(block_hash, self._families.parent(slot), self._size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
         """All visible hashes, oldest publish first: a snapshot as of the last change."""
@@ -143,38 +201,54 @@ class Arena:
 
     # --- writing ------------------------------------------------------------------------------------------
 
-    def reserve(self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "") -> list[ReserveOutcome]:
+    def reserve(
+        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str | int = ""
+    ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
         One outcome per block, same order.
         """
         self.expire(now_s)
-        group = self._tenants.group(tenant)
-        return [self._reserve(block, owner, group, now_s) for block in blocks]
+        key = tenant_key(tenant)
+        return [self._reserve(block, owner, key, now_s) for block in blocks]
 
-    def _reserve(self, block: BlockSpec, owner: str, group: int, now_s: float) -> ReserveOutcome:
+    def readmit(
+        self, blocks: Sequence[BlockSpec], tenants: Sequence[TenantKey], owner: str, now_s: float
+    ) -> list[ReserveOutcome]:
+        """As :meth:`reserve`, for blocks that come back from a tier: each on the account that it was written on."""
+        self.expire(now_s)
+        return [self._reserve(block, owner, key, now_s) for block, key in zip(blocks, tenants, strict=True)]
+
+    def _reserve(self, block: BlockSpec, owner: str, tenant: TenantKey, now_s: float) -> ReserveOutcome:
         if not 0 < block.size_bytes <= self._config.slot_bytes:
             return _TOO_LARGE
         slot = self._published.get(block.hash)
         if slot is not None:
             self._touch(slot)
             return _PRESENT
-        if (reservation := self._reservations.get(block.hash)) is not None:
-            return InFlight(now_s - reservation.since_s, reservation.owner)
+        quiet = self._reservations.get(block.hash)
+        if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
+            return InFlight(now_s - quiet.since_s, quiet.owner)
         if self._reservations.count(owner) >= self._config.reservations_max:
             return _FULL
         parent = self._same_object(block.parent)
         if self._families.closes_cycle(block.hash, parent, self._reservations.parent_of):
             return _FULL
         self._families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
+        group = self._tenants.group(tenant)
         slot = self._take_slot(group)
         if slot is None:
             self._forget_child(parent)
             return _FULL
+        if quiet is not None:  # its owner may yet write, and is fenced
+            self._quarantine_reservation(quiet, now_s)
+            self.passed_on += 1
         self._state[slot] = RESERVED
-        self._generation[slot] += 1
+        self._generation_last += 1
+        self._generation[slot] = self._generation_last
         self._size[slot] = block.size_bytes
         self._group[slot] = group
+        self._tenant[slot] = tenant
         self._tenants.take(group)
         self._reservations.add(Reservation(slot, block.hash, parent, owner, now_s))
         return Slot(slot * self._config.slot_bytes, SlotGeneration(self._generation[slot]))
@@ -207,7 +281,7 @@ class Arena:
         self._hash[slot] = reservation.hash
         self._families.publish(slot, reservation.hash, reservation.parent)
         self._published[reservation.hash] = slot
-        self._policy.add(slot, self._group[slot], reservation.hash)
+        self._victims.add(slot, self._group[slot], reservation.hash)
         self.bytes_published += self._size[slot]
         self._changes.append(Stored(reservation.hash))
         return "published"
@@ -221,6 +295,14 @@ class Arena:
                 self._forget_child(reservation.parent)
                 self._tenants.give(self._group[reservation.slot])
                 self._free_slot(reservation.slot)
+
+    def renew(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str, now_s: float) -> None:
+        """The owner still writes these reservations. It moves no end. Unknown ones are ignored."""
+        self.expire(now_s)
+        for block_hash, generation in blocks:
+            reservation = self._find(block_hash, generation, owner)
+            if reservation is not None:
+                self._reservations.renew(reservation, now_s)
 
     def withdraw(self, block_hash: BlockHash, generation: SlotGeneration, owner: str, now_s: float) -> None:
         """End a reservation in quarantine: what is in its slot is wrong, or may yet change. Harmless if gone."""
@@ -262,18 +344,21 @@ class Arena:
 
     def hold(
         self, hashes: Sequence[BlockHash], holder: str, ttl_s: float, now_s: float
-    ) -> tuple[LeaseId, list[tuple[LeasedBlock, BlockHash] | None]]:
+    ) -> tuple[LeaseId, list[tuple[LeasedBlock, BlockHash, TenantKey] | None]]:
         """As :meth:`lease`, but no use that eviction remembers, and without caps: for the node's own copying.
 
-        Per hash the block and its parent.
+        Per hash the block, its parent and whose it is.
         """
         self.expire(now_s)
         lease = self._leases.next_id()
         slots = array("I")
-        found: list[tuple[LeasedBlock, BlockHash] | None] = []
+        found: list[tuple[LeasedBlock, BlockHash, TenantKey] | None] = []
         for block_hash in hashes:
             block = self._lease_block(block_hash, slots)
-            found.append(None if block is None else (block, self._families.parent(slots[-1])))
+            if block is None:
+                found.append(None)
+            else:
+                found.append((block, self._families.parent(slots[-1]), TenantKey(self._tenant[slots[-1]])))
         if slots:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         return lease, found
@@ -322,6 +407,28 @@ class Arena:
         if held is not None:
             self._reconsider(held.hashes)
 
+    def repin(self, kept: KeptPin, now_s: float) -> str | None:
+        """Take over what is left of a pin of the node's former life; returns why not, or None."""
+        self.expire(now_s)
+        priority = 2.0 ** min(kept.octaves, log2(PRIORITY_MAX))
+        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s)
+        if refusal is None:
+            self._reconsider(kept.hashes)
+        return refusal
+
+    def pin_of(self, key: PinKey) -> HeldPin | None:
+        """A trace's open pin."""
+        return self._pins.get(key)
+
+    def pins_of(self, block_hash: BlockHash) -> list[PinKey]:
+        """The pins that cover a block."""
+        return self._pins.keys(block_hash)
+
+    def open_pins(self, now_s: float) -> list[tuple[PinKey, HeldPin]]:
+        """All, the first to end first."""
+        self.expire(now_s)
+        return self._pins.all()
+
     def list_pins(self, tenant: str | None, now_s: float) -> list[PinInfo]:
         """Open pins, of one tenant or all, the first to end first. Linear in what they cover."""
         self.expire(now_s)
@@ -330,17 +437,23 @@ class Arena:
     def _pin_info(self, key: PinKey, now_s: float) -> PinInfo:
         pin = self._pins.get(key)
         assert pin is not None
-        slots = [slot for slot in map(self._published.get, pin.hashes) if slot is not None]
-        nbytes = sum(self._size[slot] for slot in slots)
-        return PinInfo(key[1], key[0], pin.kind, len(pin.hashes), len(slots), nbytes, pin.until_s - now_s)
+        sizes = [size for size in map(self._size_of, pin.hashes) if size]
+        return PinInfo(key[1], key[0], pin.kind, len(pin.hashes), len(sizes), sum(sizes), pin.until_s - now_s)
+
+    def _size_of(self, block_hash: BlockHash) -> int:
+        slot = self._published.get(block_hash)
+        if slot is not None:
+            return self._size[slot]
+        return 0 if self._below is None else self._below.size_of(block_hash)
 
     def _reconsider(self, hashes: Iterable[BlockHash]) -> None:
         """What pins say of these blocks has changed."""
         for block_hash in hashes:
             slot = self._published.get(block_hash)
             if slot is not None:
-                self._ranked.remove(slot)
-                self._unpark(slot)
+                self._victims.reconsider(slot, self._group[slot])
+        if self._below is not None:
+            self._below.repinned(hashes)
 
     # --- time and loss ------------------------------------------------------------------------------------
 
@@ -377,46 +490,25 @@ class Arena:
     def _take_slot(self, group: int) -> int | None:
         """A free slot, if need be by evicting; None if nothing can go."""
         if not self._free:
-            victim = self._victim(group)
+            victim = self._victims.choose(group)
             if victim is None:
                 return None
             self.evicted += 1
             self._remove(victim)
         return self._free.pop()
 
-    def _victim(self, group: int) -> int | None:
-        """Whose block goes for one of ``group``: by quota, then by priority, then as the policy says."""
-        for yielding in self._tenants.yielding(group):
-            while (slot := self._policy.candidate(yielding)) is not None:
-                rank = self._rank(slot)
-                if rank is None and self._is_idle(slot):
-                    return slot
-                self._policy.park(slot)  # until its last lease, pin or continuation goes
-                if rank is not None and self._evictable(slot):
-                    self._ranked.add(slot, yielding, rank)
-            while (slot := self._ranked.candidate(yielding)) is not None:
-                if self._evictable(slot):
-                    return slot
-                self._ranked.remove(slot)
-        return None
-
     def _is_idle(self, slot: int) -> bool:
         return self._state[slot] == PUBLISHED and not self._lease_count[slot] and not self._families.is_parent(slot)
-
-    def _evictable(self, slot: int) -> bool:
-        return self._is_idle(slot) and self._rank(slot) != HARD
 
     def _rank(self, slot: int) -> float | None:
         block_hash = self._hash[slot]
         return None if block_hash is None else self._pins.rank(block_hash)
 
     def _touch(self, slot: int) -> None:
-        self._ranked.remove(slot)
-        self._policy.touch(slot, self._group[slot])
+        self._victims.touch(slot, self._group[slot])
 
     def _unpark(self, slot: int) -> None:
-        if slot not in self._policy and slot not in self._ranked and self._evictable(slot):
-            self._policy.restore(slot, self._group[slot])
+        self._victims.let_go(slot, self._group[slot])
 
     def _remove(self, slot: int) -> None:
         """Make a published block invisible; free its slot unless a lease still protects the bytes."""
@@ -424,8 +516,7 @@ class Arena:
         assert self._state[slot] == PUBLISHED
         assert block_hash is not None
         del self._published[block_hash]
-        self._policy.remove(slot)
-        self._ranked.remove(slot)
+        self._victims.remove(slot)
         self._tenants.give(self._group[slot])
         self.bytes_published -= self._size[slot]
         parent_slot = self._families.remove(slot, block_hash)
@@ -517,13 +608,9 @@ class Arena:
 
     def _check_eviction(self, published: Sequence[int], reserved: Sequence[int]) -> None:
         self._pins.check()
-        self._ranked.check(self._rank)
-        for group in range(len(self._tenants)):
-            order = self._policy.order(group)
-            assert len(order) == len(set(order))
-            assert set(order) <= {slot for slot in published if self._group[slot] == group}
+        groups = range(len(self._tenants))
+        self._victims.check([[slot for slot in published if self._group[slot] == group] for group in groups])
+        for group in groups:
             assert self._tenants.used(group) == sum(self._group[slot] == group for slot in (*published, *reserved))
-        for slot in published:
-            assert not (slot in self._policy and slot in self._ranked)
-            found = slot in self._policy or slot in self._ranked
-            assert found or not self._evictable(slot), "an evictable block would never be found"
+        for slot in (*published, *reserved):
+            assert self._group[slot] == self._tenants.group(TenantKey(self._tenant[slot]))

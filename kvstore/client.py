@@ -5,10 +5,11 @@ Bytes that are reported as got were read under a live lease and match their chec
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
+from kvstore.failover import Get, Holders, Look
 from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.reader import GetResult, Reader, Wanted
 from kvstore.staging import Staging, StagingBuffer
@@ -34,6 +35,8 @@ class ClientStats(msgspec.Struct):
     """Counts since the client's start."""
 
     hits: int = 0
+    hits_failed_over: int = 0
+    """Blocks that another holder delivered than the one asked first."""
     misses: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """By :data:`kvstore.reader.MissReason`."""
     puts: dict[str, int] = msgspec.field(default_factory=dict[str, int])
@@ -61,12 +64,16 @@ class StoreClient:
         self.staging = staging
         self.stats = ClientStats()
         self._nodes = StoreNodes(peers, planes, BREAK_S)
+        self._holders = Holders()
         self._reader = Reader(self._nodes, offload)
         self._writer = Writer(self._nodes, offload)
 
-    def set_nodes(self, nodes: Sequence[NodeInfo]) -> None:
-        """The live members of the cluster; those that are not store nodes are ignored."""
-        self._nodes.set(nodes)
+    def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
+        """The live members of the cluster, and which of them are about to leave: these are only read from.
+
+        Those that are not store nodes are ignored.
+        """
+        self._nodes.set(nodes, draining)
 
     async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
         """Per hash a node that holds it, or None. A hint; takes at most half a second.
@@ -75,10 +82,9 @@ class StoreClient:
         """
         if not hashes:
             return []
-        request = Exists(tuple(hashes))
-        views = self._nodes.live()
-        answers = await asyncio.gather(*(self._held_by(view, request) for view in views))
-        return assign({view.node: held for view, held in zip(views, answers, strict=True)}, len(hashes))
+        held = await self._look(hashes, (), EXISTS_TIMEOUT_S)
+        self._holders.saw(hashes, held)
+        return assign(held, len(hashes))
 
     async def get(
         self,
@@ -89,11 +95,14 @@ class StoreClient:
     ) -> list[int | None]:
         """Land block ``i`` in ``buffers[i]``; per block its size in bytes, landed and verified, or None for a miss.
 
-        ``where`` is what :meth:`exists` said, if it was asked. A buffer whose block is missed holds anything.
+        ``where`` is what :meth:`exists` said, if it was asked. A block that its node does not deliver is asked for at
+        others that may have it. A buffer whose block is missed holds anything.
         """
         assert len(hashes) == len(buffers)
         start_s = clock.now_s()
+        look: Look | None = self._look
         if where is None:
+            look = None
             only = self._nodes.live()
             # The lease says what a node has: with one node there is nobody else to find it at.
             where = [only[0].node] * len(hashes) if len(only) == 1 else await self.exists(hashes)
@@ -102,21 +111,25 @@ class StoreClient:
         for index, node in enumerate(where):
             if node is not None:
                 groups.setdefault(node, []).append(Wanted(index, hashes[index], buffers[index]))
-        deadline_s = start_s + timeout_s
-        await asyncio.gather(*(self._reader.get_from(n, wanted, results, deadline_s) for n, wanted in groups.items()))
+        get = Get(self._nodes, self._reader, self.staging, self._holders, look, results, start_s + timeout_s)
+        await get.run(groups)
+        self.stats.hits_failed_over += get.failed_over
         self.stats.get_s += clock.now_s() - start_s
         return [self._counted(result) for result in results]
 
-    async def put(self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float) -> list[PutOutcome]:
+    async def put(
+        self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float, tenant: str = ""
+    ) -> list[PutOutcome]:
         """Write and publish blocks on their trace's home, or on another live node if that one is gone.
 
-        Fails over once. Only ``published`` and ``present`` say that a block can be got; ``in_flight`` says that
-        another writer is about to publish it.
+        They count against ``tenant``'s quota. Fails over once. A block that another writer has begun is waited for,
+        and written if that one dies. Only ``published`` and ``present`` say that a block can be got; ``in_flight``
+        says that another writer lives and is slow.
         """
         if not blocks:
             return []
         start_s = clock.now_s()
-        outcomes = await self._writer.put(home, blocks, start_s + timeout_s)
+        outcomes = await self._writer.put(home, blocks, start_s + timeout_s, tenant)
         self.stats.put_s += clock.now_s() - start_s
         self.stats.failovers = self._writer.failovers
         for block, outcome in zip(blocks, outcomes, strict=True):
@@ -153,9 +166,19 @@ class StoreClient:
         """Let releases and other notices under way end."""
         await self._nodes.aclose()
 
-    async def _held_by(self, view: StoreNodeView, request: Exists) -> bytes:
+    async def _look(
+        self, hashes: Sequence[BlockHash], but: Collection[NodeId], timeout_s: float
+    ) -> dict[NodeId, bytes]:
+        """What each live node, but for some, holds of these: a byte per block; nothing where it does not say."""
+        request = Exists(tuple(hashes))
+        views = [view for view in self._nodes.live() if view.node not in but]
+        timeout_s = min(timeout_s, EXISTS_TIMEOUT_S)
+        answers = await asyncio.gather(*(self._held_by(view, request, timeout_s) for view in views))
+        return {view.node: held for view, held in zip(views, answers, strict=True)}
+
+    async def _held_by(self, view: StoreNodeView, request: Exists, timeout_s: float) -> bytes:
         try:
-            held = (await self._nodes.call(view, request, Existing, EXISTS_TIMEOUT_S)).held
+            held = (await self._nodes.call(view, request, Existing, timeout_s)).held
         except ClusterError:
             return b""
         return held if len(held) == len(request.hashes) else b""

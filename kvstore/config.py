@@ -4,7 +4,15 @@ import msgspec
 
 PAGE_BYTES = 4096
 QUOTAS_MAX = 1024
-POSITIVE = ("reservation_ttl_s", "lease_ttl_max_s", "late_write_s", "wait_max_s", "pin_ttl_max_s", "pin_half_life_s")
+POSITIVE = (
+    "reservation_ttl_s",
+    "reservation_quiet_s",
+    "lease_ttl_max_s",
+    "late_write_s",
+    "wait_max_s",
+    "pin_ttl_max_s",
+    "pin_half_life_s",
+)
 COUNTS = (
     "reservations_max",
     "leases_max",
@@ -25,6 +33,8 @@ class StoreConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Room for one block; a multiple of 4096, no smaller than a full block."""
     reservation_ttl_s: float = 10.0
     """From reserve to publish."""
+    reservation_quiet_s: float = 0.9
+    """A reservation whose owner has said nothing of it for this long goes to the next who asks for its block."""
     lease_ttl_max_s: float = 30.0
     """The longest lease that is granted; who asks for more gets this."""
     late_write_s: float = 30.0

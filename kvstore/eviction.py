@@ -1,9 +1,7 @@
 """Which block goes first. Pure.
 
-The arena asks a policy for candidates, per group of tenants, and decides whether one may go: a block that is leased,
-pinned hard or has a continuation here is never the victim, a softly pinned one only when nothing unpinned is left.
-Such blocks are found only when they come up; then they are *parked* (taken out of the order) and put back when their
-last lease, pin or continuation goes. So every step of a search is paid by one earlier event, and an eviction costs
+:class:`kvstore.victims.Victims` asks a policy for candidates, per group of tenants, and decides whether one may go.
+Those that may not are *parked* (taken out of the order) and put back when what kept them goes, so an eviction costs
 O(1) amortized although a long-lived prefix may sit at the old end for ever.
 """
 

@@ -25,6 +25,7 @@ class Reservations:
         self._ttl_s = ttl_s
         self._by_hash: OrderedDict[BlockHash, Reservation] = OrderedDict()  # cheap at its front, unlike dict
         self._by_owner: dict[str, dict[BlockHash, None]] = {}
+        self._renewed_s: dict[BlockHash, float] = {}
 
     def __len__(self) -> int:
         return len(self._by_hash)
@@ -52,9 +53,18 @@ class Reservations:
         self._by_hash[reservation.hash] = reservation
         self._by_owner.setdefault(reservation.owner, {})[reservation.hash] = None
 
+    def renew(self, reservation: Reservation, now_s: float) -> None:
+        """The owner of an open one has said that it still writes it."""
+        self._renewed_s[reservation.hash] = now_s
+
+    def heard_s(self, reservation: Reservation) -> float:
+        """When the owner of an open one last said anything of it."""
+        return self._renewed_s.get(reservation.hash, reservation.since_s)
+
     def end(self, reservation: Reservation) -> None:
         """Forget an open one."""
         del self._by_hash[reservation.hash]
+        self._renewed_s.pop(reservation.hash, None)
         own = self._by_owner[reservation.owner]
         del own[reservation.hash]
         if not own:

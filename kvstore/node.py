@@ -1,17 +1,23 @@
 """A store node: serves one arena to the cluster."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 
 import msgspec
 
 from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
+from kvstore.copies import Holdings
 from kvstore.events import Feed
 from kvstore.moves import checksums
+from kvstore.neighbours import Neighbours, Others
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import Change, Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
+from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
@@ -21,6 +27,7 @@ from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import (
+    REPLICAS_MAX,
     Abandon,
     Attach,
     Attached,
@@ -28,6 +35,7 @@ from tracehaul.wire.blocks import (
     Awaited,
     AwaitState,
     BlockSpec,
+    Drain,
     Existing,
     Exists,
     Full,
@@ -47,6 +55,7 @@ from tracehaul.wire.blocks import (
     Published,
     PublishOutcome,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -57,10 +66,10 @@ from tracehaul.wire.blocks import (
     Tiers,
     Unpin,
 )
-from tracehaul.wire.cluster import NodeLoad
+from tracehaul.wire.cluster import Members, NodeLoad
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import BlockHash, Checksum, Generation
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, SlotGeneration
 from tracehaul.wire.messages import Reply, Request
 
 HASHES_MAX = 65536
@@ -69,6 +78,8 @@ WAIT_HASHES_MAX = 4096
 """Blocks that one request waits for."""
 NAME_CHARS_MAX = 256
 """Of a tenant's or a trace's name."""
+HOLDERS_MAX = 64
+"""Nodes that one pin names."""
 SELF = ""
 """Holder of the node's own leases: no connection has this name."""
 
@@ -88,14 +99,18 @@ class StoreStats(msgspec.Struct):
     missed_blocks: int = 0
     """Blocks asked for by a lease and not held."""
     waits: int = 0
+    passed_on: int = 0
+    """Reservations that a second writer took over from a silent first one."""
     pins_refused: int = 0
 
 
 class StoreNode:
-    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
+    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes to and from clients.
 
     ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
-    :meth:`run` must run beside it. Costs nothing while idle: one timer, armed only if something can expire.
+    a ``journal`` or ``others``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are
+    in force from the start. Without ``others`` it makes no copies elsewhere. Costs nothing while idle: one timer,
+    armed only if something can expire.
     """
 
     def __init__(
@@ -107,6 +122,8 @@ class StoreNode:
         offload: Offload,
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
+        journal: PinJournal | None = None,
+        others: Others | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -129,10 +146,19 @@ class StoreNode:
                 config.slot_bytes,
                 tier,
                 tiering or TieringConfig(),
-                self._feed.append,
+                self._announce,
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
+        self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
+        self._changed()
+        self.neighbours: Neighbours | None = None
+        """Copies to other nodes; None without any."""
+        if others is not None:
+            holdings = Holdings(
+                self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
+            )
+            self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
 
     @property
     def arena(self) -> Arena:
@@ -151,17 +177,28 @@ class StoreNode:
             bytes_used=self._arena.bytes_published,
             bytes_max=self._config.slots_max * self._config.slot_bytes,
         )
+        if self.neighbours is not None:
+            load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
-        tier = self.tiering.tier
-        return msgspec.structs.replace(
-            load, disk_blocks=len(tier), disk_bytes_used=tier.bytes_used, disk_bytes_max=tier.bytes_max
-        )
+        below: dict[str, int] = {}
+        for tier in self.tiering.tier.parts:
+            below[f"{tier.name}_blocks"] = len(tier)
+            below[f"{tier.name}_bytes_used"] = tier.bytes_used
+            below[f"{tier.name}_bytes_max"] = tier.bytes_max
+        return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
-        """What a tier needs done in the background, for as long as the node serves; nothing without one."""
-        if self.tiering is not None:
-            await self.tiering.run()
+        """What a tier, a journal and copies need done in the background, for as long as the node serves."""
+        async with asyncio.TaskGroup() as group:
+            for part in (self.tiering, self.neighbours, self._keeper and self._keeper.journal):
+                if part is not None:
+                    group.create_task(part.run())
+
+    def set_members(self, members: Members) -> None:
+        """Who else is there."""
+        if self.neighbours is not None:
+            self.neighbours.set_members(members)
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -181,28 +218,44 @@ class StoreNode:
                 return Ok()
             case Reserve():
                 return self._reserve(request, context.peer)
-            case Publish(blocks=blocks):
+            case Publish(blocks=blocks, verified=verified):
                 _check_count(blocks)
-                return Published(tuple(await self._publish(blocks, context.peer)))
+                return Published(tuple(await self._publish(blocks, verified, context.peer)))
             case Abandon(blocks=blocks):
                 self._arena.abandon(blocks, context.peer)
                 self._changed()
                 return Ok()
-            case Revoke():
-                await self._verify_own(request)
+            case Renew(blocks=blocks):
+                _check_count(blocks)
+                self._arena.renew(blocks, context.peer, clock.now_s())
+                self._changed()
+                return Ok()
+            case Revoke(hash=block_hash, generation=generation):
+                await self._verify_own(block_hash, generation)
                 return Ok()
             case Await():
                 return await self._await(request)
             case Pin():
-                return self._pin(request)
+                pinned = self._pin(request)
+                if self._keeper is not None:
+                    await self._keeper.keep((request.tenant, request.trace))
+                return pinned
             case Unpin(trace=trace, tenant=tenant):
                 self._arena.unpin(tenant, trace)
                 self._changed()
+                if self._keeper is not None:
+                    await self._keeper.keep((tenant, trace))
+                if self.neighbours is not None:
+                    self.neighbours.unpinned((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
                 self._changed()
-                return PinList(tuple(pins))
+                return PinList(tuple(pins if self.neighbours is None else map(self.neighbours.describe, pins)))
+            case Drain():
+                if self.neighbours is None:
+                    raise InvalidRequest("this node is on its own: there is nowhere to drain to")
+                return self.neighbours.drain(request)
             case Attach():
                 return Attached(self._generation, tuple(plane.region.descriptor for plane in self._planes))
             case Ping():
@@ -235,6 +288,10 @@ class StoreNode:
         if self.tiering is not None:
             await self.tiering.close()
             await self.tiering.drain()
+        if self._keeper is not None:
+            await self._keeper.journal.aclose()
+        if self.neighbours is not None:
+            await self.neighbours.aclose()
         self.close()
 
     def close(self) -> None:
@@ -257,23 +314,29 @@ class StoreNode:
         return leased
 
     def _reserve(self, request: Reserve, peer: str) -> Reserved:
+        if self.neighbours is not None and self.neighbours.draining:
+            raise Overloaded("this node is draining: write elsewhere")  # it is well, and still to be read from
         _check_count(request.blocks)
-        _check_name(request.tenant)
+        if isinstance(request.tenant, str):
+            _check_name(request.tenant)
+        elif not 0 <= request.tenant < 1 << 64:
+            raise InvalidRequest("not a tenant's key")
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
         outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.passed_on = self._arena.passed_on
         self._changed()
         return Reserved(tuple(outcomes))
 
-    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str) -> list[ReserveOutcome]:
-        """What a tier has needs no slot: it comes up when somebody reads it."""
+    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str | int) -> list[ReserveOutcome]:
+        """What a tier can give needs no slot: it comes up when somebody reads it."""
         if self.tiering is None:
             return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
-        find = self.tiering.tier.find
-        below = [find(block.hash) is not None for block in blocks]
+        tier = self.tiering.tier
+        below = [readable(tier, block.hash) for block in blocks]
         missing = [block for block, there in zip(blocks, below, strict=True) if not there]
         answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
         return [Present() if there else next(answers) for there in below]
@@ -284,10 +347,13 @@ class StoreNode:
         counters = {"evicted": arena.evicted, "corrupt": self.stats.corrupt_held}
         yield TierInfo("memory", len(arena), load.bytes_used, load.bytes_max, counters)
         if self.tiering is not None:
-            tier = self.tiering.tier
-            counters = {**msgspec.structs.asdict(tier.stats), **msgspec.structs.asdict(self.tiering.stats)}
-            counters["waiting"] = self.tiering.behind
-            yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+            moves: dict[str, int] = {**msgspec.structs.asdict(self.tiering.stats), "waiting": self.tiering.behind}
+            for tier in self.tiering.tier.parts:
+                counters = {**msgspec.structs.asdict(tier.stats), **moves}
+                yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+                # Each tier shows what comes to it from the one above.
+                if isinstance(self.tiering.tier, Stack):
+                    moves = {**msgspec.structs.asdict(self.tiering.tier.moves), "waiting": self.tiering.tier.behind}
 
     def _prefetched(self, request: Prefetch | PrefetchPoll | PrefetchCancel) -> PrefetchState:
         if self._prefetch is None:
@@ -301,8 +367,8 @@ class StoreNode:
             case PrefetchCancel(job=job):
                 return self._prefetch.cancel(job)
 
-    async def _publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
-        landings = [self._arena.landing(block, peer) for block in blocks]
+    async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
+        landings = [None if verified else self._arena.landing(block, peer) for block in blocks]
         sums = await self._checksums([landing for landing in landings if landing is not None])
         landed = iter(sums)
         # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.
@@ -325,35 +391,47 @@ class StoreNode:
         self._changed()
         return outcomes
 
-    async def _verify_own(self, request: Revoke) -> None:
-        """A reader's copy of a block was bad: drop ours only if it is bad too."""
-        leased = self._arena.lease([request.hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
+    async def _verify_own(self, block_hash: BlockHash, generation: SlotGeneration) -> None:
+        """Somebody's copy of a block was bad: drop ours only if it is bad too."""
+        leased = self._arena.lease([block_hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
         self._changed()
         if leased is None:
             raise Overloaded("too many blocks are being verified")
         block = leased.blocks[0]
         try:
-            if block is None or block.generation != request.generation:
+            if block is None or block.generation != generation:
                 return
             (actual,) = await self._checksums([(block.offset, block.size_bytes)])
-            if actual != block.checksum and self._arena.revoke(request.hash, request.generation):
+            if actual != block.checksum and self._arena.revoke(block_hash, generation):
                 self.stats.corrupt_held += 1
         finally:
             self._arena.release(leased.lease, SELF)
             self._changed()
 
+    async def _verify_held(self, block_hash: BlockHash, generation: SlotGeneration) -> None:
+        with contextlib.suppress(Overloaded):  # it will be found bad again
+            await self._verify_own(block_hash, generation)
+
     async def _await(self, request: Await) -> Awaited:
         if len(request.hashes) > WAIT_HASHES_MAX:
             raise InvalidRequest(f"a wait for {len(request.hashes)} blocks; at most {WAIT_HASHES_MAX}")
         self.stats.waits += 1
-        self._arena.expire(clock.now_s())
+        now_s = clock.now_s()
+        until_s = now_s + min(request.timeout_s, self._config.wait_max_s) if request.timeout_s > 0 else now_s
+        self._arena.expire(now_s)
         self._changed()
-        in_flight = [block_hash for block_hash in request.hashes if self._arena.is_reserved(block_hash)]
-        await self._waiters.wait(in_flight, min(request.timeout_s, self._config.wait_max_s))
-        return Awaited(tuple([self._state(block_hash) for block_hash in request.hashes]))
+        while True:
+            quiet_s = {block_hash: self._arena.quiet_at_s(block_hash) for block_hash in request.hashes}
+            in_flight = {block_hash: at_s for block_hash, at_s in quiet_s.items() if at_s is not None and at_s > now_s}
+            if not in_flight or now_s >= until_s:
+                return Awaited(tuple([self._state(block_hash, now_s) for block_hash in request.hashes]))
+            # A silent owner ends nothing: whoever waits looks again when the last of them could have gone quiet.
+            await self._waiters.wait(in_flight, min(until_s, max(in_flight.values())) - now_s)
+            now_s = clock.now_s()
 
-    def _state(self, block_hash: BlockHash) -> AwaitState:
-        if self._arena.is_reserved(block_hash):
+    def _state(self, block_hash: BlockHash, now_s: float) -> AwaitState:
+        quiet_s = self._arena.quiet_at_s(block_hash)
+        if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
         below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"
@@ -366,11 +444,19 @@ class StoreNode:
             raise InvalidRequest("not a block hash")
         if not (request.ttl_s > 0 and 1 <= request.priority <= PRIORITY_MAX):
             raise InvalidRequest(f"a pin lasts more than 0 s, at a priority from 1 to {PRIORITY_MAX:.0f}")
+        if not 1 <= request.replicas <= REPLICAS_MAX:
+            raise InvalidRequest(f"a pin asks for 1 to {REPLICAS_MAX} copies")
+        if len(request.holders) > HOLDERS_MAX:
+            raise InvalidRequest(f"a pin names {len(request.holders)} holders; at most {HOLDERS_MAX}")
+        for node in request.holders:
+            _check_name(node)
         pinned = self._arena.pin(request, clock.now_s())
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
             raise Overloaded(pinned)
+        if self.neighbours is not None:
+            self.neighbours.pinned(request)
         return pinned
 
     # --- helpers ------------------------------------------------------------------------------------------
@@ -384,9 +470,14 @@ class StoreNode:
         if self.tiering is not None and changes:
             changes = self.tiering.merge(changes)
         if changes:
-            self._feed.append(changes)
+            self._announce(changes)
         self._waiters.ended(self._arena.take_ended())
         self._arm()
+
+    def _announce(self, changes: Sequence[Change]) -> None:
+        self._feed.append(changes)
+        if self.neighbours is not None:
+            self.neighbours.changed(changes)
 
     def _arm(self) -> None:
         deadline_s = self._arena.next_deadline_s()

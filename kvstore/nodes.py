@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TypeVar
 
 from tracehaul.rpc.peers import Peers
@@ -25,7 +25,9 @@ ATTACH_TIMEOUT_S = 0.5
 NOTICE_TIMEOUT_S = 1.0
 """For what nobody waits for, and without which the store recovers by itself."""
 LATE_REPLY_S = 5.0
-"""How long the reply that grants something is still listened for, to give it back."""
+"""How long the reply that grants something is still listened for, to give it back. What is granted later than that
+ends by itself: a lease with its time, at most what the call had; a reservation passes on to the next who asks after
+``reservation_quiet_s``, as nobody renews it, and its slot is freed ``reservation_ttl_s + late_write_s`` after."""
 
 
 class StoreNodeView:
@@ -58,10 +60,12 @@ class StoreNodes:
         self._planes = tuple(planes)
         self._break_s = break_s
         self._nodes: dict[NodeId, StoreNodeView] = {}
+        self._draining: frozenset[NodeId] = frozenset()
         self._notices: set[asyncio.Task[None]] = set()
 
-    def set(self, nodes: Sequence[NodeInfo]) -> None:
+    def set(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """Replace the membership; other roles are ignored. What is known of a node's former life is forgotten."""
+        self._draining = frozenset(draining)
         views: dict[NodeId, StoreNodeView] = {}
         for info in sorted((info for info in nodes if info.role == "store"), key=lambda info: info.node):
             known = self._nodes.get(info.node)
@@ -78,9 +82,13 @@ class StoreNodes:
         view = self._nodes.get(node)
         return view if view is not None and view.is_live(clock.now_s()) else None
 
+    def find_home(self, node: NodeId) -> StoreNodeView | None:
+        """The node, if it is live and takes new blocks."""
+        return self.find(node) if node not in self._draining else None
+
     def home_of(self, block_hash: BlockHash, but: Sequence[NodeId]) -> StoreNodeView | None:
         """The live node, other than ``but``, that every process would choose for this hash (rendezvous hashing)."""
-        candidates = [view for view in self.live() if view.node not in but]
+        candidates = [view for view in self.live() if view.node not in but and view.node not in self._draining]
         return max(candidates, key=lambda v: (checksum(v.node.encode() + block_hash), v.node), default=None)
 
     def failed(self, view: StoreNodeView, stuck: asyncio.Future[None] | None = None) -> None:

@@ -14,7 +14,7 @@ from tracehaul.wire.blocks import Lease, Leased, LeasedBlock, RegionDescriptor, 
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, TransferError
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 
-READ_PART_BYTES = 16 << 20
+READ_PART_BYTES = 64 << 20
 READ_LANES = 2
 """Blocks are leased, read and verified in parts of this size, so many at a time: one is asked for, or verified,
 while another lands."""

@@ -6,9 +6,22 @@ or the one who asks must give way itself.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import NewType
+
+from blake3 import blake3
 
 SHARED = 0
 """The group of tenants without a quota of their own."""
+
+TenantKey = NewType("TenantKey", int)
+"""Stands for a tenant's name where there is no room for it: 64 bits of its hash, 0 for who gives none."""
+
+
+def tenant_key(tenant: str | int) -> TenantKey:
+    """The key of a name, the same in every process and in every life; of a key, itself."""
+    if isinstance(tenant, int):
+        return TenantKey(tenant)
+    return TenantKey(int.from_bytes(blake3(tenant.encode()).digest(8), "little") if tenant else 0)
 
 
 class Tenants:
@@ -16,7 +29,7 @@ class Tenants:
 
     def __init__(self, quota_bytes: Mapping[str, int], slot_bytes: int, slots_max: int) -> None:
         named = sorted(quota_bytes)
-        self._group = {tenant: index for index, tenant in enumerate(named, start=1)}
+        self._group = {tenant_key(tenant): index for index, tenant in enumerate(named, start=1)}
         own = [quota_bytes[tenant] // slot_bytes for tenant in named]
         self._quota = [slots_max - sum(own), *own]
         self._used = [0] * len(self._quota)
@@ -26,7 +39,7 @@ class Tenants:
         """Groups."""
         return len(self._quota)
 
-    def group(self, tenant: str) -> int:
+    def group(self, tenant: TenantKey) -> int:
         """The group that a tenant's slots count in."""
         return self._group.get(tenant, SHARED)
 

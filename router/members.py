@@ -44,8 +44,12 @@ class MemberRegistry:
                 member = self._members.get(node)
                 if member is None or member.info.generation != generation:
                     raise WrongNode(f"{node}#{generation} is not a member: join first")
+                was_draining = member.load.draining
                 member.load = load
                 member.heard_s = clock.now_s()
+                if load.draining != was_draining:
+                    log.info("%s %s", node, "is draining" if load.draining else "takes new blocks again")
+                    self._changed()
                 return Ok()
             case _:
                 raise WrongNode(f"the router does not serve {type(request).__name__}")
@@ -66,7 +70,7 @@ class MemberRegistry:
         try:
             while self._members.get(info.node) is member:
                 member.changed.clear()
-                yield Members(self._version, self.infos())
+                yield Members(self._version, self.infos(), self.draining())
                 await member.changed.wait()
         finally:
             if self._members.get(info.node) is member:
@@ -81,13 +85,18 @@ class MemberRegistry:
         """Every member, by name."""
         return tuple(self._members[node].info for node in sorted(self._members))
 
+    def draining(self) -> tuple[NodeId, ...]:
+        """Members that are about to leave, by name."""
+        return tuple(node for node in sorted(self._members) if self._members[node].load.draining)
+
     def live(self, role: str) -> list[NodeInfo]:
         """Members of a role that may get new work, by name."""
         now_s = clock.now_s()
+        members = [self._members[node] for node in sorted(self._members)]
         return [
-            self._members[node].info
-            for node in sorted(self._members)
-            if self._members[node].info.role == role and now_s - self._members[node].heard_s < SUSPECT_AFTER_S
+            member.info
+            for member in members
+            if member.info.role == role and now_s - member.heard_s < SUSPECT_AFTER_S and not member.load.draining
         ]
 
     def statuses(self) -> list[NodeStatus]:
@@ -97,7 +106,9 @@ class MemberRegistry:
         for node in sorted(self._members):
             member = self._members[node]
             age_s = now_s - member.heard_s
-            health = "ready" if age_s < SUSPECT_AFTER_S else "suspect"
+            health = "draining" if member.load.draining else "ready"
+            if age_s >= SUSPECT_AFTER_S:
+                health = "suspect"
             statuses.append(NodeStatus(member.info, member.load, health, age_s))
         return statuses
 

@@ -50,7 +50,7 @@ class NodeStatus(msgspec.Struct, frozen=True):
     info: NodeInfo
     load: NodeLoad
     health: str
-    """``ready``, or ``suspect`` when heartbeats are late."""
+    """``ready``; ``draining``; or ``suspect`` when heartbeats are late."""
     heartbeat_age_s: float
 
 

@@ -211,7 +211,7 @@ def _ignore(members: Members) -> None:
 
 
 def _set_nodes(host: WorkerHost) -> Callable[[Members], None]:
-    return lambda members: host.set_nodes(members.nodes)
+    return lambda members: host.set_nodes(members.nodes, members.draining)
 
 
 def _store(life: Life, transfer: WatchedTransfer, around: Surroundings) -> StoreNode:

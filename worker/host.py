@@ -1,7 +1,7 @@
 """A worker, whatever its role: an engine, the sequences on it, and its way to the store."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -59,9 +59,9 @@ class WorkerHost:
         """Iterate for ever; cancel to stop."""
         await self.loop.run()
 
-    def set_nodes(self, nodes: Sequence[NodeInfo]) -> None:
+    def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """Membership changed."""
-        self.client.set_nodes([node for node in nodes if node.role == "store"])
+        self.client.set_nodes([node for node in nodes if node.role == "store"], draining)
 
     def load(self) -> NodeLoad:
         """For the heartbeat."""

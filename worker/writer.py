@@ -41,6 +41,7 @@ class BlockWriter:
         self._tokens = context.tokens
         self._copying = context.copying
         self._root = context.root
+        self._tenant = context.salt
         self._hashes = list(context.hashes)
         self._held = [holder is not None for holder in context.holders]
         self._home = home
@@ -148,7 +149,8 @@ class BlockWriter:
                     start = (block + index) * size
                     own = next_hash(parent, pack_tokens(self._tokens[start : start + count]))
                 outgoing.append(OutgoingBlock(own, parent, buffer, count * self._layout.token_bytes))
-            outcomes = await self._client.put(self._home, outgoing, timeout_s=self._config.store_timeout_s)
+            timeout_s = self._config.store_timeout_s
+            outcomes = await self._client.put(self._home, outgoing, timeout_s, self._tenant)
         finally:
             self._client.staging.release(buffers)
         self.refused = next(

@@ -1,10 +1,11 @@
 """Interfaces of a tier: ``tests/contract/test_tiers.py`` holds every implementation to them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
+from kvstore.tenants import TenantKey
 from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
@@ -12,8 +13,9 @@ Change = Stored | Removed
 
 StoreOutcome = Literal["stored", "present", "full", "failed"]
 """``full``: nothing in the tier may make room for it. ``failed``: its device did not take the bytes."""
-LoadOutcome = Literal["loaded", "absent", "corrupt", "failed"]
-"""``corrupt``: the bytes did not match, the block is dropped. ``failed``: its device did not give them; dropped too."""
+LoadOutcome = Literal["loaded", "absent", "corrupt", "failed", "unavailable"]
+"""``corrupt``: the bytes did not match, the block is dropped. ``failed``: its device did not give them; dropped too.
+``unavailable``: its device cannot be asked now; the block is kept."""
 
 
 class TierBlock(NamedTuple):
@@ -23,6 +25,8 @@ class TierBlock(NamedTuple):
     parent: BlockHash
     size_bytes: int
     checksum: Checksum
+    tenant: TenantKey = TenantKey(0)
+    """Whose quota it counts against."""
 
 
 class TierStats(msgspec.Struct):
@@ -55,7 +59,15 @@ class Tier(Protocol):
     """
 
     name: str
-    stats: TierStats
+    stores_max: int
+    """Calls of :meth:`store` that are worth having under way at once."""
+    metered: bool
+    """Whether somebody is paid for each read: then nothing is read unless somebody wants it."""
+
+    @property
+    def stats(self) -> TierStats:
+        """Its counts."""
+        ...
 
     def __len__(self) -> int:
         """Blocks held."""
@@ -71,8 +83,27 @@ class Tier(Protocol):
         """The limit: what is full refuses or evicts, never grows."""
         ...
 
+    @property
+    def available(self) -> bool:
+        """Whether its device answers, as far as is known; while it does not, every call fails at once."""
+        ...
+
+    @property
+    def parts(self) -> "Sequence[Tier]":
+        """The tiers that it is made of, fastest first: itself, if it is one."""
+        ...
+
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         """Tell ``listener`` of every change from now on."""
+        ...
+
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        """From now on ask ``rank`` what pins say of a block (:mod:`kvstore.pins`) before it is given up, and leave
+        each of these tenants its share of the tier. Called at most once, right after :meth:`listen`."""
+        ...
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """What pins say of these blocks has changed; harmless for those that are not held."""
         ...
 
     def find(self, block_hash: BlockHash) -> TierBlock | None:
@@ -113,6 +144,10 @@ class Tier(Protocol):
         """On return what was stored before survives the loss of power, if the device can do that at all."""
         ...
 
+    async def run(self) -> None:
+        """What it needs done in the background, for as long as its node serves; it may end at once."""
+        ...
+
     def check(self) -> None:
         """Assert the invariants of its index: for tests."""
         ...
@@ -120,6 +155,11 @@ class Tier(Protocol):
     def close(self) -> None:
         """End it. Calls must have ended."""
         ...
+
+
+def readable(tier: Tier, block_hash: BlockHash) -> bool:
+    """Whether a load may succeed now: some part that is available holds the block."""
+    return any(part.available and part.find(block_hash) is not None for part in tier.parts)
 
 
 class SlotDevice(Protocol):

@@ -43,14 +43,14 @@ class NoDisk(Unavailable):
 class DiskFile:
     """The :class:`kvstore.tiers.base.SlotDevice` in a file. Blocks for as long as it takes to reserve it.
 
+    A file of another size is brought to ``layout``, or as near as can be, and keeps the blocks in slots that both
+    have; one of another format or slot size starts empty.
+
     Raises:
         NoDisk: there is no room, no permission, or another process holds the file.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
-        self.slot_bytes = layout.slot_bytes
-        self.slots_max = layout.slots_max
-        self._layout = layout
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ class DiskFile:
             raise NoDisk(f"cannot open the disk tier {path}: {error.strerror}") from error
         try:
             self._own()
-            self._records = self._take_over()
+            self._layout, self._records = self._take_over(layout)
         except OSError as error:
             os.close(self._fd)
             room = f"{layout.file_bytes / 2**30:.2f} GiB"
@@ -67,6 +67,8 @@ class DiskFile:
         except NoDisk:
             os.close(self._fd)
             raise
+        self.slot_bytes = self._layout.slot_bytes
+        self.slots_max = self._layout.slots_max
         self._lock = threading.Lock()  # over the page images: an older one must not land after a newer
 
     def records(self) -> bytes:
@@ -92,7 +94,7 @@ class DiskFile:
                 pages[slot // RECORDS_PER_PAGE] = None
             for page in pages:
                 at = page * PAGE_BYTES
-                self._write([memoryview(self._records)[at : at + PAGE_BYTES]], PAGE_BYTES + at)
+                self._write([memoryview(self._records)[at : at + PAGE_BYTES]], self._layout.records_offset + at)
 
     def flush(self) -> None:
         os.fdatasync(self._fd)
@@ -115,27 +117,54 @@ class DiskFile:
         except BlockingIOError as error:
             raise NoDisk(f"another process holds the disk tier {self._path}") from error
 
-    def _take_over(self) -> mmap.mmap:
-        """The record region of the file, which is made anew if it is not of this layout. Page aligned."""
-        layout = self._layout
+    def _take_over(self, wanted: Layout) -> tuple[Layout, mmap.mmap]:
+        """The layout that the file now has, and its record region, page aligned."""
         page = mmap.mmap(-1, PAGE_BYTES)
-        records = mmap.mmap(-1, layout.records_bytes)
         size = os.fstat(self._fd).st_size
         known = unpack_header(page[:]) if size and os.preadv(self._fd, [page], 0) == PAGE_BYTES else None
-        if known == layout and size == layout.file_bytes:
-            if os.preadv(self._fd, [records], PAGE_BYTES) != layout.records_bytes:
-                raise OSError(errno.EIO, "the record region is cut short")
-            return records
-        if size:
-            log.warning("disk tier starts empty: the file has another layout", path=self._path, found=known)
+        layout = wanted.after(known) if known is not None and size >= known.file_bytes else None
+        if known is None or layout is None:
+            if size:
+                log.warning("disk tier starts empty: the file has another layout", path=self._path, found=known)
+            return wanted, self._make(wanted)
+        records = mmap.mmap(-1, known.records_bytes)
+        if os.preadv(self._fd, [records], known.records_offset) != known.records_bytes:
+            raise OSError(errno.EIO, "the record region is cut short")
+        if layout != known:
+            log.info("disk tier has another size now", path=self._path, slots=layout.slots_max, before=known.slots_max)
+            records = self._resize(known, layout, records)
+        os.ftruncate(self._fd, layout.file_bytes)  # a growth that was cut short left it longer
+        return layout, records
+
+    def _make(self, layout: Layout) -> mmap.mmap:
         os.ftruncate(self._fd, 0)
         os.posix_fallocate(self._fd, 0, layout.file_bytes)
+        self._write_header(layout)
+        with contextlib.closing(_Directory(self._path.parent)) as directory:
+            os.fsync(directory.fd)
+        return mmap.mmap(-1, layout.records_bytes)
+
+    def _resize(self, known: Layout, layout: Layout, records: mmap.mmap) -> mmap.mmap:
+        """Write the record region where ``layout`` has it. Until the header says so, ``known`` stays true."""
+        kept = min(known.slots_max, layout.slots_max) * RECORD_BYTES
+        moved = mmap.mmap(-1, layout.records_bytes)
+        moved[:kept] = records[:kept]
+        if layout.slots_max > known.slots_max:
+            os.posix_fallocate(self._fd, 0, layout.file_bytes)
+        else:  # what these records name is about to be overwritten
+            records[kept:] = bytes(len(records) - kept)
+            self._write([memoryview(records)], known.records_offset)
+            os.fsync(self._fd)
+        self._write([memoryview(moved)], layout.records_offset)
+        os.fsync(self._fd)
+        self._write_header(layout)
+        return moved
+
+    def _write_header(self, layout: Layout) -> None:
+        page = mmap.mmap(-1, PAGE_BYTES)
         page[:] = pack_header(layout)
         self._write([memoryview(page)], 0)
         os.fsync(self._fd)
-        with contextlib.closing(_Directory(self._path.parent)) as directory:
-            os.fsync(directory.fd)
-        return records
 
 
 class _Directory:

@@ -1,4 +1,5 @@
-"""A slot device in memory, for the simulator and for tests: it survives a node's life, and fails where told to.
+"""A slot device and a pin file in memory, for the simulator and for tests: they survive a node's life, and fail where
+told to.
 
 What it cannot prove: that a real file system and a real disk order and keep writes as the file's format needs.
 """
@@ -64,3 +65,43 @@ class MemoryDevice:
         if self.writes_left == 0:
             raise PowerCut
         self.writes_left -= 1
+
+
+class MemoryPinFile:
+    """A :class:`kvstore.pin_journal.PinFile`. ``bytes_left``, if set, is how many can be written before
+    :class:`PowerCut`."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.bytes_left: int | None = None
+        self.failing = False
+        """Whether every write raises OSError, after half of it."""
+
+    def load(self) -> bytes:
+        return self.data
+
+    def append(self, data: bytes) -> None:
+        if self.failing:
+            self.data += data[: len(data) // 2]
+            raise OSError(28, "no space left on device")
+        self.data += data[: self.bytes_left]
+        self._spend(len(data))
+
+    def replace(self, data: bytes) -> None:
+        if self.failing:
+            raise OSError(28, "no space left on device")
+        self._spend(len(data))
+        self.data = data
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _spend(self, nbytes: int) -> None:
+        if self.bytes_left is None:
+            return
+        if nbytes > self.bytes_left:
+            raise PowerCut
+        self.bytes_left -= nbytes

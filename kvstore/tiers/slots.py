@@ -6,24 +6,31 @@ A slot's life::
                        |                  '--drop under a read--> DOOMED --last read ends--> FREE
                        '--cancel--> FREE
 
-A block can be found exactly while it is HELD. The victim is the least recently touched block without a child here
-and without a read: the end of a sequence goes before its start, so what is left can still be used.
+A block can be found exactly while it is HELD. The victim has no child here and no read: the end of a sequence goes
+before its start, so what is left can still be used. Among those it is as in memory: quotas, pins, least recent use.
 
 A slot that was HELD has a record on the device that must be erased before the slot's bytes change: such slots are
 *stale* until :meth:`SlotIndex.take_stale` hands them over.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvstore.eviction import LeastRecent
+from kvstore.tenants import TenantKey, Tenants
 from kvstore.tiers.base import Change, TierBlock
 from kvstore.tiers.records import Record
+from kvstore.victims import Victims
 from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
 FREE, WRITING, HELD, DOOMED = range(4)
+
+
+def _unpinned(block_hash: BlockHash) -> float | None:
+    """Nobody pins anything."""
+    return None
 
 
 class Placement(NamedTuple):
@@ -54,7 +61,10 @@ class SlotIndex:
         self._parent: list[BlockHash | None] = [None] * slots_max
         self._free = array("I", range(slots_max - 1, -1, -1))
         self._stale: dict[int, None] = {}
-        self._recency = LeastRecent(slots_max, groups=1)
+        self._tenant = array("Q", bytes(8 * slots_max))
+        self._group = array("H", bytes(2 * slots_max))
+        self._rank_of: Callable[[BlockHash], float | None] = _unpinned
+        self._give_way({})
         # By hash.
         self._held: dict[BlockHash, int] = {}
         self._writing: dict[BlockHash, int] = {}
@@ -112,6 +122,31 @@ class SlotIndex:
 
     # --- start --------------------------------------------------------------------------------------------
 
+    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
+        """As :meth:`kvstore.tiers.base.Tier.protect`."""
+        order = self._recency.order(0)
+        self._rank_of = rank
+        self._give_way(shares)
+        for slot in self._held.values():
+            self._group[slot] = self._tenants.group(TenantKey(self._tenant[slot]))
+            self._tenants.take(self._group[slot])
+        assert not self._writing
+        for slot in order:
+            self._victims.add(slot, self._group[slot], self._hash_at(slot))
+
+    def repinned(self, hashes: Iterable[BlockHash]) -> None:
+        """As :meth:`kvstore.tiers.base.Tier.repinned`."""
+        for block_hash in hashes:
+            slot = self._held.get(block_hash)
+            if slot is not None:
+                self._victims.reconsider(slot, self._group[slot])
+
+    def _give_way(self, shares: Mapping[str, float]) -> None:
+        quota_bytes = {tenant: int(share * self.slots_max) * self.slot_bytes for tenant, share in shares.items()}
+        self._tenants = Tenants(quota_bytes, self.slot_bytes, self.slots_max)
+        self._recency = LeastRecent(self.slots_max, len(self._tenants))
+        self._victims = Victims(self._tenants, self._recency, self._rank, self._is_idle)
+
     def restore(self, records: Iterable[Record | int]) -> int:
         """Take over what a device remembers; returns how many records were no use. Only on an empty index.
 
@@ -138,9 +173,10 @@ class SlotIndex:
             self._fill(slot, block, record.sequence)
             self._held[block.hash] = slot
             self._sequence_last = record.sequence
-        for slot in self._held.values():
-            self._recency.touch(slot, 0)
+        for block_hash, slot in self._held.items():
+            self._victims.add(slot, self._group[slot], block_hash)
             self._add_child(self._parent_at(slot))
+            self._tenants.take(self._group[slot])
             self.bytes_used += self._size[slot]
         self._free = array("I", [slot for slot in range(self.slots_max - 1, -1, -1) if self._state[slot] == FREE])
         return useless
@@ -162,11 +198,12 @@ class SlotIndex:
             slot = None
             if block.hash not in self._held and block.hash not in self._writing:
                 self._add_child(block.parent)  # first: the prefix must not make room for its own continuation
-                slot = self._take_slot()
+                slot = self._take_slot(self._tenants.group(block.tenant))
                 if slot is None:
                     self._drop_child(block.parent)
                 else:
                     slots.append(slot)
+                    self._tenants.take(self._tenants.group(block.tenant))
                     self._writing[block.hash] = slot  # so that a second one in the same call is not placed
             wanted.append(slot is not None)
         slots.sort()
@@ -191,7 +228,7 @@ class SlotIndex:
         self._state[slot] = HELD
         self._held[block_hash] = slot
         self._child_count[slot] = self._child_count_absent.pop(block_hash, 0)
-        self._recency.touch(slot, 0)
+        self._victims.add(slot, self._group[slot], block_hash)
         self.bytes_used += self._size[slot]
         self._changes.append(Stored(block_hash))
 
@@ -200,6 +237,7 @@ class SlotIndex:
         assert self._state[slot] == WRITING
         del self._writing[self._hash_at(slot)]
         self._drop_child(self._parent_at(slot))
+        self._tenants.give(self._group[slot])
         self._release(slot)
 
     # --- reading, dropping --------------------------------------------------------------------------------
@@ -235,38 +273,34 @@ class SlotIndex:
         """Make a held block the last to be evicted."""
         slot = self._held.get(block_hash)
         if slot is not None:
-            self._recency.touch(slot, 0)
+            self._victims.touch(slot, self._group[slot])
 
     # --- slots --------------------------------------------------------------------------------------------
 
-    def _take_slot(self) -> int | None:
+    def _take_slot(self, group: int) -> int | None:
         if not self._free:
-            victim = self._victim()
+            victim = self._victims.choose(group)
             if victim is None:
                 return None
             self.evicted += 1
             self._remove(victim)
         return self._free.pop()
 
-    def _victim(self) -> int | None:
-        while (slot := self._recency.candidate(0)) is not None:
-            if self._evictable(slot):
-                return slot
-            self._recency.remove(slot)  # parked until its last read or child goes
-        return None
-
-    def _evictable(self, slot: int) -> bool:
+    def _is_idle(self, slot: int) -> bool:
         return self._state[slot] == HELD and not self._reads[slot] and not self._child_count[slot]
 
+    def _rank(self, slot: int) -> float | None:
+        return self._rank_of(self._hash_at(slot))
+
     def _unpark(self, slot: int) -> None:
-        if slot not in self._recency and self._evictable(slot):
-            self._recency.restore(slot, 0)
+        self._victims.let_go(slot, self._group[slot])
 
     def _remove(self, slot: int) -> None:
         block_hash = self._hash_at(slot)
         assert self._state[slot] == HELD
         del self._held[block_hash]
-        self._recency.remove(slot)
+        self._victims.remove(slot)
+        self._tenants.give(self._group[slot])
         self.bytes_used -= self._size[slot]
         if self._child_count[slot]:
             self._child_count_absent[block_hash] = self._child_count[slot]
@@ -293,9 +327,17 @@ class SlotIndex:
         self._size[slot] = block.size_bytes
         self._checksum[slot] = block.checksum
         self._sequence[slot] = sequence
+        self._tenant[slot] = block.tenant
+        self._group[slot] = self._tenants.group(block.tenant)
 
     def _block(self, slot: int) -> TierBlock:
-        return TierBlock(self._hash_at(slot), self._parent_at(slot), self._size[slot], Checksum(self._checksum[slot]))
+        return TierBlock(
+            self._hash_at(slot),
+            self._parent_at(slot),
+            self._size[slot],
+            Checksum(self._checksum[slot]),
+            TenantKey(self._tenant[slot]),
+        )
 
     def _hash_at(self, slot: int) -> BlockHash:
         block_hash = self._hash[slot]
@@ -346,8 +388,9 @@ class SlotIndex:
             count = children.pop(self._hash_at(slot), 0) if self._state[slot] == HELD else 0
             assert count == self._child_count[slot]
         assert children == self._child_count_absent
-        order = self._recency.order(0)
-        assert set(order) <= set(by_state[HELD])
-        for slot in by_state[HELD]:
-            assert slot in self._recency or not self._evictable(slot), "an evictable block would never be found"
-            assert slot not in self._stale
+        groups = range(len(self._tenants))
+        self._victims.check([[slot for slot in by_state[HELD] if self._group[slot] == group] for group in groups])
+        for group in groups:
+            used = sum(self._group[slot] == group for slot in (*by_state[HELD], *by_state[WRITING]))
+            assert used == self._tenants.used(group)
+        assert not any(slot in self._stale for slot in by_state[HELD])

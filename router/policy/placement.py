@@ -6,11 +6,11 @@ enough is missing to be worth the hop.
 """
 
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import msgspec
 
 from router.traces import Warm
+from tracehaul.wire.hashing import weight
 from tracehaul.wire.ids import Generation, NodeId, TraceId
 
 
@@ -38,20 +38,16 @@ STICKY_MARGIN = 2
 """Steps that a warm worker may be behind the least loaded one before the trace leaves it."""
 
 
-def _weight(node: NodeId, key: str) -> bytes:
-    return blake2b(f"{node}|{key}".encode(), digest_size=8).digest()
-
-
 def choose_home(stores: Sequence[Candidate], trace: TraceId, current: NodeId | None) -> NodeId | None:
     """The store node that takes a trace's blocks: the one it has, else by rendezvous hashing; None without stores."""
     if any(store.node == current for store in stores):
         return current
-    return max(stores, key=lambda store: _weight(store.node, trace)).node if stores else None
+    return max(stores, key=lambda store: weight(store.node, trace)).node if stores else None
 
 
 def _least_loaded(nodes: Sequence[Candidate], key: str) -> Candidate:
     """Ties are spread by the key, not by name, so that idle workers share traces."""
-    return min(nodes, key=lambda node: (node.running, _weight(node.node, key)))
+    return min(nodes, key=lambda node: (node.running, weight(node.node, key)))
 
 
 def place(

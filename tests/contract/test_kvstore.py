@@ -28,6 +28,7 @@ from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import (
     Abandon,
     Await,
+    Awaited,
     BlockSpec,
     Events,
     Full,
@@ -61,6 +62,8 @@ from tracehaul.wire.messages import Reply, Request
 SLOT = 8192
 ROOT = BlockHash(b"\xff" * 16)
 TIMEOUT_S = 5.0
+SLACK_S = 1.0
+"""For a busy machine."""
 
 
 class GateLink(PerfectLink):
@@ -546,10 +549,11 @@ def test_a_writer_that_dies_leaves_its_block_to_others(play: Callable[[Case], No
         dying = await world.connect("s0")
         slot = await reserve(dying, "a")
         assert isinstance(slot, Slot)
-        assert await put(client, ["a"]) == ["in_flight"]
+        putting = asyncio.create_task(put(client, ["a"]))
+        await eventually(lambda: running.node.stats.waits == 1)
         await dying.close()
-        await eventually(lambda: running.node.arena.slots_quarantined == 1)
-        assert await put(client, ["a"]) == ["published"]
+        assert await putting == ["published"]
+        assert running.node.arena.slots_quarantined == 1
         leased = await lease(await world.connect("s0"), ["a"])
         assert leased.blocks[0] is not None
         assert leased.blocks[0].offset != slot.offset, "a late write may still land there"
@@ -795,6 +799,91 @@ def test_a_dead_owners_block_passes_on_within_a_second(play: Callable[[Case], No
         assert isinstance(dead, Slot)
         assert slot.offset != dead.offset
         assert running.node.arena.slots_quarantined == 1
+
+    play(case)
+
+
+def test_a_frozen_owners_block_passes_on_within_a_second(play: Callable[[Case], None]) -> None:
+    """Its connection stands and it says nothing. What it publishes after all is fenced."""
+
+    async def case(world: World) -> None:
+        running = await world.start("s0", reservation_ttl_s=100.0)
+        client = await world.client()
+        frozen = await world.connect("s0")
+        frozen_s = clock.now_s()
+        slot = await reserve(frozen, "a")
+        assert isinstance(slot, Slot)
+        assert await client.wait(NodeId("s0"), [h("a")], TIMEOUT_S) == ["absent"], "free to be reserved"
+        assert clock.now_s() - frozen_s < 1.0 + SLACK_S
+        frozen_s = clock.now_s()
+        assert await put(client, ["a"]) == ["published"]
+        assert clock.now_s() - frozen_s < SLACK_S
+        late = Publish((Publication(h("a"), slot.generation, Checksum(0)),))
+        assert await frozen.call(late, timeout_s=TIMEOUT_S) == Published(("fenced",))
+        assert running.node.arena.passed_on == 1
+        assert await get(client, ["a"]) == [content("a")]
+
+    play(case)
+
+
+def test_a_writer_that_is_slow_and_alive_keeps_its_block() -> None:
+    """A copy over a thin link takes longer than a silence that ends a reservation."""
+
+    async def case(world: World) -> None:
+        running = await world.start("s0", reservation_quiet_s=0.9)
+        slow, other = await world.client(), await world.client()
+        world.link.gate.clear()
+        putting = asyncio.create_task(put(slow, ["a"]))
+        await eventually(lambda: running.node.arena.reservations == 1)
+        assert await put(other, ["a"], timeout_s=4.0) == ["in_flight"]
+        second = asyncio.create_task(put(other, ["a"]))
+        await eventually(lambda: running.node.stats.waits == 2)
+        world.link.gate.set()
+        assert await putting == ["published"]
+        assert await second == ["present"]
+        assert running.node.arena.passed_on == 0
+
+    run("local", case)
+
+
+def test_two_writers_that_wait_for_each_other_both_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        one, two = await world.client(), await world.client()
+        monkeypatch.setattr(writer, "WRITE_PART_BYTES", 1)
+        first, second = await asyncio.gather(put(one, ["a", "b", "c", "d"]), put(two, ["d", "c", "b", "a"]))
+        assert {*first, *second} <= {"published", "present"}
+        assert await get(one, ["a", "b", "c", "d"]) == [content(name) for name in "abcd"]
+
+    run("local", case)
+
+
+def test_a_writer_that_was_thought_dead_finds_its_block_there() -> None:
+    async def case(world: World) -> None:
+        running = await world.start("s0", reservation_quiet_s=0.05)  # shorter than a writer's own pace
+        slow, other = await world.client(), await world.client()
+        world.link.gate.clear()
+        putting = asyncio.create_task(put(slow, ["a"]))
+        await eventually(lambda: running.node.arena.reservations == 1)
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(put(other, ["a"]))
+        await eventually(lambda: running.node.arena.passed_on == 1)
+        world.link.gate.set()
+        assert sorted([*await putting, *await second]) == ["present", "published"]
+
+    run("local", case)
+
+
+def test_a_wait_without_end_is_none(play: Callable[[Case], None]) -> None:
+    async def case(world: World) -> None:
+        await world.start("s0")
+        client = await world.client()
+        await reserve(await world.connect("s0"), "a")
+        for timeout_s in (float("nan"), -1.0):
+            assert await (await world.connect("s0")).call(Await((h("a"),), timeout_s), timeout_s=TIMEOUT_S) == Awaited(
+                ("in_flight",)
+            )
+        assert await client.wait(NodeId("s0"), [], TIMEOUT_S) == []
 
     play(case)
 

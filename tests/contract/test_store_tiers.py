@@ -6,16 +6,23 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
 from kvstore.node import StoreNode
+from kvstore.pin_journal import DiskPinFile, PinJournal, moment
 from kvstore.staging import Staging
+from kvstore.tiers import tiering
+from kvstore.tiers.base import StoreOutcome, Tier, TierBlock
 from kvstore.tiers.disk import DiskFile
-from kvstore.tiers.fake import MemoryDevice
+from kvstore.tiers.fake import MemoryDevice, MemoryPinFile
+from kvstore.tiers.fake_objects import MemoryObjects
+from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.records import Layout
 from kvstore.tiers.slot_tier import SlotTier
+from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from tracehaul.rpc.base import NO_CONTEXT, Connection
 from tracehaul.rpc.local import LocalNetwork
@@ -24,6 +31,7 @@ from tracehaul.runtime.offload import InlineOffload, ThreadOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
+from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import (
     BlockSpec,
     Events,
@@ -31,6 +39,10 @@ from tracehaul.wire.blocks import (
     Exists,
     Lease,
     Leased,
+    ListPins,
+    Pin,
+    PinList,
+    Pinned,
     Prefetch,
     PrefetchCancel,
     PrefetchPoll,
@@ -43,10 +55,11 @@ from tracehaul.wire.blocks import (
     Subscribe,
     TierList,
     Tiers,
+    Unpin,
 )
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.errors import InvalidRequest
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.errors import InvalidRequest, Unavailable
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 from tracehaul.wire.messages import Reply, Request
 
 SLOT = 8192
@@ -63,17 +76,30 @@ class Bed:
         self.path = folder / "tier.blocks"
         self.layout = Layout(SLOT, slots)
         self.memory = MemoryDevice(slots, SLOT)
+        self.pins = MemoryPinFile()
+        self.objects = MemoryObjects()
+        self.objects_slots = slots
+        self.config = StoreConfig(arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT)
 
-    def tier(self) -> SlotTier:
+    def journal(self) -> PinJournal:
+        file = DiskPinFile(self.path.with_suffix(".pins")) if self.kind == "file" else self.pins
+        return PinJournal(file, InlineOffload(), moment)
+
+    async def tier(self) -> Tier:
+        if self.kind == "file":
+            return SlotTier("disk", DiskFile(self.path, self.layout), ThreadOffload("r", 2), ThreadOffload("w", 2))
+        disk = SlotTier("disk", self.memory, InlineOffload(), InlineOffload())
         if self.kind == "memory":
-            return SlotTier("disk", self.memory, InlineOffload(), InlineOffload())
-        return SlotTier("disk", DiskFile(self.path, self.layout), ThreadOffload("r", 2), ThreadOffload("w", 2))
+            return disk
+        objects = ObjectTier("s3", self.objects, InlineOffload(), self.objects_slots, SLOT)
+        await objects.recover()
+        return Stack(disk, objects, SLOT) if self.kind == "stack" else objects
 
 
 class Life:
     """One life of one node, with a client, a raw connection and a subscriber."""
 
-    def __init__(self, node: StoreNode, tier: SlotTier, client: StoreClient, raw: Connection) -> None:
+    def __init__(self, node: StoreNode, tier: Tier, client: StoreClient, raw: Connection) -> None:
         self.node, self.tier, self.client, self.raw = node, tier, client, raw
         self.index: set[BlockHash] = set()
 
@@ -85,7 +111,7 @@ class Life:
     async def call(self, request: Request) -> Reply:
         return await self.raw.call(request, timeout_s=5.0)
 
-    async def put(self, names: Sequence[str], parents: Sequence[str] = ()) -> list[str]:
+    async def put(self, names: Sequence[str], parents: Sequence[str] = (), tenant: str = "") -> list[str]:
         buffers = await self.client.staging.acquire(len(names), 5.0)
         blocks: list[OutgoingBlock] = []
         for name, parent, buffer in zip(names, parents or [""] * len(names), buffers, strict=True):
@@ -93,7 +119,7 @@ class Life:
             buffer.view(len(data))[:] = data
             blocks.append(OutgoingBlock(h(name), h(parent), buffer, len(data)))
         try:
-            return list(await self.client.put(NodeId("s0"), blocks, 5.0))
+            return list(await self.client.put(NodeId("s0"), blocks, 5.0, tenant))
         finally:
             self.client.staging.release(buffers)
 
@@ -109,7 +135,8 @@ class Life:
 
     async def written(self) -> None:
         """Until nothing waits to be written."""
-        while self.tiering.behind:  # noqa: ASYNC110 - polls a counter
+        tier = self.tier
+        while self.tiering.behind or (isinstance(tier, Stack) and tier.behind):  # noqa: ASYNC110 - polls a counter
             await asyncio.sleep(0.001)
 
     async def follow(self) -> None:
@@ -142,14 +169,13 @@ class Life:
 async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[Life]:
     async with contextlib.AsyncExitStack() as stack:
         hub, network = LocalHub(PerfectLink()), LocalNetwork()
-        memory = allocate(ARENA_SLOTS * SLOT, "arena")
+        memory = allocate(bed.config.arena_bytes, "arena")
         stack.callback(memory.close)
-        store = StoreConfig(arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT)
         transfer = LocalTransfer("s0#1", hub)
-        tier = bed.tier()
+        tier = await bed.tier()
         stack.callback(tier.close)
         planes = [Plane(transfer, transfer.register(memory))]
-        node = StoreNode(store, Generation(1), planes, memory, InlineOffload(), tier, config)
+        node = StoreNode(bed.config, Generation(1), planes, memory, InlineOffload(), tier, config, bed.journal())
         stack.push_async_callback(node.aclose)
         server = await network.listen("127.0.0.1:0", node)
         stack.push_async_callback(server.close)
@@ -177,7 +203,7 @@ async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[L
 Case = Callable[[Bed], Awaitable[None]]
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "objects", "stack"])
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
     def run(case: Case) -> None:
         async def main() -> None:
@@ -270,7 +296,8 @@ def test_many_readers_of_one_block_read_the_disk_once(play: Callable[[Case], Non
             for reply in await asyncio.gather(*asked):
                 assert isinstance(reply, Leased)
                 assert None not in reply.blocks
-            assert life.tier.stats.loaded == 2
+            copied_down = len(NAMES) if bed.kind == "stack" else 0
+            assert life.tier.stats.loaded == 2 + copied_down
             assert life.tiering.stats.promoted == 2
 
     play(case)
@@ -353,6 +380,114 @@ def test_a_full_disk_forgets_the_oldest_and_says_so(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_pins_outlive_the_node_and_keep_blocks_on_its_disk(tmp_path: Path) -> None:
+    """What is pinned hard is never given up, what is pinned softly last, in memory and below, in this life and the
+    next; and a trace that is unpinned is not pinned again by a restart."""
+
+    async def main() -> None:
+        bed = Bed("memory", tmp_path, slots=6)
+        bed.config = msgspec.structs.replace(bed.config, hard_share_max=0.5, hard_tenant_share_max=0.5)
+        async with live(bed) as life:
+            assert await life.put(["hard", "soft", "ended", "plain"]) == ["published"] * 4
+            await life.written()
+            for name, kind in (("hard", "hard"), ("soft", "soft"), ("ended", "hard")):
+                reply = await life.call(Pin(TraceId(name), (h(name),), 1000.0, kind, tenant="acme"))
+                assert isinstance(reply, Pinned)
+                assert reply.held == 1
+                if kind == "hard":
+                    assert life.node.arena.rank(h(name)) == float("inf")
+                await life.call(Unpin(TraceId("ended"), "acme"))
+        async with live(bed) as life:
+            assert len(life.node.arena) == 0
+            listed = await life.call(ListPins("acme"))
+            assert isinstance(listed, PinList)
+            assert [(pin.trace, pin.kind, pin.held, pin.bytes) for pin in listed.pins] == [
+                ("soft", "soft", 1, len(content("soft"))),
+                ("hard", "hard", 1, len(content("hard"))),
+            ]
+            for round_ in range(3):
+                await put_all(life, [f"m{round_}{i}" for i in range(6)])
+                await life.check()
+            assert life.tier.find(h("plain")) is None
+            assert life.tier.find(h("ended")) is None
+            assert await life.get(["hard", "soft"]) == [True, True], "nothing else filled the disk with pins"
+        async with live(bed) as life:
+            more = Pin(TraceId("more"), tuple(h(f"m2{i}") for i in range(3, 6)), 1000.0, "soft", priority=2.0**20)
+            assert isinstance(await life.call(more), Pinned)
+            await put_all(life, [f"n{i}" for i in range(6)])
+            assert await life.get(["hard"]) == [True]
+
+    asyncio.run(main())
+
+
+def test_a_refused_journal_is_told_and_the_pin_holds(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path)
+        async with live(bed) as life:
+            bed.pins.failing = True
+            with pytest.raises(Unavailable, match="restart"):
+                await life.call(Pin(TraceId("t"), (h("a"),), 1000.0))
+            assert life.node.arena.pins == 1
+            bed.pins.failing = False
+            assert await life.call(Unpin(TraceId("t"))) == Ok()
+        async with live(bed) as life:
+            assert life.node.arena.pins == 0
+
+    asyncio.run(main())
+
+
+def test_a_tenant_keeps_its_quota_on_disk_and_when_it_comes_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path, slots=8)
+        bed.config = msgspec.structs.replace(bed.config, quota_bytes={"acme": 2 * SLOT})  # half of each tier
+        mine = ["a0", "a1", "a2", "a3"]
+        async with live(bed) as life:
+            for name in mine:
+                assert await life.put([name], tenant="acme") == ["published"]
+                await life.written()
+            assert life.node.arena.bytes_used("acme") == 4 * SLOT, "while others leave it"
+            await put_all(life, [f"m{i}" for i in range(20)])
+            assert life.node.arena.bytes_used("acme") == 2 * SLOT
+            assert all(life.tier.find(h(name)) for name in mine)
+        async with live(bed) as life:
+            assert life.node.arena.bytes_used("acme") == 0
+            await put_all(life, [f"n{i}" for i in range(20)])
+            assert all(life.tier.find(h(name)) for name in mine), "another life knows whose they are"
+            assert await life.get(mine[:2]) == [True, True]
+            assert life.node.arena.bytes_used("acme") == 2 * SLOT, "what comes up is on its own account"
+            await put_all(life, [f"o{i}" for i in range(20)])
+            assert life.node.arena.exists([h("a0"), h("a1")]) == b"\1\1"
+
+    asyncio.run(main())
+
+
+def test_what_only_memory_has_is_spared_while_the_disk_is_behind(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("memory", tmp_path)
+        async with live(bed) as life:
+            assert await life.put(["old", "older"]) == ["published"] * 2
+            await life.written()
+            assert await life.get(["old", "older"]) == [True, True]
+            gate, store = asyncio.Event(), life.tier.store
+
+            async def slow(blocks: Sequence[TierBlock], views: Sequence[memoryview]) -> list[StoreOutcome]:
+                await gate.wait()
+                return await store(blocks, views)
+
+            life.tier.store = slow  # type: ignore[method-assign]
+            for name in ("n0", "n1", "n2", "n3", "n4"):
+                await life.get(["old"])  # used more recently than any that is written
+                assert await life.put([name]) == ["published"]
+            # Two batches of one are under way, and the first of the rest waits: only the fifth cost a block for good.
+            assert life.tiering.stats.evicted_unwritten <= 1
+            gate.set()
+            await life.written()
+            found = await life.get(["old", "older"])
+            assert found == [True, True]
+
+    asyncio.run(main())
+
+
 def test_a_disk_that_refuses_costs_nothing_but_itself(tmp_path: Path) -> None:
     async def main() -> None:
         bed = Bed("memory", tmp_path)
@@ -364,6 +499,74 @@ def test_a_disk_that_refuses_costs_nothing_but_itself(tmp_path: Path) -> None:
             await life.check()
             assert len(life.tier) == 0
             bed.memory.failing = False
+
+    asyncio.run(main())
+
+
+def test_a_bucket_is_not_read_unless_somebody_wants_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiering, "SCRUB_PAUSE_S", 0.05)
+
+    async def main() -> None:
+        bed = Bed("stack", tmp_path)
+        async with live(bed, TieringConfig(scrub_bytes_s=1 << 30)) as life:
+            await put_all(life)
+            disk, bucket = life.tier.parts
+            async with asyncio.timeout(5):
+                while disk.stats.scrubbed < 12:  # noqa: ASYNC110 - polls a counter
+                    await asyncio.sleep(0.01)
+            assert (bucket.stats.scrubbed, bucket.stats.loaded) == (0, 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["objects", "stack"])
+def test_blocks_of_a_service_that_is_gone_are_misses_that_can_be_computed_again(kind: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed(kind, tmp_path, slots=6 if kind == "stack" else TIER_SLOTS)
+        bed.objects_slots = TIER_SLOTS
+        async with live(bed, TieringConfig(scrub_bytes_s=0)) as life:
+            await put_all(life)
+            bed.objects.failing = True
+            before = len(life.index)
+            assert await life.get(["n0"]) == [False], "unreachable"
+            for name in ("n1", "n2", "n3"):  # until it is given up
+                await life.get([name])
+            assert not life.tier.parts[-1].available
+            assert len(life.index) == before, "it comes back: nobody is told that it is gone"
+            evicted = life.node.arena.evicted
+            assert await life.get(["n0"]) == [False]
+            assert life.node.arena.evicted == evicted, "nothing makes room for what cannot come"
+            assert await life.put(["n0"]) == ["published"], "who computed it again may store it"
+            assert await life.get(["n0"]) == [True]
+            for name in ("x0", "x1", "x2", "x3", "x4"):
+                assert await life.put([name]) == ["published"]
+            await life.check()
+            bed.objects.failing = False
+            async with asyncio.timeout(10):
+                while not life.tier.parts[-1].available:  # noqa: ASYNC110 - polls a flag
+                    await asyncio.sleep(0.01)
+                await life.written()
+            assert await life.get(["n0", "n1"]) == [True] * 2
+            assert await life.get(["x3", "x4"]) == [True] * 2
+            held = life.tier.parts[-1].find
+            assert held(h("x4")) is not None, "what came during the outage went down after it"
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_gives_way_to_the_bucket(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("stack", tmp_path, slots=6)
+        bed.objects_slots = TIER_SLOTS
+        async with live(bed, TieringConfig(scrub_bytes_s=0)) as life:
+            await put_all(life, [f"m{i}" for i in range(20)])
+            await life.check()
+            assert [len(part) for part in life.tier.parts] == [6, 20]
+            assert await life.get(["m0", "m1"]) == [True] * 2
+            assert life.tier.parts[0].find(h("m0")) is not None, "in passing it went to the disk again"
+        bed.memory = MemoryDevice(6, SLOT)  # another machine, with an empty disk
+        async with live(bed) as life:
+            assert await life.get(["m2", "m19"]) == [True] * 2
 
     asyncio.run(main())
 
@@ -411,13 +614,20 @@ def test_tiers_are_described(play: Callable[[Case], None]) -> None:
             await put_all(life)
             reply = await life.call(Tiers())
             assert isinstance(reply, TierList)
-            memory, disk = reply.tiers
+            memory, *below = reply.tiers
             assert (memory.name, memory.blocks, memory.bytes_max) == ("memory", 4, ARENA_SLOTS * SLOT)
-            assert (disk.name, disk.blocks, disk.bytes_max) == ("disk", 12, TIER_SLOTS * SLOT)
-            assert disk.counters["stored"] == 12
-            assert disk.counters["waiting"] == 0
+            assert [tier.name for tier in below] == [part.name for part in life.tier.parts]
+            for tier in below:
+                assert (tier.blocks, tier.bytes_max) == (12, TIER_SLOTS * SLOT)
+                assert tier.counters["stored"] == 12
+                assert tier.counters["waiting"] == 0
             load = life.node.load()
-            assert (load.disk_blocks, load.disk_bytes_max) == (12, TIER_SLOTS * SLOT)
+            for held, bytes_max, part in (
+                (load.disk_blocks, load.disk_bytes_max, "disk"),
+                (load.s3_blocks, load.s3_bytes_max, "s3"),
+            ):
+                there = any(tier.name == part for tier in below)
+                assert (held, bytes_max) == ((12, TIER_SLOTS * SLOT) if there else (0, 0))
 
     play(case)
 

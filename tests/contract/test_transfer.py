@@ -35,9 +35,10 @@ Failed = transfer_peer.Failed
 KINDS = [
     "local",
     "shm",
+    "tcp",
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nixl-request", "nixl-read", "ucxx")),
 ]
-PAIR_KINDS = ["local", "shm", "nixl-request", "ucxx", pytest.param("nixl-read", marks=pytest.mark.slow)]
+PAIR_KINDS = ["local", "shm", "tcp", "nixl-request", "ucxx", pytest.param("nixl-read", marks=pytest.mark.slow)]
 NBYTES = 48 << 20
 
 
@@ -439,7 +440,8 @@ def test_a_frozen_peer_costs_the_deadline_and_its_bytes_settle_later(start: Star
             with pytest.raises(Failed) as failure:
                 call.result()
             assert failure.value.code == "transfer_timeout"
-        assert us.settled(0.0) == shm
+        if us.descriptor.kind != "tcp":  # which cuts the connection, and nothing lands any more
+            assert us.settled(0.0) == shm
         # Others are not held up.
         us.read(other.descriptor, [Copy(4 * size, 0, size)])
         assert us.peek(4 * size, size) == b"o" * size

@@ -35,9 +35,9 @@ def on(transport: str) -> Any:
     return pytest.param(transport, marks=pytest.mark.xdist_group(f"steps-{transport}"))
 
 
-@pytest.fixture(scope="module", params=[on("shm"), on("nixl")])
+@pytest.fixture(scope="module", params=[on("shm"), on("tcp"), on("nixl")])
 def config(request: pytest.FixtureRequest) -> ClusterConfig:
-    transport: Literal["shm", "nixl"] = request.param
+    transport: Literal["shm", "tcp", "nixl"] = request.param
     return ClusterConfig(
         dtype="float32",
         transport=transport,

@@ -21,13 +21,14 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
-from tracehaul.wire.blocks import Existing, Exists, TierList, Tiers
+from tracehaul.wire.blocks import Existing, Exists, ListPins, Pin, PinList, TierList, Tiers, Unpin
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.errors import Overloaded
+from tracehaul.wire.ids import BlockHash, TraceId
 
 SLOT = 64 << 10
 BLOCK = 60_000
-CONFIG = StoreConfig(arena_bytes=24 * SLOT, slot_bytes=SLOT)
+CONFIG = StoreConfig(arena_bytes=24 * SLOT, slot_bytes=SLOT, pin_half_life_s=600.0)
 ROOT = BlockHash(b"\xff" * 16)
 POOL = random.Random(1).randbytes(2 * BLOCK)
 CYCLES = int(os.environ.get("TRACEHAUL_KILL_CYCLES", "20"))
@@ -37,10 +38,41 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 10 * CYCLES)]
 
 
 class Disk:
-    """What the records said so far: block by slot."""
+    """What the records said so far: block by slot; and what the node answered of pins."""
 
     def __init__(self) -> None:
         self.slots: dict[int, BlockHash] = {}
+        self.pins: dict[str, int] = {}
+        """Blocks that each trace's pin covers."""
+        self.asked: dict[str, int | None] = {}
+        """What was asked of a trace and not answered: either is true."""
+
+    async def pin(self, peers: Peers, info: NodeInfo, dice: random.Random) -> None:
+        trace = f"t{dice.randrange(40)}"
+        blocks = dice.randrange(1, 30)
+        self.asked[trace] = blocks if dice.random() < 0.7 else None
+        if self.asked[trace] is None:
+            await peers.call(info.address, Unpin(TraceId(trace)), timeout_s=2.0)
+            self.pins.pop(trace, None)
+        else:
+            # The same blocks for all, so that they fit the store's limits, and not so many that it is full of them.
+            hashes = tuple(hash_of(number) for number in range(1, blocks + 1))
+            await peers.call(info.address, Unpin(TraceId(trace)), timeout_s=2.0)
+            self.pins.pop(trace, None)
+            await peers.call(info.address, Pin(TraceId(trace), hashes, 3000.0), timeout_s=2.0)
+            self.pins[trace] = blocks
+        del self.asked[trace]
+
+    async def verify_pins(self, peers: Peers, info: NodeInfo) -> None:
+        listed = await peers.call(info.address, ListPins(), timeout_s=5.0)
+        assert isinstance(listed, PinList)
+        found = {str(pin.trace): pin.blocks for pin in listed.pins}
+        for trace in {*found, *self.pins} - self.asked.keys():
+            assert found.get(trace) == self.pins.get(trace), f"{trace}: answered {self.pins}, found {found}"
+        for trace, blocks in self.asked.items():
+            assert found.get(trace) in (None, blocks, self.pins.get(trace))
+        self.pins = found
+        self.asked.clear()
 
     def line(self, text: str) -> None:
         what, slot, *rest = text.split()
@@ -150,7 +182,16 @@ async def cycle(generation: int, path: Path, file_bytes: int, disk: Disk, dice: 
         stack.push_async_callback(peers.close)
         client = await stack.enter_async_context(open_client(peers, generation))
         client.set_nodes([info])
+        await disk.verify_pins(peers, info)
         await verify(peers, client, info, disk)
+
+        async def pin() -> None:
+            while True:
+                try:
+                    await disk.pin(peers, info, dice)
+                except Overloaded:
+                    disk.asked.clear()
+                    await asyncio.sleep(0)
 
         async def load() -> None:
             nonlocal next_number
@@ -161,13 +202,15 @@ async def cycle(generation: int, path: Path, file_bytes: int, disk: Disk, dice: 
                 await get(client, [dice.randrange(1, next_number) for _ in range(2)])
 
         loading = asyncio.create_task(load())
+        pinning = asyncio.create_task(pin())
         reading = asyncio.create_task(follow(process.stdout, disk))
         await asyncio.sleep(dice.uniform(0.0, 0.5))
         process.kill()
         await process.wait()
         await reading
         loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
+        pinning.cancel()
+        await asyncio.gather(loading, pinning, return_exceptions=True)
     return next_number
 
 
@@ -186,5 +229,6 @@ def test_killed_at_random_moments(slots: int, tmp_path: Path) -> None:
         for generation in range(1, CYCLES + 1):
             number = await cycle(generation, tmp_path / "s0.blocks", (slots + 2) * (SLOT + 64), disk, dice, number)
         assert len(disk.slots) >= min(slots // 2, CYCLES), "the test wrote too little to mean anything"
+        assert disk.pins, "the test pinned too little to mean anything"
 
     asyncio.run(main())

@@ -14,6 +14,7 @@ import uvloop
 
 from kvstore.config import StoreConfig
 from kvstore.node import StoreNode
+from kvstore.pin_journal import open_journal
 from kvstore.tiers.disk import DiskFile
 from kvstore.tiers.records import ERASED, Layout
 from kvstore.tiers.slot_tier import SlotTier
@@ -47,7 +48,8 @@ async def main(name: str, generation: int, config: StoreConfig, path: Path, file
     layout = Layout.within(file_bytes, config.slot_bytes)
     assert layout is not None
     tier = SlotTier("disk", LoudFile(path, layout), ThreadOffload("r", 4), ThreadOffload("w", 2))
-    node = StoreNode(config, Generation(generation), planes, memory, offload, tier)
+    journal = await open_journal(path.with_suffix(".pins"))
+    node = StoreNode(config, Generation(generation), planes, memory, offload, tier, journal=journal)
     server = await TcpNetwork().listen("127.0.0.1:0", node)
     info = NodeInfo(NodeId(name), Generation(generation), "store", server.address)
     sys.stdout.buffer.write(msgspec.json.encode(info) + b"\n")

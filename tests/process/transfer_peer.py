@@ -170,6 +170,10 @@ def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
         from tracehaul.transfer.shm import ShmTransfer
 
         return ShmTransfer(owner, ThreadOffload("copy"))
+    if kind == "tcp":
+        from tracehaul.transfer.tcp import TcpTransfer
+
+        return TcpTransfer(owner, "127.0.0.1")
     if kind == "ucxx":
         from tracehaul.transfer.ucxx import UcxxTransfer
 

@@ -68,7 +68,7 @@ def test_the_faults_reach_every_way_of_coping():
         "client.misses.lost",
         "client.misses.timeout",
         "client.misses.corrupt",
-        "client.puts.in_flight",
+        "store.waits",
         "client.puts.present",
         "client.failovers",
         "worker.evicted_sequences",

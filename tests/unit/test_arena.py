@@ -103,9 +103,43 @@ def test_what_does_not_fit_a_slot_is_too_large(size: int) -> None:
 def test_a_second_writer_is_told_who_is_first() -> None:
     arena = Arena(config())
     reserve(arena, spec("a"), now_s=1.0)
-    assert reserve(arena, spec("a"), "other", now_s=3.5) == InFlight(since_s=2.5, owner="w")
+    arena.renew([(h("a"), SlotGeneration(1))], "w", 1.5)
+    arena.renew([(h("a"), SlotGeneration(1))], "w", 2.25)
+    assert reserve(arena, spec("a"), "other", now_s=3.0) == InFlight(since_s=2.0, owner="w")
     arena.publish([Publication(h("a"), SlotGeneration(1), Checksum(7))], "w", 4.0)
     assert isinstance(reserve(arena, spec("a"), "other", now_s=4.0), Present)
+
+
+def test_a_silent_writers_block_passes_on_and_its_publish_is_fenced() -> None:
+    arena = Arena(config(reservation_ttl_s=10.0, reservation_quiet_s=1.0))
+    first = reserve(arena, spec("a"))
+    assert isinstance(first, Slot)
+    arena.renew([(h("a"), first.generation)], "w", 2.0)
+    arena.renew([(h("a"), first.generation)], "other", 9.0)
+    assert arena.quiet_at_s(h("a")) == 3.0
+    second = reserve(arena, spec("a"), "other", now_s=9.5)
+    assert isinstance(second, Slot)
+    assert second.offset != first.offset, "a late write may still land there"
+    assert (arena.slots_quarantined, arena.passed_on) == (1, 1)
+    arena.check()
+    assert publish(arena, spec("a"), first, "w", 9.6) == "fenced"
+    assert publish(arena, spec("a"), second, "other", 9.7) == "published"
+    assert publish(arena, spec("a"), first, "w", 9.8) == "fenced"
+    arena.check()
+
+
+def test_a_silent_writer_that_nobody_contests_may_publish() -> None:
+    arena = Arena(config(reservation_ttl_s=10.0, reservation_quiet_s=1.0))
+    slot = reserve(arena, spec("a"))
+    assert publish(arena, spec("a"), slot, "w", 9.0) == "published"
+
+
+def test_what_nobody_can_take_over_stays_its_silent_writers() -> None:
+    arena = Arena(config(1, reservation_quiet_s=1.0))
+    slot = reserve(arena, spec("a"))
+    assert isinstance(reserve(arena, spec("a"), "other", now_s=2.0), Full)
+    assert publish(arena, spec("a"), slot, "w", 2.5) == "published"
+    arena.check()
 
 
 def test_only_the_reserving_owner_publishes() -> None:
@@ -354,14 +388,14 @@ def test_a_long_protected_prefix_does_not_slow_eviction() -> None:
     keeper = arena.lease([h(parent or "")], "r", 30.0, 0.0)
     assert keeper is not None
     steps = 0
-    oldest = arena._policy.candidate  # counting the search's steps needs a look inside
+    oldest = arena._victims._policy.candidate  # counting the search's steps needs a look inside
 
     def counted(group: int) -> int | None:
         nonlocal steps
         steps += 1
         return oldest(group)
 
-    arena._policy.candidate = counted  # type: ignore[method-assign]
+    arena._victims._policy.candidate = counted  # type: ignore[method-assign]
     for i in range(2000):
         arena_put_fast(arena, f"x{i}", None)
     arena.check()

@@ -25,6 +25,7 @@ from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, Tra
 
 SLOT = 4096
 RESERVATION_TTL_S, LEASE_TTL_MAX_S, LATE_WRITE_S = 8.0, 12.0, 16.0
+QUIET_S = 3.0
 LIMIT = 3
 HALF_LIFE_S, PIN_TTL_MAX_S = 4.0, 30.0
 PINS_MAX, PINS_TENANT_MAX = 3, 2
@@ -63,6 +64,7 @@ class Pending:
     since_s: float
     parent: BlockHash
     group: str
+    heard_s: float
 
 
 @dataclass
@@ -163,6 +165,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 arena_bytes=slots * SLOT,
                 slot_bytes=SLOT,
                 reservation_ttl_s=RESERVATION_TTL_S,
+                reservation_quiet_s=QUIET_S,
                 lease_ttl_max_s=LEASE_TTL_MAX_S,
                 late_write_s=LATE_WRITE_S,
                 reservations_max=LIMIT,
@@ -200,16 +203,19 @@ class ArenaMachine(RuleBasedStateMachine):
             case Present():
                 assert name in model.published
             case InFlight(since_s=since_s, owner=holder):
+                assert self.now_s < model.pending[name].heard_s + QUIET_S, "a silent owner keeps its block"
                 assert (since_s, holder) == (self.now_s - model.pending[name].since_s, model.pending[name].owner)
             case Full():
                 assert name not in model.published
-                assert name not in model.pending
+                assert name not in model.pending or model.pending[name].heard_s + QUIET_S <= self.now_s
                 at_limit = sum(p.owner == owner for p in model.pending.values()) >= LIMIT
                 no_room = len(model.used()) == model.slots and not model.victims(tenant, parent)
                 assert at_limit or no_room or model.closes_cycle(name, parent)
             case Slot(offset=offset, generation=generation):
                 assert name not in model.published
-                assert name not in model.pending
+                if name in model.pending:
+                    assert model.pending[name].heard_s + QUIET_S <= self.now_s, "its owner lives"
+                quiet = model.pending.get(name)
                 assert not model.closes_cycle(name, parent)
                 for change in changes:
                     assert isinstance(change, Removed)
@@ -219,7 +225,11 @@ class ArenaMachine(RuleBasedStateMachine):
                     del model.published[victim]
                 assert len(changes) <= 1
                 assert offset not in model.used()
-                model.pending[name] = Pending(name, offset, generation, owner, self.now_s, parent, model.group(tenant))
+                if quiet is not None:
+                    model.rest(quiet, self.now_s)
+                model.pending[name] = Pending(
+                    name, offset, generation, owner, self.now_s, parent, model.group(tenant), self.now_s
+                )
                 self.handles.append((name, generation, owner))
             case _:
                 raise AssertionError(outcome)
@@ -262,6 +272,16 @@ class ArenaMachine(RuleBasedStateMachine):
             self.model.rest(pending, self.now_s)
             if not landed_wrong:
                 del self.model.resting[pending.offset]
+
+    @rule(data=st.data(), owner=OWNERS, own=st.booleans())
+    def renew(self, data: st.DataObject, owner: str, own: bool) -> None:
+        name, generation, granted_to = self._handle(data)
+        owner = granted_to if own else owner
+        self.model.settle(self.now_s)
+        self.arena.renew([(hash_of(name), SlotGeneration(generation))], owner, self.now_s)
+        pending = self.model.pending.get(name)
+        if pending is not None and (pending.generation, pending.owner) == (generation, owner):
+            pending.heard_s = self.now_s
 
     @rule(names=st.lists(NAMES, max_size=5), holder=OWNERS, ttl_s=st.sampled_from([0.0, 3.0, 100.0]))
     def lease(self, names: list[int], holder: str, ttl_s: float) -> None:

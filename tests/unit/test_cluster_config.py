@@ -12,6 +12,7 @@ from cluster.config import (
     load_config,
     nodes_of,
     parse_bytes,
+    parse_quota,
     store_config,
     threads_of,
 )
@@ -52,6 +53,19 @@ def test_what_no_config_has_is_refused_by_name(tmp_path: Path, text: str, part: 
         load_config(file, {})
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_quotas_reach_the_store_nodes(tmp_path: Path):
+    file = tmp_path / "cluster.toml"
+    file.write_text('store_bytes = 67108864\n[quota_bytes]\nacme = 33554432\n"b.c d" = 1048576\n')
+    config = store_config(load_config(file, {}), LAYOUT)
+    assert config.quota_bytes == {"acme": 32 << 20, "b.c d": 1 << 20}
+    with pytest.raises(ClusterFault, match="quota_bytes"):
+        store_config(load_config(file, {"quota_bytes": {"acme": 65 << 20}}), LAYOUT)
+    assert parse_quota("a=b=2MiB") == ("a=b", 2 << 20)
+    for wrong in ("acme", "acme=much"):
+        with pytest.raises(ValueError, match="not a"):
+            parse_quota(wrong)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path):
@@ -98,6 +112,22 @@ def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_p
     assert disk_path(ClusterConfig(disk_dir="/data"), RunDir(tmp_path), "store-1") == Path("/data/store-1.blocks")
     with pytest.raises(ClusterFault, match="--disk-bytes"):
         store_config(ClusterConfig(disk_bytes=4096), LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (ClusterConfig(s3_url="s3://bucket/x"), "needs both"),
+        (ClusterConfig(s3_bytes=1 << 30), "needs both"),
+        (ClusterConfig(s3_url="https://bucket/x", s3_bytes=1 << 30), "not an address"),
+        (ClusterConfig(s3_url="s3://bucket/x", s3_bytes=4096), "--s3-bytes"),
+        (ClusterConfig(s3_url="s3://bucket/x", s3_bytes=1 << 60), "--s3-bytes"),
+    ],
+)
+def test_an_s3_tier_is_asked_for_with_all_that_it_needs(wrong: ClusterConfig, why: str):
+    store_config(ClusterConfig(s3_url="s3://bucket/x", s3_bytes=1 << 30), LAYOUT)
+    with pytest.raises(ClusterFault, match=why):
+        store_config(wrong, LAYOUT)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from kvstore.arena import Arena
 from kvstore.config import StoreConfig
 from kvstore.pins import HARD, Pins
-from kvstore.tenants import Tenants
+from kvstore.tenants import Tenants, tenant_key
 from tracehaul.wire.blocks import BlockSpec, Full, Pin, PinInfo, PinKind, Pinned, Publication, Removed, Slot
 from tracehaul.wire.ids import BlockHash, Checksum, TraceId
 
@@ -246,7 +246,7 @@ def test_a_tenant_within_its_quota_may_evict_even_softly_pinned_blocks_of_one_ab
 
 def test_furthest_above_first() -> None:
     tenants = Tenants({"a": SLOT, "b": SLOT}, SLOT, 10)
-    shared, a, b = (tenants.group(name) for name in ("", "a", "b"))
+    shared, a, b = (tenants.group(tenant_key(name)) for name in ("", "a", "b"))
     for group in (a, a, b, b, b):
         tenants.take(group)
     assert list(tenants.yielding(shared)) == [b, a, shared]

@@ -5,6 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore.tenants import tenant_key
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import (
     ERASED,
@@ -83,4 +84,28 @@ def test_a_layout_never_exceeds_its_bytes_and_wastes_less_than_two_slots(nbytes:
         return
     assert layout.file_bytes <= nbytes
     assert nbytes - layout.file_bytes < 2 * slot_bytes + 2 * 4096
-    assert layout.data_offset % 4096 == 0
+    assert layout.data_offset % 4096 == layout.records_offset % 4096 == 0
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([4096, 65536]))
+def test_a_resized_file_never_overwrites_what_is_true_before_its_header_says_so(
+    before: int, wanted: int, slot_bytes: int
+) -> None:
+    former, asked = Layout(slot_bytes, before), Layout(slot_bytes, wanted)
+    layout = asked.after(former)
+    assert asked.after(Layout(2 * slot_bytes, before)) is None
+    if layout is None:
+        assert before <= 2 or wanted <= 2, "there was room for something"
+        return
+    if layout == former:
+        assert 0 <= wanted - before <= before * RECORD_BYTES / slot_bytes + 1
+        return
+    regions = sorted([(former.records_offset, former.file_bytes), (layout.records_offset, layout.file_bytes)])
+    assert regions[0][1] <= regions[1][0]
+    assert layout.file_bytes <= asked.file_bytes
+    assert layout.slots_max > before or layout.slots_max >= wanted - before * RECORD_BYTES / slot_bytes - 1
+
+
+def test_a_tenant_is_kept_with_its_block() -> None:
+    record = Record(2, 9, block(5)._replace(tenant=tenant_key("acme")))
+    assert list(unpack_records(region({2: pack_record(record)}), LAYOUT)) == [record]

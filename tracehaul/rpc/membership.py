@@ -91,7 +91,8 @@ class Membership:
         if not self._joined.is_set():
             log.info("joined", router=self._router_address, nodes=len(members.nodes))
             self._joined.set()
-        changed = members.nodes != self._members.nodes
+        last = self._members
+        changed = (members.nodes, members.draining) != (last.nodes, last.draining)
         self._members = members
         if changed:
             self._on_change(members)

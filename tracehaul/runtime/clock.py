@@ -4,7 +4,9 @@ Under the simulator the running loop's clock is virtual, so code that asks here 
 """
 
 import asyncio
+import functools
 import time  # noqa: TID251 - this is that module
+from pathlib import Path
 
 
 def now_s() -> float:
@@ -18,8 +20,22 @@ def perf_s() -> float:
 
 
 def wall_s() -> float:
-    """Unix time: for logs and API timestamps, never for decisions."""
+    """Unix time: for logs and API timestamps, and where only it outlives a restart of the machine. It may be set."""
     return time.time()
+
+
+def boot_s() -> float:
+    """Seconds since the machine started, sleep included: never set, comparable between its processes. Real time."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@functools.cache
+def boot_id() -> str:
+    """Names this run of the machine; empty where it has no name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def wall_ns() -> int:

@@ -72,7 +72,7 @@ class Transfer(Protocol):
 
     @property
     def kind(self) -> str:
-        """``local``, ``shm``, ``nixl`` or ``ucxx``."""
+        """``local``, ``shm``, ``tcp``, ``nixl`` or ``ucxx``."""
         ...
 
     def register(self, memory: Memory) -> Region:
@@ -101,7 +101,14 @@ class Transfer(Protocol):
     async def write(
         self, remote: RegionDescriptor, local: Region, copies: Sequence[Copy], *, timeout_s: float
     ) -> Sequence[Checksum] | None:
-        """Copy our bytes into a peer's region. On return they have landed there. Returns and raises as :meth:`read`."""
+        """Copy our bytes into a peer's region. On return they have landed there.
+
+        Returns the checksum of each copy's bytes, from a transport that has read them back from the peer's region and
+        found them equal to ours; None from one that cannot: whoever takes the bytes then has to verify them.
+
+        Raises:
+            TransferError: also where what was read back is not what was sent. Otherwise as :meth:`read`.
+        """
         ...
 
     async def broken(self) -> None:

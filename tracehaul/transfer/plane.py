@@ -7,7 +7,7 @@ from tracehaul.transfer.base import Region, Transfer
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError
 
-PREFERENCE = ("local", "shm", "nixl", "ucxx")
+PREFERENCE = ("local", "shm", "nixl", "tcp", "ucxx")
 """Kinds by cost per byte, cheapest first."""
 
 

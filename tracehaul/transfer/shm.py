@@ -11,6 +11,7 @@ import os
 import select
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -27,12 +28,16 @@ from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.ids import Checksum
 
-STEP_BYTES = 256 << 10
+STEP_BYTES = 512 << 10
 """Copied, then summed while it is still in the core's cache: the sum costs a tenth of what it costs from memory."""
-TURN_BYTES = 8 << 20
-"""Copied before others that wait for a thread have their turn: about a millisecond."""
+TURN_BYTES = 2 << 20
+"""Copied before others that wait for a thread have their turn: some tenths of a millisecond."""
 TURN_COPY_BYTES = 16 << 10
 """A copy counts for at least so much of a turn: tiny ones cost time, too."""
+THREADS = 2
+"""That share a transfer, if the offload has so many: one does not fill a memory bus."""
+SHARED_BYTES = 1 << 20
+"""A smaller one is not shared: waking a thread costs as much as copying it."""
 DYING_MS = 200
 """How long a process whose memory file cannot be opened is given to turn out to be dying."""
 MAPPINGS_MAX = 1024
@@ -147,7 +152,7 @@ class ShmTransfer:
         if remote.kind != self.kind:
             raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
         nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
-        job = _Job(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), inward)
+        job = _Job(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), nbytes, inward)
         work = asyncio.create_task(self._run(remote, job))
         self._jobs[work] = job
         work.add_done_callback(self._jobs.pop)
@@ -156,9 +161,7 @@ class ShmTransfer:
     async def _run(self, remote: RegionDescriptor, job: "_Job") -> list[Checksum]:
         mapping = await self._mapping(remote)
         mapping.check_alive()
-        turns = job.turns(mapping.array)
-        while await self._offload.run(partial(next, turns, False)):
-            pass
+        await self._offload.turns(*[job.turns(mapping.array) for _ in range(job.threads)])
         if job.stopped:
             raise TransferLost(f"transfer with {remote.owner} was given up")
         # A read that outlived its owner is not a read: nobody vouches for the bytes.
@@ -208,15 +211,17 @@ class ShmTransfer:
 
 
 class _Job:
-    """One transfer, done in turns; it can be stopped after any step."""
+    """One transfer, done in turns by one or more threads; it can be stopped after any step."""
 
-    def __init__(self, ours: Bytes, copies: tuple[Copy, ...], inward: bool) -> None:
+    def __init__(self, ours: Bytes, copies: tuple[Copy, ...], nbytes: int, inward: bool) -> None:
         self._ours = ours
         self._copies = copies
         self._inward = inward
+        self._next = count()
         self._stopped = False
-        self.sums: list[Checksum] = []
-        """Of our bytes, one per copy that is done."""
+        self.threads = THREADS if nbytes >= SHARED_BYTES and len(copies) > 1 else 1
+        self.sums = [Checksum(0)] * len(copies)
+        """Of the bytes where they landed, one per copy that is done."""
 
     @property
     def stopped(self) -> bool:
@@ -227,28 +232,33 @@ class _Job:
         """Start no further step."""
         self._stopped = True
 
-    def turns(self, theirs: Bytes) -> Iterator[bool]:
-        """Copy and sum; yields True after each turn that was not the last.
+    def turns(self, theirs: Bytes) -> Iterator[None]:
+        """Copy and sum what no other has begun; yields after each turn.
 
         Advanced in the offload: numpy and xxhash let go of the interpreter lock.
         """
         room = TURN_BYTES
-        for local_offset, remote_offset, nbytes in self._copies:
+        while (index := next(self._next)) < len(self._copies):
+            local_offset, remote_offset, nbytes = self._copies[index]
             mine = self._ours[local_offset : local_offset + nbytes]
             other = theirs[remote_offset : remote_offset + nbytes]
             source, target = (other, mine) if self._inward else (mine, other)
-            summing = xxh3_64()
+            summing, landing = xxh3_64(), xxh3_64()
             for start in range(0, nbytes, STEP_BYTES):
                 if room <= 0:
-                    yield True
+                    yield
                     room = TURN_BYTES
                 if self._stopped:
                     return
                 end = start + STEP_BYTES
                 np.copyto(target[start:end], source[start:end])
-                summing.update(mine[start:end].data)
+                landing.update(target[start:end].data)
+                if not self._inward:
+                    summing.update(source[start:end].data)
                 room -= max(min(STEP_BYTES, nbytes - start), TURN_COPY_BYTES)
-            self.sums.append(Checksum(summing.intdigest()))
+            self.sums[index] = Checksum(landing.intdigest())
+            if not self._inward and summing.intdigest() != self.sums[index]:
+                raise TransferError(f"{nbytes} bytes written at {remote_offset} are not there")
 
 
 def host_identity() -> str:

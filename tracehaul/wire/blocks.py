@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 from tracehaul.wire.base import Message
-from tracehaul.wire.ids import BlockHash, Checksum, Generation, LeaseId, SlotGeneration, TraceId
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, LeaseId, NodeId, SlotGeneration, TraceId
 
 
 class BlockSpec(msgspec.Struct, frozen=True):
@@ -21,8 +21,8 @@ class Reserve(Message, frozen=True):
     """Writer -> store: give me slots. Answered with :class:`Reserved`, one outcome per block, same order."""
 
     blocks: tuple[BlockSpec, ...]
-    tenant: str = ""
-    """Whose quota the slots count against."""
+    tenant: str | int = ""
+    """Whose quota the slots count against: its name; its key where a name is not known, as in a copy."""
 
 
 class Slot(msgspec.Struct, frozen=True, tag=True):
@@ -72,6 +72,8 @@ class Publish(Message, frozen=True):
     """Writer -> store: make these visible. Answered with :class:`Published`."""
 
     blocks: tuple[Publication, ...]
+    verified: bool = False
+    """The writer's transport has read the bytes back where they landed, and they match: the node need not."""
 
 
 PublishOutcome = Literal["published", "fenced", "corrupt"]
@@ -85,6 +87,13 @@ class Published(Message, frozen=True):
 
 class Abandon(Message, frozen=True):
     """Writer -> store: I will not publish these reservations, and no write of mine is under way."""
+
+    blocks: tuple[tuple[BlockHash, SlotGeneration], ...]
+
+
+class Renew(Message, frozen=True):
+    """Writer -> store: I am still writing these. Without a sign of life for about a second, a reservation passes on
+    to the next who asks for its block; with it, it lasts as long as any. Unknown ones are ignored."""
 
     blocks: tuple[tuple[BlockHash, SlotGeneration], ...]
 
@@ -145,6 +154,7 @@ class Revoke(Message, frozen=True):
 class Await(Message, frozen=True):
     """Anyone -> store: tell me when none of these is being written any more, or ``timeout_s`` has passed.
 
+    A block whose writer has gone silent (:class:`Renew`) is no longer being written: who asks for it gets it.
     Answered with :class:`Awaited`; refused as overloaded where too many wait already.
     """
 
@@ -162,6 +172,9 @@ class Awaited(Message, frozen=True):
 
 
 PinKind = Literal["soft", "hard"]
+
+REPLICAS_MAX = 8
+"""Copies that one pin may ask for."""
 
 
 class Pin(Message, frozen=True):
@@ -181,6 +194,11 @@ class Pin(Message, frozen=True):
     priority: float = 1024.0
     """Of a soft pin: it halves with each half-life of the store's, and ends where it reaches 1."""
     tenant: str = ""
+    replicas: int = 1
+    """Copies of what it covers, on that many store nodes, up to :data:`REPLICAS_MAX`: the node that is told makes the
+    others, and again those that are lost. Fewer while fewer nodes live."""
+    holders: tuple[NodeId, ...] = ()
+    """Empty from the router. Between store nodes: who has the pin, the one that sees to its copies first."""
 
 
 class Pinned(Message, frozen=True):
@@ -220,6 +238,10 @@ class PinInfo(msgspec.Struct, frozen=True):
     bytes: int
     """What the held ones take."""
     remaining_s: float
+    replicas: int = 1
+    """Copies asked for."""
+    holders: tuple[NodeId, ...] = ()
+    """Nodes that have the pin, as far as this one knows; empty where one copy was asked for."""
 
 
 class PinList(Message, frozen=True):
@@ -338,3 +360,33 @@ class PrefetchState(Message, frozen=True):
     blocks: int = 0
     done: int = 0
     missed: int = 0
+
+
+class Drain(Message, frozen=True):
+    """Operator -> store: take nothing new, and move all that you hold to other nodes; asking again says how far it is.
+
+    Answered with :class:`DrainState`; refused as unavailable where no other node could take anything. Blocks stay
+    readable here until the node is stopped.
+    """
+
+    cancel: bool = False
+    """Serve as before. What was moved is in both places then."""
+
+
+class DrainState(Message, frozen=True):
+    """How far a drain is. One that cannot go on says why, and goes on when it can."""
+
+    state: Literal["serving", "draining", "drained"]
+    """``drained``: all that is here is on other nodes too. New blocks of writers that had begun make it ``draining``
+    again, and so does the loss of a node that took some."""
+    blocks_left: int = 0
+    bytes_left: int = 0
+    pins_left: int = 0
+    blocks_moved: int = 0
+    """Since the drain began; those that the other node had already are counted too."""
+    bytes_moved: int = 0
+    blocks_lost: int = 0
+    """Gone from here before they were moved (evicted, or their bytes were bad), or moved twice and evicted there both
+    times. A node that joins later gets those that are still here."""
+    held_up: str = ""
+    """Why what is left could not be moved when it was last tried."""

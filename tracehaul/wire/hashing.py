@@ -8,14 +8,15 @@ A *tail* (a step's last, partial block of ``k < block_tokens`` tokens) is hashed
 ``k`` ids, so a reader finds it by trying the lengths that its own prompt allows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
 
 import msgspec
 import numpy as np
 from blake3 import blake3
 from xxhash import xxh3_64_intdigest
 
-from tracehaul.wire.ids import BlockHash, Checksum
+from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 
 HASH_BYTES = 16
 TOKEN_BYTES = 4
@@ -106,3 +107,16 @@ def tail_candidates(parent: BlockHash, tokens: bytes, block_tokens: int) -> list
 def checksum(data: bytes | bytearray | memoryview) -> Checksum:
     """xxh3-64 of ``data``: set at publish, verified wherever the bytes land."""
     return Checksum(xxh3_64_intdigest(data))
+
+
+def weight(node: NodeId, key: str) -> bytes:
+    """A node's claim on a key (a trace, or a block's hash in hex): the one with the highest is its home."""
+    return blake2b(f"{node}|{key}".encode(), digest_size=8).digest()
+
+
+def by_weight(nodes: Iterable[NodeId], key: str) -> list[NodeId]:
+    """Rendezvous hashing: the home of ``key`` first, then who takes it if that is gone, and so on.
+
+    Every process finds the same order, and a node that joins or leaves moves no other in it.
+    """
+    return sorted(nodes, key=lambda node: (weight(node, key), node), reverse=True)

@@ -7,6 +7,8 @@ from tracehaul.wire.blocks import (
     Attached,
     Await,
     Awaited,
+    Drain,
+    DrainState,
     Events,
     Existing,
     Exists,
@@ -23,6 +25,7 @@ from tracehaul.wire.blocks import (
     Publish,
     Published,
     Release,
+    Renew,
     Reserve,
     Reserved,
     Revoke,
@@ -42,6 +45,7 @@ Request = (
     | Reserve
     | Publish
     | Abandon
+    | Renew
     | Lease
     | Release
     | Exists
@@ -56,6 +60,7 @@ Request = (
     | Prefetch
     | PrefetchPoll
     | PrefetchCancel
+    | Drain
     | PrefillStep
     | DecodeStep
 )
@@ -74,6 +79,7 @@ Reply = (
     | Events
     | TierList
     | PrefetchState
+    | DrainState
     | PrefillProgress
     | PrefillToken
     | PrefillDone

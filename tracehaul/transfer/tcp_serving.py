@@ -1,0 +1,165 @@
+"""The owner's end of the TCP transport: sends and lands bytes of registered regions, for whoever knows their tokens."""
+
+import socket
+import threading
+from collections.abc import Mapping
+
+from tracehaul.runtime import clock
+from tracehaul.transfer import tcp_wire as wire
+from tracehaul.transfer.cursor import Cursor
+from tracehaul.transfer.landing import COPIES_MAX
+from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
+
+CONNECTIONS_MAX = 4096
+PAUSE_S = 0.05
+STALL_S = 10.0
+"""A write whose next bytes take longer is cut off. A writer that was frozen must not land bytes in a slot that has
+been given to another meanwhile: this is well below the time that a store lets such a slot rest."""
+
+
+class Listener:
+    """Takes connections."""
+
+    def __init__(self, host: str, pump: Pump, regions: Mapping[bytes, memoryview]) -> None:
+        self.socket = socket.create_server((host, 0))
+        self.socket.setblocking(False)
+        self._pump = pump
+        self._regions = regions
+        self.serving: set[Serving] = set()
+
+    def advance(self) -> bool:
+        """Accept what waits."""
+        try:
+            while True:
+                accepted, _ = self.socket.accept()
+                if len(self.serving) >= CONNECTIONS_MAX:
+                    accepted.close()
+                    continue
+                wire.prepare(accepted)
+                serving = Serving(accepted, self)
+                self.serving.add(serving)
+                self._pump.add(serving, READABLE)
+        except BlockingIOError:
+            pass
+        except OSError:  # no descriptor is left: others must end first
+            threading.Event().wait(PAUSE_S)
+        self._pump.arm(self, READABLE)
+        return False
+
+    def region(self, token: bytes) -> memoryview | None:
+        """The region of that token."""
+        return self._regions.get(token)
+
+    def arm(self, serving: "Serving", events: int) -> None:
+        """See :class:`.pump.Pump`."""
+        self._pump.arm(serving, events)
+
+
+class Serving:
+    """One connection; one request after the other."""
+
+    def __init__(self, sock: socket.socket, listener: Listener) -> None:
+        self.socket = sock
+        self._listener = listener
+        self._begin()
+
+    def _begin(self) -> None:
+        self._inbox = bytearray()
+        self._head: wire.Head | None = None
+        self._landing: Cursor | None = None
+        self._answering = False
+        self._reply = b""
+        self._sending: Cursor | None = None
+        self._refused = False
+        self._moved_s = clock.perf_s()
+
+    def advance(self) -> bool:
+        try:
+            events = self._go()
+        except OSError:
+            events = None
+        if events is None:
+            self._listener.serving.discard(self)
+            return True
+        self._listener.arm(self, events)
+        return False
+
+    def _go(self) -> int | None:
+        """What to wait for next; None: the connection is over."""
+        while True:
+            if not self._answering:
+                if not self._take_request():
+                    return None if self._refused else READABLE
+                if self._landing is not None and not self._land(self._landing):
+                    return None if self._refused else READABLE
+                self._answering = True
+            if not self._answer():
+                return WRITABLE
+            if self._refused:
+                return None
+            self._begin()
+
+    def _take_request(self) -> bool:
+        """Whether the head and all ranges are here, and the reply or the landing has been prepared."""
+        if self._landing is not None:
+            return True
+        if self._head is None:
+            if not self._fill(wire.HEAD.size):
+                return False
+            self._head = wire.unpack_head(self._inbox)
+            if self._head is None or self._head.ranges > COPIES_MAX:
+                self._refused = True
+                return False
+        head = self._head
+        if not self._fill(wire.HEAD.size + head.ranges * wire.RANGE.size):
+            return False
+        ranges = wire.unpack_ranges(self._inbox[wire.HEAD.size :])
+        region = self._listener.region(head.token)
+        if region is None or region.nbytes != head.region_bytes:
+            self._refuse(wire.UNKNOWN_REGION)
+        elif any(offset + nbytes > region.nbytes for offset, nbytes in ranges):
+            self._refuse(wire.BAD_RANGE)
+        elif head.way == wire.READ:
+            self._reply = wire.OK
+            self._sending = Cursor(region, ranges, summing=False)
+        else:
+            self._landing = Cursor(region, ranges, summing=True)
+            self._moved_s = clock.perf_s()
+        return True
+
+    def _refuse(self, status: bytes) -> None:
+        self._reply = status
+        self._refused = True
+
+    def _land(self, landing: Cursor) -> bool:
+        """Whether a write's bytes have all landed."""
+        if clock.perf_s() - self._moved_s > STALL_S:
+            self._refused = True
+            return False
+        if not wire.receive(self.socket, landing):
+            self._moved_s = clock.perf_s()
+            return False
+        self._reply = wire.OK + wire.pack_sums(landing.sums)
+        return True
+
+    def _answer(self) -> bool:
+        """Whether all of the reply is sent."""
+        while self._reply:
+            try:
+                sent = self.socket.send(self._reply)
+            except BlockingIOError:
+                return False
+            self._reply = self._reply[sent:]
+        return self._sending is None or wire.send(self.socket, self._sending)
+
+    def _fill(self, nbytes: int) -> bool:
+        """Whether so many bytes of the request are here."""
+        while len(self._inbox) < nbytes:
+            try:
+                received = self.socket.recv(nbytes - len(self._inbox))
+            except BlockingIOError:
+                return False
+            if not received:
+                raise ConnectionResetError("the requester is gone")
+            self._inbox += received
+        return True
