@@ -24,8 +24,11 @@ from kvstore.arena import Arena
 from kvstore.tiers.base import Change, Tier, TierBlock, readable
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot, Stored
 from tracehaul.wire.ids import BlockHash, LeaseId
+
+seldom = Seldom(Log(__name__))
 
 TIER_HOLDER = "\0tier"
 """Holder of what is on its way up or down: no connection has this name."""
@@ -117,9 +120,21 @@ class Tiering:
         self._coming: dict[BlockHash, _Promotion] = {}
         self._promotions: set[_Promotion] = set()
         self._closed = False
+        self._scrubbing = asyncio.Event()
+        """Set when the scrubber's rate may have become other than 0."""
         tier.listen(self._on_tier)
         tier.protect(arena.rank, arena.quota_shares())
         arena.stand_over(self)
+
+    @property
+    def config(self) -> TieringConfig:
+        """Its limits as they are now."""
+        return self._config
+
+    def reconfigure(self, config: TieringConfig) -> None:
+        """Other limits from now on."""
+        self._config = config
+        self._scrubbing.set()
 
     @property
     def behind(self) -> int:
@@ -159,6 +174,8 @@ class Tiering:
                 self.stats.demoted += 1
             else:
                 self.stats.evicted_unwritten += waited
+                if waited:
+                    seldom.warning("blocks leave memory before they are written: the tier is slow", tier=self.tier.name)
                 told.append(change)
         return told
 
@@ -195,6 +212,7 @@ class Tiering:
 
         They can be evicted as soon as the block is left: take a lease inside, without waiting.
         """
+        kept = self._keep(hashes)
         joined = self._join(hashes)
         try:
             tasks = [promotion.task for promotion in joined if promotion.task is not None]
@@ -207,6 +225,19 @@ class Tiering:
             for promotion in joined:
                 promotion.waiters -= 1
                 self._let_go(promotion)
+            if kept is not None:
+                self._arena.release(kept, TIER_HOLDER)
+                self._settle()
+
+    def _keep(self, hashes: Sequence[BlockHash]) -> LeaseId | None:
+        """Those of ``hashes`` that are in memory must not make room for the others that come up."""
+        in_memory = self._arena.exists(hashes)
+        rest = [block_hash for block_hash, there in zip(hashes, in_memory, strict=True) if not there]
+        if 1 not in in_memory or not any(self.tier.find(block_hash) is not None for block_hash in rest):
+            return None
+        held = [block_hash for block_hash, there in zip(hashes, in_memory, strict=True) if there]
+        kept, _ = self._arena.hold(held, TIER_HOLDER, HOLD_S, clock.now_s())
+        return kept
 
     def _join(self, hashes: Sequence[BlockHash]) -> list[_Promotion]:
         """The promotions that bring ``hashes``, those under way and new ones, each with one waiter more."""
@@ -284,8 +315,7 @@ class Tiering:
             for _ in range(self.tier.stores_max):
                 group.create_task(self._write_behind())
             group.create_task(self._flush())
-            if self._config.scrub_bytes_s:
-                group.create_task(self._scrub())
+            group.create_task(self._scrub())
 
     async def drain(self) -> None:
         """Write what waits to be written, until the device refuses. Beside :meth:`run` or after it."""
@@ -349,10 +379,12 @@ class Tiering:
         if tier is None:
             return
         view = memoryview(mmap.mmap(-1, self._slot_bytes))
-        rate = self._config.scrub_bytes_s
         at: int | None = None
         owed_s = 0.0
         while True:
+            while not (rate := self._config.scrub_bytes_s):
+                self._scrubbing.clear()
+                await self._scrubbing.wait()
             at = await tier.scrub(at, view)
             owed_s += self._slot_bytes / rate
             if at is None:
