@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from kvstore.tiers.base import Change, LoadOutcome, StoreOutcome, TierBlock, TierStats
+from kvstore.tiers.base import Change, LoadOutcome, StoreOutcome, Tier, TierBlock, TierStats
 from tracehaul.transfer.base import Copy, Memory, Region, Transfer
 from tracehaul.wire.blocks import RegionDescriptor, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
@@ -91,6 +91,8 @@ class LyingTier:
 
     def __init__(self, dice: random.Random, share: float) -> None:
         self.name = "remote"
+        self.stores_max = 1
+        self.metered = True
         self.stats = TierStats()
         self.lying = False
         self.lied: set[BlockHash] = set()
@@ -109,6 +111,17 @@ class LyingTier:
     @property
     def bytes_max(self) -> int:
         return 1 << 40
+
+    @property
+    def available(self) -> bool:
+        return True
+
+    @property
+    def parts(self) -> Sequence[Tier]:
+        return (self,)
+
+    async def run(self) -> None:
+        pass
 
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         self._listener = listener

@@ -18,8 +18,9 @@ import uvloop
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
-from kvstore.tiers.base import Tier
-from kvstore.tiers.disk import NoDisk, open_disk
+from cluster.tiers import open_tiers
+from kvstore.tiers.disk import NoDisk
+from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
 from tracehaul.rpc.base import Service
@@ -55,7 +56,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, TransferError, OSError) as fault:
+    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -210,21 +211,20 @@ class _Node:
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
-        tier: Tier | None = None
-        journal: PinJournal | None = None
-        if chosen.disk_bytes:
-            path = disk_path(chosen, self._run, self._spec.name)
-            tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
+        tier, tier_stats = await open_tiers(chosen, self._run, self._spec.name, config.slot_bytes)
+        if tier is not None:
             stack.callback(tier.close)
-            journal = await open_journal(path.with_suffix(".pins"))  # the lock on the tier's file is on it too
+        journal: PinJournal | None = None
+        if chosen.disk_bytes:  # the lock on the tier's file is on it too
+            journal = await open_journal(disk_path(chosen, self._run, self._spec.name).with_suffix(".pins"))
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
         stack.push_async_callback(store.aclose)
-        stats: dict[str, msgspec.Struct] = {"store": store.stats}
+        stats: dict[str, msgspec.Struct] = {"store": store.stats, **tier_stats}
         if store.neighbours is not None:
             stats.update(store.neighbours.stats)
-        if tier is not None and store.tiering is not None:
-            stats.update(disk=tier.stats, tiering=store.tiering.stats)
+        if store.tiering is not None:
+            stats.update(tiering=store.tiering.stats)
         if journal is not None:
             stats.update(pins=journal.stats)
         return Room(store, stats, store.load, store.set_members, background=(store.run(),))

@@ -15,8 +15,9 @@ from kvstore.neighbours import Neighbours, Others
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
-from kvstore.tiers.base import Change, Tier
+from kvstore.tiers.base import Change, Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
+from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
@@ -180,10 +181,12 @@ class StoreNode:
             load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
-        tier = self.tiering.tier
-        return msgspec.structs.replace(
-            load, disk_blocks=len(tier), disk_bytes_used=tier.bytes_used, disk_bytes_max=tier.bytes_max
-        )
+        below: dict[str, int] = {}
+        for tier in self.tiering.tier.parts:
+            below[f"{tier.name}_blocks"] = len(tier)
+            below[f"{tier.name}_bytes_used"] = tier.bytes_used
+            below[f"{tier.name}_bytes_max"] = tier.bytes_max
+        return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
         """What a tier, a journal and copies need done in the background, for as long as the node serves."""
@@ -329,11 +332,11 @@ class StoreNode:
         return Reserved(tuple(outcomes))
 
     def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str | int) -> list[ReserveOutcome]:
-        """What a tier has needs no slot: it comes up when somebody reads it."""
+        """What a tier can give needs no slot: it comes up when somebody reads it."""
         if self.tiering is None:
             return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
-        find = self.tiering.tier.find
-        below = [find(block.hash) is not None for block in blocks]
+        tier = self.tiering.tier
+        below = [readable(tier, block.hash) for block in blocks]
         missing = [block for block, there in zip(blocks, below, strict=True) if not there]
         answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
         return [Present() if there else next(answers) for there in below]
@@ -344,10 +347,13 @@ class StoreNode:
         counters = {"evicted": arena.evicted, "corrupt": self.stats.corrupt_held}
         yield TierInfo("memory", len(arena), load.bytes_used, load.bytes_max, counters)
         if self.tiering is not None:
-            tier = self.tiering.tier
-            counters = {**msgspec.structs.asdict(tier.stats), **msgspec.structs.asdict(self.tiering.stats)}
-            counters["waiting"] = self.tiering.behind
-            yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+            moves: dict[str, int] = {**msgspec.structs.asdict(self.tiering.stats), "waiting": self.tiering.behind}
+            for tier in self.tiering.tier.parts:
+                counters = {**msgspec.structs.asdict(tier.stats), **moves}
+                yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+                # Each tier shows what comes to it from the one above.
+                if isinstance(self.tiering.tier, Stack):
+                    moves = {**msgspec.structs.asdict(self.tiering.tier.moves), "waiting": self.tiering.tier.behind}
 
     def _prefetched(self, request: Prefetch | PrefetchPoll | PrefetchCancel) -> PrefetchState:
         if self._prefetch is None:
