@@ -381,6 +381,9 @@ class World:
         below = self.shape.below
         if below is None:
             return None
+        if any(isinstance(fault, Retire) for fault in self.plan.faults):
+            # A drain hands a trace's pin to other nodes: then a trace must have one, as a router's has.
+            below = msgspec.structs.replace(below, replicas=max(2, below.replicas))
         peers = Peers(self.network.at(ADDRESS))
         return Keeper(self._seed, below, peers, self._stores, self.pins)
 
