@@ -141,6 +141,9 @@ class LyingTier:
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         self._listener = listener
 
+    def reshare(self, shares: Mapping[str, float]) -> None:
+        pass
+
     def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
         pass
 

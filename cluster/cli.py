@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import msgspec
 import typer
 from rich import box
@@ -14,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import base_url, load_config, load_plan, parse_bytes, parse_quota
+from cluster.members import ask_router
 from cluster.rundir import ClusterFault, RunDir, alive
+from cluster.store_cli import app as store_app
 from router.steps import NodeStatus
 from tracehaul import __version__
 
@@ -31,12 +32,13 @@ app = typer.Typer(
     epilog="Begin with: [bold]tracehaul up[/], then [bold]tracehaul status[/], in the end [bold]tracehaul down[/].",
 )
 
+app.add_typer(store_app, name="store")
+
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
 ]
 DEFAULT_RUN_DIR = Path(".run")
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
-STATUS_TIMEOUT_S = 5.0
 WIDE_COLUMNS = 110
 
 
@@ -194,16 +196,7 @@ def status(
     if url is None:
         local = RunDir(run_dir)
         url = base_url(load_plan(local).config)
-    try:
-        answer = httpx.get(f"{url.rstrip('/')}/cluster", timeout=STATUS_TIMEOUT_S, trust_env=False)
-        answer.raise_for_status()
-        nodes = msgspec.json.decode(answer.content, type=list[NodeStatus])
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ClusterFault(
-            f"no router answers at {url}: {error}; the logs of a cluster here are in {run_dir}/logs"
-        ) from error
-    except msgspec.DecodeError as error:
-        raise ClusterFault(f"{url} answers, but not as a tracehaul router: {error}") from error
+    nodes = ask_router(url, f"the logs of a cluster here are in {run_dir}/logs")
     # A pipe has no width to respect.
     console = out if out.is_terminal else Console(width=WIDE_COLUMNS)
     console.print(_status_table(url, nodes, local, wide=console.width >= WIDE_COLUMNS))

@@ -1,10 +1,10 @@
 """A node's counters and gauges in Prometheus' text format.
 
-Rooms count in plain structs and know nothing of metrics; here every field of such a struct becomes a metric of the
-same name, read when somebody asks.
+Rooms count in plain structs and know nothing of metrics; here every field of such a struct becomes a metric (by
+:mod:`cluster.metric_names`), read when somebody asks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -14,6 +14,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from cluster.metric_names import GAUGES, OTHER_COUNTERS, counter_of, load_of
+from cluster.metric_names import Metric as Named
 from tracehaul.wire.cluster import NodeLoad
 
 
@@ -27,40 +29,68 @@ class StructCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         for part, stats in self._stats.items():
             for field in msgspec.structs.fields(stats):
-                # Seconds carry their unit where Prometheus wants it: spelled out, before "total".
-                seconds = field.name.endswith("_s")
-                name = (
-                    f"tracehaul_{part}_{field.name.removesuffix('_s')}_seconds"
-                    if seconds
-                    else (f"tracehaul_{part}_{field.name}")
-                )
-                yield _counter(name, getattr(stats, field.name))
+                metric = counter_of(part, type(stats).__name__, field.name)
+                yield _counter(metric, getattr(stats, field.name))
         if self._load is not None:
             load = self._load()
             for field in msgspec.structs.fields(load):
-                value = float(getattr(load, field.name))
-                yield GaugeMetricFamily(f"tracehaul_node_{field.name}", f"{field.name} now", value=value)
+                metric = load_of(field.name)
+                yield GaugeMetricFamily(metric.name, metric.help, value=float(getattr(load, field.name)))
 
 
-def _counter(name: str, value: float | dict[str, int]) -> Metric:
+def _counter(metric: Named, value: float | dict[str, int]) -> Metric:
     """One count, or one per reason."""
     if not isinstance(value, dict):
-        return CounterMetricFamily(name, "since the node's start", value=float(value))
-    family = CounterMetricFamily(name, "since the node's start", labels=["reason"])
+        return CounterMetricFamily(metric.name, metric.help, value=float(value))
+    family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
     # A copy in one step: the event loop may add a reason while another thread reads.
     for reason, count in value.copy().items():
         family.add_metric([reason], count)
     return family
 
 
+def gauge(name: str, values: float | Mapping[str, float]) -> Metric:
+    """A gauge of :data:`cluster.metric_names.GAUGES`: one value, or one by label."""
+    metric = GAUGES[name]
+    if not isinstance(values, Mapping):
+        return GaugeMetricFamily(f"tracehaul_{name}", metric.help, value=float(values))
+    family = GaugeMetricFamily(f"tracehaul_{name}", metric.help, labels=metric.labels)
+    for label, value in values.items():
+        family.add_metric([label], value)
+    return family
+
+
+def counter(name: str, value: float) -> Metric:
+    """A counter of :data:`cluster.metric_names.OTHER_COUNTERS`."""
+    return CounterMetricFamily(f"tracehaul_{name}", OTHER_COUNTERS[name].help, value=float(value))
+
+
+class LateCollector(Collector):
+    """Metrics that ``read`` makes at each scrape, from any thread."""
+
+    def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()
+
+
 class NodeMetrics:
     """One node's registry, and the page that shows it."""
 
-    def __init__(self, stats: Mapping[str, msgspec.Struct], load: Callable[[], NodeLoad] | None) -> None:
+    def __init__(
+        self,
+        stats: Mapping[str, msgspec.Struct],
+        load: Callable[[], NodeLoad] | None,
+        more: Sequence[Callable[[], Iterable[Metric]]] = (),
+    ) -> None:
+        """``more``: read at each scrape too."""
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         self._registry.register(StructCollector(stats, load))
+        for read in more:
+            self._registry.register(LateCollector(read))
 
     def render(self) -> bytes:
         """The page."""

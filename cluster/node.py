@@ -8,17 +8,19 @@ import asyncio
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import uvloop
+from prometheus_client.metrics_core import Metric
 
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_tiers
+from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine, EngineInfo
@@ -33,7 +35,6 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
 from tracehaul.wire.errors import TransferError
 from tracehaul.wire.ids import Generation, NodeId
@@ -41,7 +42,6 @@ from tracehaul.wire.ids import Generation, NodeId
 log = Log(__name__)
 
 DRAIN_POLL_S = 0.05
-HOST = "127.0.0.1"
 LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
@@ -74,6 +74,8 @@ class Room(NamedTuple):
     """A worker's engine."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
     """Runs for as long as the node serves; its failure is the node's."""
+    metrics: tuple[Callable[[], Iterable[Metric]], ...] = ()
+    """Beside those of ``stats`` and ``load``."""
 
 
 class _Node:
@@ -119,7 +121,7 @@ class _Node:
         async with AsyncExitStack() as stack:
             server = await network.listen(LISTEN, room.service)
             stack.push_async_callback(server.close)
-            metrics, close_metrics = NodeMetrics(room.stats, room.load).serve()
+            metrics, close_metrics = NodeMetrics(room.stats, room.load, room.metrics).serve()
             stack.callback(close_metrics)
             self._tell(phase="joining", address=server.address, metrics=metrics)
             info = self._info(role, server.address, room.info)
@@ -174,25 +176,7 @@ class _Node:
     async def _planes(self, stack: AsyncExitStack, memory: Memory, offload: ThreadOffload) -> list[Plane]:
         """This process's memory on the transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer: Transfer
-        match self._plan.config.transport:
-            case "shm":
-                transfer = ShmTransfer(owner, offload)
-                log.info("transport", kind="shm", why="configured")
-            case "tcp":
-                from tracehaul.transfer.tcp import TcpTransfer
-
-                transfer = TcpTransfer(owner, HOST)
-                log.info("transport", kind="tcp", why="configured")
-            case "nixl":
-                from tracehaul.transfer.network import open_network
-
-                transfer = open_network(owner)
-            case "ucxx":
-                from tracehaul.transfer.ucxx import UcxxTransfer
-
-                transfer = UcxxTransfer(owner)
-                log.info("transport", kind="ucxx", why="configured")
+        transfer = open_transport(self._plan.config.transport, owner, offload)
         stack.push_async_callback(transfer.close)
         self._transfers.append(transfer)
         return [Plane(transfer, transfer.register(memory))]
@@ -203,6 +187,7 @@ class _Node:
         return memory
 
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
+        from cluster.store_metrics import store_metrics, transfer_metrics
         from kvstore.neighbours import Others
         from kvstore.node import StoreNode
         from kvstore.pin_journal import PinJournal, open_journal
@@ -227,11 +212,13 @@ class _Node:
             stats.update(tiering=store.tiering.stats)
         if journal is not None:
             stats.update(pins=journal.stats)
-        return Room(store, stats, store.load, store.set_members, background=(store.run(),))
+        metrics = (store_metrics(store), transfer_metrics(planes))
+        return Room(store, stats, store.load, store.set_members, background=(store.run(),), metrics=metrics)
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
     ) -> Room:
+        from cluster.store_metrics import client_metrics, transfer_metrics
         from decode.worker import DecodeService
         from kvstore.client import StoreClient
         from kvstore.staging import Staging
@@ -252,6 +239,7 @@ class _Node:
         stack.push_async_callback(client.aclose)
         host = WorkerHost(engine, client, config.worker)
         stats = {"worker": host.stats, "store_client": client.stats}
+        metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
         match role:
             case "prefill":
                 prefill = PrefillService(host)
@@ -259,10 +247,10 @@ class _Node:
                 def on_members(members: Members) -> None:
                     host.set_nodes(members.nodes, members.draining)
 
-                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),))
+                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),), metrics)
             case "decode":
                 decode = DecodeService(host, peers)
-                return Room(decode, stats, host.load, decode.set_members, engine.info, (host.run(),))
+                return Room(decode, stats, host.load, decode.set_members, engine.info, (host.run(),), metrics)
 
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig

@@ -41,6 +41,7 @@ from tracehaul.wire.blocks import (
     TooLarge,
 )
 from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
+from tracehaul.wire.operations import TenantUsage
 
 FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED = range(5)
 
@@ -94,6 +95,7 @@ class Arena:
         self._reservations = Reservations(config.reservation_ttl_s)
         self._leases = Leases()
         self._quarantine: deque[tuple[float, int]] = deque()  # (until_s, slot), in order
+        self._scratch: dict[BlockHash, str] = {}  # reserved or published for a measurement: by whom
         # Who gives way.
         self._tenants = Tenants(config.quota_bytes, config.slot_bytes, slots)
         self._pins = Pins(config)
@@ -137,6 +139,19 @@ class Arena:
     def pins(self) -> int:
         """Open pins."""
         return len(self._pins)
+
+    @property
+    def hard_pinned(self) -> int:
+        """Blocks that hard pins cover, there or not; one that two of them cover counts twice."""
+        return self._pins.hard
+
+    def usage(self) -> list[TenantUsage]:
+        """What each group of tenants takes of its quota, the shared one first."""
+        slot_bytes, tenants = self._config.slot_bytes, self._tenants  # metrics read this from another thread
+        return [
+            TenantUsage(name, tenants.quota(group) * slot_bytes, tenants.used(group) * slot_bytes)
+            for group, name in enumerate(tenants.names)
+        ]
 
     def quota_shares(self) -> dict[str, float]:
         """The part of the arena that each tenant with a quota is sure of."""
@@ -186,7 +201,9 @@ class Arena:
         return None if slot is None else BlockSpec(block_hash, self._families.parent(slot), self._size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
-        """All visible hashes, oldest publish first: a snapshot as of the last change."""
+        """All visible hashes but scratch ones, oldest publish first: a snapshot as of the last change."""
+        if self._scratch:
+            return tuple([block_hash for block_hash in self._published if block_hash not in self._scratch])
         return tuple(self._published)
 
     def take_changes(self) -> list[Stored | Removed]:
@@ -202,24 +219,31 @@ class Arena:
     # --- writing ------------------------------------------------------------------------------------------
 
     def reserve(
-        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str | int = ""
+        self,
+        blocks: Sequence[BlockSpec],
+        owner: str,
+        now_s: float,
+        tenant: str | int = "",
+        *,
+        scratch: bool = False,
     ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
-        One outcome per block, same order.
+        One outcome per block, same order. ``scratch`` blocks get free slots only, are the first to give way, are no
+        change that anybody is told of, and go with their owner's connection.
         """
         self.expire(now_s)
         key = tenant_key(tenant)
-        return [self._reserve(block, owner, key, now_s) for block in blocks]
+        return [self._reserve(block, owner, key, now_s, scratch) for block in blocks]
 
     def readmit(
         self, blocks: Sequence[BlockSpec], tenants: Sequence[TenantKey], owner: str, now_s: float
     ) -> list[ReserveOutcome]:
-        """As :meth:`reserve`, for blocks that come back from a tier: each on the account that it was written on."""
+        """As :meth:`reserve`, for blocks that come from a tier or another node: each on the account that it was on."""
         self.expire(now_s)
-        return [self._reserve(block, owner, key, now_s) for block, key in zip(blocks, tenants, strict=True)]
+        return [self._reserve(block, owner, key, now_s, False) for block, key in zip(blocks, tenants, strict=True)]
 
-    def _reserve(self, block: BlockSpec, owner: str, tenant: TenantKey, now_s: float) -> ReserveOutcome:
+    def _reserve(self, block: BlockSpec, owner: str, tenant: TenantKey, now_s: float, scratch: bool) -> ReserveOutcome:
         if not 0 < block.size_bytes <= self._config.slot_bytes:
             return _TOO_LARGE
         slot = self._published.get(block.hash)
@@ -236,13 +260,15 @@ class Arena:
             return _FULL
         self._families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
         group = self._tenants.group(tenant)
-        slot = self._take_slot(group)
+        slot = self._take_slot(group) if self._free or not scratch else None
         if slot is None:
             self._forget_child(parent)
             return _FULL
         if quiet is not None:  # its owner may yet write, and is fenced
             self._quarantine_reservation(quiet, now_s)
             self.passed_on += 1
+        if scratch:
+            self._scratch[block.hash] = owner
         self._state[slot] = RESERVED
         self._generation_last += 1
         self._generation[slot] = self._generation_last
@@ -283,7 +309,8 @@ class Arena:
         self._published[reservation.hash] = slot
         self._victims.add(slot, self._group[slot], reservation.hash)
         self.bytes_published += self._size[slot]
-        self._changes.append(Stored(reservation.hash))
+        if reservation.hash not in self._scratch:
+            self._changes.append(Stored(reservation.hash))
         return "published"
 
     def abandon(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str) -> None:
@@ -292,6 +319,7 @@ class Arena:
             reservation = self._find(block_hash, generation, owner)
             if reservation is not None:
                 self._end_reservation(reservation)
+                self._scratch.pop(block_hash, None)
                 self._forget_child(reservation.parent)
                 self._tenants.give(self._group[reservation.slot])
                 self._free_slot(reservation.slot)
@@ -391,7 +419,7 @@ class Arena:
                 if ancestor in covered and ancestor != block_hash:
                     break  # it has been followed, or will be
                 covered[ancestor] = None
-        refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s)
+        refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s, request.replicas)
         if refusal is not None:
             return refusal
         held = self._pins.get(key)
@@ -411,7 +439,7 @@ class Arena:
         """Take over what is left of a pin of the node's former life; returns why not, or None."""
         self.expire(now_s)
         priority = 2.0 ** min(kept.octaves, log2(PRIORITY_MAX))
-        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s)
+        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s, kept.replicas)
         if refusal is None:
             self._reconsider(kept.hashes)
         return refusal
@@ -455,6 +483,37 @@ class Arena:
         if self._below is not None:
             self._below.repinned(hashes)
 
+    # --- limits -------------------------------------------------------------------------------------------
+
+    def reconfigure(self, config: StoreConfig, now_s: float) -> str | None:
+        """Other limits from now on. Returns why not, with nothing changed, where what is held now exceeds them.
+
+        What is only asked for later (leases, reservations) may exceed them until it ends. Sizes cannot change.
+        Linear in slots if quotas change: what a tenant wrote before counts on its new account from now on, and blocks
+        of a tenant that loses its quota as more recently used than the others of the shared one.
+        """
+        before = self._config
+        assert (config.arena_bytes, config.slot_bytes) == (before.arena_bytes, before.slot_bytes)
+        assert config.late_write_s >= before.late_write_s, "slots at rest were promised their time"
+        self.expire(now_s)
+        refusal = self._pins.reconfigure(config)
+        if refusal is not None:
+            return refusal
+        self._config = config
+        if config.quota_bytes != before.quota_bytes:
+            self._regroup(Tenants(config.quota_bytes, config.slot_bytes, config.slots_max))
+        self._reservations.set_ttl(config.reservation_ttl_s)
+        self.expire(now_s)
+        return None
+
+    def _regroup(self, tenants: Tenants) -> None:
+        for slot, state in enumerate(self._state):
+            self._group[slot] = tenants.group(TenantKey(self._tenant[slot]))
+            if state in (RESERVED, PUBLISHED):
+                tenants.take(self._group[slot])
+        self._tenants = tenants
+        self._victims.regroup(tenants, LeastRecent(len(self._state), len(tenants)), self._group)
+
     # --- time and loss ------------------------------------------------------------------------------------
 
     def next_deadline_s(self) -> float | None:
@@ -484,18 +543,29 @@ class Arena:
             self._end_protection(self._leases.end(lease))
         for reservation in self._reservations.of(owner):
             self._quarantine_reservation(reservation, now_s)
+        for block_hash in [block_hash for block_hash, by in self._scratch.items() if by == owner]:
+            self._remove(self._published[block_hash])  # reserved ones were ended just now
 
     # --- slots --------------------------------------------------------------------------------------------
 
     def _take_slot(self, group: int) -> int | None:
         """A free slot, if need be by evicting; None if nothing can go."""
         if not self._free:
-            victim = self._victims.choose(group)
+            victim = self._scratch_victim()
             if victim is None:
-                return None
-            self.evicted += 1
+                victim = self._victims.choose(group)
+                if victim is None:
+                    return None
+                self.evicted += 1
             self._remove(victim)
         return self._free.pop()
+
+    def _scratch_victim(self) -> int | None:
+        for block_hash in reversed(self._scratch):
+            slot = self._published.get(block_hash)
+            if slot is not None and self._is_idle(slot):
+                return slot
+        return None
 
     def _is_idle(self, slot: int) -> bool:
         return self._state[slot] == PUBLISHED and not self._lease_count[slot] and not self._families.is_parent(slot)
@@ -523,7 +593,8 @@ class Arena:
         self._hash[slot] = None
         if parent_slot is not None:
             self._unpark(parent_slot)
-        self._changes.append(Removed(block_hash))
+        if self._scratch.pop(block_hash, None) is None:
+            self._changes.append(Removed(block_hash))
         if self._lease_count[slot]:
             self._state[slot] = CONDEMNED
         else:
@@ -548,6 +619,7 @@ class Arena:
     def _quarantine_reservation(self, reservation: Reservation, now_s: float) -> None:
         """The block may be reserved anew at once; its slot rests."""
         self._end_reservation(reservation)
+        self._scratch.pop(reservation.hash, None)
         self._forget_child(reservation.parent)
         self._tenants.give(self._group[reservation.slot])
         self._state[reservation.slot] = QUARANTINED
@@ -602,6 +674,7 @@ class Arena:
             assert block_hash is not None
             assert self._published[block_hash] == slot
         self._check_eviction(by_state[PUBLISHED], by_state[RESERVED])
+        assert all(h in self._published or self.is_reserved(h) for h in self._scratch)
         assert self.bytes_published == sum(self._size[slot] for slot in by_state[PUBLISHED])
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s

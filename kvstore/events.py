@@ -4,9 +4,12 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.ids import BlockHash, Generation
+
+seldom = Seldom(Log(__name__))
 
 Change = Stored | Removed
 
@@ -20,8 +23,8 @@ class Feed:
 
     def __init__(self, generation: Generation, *, changes_max: int, subscribers_max: int) -> None:
         self._generation = generation
-        self._changes_max = changes_max
-        self._subscribers_max = subscribers_max
+        self.changes_max = changes_max
+        self.subscribers_max = subscribers_max
         self._subscribers: dict[int, _Subscriber] = {}
         self._subscriber_last = 0
         self.sequence = 0
@@ -38,6 +41,7 @@ class Feed:
         for subscriber in self._subscribers.values():
             if not subscriber.offer(changes):
                 self.overflows += 1
+                seldom.warning("cut off a subscriber that fell too far behind", changes=self.changes_max)
 
     async def follow(self, held: tuple[BlockHash, ...]) -> AsyncGenerator[Snapshot | Events, None]:
         """The snapshot ``held``, in parts, then changes for ever.
@@ -48,12 +52,12 @@ class Feed:
         Raises:
             Overloaded: there are too many subscribers, or this one fell too far behind: subscribe again.
         """
-        if len(self._subscribers) >= self._subscribers_max:
+        if len(self._subscribers) >= self.subscribers_max:
             raise Overloaded(f"{len(self._subscribers)} subscribers already")
         sequence = self.sequence
         self._subscriber_last += 1
         key = self._subscriber_last
-        subscriber = self._subscribers[key] = _Subscriber(self._changes_max)
+        subscriber = self._subscribers[key] = _Subscriber(self.changes_max)
         try:
             # At least one part, so that an empty node is known to be empty.
             for start in range(0, max(1, len(held)), SNAPSHOT_PART_HASHES):

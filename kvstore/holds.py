@@ -30,6 +30,10 @@ class Reservations:
     def __len__(self) -> int:
         return len(self._by_hash)
 
+    def set_ttl(self, ttl_s: float) -> None:
+        """How long all live from now on, the open ones too: their order stays."""
+        self._ttl_s = ttl_s
+
     def get(self, block_hash: BlockHash) -> Reservation | None:
         """The open reservation of a block."""
         return self._by_hash.get(block_hash)

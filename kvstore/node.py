@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
@@ -10,18 +11,22 @@ from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
 from kvstore.copies import Holdings
 from kvstore.events import Feed
+from kvstore.limits import changed, limits_of, live_of
 from kvstore.moves import checksums
 from kvstore.neighbours import Neighbours, Others
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
+from kvstore.scrub import Scrubber
 from kvstore.tiers.base import Change, Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
 from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
+from tracehaul import __version__
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
@@ -34,11 +39,11 @@ from tracehaul.wire.blocks import (
     Await,
     Awaited,
     AwaitState,
-    BlockSpec,
     Drain,
     Existing,
     Exists,
     Full,
+    InFlight,
     Lease,
     Leased,
     ListPins,
@@ -71,6 +76,19 @@ from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Checksum, Generation, SlotGeneration
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.operations import (
+    Describe,
+    Description,
+    Limits,
+    Locate,
+    Located,
+    Scrub,
+    ScrubCancel,
+    ScrubPoll,
+    SetLimits,
+)
+
+log = Log(__name__)
 
 HASHES_MAX = 65536
 """Blocks in one request."""
@@ -102,6 +120,9 @@ class StoreStats(msgspec.Struct):
     passed_on: int = 0
     """Reservations that a second writer took over from a silent first one."""
     pins_refused: int = 0
+    in_flight: int = 0
+    """Blocks not given to a writer because another was writing them."""
+    leases_refused: int = 0
 
 
 class StoreNode:
@@ -136,6 +157,7 @@ class StoreNode:
         self._waiters = Waiters(config.waiters_max)
         self._timer: asyncio.TimerHandle | None = None
         self.stats = StoreStats()
+        self._seldom = Seldom(log)
         self.tiering: Tiering | None = None
         """Moves to and from ``tier``; None without one."""
         self._prefetch: PrefetchJobs | None = None
@@ -150,8 +172,12 @@ class StoreNode:
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
+        self._born_s = clock.perf_s()
+        self._below: tuple[Tier, ...] = () if tier is None else tuple(tier.parts)
+        self._scrubber = Scrubber(
+            self._arena, self._buffer, config.slot_bytes, offload, self._below, self._changed, self._found_bad
+        )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
-        self._changed()
         self.neighbours: Neighbours | None = None
         """Copies to other nodes; None without any."""
         if others is not None:
@@ -159,6 +185,8 @@ class StoreNode:
                 self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
+            self.neighbours.restore(self._arena.open_pins(clock.now_s()))
+        self._changed()
 
     @property
     def arena(self) -> Arena:
@@ -169,6 +197,11 @@ class StoreNode:
     def feed(self) -> Feed:
         """The subscribers' feed, to be read only."""
         return self._feed
+
+    @property
+    def scrubbed_blocks(self) -> int:
+        """Blocks in memory verified on demand since the node's start."""
+        return self._scrubber.checked
 
     def load(self) -> NodeLoad:
         """What goes into a heartbeat."""
@@ -264,6 +297,18 @@ class StoreNode:
                 return TierList(tuple(self._tiers()))
             case Prefetch() | PrefetchPoll() | PrefetchCancel():
                 return self._prefetched(request)
+            case Describe():
+                return self.describe()
+            case Locate(hashes=hashes):
+                return self._locate(hashes)
+            case SetLimits(changes=changes):
+                return self._set_limits(changes, context.peer)
+            case Scrub():
+                return self._scrubber.start()
+            case ScrubPoll(job=job):
+                return self._scrubber.poll(job)
+            case ScrubCancel(job=job):
+                return self._scrubber.cancel(job)
             case _:
                 raise InvalidRequest(f"a store node does not answer {type(request).__name__}")
 
@@ -296,6 +341,7 @@ class StoreNode:
 
     def close(self) -> None:
         """Stop the timer. Requests must have ended."""
+        self._scrubber.close()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -307,6 +353,10 @@ class StoreNode:
         leased = self._arena.lease(request.hashes, peer, request.ttl_s, clock.now_s())
         self._changed()
         if leased is None:
+            self.stats.leases_refused += 1
+            self._seldom.warning(
+                "refused a lease: too many on one connection", peer=peer, leases=self._config.leases_max
+            )
             raise Overloaded(f"{self._config.leases_max} leases are open on this connection")
         missed = sum(block is None for block in leased.blocks)
         self.stats.missed_blocks += missed
@@ -324,21 +374,38 @@ class StoreNode:
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
-        outcomes = self._reserve_missing(request.blocks, peer, request.tenant)
+        outcomes = self._reserve_missing(request, peer)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
         self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.in_flight += sum(isinstance(outcome, InFlight) for outcome in outcomes)
         self.stats.passed_on = self._arena.passed_on
         self._changed()
+        if not request.scratch and any(isinstance(outcome, Full) for outcome in outcomes):
+            self._tell_full(request.tenant)
         return Reserved(tuple(outcomes))
 
-    def _reserve_missing(self, blocks: Sequence[BlockSpec], peer: str, tenant: str | int) -> list[ReserveOutcome]:
+    def _tell_full(self, tenant: str | int) -> None:
+        arena = self._arena
+        self._seldom.warning(
+            "no slot could be freed for a writer",
+            tenant=tenant,
+            slots=self._config.slots_max,
+            blocks=len(arena),
+            reserved=arena.reservations,
+            quarantined=arena.slots_quarantined,
+            hard_pinned=arena.hard_pinned,
+            leases=arena.leases,
+        )
+
+    def _reserve_missing(self, request: Reserve, peer: str) -> list[ReserveOutcome]:
         """What a tier can give needs no slot: it comes up when somebody reads it."""
+        blocks, tenant, scratch = request.blocks, request.tenant, request.scratch
         if self.tiering is None:
-            return self._arena.reserve(blocks, peer, clock.now_s(), tenant)
+            return self._arena.reserve(blocks, peer, clock.now_s(), tenant, scratch=scratch)
         tier = self.tiering.tier
         below = [readable(tier, block.hash) for block in blocks]
         missing = [block for block, there in zip(blocks, below, strict=True) if not there]
-        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant))
+        answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant, scratch=scratch))
         return [Present() if there else next(answers) for there in below]
 
     def _tiers(self) -> Iterator[TierInfo]:
@@ -384,6 +451,7 @@ class StoreNode:
                 outcomes.append(next(published))
             else:
                 self._arena.withdraw(block.hash, block.generation, peer, now_s)
+                self._seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
                 outcomes.append("corrupt")
         self.stats.published += outcomes.count("published")
         self.stats.fenced += outcomes.count("fenced")
@@ -403,7 +471,7 @@ class StoreNode:
                 return
             (actual,) = await self._checksums([(block.offset, block.size_bytes)])
             if actual != block.checksum and self._arena.revoke(block_hash, generation):
-                self.stats.corrupt_held += 1
+                self._found_bad(block_hash)
         finally:
             self._arena.release(leased.lease, SELF)
             self._changed()
@@ -454,10 +522,75 @@ class StoreNode:
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
+            self._seldom.warning(
+                "refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned
+            )
             raise Overloaded(pinned)
         if self.neighbours is not None:
             self.neighbours.pinned(request)
         return pinned
+
+    # --- for operators ------------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """The node as it is now."""
+        arena, tiering = self._arena, self.tiering.config if self.tiering is not None else None
+        return Description(
+            version=__version__,
+            generation=self._generation,
+            uptime_s=clock.perf_s() - self._born_s,
+            transports=tuple([plane.region.descriptor.kind for plane in self._planes]),
+            slot_bytes=self._config.slot_bytes,
+            slots=self._config.slots_max,
+            slots_free=arena.slots_free,
+            slots_quarantined=arena.slots_quarantined,
+            blocks=len(arena),
+            bytes_used=arena.bytes_published,
+            leases=arena.leases,
+            reservations=arena.reservations,
+            pins=arena.pins,
+            waiters=len(self._waiters),
+            subscribers=len(self._feed),
+            limits=limits_of(self._config, tiering),
+            live=live_of(tiering),
+            tenants=tuple(arena.usage()),
+            tiers=tuple(self._tiers()),
+            counters=msgspec.structs.asdict(self.stats),
+        )
+
+    def _locate(self, hashes: Sequence[BlockHash]) -> Located:
+        _check_count(hashes)
+        held = {"memory": self._arena.exists(hashes)}
+        for tier in self._below:
+            held[tier.name] = bytes([tier.find(block_hash) is not None for block_hash in hashes])
+        return Located(held)
+
+    def _set_limits(self, changes: dict[str, Any], peer: str) -> Limits:
+        """All or none, in one turn of the event loop."""
+        before = limits_of(self._config, self.tiering.config if self.tiering is not None else None)
+        store, tiering = changed(self._config, self.tiering.config if self.tiering is not None else None, changes)
+        refusal = self._arena.reconfigure(store, clock.now_s())
+        self._changed()
+        if refusal is not None:
+            raise InvalidRequest(f"{refusal}: end some first, or choose a higher limit")
+        self._config = store
+        self._feed.changes_max, self._feed.subscribers_max = store.changes_max, store.subscribers_max
+        self._waiters.waiters_max = store.waiters_max
+        if self.tiering is not None and tiering is not None:
+            self.tiering.reconfigure(tiering)
+            if "quota_bytes" in changes:
+                self.tiering.tier.reshare(self._arena.quota_shares())
+        after = limits_of(store, tiering)
+        for name in changes:
+            if before[name] != after[name]:
+                log.info(
+                    "limit changed, until this node restarts", limit=name, old=before[name], new=after[name], by=peer
+                )
+        return Limits(after)
+
+    def _found_bad(self, block_hash: BlockHash) -> None:
+        self.stats.corrupt_held += 1
+        log.warning("dropped a bad block", tier="memory", block=block_hash.hex())
 
     # --- helpers ------------------------------------------------------------------------------------------
 

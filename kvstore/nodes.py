@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.transfer.plane import Plane, choose
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Attach, Attached, RegionDescriptor
@@ -17,6 +18,8 @@ from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
 
 R = TypeVar("R", bound=Reply)
+
+seldom = Seldom(Log(__name__))
 
 PATIENCE_S = 0.1
 """A node that does not answer a call with less time than this may be healthy: the caller was late."""
@@ -93,6 +96,13 @@ class StoreNodes:
 
     def failed(self, view: StoreNodeView, stuck: asyncio.Future[None] | None = None) -> None:
         """Leave a node alone for a moment, and until ``stuck`` has settled; find the way to it anew."""
+        seldom.warning(
+            "a store node failed: left alone for a moment",
+            about=view.node,
+            node=view.node,
+            for_s=self._break_s,
+            transfer_stuck=stuck is not None,
+        )
         view.broken_until_s = clock.now_s() + self._break_s
         view.attached = None
         view.stuck = stuck or view.stuck

@@ -34,16 +34,16 @@ class HeldPin(NamedTuple):
     """Of its blocks: those of the lowest go first. :data:`HARD` is never evicted."""
     until_s: float
     hashes: dict[BlockHash, None]
+    replicas: int = 1
+    """Nodes that are to have it."""
 
 
 class Pins:
     """Open pins, and the rank that they give to blocks."""
 
     def __init__(self, config: StoreConfig) -> None:
-        self._config = config
+        self._configure(config)
         slots = config.slots_max
-        self._hard_max = int(slots * config.hard_share_max)
-        self._hard_tenant_max = int(slots * config.hard_tenant_share_max)
         self._covered_tenant_max = slots
         self._covered_max = 4 * slots
         self._pins: dict[PinKey, HeldPin] = {}
@@ -54,8 +54,43 @@ class Pins:
         self._covered: Counter[str] = Counter()
         self._hard: Counter[str] = Counter()
 
+    def reconfigure(self, config: StoreConfig) -> str | None:
+        """Other limits from now on. Returns why not, with nothing changed, where open pins exceed them."""
+        before = self._config
+        self._configure(config)
+        misfit = self._misfit()
+        if misfit is not None:
+            self._configure(before)
+        return misfit
+
+    def _configure(self, config: StoreConfig) -> None:
+        self._config = config
+        self._hard_max = int(config.slots_max * config.hard_share_max)
+        self._hard_tenant_max = int(config.slots_max * config.hard_tenant_share_max)
+
+    def _misfit(self) -> str | None:
+        config = self._config
+        if len(self._pins) > config.pins_max:
+            return f"{len(self._pins)} pins are open, pins_max would be {config.pins_max}"
+        if self._hard.total() > self._hard_max:
+            return f"hard pins cover {self._hard.total()} blocks, hard_share_max would allow {self._hard_max}"
+        for tenant, opened in sorted(self._open.items()):
+            if opened > config.pins_tenant_max:
+                return f"tenant {tenant!r} has {opened} pins, pins_tenant_max would be {config.pins_tenant_max}"
+            if self._hard[tenant] > self._hard_tenant_max:
+                held = f"hard pins of tenant {tenant!r} cover {self._hard[tenant]} blocks"
+                return f"{held}, hard_tenant_share_max would allow {self._hard_tenant_max}"
+            if (hard := self._hard_of_group(tenant)) > (quota := self._quota(tenant)):
+                return f"hard pins of tenant {tenant!r} cover {hard} blocks, its quota would be {quota}"
+        return None
+
     def __len__(self) -> int:
         return len(self._pins)
+
+    @property
+    def hard(self) -> int:
+        """Blocks that hard pins cover, each pin's counted."""
+        return sum(list(self._hard.values()))  # metrics read this from another thread
 
     def get(self, key: PinKey) -> HeldPin | None:
         """A trace's pin."""
@@ -75,7 +110,14 @@ class Pins:
         return sorted(self._pins.items(), key=lambda item: (item[1].until_s, item[0]))
 
     def pin(
-        self, key: PinKey, hashes: Iterable[BlockHash], kind: PinKind, priority: float, ttl_s: float, now_s: float
+        self,
+        key: PinKey,
+        hashes: Iterable[BlockHash],
+        kind: PinKind,
+        priority: float,
+        ttl_s: float,
+        now_s: float,
+        replicas: int = 1,
     ) -> str | None:
         """Open a pin, or add ``hashes`` to an open one and renew it. Returns why not, with nothing changed, or None.
 
@@ -99,7 +141,7 @@ class Pins:
             self._count(key, before, -1)
         for block_hash in covered:
             self._by_hash.setdefault(block_hash, {})[key] = None
-        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered)
+        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered, replicas)
         self._count(key, held, 1)
         heappush(self._heap, (held.until_s, key))
         if len(self._heap) > 2 * len(self._pins) + 64:  # renewed ones pile up

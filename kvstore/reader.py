@@ -7,12 +7,15 @@ from kvstore.moves import checksums, in_lanes, left_s, parts_of, transfer
 from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.staging import StagingBuffer
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, TransferError
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
+
+seldom = Seldom(Log(__name__))
 
 READ_PART_BYTES = 64 << 20
 READ_LANES = 2
@@ -120,6 +123,7 @@ class Reader:
                 results[read.wanted.place] = read.block.size_bytes
             else:
                 results[read.wanted.place] = "corrupt"
+                seldom.warning("a block arrived wrong: its node looks at its own copy", about=view.node, node=view.node)
                 self._nodes.notify(view, Revoke(read.wanted.hash, read.block.generation))
 
     async def _read(

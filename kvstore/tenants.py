@@ -30,6 +30,8 @@ class Tenants:
     def __init__(self, quota_bytes: Mapping[str, int], slot_bytes: int, slots_max: int) -> None:
         named = sorted(quota_bytes)
         self._group = {tenant_key(tenant): index for index, tenant in enumerate(named, start=1)}
+        self.names = ("", *named)
+        """By group; the shared one has none."""
         own = [quota_bytes[tenant] // slot_bytes for tenant in named]
         self._quota = [slots_max - sum(own), *own]
         self._used = [0] * len(self._quota)
@@ -42,6 +44,10 @@ class Tenants:
     def group(self, tenant: TenantKey) -> int:
         """The group that a tenant's slots count in."""
         return self._group.get(tenant, SHARED)
+
+    def quota(self, group: int) -> int:
+        """Slots that a group is sure of."""
+        return self._quota[group]
 
     def used(self, group: int) -> int:
         """Slots in use by a group."""

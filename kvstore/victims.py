@@ -100,6 +100,17 @@ class Victims:
     def _evictable(self, slot: int) -> bool:
         return self._is_idle(slot) and self._rank(slot) != HARD
 
+    def regroup(self, tenants: Tenants, policy: Policy, group_of: Sequence[int]) -> None:
+        """Other tenants from now on, with a policy that knows no slot yet: the order within a group is kept."""
+        order = [slot for group in range(len(self._tenants)) for slot in self._policy.order(group)]
+        ranked = self._ranked
+        self._tenants, self._policy, self._ranked = tenants, policy, Ranked(len(tenants))
+        for slot in order:
+            policy.touch(slot, group_of[slot])
+        for slot, group in enumerate(group_of):
+            if slot in ranked:  # a search comes across it again
+                policy.restore(slot, group)
+
     def check(self, by_group: Sequence[Sequence[int]]) -> None:
         """Assert the invariants, given all known slots of each group."""
         self._ranked.check(self._rank)

@@ -11,7 +11,7 @@ class Waiters:
     """Bounded waits, each for a set of reservations to end."""
 
     def __init__(self, waiters_max: int) -> None:
-        self._waiters_max = waiters_max
+        self.waiters_max = waiters_max
         self._waiters: dict[_Waiter, None] = {}
         self._by_hash: dict[BlockHash, dict[_Waiter, None]] = {}
 
@@ -30,7 +30,7 @@ class Waiters:
         waiter = _Waiter(dict.fromkeys(hashes))
         if not waiter.pending or not timeout_s > 0:
             return
-        if len(self._waiters) >= self._waiters_max:
+        if len(self._waiters) >= self.waiters_max:
             raise Overloaded(f"{len(self._waiters)} requests wait for blocks already")
         self._waiters[waiter] = None
         for block_hash in waiter.pending:

@@ -79,9 +79,10 @@ class _Filled(NamedTuple):
 class Writer:
     """Writes blocks to one node, or to a second if that fails; raises nothing for the world."""
 
-    def __init__(self, nodes: StoreNodes, offload: Offload) -> None:
+    def __init__(self, nodes: StoreNodes, offload: Offload, *, scratch: bool = False) -> None:
         self._nodes = nodes
         self._offload = offload
+        self._scratch = scratch
         self.failovers = 0
         """Nodes that failed in the middle of a put."""
 
@@ -188,7 +189,8 @@ class Writer:
         def undo(reserved: Reserved) -> Abandon:
             return _abandon(_fills(part, reserved))
 
-        reserved = await self._nodes.acquire(view, Reserve(specs, tenant), Reserved, left_s(deadline_s), undo)
+        request = Reserve(specs, tenant, scratch=self._scratch)
+        reserved = await self._nodes.acquire(view, request, Reserved, left_s(deadline_s), undo)
         if len(reserved.outcomes) != len(part):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")
         for item, outcome in zip(part, reserved.outcomes, strict=True):
@@ -227,7 +229,7 @@ class Writer:
             verified = sums is not None
             known = [f.block.checksum for f in fills if f.block.checksum is not None]
             if len(known) == len(fills):
-                verified = sums == known  # if not, what the node finds there decides
+                verified = sums is not None and list(sums) == known  # if not, what the node finds there decides
                 sums = known
             elif sums is None:
                 sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])

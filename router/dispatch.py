@@ -153,16 +153,18 @@ class Dispatch:
         decodes = [worker for worker in decodes if worker.root == decodes[0].root]
         prefills = [worker for worker in self.members.live("prefill") if worker.root == decodes[0].root]
         fresh = [worker for worker in decodes if (worker.node, worker.generation) not in run.avoid] or decodes
-        chosen = [worker for worker in fresh if worker.node == request.decode] or fresh
+        asked = [worker for worker in fresh if worker.node == request.decode]
         placement = place(
             trace=request.trace,
             prompt_tokens=tokens,
             stored_tokens=self.index.match(run.hashes) * run.block_tokens,
             warm=trace.warm,
             home=trace.home,
-            decodes=self._candidates(chosen),
+            decodes=self._candidates(asked or fresh),
             prefills=self._candidates(prefills),
             stores=self._candidates(self.members.live("store")),
+            asked=bool(asked),
+            avoided=trace.warm is not None and (trace.warm.node, trace.warm.generation) in run.avoid,
         )
         assert placement is not None
         run.home_lost = run.home_lost or (trace.home is not None and trace.home != placement.home)

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 SUSPECT_AFTER_S = 3.5
 """Silence after which a node gets no new work: three heartbeats and some slack."""
+LOST_AFTER_S = 10.0
+"""Silence after which a node is no member any more: one that is frozen, or cut off. If it goes on it joins again."""
 
 
 @dataclass
@@ -25,6 +27,8 @@ class _Member:
     info: NodeInfo
     load: NodeLoad
     heard_s: float
+    silent: bool = False
+    """Whether its silence has been told."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -46,6 +50,9 @@ class MemberRegistry:
                     raise WrongNode(f"{node}#{generation} is not a member: join first")
                 was_draining = member.load.draining
                 member.load = load
+                if member.silent:
+                    member.silent = False
+                    log.info("%s is heard again, after %.1f s", node, clock.now_s() - member.heard_s)
                 member.heard_s = clock.now_s()
                 if load.draining != was_draining:
                     log.info("%s %s", node, "is draining" if load.draining else "takes new blocks again")
@@ -71,7 +78,7 @@ class MemberRegistry:
             while self._members.get(info.node) is member:
                 member.changed.clear()
                 yield Members(self._version, self.infos(), self.draining())
-                await member.changed.wait()
+                await self._change_or_silence(member)
         finally:
             if self._members.get(info.node) is member:
                 del self._members[info.node]
@@ -93,6 +100,10 @@ class MemberRegistry:
         """Members of a role that may get new work, by name."""
         now_s = clock.now_s()
         members = [self._members[node] for node in sorted(self._members)]
+        for member in members:
+            if now_s - member.heard_s >= SUSPECT_AFTER_S and not member.silent:
+                member.silent = True
+                log.warning("%s is silent for %.1f s: no new work for it", member.info.node, now_s - member.heard_s)
         return [
             member.info
             for member in members
@@ -111,6 +122,20 @@ class MemberRegistry:
                 health = "suspect"
             statuses.append(NodeStatus(member.info, member.load, health, age_s))
         return statuses
+
+    async def _change_or_silence(self, member: _Member) -> None:
+        """Returns when the list changed; a member that is silent for too long is taken off it."""
+        node = member.info.node
+        while not member.changed.is_set():
+            try:
+                async with asyncio.timeout_at(member.heard_s + LOST_AFTER_S):
+                    await member.changed.wait()
+            except TimeoutError:
+                if member.heard_s + LOST_AFTER_S <= clock.now_s() and self._members.get(node) is member:
+                    log.warning("%s was silent for %.0f s: it is no member any more", node, LOST_AFTER_S)
+                    del self._members[node]
+                    self._changed()
+                    return
 
     def _changed(self) -> None:
         self._version += 1

@@ -102,6 +102,10 @@ class Tier(Protocol):
         each of these tenants its share of the tier. Called at most once, right after :meth:`listen`."""
         ...
 
+    def reshare(self, shares: Mapping[str, float]) -> None:
+        """Leave each of these tenants its share of the tier from now on, and the others none of their own."""
+        ...
+
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
         """What pins say of these blocks has changed; harmless for those that are not held."""
         ...

@@ -128,6 +128,9 @@ class ObjectTier:
     def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
         self._index.protect(rank, shares)
 
+    def reshare(self, shares: Mapping[str, float]) -> None:
+        self._index.reshare(shares)
+
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
         self._index.repinned(hashes)
 

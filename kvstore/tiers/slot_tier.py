@@ -9,12 +9,14 @@ from kvstore.tiers.base import Change, LoadOutcome, SlotDevice, StoreOutcome, Ti
 from kvstore.tiers.records import ERASED, PAGE_BYTES, Layout, Record, pack_record, unpack_records
 from kvstore.tiers.slots import Placement, SlotIndex
 from tracehaul.runtime.finish import finish
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash, Checksum
 
 log = Log(__name__)
+seldom = Seldom(log)
+seldom_bad = Seldom(log, every_s=1.0)
 
 READ_RUN_BYTES = 1 << 20
 """Neighbouring slots read in one call, and hashed by the thread that read them."""
@@ -79,6 +81,9 @@ class SlotTier:
     def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
         self._index.protect(rank, shares)
 
+    def reshare(self, shares: Mapping[str, float]) -> None:
+        self._index.reshare(shares)
+
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
         self._index.repinned(hashes)
 
@@ -104,7 +109,10 @@ class SlotTier:
             for i, (placement, view) in enumerate(zip(placements, views, strict=True))
             if placement is not None
         ]
-        self.stats.full += outcomes.count("full") - len(writes)
+        refused = outcomes.count("full") - len(writes)
+        self.stats.full += refused
+        if refused:
+            seldom.warning("a tier is full, and nothing in it can make room", tier=self.name, blocks=refused)
         if writes:
             # Taken before anything is awaited, so that nobody else erases them when they have been written.
             stale = self._index.take_stale([placement.slot for _, placement, _ in writes])
@@ -121,7 +129,7 @@ class SlotTier:
             await self._writes.run(lambda: self._write(blocks, writes, stale))
         except OSError as error:
             self.stats.failed += len(writes)
-            log.warning("a tier's device refused a write", tier=self.name, blocks=len(writes), error=error)
+            seldom.warning("a tier's device refused a write", tier=self.name, blocks=len(writes), error=error)
             for i, placement, _ in writes:
                 outcomes[i] = "failed"
                 self._index.cancel(placement.slot)
@@ -211,7 +219,7 @@ class SlotTier:
             self.stats.failed += 1
         else:
             self.stats.corrupt += 1
-        log.warning("dropped a bad block", tier=self.name, block=block.hash.hex(), unreadable=unreadable)
+        seldom_bad.warning("dropped a bad block", tier=self.name, block=block.hash.hex(), unreadable=unreadable)
         # A newer write of the same block may have taken its place while the bad bytes were read.
         if self._index.find(block.hash) == block:
             self._index.drop(block.hash)
@@ -226,7 +234,7 @@ class SlotTier:
         try:
             await finish(self._erase())
         except OSError as error:
-            log.warning("a tier's device refused to forget a block", tier=self.name, error=error)
+            seldom.warning("a tier's device refused to forget a block", tier=self.name, error=error)
 
     async def scrub(self, after: int | None, view: memoryview) -> int | None:
         slot = self._index.next_held(0 if after is None else after + 1)
@@ -242,7 +250,7 @@ class SlotTier:
             await self._writes.run(self._device.flush)
         except OSError as error:
             self.stats.failed += 1
-            log.warning("a tier's device refused a flush", tier=self.name, error=error)
+            seldom.warning("a tier's device refused a flush", tier=self.name, error=error)
 
     async def run(self) -> None:
         """Nothing."""

@@ -134,6 +134,16 @@ class SlotIndex:
         for slot in order:
             self._victims.add(slot, self._group[slot], self._hash_at(slot))
 
+    def reshare(self, shares: Mapping[str, float]) -> None:
+        """As :meth:`kvstore.tiers.base.Tier.reshare`. Linear in slots."""
+        self._tenants = self._tenants_of(shares)
+        for slot, state in enumerate(self._state):
+            self._group[slot] = self._tenants.group(TenantKey(self._tenant[slot]))
+            if state in (HELD, WRITING):
+                self._tenants.take(self._group[slot])
+        self._recency = LeastRecent(self.slots_max, len(self._tenants))
+        self._victims.regroup(self._tenants, self._recency, self._group)
+
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
         """As :meth:`kvstore.tiers.base.Tier.repinned`."""
         for block_hash in hashes:
@@ -142,10 +152,13 @@ class SlotIndex:
                 self._victims.reconsider(slot, self._group[slot])
 
     def _give_way(self, shares: Mapping[str, float]) -> None:
-        quota_bytes = {tenant: int(share * self.slots_max) * self.slot_bytes for tenant, share in shares.items()}
-        self._tenants = Tenants(quota_bytes, self.slot_bytes, self.slots_max)
+        self._tenants = self._tenants_of(shares)
         self._recency = LeastRecent(self.slots_max, len(self._tenants))
         self._victims = Victims(self._tenants, self._recency, self._rank, self._is_idle)
+
+    def _tenants_of(self, shares: Mapping[str, float]) -> Tenants:
+        quota_bytes = {tenant: int(share * self.slots_max) * self.slot_bytes for tenant, share in shares.items()}
+        return Tenants(quota_bytes, self.slot_bytes, self.slots_max)
 
     def restore(self, records: Iterable[Record | int]) -> int:
         """Take over what a device remembers; returns how many records were no use. Only on an empty index.

@@ -100,6 +100,10 @@ class Stack:
         self._upper.protect(rank, shares)
         self._lower.protect(rank, shares)
 
+    def reshare(self, shares: Mapping[str, float]) -> None:
+        self._upper.reshare(shares)
+        self._lower.reshare(shares)
+
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
         hashes = tuple(hashes)
         self._upper.repinned(hashes)

@@ -24,8 +24,11 @@ from kvstore.arena import Arena
 from kvstore.tiers.base import Change, Tier, TierBlock, readable
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot, Stored
 from tracehaul.wire.ids import BlockHash, LeaseId
+
+seldom = Seldom(Log(__name__))
 
 TIER_HOLDER = "\0tier"
 """Holder of what is on its way up or down: no connection has this name."""
@@ -117,9 +120,21 @@ class Tiering:
         self._coming: dict[BlockHash, _Promotion] = {}
         self._promotions: set[_Promotion] = set()
         self._closed = False
+        self._scrubbing = asyncio.Event()
+        """Set when the scrubber's rate may have become other than 0."""
         tier.listen(self._on_tier)
         tier.protect(arena.rank, arena.quota_shares())
         arena.stand_over(self)
+
+    @property
+    def config(self) -> TieringConfig:
+        """Its limits as they are now."""
+        return self._config
+
+    def reconfigure(self, config: TieringConfig) -> None:
+        """Other limits from now on."""
+        self._config = config
+        self._scrubbing.set()
 
     @property
     def behind(self) -> int:
@@ -159,6 +174,8 @@ class Tiering:
                 self.stats.demoted += 1
             else:
                 self.stats.evicted_unwritten += waited
+                if waited:
+                    seldom.warning("blocks leave memory before they are written: the tier is slow", tier=self.tier.name)
                 told.append(change)
         return told
 
@@ -298,8 +315,7 @@ class Tiering:
             for _ in range(self.tier.stores_max):
                 group.create_task(self._write_behind())
             group.create_task(self._flush())
-            if self._config.scrub_bytes_s:
-                group.create_task(self._scrub())
+            group.create_task(self._scrub())
 
     async def drain(self) -> None:
         """Write what waits to be written, until the device refuses. Beside :meth:`run` or after it."""
@@ -363,10 +379,12 @@ class Tiering:
         if tier is None:
             return
         view = memoryview(mmap.mmap(-1, self._slot_bytes))
-        rate = self._config.scrub_bytes_s
         at: int | None = None
         owed_s = 0.0
         while True:
+            while not (rate := self._config.scrub_bytes_s):
+                self._scrubbing.clear()
+                await self._scrubbing.wait()
             at = await tier.scrub(at, view)
             owed_s += self._slot_bytes / rate
             if at is None:

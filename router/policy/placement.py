@@ -60,20 +60,25 @@ def place(
     decodes: Sequence[Candidate],
     prefills: Sequence[Candidate],
     stores: Sequence[Candidate],
+    asked: bool = False,
+    avoided: bool = False,
 ) -> Placement | None:
     """Choose the workers of one step; None if there is no decode worker.
 
     ``stored_tokens`` is the prompt's leading run in the store, ``warm.retained_tokens`` what its last worker kept.
+    ``asked``: the caller named the worker, the only one of ``decodes``. ``avoided``: the warm one failed this step.
     """
     if not decodes:
         return None
     least = _least_loaded(decodes, trace)
-    decode, reason = least, "least loaded"
+    decode, reason = least, "asked for" if asked else "least loaded"
     warm_tokens = 0
     if warm is not None:
         sticky = next((d for d in decodes if (d.node, d.generation) == (warm.node, warm.generation)), None)
-        if sticky is None:
-            reason = "its worker is gone"
+        if sticky is None and not asked:
+            reason = "its worker failed it" if avoided else "its worker is gone"
+        elif sticky is None:
+            pass
         elif sticky.running > least.running + STICKY_MARGIN:
             reason = "its worker is busy"
         else:

@@ -1,7 +1,15 @@
+import asyncio
+import logging
+
+import pytest
+
 from router.index import Index
+from router.members import MemberRegistry
 from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
 from router.traces import Traces, Warm
+from tracehaul.rpc.base import NO_CONTEXT
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
+from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
 A, B = NodeId("store-0"), NodeId("store-1")
@@ -74,6 +82,28 @@ def test_a_restarted_worker_is_not_warm() -> None:
     assert (placed.decode.node, placed.reason) == ("decode-1", "its worker is gone")
 
 
+def test_why_a_trace_leaves_its_worker_is_told_as_it_is() -> None:
+    def why(asked: bool = False, avoided: bool = False) -> tuple[str, str]:
+        placed = place(
+            trace=T,
+            prompt_tokens=100,
+            stored_tokens=0,
+            warm=Warm(NodeId("decode-9"), G, 80),
+            home=None,
+            decodes=candidates(0),
+            prefills=[],
+            stores=[],
+            asked=asked,
+            avoided=avoided,
+        )
+        assert placed is not None
+        return placed.decode.node, placed.reason
+
+    assert why() == ("decode-0", "its worker is gone")
+    assert why(avoided=True) == ("decode-0", "its worker failed it")
+    assert why(asked=True) == ("decode-0", "asked for")
+
+
 def test_no_decode_worker_no_placement() -> None:
     assert choose(None) is None
 
@@ -114,3 +144,31 @@ def test_a_fork_starts_at_its_parents_home_and_a_final_step_forgets() -> None:
     assert traces.start(TraceId("b"), TraceId("a")).home == A
     traces.end(TraceId("b"), final=True)
     assert traces.get(TraceId("b")) is None
+
+
+def test_a_member_that_falls_silent_is_told_once_and_when_it_is_heard_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("router.members.clock.now_s", lambda: now_s[0])
+    info = NodeInfo(NodeId("store-0"), G, "store", "x:1")
+
+    async def main() -> None:
+        members = MemberRegistry(lambda nodes: None)
+        joined = members.stream(Join(info), NO_CONTEXT)
+        await anext(joined)
+        assert [node.node for node in members.live("store")] == ["store-0"]
+        now_s[0] += 10
+        assert members.live("store") == members.live("store") == []
+        await members.call(Heartbeat(info.node, G, NodeLoad()), NO_CONTEXT)
+        assert len(members.live("store")) == 1
+        await joined.aclose()
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(main())
+    assert [record.getMessage() for record in caplog.records if record.name == "router.members"] == [
+        "store-0 joined as store at x:1",
+        "store-0 is silent for 10.0 s: no new work for it",
+        "store-0 is heard again, after 10.0 s",
+        "store-0 left",
+    ]

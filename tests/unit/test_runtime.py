@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tracehaul.runtime.log import Log, setup
+from tracehaul.runtime.log import Log, Seldom, setup
 from tracehaul.runtime.tasks import Tasks
 
 
@@ -105,3 +105,16 @@ def test_a_task_that_resists_its_cancellation_once_ends_too() -> None:
         assert len(tasks) == 0
 
     asyncio.run(main())
+
+
+def test_what_happens_often_is_said_seldom(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    now_s = [100.0]
+    monkeypatch.setattr("tracehaul.runtime.clock.perf_s", lambda: now_s[0])
+    seldom = Seldom(Log("test.seldom"), every_s=10.0)
+    for second in range(25):
+        now_s[0] = 100.0 + second
+        seldom.warning("it happens", n=second)
+        if second == 3:
+            seldom.warning("it happens", about="elsewhere", n=second)
+    told = [record.__dict__["tracehaul_fields"] for record in caplog.records if record.name == "test.seldom"]
+    assert told == [{"n": 0}, {"n": 3}, {"n": 10, "unsaid": 9}, {"n": 20, "unsaid": 9}]

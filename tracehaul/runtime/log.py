@@ -6,7 +6,10 @@ import sys
 from datetime import UTC, datetime
 from typing import TextIO
 
+from tracehaul.runtime import clock
+
 _FIELDS = "tracehaul_fields"
+_SELDOM_KEYS_MAX = 1024
 _VALUE_CHARS_MAX = 4000
 """A longer value is cut: a log line is not a data path."""
 
@@ -37,6 +40,33 @@ class Log:
         if self._logger.isEnabledFor(level):
             trace = (type(error), error, error.__traceback__) if error is not None else None
             self._logger.log(level, event, extra={_FIELDS: fields}, exc_info=trace)
+
+
+class Seldom:
+    """Says what may happen often: each event at most once in ``every_s``, the next time with how often it was not said.
+
+    ``about`` tells apart what is limited on its own, such as one node's failures from another's.
+    """
+
+    def __init__(self, log: Log, every_s: float = 10.0) -> None:
+        self._log = log
+        self._every_s = every_s
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}  # when, and how often not since
+
+    def warning(self, event: str, about: str = "", **fields: object) -> None:
+        """As :meth:`Log.warning`, if it was not said lately."""
+        now_s = clock.perf_s()
+        key = event, about
+        said_s, unsaid = self._said.get(key, (-self._every_s, 0))
+        if now_s - said_s < self._every_s:
+            self._said[key] = said_s, unsaid + 1
+            return
+        if len(self._said) >= _SELDOM_KEYS_MAX:
+            self._said.clear()
+        self._said[key] = now_s, 0
+        if unsaid:
+            fields["unsaid"] = unsaid
+        self._log.warning(event, **fields)
 
 
 class LineFormatter(logging.Formatter):

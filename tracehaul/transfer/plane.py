@@ -24,7 +24,7 @@ def choose(planes: Sequence[Plane], descriptors: Iterable[RegionDescriptor]) -> 
     Raises:
         TransferError: none does.
     """
-    offered = sorted(descriptors, key=lambda d: _rank(d.kind))
+    offered = sorted(descriptors, key=lambda d: cost(d.kind))
     for remote in offered:
         for plane in planes:
             if plane.transfer.kind == remote.kind and plane.transfer.reaches(remote):
@@ -35,5 +35,6 @@ def choose(planes: Sequence[Plane], descriptors: Iterable[RegionDescriptor]) -> 
     raise TransferError(f"no transport reaches {owner}: it offers {theirs}, this process has {ours}")
 
 
-def _rank(kind: str) -> int:
+def cost(kind: str) -> int:
+    """Its place among the kinds by cost per byte."""
     return PREFERENCE.index(kind) if kind in PREFERENCE else len(PREFERENCE)

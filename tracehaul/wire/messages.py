@@ -36,6 +36,18 @@ from tracehaul.wire.blocks import (
     Unpin,
 )
 from tracehaul.wire.cluster import Heartbeat, Join, Members
+from tracehaul.wire.operations import (
+    Describe,
+    Description,
+    Limits,
+    Locate,
+    Located,
+    Scrub,
+    ScrubCancel,
+    ScrubPoll,
+    ScrubState,
+    SetLimits,
+)
 from tracehaul.wire.steps import DecodeStep, PrefillDone, PrefillProgress, PrefillStep, PrefillToken, StepDone, Tokens
 
 Request = (
@@ -60,6 +72,12 @@ Request = (
     | Prefetch
     | PrefetchPoll
     | PrefetchCancel
+    | Describe
+    | SetLimits
+    | Locate
+    | Scrub
+    | ScrubPoll
+    | ScrubCancel
     | Drain
     | PrefillStep
     | DecodeStep
@@ -79,6 +97,10 @@ Reply = (
     | Events
     | TierList
     | PrefetchState
+    | Description
+    | Limits
+    | Located
+    | ScrubState
     | DrainState
     | PrefillProgress
     | PrefillToken

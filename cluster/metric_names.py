@@ -1,0 +1,263 @@
+"""Every metric by name, with its unit and what it means. ``docs/metrics.md`` is made from this.
+
+Rooms count in plain structs and know nothing of metrics: here each field gets its name. A field that is not here is
+shown all the same, under its own name; a test says so.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+Kind = Literal["counter", "gauge"]
+
+
+class Metric(NamedTuple):
+    """One metric. A counter's name ends with ``_total`` on the page."""
+
+    name: str
+    """Without ``_total``; what is counted, or the unit, comes last where the name is not older than this rule."""
+    unit: str
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+COUNTERS: dict[str, dict[str, Metric]] = {
+    "StoreStats": {
+        "reserved": Metric("reserved_blocks", "blocks", "Slots given to writers."),
+        "in_flight": Metric("in_flight_blocks", "blocks", "Blocks not given to a writer: another was writing them."),
+        "full": Metric("refused_blocks", "blocks", "Blocks of writers for which no slot could be freed."),
+        "published": Metric("published_blocks", "blocks", "Blocks that became visible."),
+        "fenced": Metric("fenced_blocks", "blocks", "Publishes refused because their reservation had ended."),
+        "corrupt_writes": Metric(
+            "corrupt_writes", "blocks", "Publishes refused because the landed bytes did not match."
+        ),
+        "corrupt_held": Metric("corrupt_held_blocks", "blocks", "Published blocks dropped: their bytes had changed."),
+        "leased_blocks": Metric("leased_blocks", "blocks", "Blocks given to readers under a lease."),
+        "missed_blocks": Metric("missed_blocks", "blocks", "Blocks that readers asked for and that were not held."),
+        "waits": Metric("waits", "requests", "Requests that waited for a block that another was writing."),
+        "passed_on": Metric("passed_on_blocks", "blocks", "Reservations of a silent writer that went to another."),
+        "pins_refused": Metric("refused_pins", "requests", "Pins refused because a limit was reached."),
+        "leases_refused": Metric("refused_leases", "requests", "Leases refused: too many on one connection."),
+    },
+    "TierStats": {
+        "stored": Metric("stored_blocks", "blocks", "Blocks written to the tier."),
+        "stored_bytes": Metric("stored_bytes", "bytes", "Bytes of the blocks written to the tier."),
+        "loaded": Metric("loaded_blocks", "blocks", "Blocks read from the tier, verified."),
+        "loaded_bytes": Metric("loaded_bytes", "bytes", "Bytes of the blocks read from the tier."),
+        "full": Metric("refused_blocks", "blocks", "Blocks not written: nothing in the tier could make room."),
+        "evicted": Metric("evicted_blocks", "blocks", "Blocks that made room for others."),
+        "corrupt": Metric("corrupt_blocks", "blocks", "Blocks dropped because their bytes did not match."),
+        "failed": Metric("failed_operations", "operations", "Reads and writes that the tier's device refused."),
+        "recovered": Metric("recovered_blocks", "blocks", "Blocks found at the node's start."),
+        "unreadable": Metric("unreadable_records", "records", "Records found torn or outdated at the node's start."),
+        "scrubbed": Metric("scrubbed_blocks", "blocks", "Blocks verified by the scrubber or by a scrub on demand."),
+    },
+    "TieringStats": {
+        "demoted": Metric("demoted_blocks", "blocks", "Blocks that left memory and stayed in the tier below."),
+        "evicted_unwritten": Metric("evicted_unwritten_blocks", "blocks", "Blocks evicted before they were written."),
+        "promoted": Metric("promoted_blocks", "blocks", "Blocks brought to memory."),
+        "promote_failed": Metric(
+            "promote_failed_blocks", "blocks", "Blocks asked for that were bad or lost their slot."
+        ),
+        "promote_refused": Metric(
+            "promote_refused_blocks", "blocks", "Blocks not brought up: no slot, or too many coming."
+        ),
+        "promote_late": Metric("promote_late_leases", "requests", "Leases that did not wait for all their blocks."),
+    },
+    "StackStats": {
+        "copied_down": Metric("copied_down_blocks", "blocks", "Blocks copied from the disk to the tier below it."),
+        "copied_up": Metric("copied_up_blocks", "blocks", "Blocks copied back to the disk."),
+        "evicted_uncopied": Metric("evicted_uncopied_blocks", "blocks", "Blocks evicted from disk before their copy."),
+    },
+    "CopyStats": {
+        "blocks": Metric("copied_blocks", "blocks", "Blocks written to another store node."),
+        "bytes": Metric("copied_bytes", "bytes", "Bytes of those blocks."),
+        "present": Metric("present_blocks", "blocks", "Blocks that the other node turned out to have."),
+        "refused": Metric("refused_blocks", "blocks", "Blocks that the other node had no room for."),
+        "failed": Metric("failed_blocks", "blocks", "Blocks that did not get to the other node."),
+        "corrupt": Metric("corrupt_blocks", "blocks", "Blocks that the other node found bad."),
+    },
+    "ReplicaStats": {
+        "made": Metric("made", "pins", "Times that another node took a pin and all that is here of its blocks."),
+        "refused": Metric("refused", "pins", "Times that one did not."),
+        "pins_refused": Metric("refused_pins", "pins", "Of these, because it did not take the pin."),
+    },
+    "JournalStats": {
+        "recovered": Metric("recovered", "pins", "Pins found at the node's start and still in force."),
+        "appended": Metric("appended_entries", "entries", "Entries added to the journal of pins."),
+        "rewritten": Metric("rewrites", "rewrites", "Times that the journal was written anew to make it shorter."),
+        "failed": Metric("failed_entries", "entries", "Entries that the device refused: their callers were told."),
+    },
+    "ClientStats": {
+        "hits": Metric("hit_blocks", "blocks", "Blocks got, landed and verified."),
+        "misses": Metric("missed_blocks", "blocks", "Blocks not got.", ("reason",)),
+        "puts": Metric("puts", "blocks", "Blocks put, by what came of it.", ("reason",)),
+        "get_bytes": Metric("get_bytes", "bytes", "Bytes of the blocks got."),
+        "get_s": Metric("get_seconds", "seconds", "Time in gets, those side by side added up."),
+        "put_bytes": Metric("put_bytes", "bytes", "Bytes of the blocks published."),
+        "put_s": Metric("put_seconds", "seconds", "Time in puts, those side by side added up."),
+        "failovers": Metric("failovers", "nodes", "Nodes that failed in the middle of a put."),
+        "hits_failed_over": Metric("failed_over_blocks", "blocks", "Blocks got from another node than the first."),
+    },
+    "WorkerStats": {
+        "steps": Metric("steps", "steps", "Steps begun."),
+        "steps_failed": Metric("steps_failed", "steps", "Steps that ended with an error."),
+        "steps_aborted": Metric("steps_aborted", "steps", "Steps that their caller gave up."),
+        "prompt_tokens": Metric("prompt_tokens", "tokens", "Tokens of the steps' prompts."),
+        "output_tokens": Metric("output_tokens", "tokens", "Tokens sampled."),
+        "resident_tokens": Metric("resident_tokens", "tokens", "Prompt tokens whose KV was on the worker."),
+        "pulled_tokens": Metric("pulled_tokens", "tokens", "Prompt tokens whose KV came from the store."),
+        "pulled_bytes": Metric("pulled_bytes", "bytes", "KV pulled from the store."),
+        "pull_s": Metric("pull_seconds", "seconds", "Time in pulls, those side by side added up."),
+        "missed_blocks": Metric("missed_blocks", "blocks", "Blocks expected from the store that did not arrive."),
+        "evicted_sequences": Metric("evicted_sequences", "sequences", "Idle sequences given up for memory."),
+        "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed: computed here."),
+        "write_back_refused": Metric(
+            "write_back_refused", "sequences", "Sequences whose blocks the store did not take."
+        ),
+    },
+    "DispatchStats": {
+        "steps": Metric("steps", "steps", "Steps begun."),
+        "steps_finished": Metric("steps_finished", "steps", "Steps that ended well."),
+        "steps_failed": Metric("steps_failed", "steps", "Steps that ended with an error."),
+        "steps_aborted": Metric("steps_aborted", "steps", "Steps that the client, or a stop string, ended."),
+        "steps_moved": Metric("steps_moved", "attempts", "Attempts that failed and were followed by another worker's."),
+        "prompt_tokens": Metric("prompt_tokens", "tokens", "Tokens of finished steps' prompts."),
+        "cached_tokens": Metric("cached_tokens", "tokens", "Of these, those that nobody computed again."),
+        "output_tokens": Metric("output_tokens", "tokens", "Tokens of finished steps' answers."),
+        "missed_blocks": Metric("missed_blocks", "blocks", "Blocks said to be in the store that did not arrive."),
+        "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed."),
+        "recomputed_tokens": Metric(
+            "recomputed_tokens", "tokens", "Tokens that an earlier step had computed, computed again.", ("reason",)
+        ),
+    },
+}
+"""By the struct that a room counts in, and its field."""
+
+COUNTERS["ObjectStats"] = COUNTERS["TierStats"] | {
+    "puts": Metric("put_requests", "requests", "Requests to make an object."),
+    "gets": Metric("get_requests", "requests", "Requests for an object's bytes."),
+    "deletes": Metric("delete_requests", "requests", "Requests to delete, each for up to 1000 objects."),
+    "listings": Metric("list_requests", "requests", "Pages of listings of up to 1000 objects, and probes."),
+    "lost": Metric("lost_objects", "objects", "Objects that were gone when they were read."),
+    "deleted": Metric("deleted_objects", "objects", "Objects deleted."),
+    "useless": Metric("useless_objects", "objects", "Objects found at the start that no block needs: deleted."),
+    "outages": Metric("outages", "outages", "Times that the service was given up for a while."),
+}
+
+PARTS = {
+    "store": "StoreStats",
+    "disk": "TierStats",
+    "s3": "ObjectStats",
+    "tiering": "TieringStats",
+    "stack": "StackStats",
+    "copies": "CopyStats",
+    "replicas": "ReplicaStats",
+    "pins": "JournalStats",
+    "store_client": "ClientStats",
+    "worker": "WorkerStats",
+    "router": "DispatchStats",
+}
+"""What comes after ``tracehaul_``, by struct: the table in the docs."""
+
+LOAD: dict[str, Metric] = {
+    "running": Metric("running", "steps", "Steps in progress."),
+    "waiting": Metric("waiting", "steps", "Steps queued for memory."),
+    "blocks": Metric("blocks", "blocks", "Published blocks in a store node's memory."),
+    "bytes_used": Metric("used_bytes", "bytes", "Bytes of those blocks; on a worker, KV memory in use."),
+    "bytes_max": Metric("max_bytes", "bytes", "The most that it can be."),
+    "disk_blocks": Metric("disk_blocks", "blocks", "Blocks on a store node's disk."),
+    "disk_bytes_used": Metric("disk_used_bytes", "bytes", "Bytes of those blocks."),
+    "disk_bytes_max": Metric("disk_max_bytes", "bytes", "The most that it can be."),
+    "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
+    "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
+    "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody can take one."),
+    "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
+    "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
+    "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),
+}
+"""Gauges of every node but the router, ``tracehaul_node_…``: the fields of its heartbeat."""
+
+GAUGES: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("store_slots", "slots", "Slots of a store node's memory, by what they are.", ("state",)),
+        Metric("store_open_leases", "leases", "Open leases of readers."),
+        Metric("store_open_reservations", "blocks", "Blocks that are being written."),
+        Metric("store_open_pins", "pins", "Open pins."),
+        Metric("store_hard_pinned_blocks", "blocks", "Blocks that hard pins cover, each pin's counted."),
+        Metric("store_waiting_requests", "requests", "Requests that wait for blocks that others write."),
+        Metric("store_subscribers", "subscribers", "Open subscriptions to the node's events."),
+        Metric(
+            "store_tenant_used_bytes", "bytes", "Slots that a tenant takes; empty: all without a quota.", ("tenant",)
+        ),
+        Metric("store_tenant_quota_bytes", "bytes", "What a tenant is sure of; empty: all without one.", ("tenant",)),
+        Metric("store_unwritten_blocks", "blocks", "Blocks that wait to be written to the tier below memory."),
+        Metric("store_client_staging_buffers", "buffers", "Staging buffers, by what they are.", ("state",)),
+        Metric("store_client_staging_quarantined_bytes", "bytes", "Staging that a late transfer may still touch."),
+        Metric("transfer_quarantined_bytes", "bytes", "Bytes of transfers past their deadline that may still land."),
+    )
+}
+"""What is so now, beside the load."""
+
+OTHER_COUNTERS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("store_evicted_blocks", "blocks", "Blocks that left a store node's memory to make room."),
+        Metric("store_scrubbed_blocks", "blocks", "Blocks in memory verified by scrubs on demand."),
+        Metric("store_subscriber_overflows", "subscribers", "Subscribers cut off because they fell too far behind."),
+        Metric("transfer_dropped_notifications", "messages", "Notifications of peers that made no sense."),
+    )
+}
+
+
+def counter_of(part: str, struct: str, field: str) -> Metric:
+    """The metric of a counted field, its full name without ``_total``."""
+    known = COUNTERS.get(struct, {}).get(field)
+    if known is not None:
+        return known._replace(name=f"tracehaul_{part}_{known.name}")
+    name = f"{field.removesuffix('_s')}_seconds" if field.endswith("_s") else field
+    return Metric(f"tracehaul_{part}_{name}", "", f"{field} since the node's start", ("reason",))
+
+
+def load_of(field: str) -> Metric:
+    """The gauge of a heartbeat's field, with its full name."""
+    known = LOAD.get(field)
+    return (
+        known._replace(name=f"tracehaul_node_{known.name}") if known else Metric(f"tracehaul_node_{field}", "", field)
+    )
+
+
+def every() -> Iterator[tuple[Kind, Metric]]:
+    """All of them, with their full names, as a page shows them."""
+    for part, struct in PARTS.items():
+        for field in COUNTERS[struct]:
+            metric = counter_of(part, struct, field)
+            yield "counter", metric._replace(name=f"{metric.name}_total")
+    for metric in OTHER_COUNTERS.values():
+        yield "counter", metric._replace(name=f"tracehaul_{metric.name}_total")
+    for metric in GAUGES.values():
+        yield "gauge", metric._replace(name=f"tracehaul_{metric.name}")
+    for field in LOAD:
+        yield "gauge", load_of(field)
+
+
+def document() -> str:
+    """``docs/metrics.md``."""
+    lines = [
+        "# Metrics",
+        "Every node answers `/metrics` in Prometheus' text format; `tracehaul status` shows where, the router's is at",
+        "its API's port. Counters count since the node's start. Beside these there are `process_…` and `python_info`.",
+        "",
+        "This page is made by `python -m cluster.metric_names`, and a test holds it and the nodes to each other.",
+        "",
+        "| metric | type | unit | labels | |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, metric in sorted(every(), key=lambda one: one[1].name):
+        labels = ", ".join(metric.labels)
+        lines.append(f"| `{metric.name}` | {kind} | {metric.unit} | {labels} | {metric.help} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")  # noqa: T201 - that is what it is for
