@@ -79,6 +79,10 @@ DiskOption = Annotated[
         "--disk-bytes", parser=_size, metavar="SIZE", help="Disk of each store node for blocks, kept over restarts."
     ),
 ]
+S3Option = Annotated[
+    int | None,
+    typer.Option("--s3-bytes", parser=_size, metavar="SIZE", help="The most that each store node keeps in the bucket."),
+]
 
 
 @app.command()
@@ -106,6 +110,10 @@ def up(
         Path | None, typer.Option(help="Where the store nodes' disk files are. Default: in the run directory.")
     ] = None,
     quota: QuotaOption = None,
+    s3_url: Annotated[
+        str | None, typer.Option(help="s3://bucket/prefix for blocks; endpoint and credentials: AWS_* variables.")
+    ] = None,
+    s3_bytes: S3Option = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most prompt tokens computed between two decode steps.")
     ] = None,
@@ -142,6 +150,8 @@ def up(
         "disk_bytes": disk_bytes,
         "disk_dir": str(disk_dir.absolute()) if disk_dir is not None else None,
         "quota_bytes": dict(quota) if quota else None,
+        "s3_url": s3_url,
+        "s3_bytes": s3_bytes,
         "worker.chunk_tokens": chunk_tokens,
     }
     chosen = load_config(config, overrides)

@@ -15,6 +15,8 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
+from kvstore.copies import ReplicationConfig
+from kvstore.tiers.objects import parse_url
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
 from router.api.config import ApiConfig
@@ -27,6 +29,9 @@ Role = Literal["router", "store", "prefill", "decode"]
 
 NODES_MAX = 64
 """Of one role in one cluster."""
+
+OBJECTS_MAX = 4_000_000
+"""Blocks of one store node in its bucket: its index is in memory, about half a KiB each."""
 
 ROUTER = "router-0"
 
@@ -68,7 +73,13 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     quota_bytes: dict[str, int] = {}
     """Of each store node's block memory, what each tenant (a request's ``cache_salt``) is sure of. Tenants without an
     entry share what is left."""
+    s3_url: str = ""
+    """``s3://bucket/prefix``: a tier below memory and disk, each store node under its own name there; empty: none.
+    Endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...)."""
+    s3_bytes: Annotated[int, Meta(ge=0)] = 0
+    """The most that each store node keeps there."""
     tiering: TieringConfig = TieringConfig()
+    replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
     api: ApiConfig = ApiConfig()
@@ -186,17 +197,34 @@ def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
     """A store node's config: slots of one full block of ``layout``.
 
     Raises:
-        ClusterFault: the arena, or the disk, is smaller than one block; or the quotas are larger than the arena.
+        ClusterFault: the arena, or a tier, is smaller than one block, the quotas are larger than the arena, or what is
+            said of a tier makes no sense.
     """
     slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
     if config.store_bytes < slot_bytes:
         raise ClusterFault(f"--store-bytes {config.store_bytes} holds no block of this model ({slot_bytes} bytes)")
     if config.disk_bytes and Layout.within(config.disk_bytes, slot_bytes) is None:
         raise ClusterFault(f"--disk-bytes {config.disk_bytes} holds no block of this model ({slot_bytes} bytes)")
+    _check_s3(config, slot_bytes)
     try:
         return StoreConfig(arena_bytes=config.store_bytes, slot_bytes=slot_bytes, quota_bytes=config.quota_bytes)
     except ValueError as error:
         raise ClusterFault(f"the store nodes' config is wrong: {error}") from error
+
+
+def _check_s3(config: ClusterConfig, slot_bytes: int) -> None:
+    if not config.s3_url and not config.s3_bytes:
+        return
+    if not config.s3_url or not config.s3_bytes:
+        raise ClusterFault("an S3 tier needs both: where it is (--s3-url) and how much it may keep there (--s3-bytes)")
+    try:
+        parse_url(config.s3_url)
+    except ValueError as error:
+        raise ClusterFault(f"--s3-url is {error}") from error
+    if not 1 <= config.s3_bytes // slot_bytes <= OBJECTS_MAX:
+        raise ClusterFault(
+            f"--s3-bytes {config.s3_bytes} must hold from 1 to {OBJECTS_MAX} blocks of this model ({slot_bytes} bytes)"
+        )
 
 
 def disk_path(config: ClusterConfig, run: RunDir, name: str) -> Path:

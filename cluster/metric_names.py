@@ -63,6 +63,26 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         ),
         "promote_late": Metric("promote_late_leases", "requests", "Leases that did not wait for all their blocks."),
     },
+    "StackStats": {
+        "copied_down": Metric("copied_down_blocks", "blocks", "Blocks copied from the disk to the bucket."),
+        "copied_up": Metric("copied_up_blocks", "blocks", "Blocks copied from the bucket to the disk."),
+        "evicted_uncopied": Metric(
+            "evicted_uncopied_blocks", "blocks", "Blocks the disk gave up before they were copied."
+        ),
+    },
+    "CopyStats": {
+        "blocks": Metric("blocks", "blocks", "Blocks written to another store node."),
+        "bytes": Metric("bytes", "bytes", "Bytes of those blocks."),
+        "present": Metric("present_blocks", "blocks", "Blocks to be written that the other node had."),
+        "refused": Metric("refused_blocks", "blocks", "Blocks that the other node had no room for."),
+        "failed": Metric("failed_blocks", "blocks", "Blocks that did not get there: the other node was lost or late."),
+        "corrupt": Metric("corrupt_blocks", "blocks", "Blocks that the other node found bad."),
+    },
+    "ReplicaStats": {
+        "made": Metric("made", "copies", "Times that another node took a pin and all that is here of its blocks."),
+        "refused": Metric("refused", "copies", "Times that one did not."),
+        "pins_refused": Metric("refused_pins", "copies", "Of these, because it did not take the pin."),
+    },
     "JournalStats": {
         "recovered": Metric("recovered", "pins", "Pins found at the node's start and still in force."),
         "appended": Metric("appended_entries", "entries", "Entries added to the journal of pins."),
@@ -71,6 +91,9 @@ COUNTERS: dict[str, dict[str, Metric]] = {
     },
     "ClientStats": {
         "hits": Metric("hit_blocks", "blocks", "Blocks got, landed and verified."),
+        "hits_failed_over": Metric(
+            "failed_over_blocks", "blocks", "Of these, those from another node than asked first."
+        ),
         "misses": Metric("missed_blocks", "blocks", "Blocks not got.", ("reason",)),
         "puts": Metric("puts", "blocks", "Blocks put, by what came of it.", ("reason",)),
         "get_bytes": Metric("get_bytes", "bytes", "Bytes of the blocks got."),
@@ -117,8 +140,12 @@ COUNTERS: dict[str, dict[str, Metric]] = {
 PARTS = {
     "store": "StoreStats",
     "disk": "TierStats",
+    "s3": "TierStats",
+    "stack": "StackStats",
     "tiering": "TieringStats",
     "pins": "JournalStats",
+    "copies": "CopyStats",
+    "replicas": "ReplicaStats",
     "store_client": "ClientStats",
     "worker": "WorkerStats",
     "router": "DispatchStats",
@@ -134,8 +161,12 @@ LOAD: dict[str, Metric] = {
     "disk_blocks": Metric("disk_blocks", "blocks", "Blocks on a store node's disk."),
     "disk_bytes_used": Metric("disk_used_bytes", "bytes", "Bytes of those blocks."),
     "disk_bytes_max": Metric("disk_max_bytes", "bytes", "The most that it can be."),
+    "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
+    "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
+    "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),
     "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
     "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
+    "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody takes one."),
 }
 """Gauges of every node but the router, ``tracehaul_node_…``: the fields of its heartbeat."""
 

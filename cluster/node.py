@@ -19,8 +19,10 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from cluster.tiers import open_tiers
 from cluster.transports import HOST, open_transport
-from kvstore.tiers.disk import NoDisk, open_disk
+from kvstore.tiers.disk import NoDisk
+from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine, EngineInfo
 from tracehaul.engine.source import SourceError
 from tracehaul.rpc.base import Service
@@ -54,15 +56,11 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, TransferError, OSError) as fault:
+    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
     return 0
-
-
-def _ignore(members: Members) -> None:
-    """A store node asks nothing of others."""
 
 
 class Room(NamedTuple):
@@ -71,7 +69,7 @@ class Room(NamedTuple):
     service: Service
     stats: Mapping[str, msgspec.Struct]
     load: Callable[[], NodeLoad]
-    on_members: Callable[[Members], None] = _ignore
+    on_members: Callable[[Members], None]
     info: EngineInfo | None = None
     """A worker's engine."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
@@ -171,7 +169,7 @@ class _Node:
         stack.callback(offload.close)
         match role:
             case "store":
-                return await self._store(stack, offload)
+                return await self._store(stack, offload, peers)
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
@@ -188,31 +186,34 @@ class _Node:
         stack.callback(memory.close)
         return memory
 
-    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload) -> Room:
+    async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
         from cluster.store_metrics import store_metrics, transfer_metrics
+        from kvstore.neighbours import Others
         from kvstore.node import StoreNode
-        from kvstore.pin_journal import open_journal
+        from kvstore.pin_journal import PinJournal, open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
         chosen = self._plan.config
-        if not chosen.disk_bytes:
-            store = StoreNode(config, self._generation, planes, memory, offload)
-            stack.callback(store.close)
-            return Room(
-                store, {"store": store.stats}, store.load, metrics=(store_metrics(store), transfer_metrics(planes))
-            )
-        path = disk_path(chosen, self._run, self._spec.name)
-        tier = await open_disk(path, chosen.disk_bytes, config.slot_bytes)
-        stack.callback(tier.close)
-        journal = await open_journal(path.with_suffix(".pins"))  # the lock on the tier's file is on it too
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal)
-        assert store.tiering is not None
+        tier, tier_stats = await open_tiers(chosen, self._run, self._spec.name, config.slot_bytes)
+        if tier is not None:
+            stack.callback(tier.close)
+        journal: PinJournal | None = None
+        if chosen.disk_bytes:  # the lock on the tier's file is on it too
+            journal = await open_journal(disk_path(chosen, self._run, self._spec.name).with_suffix(".pins"))
+        others = Others(NodeId(self._spec.name), peers, chosen.replication)
+        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
         stack.push_async_callback(store.aclose)
-        stats = {"store": store.stats, "disk": tier.stats, "tiering": store.tiering.stats, "pins": journal.stats}
+        stats: dict[str, msgspec.Struct] = {"store": store.stats, **tier_stats}
+        if store.neighbours is not None:
+            stats.update(store.neighbours.stats)
+        if store.tiering is not None:
+            stats.update(tiering=store.tiering.stats)
+        if journal is not None:
+            stats.update(pins=journal.stats)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        return Room(store, stats, store.load, background=(store.run(),), metrics=metrics)
+        return Room(store, stats, store.load, store.set_members, background=(store.run(),), metrics=metrics)
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers

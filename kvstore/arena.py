@@ -195,6 +195,11 @@ class Arena:
         published = self._published
         return bytes([h in published for h in hashes])
 
+    def spec(self, block_hash: BlockHash) -> BlockSpec | None:
+        """A published block's size and parent."""
+        slot = self._published.get(block_hash)
+        return None if slot is None else BlockSpec(block_hash, self._families.parent(slot), self._size[slot])
+
     def published(self) -> tuple[BlockHash, ...]:
         """All visible hashes but scratch ones, oldest publish first: a snapshot as of the last change."""
         if self._scratch:
@@ -214,7 +219,7 @@ class Arena:
     # --- writing ------------------------------------------------------------------------------------------
 
     def reserve(
-        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str = "", *, scratch: bool = False
+        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str | int = "", *, scratch: bool = False
     ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
@@ -436,6 +441,10 @@ class Arena:
     def pin_of(self, key: PinKey) -> HeldPin | None:
         """A trace's open pin."""
         return self._pins.get(key)
+
+    def pins_of(self, block_hash: BlockHash) -> list[PinKey]:
+        """The pins that cover a block."""
+        return self._pins.keys(block_hash)
 
     def open_pins(self, now_s: float) -> list[tuple[PinKey, HeldPin]]:
         """All, the first to end first."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from kvstore.failover import Get, Holders, Look
 from kvstore.nodes import StoreNodes, StoreNodeView
 from kvstore.reader import GetResult, Reader, Wanted
 from kvstore.staging import Staging, StagingBuffer
@@ -34,6 +35,8 @@ class ClientStats(msgspec.Struct):
     """Counts since the client's start."""
 
     hits: int = 0
+    hits_failed_over: int = 0
+    """Blocks that another holder delivered than the one asked first."""
     misses: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """By :data:`kvstore.reader.MissReason`."""
     puts: dict[str, int] = msgspec.field(default_factory=dict[str, int])
@@ -64,6 +67,7 @@ class StoreClient:
         self.staging = staging
         self.stats = ClientStats()
         self._nodes = StoreNodes(peers, planes, BREAK_S)
+        self._holders = Holders()
         self._reader = Reader(self._nodes, offload)
         self._writer = Writer(self._nodes, offload, scratch=scratch)
 
@@ -81,10 +85,9 @@ class StoreClient:
         """
         if not hashes:
             return []
-        request = Exists(tuple(hashes))
-        views = self._nodes.live()
-        answers = await asyncio.gather(*(self._held_by(view, request) for view in views))
-        return assign({view.node: held for view, held in zip(views, answers, strict=True)}, len(hashes))
+        held = await self._look(hashes, (), EXISTS_TIMEOUT_S)
+        self._holders.saw(hashes, held)
+        return assign(held, len(hashes))
 
     async def get(
         self,
@@ -95,11 +98,14 @@ class StoreClient:
     ) -> list[int | None]:
         """Land block ``i`` in ``buffers[i]``; per block its size in bytes, landed and verified, or None for a miss.
 
-        ``where`` is what :meth:`exists` said, if it was asked. A buffer whose block is missed holds anything.
+        ``where`` is what :meth:`exists` said, if it was asked. A block that its node does not deliver is asked for at
+        others that may have it. A buffer whose block is missed holds anything.
         """
         assert len(hashes) == len(buffers)
         start_s = clock.now_s()
+        look: Look | None = self._look
         if where is None:
+            look = None
             only = self._nodes.live()
             # The lease says what a node has: with one node there is nobody else to find it at.
             where = [only[0].node] * len(hashes) if len(only) == 1 else await self.exists(hashes)
@@ -108,12 +114,9 @@ class StoreClient:
         for index, node in enumerate(where):
             if node is not None:
                 groups.setdefault(node, []).append(Wanted(index, hashes[index], buffers[index]))
-        deadline_s = start_s + timeout_s
-        reading = [self._reader.get_from(node, wanted, results, deadline_s) for node, wanted in groups.items()]
-        if len(reading) == 1:
-            await reading[0]  # no turn of the loop in between: what has landed is handed over at once
-        else:
-            await asyncio.gather(*reading)
+        get = Get(self._nodes, self._reader, self.staging, self._holders, look, results, start_s + timeout_s)
+        await get.run(groups)
+        self.stats.hits_failed_over += get.failed_over
         self.stats.get_s += clock.now_s() - start_s
         return [self._counted(result) for result in results]
 
@@ -166,9 +169,19 @@ class StoreClient:
         """Let releases and other notices under way end."""
         await self._nodes.aclose()
 
-    async def _held_by(self, view: StoreNodeView, request: Exists) -> bytes:
+    async def _look(
+        self, hashes: Sequence[BlockHash], but: Collection[NodeId], timeout_s: float
+    ) -> dict[NodeId, bytes]:
+        """What each live node, but for some, holds of these: a byte per block; nothing where it does not say."""
+        request = Exists(tuple(hashes))
+        views = [view for view in self._nodes.live() if view.node not in but]
+        timeout_s = min(timeout_s, EXISTS_TIMEOUT_S)
+        answers = await asyncio.gather(*(self._held_by(view, request, timeout_s) for view in views))
+        return {view.node: held for view, held in zip(views, answers, strict=True)}
+
+    async def _held_by(self, view: StoreNodeView, request: Exists, timeout_s: float) -> bytes:
         try:
-            held = (await self._nodes.call(view, request, Existing, EXISTS_TIMEOUT_S)).held
+            held = (await self._nodes.call(view, request, Existing, timeout_s)).held
         except ClusterError:
             return b""
         return held if len(held) == len(request.hashes) else b""

@@ -1,6 +1,7 @@
 """A store node: serves one arena to the cluster."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
@@ -8,15 +9,18 @@ import msgspec
 
 from kvstore.arena import Arena, ReserveOutcome
 from kvstore.config import StoreConfig
+from kvstore.copies import Holdings
 from kvstore.events import Feed
 from kvstore.limits import changed, limits_of, live_of
 from kvstore.moves import checksums
+from kvstore.neighbours import Neighbours, Others
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
 from kvstore.scrub import Scrubber
-from kvstore.tiers.base import Tier
+from kvstore.tiers.base import Change, Tier, readable
 from kvstore.tiers.prefetch import PrefetchJobs
+from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul import __version__
@@ -35,6 +39,7 @@ from tracehaul.wire.blocks import (
     Await,
     Awaited,
     AwaitState,
+    Drain,
     Existing,
     Exists,
     Full,
@@ -66,10 +71,10 @@ from tracehaul.wire.blocks import (
     Tiers,
     Unpin,
 )
-from tracehaul.wire.cluster import NodeLoad
+from tracehaul.wire.cluster import Members, NodeLoad
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import BlockHash, Checksum, Generation
+from tracehaul.wire.ids import BlockHash, Checksum, Generation, SlotGeneration
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.operations import (
     Describe,
@@ -92,6 +97,8 @@ WAIT_HASHES_MAX = 4096
 """Blocks that one request waits for."""
 NAME_CHARS_MAX = 256
 """Of a tenant's or a trace's name."""
+HOLDERS_MAX = 64
+"""Nodes that one pin names."""
 SELF = ""
 """Holder of the node's own leases: no connection has this name."""
 
@@ -120,11 +127,12 @@ class StoreStats(msgspec.Struct):
 
 
 class StoreNode:
-    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes.
+    """Serves one arena: the rpc ``Service`` of a store node. It takes no part in copying bytes to and from clients.
 
-    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier`` or
-    a ``journal``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are in force from
-    the start. Costs nothing while idle: one timer, armed only if something can expire.
+    ``memory`` is the arena's bytes, at least ``config.arena_bytes``, registered with every plane. With a ``tier``,
+    a ``journal`` or ``others``, :meth:`run` must run beside it; pins are kept in the journal, and those found there are
+    in force from the start. Without ``others`` it makes no copies elsewhere. Costs nothing while idle: one timer,
+    armed only if something can expire.
     """
 
     def __init__(
@@ -137,6 +145,7 @@ class StoreNode:
         tier: Tier | None = None,
         tiering: TieringConfig | None = None,
         journal: PinJournal | None = None,
+        others: Others | None = None,
     ) -> None:
         assert memory.buffer.nbytes >= config.arena_bytes
         self._config = config
@@ -159,17 +168,30 @@ class StoreNode:
                 config.slot_bytes,
                 tier,
                 tiering or TieringConfig(),
-                self._feed.append,
+                self._announce,
                 self._changed,
             )
             self._prefetch = PrefetchJobs(self.tiering)
         self._born_s = clock.perf_s()
-        self._below: tuple[Tier, ...] = () if tier is None else (tier,)
+        self._below: tuple[Tier, ...] = () if tier is None else tuple(tier.parts)
         self._scrubber = Scrubber(
-            self._arena, self._buffer, config.slot_bytes, offload, self._below, self._changed, self._found_bad
+            self._arena,
+            self._buffer,
+            config.slot_bytes,
+            offload,
+            [part for part in self._below if not part.metered],
+            self._changed,
+            self._found_bad,
         )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
         self._changed()
+        self.neighbours: Neighbours | None = None
+        """Copies to other nodes; None without any."""
+        if others is not None:
+            holdings = Holdings(
+                self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
+            )
+            self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
 
     @property
     def arena(self) -> Arena:
@@ -193,20 +215,28 @@ class StoreNode:
             bytes_used=self._arena.bytes_published,
             bytes_max=self._config.slots_max * self._config.slot_bytes,
         )
+        if self.neighbours is not None:
+            load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
-        tier = self.tiering.tier
-        return msgspec.structs.replace(
-            load, disk_blocks=len(tier), disk_bytes_used=tier.bytes_used, disk_bytes_max=tier.bytes_max
-        )
+        below: dict[str, int] = {}
+        for tier in self.tiering.tier.parts:
+            below[f"{tier.name}_blocks"] = len(tier)
+            below[f"{tier.name}_bytes_used"] = tier.bytes_used
+            below[f"{tier.name}_bytes_max"] = tier.bytes_max
+        return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
-        """What a tier and a journal need done in the background, for as long as the node serves."""
+        """What a tier, a journal and copies need done in the background, for as long as the node serves."""
         async with asyncio.TaskGroup() as group:
-            if self.tiering is not None:
-                group.create_task(self.tiering.run())
-            if self._keeper is not None:
-                group.create_task(self._keeper.journal.run())
+            for part in (self.tiering, self.neighbours, self._keeper and self._keeper.journal):
+                if part is not None:
+                    group.create_task(part.run())
+
+    def set_members(self, members: Members) -> None:
+        """Who else is there."""
+        if self.neighbours is not None:
+            self.neighbours.set_members(members)
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -238,8 +268,8 @@ class StoreNode:
                 self._arena.renew(blocks, context.peer, clock.now_s())
                 self._changed()
                 return Ok()
-            case Revoke():
-                await self._verify_own(request)
+            case Revoke(hash=block_hash, generation=generation):
+                await self._verify_own(block_hash, generation)
                 return Ok()
             case Await():
                 return await self._await(request)
@@ -253,11 +283,17 @@ class StoreNode:
                 self._changed()
                 if self._keeper is not None:
                     await self._keeper.keep((tenant, trace))
+                if self.neighbours is not None:
+                    self.neighbours.unpinned((tenant, trace))
                 return Ok()
             case ListPins(tenant=tenant):
                 pins = self._arena.list_pins(tenant, clock.now_s())
                 self._changed()
-                return PinList(tuple(pins))
+                return PinList(tuple(pins if self.neighbours is None else map(self.neighbours.describe, pins)))
+            case Drain():
+                if self.neighbours is None:
+                    raise InvalidRequest("this node is on its own: there is nowhere to drain to")
+                return self.neighbours.drain(request)
             case Attach():
                 return Attached(self._generation, tuple(plane.region.descriptor for plane in self._planes))
             case Ping():
@@ -304,6 +340,8 @@ class StoreNode:
             await self.tiering.drain()
         if self._keeper is not None:
             await self._keeper.journal.aclose()
+        if self.neighbours is not None:
+            await self.neighbours.aclose()
         self.close()
 
     def close(self) -> None:
@@ -329,8 +367,13 @@ class StoreNode:
         return leased
 
     def _reserve(self, request: Reserve, peer: str) -> Reserved:
+        if self.neighbours is not None and self.neighbours.draining:
+            raise Overloaded("this node is draining: write elsewhere")  # it is well, and still to be read from
         _check_count(request.blocks)
-        _check_name(request.tenant)
+        if isinstance(request.tenant, str):
+            _check_name(request.tenant)
+        elif not 0 <= request.tenant < 1 << 64:
+            raise InvalidRequest("not a tenant's key")
         for block in request.blocks:
             if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
                 raise InvalidRequest("not a block hash and its parent's")
@@ -344,7 +387,7 @@ class StoreNode:
             self._tell_full(request.tenant)
         return Reserved(tuple(outcomes))
 
-    def _tell_full(self, tenant: str) -> None:
+    def _tell_full(self, tenant: str | int) -> None:
         arena = self._arena
         seldom.warning(
             "no slot could be freed for a writer",
@@ -358,12 +401,12 @@ class StoreNode:
         )
 
     def _reserve_missing(self, request: Reserve, peer: str) -> list[ReserveOutcome]:
-        """What a tier has needs no slot: it comes up when somebody reads it."""
+        """What a tier can give needs no slot: it comes up when somebody reads it."""
         blocks, tenant, scratch = request.blocks, request.tenant, request.scratch
         if self.tiering is None:
             return self._arena.reserve(blocks, peer, clock.now_s(), tenant, scratch=scratch)
-        find = self.tiering.tier.find
-        below = [find(block.hash) is not None for block in blocks]
+        tier = self.tiering.tier
+        below = [readable(tier, block.hash) for block in blocks]
         missing = [block for block, there in zip(blocks, below, strict=True) if not there]
         answers = iter(self._arena.reserve(missing, peer, clock.now_s(), tenant, scratch=scratch))
         return [Present() if there else next(answers) for there in below]
@@ -374,10 +417,13 @@ class StoreNode:
         counters = {"evicted": arena.evicted, "corrupt": self.stats.corrupt_held}
         yield TierInfo("memory", len(arena), load.bytes_used, load.bytes_max, counters)
         if self.tiering is not None:
-            tier = self.tiering.tier
-            counters = {**msgspec.structs.asdict(tier.stats), **msgspec.structs.asdict(self.tiering.stats)}
-            counters["waiting"] = self.tiering.behind
-            yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+            moves: dict[str, int] = {**msgspec.structs.asdict(self.tiering.stats), "waiting": self.tiering.behind}
+            for tier in self.tiering.tier.parts:
+                counters = {**msgspec.structs.asdict(tier.stats), **moves}
+                yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
+                # Each tier shows what comes to it from the one above.
+                if isinstance(self.tiering.tier, Stack):
+                    moves = {**msgspec.structs.asdict(self.tiering.tier.moves), "waiting": self.tiering.tier.behind}
 
     def _prefetched(self, request: Prefetch | PrefetchPoll | PrefetchCancel) -> PrefetchState:
         if self._prefetch is None:
@@ -416,22 +462,26 @@ class StoreNode:
         self._changed()
         return outcomes
 
-    async def _verify_own(self, request: Revoke) -> None:
-        """A reader's copy of a block was bad: drop ours only if it is bad too."""
-        leased = self._arena.lease([request.hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
+    async def _verify_own(self, block_hash: BlockHash, generation: SlotGeneration) -> None:
+        """Somebody's copy of a block was bad: drop ours only if it is bad too."""
+        leased = self._arena.lease([block_hash], SELF, self._config.lease_ttl_max_s, clock.now_s())
         self._changed()
         if leased is None:
             raise Overloaded("too many blocks are being verified")
         block = leased.blocks[0]
         try:
-            if block is None or block.generation != request.generation:
+            if block is None or block.generation != generation:
                 return
             (actual,) = await self._checksums([(block.offset, block.size_bytes)])
-            if actual != block.checksum and self._arena.revoke(request.hash, request.generation):
-                self._found_bad(request.hash)
+            if actual != block.checksum and self._arena.revoke(block_hash, generation):
+                self._found_bad(block_hash)
         finally:
             self._arena.release(leased.lease, SELF)
             self._changed()
+
+    async def _verify_held(self, block_hash: BlockHash, generation: SlotGeneration) -> None:
+        with contextlib.suppress(Overloaded):  # it will be found bad again
+            await self._verify_own(block_hash, generation)
 
     async def _await(self, request: Await) -> Awaited:
         if len(request.hashes) > WAIT_HASHES_MAX:
@@ -467,12 +517,18 @@ class StoreNode:
             raise InvalidRequest(f"a pin lasts more than 0 s, at a priority from 1 to {PRIORITY_MAX:.0f}")
         if not 1 <= request.replicas <= REPLICAS_MAX:
             raise InvalidRequest(f"a pin asks for 1 to {REPLICAS_MAX} copies")
+        if len(request.holders) > HOLDERS_MAX:
+            raise InvalidRequest(f"a pin names {len(request.holders)} holders; at most {HOLDERS_MAX}")
+        for node in request.holders:
+            _check_name(node)
         pinned = self._arena.pin(request, clock.now_s())
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
             seldom.warning("refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned)
             raise Overloaded(pinned)
+        if self.neighbours is not None:
+            self.neighbours.pinned(request)
         return pinned
 
     # --- for operators ------------------------------------------------------------------------------------
@@ -548,9 +604,14 @@ class StoreNode:
         if self.tiering is not None and changes:
             changes = self.tiering.merge(changes)
         if changes:
-            self._feed.append(changes)
+            self._announce(changes)
         self._waiters.ended(self._arena.take_ended())
         self._arm()
+
+    def _announce(self, changes: Sequence[Change]) -> None:
+        self._feed.append(changes)
+        if self.neighbours is not None:
+            self.neighbours.changed(changes)
 
     def _arm(self) -> None:
         deadline_s = self._arena.next_deadline_s()

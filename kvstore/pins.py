@@ -99,6 +99,10 @@ class Pins:
         keys = self._by_hash.get(block_hash)
         return None if keys is None else max([self._pins[key].rank for key in keys])
 
+    def keys(self, block_hash: BlockHash) -> list[PinKey]:
+        """The pins that cover a block, the oldest first."""
+        return list(self._by_hash.get(block_hash, ()))
+
     def all(self) -> list[tuple[PinKey, HeldPin]]:
         """Every open one, the first to end first."""
         return sorted(self._pins.items(), key=lambda item: (item[1].until_s, item[0]))

@@ -31,6 +31,12 @@ class StagingBuffer:
         assert nbytes <= self._view.nbytes
         return self._view[:nbytes]
 
+    def trade(self, other: "StagingBuffer") -> None:
+        """Exchange memory with another buffer, and what may still touch it: what was landed here is there."""
+        self._view, other._view = other._view, self._view
+        self.offset, other.offset = other.offset, self.offset
+        self._holds, other._holds = other._holds, self._holds
+
     def hold(self, settled: asyncio.Future[None]) -> None:
         """A transfer may touch these bytes until ``settled`` is done: the pool takes the buffer back only then."""
         self._holds.append(settled)
@@ -92,6 +98,10 @@ class Staging:
                 else:
                     self._waiters.remove(waiter)
                     self._serve()
+
+    def spare(self) -> StagingBuffer | None:
+        """A buffer, if one is free and nobody waits for it. Give it back with :meth:`release`."""
+        return self._free.popleft() if self._free and not self._waiters else None
 
     def release(self, buffers: Sequence[StagingBuffer]) -> None:
         """Give buffers back; one that a transfer may still touch returns to the pool when that settles."""

@@ -17,8 +17,10 @@ TenantKey = NewType("TenantKey", int)
 """Stands for a tenant's name where there is no room for it: 64 bits of its hash, 0 for who gives none."""
 
 
-def tenant_key(tenant: str) -> TenantKey:
-    """The key of a name: the same in every process and in every life."""
+def tenant_key(tenant: str | int) -> TenantKey:
+    """The key of a name, the same in every process and in every life; of a key, itself."""
+    if isinstance(tenant, int):
+        return TenantKey(tenant)
     return TenantKey(int.from_bytes(blake3(tenant.encode()).digest(8), "little") if tenant else 0)
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 from kvstore.moves import checksums, in_lanes, left_s, parts_of, transfer
 from kvstore.nodes import PATIENCE_S, StoreNodes, StoreNodeView
 from kvstore.staging import StagingBuffer
+from kvstore.tenants import TenantKey
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
@@ -59,6 +60,8 @@ class OutgoingBlock(NamedTuple):
     parent: BlockHash
     buffer: StagingBuffer
     nbytes: int
+    checksum: Checksum | None = None
+    """If it is known what the bytes must be; otherwise they are what they are."""
 
 
 class _Placed(NamedTuple):
@@ -94,17 +97,21 @@ class Writer:
             if view is None:
                 break
             try:
-                return await self._put_to(view, blocks, deadline_s, tenant)
+                return await self.put_to(view, blocks, deadline_s, tenant)
             except ClusterError:
                 tried.append(view.node)
                 view = None
                 self.failovers += 1
         return ["lost"] * len(blocks)
 
-    async def _put_to(
-        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float, tenant: str
+    async def put_to(
+        self, view: StoreNodeView, blocks: Sequence[OutgoingBlock], deadline_s: float, tenant: str | TenantKey
     ) -> list[PutOutcome]:
-        """All of it on one node. Raises ClusterError if the node does not see it through."""
+        """As :meth:`put`, on that node or nowhere.
+
+        Raises:
+            ClusterError: the node does not see it through. Some of the blocks may be there.
+        """
         # First: a slot that cannot be written is of no use.
         way = await self._nodes.attach(view, left_s(deadline_s))
         outcomes: list[PutOutcome] = ["lost"] * len(blocks)
@@ -174,7 +181,7 @@ class Writer:
         part: Sequence[_Placed],
         outcomes: list[PutOutcome],
         deadline_s: float,
-        tenant: str,
+        tenant: str | TenantKey,
     ) -> list[_Filled]:
         """What is to be written; ``outcomes`` are set for the rest."""
         specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for _, block in part])
@@ -220,7 +227,11 @@ class Writer:
     ) -> None:
         try:
             verified = sums is not None
-            if sums is None:
+            known = [f.block.checksum for f in fills if f.block.checksum is not None]
+            if len(known) == len(fills):
+                verified = sums == known  # if not, what the node finds there decides
+                sums = known
+            elif sums is None:
                 sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])
             blocks = tuple([Publication(f.block.hash, f.slot.generation, s) for f, s in zip(fills, sums, strict=True)])
             published = await self._nodes.call(view, Publish(blocks, verified), Published, left_s(deadline_s))

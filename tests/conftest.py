@@ -1,5 +1,13 @@
-"""What all tests share: where GPU tests run, and how Hypothesis behaves on busy machines."""
+"""What all tests share: where GPU tests run, how Hypothesis behaves on busy machines, and a server of S3's protocol."""
 
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import httpx
 import pytest
 from hypothesis import settings
 
@@ -20,3 +28,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none here"))
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Generator[int, None, None]:
+    """The port of a server that speaks S3's protocol: of our own, or the local one that ``TRACEHAUL_S3_PORT`` names."""
+    if port := os.environ.get("TRACEHAUL_S3_PORT"):
+        yield int(port)
+        return
+    script = Path(__file__).with_name("s3_server.py")
+    with subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        try:
+            yield int(server.stdout.readline())
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def s3_url(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
+    """Makes an address in a new bucket, and the environment say how to reach it."""
+    endpoint = f"http://127.0.0.1:{s3_port}"
+    for name, value in {"ENDPOINT_URL": endpoint, "ACCESS_KEY_ID": "tests", "SECRET_ACCESS_KEY": "tests"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+
+    def make() -> str:
+        bucket = f"blocks-{uuid.uuid4().hex[:12]}"
+        httpx.put(f"{endpoint}/{bucket}", trust_env=False, timeout=30.0).raise_for_status()
+        return f"s3://{bucket}/some/prefix"
+
+    return make

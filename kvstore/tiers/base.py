@@ -13,8 +13,9 @@ Change = Stored | Removed
 
 StoreOutcome = Literal["stored", "present", "full", "failed"]
 """``full``: nothing in the tier may make room for it. ``failed``: its device did not take the bytes."""
-LoadOutcome = Literal["loaded", "absent", "corrupt", "failed"]
-"""``corrupt``: the bytes did not match, the block is dropped. ``failed``: its device did not give them; dropped too."""
+LoadOutcome = Literal["loaded", "absent", "corrupt", "failed", "unavailable"]
+"""``corrupt``: the bytes did not match, the block is dropped. ``failed``: its device did not give them; dropped too.
+``unavailable``: its device cannot be asked now; the block is kept."""
 
 
 class TierBlock(NamedTuple):
@@ -58,7 +59,15 @@ class Tier(Protocol):
     """
 
     name: str
-    stats: TierStats
+    stores_max: int
+    """Calls of :meth:`store` that are worth having under way at once."""
+    metered: bool
+    """Whether somebody is paid for each read: then nothing is read unless somebody wants it."""
+
+    @property
+    def stats(self) -> TierStats:
+        """Its counts."""
+        ...
 
     def __len__(self) -> int:
         """Blocks held."""
@@ -72,6 +81,16 @@ class Tier(Protocol):
     @property
     def bytes_max(self) -> int:
         """The limit: what is full refuses or evicts, never grows."""
+        ...
+
+    @property
+    def available(self) -> bool:
+        """Whether its device answers, as far as is known; while it does not, every call fails at once."""
+        ...
+
+    @property
+    def parts(self) -> "Sequence[Tier]":
+        """The tiers that it is made of, fastest first: itself, if it is one."""
         ...
 
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
@@ -129,6 +148,10 @@ class Tier(Protocol):
         """On return what was stored before survives the loss of power, if the device can do that at all."""
         ...
 
+    async def run(self) -> None:
+        """What it needs done in the background, for as long as its node serves; it may end at once."""
+        ...
+
     def check(self) -> None:
         """Assert the invariants of its index: for tests."""
         ...
@@ -136,6 +159,11 @@ class Tier(Protocol):
     def close(self) -> None:
         """End it. Calls must have ended."""
         ...
+
+
+def readable(tier: Tier, block_hash: BlockHash) -> bool:
+    """Whether a load may succeed now: some part that is available holds the block."""
+    return any(part.available and part.find(block_hash) is not None for part in tier.parts)
 
 
 class SlotDevice(Protocol):

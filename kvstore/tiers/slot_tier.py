@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from kvstore.tiers.base import Change, LoadOutcome, SlotDevice, StoreOutcome, TierBlock, TierStats
+from kvstore.tiers.base import Change, LoadOutcome, SlotDevice, StoreOutcome, Tier, TierBlock, TierStats
 from kvstore.tiers.records import ERASED, PAGE_BYTES, Layout, Record, pack_record, unpack_records
 from kvstore.tiers.slots import Placement, SlotIndex
 from tracehaul.runtime.finish import finish
@@ -20,6 +20,9 @@ seldom_bad = Seldom(log, every_s=1.0)
 
 READ_RUN_BYTES = 1 << 20
 """Neighbouring slots read in one call, and hashed by the thread that read them."""
+
+STORES_MAX = 2
+"""One waits for the device while the other's records are written."""
 
 _Write = tuple[int, Placement, memoryview]
 
@@ -40,6 +43,8 @@ class SlotTier:
     def __init__(self, name: str, device: SlotDevice, reads: Offload, writes: Offload) -> None:
         self.name = name
         self.stats = TierStats()
+        self.stores_max = STORES_MAX
+        self.metered = False
         self._device = device
         self._reads = reads
         self._writes = writes
@@ -60,6 +65,14 @@ class SlotTier:
     @property
     def bytes_max(self) -> int:
         return self._device.slots_max * self._device.slot_bytes
+
+    @property
+    def available(self) -> bool:
+        return True
+
+    @property
+    def parts(self) -> Sequence[Tier]:
+        return (self,)
 
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
         assert self._listener is None
@@ -238,6 +251,9 @@ class SlotTier:
         except OSError as error:
             self.stats.failed += 1
             seldom.warning("a tier's device refused a flush", tier=self.name, error=error)
+
+    async def run(self) -> None:
+        """Nothing."""
 
     def check(self) -> None:
         self._index.check()

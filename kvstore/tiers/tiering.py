@@ -21,7 +21,7 @@ from itertools import islice
 import msgspec
 
 from kvstore.arena import Arena
-from kvstore.tiers.base import Change, Tier, TierBlock
+from kvstore.tiers.base import Change, Tier, TierBlock, readable
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
@@ -34,8 +34,6 @@ TIER_HOLDER = "\0tier"
 """Holder of what is on its way up or down: no connection has this name."""
 BATCH_BYTES = 4 << 20
 BATCH_BLOCKS_MAX = 64
-WRITES_MAX = 2
-"""Batches on their way down at once: one waits for the device while the other's records are written."""
 HOLD_S = 600.0
 """A copy on its way protects its slot as long as it takes; this bounds what a device that hangs can keep."""
 FLUSH_S = 1.0
@@ -55,7 +53,7 @@ class TieringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     promote_timeout_s: float = 2.0
     """How long a lease waits for its blocks; those that come later can be leased then."""
     scrub_bytes_s: int = 2 << 20
-    """How fast blocks are read in the background to find those that went bad; 0: never."""
+    """How fast blocks on disk are read in the background to find those that went bad; 0: never."""
 
     def __post_init__(self) -> None:
         if self.scrub_bytes_s < 0 or self.promotions_max < 1 or self.promote_timeout_s <= 0:
@@ -113,7 +111,7 @@ class Tiering:
         self._announce = announce
         self._settle = settle
         # What is being written cannot be evicted: in a small arena that must stay a small part.
-        share = len(buffer) // slot_bytes // (4 * WRITES_MAX)
+        share = len(buffer) // slot_bytes // (4 * tier.stores_max)
         self._batch_blocks = max(1, min(BATCH_BLOCKS_MAX, BATCH_BYTES // slot_bytes, share))
         self._writing = 0
         self._behind: OrderedDict[BlockHash, None] = OrderedDict()  # in memory only, oldest first
@@ -236,7 +234,7 @@ class Tiering:
                 continue
             if (promotion := self._coming.get(block_hash)) is not None:
                 joined[promotion] = None
-            elif (block := self.tier.find(block_hash)) is not None:
+            elif (block := self.tier.find(block_hash)) is not None and readable(self.tier, block_hash):
                 wanted[block_hash] = block
         joined.update(dict.fromkeys(self._start(list(wanted.values()))))
         for promotion in joined:
@@ -299,15 +297,16 @@ class Tiering:
     async def run(self) -> None:
         """Write behind, flush and scrub, for as long as the node serves."""
         async with asyncio.TaskGroup() as group:
-            for _ in range(WRITES_MAX):
+            group.create_task(self.tier.run())
+            for _ in range(self.tier.stores_max):
                 group.create_task(self._write_behind())
             group.create_task(self._flush())
             group.create_task(self._scrub())
 
     async def drain(self) -> None:
-        """Write what waits to be written. Beside :meth:`run` or after it."""
-        while self._behind:
-            await self._write_batch()
+        """Write what waits to be written, until the device refuses. Beside :meth:`run` or after it."""
+        while self._behind and await self._write_batch():
+            pass
         await self.tier.flush()
 
     async def close(self) -> None:
@@ -345,6 +344,10 @@ class Tiering:
             self._writing -= len(hashes)
             self._arena.release(hold, TIER_HOLDER)
             self._settle()
+        for block, outcome in zip(blocks, outcomes, strict=True):
+            if outcome == "failed" and self._arena.exists([block.hash])[0]:
+                self._behind[block.hash] = None  # its turn comes again
+                self._waiting.set()
         if "stored" in outcomes:
             self._unflushed.set()
         return "failed" not in outcomes
@@ -357,6 +360,10 @@ class Tiering:
             await self.tier.flush()
 
     async def _scrub(self) -> None:
+        """Round and round through what can be read for nothing: at most one part of the tier."""
+        tier = next((part for part in self.tier.parts if not part.metered), None)
+        if tier is None:
+            return
         view = memoryview(mmap.mmap(-1, self._slot_bytes))
         at: int | None = None
         owed_s = 0.0
@@ -364,7 +371,7 @@ class Tiering:
             while not (rate := self._config.scrub_bytes_s):
                 self._scrubbing.clear()
                 await self._scrubbing.wait()
-            at = await self.tier.scrub(at, view)
+            at = await tier.scrub(at, view)
             owed_s += self._slot_bytes / rate
             if at is None:
                 await asyncio.sleep(SCRUB_PAUSE_S)

@@ -14,11 +14,15 @@ from kvstore.config import StoreConfig
 from kvstore.node import StoreNode
 from kvstore.pin_journal import DiskPinFile, PinJournal, moment
 from kvstore.staging import Staging
-from kvstore.tiers.base import StoreOutcome, TierBlock
+from kvstore.tiers import tiering
+from kvstore.tiers.base import StoreOutcome, Tier, TierBlock
 from kvstore.tiers.disk import DiskFile
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile
+from kvstore.tiers.fake_objects import MemoryObjects
+from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.records import Layout
 from kvstore.tiers.slot_tier import SlotTier
+from kvstore.tiers.stack import Stack
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from tracehaul.rpc.base import NO_CONTEXT, Connection
 from tracehaul.rpc.local import LocalNetwork
@@ -73,22 +77,29 @@ class Bed:
         self.layout = Layout(SLOT, slots)
         self.memory = MemoryDevice(slots, SLOT)
         self.pins = MemoryPinFile()
+        self.objects = MemoryObjects()
+        self.objects_slots = slots
         self.config = StoreConfig(arena_bytes=ARENA_SLOTS * SLOT, slot_bytes=SLOT)
 
     def journal(self) -> PinJournal:
-        file = self.pins if self.kind == "memory" else DiskPinFile(self.path.with_suffix(".pins"))
+        file = DiskPinFile(self.path.with_suffix(".pins")) if self.kind == "file" else self.pins
         return PinJournal(file, InlineOffload(), moment)
 
-    def tier(self) -> SlotTier:
+    async def tier(self) -> Tier:
+        if self.kind == "file":
+            return SlotTier("disk", DiskFile(self.path, self.layout), ThreadOffload("r", 2), ThreadOffload("w", 2))
+        disk = SlotTier("disk", self.memory, InlineOffload(), InlineOffload())
         if self.kind == "memory":
-            return SlotTier("disk", self.memory, InlineOffload(), InlineOffload())
-        return SlotTier("disk", DiskFile(self.path, self.layout), ThreadOffload("r", 2), ThreadOffload("w", 2))
+            return disk
+        objects = ObjectTier("s3", self.objects, InlineOffload(), self.objects_slots, SLOT)
+        await objects.recover()
+        return Stack(disk, objects, SLOT) if self.kind == "stack" else objects
 
 
 class Life:
     """One life of one node, with a client, a raw connection and a subscriber."""
 
-    def __init__(self, node: StoreNode, tier: SlotTier, client: StoreClient, raw: Connection) -> None:
+    def __init__(self, node: StoreNode, tier: Tier, client: StoreClient, raw: Connection) -> None:
         self.node, self.tier, self.client, self.raw = node, tier, client, raw
         self.index: set[BlockHash] = set()
 
@@ -124,7 +135,8 @@ class Life:
 
     async def written(self) -> None:
         """Until nothing waits to be written."""
-        while self.tiering.behind:  # noqa: ASYNC110 - polls a counter
+        tier = self.tier
+        while self.tiering.behind or (isinstance(tier, Stack) and tier.behind):  # noqa: ASYNC110 - polls a counter
             await asyncio.sleep(0.001)
 
     async def follow(self) -> None:
@@ -160,7 +172,7 @@ async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[L
         memory = allocate(bed.config.arena_bytes, "arena")
         stack.callback(memory.close)
         transfer = LocalTransfer("s0#1", hub)
-        tier = bed.tier()
+        tier = await bed.tier()
         stack.callback(tier.close)
         planes = [Plane(transfer, transfer.register(memory))]
         node = StoreNode(bed.config, Generation(1), planes, memory, InlineOffload(), tier, config, bed.journal())
@@ -191,7 +203,7 @@ async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[L
 Case = Callable[[Bed], Awaitable[None]]
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "objects", "stack"])
 def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
     def run(case: Case) -> None:
         async def main() -> None:
@@ -284,7 +296,8 @@ def test_many_readers_of_one_block_read_the_disk_once(play: Callable[[Case], Non
             for reply in await asyncio.gather(*asked):
                 assert isinstance(reply, Leased)
                 assert None not in reply.blocks
-            assert life.tier.stats.loaded == 2
+            copied_down = len(NAMES) if bed.kind == "stack" else 0
+            assert life.tier.stats.loaded == 2 + copied_down
             assert life.tiering.stats.promoted == 2
 
     play(case)
@@ -490,6 +503,74 @@ def test_a_disk_that_refuses_costs_nothing_but_itself(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_bucket_is_not_read_unless_somebody_wants_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiering, "SCRUB_PAUSE_S", 0.05)
+
+    async def main() -> None:
+        bed = Bed("stack", tmp_path)
+        async with live(bed, TieringConfig(scrub_bytes_s=1 << 30)) as life:
+            await put_all(life)
+            disk, bucket = life.tier.parts
+            async with asyncio.timeout(5):
+                while disk.stats.scrubbed < 12:  # noqa: ASYNC110 - polls a counter
+                    await asyncio.sleep(0.01)
+            assert (bucket.stats.scrubbed, bucket.stats.loaded) == (0, 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["objects", "stack"])
+def test_blocks_of_a_service_that_is_gone_are_misses_that_can_be_computed_again(kind: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed(kind, tmp_path, slots=6 if kind == "stack" else TIER_SLOTS)
+        bed.objects_slots = TIER_SLOTS
+        async with live(bed, TieringConfig(scrub_bytes_s=0)) as life:
+            await put_all(life)
+            bed.objects.failing = True
+            before = len(life.index)
+            assert await life.get(["n0"]) == [False], "unreachable"
+            for name in ("n1", "n2", "n3"):  # until it is given up
+                await life.get([name])
+            assert not life.tier.parts[-1].available
+            assert len(life.index) == before, "it comes back: nobody is told that it is gone"
+            evicted = life.node.arena.evicted
+            assert await life.get(["n0"]) == [False]
+            assert life.node.arena.evicted == evicted, "nothing makes room for what cannot come"
+            assert await life.put(["n0"]) == ["published"], "who computed it again may store it"
+            assert await life.get(["n0"]) == [True]
+            for name in ("x0", "x1", "x2", "x3", "x4"):
+                assert await life.put([name]) == ["published"]
+            await life.check()
+            bed.objects.failing = False
+            async with asyncio.timeout(10):
+                while not life.tier.parts[-1].available:  # noqa: ASYNC110 - polls a flag
+                    await asyncio.sleep(0.01)
+                await life.written()
+            assert await life.get(["n0", "n1"]) == [True] * 2
+            assert await life.get(["x3", "x4"]) == [True] * 2
+            held = life.tier.parts[-1].find
+            assert held(h("x4")) is not None, "what came during the outage went down after it"
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_gives_way_to_the_bucket(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("stack", tmp_path, slots=6)
+        bed.objects_slots = TIER_SLOTS
+        async with live(bed, TieringConfig(scrub_bytes_s=0)) as life:
+            await put_all(life, [f"m{i}" for i in range(20)])
+            await life.check()
+            assert [len(part) for part in life.tier.parts] == [6, 20]
+            assert await life.get(["m0", "m1"]) == [True] * 2
+            assert life.tier.parts[0].find(h("m0")) is not None, "in passing it went to the disk again"
+        bed.memory = MemoryDevice(6, SLOT)  # another machine, with an empty disk
+        async with live(bed) as life:
+            assert await life.get(["m2", "m19"]) == [True] * 2
+
+    asyncio.run(main())
+
+
 def test_prefetch_brings_blocks_up(play: Callable[[Case], None]) -> None:
     async def case(bed: Bed) -> None:
         async with live(bed) as life:
@@ -533,13 +614,20 @@ def test_tiers_are_described(play: Callable[[Case], None]) -> None:
             await put_all(life)
             reply = await life.call(Tiers())
             assert isinstance(reply, TierList)
-            memory, disk = reply.tiers
+            memory, *below = reply.tiers
             assert (memory.name, memory.blocks, memory.bytes_max) == ("memory", 4, ARENA_SLOTS * SLOT)
-            assert (disk.name, disk.blocks, disk.bytes_max) == ("disk", 12, TIER_SLOTS * SLOT)
-            assert disk.counters["stored"] == 12
-            assert disk.counters["waiting"] == 0
+            assert [tier.name for tier in below] == [part.name for part in life.tier.parts]
+            for tier in below:
+                assert (tier.blocks, tier.bytes_max) == (12, TIER_SLOTS * SLOT)
+                assert tier.counters["stored"] == 12
+                assert tier.counters["waiting"] == 0
             load = life.node.load()
-            assert (load.disk_blocks, load.disk_bytes_max) == (12, TIER_SLOTS * SLOT)
+            for held, bytes_max, part in (
+                (load.disk_blocks, load.disk_bytes_max, "disk"),
+                (load.s3_blocks, load.s3_bytes_max, "s3"),
+            ):
+                there = any(tier.name == part for tier in below)
+                assert (held, bytes_max) == ((12, TIER_SLOTS * SLOT) if there else (0, 0))
 
     play(case)
 

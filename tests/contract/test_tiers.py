@@ -1,4 +1,5 @@
-"""What every tier does: one suite over a real file and over a device in memory."""
+"""What every tier does: one suite over a real file, a bucket behind a real server, fakes of both in memory, and two
+tiers as one."""
 
 import asyncio
 import mmap
@@ -8,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.tiers.base import Change, SlotDevice, Tier, TierBlock
+from kvstore.tiers.base import Change, Tier, TierBlock
 from kvstore.tiers.disk import DiskFile, NoDisk, open_disk
 from kvstore.tiers.fake import MemoryDevice, PowerCut
+from kvstore.tiers.fake_objects import MemoryObjects
+from kvstore.tiers.object_tier import ObjectTier
+from kvstore.tiers.objects import Objects, parse_url
 from kvstore.tiers.records import Layout
+from kvstore.tiers.s3 import S3Objects
 from kvstore.tiers.slot_tier import SlotTier
-from tracehaul.runtime.offload import InlineOffload, ThreadOffload
+from kvstore.tiers.stack import Stack
+from tracehaul.runtime.offload import InlineOffload, Offload, ThreadOffload
 from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash
@@ -27,34 +33,72 @@ ROOT = BlockHash(b"\xff" * 16)
 class Place:
     """Where a tier's bytes survive its life."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, url: str = "") -> None:
         self.kind = kind
         self.path = folder / "tier.blocks"
+        self.url = url
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that was stored."""
+        self.path.unlink(missing_ok=True)
         self.memory = MemoryDevice(SLOTS, SLOT)
+        self.objects: Objects = MemoryObjects()
+        if self.kind == "s3":
+            self.objects = S3Objects(*parse_url(f"{self.url}/{random.randbytes(4).hex()}"))
 
-    def device(self) -> SlotDevice:
-        return self.memory if self.kind == "memory" else DiskFile(self.path, LAYOUT)
+    async def tier(self) -> Tier:
+        """Another life."""
+        match self.kind:
+            case "file":
+                return SlotTier(self.kind, DiskFile(self.path, LAYOUT), ThreadOffload("r", 2), ThreadOffload("w", 2))
+            case "memory":
+                return SlotTier(self.kind, self.memory, InlineOffload(), InlineOffload())
+            case "stack":
+                upper = SlotTier("upper", self.memory, InlineOffload(), InlineOffload())
+                return Stack(upper, await self._objects(InlineOffload()), SLOT)
+            case _:
+                return await self._objects(ThreadOffload("s3", 2) if self.kind == "s3" else InlineOffload())
 
-    def flip(self, slot: int, at: int) -> None:
-        if self.kind == "memory":
+    async def _objects(self, offload: Offload) -> ObjectTier:
+        tier = ObjectTier("objects", self.objects, offload, SLOTS, SLOT)
+        await tier.recover()
+        return tier
+
+    async def flip(self, slot: int, at: int) -> None:
+        """Change one bit of a block: by its place, or of the block that was stored there first."""
+        if self.kind in ("memory", "stack"):
             self.memory.data[slot * SLOT + at] ^= 1
-            return
-        with self.path.open("r+b") as file:
-            file.seek(LAYOUT.data_offset + slot * SLOT + at)
-            byte = file.read(1)[0]
-            file.seek(-1, 1)
-            file.write(bytes([byte ^ 1]))
+        elif self.kind == "file":
+            with self.path.open("r+b") as file:
+                file.seek(LAYOUT.data_offset + slot * SLOT + at)
+                byte = file.read(1)[0]
+                file.seek(-1, 1)
+                file.write(bytes([byte ^ 1]))
+        else:
+            (found,) = [each async for page in self.objects.pages() for each in page if _is(each.name, NAMES[slot])]
+            body = await self.objects.get(found.name, found.size_bytes)
+            assert body is not None
+            flipped = bytearray(body)
+            flipped[at] ^= 1
+            await self.objects.put(found.name, memoryview(flipped))
+
+
+def _is(object_name: str, name: str) -> bool:
+    return object_name.startswith(h(name).hex())
 
 
 class Life:
     """One life of a tier, and what it told."""
 
-    def __init__(self, place: Place) -> None:
-        threads = place.kind != "memory"
-        offloads = (ThreadOffload("r", 2), ThreadOffload("w", 2)) if threads else (InlineOffload(), InlineOffload())
-        self.tier: Tier = SlotTier(place.kind, place.device(), *offloads)
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
         self.told: list[Change] = []
         self.tier.listen(self.told.extend)
+
+    @classmethod
+    async def begin(cls, place: Place) -> "Life":
+        return cls(await place.tier())
 
     async def store(self, *names: str, parents: Sequence[str] = ()) -> list[str]:
         blocks = [block(name, parent) for name, parent in zip(names, parents or [""] * len(names), strict=True)]
@@ -72,16 +116,31 @@ class Life:
 Case = Callable[[Place], Awaitable[None]]
 
 
-@pytest.fixture(params=["file", "memory"])
-def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
+ONE = ["file", "memory", "objects", pytest.param("s3", marks=pytest.mark.slow)]
+
+
+def _player(request: pytest.FixtureRequest, folder: Path) -> Callable[[Case], None]:
+    url = request.getfixturevalue("s3_url")() if request.param == "s3" else ""
+
     def run(case: Case) -> None:
         async def main() -> None:
-            async with asyncio.timeout(30):
-                await case(Place(request.param, tmp_path))
+            async with asyncio.timeout(60):
+                await case(Place(request.param, folder, url))
 
         asyncio.run(main())
 
     return run
+
+
+@pytest.fixture(params=[*ONE, "stack"])
+def play(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
+    return _player(request, tmp_path)
+
+
+@pytest.fixture(params=ONE)
+def play_one(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Case], None]:
+    """Not for two tiers as one: where one is full, the other may not be."""
+    return _player(request, tmp_path)
 
 
 def h(name: str) -> BlockHash:
@@ -108,7 +167,7 @@ NAMES = [f"b{i}" for i in range(SLOTS)]
 
 def test_blocks_come_back_as_they_were_stored(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         assert await life.store("a", "b", "c") == ["stored"] * 3
         assert await life.load("c", "nothing", "a", "b") == [content("c"), "absent", content("a"), content("b")]
         assert life.told == [Stored(h("a")), Stored(h("b")), Stored(h("c"))]
@@ -124,12 +183,12 @@ def test_blocks_come_back_as_they_were_stored(play: Callable[[Case], None]) -> N
 
 def test_another_life_finds_what_was_stored(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         await life.store("a", "b", parents=["", "a"])
         await life.store("c")
         await life.tier.drop(h("c"))
         life.tier.close()
-        again = Life(place)
+        again = await Life.begin(place)
         assert set(again.tier.held()) == {h("a"), h("b")}
         assert again.tier.stats.recovered == 2
         assert again.tier.find(h("b")) == block("b", "a")
@@ -143,7 +202,7 @@ def test_another_life_finds_what_was_stored(play: Callable[[Case], None]) -> Non
 
 def test_a_full_tier_evicts_the_oldest_leaf_and_never_grows(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         await life.store(*NAMES, parents=["", *NAMES[:3], "", "", "", ""])
         life.tier.touch(h("b4"))
         assert await life.store("x", "y") == ["stored"] * 2
@@ -152,16 +211,16 @@ def test_a_full_tier_evicts_the_oldest_leaf_and_never_grows(play: Callable[[Case
         assert life.tier.bytes_used <= life.tier.bytes_max
         assert await life.load("x", "y", "b3", "b4") == [content("x"), content("y"), "absent", content("b4")]
         life.tier.close()
-        again = Life(place)
+        again = await Life.begin(place)
         assert set(again.tier.held()) == {h(name) for name in [*NAMES[:2], *NAMES[4:], "x", "y"]}
         again.tier.close()
 
     play(case)
 
 
-def test_a_tier_full_of_prefixes_refuses(play: Callable[[Case], None]) -> None:
+def test_a_tier_full_of_prefixes_refuses(play_one: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         await life.store(*NAMES, parents=["", *NAMES[:-1]])
         assert await life.store("next", parents=[NAMES[-1]]) == ["full"]
         assert life.tier.stats.full == 1
@@ -169,21 +228,21 @@ def test_a_tier_full_of_prefixes_refuses(play: Callable[[Case], None]) -> None:
         life.tier.check()
         life.tier.close()
 
-    play(case)
+    play_one(case)
 
 
 def test_every_flip_is_found_and_none_is_served(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
         dice = random.Random(7)
         for _ in range(20):
-            life = Life(place)
+            life = await Life.begin(place)
             await life.store(*NAMES)
             flipped = dice.sample(range(SLOTS), 3)
             held = {life.tier.find(h(name)): name for name in NAMES}
             slots = {name: i for i, name in enumerate(NAMES)}  # in order, as the tier started empty
             assert len(held) == SLOTS
             for slot in flipped:
-                place.flip(slot, dice.randrange(len(content(NAMES[slot]))))
+                await place.flip(slot, dice.randrange(len(content(NAMES[slot]))))
             found = await life.load(*NAMES)
             for name, data in zip(NAMES, found, strict=True):
                 assert data == ("corrupt" if slots[name] in flipped else content(name))
@@ -192,11 +251,10 @@ def test_every_flip_is_found_and_none_is_served(play: Callable[[Case], None]) ->
             assert len(life.tier) == SLOTS - 3
             life.tier.check()
             life.tier.close()
-            again = Life(place)
+            again = await Life.begin(place)
             assert len(again.tier) == SLOTS - 3, "a dropped block must not come back"
             again.tier.close()
-            place.path.unlink(missing_ok=True)
-            place.memory = MemoryDevice(SLOTS, SLOT)
+            place.reset()
 
     play(case)
 
@@ -206,7 +264,7 @@ def test_ten_thousand_flips_in_the_file_are_all_found(tmp_path: Path) -> None:
     async def main() -> None:
         dice = random.Random(11)
         place = Place("file", tmp_path)
-        life = Life(place)
+        life = await Life.begin(place)
         flips = 0
         while flips < 10_000:
             await life.store(*NAMES)
@@ -214,7 +272,7 @@ def test_ten_thousand_flips_in_the_file_are_all_found(tmp_path: Path) -> None:
             file = place.path.read_bytes()
             for name in NAMES:
                 at = file.index(content(name)[:64], LAYOUT.data_offset) - LAYOUT.data_offset
-                place.flip(at // SLOT, dice.randrange(len(content(name))))
+                await place.flip(at // SLOT, dice.randrange(len(content(name))))
                 flips += 1
             assert set(await life.load(*NAMES)) == {"corrupt"}
             assert len(life.tier) == 0
@@ -227,10 +285,10 @@ def test_ten_thousand_flips_in_the_file_are_all_found(tmp_path: Path) -> None:
 
 def test_scrubbing_finds_what_nobody_reads(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         await life.store(*NAMES)
-        place.flip(2, 100)
-        place.flip(7, 4000)
+        await place.flip(2, 100)
+        await place.flip(7, 4000)
         view = filled(b"")
         at, visited = None, 0
         while (at := await life.tier.scrub(at, view)) is not None:
@@ -246,7 +304,7 @@ def test_scrubbing_finds_what_nobody_reads(play: Callable[[Case], None]) -> None
 
 def test_a_scrub_of_nothing_ends(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         assert await life.tier.scrub(None, filled(b"")) is None
         await life.tier.flush()
         life.tier.close()
@@ -256,7 +314,7 @@ def test_a_scrub_of_nothing_ends(play: Callable[[Case], None]) -> None:
 
 def test_a_block_dropped_under_a_read_is_read_to_its_end(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         await life.store(*NAMES)
         reading = asyncio.create_task(life.load("b0"))
         for _ in range(2):
@@ -273,7 +331,7 @@ def test_a_block_dropped_under_a_read_is_read_to_its_end(play: Callable[[Case], 
 
 def test_many_at_once_agree(play: Callable[[Case], None]) -> None:
     async def case(place: Place) -> None:
-        life = Life(place)
+        life = await Life.begin(place)
         dice = random.Random(3)
 
         async def work(seed: int) -> None:
@@ -290,7 +348,7 @@ def test_many_at_once_agree(play: Callable[[Case], None]) -> None:
         assert await life.load(*names) == [content(name) for name in names]
         held = set(life.tier.held())
         life.tier.close()
-        again = Life(place)
+        again = await Life.begin(place)
         assert set(again.tier.held()) == held
         assert again.tier.stats.unreadable == 0
         assert await again.load(*names) == [content(name) for name in names]
@@ -302,7 +360,7 @@ def test_many_at_once_agree(play: Callable[[Case], None]) -> None:
 def test_a_device_that_fails_costs_misses_and_nothing_else(tmp_path: Path) -> None:
     async def main() -> None:
         place = Place("memory", tmp_path)
-        life = Life(place)
+        life = await Life.begin(place)
         await life.store("a", "b")
         place.memory.failing = True
         assert await life.store("c") == ["failed"]
@@ -312,7 +370,7 @@ def test_a_device_that_fails_costs_misses_and_nothing_else(tmp_path: Path) -> No
         assert await life.load("a", "b") == ["absent", content("b")]
         assert await life.store("a", "c") == ["stored"] * 2
         life.tier.check()
-        again = Life(place)
+        again = await Life.begin(place)
         assert set(again.tier.held()) == {h("a"), h("b"), h("c")}
         assert again.tier.stats.unreadable == 0
 
@@ -325,7 +383,7 @@ def test_killed_between_any_two_pages_nothing_stored_is_lost_and_nothing_torn_is
             dice = random.Random(seed)
             place = Place("memory", tmp_path)
             place.memory.writes_left = dice.randrange(60)
-            life = Life(place)
+            life = await Life.begin(place)
             removed: set[BlockHash] = set()
             stored: set[BlockHash] = set()
             try:
@@ -338,7 +396,7 @@ def test_killed_between_any_two_pages_nothing_stored_is_lost_and_nothing_torn_is
             stored |= {c.hash for c in life.told if isinstance(c, Stored)}
             removed |= {c.hash for c in life.told if isinstance(c, Removed)}
             place.memory.writes_left = None
-            again = Life(place)
+            again = await Life.begin(place)
             assert stored - removed <= set(again.tier.held())
             assert again.tier.stats.unreadable == 0
             names = [bytes(block_hash).rstrip(b".").decode() for block_hash in again.tier.held()]

@@ -234,7 +234,8 @@ def test_every_metric_of_every_node_is_described(cluster: Fleet, tokens: Path):
             assert (kind, metric.help) == (family.type, family.documentation)
             assert all(tuple(sample.labels) == metric.labels for sample in family.samples)
             seen.add(name)
-    assert seen == set(known)
+    elsewhere = ("tracehaul_s3_", "tracehaul_stack_")  # of tiers that this cluster has not
+    assert seen == {name for name in known if not name.startswith(elsewhere)}
 
 
 def test_a_frozen_node_costs_its_deadline_and_the_others_answer(cluster: Fleet):

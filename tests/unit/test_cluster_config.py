@@ -115,6 +115,22 @@ def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_p
 
 
 @pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (ClusterConfig(s3_url="s3://bucket/x"), "needs both"),
+        (ClusterConfig(s3_bytes=1 << 30), "needs both"),
+        (ClusterConfig(s3_url="https://bucket/x", s3_bytes=1 << 30), "not an address"),
+        (ClusterConfig(s3_url="s3://bucket/x", s3_bytes=4096), "--s3-bytes"),
+        (ClusterConfig(s3_url="s3://bucket/x", s3_bytes=1 << 60), "--s3-bytes"),
+    ],
+)
+def test_an_s3_tier_is_asked_for_with_all_that_it_needs(wrong: ClusterConfig, why: str):
+    store_config(ClusterConfig(s3_url="s3://bucket/x", s3_bytes=1 << 30), LAYOUT)
+    with pytest.raises(ClusterFault, match=why):
+        store_config(wrong, LAYOUT)
+
+
+@pytest.mark.parametrize(
     ("text", "nbytes"),
     [("1048576", 1 << 20), ("512MiB", 512 << 20), ("2 GB", 2 * 10**9), ("1.5GiB", 3 << 29), ("4G", 4 * 10**9)],
 )

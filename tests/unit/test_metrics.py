@@ -8,9 +8,12 @@ import pytest
 
 from cluster.metric_names import COUNTERS, GAUGES, LOAD, OTHER_COUNTERS, PARTS, Metric, document, every
 from kvstore.client import ClientStats
+from kvstore.copies import CopyStats
 from kvstore.node import StoreStats
 from kvstore.pin_journal import JournalStats
+from kvstore.replicator import ReplicaStats
 from kvstore.tiers.base import TierStats
+from kvstore.tiers.stack import StackStats
 from kvstore.tiers.tiering import TieringStats
 from router.dispatch import DispatchStats
 from tracehaul.wire.cluster import NodeLoad
@@ -19,9 +22,13 @@ from worker.host import WorkerStats
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
-@pytest.mark.parametrize(
-    "stats", [StoreStats, TierStats, TieringStats, JournalStats, ClientStats, WorkerStats, DispatchStats]
-)
+STATS: list[type[msgspec.Struct]] = [
+    *(StoreStats, TierStats, TieringStats, StackStats, JournalStats, CopyStats, ReplicaStats, ClientStats),
+    *(WorkerStats, DispatchStats),
+]
+
+
+@pytest.mark.parametrize("stats", STATS)
 def test_every_count_has_a_metric(stats: type[msgspec.Struct]):
     """A new field needs a line in cluster/metric_names.py, and docs/metrics.md made anew."""
     fields = [field.name for field in msgspec.structs.fields(stats)]

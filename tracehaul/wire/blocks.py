@@ -21,8 +21,8 @@ class Reserve(Message, frozen=True):
     """Writer -> store: give me slots. Answered with :class:`Reserved`, one outcome per block, same order."""
 
     blocks: tuple[BlockSpec, ...]
-    tenant: str = ""
-    """Whose quota the slots count against."""
+    tenant: str | int = ""
+    """Whose quota the slots count against: its name; its key where a name is not known, as in a copy."""
     scratch: bool = False
     """For measurements: only free slots, which give way to anybody; what is published in them is told to no
     subscriber, written to no tier, and gone with the connection."""
@@ -389,6 +389,7 @@ class DrainState(Message, frozen=True):
     """Since the drain began; those that the other node had already are counted too."""
     bytes_moved: int = 0
     blocks_lost: int = 0
-    """Gone from here before they were moved: evicted, or their bytes were bad."""
+    """Gone from here before they were moved (evicted, or their bytes were bad), or moved twice and evicted there both
+    times. A node that joins later gets those that are still here."""
     held_up: str = ""
     """Why what is left could not be moved when it was last tried."""

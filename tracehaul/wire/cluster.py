@@ -42,10 +42,16 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """Blocks on the node's disk; most of those in memory are there too."""
     disk_bytes_used: int = 0
     disk_bytes_max: int = 0
+    s3_blocks: int = 0
+    """Blocks of the node in its bucket; most of those above are there too."""
+    s3_bytes_used: int = 0
+    s3_bytes_max: int = 0
     draining: bool = False
     """It moves what it holds to others and takes nothing new (store); it is still read from."""
     copies_waiting: int = 0
     """Blocks that are still to be copied to other nodes, for replicas or a drain (store)."""
+    pins_short: int = 0
+    """Pins that have fewer copies than they ask for, as there is nobody to take one (store)."""
 
 
 class Join(Message, frozen=True):

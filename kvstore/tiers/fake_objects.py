@@ -1,0 +1,53 @@
+"""Objects in memory, for the simulator and for tests: they survive a tier's life, and fail where told to.
+
+What they cannot prove: that a service over a network keeps to what the tier expects of it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from kvstore.tiers.objects import DELETE_MAX, ListedObject, ObjectMissing, ObjectsUnreachable
+
+
+class MemoryObjects:
+    """Objects in a dict."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytearray] = {}
+        self.failing = False
+        """Whether every call raises ObjectsUnreachable."""
+        self.most = 0
+        """The most objects that there ever were."""
+
+    async def put(self, name: str, view: memoryview) -> None:
+        await self._try()
+        self.data[name] = bytearray(view)
+        self.most = max(self.most, len(self.data))
+
+    async def get(self, name: str, size_bytes: int) -> memoryview | None:
+        await self._try()
+        if name not in self.data:
+            raise ObjectMissing(name)
+        body = self.data[name]
+        return memoryview(bytes(body)) if len(body) == size_bytes else None
+
+    async def delete(self, names: Sequence[str]) -> None:
+        assert 0 < len(names) <= DELETE_MAX
+        await self._try()
+        for name in names:
+            self.data.pop(name, None)
+
+    async def pages(self) -> AsyncIterator[Sequence[ListedObject]]:
+        await self._try()
+        names = sorted(self.data)
+        for start in range(0, len(names), DELETE_MAX):
+            await self._try()
+            yield [ListedObject(name, len(self.data[name])) for name in names[start : start + DELETE_MAX]]
+
+    async def probe(self) -> None:
+        await self._try()
+
+    async def _try(self) -> None:
+        await asyncio.sleep(0)
+        if self.failing:
+            raise ObjectsUnreachable("told to fail")

@@ -1,0 +1,61 @@
+"""A store node that joins a fleet, as a process, for tests: prints its NodeInfo as JSON, serves until killed."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+import uvloop
+
+from kvstore.config import StoreConfig
+from kvstore.copies import ReplicationConfig
+from kvstore.neighbours import Others
+from kvstore.node import StoreNode
+from kvstore.tiers.disk import open_disk
+from tracehaul.rpc.membership import Membership
+from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.tcp import TcpNetwork
+from tracehaul.runtime import clock
+from tracehaul.runtime.log import setup
+from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.ids import Generation, NodeId
+
+
+class Told(msgspec.Struct):
+    name: str
+    router: str
+    store: StoreConfig
+    replication: ReplicationConfig
+    disk: str = ""
+    disk_bytes: int = 0
+
+
+async def main(told: Told) -> None:
+    setup(told.name)
+    generation = Generation(clock.wall_ns())
+    memory = allocate(told.store.arena_bytes, told.name)
+    offload = ThreadOffload(told.name, 2)
+    transfer = ShmTransfer(f"{told.name}#{generation}", offload)
+    network = TcpNetwork()
+    peers = Peers(network)
+    tier = await open_disk(Path(told.disk), told.disk_bytes, told.store.slot_bytes) if told.disk else None
+    others = Others(NodeId(told.name), peers, told.replication)
+    planes = [Plane(transfer, transfer.register(memory))]
+    node = StoreNode(told.store, generation, planes, memory, offload, tier, others=others)
+    server = await network.listen("127.0.0.1:0", node)
+    info = NodeInfo(NodeId(told.name), generation, "store", server.address)
+    membership = Membership(peers, told.router, info, node.load, node.set_members, heartbeat_s=0.2)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(node.run())
+        group.create_task(membership.run())
+        await membership.joined.wait()
+        sys.stdout.buffer.write(msgspec.json.encode(info) + b"\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    uvloop.run(main(msgspec.json.decode(sys.argv[1], type=Told)))

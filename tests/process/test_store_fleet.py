@@ -1,0 +1,299 @@
+"""Store nodes that copy to each other as real processes: killed, frozen, drained and joined under a read load."""
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.staging import Staging
+from router.members import MemberRegistry
+from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.tcp import TcpNetwork
+from tracehaul.runtime import clock
+from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.shm import ShmTransfer
+from tracehaul.wire.blocks import Drain, DrainState, Pin, Pinned
+from tracehaul.wire.cluster import Join, Members, NodeInfo
+from tracehaul.wire.hashing import by_weight
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+
+SLOT = 128 << 10
+SLOTS = 400
+ROOT = BlockHash(b"\xff" * 16)
+POOL = random.Random(1).randbytes(2 * SLOT)
+TIMEOUT_S = 5.0
+GRACE_S = 1.0
+BLOCKS = 24
+"""Of one trace."""
+
+pytestmark = pytest.mark.slow
+
+
+class Fleet:
+    """A router's membership in this process, store nodes in others, one client."""
+
+    def __init__(self, router: str, client: StoreClient, peers: Peers) -> None:
+        self.router = router
+        self.client = client
+        self.peers = peers
+        self.infos: dict[str, NodeInfo] = {}
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self._stack = contextlib.AsyncExitStack()
+
+    async def start(self, name: str, **changes: object) -> None:
+        told = {
+            "name": name,
+            "router": self.router,
+            "store": {"arena_bytes": SLOTS * SLOT, "slot_bytes": SLOT},
+            "replication": {"grace_s": GRACE_S},
+        }
+        script = Path(__file__).with_name("fleet_process.py")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(script), json.dumps({**told, **changes}), stdout=asyncio.subprocess.PIPE
+        )
+        self.processes[name] = process
+        assert process.stdout is not None
+        async with asyncio.timeout(60):
+            self.infos[name] = msgspec.json.decode(await process.stdout.readline(), type=NodeInfo)
+
+    async def end(self) -> None:
+        for process in self.processes.values():
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    def order(self, trace: str) -> list[str]:
+        return [str(node) for node in by_weight([NodeId(name) for name in self.infos], trace)]
+
+    async def write(self, trace: str, home: str, replicas: int) -> list[BlockHash]:
+        """A trace's blocks, pinned there."""
+        hashes = [h(trace, i) for i in range(BLOCKS)]
+        parents = [ROOT, *hashes]
+        buffers = await self.client.staging.acquire(BLOCKS, TIMEOUT_S)
+        blocks: list[OutgoingBlock] = []
+        for block_hash, parent, buffer in zip(hashes, parents, buffers, strict=False):
+            buffer.view(SLOT)[:] = content(block_hash)
+            blocks.append(OutgoingBlock(block_hash, parent, buffer, SLOT))
+        outcomes = await self.client.put(NodeId(home), blocks, TIMEOUT_S)
+        self.client.staging.release(buffers)
+        assert set(outcomes) <= {"published", "present"}, outcomes
+        if replicas:
+            pin = Pin(TraceId(trace), tuple(hashes), 600.0, priority=2.0**20, replicas=replicas)
+            assert isinstance(await self.peers.call(self.infos[home].address, pin, timeout_s=TIMEOUT_S), Pinned)
+        return hashes
+
+    async def read(self, hashes: list[BlockHash]) -> tuple[int, float]:
+        """How many blocks came, and after how many seconds; wrong bytes fail the test."""
+        buffers = await self.client.staging.acquire(len(hashes), TIMEOUT_S)
+        try:
+            start_s = clock.now_s()
+            sizes = await self.client.get(hashes, buffers, TIMEOUT_S)
+            took_s = clock.now_s() - start_s
+            for block_hash, buffer, size in zip(hashes, buffers, sizes, strict=True):
+                assert size is None or bytes(buffer.view(size)) == content(block_hash)
+            return sum(size is not None for size in sizes), took_s
+        finally:
+            self.client.staging.release(buffers)
+
+    async def held(self, name: str, hashes: list[BlockHash]) -> int:
+        """By that node alone."""
+        view = self.client._nodes.find(NodeId(name))  # pyright: ignore[reportPrivateUsage]
+        assert view is not None
+        return (await self.client._look(hashes, [n for n in self.infos if n != name], 1.0))[NodeId(name)].count(1)  # pyright: ignore
+
+    async def copied(self, hashes: list[BlockHash], *names: str) -> None:
+        async with asyncio.timeout(30):
+            for name in names:
+                while await self.held(name, hashes) < len(hashes):  # noqa: ASYNC110 - the state is another process's
+                    await asyncio.sleep(0.05)
+
+    async def drain(self, name: str, within_s: float = 30.0) -> DrainState:
+        async with asyncio.timeout(within_s):
+            while True:
+                state = await self.peers.call(self.infos[name].address, Drain(), timeout_s=TIMEOUT_S)
+                assert isinstance(state, DrainState)
+                if state.state == "drained":
+                    return state
+                await asyncio.sleep(0.1)
+
+    async def load(self, traces: list[list[BlockHash]], stop: asyncio.Event, seed: int) -> tuple[int, int, float]:
+        """Reads, failed blocks, and the slowest read's seconds, until told to stop."""
+        dice = random.Random(seed)
+        reads, failed, slowest_s = 0, 0, 0.0
+        while not stop.is_set():
+            hashes = dice.choice(traces)
+            got, took_s = await self.read(hashes)
+            reads, failed, slowest_s = reads + 1, failed + len(hashes) - got, max(slowest_s, took_s)
+            await asyncio.sleep(0.002)
+        return reads, failed, slowest_s
+
+
+def h(trace: str, index: int) -> BlockHash:
+    return BlockHash(f"{trace}{index:06d}".encode().ljust(16, b"."))
+
+
+def content(block_hash: BlockHash) -> bytes:
+    at = random.Random(block_hash).randrange(SLOT)
+    return POOL[at : at + SLOT]
+
+
+@contextlib.asynccontextmanager
+async def open_fleet(stores: int) -> AsyncGenerator[Fleet, None]:
+    async with contextlib.AsyncExitStack() as stack:
+        network = TcpNetwork()
+        router = await network.listen("127.0.0.1:0", MemberRegistry(lambda _: None))
+        memory = allocate(128 * SLOT, "client")
+        stack.callback(memory.close)
+        offload = ThreadOffload("client", 2)
+        stack.callback(offload.close)
+        transfer = ShmTransfer(f"client#{clock.wall_ns()}", offload)
+        stack.push_async_callback(transfer.close)
+        peers = Peers(network)
+        stack.push_async_callback(router.close)
+        stack.push_async_callback(peers.close)
+        plane = Plane(transfer, transfer.register(memory))
+        client = StoreClient(peers, [plane], Staging(memory, SLOT), offload)
+        stack.push_async_callback(client.aclose)
+        fleet = Fleet(router.address, client, peers)
+        stack.push_async_callback(fleet.end)
+        follow = asyncio.create_task(_follow(peers, router.address, client))
+        stack.callback(follow.cancel)
+        await asyncio.gather(*(fleet.start(f"s{i}") for i in range(stores)))
+        await asyncio.sleep(GRACE_S)
+        yield fleet
+
+
+async def _follow(peers: Peers, router: str, client: StoreClient) -> None:
+    """The client is a member like any worker."""
+    info = NodeInfo(NodeId("client"), Generation(1), "decode", "127.0.0.1:1")
+    async for members in peers.stream(router, Join(info), idle_timeout_s=10.0):
+        assert isinstance(members, Members)
+        client.set_nodes(members.nodes, members.draining)
+
+
+def play(stores: int, case: Callable[[Fleet], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(110), open_fleet(stores) as fleet:
+            await case(fleet)
+
+    asyncio.run(main())
+
+
+async def under_load(
+    fleet: Fleet, traces: list[list[BlockHash]], act: Callable[[], Awaitable[object]]
+) -> tuple[int, int, float]:
+    """Two readers before, during and after ``act``: reads, failed blocks, the slowest read's seconds."""
+    stop = asyncio.Event()
+    readers = [asyncio.create_task(fleet.load(traces, stop, seed)) for seed in range(2)]
+    await asyncio.sleep(0.5)
+    await act()
+    await asyncio.sleep(1.0)
+    stop.set()
+    loads = await asyncio.gather(*readers)
+    reads, failed, slowest_s = zip(*loads, strict=True)
+    assert min(reads) > 5
+    assert fleet.client.stats.corrupt == 0
+    return sum(reads), sum(failed), max(slowest_s)
+
+
+async def replicated(fleet: Fleet, count: int = 6) -> list[list[BlockHash]]:
+    traces: list[list[BlockHash]] = []
+    for i in range(count):
+        home, second, *_ = fleet.order(f"t{i}")
+        traces.append(await fleet.write(f"t{i}", home, 2))
+        await fleet.copied(traces[-1], home, second)
+    return traces
+
+
+def test_a_killed_copy_fails_no_read_and_is_made_again() -> None:
+    async def case(fleet: Fleet) -> None:
+        traces = await replicated(fleet)
+        lone = await fleet.write("lone", "s0", 0)
+
+        async def kill() -> None:
+            fleet.processes["s0"].send_signal(signal.SIGKILL)
+            await fleet.processes["s0"].wait()
+            got, took_s = await fleet.read(lone)
+            assert got == 0
+            assert took_s < 1.0
+
+        _, failed, slowest_s = await under_load(fleet, traces, kill)
+        assert failed == 0
+        assert slowest_s < 1.5
+        del fleet.infos["s0"]
+        for hashes in traces:
+            await fleet.copied(hashes, "s1", "s2")
+
+    play(3, case)
+
+
+def test_a_frozen_copy_fails_no_read() -> None:
+    async def case(fleet: Fleet) -> None:
+        traces = await replicated(fleet)
+        frozen = fleet.processes["s0"]
+        try:
+
+            async def freeze() -> None:
+                frozen.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(3.0)
+
+            _, failed, slowest_s = await under_load(fleet, traces, freeze)
+        finally:
+            frozen.send_signal(signal.SIGCONT)
+        assert failed == 0
+        assert slowest_s < 2.0
+
+    play(2, case)
+
+
+def test_a_drain_under_load_fails_no_read_and_leaves_nothing_behind() -> None:
+    async def case(fleet: Fleet) -> None:
+        # One copy of each: what is not moved is lost.
+        traces = [await fleet.write(f"t{i}", "s0", i % 2) for i in range(8)]
+
+        async def drain() -> None:
+            writing = asyncio.create_task(fleet.write("late", "s0", 0))
+            state = await fleet.drain("s0")
+            assert (state.blocks_left, state.pins_left, state.blocks_lost) == (0, 0, 0)
+            traces.append(await writing)
+            state = await fleet.drain("s0")
+            assert state.blocks_left == 0
+            fleet.processes["s0"].send_signal(signal.SIGTERM)
+            await fleet.processes["s0"].wait()
+
+        _, failed, slowest_s = await under_load(fleet, traces, drain)
+        assert failed == 0
+        assert slowest_s < 2.0
+        for hashes in traces:
+            assert (await fleet.read(hashes))[0] == BLOCKS
+
+    play(3, case)
+
+
+def test_a_node_that_joins_takes_new_homes_and_nothing_else() -> None:
+    async def case(fleet: Fleet) -> None:
+        traces = await replicated(fleet)
+
+        async def join() -> None:
+            await fleet.start("s2")
+            await asyncio.sleep(2 * GRACE_S)
+
+        _, failed, _ = await under_load(fleet, traces, join)
+        assert failed == 0
+        for hashes in traces:
+            assert await fleet.held("s2", hashes) == 0
+        name = next(f"n{i}" for i in range(100) if fleet.order(f"n{i}")[0] == "s2")
+        hashes = await fleet.write(name, "s2", 2)
+        await fleet.copied(hashes, *fleet.order(name)[:2])
+
+    play(2, case)
