@@ -57,6 +57,10 @@ class Process:
         self.tell(**command)
         return self.hear()
 
+    def send(self, number: int) -> None:
+        """Send a signal."""
+        self._process.send_signal(number)
+
     def end(self) -> None:
         """End its input, which ends it; kill it if it does not."""
         assert self._process.stdin is not None

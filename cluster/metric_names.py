@@ -64,24 +64,22 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "promote_late": Metric("promote_late_leases", "requests", "Leases that did not wait for all their blocks."),
     },
     "StackStats": {
-        "copied_down": Metric("copied_down_blocks", "blocks", "Blocks copied from the disk to the bucket."),
-        "copied_up": Metric("copied_up_blocks", "blocks", "Blocks copied from the bucket to the disk."),
-        "evicted_uncopied": Metric(
-            "evicted_uncopied_blocks", "blocks", "Blocks the disk gave up before they were copied."
-        ),
+        "copied_down": Metric("copied_down_blocks", "blocks", "Blocks copied from the disk to the tier below it."),
+        "copied_up": Metric("copied_up_blocks", "blocks", "Blocks copied back to the disk."),
+        "evicted_uncopied": Metric("evicted_uncopied_blocks", "blocks", "Blocks evicted from disk before their copy."),
     },
     "CopyStats": {
-        "blocks": Metric("blocks", "blocks", "Blocks written to another store node."),
-        "bytes": Metric("bytes", "bytes", "Bytes of those blocks."),
-        "present": Metric("present_blocks", "blocks", "Blocks to be written that the other node had."),
+        "blocks": Metric("copied_blocks", "blocks", "Blocks written to another store node."),
+        "bytes": Metric("copied_bytes", "bytes", "Bytes of those blocks."),
+        "present": Metric("present_blocks", "blocks", "Blocks that the other node turned out to have."),
         "refused": Metric("refused_blocks", "blocks", "Blocks that the other node had no room for."),
-        "failed": Metric("failed_blocks", "blocks", "Blocks that did not get there: the other node was lost or late."),
+        "failed": Metric("failed_blocks", "blocks", "Blocks that did not get to the other node."),
         "corrupt": Metric("corrupt_blocks", "blocks", "Blocks that the other node found bad."),
     },
     "ReplicaStats": {
-        "made": Metric("made", "copies", "Times that another node took a pin and all that is here of its blocks."),
-        "refused": Metric("refused", "copies", "Times that one did not."),
-        "pins_refused": Metric("refused_pins", "copies", "Of these, because it did not take the pin."),
+        "made": Metric("made", "pins", "Times that another node took a pin and all that is here of its blocks."),
+        "refused": Metric("refused", "pins", "Times that one did not."),
+        "pins_refused": Metric("refused_pins", "pins", "Of these, because it did not take the pin."),
     },
     "JournalStats": {
         "recovered": Metric("recovered", "pins", "Pins found at the node's start and still in force."),
@@ -91,9 +89,6 @@ COUNTERS: dict[str, dict[str, Metric]] = {
     },
     "ClientStats": {
         "hits": Metric("hit_blocks", "blocks", "Blocks got, landed and verified."),
-        "hits_failed_over": Metric(
-            "failed_over_blocks", "blocks", "Of these, those from another node than asked first."
-        ),
         "misses": Metric("missed_blocks", "blocks", "Blocks not got.", ("reason",)),
         "puts": Metric("puts", "blocks", "Blocks put, by what came of it.", ("reason",)),
         "get_bytes": Metric("get_bytes", "bytes", "Bytes of the blocks got."),
@@ -101,6 +96,7 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "put_bytes": Metric("put_bytes", "bytes", "Bytes of the blocks published."),
         "put_s": Metric("put_seconds", "seconds", "Time in puts, those side by side added up."),
         "failovers": Metric("failovers", "nodes", "Nodes that failed in the middle of a put."),
+        "hits_failed_over": Metric("failed_over_blocks", "blocks", "Blocks got from another node than the first."),
     },
     "WorkerStats": {
         "steps": Metric("steps", "steps", "Steps begun."),
@@ -137,15 +133,26 @@ COUNTERS: dict[str, dict[str, Metric]] = {
 }
 """By the struct that a room counts in, and its field."""
 
+COUNTERS["ObjectStats"] = COUNTERS["TierStats"] | {
+    "puts": Metric("put_requests", "requests", "Requests to make an object."),
+    "gets": Metric("get_requests", "requests", "Requests for an object's bytes."),
+    "deletes": Metric("delete_requests", "requests", "Requests to delete, each for up to 1000 objects."),
+    "listings": Metric("list_requests", "requests", "Pages of listings of up to 1000 objects, and probes."),
+    "lost": Metric("lost_objects", "objects", "Objects that were gone when they were read."),
+    "deleted": Metric("deleted_objects", "objects", "Objects deleted."),
+    "useless": Metric("useless_objects", "objects", "Objects found at the start that no block needs: deleted."),
+    "outages": Metric("outages", "outages", "Times that the service was given up for a while."),
+}
+
 PARTS = {
     "store": "StoreStats",
     "disk": "TierStats",
-    "s3": "TierStats",
-    "stack": "StackStats",
+    "s3": "ObjectStats",
     "tiering": "TieringStats",
-    "pins": "JournalStats",
+    "stack": "StackStats",
     "copies": "CopyStats",
     "replicas": "ReplicaStats",
+    "pins": "JournalStats",
     "store_client": "ClientStats",
     "worker": "WorkerStats",
     "router": "DispatchStats",
@@ -161,12 +168,12 @@ LOAD: dict[str, Metric] = {
     "disk_blocks": Metric("disk_blocks", "blocks", "Blocks on a store node's disk."),
     "disk_bytes_used": Metric("disk_used_bytes", "bytes", "Bytes of those blocks."),
     "disk_bytes_max": Metric("disk_max_bytes", "bytes", "The most that it can be."),
+    "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
+    "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
+    "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody can take one."),
     "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
     "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
     "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),
-    "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
-    "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
-    "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody takes one."),
 }
 """Gauges of every node but the router, ``tracehaul_node_…``: the fields of its heartbeat."""
 

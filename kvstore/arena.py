@@ -219,7 +219,13 @@ class Arena:
     # --- writing ------------------------------------------------------------------------------------------
 
     def reserve(
-        self, blocks: Sequence[BlockSpec], owner: str, now_s: float, tenant: str | int = "", *, scratch: bool = False
+        self,
+        blocks: Sequence[BlockSpec],
+        owner: str,
+        now_s: float,
+        tenant: str | int = "",
+        *,
+        scratch: bool = False,
     ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
@@ -233,7 +239,7 @@ class Arena:
     def readmit(
         self, blocks: Sequence[BlockSpec], tenants: Sequence[TenantKey], owner: str, now_s: float
     ) -> list[ReserveOutcome]:
-        """As :meth:`reserve`, for blocks that come back from a tier: each on the account that it was written on."""
+        """As :meth:`reserve`, for blocks that come from a tier or another node: each on the account that it was on."""
         self.expire(now_s)
         return [self._reserve(block, owner, key, now_s, False) for block, key in zip(blocks, tenants, strict=True)]
 
@@ -413,7 +419,7 @@ class Arena:
                 if ancestor in covered and ancestor != block_hash:
                     break  # it has been followed, or will be
                 covered[ancestor] = None
-        refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s)
+        refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s, request.replicas)
         if refusal is not None:
             return refusal
         held = self._pins.get(key)
@@ -433,7 +439,7 @@ class Arena:
         """Take over what is left of a pin of the node's former life; returns why not, or None."""
         self.expire(now_s)
         priority = 2.0 ** min(kept.octaves, log2(PRIORITY_MAX))
-        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s)
+        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s, kept.replicas)
         if refusal is None:
             self._reconsider(kept.hashes)
         return refusal

@@ -4,13 +4,13 @@ Nothing here raises for the world: a lost, slow or lying node is a miss on read 
 Bytes that are reported as got were read under a live lease and match their checksum.
 """
 
-import asyncio
 from collections.abc import Collection, Sequence
 
 import msgspec
 
 from kvstore.failover import Get, Holders, Look
-from kvstore.nodes import StoreNodes, StoreNodeView
+from kvstore.looks import LOOK_TIMEOUT_S, Looks
+from kvstore.nodes import StoreNodes
 from kvstore.reader import GetResult, Reader, Wanted
 from kvstore.staging import Staging, StagingBuffer
 from kvstore.writer import OutgoingBlock, PutOutcome, Writer
@@ -18,15 +18,13 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.blocks import Await, Awaited, AwaitState, Existing, Exists, Pin, Pinned
+from tracehaul.wire.blocks import Await, Awaited, AwaitState, Pin, Pinned
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.ids import BlockHash, NodeId
 
 __all__ = ["ClientStats", "OutgoingBlock", "PutOutcome", "StoreClient"]
 
-EXISTS_TIMEOUT_S = 0.5
-"""What is not known to be there by then is not waited for."""
 BREAK_S = 1.0
 """How long a node that failed is left alone."""
 
@@ -67,6 +65,7 @@ class StoreClient:
         self.staging = staging
         self.stats = ClientStats()
         self._nodes = StoreNodes(peers, planes, BREAK_S)
+        self._looks = Looks(self._nodes)
         self._holders = Holders()
         self._reader = Reader(self._nodes, offload)
         self._writer = Writer(self._nodes, offload, scratch=scratch)
@@ -85,9 +84,13 @@ class StoreClient:
         """
         if not hashes:
             return []
-        held = await self._look(hashes, (), EXISTS_TIMEOUT_S)
+        held = await self._looks.look(hashes, (), LOOK_TIMEOUT_S)
         self._holders.saw(hashes, held)
         return assign(held, len(hashes))
+
+    async def holdings(self, hashes: Sequence[BlockHash]) -> dict[NodeId, bytes]:
+        """What each live node says that it holds of these: a byte per block, none where it does not say."""
+        return await self._looks.look(hashes, (), LOOK_TIMEOUT_S)
 
     async def get(
         self,
@@ -103,7 +106,7 @@ class StoreClient:
         """
         assert len(hashes) == len(buffers)
         start_s = clock.now_s()
-        look: Look | None = self._look
+        look: Look | None = self._looks.look
         if where is None:
             look = None
             only = self._nodes.live()
@@ -150,7 +153,7 @@ class StoreClient:
             return ["absent"] * len(hashes)
         request = Await(tuple(hashes), timeout_s)
         try:
-            states = (await self._nodes.call(view, request, Awaited, timeout_s + EXISTS_TIMEOUT_S)).states
+            states = (await self._nodes.call(view, request, Awaited, timeout_s + LOOK_TIMEOUT_S)).states
         except ClusterError:
             return ["absent"] * len(hashes)
         return list(states) if len(states) == len(hashes) else ["absent"] * len(hashes)
@@ -167,24 +170,8 @@ class StoreClient:
 
     async def aclose(self) -> None:
         """Let releases and other notices under way end."""
+        await self._looks.aclose()
         await self._nodes.aclose()
-
-    async def _look(
-        self, hashes: Sequence[BlockHash], but: Collection[NodeId], timeout_s: float
-    ) -> dict[NodeId, bytes]:
-        """What each live node, but for some, holds of these: a byte per block; nothing where it does not say."""
-        request = Exists(tuple(hashes))
-        views = [view for view in self._nodes.live() if view.node not in but]
-        timeout_s = min(timeout_s, EXISTS_TIMEOUT_S)
-        answers = await asyncio.gather(*(self._held_by(view, request, timeout_s) for view in views))
-        return {view.node: held for view, held in zip(views, answers, strict=True)}
-
-    async def _held_by(self, view: StoreNodeView, request: Exists, timeout_s: float) -> bytes:
-        try:
-            held = (await self._nodes.call(view, request, Existing, timeout_s)).held
-        except ClusterError:
-            return b""
-        return held if len(held) == len(request.hashes) else b""
 
     def _counted(self, result: GetResult) -> int | None:
         if isinstance(result, int):

@@ -340,4 +340,5 @@ class Drainer:
     def _pins_left(self) -> list[tuple[PinKey, HeldPin]]:
         """Those that nobody took as they are now; one that was renewed or has grown is taken anew."""
         pins = self._holdings.arena.open_pins(clock.now_s())
+        self._holdings.settle()
         return [(key, held) for key, held in pins if key not in self._pins or self._pins[key][0] is not held]

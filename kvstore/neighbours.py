@@ -1,7 +1,7 @@
 """What a store node does with the other store nodes: copies for pins, drains. All that it needs for it in one place."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -9,7 +9,7 @@ import msgspec
 from kvstore.copies import Copier, Holdings, ReplicationConfig
 from kvstore.drain import Drainer
 from kvstore.nodes import StoreNodes
-from kvstore.pins import PinKey
+from kvstore.pins import HeldPin, PinKey
 from kvstore.rate import Rate
 from kvstore.replicator import Replicator
 from kvstore.tiers.base import Change
@@ -73,6 +73,10 @@ class Neighbours:
         """Blocks became visible, or are gone."""
         self._replicator.published([change.hash for change in changes if isinstance(change, Stored)])
         self._drainer.changed([change.hash for change in changes if isinstance(change, Removed)])
+
+    def restore(self, pins: Iterable[tuple[PinKey, HeldPin]]) -> None:
+        """The node came back with these pins."""
+        self._replicator.restore(pins)
 
     def pinned(self, pin: Pin) -> None:
         """The node has taken a pin."""

@@ -89,7 +89,6 @@ from tracehaul.wire.operations import (
 )
 
 log = Log(__name__)
-seldom = Seldom(log)
 
 HASHES_MAX = 65536
 """Blocks in one request."""
@@ -158,6 +157,7 @@ class StoreNode:
         self._waiters = Waiters(config.waiters_max)
         self._timer: asyncio.TimerHandle | None = None
         self.stats = StoreStats()
+        self._seldom = Seldom(log)
         self.tiering: Tiering | None = None
         """Moves to and from ``tier``; None without one."""
         self._prefetch: PrefetchJobs | None = None
@@ -184,7 +184,6 @@ class StoreNode:
             self._found_bad,
         )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
-        self._changed()
         self.neighbours: Neighbours | None = None
         """Copies to other nodes; None without any."""
         if others is not None:
@@ -192,6 +191,8 @@ class StoreNode:
                 self._arena, self._buffer, config.slot_bytes, self.tiering, self._changed, self._verify_held
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
+            self.neighbours.restore(self._arena.open_pins(clock.now_s()))
+        self._changed()
 
     @property
     def arena(self) -> Arena:
@@ -359,7 +360,9 @@ class StoreNode:
         self._changed()
         if leased is None:
             self.stats.leases_refused += 1
-            seldom.warning("refused a lease: too many on one connection", peer=peer, leases=self._config.leases_max)
+            self._seldom.warning(
+                "refused a lease: too many on one connection", peer=peer, leases=self._config.leases_max
+            )
             raise Overloaded(f"{self._config.leases_max} leases are open on this connection")
         missed = sum(block is None for block in leased.blocks)
         self.stats.missed_blocks += missed
@@ -389,7 +392,7 @@ class StoreNode:
 
     def _tell_full(self, tenant: str | int) -> None:
         arena = self._arena
-        seldom.warning(
+        self._seldom.warning(
             "no slot could be freed for a writer",
             tenant=tenant,
             slots=self._config.slots_max,
@@ -454,7 +457,7 @@ class StoreNode:
                 outcomes.append(next(published))
             else:
                 self._arena.withdraw(block.hash, block.generation, peer, now_s)
-                seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
+                self._seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
                 outcomes.append("corrupt")
         self.stats.published += outcomes.count("published")
         self.stats.fenced += outcomes.count("fenced")
@@ -525,7 +528,9 @@ class StoreNode:
         self._changed()
         if isinstance(pinned, str):
             self.stats.pins_refused += 1
-            seldom.warning("refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned)
+            self._seldom.warning(
+                "refused a pin", trace=request.trace, tenant=request.tenant, kind=request.kind, why=pinned
+            )
             raise Overloaded(pinned)
         if self.neighbours is not None:
             self.neighbours.pinned(request)

@@ -45,4 +45,5 @@ class PinKeeper:
     def _entry(self, key: PinKey, held: HeldPin, now_s: float, at: Moment) -> PinEntry:
         octaves = 0.0 if held.rank == HARD else held.rank - now_s / self._half_life_s
         tenant, trace = key
-        return PinEntry(tenant, trace, held.kind, octaves, held.until_s - now_s, at, pack_hashes(held.hashes))
+        remaining_s, hashes = held.until_s - now_s, pack_hashes(held.hashes)
+        return PinEntry(tenant, trace, held.kind, octaves, remaining_s, at, hashes, held.replicas)

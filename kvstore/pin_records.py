@@ -47,6 +47,8 @@ class PinEntry(msgspec.Struct, frozen=True, tag="pin", array_like=True):
     at: Moment
     hashes: bytes
     """All that it covers, one after the other."""
+    replicas: int = 1
+    """Nodes that are to have it."""
 
 
 class EndEntry(msgspec.Struct, frozen=True, tag="end", array_like=True):
@@ -64,6 +66,7 @@ class KeptPin(NamedTuple):
     octaves: float
     remaining_s: float
     hashes: tuple[BlockHash, ...]
+    replicas: int = 1
 
 
 class Replayed(NamedTuple):
@@ -142,5 +145,6 @@ def survivors(entries: Sequence[PinEntry], now: Moment, half_life_s: float) -> l
         if remaining_s > 0 and (octaves > 0 or entry.kind == "hard"):
             raw = entry.hashes
             hashes = [BlockHash(raw[at : at + HASH_BYTES]) for at in range(0, len(raw), HASH_BYTES)]
-            kept.append(KeptPin((entry.tenant, entry.trace), entry.kind, octaves, remaining_s, tuple(hashes)))
+            key = entry.tenant, entry.trace
+            kept.append(KeptPin(key, entry.kind, octaves, remaining_s, tuple(hashes), entry.replicas))
     return kept

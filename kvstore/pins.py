@@ -34,6 +34,8 @@ class HeldPin(NamedTuple):
     """Of its blocks: those of the lowest go first. :data:`HARD` is never evicted."""
     until_s: float
     hashes: dict[BlockHash, None]
+    replicas: int = 1
+    """Nodes that are to have it."""
 
 
 class Pins:
@@ -108,7 +110,14 @@ class Pins:
         return sorted(self._pins.items(), key=lambda item: (item[1].until_s, item[0]))
 
     def pin(
-        self, key: PinKey, hashes: Iterable[BlockHash], kind: PinKind, priority: float, ttl_s: float, now_s: float
+        self,
+        key: PinKey,
+        hashes: Iterable[BlockHash],
+        kind: PinKind,
+        priority: float,
+        ttl_s: float,
+        now_s: float,
+        replicas: int = 1,
     ) -> str | None:
         """Open a pin, or add ``hashes`` to an open one and renew it. Returns why not, with nothing changed, or None.
 
@@ -132,7 +141,7 @@ class Pins:
             self._count(key, before, -1)
         for block_hash in covered:
             self._by_hash.setdefault(block_hash, {})[key] = None
-        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered)
+        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered, replicas)
         self._count(key, held, 1)
         heappush(self._heap, (held.until_s, key))
         if len(self._heap) > 2 * len(self._pins) + 64:  # renewed ones pile up

@@ -163,11 +163,14 @@ class Replicas:
         if not holders:
             others = known.holders if known is not None else ()
             holders = (self._node, *(node for node in others if node != self._node))
+        elif known is not None and known.holders[0] == self._node and self._outranks(holders[0], key):
+            # Two leads, each told by a router or left by a restart: the same one gives way, whose word crosses whose.
+            holders = (self._node, *(node for node in (*known.holders, *holders) if node != self._node))
         elif self._node not in holders:
             holders = (*holders, self._node)
         for node in holders:
             self.fleet.heard_of(node, now_s)
-        self._sets[key] = ReplicaSet(replicas, tuple(holders))
+        self._sets[key] = ReplicaSet(replicas, tuple(dict.fromkeys(holders)))
         self._touch(key)
 
     def ended(self, key: PinKey) -> tuple[NodeId, ...]:
@@ -288,6 +291,9 @@ class Replicas:
     def _is_pausing(self, key: PinKey, node: NodeId) -> bool:
         retry = self._refused.get(key, {}).get(node)
         return retry is not None and retry.at_s is not None
+
+    def _outranks(self, other: NodeId, key: PinKey) -> bool:
+        return by_weight((self._node, other), key[1])[0] == self._node
 
     def _lead(self, known: ReplicaSet) -> NodeId | None:
         """The first holder that stays. One that is away has its time to come back."""

@@ -6,7 +6,7 @@ doubles. One that has no room is no holder: another takes its place if there is 
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -84,6 +84,12 @@ class Replicator:
             self._wake.set()
             self._prune()
 
+    def restore(self, pins: Iterable[tuple[PinKey, HeldPin]]) -> None:
+        """The node came back with these pins, and does not know who else has them: it looks at its neighbours anew."""
+        for key, held in pins:
+            if held.replicas > 1:
+                self.sets.pinned(key, held.replicas, (), clock.now_s())
+
     def unpinned(self, key: PinKey) -> None:
         """The node was told to end a pin."""
         for node in self.sets.ended(key):
@@ -124,7 +130,7 @@ class Replicator:
                 await self._act(*found)
                 continue
             if self._rebuilding:
-                log.info("copies are in place again", without=self.sets.short)
+                log.info("all copies that can be made are made", pins_short=self.sets.short)
                 self._rebuilding = False
             deadline_s = self.sets.deadline_s(now_s)
             try:

@@ -229,7 +229,7 @@ class Writer:
             verified = sums is not None
             known = [f.block.checksum for f in fills if f.block.checksum is not None]
             if len(known) == len(fills):
-                verified = sums == known  # if not, what the node finds there decides
+                verified = sums is not None and list(sums) == known  # if not, what the node finds there decides
                 sums = known
             elif sums is None:
                 sums = await checksums(self._offload, [f.block.buffer.view(f.block.nbytes) for f in fills])

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 SUSPECT_AFTER_S = 3.5
 """Silence after which a node gets no new work: three heartbeats and some slack."""
+LOST_AFTER_S = 10.0
+"""Silence after which a node is no member any more: one that is frozen, or cut off. If it goes on it joins again."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ class MemberRegistry:
             while self._members.get(info.node) is member:
                 member.changed.clear()
                 yield Members(self._version, self.infos(), self.draining())
-                await member.changed.wait()
+                await self._change_or_silence(member)
         finally:
             if self._members.get(info.node) is member:
                 del self._members[info.node]
@@ -120,6 +122,20 @@ class MemberRegistry:
                 health = "suspect"
             statuses.append(NodeStatus(member.info, member.load, health, age_s))
         return statuses
+
+    async def _change_or_silence(self, member: _Member) -> None:
+        """Returns when the list changed; a member that is silent for too long is taken off it."""
+        node = member.info.node
+        while not member.changed.is_set():
+            try:
+                async with asyncio.timeout_at(member.heard_s + LOST_AFTER_S):
+                    await member.changed.wait()
+            except TimeoutError:
+                if member.heard_s + LOST_AFTER_S <= clock.now_s() and self._members.get(node) is member:
+                    log.warning("%s was silent for %.0f s: it is no member any more", node, LOST_AFTER_S)
+                    del self._members[node]
+                    self._changed()
+                    return
 
     def _changed(self) -> None:
         self._version += 1

@@ -317,6 +317,19 @@ def test_more_than_memory_holds_is_a_miss_for_the_rest(play: Callable[[Case], No
     play(case)
 
 
+def test_what_a_lease_names_makes_no_room_for_the_rest_of_it(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            above = life.node.arena.published()
+            below = next(h(name) for name in NAMES if h(name) not in above)
+            leased = await life.call(Lease((below, above[0]), 5.0))  # the next to be evicted
+            assert isinstance(leased, Leased)
+            assert None not in leased.blocks
+
+    play(case)
+
+
 def test_a_prefix_comes_up_before_its_continuation(play: Callable[[Case], None]) -> None:
     async def case(bed: Bed) -> None:
         async with live(bed) as life:

@@ -15,6 +15,7 @@ import pytest
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.staging import Staging
 from router.members import MemberRegistry
+from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
@@ -23,7 +24,7 @@ from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.blocks import Drain, DrainState, Pin, Pinned
-from tracehaul.wire.cluster import Join, Members, NodeInfo
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from tracehaul.wire.hashing import by_weight
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
@@ -107,9 +108,7 @@ class Fleet:
 
     async def held(self, name: str, hashes: list[BlockHash]) -> int:
         """By that node alone."""
-        view = self.client._nodes.find(NodeId(name))  # pyright: ignore[reportPrivateUsage]
-        assert view is not None
-        return (await self.client._look(hashes, [n for n in self.infos if n != name], 1.0))[NodeId(name)].count(1)  # pyright: ignore
+        return (await self.client.holdings(hashes)).get(NodeId(name), b"").count(1)
 
     async def copied(self, hashes: list[BlockHash], *names: str) -> None:
         async with asyncio.timeout(30):
@@ -176,9 +175,11 @@ async def open_fleet(stores: int) -> AsyncGenerator[Fleet, None]:
 async def _follow(peers: Peers, router: str, client: StoreClient) -> None:
     """The client is a member like any worker."""
     info = NodeInfo(NodeId("client"), Generation(1), "decode", "127.0.0.1:1")
-    async for members in peers.stream(router, Join(info), idle_timeout_s=10.0):
-        assert isinstance(members, Members)
+
+    def on_members(members: Members) -> None:
         client.set_nodes(members.nodes, members.draining)
+
+    await Membership(peers, router, info, NodeLoad, on_members).run()
 
 
 def play(stores: int, case: Callable[[Fleet], Awaitable[None]]) -> None:

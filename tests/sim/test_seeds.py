@@ -75,6 +75,22 @@ def test_the_faults_reach_every_way_of_coping():
         "router.steps_aborted",
         "router.steps_moved",
         "router.prefill_fallbacks",
+        "store.waits",
+        "store.pins_refused",
+        "tier.corrupt",
+        "tier.failed",
+        "tier.unreadable",
+        "tier.evicted",
+        "tier.recovered",
+        "tier.scrubbed",
+        "tiering.demoted",
+        "tiering.promoted",
+        "tiering.promote_failed",
+        "tiering.promote_refused",
+        "tiering.promote_late",
+        "world.zombies",
+        "world.audited",
+        "world.pins_recovered",
     ):
         assert total.get(name, 0) > 0, f"{name} never happened"
 
