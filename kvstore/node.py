@@ -175,7 +175,13 @@ class StoreNode:
         self._born_s = clock.perf_s()
         self._below: tuple[Tier, ...] = () if tier is None else tuple(tier.parts)
         self._scrubber = Scrubber(
-            self._arena, self._buffer, config.slot_bytes, offload, self._below, self._changed, self._found_bad
+            self._arena,
+            self._buffer,
+            config.slot_bytes,
+            offload,
+            [part for part in self._below if not part.metered],
+            self._changed,
+            self._found_bad,
         )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
         self.neighbours: Neighbours | None = None
