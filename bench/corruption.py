@@ -9,6 +9,7 @@ records  in the file's table of contents, between two lives of the node
 put      on the way from the client to the arena, by a transport that leaves checking to the node, and just after one
          that has read back what it wrote
 get      on the way back, by a transport that sums what lands, and by one that does not
+objects  in a bucket: cut off, garbage, another block's, one bit
 tier     in a remote tier that does not check what it returns: cut off, garbage, another block's, one bit
 ======== ================================================================================================
 """
@@ -27,7 +28,7 @@ import msgspec
 import typer
 from rich.console import Console
 
-from bench.corruption_parts import FlippingTransfer, LyingTier
+from bench.corruption_parts import FlippingTransfer, LyingTier, tampered
 from bench.report import Result, finish
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
@@ -35,6 +36,9 @@ from kvstore.node import StoreNode
 from kvstore.staging import Staging
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import open_disk
+from kvstore.tiers.fake_objects import MemoryObjects
+from kvstore.tiers.object_tier import ObjectTier
+from kvstore.tiers.objects import unpack_name
 from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records
 from kvstore.tiers.tiering import TieringConfig
 from tracehaul.rpc.peers import Peers
@@ -47,8 +51,8 @@ from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, SlotGeneration
 
-KINDS = ("memory", "slots", "records", "put", "get", "tier")
-SHARES = (0.2, 0.2, 0.2, 0.15, 0.15, 0.1)
+KINDS = ("memory", "slots", "records", "put", "get", "objects", "tier")
+SHARES = (0.2, 0.2, 0.15, 0.15, 0.15, 0.1, 0.05)
 SLOT = 8192
 BATCH = 32
 """Blocks put, changed and got together."""
@@ -190,6 +194,11 @@ class Injector:
                 await self._get(site, self.counts["get"], unsummed=self._dice.random() < 0.5)
         while self.counts["records"].injected < wanted["records"]:
             await self._records(self.counts["records"])
+        objects = MemoryObjects()
+        offload = ThreadOffload("objects")
+        async with self._open(ObjectTier("s3", objects, offload, LAYOUT.slots_max, SLOT)) as site:
+            while self.counts["objects"].injected < wanted["objects"]:
+                await self._objects(site, objects, self.counts["objects"])
         lying = LyingTier(self._dice, CHANGED_SHARE)
         async with self._open(lying) as site:
             while self.counts["tier"].injected < wanted["tier"]:
@@ -311,6 +320,20 @@ class Injector:
             count.found += block in bad and data is None
             count.refused += block not in bad and data is None
         await self._judge(site, blocks, [], count)  # the node has checked its own: they are right, and still there
+
+    async def _objects(self, site: Site, objects: MemoryObjects, count: Count) -> None:
+        blocks = await self._published(site)
+        site.forget_memory(blocks)
+        bad = self._sample(blocks)
+        hit = {block.hash: block for block in bad}
+        names = {unpacked[0].hash: name for name in objects.data if (unpacked := unpack_name(name)) is not None}
+        for block_hash, block in hit.items():
+            other = next(other.data for other in blocks if other.hash != block_hash)
+            objects.data[names[block_hash]] = bytearray(tampered(block.data, other, self._dice))
+        await self._judge(site, blocks, bad, count)
+        await self._judge(site, bad, [], gone := Count())
+        assert gone.refused == len(bad), "a bad object was not dropped"
+        count.served += gone.served
 
     async def _tier(self, site: Site, tier: LyingTier, count: Count) -> None:
         blocks = await self._published(site)

@@ -19,6 +19,21 @@ def flip(view: memoryview, dice: random.Random) -> int:
     return at
 
 
+def tampered(data: bytes, other: bytes, dice: random.Random) -> bytes:
+    """What a remote service may return for ``data``: its start, garbage, ``other``, or all but one bit of it."""
+    match dice.randrange(4):
+        case 0:
+            return data[: dice.randrange(len(data))]
+        case 1:
+            return dice.randbytes(len(data))
+        case 2:
+            return other
+        case _:
+            changed = bytearray(data)
+            flip(memoryview(changed), dice)
+            return bytes(changed)
+
+
 class FlippingTransfer:
     """A transfer under whose copies bits change on the way, a share of them while ``fault`` is set."""
 
@@ -91,9 +106,8 @@ class LyingTier:
 
     def __init__(self, dice: random.Random, share: float) -> None:
         self.name = "remote"
-        self.stores_max = 2
-        self.metered = False
-        self.available = True
+        self.stores_max = 1
+        self.metered = True
         self.stats = TierStats()
         self.lying = False
         self.lied: set[BlockHash] = set()
@@ -112,6 +126,10 @@ class LyingTier:
     @property
     def bytes_max(self) -> int:
         return 1 << 40
+
+    @property
+    def available(self) -> bool:
+        return True
 
     @property
     def parts(self) -> Sequence[Tier]:
@@ -161,18 +179,9 @@ class LyingTier:
 
     def _lie(self, block: TierBlock, data: bytes) -> bytes:
         self.lied.add(block.hash)
-        match self._dice.randrange(4):
-            case 0:
-                return data[: self._dice.randrange(len(data))].ljust(len(data), b"\0")
-            case 1:
-                return self._dice.randbytes(len(data))
-            case 2:
-                other = next(body for key, (_, body) in self._objects.items() if key != block.hash)
-                return (other * (len(data) // len(other) + 1))[: len(data)]
-            case _:
-                changed = bytearray(data)
-                flip(memoryview(changed), self._dice)
-                return bytes(changed)
+        other = next(body for key, (_, body) in self._objects.items() if key != block.hash)
+        changed = tampered(data, (other * (len(data) // len(other) + 1))[: len(data)], self._dice)
+        return changed.ljust(len(data), b"\0")
 
     async def drop(self, block_hash: BlockHash) -> None:
         self._objects.pop(block_hash, None)

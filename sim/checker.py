@@ -22,6 +22,8 @@ from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, StepId
 from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import PrefillDone, Sampling, StepDone
 
+FOR_OPERATORS = ("a tier does not answer: its blocks are misses until it does",)
+"""Errors that tell somebody to look at the world: faults, not bugs."""
 FINDINGS_MAX = 10
 """Of one rule; more say nothing new."""
 
@@ -434,6 +436,8 @@ class BugChecker(logging.Handler):
         """An error was logged."""
         if PROCESS.get() in self.dead or record.name == asyncio.__name__:
             return  # asyncio's own reports come through the loop, with their exception
+        if record.getMessage() in FOR_OPERATORS:
+            return
         error = record.exc_info[1] if record.exc_info else None
         self._findings.add("bug", f"{PROCESS.get() or 'outside'} {record.name}: {record.getMessage()} {error!r}")
 

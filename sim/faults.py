@@ -127,16 +127,16 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
 
 
 class DiskTrouble(msgspec.Struct, frozen=True, tag=True):
-    """The device of ``node`` is slow, refuses writes, or refuses everything for ``for_s``."""
+    """The device of ``node`` is slow, refuses writes, or everything, or its bucket is unreachable, for ``for_s``."""
 
     at_s: float
     node: NodeId
-    kind: Literal["slow", "full", "dead"]
+    kind: Literal["slow", "full", "dead", "unreachable"]
     for_s: float
 
 
 class DiskRot(msgspec.Struct, frozen=True, tag=True):
-    """One byte of one block, or of its record, changes on the device of ``node``."""
+    """One byte of one block, or of its record, changes on the device of ``node``, and one in its bucket."""
 
     at_s: float
     node: NodeId
@@ -205,7 +205,7 @@ def make_store_faults(seed: int, fleet: Fleet, end_s: float) -> list[Fault]:
         if kind is DiskRot:
             faults.append(DiskRot(at_s, node))
         elif kind is DiskTrouble:
-            faults.append(DiskTrouble(at_s, node, rng.choice(("slow", "full", "dead")), for_s))
+            faults.append(DiskTrouble(at_s, node, rng.choice(("slow", "full", "dead", "unreachable")), for_s))
         else:
             faults.append(kind(at_s, node, for_s))
     return faults

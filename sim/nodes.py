@@ -17,7 +17,10 @@ from kvstore.node import StoreNode
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_records import Moment
 from kvstore.staging import Staging
+from kvstore.tiers.base import Tier
+from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.slot_tier import SlotTier
+from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
 from router.dispatch import Dispatch, DispatchConfig
 from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is_terminal
@@ -253,13 +256,16 @@ def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surround
     else:
         device = life.device = around.devices[life.node]
         promised = [record.block.hash for record in device.whole()]
-        tier = SlotTier("disk", device, device.calls, device.calls)
+        tier: Tier = SlotTier("disk", device, device.calls, device.calls)
+        if below.objects_slots:
+            bucket = ObjectTier("s3", device.objects, OFFLOAD, below.objects_slots, config.slot_bytes)
+            tier = Stack(tier, bucket, config.slot_bytes)
         journal = PinJournal(device.pins, device.pins.calls, _moment)
         others = Others(life.node, peers, below.copies)
         node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering, journal, others)
         around.tiers.recovered(life.process, promised, node)
         around.pins.restarted(device, life.process, node)
-        ledger = life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer, device.published)
+        ledger = life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer, device.objects.published)
         device.on_read = lambda view: _promoted(ledger, memory.buffer, view)
         life.tasks.start(node.run(), "tiering")
     around.ledgers[life.process] = life.ledger

@@ -15,6 +15,7 @@ import msgspec
 
 from kvstore.copies import ReplicationConfig
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile, PowerCut
+from kvstore.tiers.fake_objects import MemoryObjects
 from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records
 from kvstore.tiers.tiering import TieringConfig
 from tracehaul.wire.hashing import checksum
@@ -42,6 +43,8 @@ class Below(msgspec.Struct, frozen=True):
     """Whether a tenant has one."""
     hard_share: float = 0.25
     """Of the slots, that one tenant may pin hard."""
+    objects_slots: int = 0
+    """Blocks in a bucket below the device; 0: there is none."""
     replicas: int = 1
     """Copies that a pin asks for."""
     copies: ReplicationConfig = ReplicationConfig(copy_bytes_s=1 << 20, grace_s=2.0)
@@ -65,6 +68,7 @@ def make_below(seed: int, slots: int) -> Below | None:
         quotas=rng.random() < 0.5,
         hard_share=rng.choice([0.25, 0.5]),
         replicas=rng.choice([1, 2]),
+        objects_slots=rng.choice([0, 0, slots, 10 * slots]),
     )
 
 
@@ -141,11 +145,40 @@ class SimPinFile(MemoryPinFile):
         self.data = self.data[: self._rng.randint(min(self._flushed, len(self.data)), len(self.data))]
 
 
+class SimObjects(MemoryObjects):
+    """A node's bucket, through all its lives and hosts. A call that its process did not live to see may be done."""
+
+    def __init__(self, latency_s: float, seed: str) -> None:
+        super().__init__()
+        self._rng = random.Random(seed)  # noqa: S311 - reproducible is the point
+        self._latency_s = latency_s
+        self.published: set[BlockHash] = set()
+        """Blocks that were ever published by a node that used this bucket."""
+
+    async def put(self, name: str, view: memoryview) -> None:
+        if not self.failing and self._rng.random() < 0.5:
+            self.data[name] = bytearray(view)
+        await super().put(name, view)
+
+    def flip(self) -> None:
+        """One byte of one object is another."""
+        names = sorted(self.data)
+        if names:
+            body = self.data[names[self._rng.randrange(len(names))]]
+            body[self._rng.randrange(len(body))] ^= 0x10
+
+    async def _try(self) -> None:
+        await asyncio.sleep(self._rng.uniform(0.0, self._latency_s))
+        await super()._try()
+
+
 class SimDevice(MemoryDevice):
     """A :class:`kvstore.tiers.base.SlotDevice` of one node, through all its lives, and its pins beside it."""
 
-    def __init__(self, slots_max: int, slot_bytes: int, latency_s: float, seed: str) -> None:
+    def __init__(self, slots_max: int, slot_bytes: int, latency_s: float, seed: str, objects: SimObjects) -> None:
+        """``objects``: the bucket of the node that it is attached to."""
         super().__init__(slots_max, slot_bytes)
+        self.objects = objects
         self._rng = random.Random(seed)  # noqa: S311 - reproducible is the point
         self._unflushed: list[_Page] = []
         self.calls = _Calls(self._rng, latency_s)
@@ -154,8 +187,6 @@ class SimDevice(MemoryDevice):
         self.flipped = 0
         """Bytes that a fault changed, in records or blocks."""
         self.lost_power = 0
-        self.published: set[BlockHash] = set()
-        """Blocks that were ever published by a node that used this device."""
         self.on_read: Callable[[memoryview], None] | None = None
         """Told of every view that is about to be read into."""
 
@@ -191,11 +222,12 @@ class SimDevice(MemoryDevice):
             raise OSError(28, "no space left on device")
 
     def trouble(self, kind: str | None) -> None:
-        """It is slow, full or dead from now on; None: no more."""
+        """It is slow, full or dead, or the bucket unreachable, from now on; None: no more."""
         self.calls.slow_s = self.pins.calls.slow_s = SLOW_S if kind == "slow" else 0.0
         self.writes_fail = kind == "full"
         self.failing = kind == "dead"
         self.pins.failing = kind in ("full", "dead")
+        self.objects.failing = kind == "unreachable"
 
     # --- as the world does it -----------------------------------------------------------------------------
 

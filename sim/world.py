@@ -46,7 +46,7 @@ from sim.faults import (
 from sim.keeper import ADDRESS, Keeper
 from sim.links import CopyLink, FrameLink
 from sim.nodes import Life, Shape, start
-from sim.storage import SimDevice, make_below
+from sim.storage import SimDevice, SimObjects, make_below
 from sim.store_checker import DrainChecker, PinChecker, TierChecker
 from sim.traces import Mix, TracePlan, context_max, make_traces
 from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, fake_info
@@ -163,6 +163,7 @@ class World:
         self.healed_s: float | None = None
         self._seed = seed
         self._hosts = 0
+        self._buckets: dict[NodeId, SimObjects] = {}
         self.plan = plan or self._make_plan(seed)
         self.weather = Weather(seed, self.plan)
         self.network = LocalNetwork(FrameLink(self.weather))
@@ -212,7 +213,10 @@ class World:
         if below is not None:
             self._hosts += 1
             dice = f"device {self._hosts} {self._seed}"
-            self.devices[node] = SimDevice(below.slots, self.shape.store.slot_bytes, below.latency_s, dice)
+            if node not in self._buckets:
+                self._buckets[node] = SimObjects(2 * below.latency_s, f"bucket {node} {self._seed}")
+            slot_bytes = self.shape.store.slot_bytes
+            self.devices[node] = SimDevice(below.slots, slot_bytes, below.latency_s, dice, self._buckets[node])
 
     def crash(self, life: Life, *, power: bool = False) -> None:
         """It is gone, between two instructions; if its power is, too, so is what its device had not flushed."""
@@ -263,6 +267,7 @@ class World:
             case DiskRot(node=node):
                 if node in self.devices:
                     self.devices[node].flip()
+                    self.devices[node].objects.flip()
             case Break(node=node):
                 self.network.sever(self.lives[node].address)
             case Rot(node=node):
@@ -376,6 +381,9 @@ class World:
         below = self.shape.below
         if below is None:
             return None
+        if any(isinstance(fault, Retire) for fault in self.plan.faults):
+            # A drain hands a trace's pin to other nodes: then a trace must have one, as a router's has.
+            below = msgspec.structs.replace(below, replicas=max(2, below.replicas))
         peers = Peers(self.network.at(ADDRESS))
         return Keeper(self._seed, below, peers, self._stores, self.pins)
 
