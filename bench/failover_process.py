@@ -156,6 +156,7 @@ def hashes_of(trace: str) -> list[BlockHash]:
 
 async def reader(name: str, router: str) -> None:
     """Says when it is there."""
+    setup(name, "error")
     work = Reader(name, router)
     following = asyncio.ensure_future(work.follow())
     say("ready")

@@ -21,7 +21,7 @@ from kvstore.staging import Staging
 from tracehaul.runtime import clock
 from tracehaul.wire.ids import BlockHash, NodeId
 
-PATIENCE_S = 0.15
+PATIENCE_S = 0.1
 PATIENCE_BYTES_S = 100e6
 """What a holder may take to deliver where others could: so long, and so fast."""
 REMEMBERED_MAX = 65536

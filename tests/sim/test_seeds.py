@@ -69,6 +69,7 @@ def test_the_faults_reach_every_way_of_coping():
         "client.misses.timeout",
         "client.misses.corrupt",
         "store.waits",
+        "store.passed_on",
         "client.puts.present",
         "client.failovers",
         "worker.evicted_sequences",
