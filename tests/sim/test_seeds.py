@@ -80,7 +80,6 @@ def test_the_faults_reach_every_way_of_coping():
         "store.pins_refused",
         "tier.corrupt",
         "tier.failed",
-        "tier.unreadable",
         "tier.evicted",
         "tier.recovered",
         "tier.scrubbed",
@@ -92,6 +91,7 @@ def test_the_faults_reach_every_way_of_coping():
         "world.zombies",
         "world.audited",
         "world.pins_recovered",
+        "copies.blocks",
     ):
         assert total.get(name, 0) > 0, f"{name} never happened"
 
