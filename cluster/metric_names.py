@@ -139,6 +139,11 @@ COUNTERS["ObjectStats"] = COUNTERS["TierStats"] | {
     "deletes": Metric("delete_requests", "requests", "Requests to delete, each for up to 1000 objects."),
     "listings": Metric("list_requests", "requests", "Pages of listings of up to 1000 objects, and probes."),
     "lost": Metric("lost_objects", "objects", "Objects that were gone when they were read."),
+    "unanswered": Metric(
+        "unanswered_blocks",
+        "blocks",
+        "Reads and writes of blocks that the service did not do; those to be read are kept.",
+    ),
     "deleted": Metric("deleted_objects", "objects", "Objects deleted."),
     "useless": Metric("useless_objects", "objects", "Objects found at the start that no block needs: deleted."),
     "outages": Metric("outages", "outages", "Times that the service was given up for a while."),

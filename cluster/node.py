@@ -200,8 +200,10 @@ class _Node:
         if tier is not None:
             stack.callback(tier.close)
         journal: PinJournal | None = None
-        if chosen.disk_bytes:  # the lock on the tier's file is on it too
-            journal = await open_journal(disk_path(chosen, self._run, self._spec.name).with_suffix(".pins"))
+        if tier is not None:  # the lock on the disk's file is on it too, or else the run directory's
+            pins = disk_path(chosen, self._run, self._spec.name).with_suffix(".pins")
+            pins.parent.mkdir(parents=True, exist_ok=True)
+            journal = await open_journal(pins)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
         stack.push_async_callback(store.aclose)

@@ -12,15 +12,15 @@ A block is visible exactly while it is PUBLISHED. ``now_s`` must never go back.
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
-from math import log2
 from typing import Protocol
 
 from kvstore.config import StoreConfig
 from kvstore.eviction import LeastRecent, Policy
 from kvstore.families import Families
 from kvstore.holds import HeldLease, Leases, Reservation, Reservations
+from kvstore.keeping import Keeping
 from kvstore.pin_records import KeptPin
-from kvstore.pins import PRIORITY_MAX, HeldPin, PinKey, Pins
+from kvstore.pins import HeldPin, PinKey
 from kvstore.tenants import TenantKey, Tenants, tenant_key
 from kvstore.victims import Victims
 from tracehaul.wire.blocks import (
@@ -98,7 +98,8 @@ class Arena:
         self._scratch: dict[BlockHash, str] = {}  # reserved or published for a measurement: by whom
         # Who gives way.
         self._tenants = Tenants(config.quota_bytes, config.slot_bytes, slots)
-        self._pins = Pins(config)
+        self._keeping = Keeping(config, self._published, self._families, self._repinned, self._size_of)
+        self._pins = self._keeping.pins
         policy = policy or LeastRecent(slots, len(self._tenants))
         self._victims = Victims(self._tenants, policy, self._rank, self._is_idle)
         self._below: Below | None = None
@@ -248,7 +249,7 @@ class Arena:
             return _TOO_LARGE
         slot = self._published.get(block.hash)
         if slot is not None:
-            self._touch(slot)
+            self._victims.touch(slot, self._group[slot])
             return _PRESENT
         quiet = self._reservations.get(block.hash)
         if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
@@ -311,6 +312,8 @@ class Arena:
         self.bytes_published += self._size[slot]
         if reservation.hash not in self._scratch:
             self._changes.append(Stored(reservation.hash))
+        if len(self._pins):
+            self._keeping.arrived(reservation.hash, self._now_s)
         return "published"
 
     def abandon(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str) -> None:
@@ -350,7 +353,7 @@ class Arena:
         slots = array("I")
         blocks = tuple([self._lease_block(block_hash, slots) for block_hash in hashes])
         for slot in reversed(slots):  # so that among equals the end of a sequence goes before its start
-            self._touch(slot)
+            self._victims.touch(slot, self._group[slot])
         if slots and ttl_s > 0:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         else:
@@ -412,37 +415,18 @@ class Arena:
     def pin(self, request: Pin, now_s: float) -> Pinned | str:
         """Keep blocks, and what is published of their prefixes. Returns why not, with nothing changed, if refused."""
         self.expire(now_s)
-        key = request.tenant, request.trace
-        covered: dict[BlockHash, None] = dict.fromkeys(request.hashes)
-        for block_hash in request.hashes:
-            for ancestor in self._families.ancestry(block_hash):
-                if ancestor in covered and ancestor != block_hash:
-                    break  # it has been followed, or will be
-                covered[ancestor] = None
-        refusal = self._pins.pin(key, covered, request.kind, request.priority, request.ttl_s, now_s, request.replicas)
-        if refusal is not None:
-            return refusal
-        held = self._pins.get(key)
-        assert held is not None
-        self._reconsider(held.hashes)
-        info = self._pin_info(key, now_s)
+        pinned = self._keeping.pin(request, now_s)
         self.expire(now_s)  # of no priority, it has ended already
-        return Pinned(info.blocks, info.held, info.remaining_s)
+        return pinned
 
     def unpin(self, tenant: str, trace: TraceId) -> None:
         """End a trace's pin. Harmless if there is none."""
-        held = self._pins.end((tenant, trace))
-        if held is not None:
-            self._reconsider(held.hashes)
+        self._keeping.unpin((tenant, trace))
 
     def repin(self, kept: KeptPin, now_s: float) -> str | None:
         """Take over what is left of a pin of the node's former life; returns why not, or None."""
         self.expire(now_s)
-        priority = 2.0 ** min(kept.octaves, log2(PRIORITY_MAX))
-        refusal = self._pins.pin(kept.key, kept.hashes, kept.kind, priority, kept.remaining_s, now_s, kept.replicas)
-        if refusal is None:
-            self._reconsider(kept.hashes)
-        return refusal
+        return self._keeping.repin(kept, now_s)
 
     def pin_of(self, key: PinKey) -> HeldPin | None:
         """A trace's open pin."""
@@ -460,13 +444,7 @@ class Arena:
     def list_pins(self, tenant: str | None, now_s: float) -> list[PinInfo]:
         """Open pins, of one tenant or all, the first to end first. Linear in what they cover."""
         self.expire(now_s)
-        return [self._pin_info(key, now_s) for key, _ in self._pins.all() if tenant in (None, key[0])]
-
-    def _pin_info(self, key: PinKey, now_s: float) -> PinInfo:
-        pin = self._pins.get(key)
-        assert pin is not None
-        sizes = [size for size in map(self._size_of, pin.hashes) if size]
-        return PinInfo(key[1], key[0], pin.kind, len(pin.hashes), len(sizes), sum(sizes), pin.until_s - now_s)
+        return [self._keeping.info(key, now_s) for key, _ in self._pins.all() if tenant in (None, key[0])]
 
     def _size_of(self, block_hash: BlockHash) -> int:
         slot = self._published.get(block_hash)
@@ -474,7 +452,7 @@ class Arena:
             return self._size[slot]
         return 0 if self._below is None else self._below.size_of(block_hash)
 
-    def _reconsider(self, hashes: Iterable[BlockHash]) -> None:
+    def _repinned(self, hashes: Iterable[BlockHash]) -> None:
         """What pins say of these blocks has changed."""
         for block_hash in hashes:
             slot = self._published.get(block_hash)
@@ -530,8 +508,7 @@ class Arena:
             self._quarantine_reservation(reservation, now_s)
         while (lease := self._leases.next_expired(now_s)) is not None:
             self._end_protection(self._leases.end(lease))
-        while (pin := self._pins.next_expired(now_s)) is not None:
-            self.unpin(*pin)
+        self._keeping.expire(now_s)
         while self._quarantine and self._quarantine[0][0] <= now_s:
             _, slot = self._quarantine.popleft()
             self._free_slot(slot)
@@ -573,9 +550,6 @@ class Arena:
     def _rank(self, slot: int) -> float | None:
         block_hash = self._hash[slot]
         return None if block_hash is None else self._pins.rank(block_hash)
-
-    def _touch(self, slot: int) -> None:
-        self._victims.touch(slot, self._group[slot])
 
     def _unpark(self, slot: int) -> None:
         self._victims.let_go(slot, self._group[slot])

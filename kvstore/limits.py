@@ -37,6 +37,7 @@ FIXED = {
     "pin_half_life_s": "the ranks of open pins were computed with it; restart the node",
     "disk_bytes": "the file's layout is fixed when it is made; with another --disk-bytes a restarted node makes it "
     "anew, and empty",
+    "s3_bytes": "the bucket's index is made at the start; restart the node with another --s3-bytes",
 }
 """What cannot change in a node's life, and why."""
 

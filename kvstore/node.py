@@ -175,7 +175,13 @@ class StoreNode:
         self._born_s = clock.perf_s()
         self._below: tuple[Tier, ...] = () if tier is None else tuple(tier.parts)
         self._scrubber = Scrubber(
-            self._arena, self._buffer, config.slot_bytes, offload, self._below, self._changed, self._found_bad
+            self._arena,
+            self._buffer,
+            config.slot_bytes,
+            offload,
+            [part for part in self._below if not part.metered],
+            self._changed,
+            self._found_bad,
         )
         self._keeper = None if journal is None else PinKeeper(self._arena, journal, config.pin_half_life_s)
         self.neighbours: Neighbours | None = None
@@ -186,7 +192,7 @@ class StoreNode:
             )
             self.neighbours = Neighbours(others, planes, offload, holdings, config.pin_half_life_s)
             self.neighbours.restore(self._arena.open_pins(clock.now_s()))
-        self._changed()
+        self._changed()  # pins of a former life have ends
 
     @property
     def arena(self) -> Arena:
@@ -501,7 +507,7 @@ class StoreNode:
         quiet_s = self._arena.quiet_at_s(block_hash)
         if quiet_s is not None and quiet_s > now_s:
             return "in_flight"
-        below = self.tiering is not None and self.tiering.tier.find(block_hash) is not None
+        below = self.tiering is not None and readable(self.tiering.tier, block_hash)
         return "published" if below or self._arena.exists((block_hash,))[0] else "absent"
 
     def _pin(self, request: Pin) -> Pinned:

@@ -169,6 +169,11 @@ class StoreNodes:
             if attached.generation != view.info.generation:
                 self.failed(view)
                 raise WrongNode(f"{view.node} is in life {attached.generation}, not {view.info.generation}")
+            owner = f"{view.node}#{view.info.generation}"
+            if any(region.owner != owner for region in attached.regions):
+                # A transport takes our word for whose memory it is, and drops whom it took for that one before.
+                self.failed(view)
+                raise ProtocolError(f"{view.node} offers memory in the name of another")
             try:
                 view.attached = choose(self._planes, attached.regions)
             except ClusterError:

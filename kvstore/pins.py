@@ -8,7 +8,7 @@ unpinned block, the pin ends. Every pin ends.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from heapq import heapify, heappop, heappush
 from math import inf, log2
 from typing import NamedTuple
@@ -27,13 +27,15 @@ HARD = inf
 
 
 class HeldPin(NamedTuple):
-    """An open pin. ``hashes`` grows while it lives."""
+    """An open pin. ``hashes`` and ``gaps`` grow while it lives."""
 
     kind: PinKind
     rank: float
     """Of its blocks: those of the lowest go first. :data:`HARD` is never evicted."""
     until_s: float
     hashes: dict[BlockHash, None]
+    gaps: dict[BlockHash, None]
+    """Blocks that were missed in the prefixes of those."""
     replicas: int = 1
     """Nodes that are to have it."""
 
@@ -48,6 +50,7 @@ class Pins:
         self._covered_max = 4 * slots
         self._pins: dict[PinKey, HeldPin] = {}
         self._by_hash: dict[BlockHash, dict[PinKey, None]] = {}
+        self._by_gap: dict[BlockHash, dict[PinKey, None]] = {}
         self._heap: list[tuple[float, PinKey]] = []  # may name pins that have ended or moved
         # By tenant; a block that two pins cover counts twice.
         self._open: Counter[str] = Counter()
@@ -141,13 +144,60 @@ class Pins:
             self._count(key, before, -1)
         for block_hash in covered:
             self._by_hash.setdefault(block_hash, {})[key] = None
-        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered, replicas)
+        gaps = {} if before is None else before.gaps
+        held = self._pins[key] = HeldPin(kind, rank, now_s + ttl_s, covered, gaps, replicas)
         self._count(key, held, 1)
+        self._ends(key, held)
+        return None
+
+    def _ends(self, key: PinKey, held: HeldPin) -> None:
         heappush(self._heap, (held.until_s, key))
         if len(self._heap) > 2 * len(self._pins) + 64:  # renewed ones pile up
             self._heap = [(held.until_s, key) for key, held in self._pins.items()]
             heapify(self._heap)
-        return None
+
+    def touched_by(self, block_hash: BlockHash) -> list[PinKey]:
+        """The pins that cover a block, or miss it in a prefix."""
+        covering, missing = self._by_hash.get(block_hash), self._by_gap.get(block_hash)
+        if covering is None and missing is None:
+            return []
+        return list({**(covering or {}), **(missing or {})})
+
+    def expect(self, key: PinKey, gaps: Iterable[BlockHash], instead_of: BlockHash | None = None) -> None:
+        """These are missed in the prefixes that a pin covers, and one is no longer. As many are remembered as it
+        covers blocks."""
+        held = self._pins[key]
+        if instead_of is not None and instead_of in held.gaps:
+            self._forget_gap(key, instead_of)
+            del held.gaps[instead_of]
+        for gap in gaps:
+            if len(held.gaps) >= len(held.hashes):
+                return
+            held.gaps[gap] = None
+            self._by_gap.setdefault(gap, {})[key] = None
+
+    def grow(self, key: PinKey, hashes: Mapping[BlockHash, None]) -> bool:
+        """Let an open pin cover these too; False, with nothing changed, if its limits do not allow that."""
+        held = self._pins[key]
+        if self._refusal(key, held, len(held.hashes) + len(hashes), held.kind) is not None:
+            return False
+        self._count(key, held, -1)
+        held.hashes.update(hashes)
+        for block_hash in hashes:
+            self._by_hash.setdefault(block_hash, {})[key] = None
+        self._count(key, held, 1)
+        return True
+
+    def soften(self, key: PinKey, now_s: float) -> None:
+        """Make a hard pin the strongest of soft ones."""
+        held = self._pins[key]
+        assert held.kind == "hard"
+        octaves, half_life_s = log2(PRIORITY_MAX), self._config.pin_half_life_s
+        self._count(key, held, -1)
+        until_s = min(held.until_s, now_s + octaves * half_life_s)
+        held = self._pins[key] = held._replace(kind="soft", rank=octaves + now_s / half_life_s, until_s=until_s)
+        self._count(key, held, 1)
+        self._ends(key, held)
 
     def end(self, key: PinKey) -> HeldPin | None:
         """Forget a pin; returns what it was."""
@@ -160,7 +210,15 @@ class Pins:
             del keys[key]
             if not keys:
                 del self._by_hash[block_hash]
+        for gap in held.gaps:
+            self._forget_gap(key, gap)
         return held
+
+    def _forget_gap(self, key: PinKey, gap: BlockHash) -> None:
+        keys = self._by_gap[gap]
+        del keys[key]
+        if not keys:
+            del self._by_gap[gap]
 
     def deadline_s(self) -> float | None:
         """When the first of them ends."""
@@ -228,6 +286,7 @@ class Pins:
     def check(self) -> None:
         """Assert that the counts and the index agree with the pins."""
         by_hash: dict[BlockHash, set[PinKey]] = {}
+        by_gap: dict[BlockHash, set[PinKey]] = {}
         opened: Counter[str] = Counter()
         covered: Counter[str] = Counter()
         hard: Counter[str] = Counter()
@@ -237,6 +296,9 @@ class Pins:
             hard[key[0]] += len(held.hashes) if held.kind == "hard" else 0
             for block_hash in held.hashes:
                 by_hash.setdefault(block_hash, set()).add(key)
+            for gap in held.gaps:
+                by_gap.setdefault(gap, set()).add(key)
+        assert by_gap == {gap: set(keys) for gap, keys in self._by_gap.items()}
         assert by_hash == {block_hash: set(keys) for block_hash, keys in self._by_hash.items()}
         assert (+opened, +covered, +hard) == (self._open, self._covered, self._hard)
         assert hard.total() <= self._hard_max

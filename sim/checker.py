@@ -22,6 +22,8 @@ from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, StepId
 from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import PrefillDone, Sampling, StepDone
 
+FOR_OPERATORS = ("a tier does not answer: its blocks are misses until it does",)
+"""Errors that tell somebody to look at the world: faults, not bugs."""
 FINDINGS_MAX = 10
 """Of one rule; more say nothing new."""
 
@@ -130,9 +132,18 @@ class SlotChecker:
     Keeps its own ledger of one store node's life, from the answers that the node gave.
     """
 
-    def __init__(self, findings: Findings, store: str, node: StoreNode, buffer: memoryview) -> None:
+    def __init__(
+        self,
+        findings: Findings,
+        store: str,
+        node: StoreNode,
+        buffer: memoryview,
+        known: set[BlockHash] | None = None,
+    ) -> None:
+        """``known``: what may come up from a tier, whose slots have generations of their own; None without one."""
         self._findings = findings
         self._store = store
+        self._known = known
         self._node = node
         self._buffer = buffer
         self._grants: dict[int, _Grant] = {}
@@ -158,6 +169,8 @@ class SlotChecker:
         for block, outcome in zip(request.blocks, reply.outcomes, strict=True):
             if outcome == "published":
                 self._published.add((block.hash, block.generation))
+                if self._known is not None:
+                    self._known.add(block.hash)
 
     def leased(self, peer: str, hashes: Sequence[BlockHash], reply: Leased) -> None:
         """The node granted a lease."""
@@ -166,7 +179,8 @@ class SlotChecker:
             if block is None:
                 continue
             offsets.append(block.offset)
-            if (block_hash, block.generation) not in self._published:
+            came_up = self._known is not None and block_hash in self._known
+            if (block_hash, block.generation) not in self._published and not came_up:
                 self._findings.add("publish", f"{self._store}: {block_hash.hex()} leased but never published")
             actual = checksum(self._buffer[block.offset : block.offset + block.size_bytes])
             if actual != block.checksum and block_hash not in self.rotten:
@@ -199,6 +213,14 @@ class SlotChecker:
             if generation is None or grant is None or grant.generation != generation:
                 text = f"{writer} wrote into slot {offset} that was given to another meanwhile ({generation}, {grant})"
                 self._findings.add("fence", f"{self._store}: {text}")
+
+    def promoted(self, offset: int) -> None:
+        """The node's tier writes into a slot now: no lease may cover it, and no earlier writer owns it any more."""
+        self._grants.pop(offset, None)
+        for (holder, lease), hold in self._live().items():
+            if offset in hold.offsets:
+                text = f"the tier wrote into slot {offset} under lease {lease} of {holder}"
+                self._findings.add("lease", f"{self._store}: {text}")
 
     def reading(self, reader: str, offsets: Sequence[int]) -> None:
         """A read starts: a lease must cover it, unless the node lost the reader's connection and ended it."""
@@ -414,6 +436,8 @@ class BugChecker(logging.Handler):
         """An error was logged."""
         if PROCESS.get() in self.dead or record.name == asyncio.__name__:
             return  # asyncio's own reports come through the loop, with their exception
+        if record.getMessage() in FOR_OPERATORS:
+            return
         error = record.exc_info[1] if record.exc_info else None
         self._findings.add("bug", f"{PROCESS.get() or 'outside'} {record.name}: {record.getMessage()} {error!r}")
 

@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from router.steps import Finished, Output, StepRequest
 from sim.checker import AbortChecker, CachedChecker, OutputChecker, ProgressChecker, TerminalChecker, Truth, is_terminal
+from sim.keeper import Keeper
 from sim.loop import VirtualLoop
 from sim.nodes import Life
 from sim.traces import StepPlan, TracePlan
@@ -85,8 +86,9 @@ class Books:
 class Agents:
     """All clients of one run."""
 
-    def __init__(self, gateway: Gateway, books: Books, vocab_size: int) -> None:
+    def __init__(self, gateway: Gateway, books: Books, vocab_size: int, keeper: Keeper | None = None) -> None:
         self._gateway = gateway
+        self._keeper = keeper
         self._books = books
         self._vocab_size = vocab_size
         self._after: dict[tuple[TraceId, int], asyncio.Future[TrueState]] = {}
@@ -114,6 +116,8 @@ class Agents:
             state.extend(step.new_tokens)
             state.extend(await self._run_step(plan, index, step, state))
             self._after[plan.trace, index].set_result(state.copy())
+            if self._keeper is not None:
+                self._keeper.stepped(plan.trace, plan.salt, state.tokens, final=index == len(plan.steps) - 1)
         self._books.truth.add(plan.salt, state)
 
     async def _run_step(self, plan: TracePlan, index: int, step: StepPlan, state: TrueState) -> list[int]:

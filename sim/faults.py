@@ -14,14 +14,19 @@ corrupt   A copy lands with one byte wrong (:class:`Storm`), or a byte of a publ
           memory (:class:`Rot`). The control plane is not corrupted: TCP's checksum and msgspec's typing are
           taken to hold.
 crash     The process is gone between two instructions: no cleanup runs, connections break, its memory is
-          unreachable. It comes back empty, as a new life with a higher generation.
+          unreachable. It comes back as a new life with a higher generation, empty but for what its device kept:
+          what the process was writing is half done, and after a :class:`PowerLoss` what was not flushed may be
+          gone in any order, and after a :class:`HostLoss` all of it is.
 freeze    SIGSTOP, or a machine that swaps: nothing runs there, nobody is told, and then it goes on with all its
-          timers late. Copies that its memory takes part in go on, as one-sided copies do.
+          timers late. Copies that its memory takes part in go on, as one-sided copies do. A :class:`Zombie` was
+          replaced meanwhile.
+operator  Drains a node and replaces it (:class:`Retire`).
+disk      A device is slow, full, dead for a while (:class:`DiskTrouble`), or rots (:class:`DiskRot`).
 ========= ==================================================================================================
 """
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -89,7 +94,57 @@ class Rot(msgspec.Struct, frozen=True, tag=True):
     node: NodeId
 
 
-Fault = Crash | Freeze | Cut | Break | Slow | Storm | Rot
+class Zombie(msgspec.Struct, frozen=True, tag=True):
+    """``node`` stands still, is taken for dead and replaced on another host; ``for_s`` later it goes on."""
+
+    at_s: float
+    node: NodeId
+    for_s: float
+
+
+class PowerLoss(msgspec.Struct, frozen=True, tag=True):
+    """As :class:`Crash`, and the device forgets some of what it had not flushed."""
+
+    at_s: float
+    node: NodeId
+    for_s: float
+
+
+class HostLoss(msgspec.Struct, frozen=True, tag=True):
+    """As :class:`Crash`, and its device is gone, too: what comes back is another host, empty."""
+
+    at_s: float
+    node: NodeId
+    for_s: float
+
+
+class Retire(msgspec.Struct, frozen=True, tag=True):
+    """An operator drains ``node`` for at most ``for_s``, and replaces it by an empty host if that was enough."""
+
+    at_s: float
+    node: NodeId
+    for_s: float
+
+
+class DiskTrouble(msgspec.Struct, frozen=True, tag=True):
+    """The device of ``node`` is slow, refuses writes, or everything, or its bucket is unreachable, for ``for_s``."""
+
+    at_s: float
+    node: NodeId
+    kind: Literal["slow", "full", "dead", "unreachable"]
+    for_s: float
+
+
+class DiskRot(msgspec.Struct, frozen=True, tag=True):
+    """One byte of one block, or of its record, changes on the device of ``node``, and one in its bucket."""
+
+    at_s: float
+    node: NodeId
+
+
+Fault = (
+    Crash | Freeze | Cut | Break | Slow | Storm | Rot | Zombie | PowerLoss | HostLoss | Retire | DiskTrouble | DiskRot
+)
 
 
 class FaultPlan(msgspec.Struct, frozen=True):
@@ -132,6 +187,28 @@ def make_faults(seed: int, fleet: Fleet, end_s: float) -> FaultPlan:
         frame_delay_s=rng.choice([0.0002, 0.001, 0.01]),
         copy_delay_s=rng.choice([0.0002, 0.002, 0.05]),
     )
+
+
+def make_store_faults(seed: int, fleet: Fleet, end_s: float) -> list[Fault]:
+    """What goes wrong at and below stores that have tiers, beside :func:`make_faults`; a generator of its own, so
+    that runs without tiers stay what they were."""
+    rng = random.Random(f"store faults {seed}")  # noqa: S311 - reproducible is the point
+    if seed % 10 == 0:
+        return []
+    kinds: list[type[Any]] = [Crash, Zombie, PowerLoss, HostLoss, Retire, DiskTrouble, DiskRot]
+    weights = [rng.random() ** 2 for _ in kinds]
+    faults: list[Fault] = []
+    for _ in range(rng.choice([1, 4, 12])):
+        at_s = rng.uniform(0, end_s * 0.8)
+        node, for_s = rng.choice(fleet.stores), min(end_s - at_s, rng.choice([0.05, 0.5, 2.0, 8.0]))
+        kind = rng.choices(kinds, weights)[0]
+        if kind is DiskRot:
+            faults.append(DiskRot(at_s, node))
+        elif kind is DiskTrouble:
+            faults.append(DiskTrouble(at_s, node, rng.choice(("slow", "full", "dead", "unreachable")), for_s))
+        else:
+            faults.append(kind(at_s, node, for_s))
+    return faults
 
 
 def _make(rng: Rng, kind: type[Any], fleet: Fleet, end_s: float) -> Fault:

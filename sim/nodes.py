@@ -12,24 +12,34 @@ import msgspec
 from decode.worker import DecodeService
 from kvstore.client import StoreClient
 from kvstore.config import StoreConfig
+from kvstore.neighbours import Others
 from kvstore.node import StoreNode
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_records import Moment
 from kvstore.staging import Staging
+from kvstore.tiers.base import Tier
+from kvstore.tiers.object_tier import ObjectTier
+from kvstore.tiers.slot_tier import SlotTier
+from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
 from router.dispatch import Dispatch, DispatchConfig
 from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is_terminal
 from sim.links import SimMemory, WatchedTransfer
 from sim.loop import PROCESS
+from sim.storage import Below, SimDevice
+from sim.store_checker import PinChecker, TierChecker, excuses, offset_in
 from tracehaul.engine.base import EngineInfo
 from tracehaul.engine.fake import EngineCost, FakeEngine
 from tracehaul.rpc.base import CallContext, Service
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.transfer.local import LocalHub, LocalTransfer
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.blocks import Lease, Leased, Publish, Published, Release, Reserved
+from tracehaul.wire.blocks import Lease, Leased, Publish, Published, Release, Reserve, Reserved
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
@@ -38,6 +48,8 @@ from worker.config import WorkerConfig
 from worker.host import WorkerHost
 
 OFFLOAD = InlineOffload()
+FENCE_GRACE_S = 15.0
+"""After which nobody believes in a life that another has replaced: requests under way have ended."""
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -48,6 +60,8 @@ class Shape(msgspec.Struct, frozen=True):
     store: StoreConfig
     worker: WorkerConfig
     dispatch: DispatchConfig
+    below: Below | None = None
+    """What the stores have below memory, and who keeps blocks there; None: nothing, nobody."""
 
 
 class Surroundings(Protocol):
@@ -61,6 +75,11 @@ class Surroundings(Protocol):
     aborts: AbortChecker
     ledgers: dict[str, SlotChecker]
     router_address: str
+    tiers: TierChecker
+    pins: PinChecker
+    devices: dict[NodeId, SimDevice]
+    """What is below each store's memory; it outlives its node's lives."""
+    healed_s: float | None
 
 
 @dataclass
@@ -71,9 +90,12 @@ class Life:
     generation: Generation
     address: str
     alive: bool = True
+    fenced_s: float | None = None
+    """Since when another life is a member in its place, and this one may serve nobody that listens."""
     freezes: int = 0
     """Freezes in force; they may overlap."""
     store: StoreNode | None = None
+    device: SimDevice | None = None
     memory: SimMemory | None = None
     ledger: SlotChecker | None = None
     host: WorkerHost | None = None
@@ -107,10 +129,24 @@ class WatchedService:
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         PROCESS.set(self._life.process)
+        store = self._life.store
+        before = excuses(store) if store is not None else None
         reply = await self._inner.call(request, context)
         if self._life.ledger is not None:
             _enter(self._life.ledger, context.peer, request, reply)
+        if store is not None and before is not None:
+            if isinstance(request, Lease) and isinstance(reply, Leased):
+                self._around.tiers.missed(self._life.process, store, request, reply, before)
+            self._check_fence(request)
         return reply
+
+    def _check_fence(self, request: Request) -> None:
+        fenced_s, healed_s = self._life.fenced_s, self._around.healed_s
+        if fenced_s is None or healed_s is None or not isinstance(request, Lease | Reserve | Publish):
+            return
+        if clock.now_s() > max(fenced_s, healed_s) + FENCE_GRACE_S:
+            text = f"{self._life.process} is asked for {type(request).__name__} although another life is the member"
+            self._around.findings.add("fenced", text)
 
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         PROCESS.set(self._life.process)
@@ -178,8 +214,8 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
     load: Callable[[], NodeLoad]
     on_members: Callable[[Members], None]
     if role == "store":
-        service = life.store = _store(life, transfer, around)
-        load, on_members = life.store.load, _ignore
+        service = life.store = _store(life, transfer, peers, around)
+        load, on_members = life.store.load, life.store.set_members
     else:
         host = life.host = _host(life, transfer, peers, around)
         load = host.load
@@ -206,21 +242,44 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
     life.ready.set()
 
 
-def _ignore(members: Members) -> None:
-    """A store node needs nobody."""
-
-
 def _set_nodes(host: WorkerHost) -> Callable[[Members], None]:
     return lambda members: host.set_nodes(members.nodes, members.draining)
 
 
-def _store(life: Life, transfer: WatchedTransfer, around: Surroundings) -> StoreNode:
-    config = around.shape.store
+def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> StoreNode:
+    config, below = around.shape.store, around.shape.below
     memory = life.memory = SimMemory(config.arena_bytes)
-    node = StoreNode(config, life.generation, [Plane(transfer, transfer.register(memory))], memory, OFFLOAD)
-    life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer)
+    planes = [Plane(transfer, transfer.register(memory))]
+    if below is None:
+        node = StoreNode(config, life.generation, planes, memory, OFFLOAD)
+        life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer)
+    else:
+        device = life.device = around.devices[life.node]
+        promised = [record.block.hash for record in device.whole()]
+        tier: Tier = SlotTier("disk", device, device.calls, device.calls)
+        if below.objects_slots:
+            bucket = ObjectTier("s3", device.objects, OFFLOAD, below.objects_slots, config.slot_bytes)
+            tier = Stack(tier, bucket, config.slot_bytes)
+        journal = PinJournal(device.pins, device.pins.calls, _moment)
+        others = Others(life.node, peers, below.copies)
+        node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering, journal, others)
+        around.tiers.recovered(life.process, promised, node)
+        around.pins.restarted(device, life.process, node)
+        ledger = life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer, device.objects.published)
+        device.on_read = lambda view: _promoted(ledger, memory.buffer, view)
+        life.tasks.start(node.run(), "tiering")
     around.ledgers[life.process] = life.ledger
     return node
+
+
+def _moment() -> Moment:
+    return Moment("one boot", clock.now_s(), clock.now_s())
+
+
+def _promoted(ledger: SlotChecker, buffer: memoryview, view: memoryview) -> None:
+    offset = offset_in(buffer, view)
+    if offset is not None:  # a scrub reads elsewhere
+        ledger.promoted(offset)
 
 
 def _host(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> WorkerHost:

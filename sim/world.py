@@ -25,20 +25,46 @@ from sim.checker import (
     Truth,
 )
 from sim.clients import Agents, Books, Gateway
-from sim.faults import Break, Crash, Fault, FaultPlan, Fleet, Freeze, Rot, Weather, make_faults
+from sim.faults import (
+    Break,
+    Crash,
+    DiskRot,
+    DiskTrouble,
+    Fault,
+    FaultPlan,
+    Fleet,
+    Freeze,
+    HostLoss,
+    PowerLoss,
+    Retire,
+    Rot,
+    Weather,
+    Zombie,
+    make_faults,
+    make_store_faults,
+)
+from sim.keeper import ADDRESS, Keeper
 from sim.links import CopyLink, FrameLink
 from sim.nodes import Life, Shape, start
+from sim.storage import SimDevice, SimObjects, make_below
+from sim.store_checker import DrainChecker, PinChecker, TierChecker
 from sim.traces import Mix, TracePlan, context_max, make_traces
 from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, fake_info
+from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.transfer.local import LocalHub
+from tracehaul.wire.blocks import Drain, DrainState
 from tracehaul.wire.cluster import Role
+from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.ids import Generation, NodeId
 from worker.config import WorkerConfig
 
 MIX = Mix(traces=20, steps_min=3, steps_max=8, system_tokens_max=40, new_tokens_max=24, output_tokens_max=12)
 VOCAB = 256
+TENANTS = ("tenant-0",)
+"""Those with a quota, of the traces' salts; the others share the rest."""
 ROUTER = NodeId("router")
 ROLES: dict[NodeId, Role | None] = {
     ROUTER: None,
@@ -57,6 +83,10 @@ PROGRESS_TIMEOUT_S = 400.0
 """From healing to the end of all traces: gaps of half a minute included."""
 LATE_WRITE_S = 15.0
 """Longer than any fault holds a copy back: what a store has to be told of its transport."""
+TOLD_S = 2.0
+"""In which the router has heard of what the probes found bad."""
+AUDIT_S = 0.1
+"""How often hard pins are looked after."""
 IDLE_S = 25.0
 """From the end of all work to the last timeout of anything that was held for it."""
 
@@ -83,6 +113,7 @@ def make_shape(seed: int) -> Shape:
     rng = random.Random(f"shape {seed}")  # noqa: S311 - reproducible is the point
     longest = context_max(MIX)
     slots = rng.choice([24, 100, 1000])
+    below = make_below(seed, slots)
     return Shape(
         engine=fake_info(
             context_max=longest, kv_tokens_max=rng.choice([longest, 2 * longest, 6 * longest]), vocab_size=VOCAB
@@ -94,6 +125,8 @@ def make_shape(seed: int) -> Shape:
             reservation_ttl_s=rng.choice([0.5, 5.0]),
             lease_ttl_max_s=rng.choice([0.1, 6.0]),
             late_write_s=LATE_WRITE_S,
+            hard_tenant_share_max=0.25 if below is None else below.hard_share,
+            quota_bytes=dict.fromkeys(TENANTS, slots * 4096 // 4) if below is not None and below.quotas else {},
         ),
         worker=WorkerConfig(
             chunk_tokens=rng.choice([16, 64]),
@@ -106,6 +139,7 @@ def make_shape(seed: int) -> Shape:
             store_timeout_s=rng.choice([1.0, 5.0]),
         ),
         dispatch=DispatchConfig(),
+        below=below,
     )
 
 
@@ -119,7 +153,18 @@ class World:
         self.aborts = AbortChecker(self.findings)
         self.cached = CachedChecker(self.findings)
         self.ledgers: dict[str, SlotChecker] = {}
-        self.plan = plan or make_faults(seed, FLEET, FAULTS_END_S)
+        self.tiers = TierChecker(self.findings)
+        self.pins = PinChecker(self.findings)
+        self.devices: dict[NodeId, SimDevice] = {}
+        self.drains = DrainChecker(self.findings)
+        self.one_at_a_time = False
+        """Whether store nodes die so far apart that copies have been made anew; then what they promise is checked."""
+        self.zombies: list[Life] = []
+        self.healed_s: float | None = None
+        self._seed = seed
+        self._hosts = 0
+        self._buckets: dict[NodeId, SimObjects] = {}
+        self.plan = plan or self._make_plan(seed)
         self.weather = Weather(seed, self.plan)
         self.network = LocalNetwork(FrameLink(self.weather))
         self.hub = LocalHub(CopyLink(self.weather, self._is_alive))
@@ -134,6 +179,13 @@ class World:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, virtual.VirtualLoop)
         self.loop = loop
+
+    def _make_plan(self, seed: int) -> FaultPlan:
+        plan = make_faults(seed, FLEET, FAULTS_END_S)
+        if self.shape.below is None:
+            return plan
+        faults = sorted((*plan.faults, *make_store_faults(seed, FLEET, FAULTS_END_S)), key=lambda fault: fault.at_s)
+        return msgspec.structs.replace(plan, faults=tuple(faults))
 
     # --- life and death -----------------------------------------------------------------------------------
 
@@ -151,12 +203,28 @@ class World:
         self.lives[node] = self._by_process[life.process] = life
         if ROLES[node] is None:
             self.gateway.router = life
+        if ROLES[node] == "store" and node not in self.devices:
+            self._give_device(node)
         start(life, ROLES[node], self)
         return life
 
-    def crash(self, life: Life) -> None:
-        """It is gone, between two instructions."""
+    def _give_device(self, node: NodeId) -> None:
+        below = self.shape.below
+        if below is not None:
+            self._hosts += 1
+            dice = f"device {self._hosts} {self._seed}"
+            if node not in self._buckets:
+                self._buckets[node] = SimObjects(2 * below.latency_s, f"bucket {node} {self._seed}")
+            slot_bytes = self.shape.store.slot_bytes
+            self.devices[node] = SimDevice(below.slots, slot_bytes, below.latency_s, dice, self._buckets[node])
+
+    def crash(self, life: Life, *, power: bool = False) -> None:
+        """It is gone, between two instructions; if its power is, too, so is what its device had not flushed."""
         life.alive = False
+        if life.device is not None:
+            life.device.killed()
+            if power:
+                life.device.lose_power()
         self.graves.append(life)
         self.bugs.dead.add(life.process)
         self.loop.freeze(life.process)
@@ -177,15 +245,29 @@ class World:
         await asyncio.sleep(max(0.0, fault.at_s - clock.now_s()))
         self.loop.record(f"fault {fault}")
         match fault:
-            case Crash(node=node, for_s=for_s):
+            case Crash(node=node, for_s=for_s) | PowerLoss(node=node, for_s=for_s) | HostLoss(node=node, for_s=for_s):
                 if self.lives[node].alive:
-                    self.crash(self.lives[node])
+                    self.crash(self.lives[node], power=isinstance(fault, PowerLoss))
+                    if isinstance(fault, HostLoss):
+                        self._give_device(node)
                     await asyncio.sleep(for_s)
                     self.start(node)
             case Freeze(node=node, for_s=for_s):
                 life = self.lives[node]
                 if life.alive:
                     await self._freeze(life, for_s)
+            case Zombie(node=node, for_s=for_s):
+                life = self.lives[node]
+                if life.alive and not self._same_addresses:  # two processes cannot have one address
+                    await self._replace(life, for_s)
+            case Retire(node=node, for_s=for_s):
+                await self._retire(self.lives[node], for_s)
+            case DiskTrouble(node=node):
+                await self._trouble(fault)
+            case DiskRot(node=node):
+                if node in self.devices:
+                    self.devices[node].flip()
+                    self.devices[node].objects.flip()
             case Break(node=node):
                 self.network.sever(self.lives[node].address)
             case Rot(node=node):
@@ -205,6 +287,55 @@ class World:
             self.network.thaw(life.address)
             self.loop.thaw(life.process)
 
+    async def _replace(self, life: Life, for_s: float) -> None:
+        """Another host takes its place while it stands still."""
+        life.fenced_s = clock.now_s()
+        self.zombies.append(life)
+        freezing = asyncio.ensure_future(self._freeze(life, for_s))
+        await asyncio.sleep(0)
+        self._give_device(life.node)
+        self.start(life.node)
+        await freezing
+
+    async def _retire(self, life: Life, for_s: float) -> None:
+        """Drain it, and replace it by an empty host once it says that it is drained; or give up."""
+        until_s = clock.now_s() + for_s
+        while life.alive and life.store is not None:
+            late = clock.now_s() >= until_s
+            asking = self.loop.create_task(self._drain(life, cancel=late), context=life.context())
+            await asyncio.wait([asking], timeout=1.0)
+            if life.alive and asking.done() and asking.result():
+                self.crash(life)
+                self._give_device(life.node)
+                self.start(life.node)
+            elif late and (asking.done() or not life.alive):
+                return
+            asking.cancel()
+            await asyncio.sleep(0.1)
+
+    async def _drain(self, life: Life, *, cancel: bool) -> bool:
+        """Whether it is drained."""
+        assert life.store is not None
+        try:
+            state = await life.store.call(Drain(cancel), CallContext(peer="operator"))
+        except ClusterError:
+            return False  # nobody could take anything, or it drains nothing
+        assert isinstance(state, DrainState)
+        if state.state != "drained":
+            return False
+        if self.one_at_a_time:
+            others = [self.lives[node] for node in FLEET.stores if node != life.node]
+            self.drains.done(life.process, life.store, [o.store for o in others if o.alive and o.store], state)
+        return True
+
+    async def _trouble(self, fault: DiskTrouble) -> None:
+        device = self.devices.get(fault.node)
+        if device is None:
+            return
+        device.trouble(fault.kind)
+        await asyncio.sleep(fault.for_s)
+        device.trouble(None)
+
     def _rot(self, life: Life) -> None:
         if life.ledger is None or life.memory is None or not life.alive:
             return
@@ -223,14 +354,15 @@ class World:
         truth = Truth(FAKE_LAYOUT)
         aborts = self.aborts if progress.calm else None
         books = Books(self.terminal, OutputChecker(self.findings), self.cached, progress, aborts, truth)
-        agents = Agents(self.gateway, books, VOCAB)
+        agents = Agents(self.gateway, books, VOCAB, self._keeper())
         lives = [self.start(node) for node in ROLES]
         async with asyncio.timeout(START_TIMEOUT_S):
             await asyncio.gather(*(life.ready.wait() for life in lives))
         running = asyncio.ensure_future(agents.run(plans))
+        auditing = asyncio.ensure_future(self._audit())
         await self.inject()
         self.weather.heal()
-        progress.healed_s = clock.now_s()
+        progress.healed_s = self.healed_s = clock.now_s()
         done, _ = await asyncio.wait([running], timeout=PROGRESS_TIMEOUT_S)
         if not done:
             progress.stuck("some trace")
@@ -238,9 +370,46 @@ class World:
         else:
             running.result()
             await asyncio.sleep(IDLE_S)
+            await self._probe(truth)
+            await asyncio.sleep(TOLD_S)
             self._check_end(truth)
+        auditing.cancel()
         self.bugs.uncaught(self.loop.errors)
         return agents
+
+    def _keeper(self) -> Keeper | None:
+        below = self.shape.below
+        if below is None:
+            return None
+        if any(isinstance(fault, Retire) for fault in self.plan.faults):
+            # A drain hands a trace's pin to other nodes: then a trace must have one, as a router's has.
+            below = msgspec.structs.replace(below, replicas=max(2, below.replicas))
+        peers = Peers(self.network.at(ADDRESS))
+        return Keeper(self._seed, below, peers, self._stores, self.pins)
+
+    def _stores(self) -> list[tuple[str, str]]:
+        return [(self.lives[node].process, self.lives[node].address) for node in FLEET.stores]
+
+    async def _audit(self) -> None:
+        while True:
+            await asyncio.sleep(AUDIT_S)
+            for node in FLEET.stores:
+                life = self.lives[node]
+                if life.alive and not life.freezes and life.store is not None:
+                    self.pins.audit(life.process, life.store)
+            if self.one_at_a_time:
+                lives = [self.lives[node] for node in FLEET.stores]
+                self.pins.audit_fleet([life.store for life in lives if life.alive and life.store is not None])
+
+    async def _probe(self, truth: Truth) -> None:
+        """Ask every store for everything that it shows."""
+        for node in FLEET.stores:
+            life = self.lives[node]
+            assert life.store is not None
+            assert life.memory is not None
+            assert life.ledger is not None
+            probing = self.tiers.probe(life.process, life.store, life.memory.buffer, truth, life.ledger.rotten)
+            await self.loop.create_task(probing, context=life.context())
 
     def _engines(self) -> list[FakeEngine]:
         lives = self.graves + [self.lives[node] for node in sorted(self.lives)]
@@ -259,18 +428,37 @@ class World:
             if life.ledger is not None and life.store is not None:
                 life.ledger.contents(truth)
                 integrity.check(life.process, life.store.arena.check)
+                if life.store.tiering is not None:
+                    integrity.check(life.process, life.store.tiering.tier.check)
                 check_store(references, life)
-                held = frozenset(life.store.arena.published())
+                held = frozenset((life.store.tiering or life.store.arena).published())
                 index.compare(life.process, router.index.held(node), held)
             elif life.host is not None and life.engine is not None:
                 integrity.check(life.process, life.engine.check)
                 check_worker(references, life)
             else:
                 check_router(references, router)
+        self._check_members(references, router)
+
+    def _check_members(self, references: ReferenceChecker, router: Dispatch) -> None:
+        """The newest life of each node is the member, and none that it replaced."""
+        for info in router.members.infos():
+            references.same("router", f"generation of {info.node}", info.generation, self.lives[info.node].generation)
+        references.same("router", "members", len(router.members.infos()), len(ROLES) - 1)
+        for life in self.zombies:
+            if life.alive and life.membership is not None and life.store is not None:
+                references.same(life.process, "joined", life.membership.joined.is_set(), False)
+                references.zero(life.process, leases=life.store.arena.leases, followers=len(life.store.feed))
 
     def counts(self) -> dict[str, int]:
         """Sums over all lives."""
-        total: dict[str, int] = {}
+        total: dict[str, int] = {"world.deaths": len(self.graves), "world.zombies": len(self.zombies)}
+        total["world.audited"] = self.pins.held
+        total["world.pins_recovered"] = self.pins.recovered
+        total["world.replicated"] = self.pins.replicated
+        total["world.wanted"] = len(self.pins.wanted)
+        total["world.drained"] = self.drains.drained
+        total["world.drained_blocks"] = self.drains.moved_blocks
 
         def add(name: str, value: object) -> None:
             if isinstance(value, int):
@@ -279,11 +467,15 @@ class World:
                 for key, part in value.items():  # pyright: ignore[reportUnknownVariableType] - counters by outcome
                     add(f"{name}.{key}", part)
 
-        for life in self.graves + list(self.lives.values()):
+        for life in self.graves + self.zombies + list(self.lives.values()):
             parts: list[tuple[str, msgspec.Struct]] = []
             if life.store is not None:
                 parts.append(("store", life.store.stats))
                 add("store.evicted", life.store.arena.evicted)
+                if life.store.tiering is not None:
+                    parts += [("tier", life.store.tiering.tier.stats), ("tiering", life.store.tiering.stats)]
+                if life.store.neighbours is not None:
+                    parts += list(life.store.neighbours.stats.items())
             if life.host is not None:
                 parts += [("worker", life.host.stats), ("client", life.host.client.stats)]
             if life.dispatch is not None:
@@ -302,6 +494,11 @@ def check_store(references: ReferenceChecker, life: Life) -> None:
         life.process, leases=arena.leases, reservations=arena.reservations, quarantined=arena.slots_quarantined
     )
     references.same(life.process, "subscriptions", len(life.store.feed), 1)
+    tiering = life.store.tiering
+    if tiering is not None:
+        coming = tiering._coming  # pyright: ignore[reportPrivateUsage] - kept for nobody else to see
+        references.zero(life.process, uncopied=life.store.load().copies_waiting)
+        references.zero(life.process, unwritten=tiering.behind, promotions=len(coming), pins=arena.pins)
 
 
 def check_worker(references: ReferenceChecker, life: Life) -> None:

@@ -16,6 +16,8 @@ class MemoryObjects:
         self.data: dict[str, bytearray] = {}
         self.failing = False
         """Whether every call raises ObjectsUnreachable."""
+        self.delay_s = 0.0
+        """How long every call takes."""
         self.most = 0
         """The most objects that there ever were."""
 
@@ -48,6 +50,6 @@ class MemoryObjects:
         await self._try()
 
     async def _try(self) -> None:
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.delay_s)
         if self.failing:
             raise ObjectsUnreachable("told to fail")

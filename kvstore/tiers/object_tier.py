@@ -56,7 +56,9 @@ class ObjectStats(TierStats):
     listings: int = 0
     """Pages of up to 1000 objects, and probes."""
     lost: int = 0
-    """Objects that were gone when they were read."""
+    """Objects that were gone when they were read; these alone count as ``failed``."""
+    unanswered: int = 0
+    """Reads and writes of blocks that the service did not do: the blocks that were to be read are kept."""
     deleted: int = 0
     useless: int = 0
     """Objects found at the start that no block needs: deleted."""
@@ -237,7 +239,7 @@ class ObjectTier:
                 self._index.commit(placement.slot)
             else:
                 outcomes[i] = "failed"
-                self.stats.failed += 1
+                self.stats.unanswered += 1
                 self._index.cancel(placement.slot)
         self._throw_away()
         self._tell()
@@ -330,9 +332,10 @@ class ObjectTier:
             except ObjectMissing:
                 self._breaker.answered()
                 self.stats.lost += 1
+                self.stats.failed += 1
                 return "failed"
             except ObjectsUnreachable as error:
-                self.stats.failed += 1
+                self.stats.unanswered += 1
                 self._failed(error)
                 return "unavailable"
             self._breaker.answered()

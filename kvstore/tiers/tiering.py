@@ -212,6 +212,7 @@ class Tiering:
 
         They can be evicted as soon as the block is left: take a lease inside, without waiting.
         """
+        kept = self._keep(hashes)
         joined = self._join(hashes)
         try:
             tasks = [promotion.task for promotion in joined if promotion.task is not None]
@@ -224,6 +225,19 @@ class Tiering:
             for promotion in joined:
                 promotion.waiters -= 1
                 self._let_go(promotion)
+            if kept is not None:
+                self._arena.release(kept, TIER_HOLDER)
+                self._settle()
+
+    def _keep(self, hashes: Sequence[BlockHash]) -> LeaseId | None:
+        """Those of ``hashes`` that are in memory must not make room for the others that come up."""
+        in_memory = self._arena.exists(hashes)
+        rest = [block_hash for block_hash, there in zip(hashes, in_memory, strict=True) if not there]
+        if 1 not in in_memory or not any(self.tier.find(block_hash) is not None for block_hash in rest):
+            return None
+        held = [block_hash for block_hash, there in zip(hashes, in_memory, strict=True) if there]
+        kept, _ = self._arena.hold(held, TIER_HOLDER, HOLD_S, clock.now_s())
+        return kept
 
     def _join(self, hashes: Sequence[BlockHash]) -> list[_Promotion]:
         """The promotions that bring ``hashes``, those under way and new ones, each with one waiter more."""

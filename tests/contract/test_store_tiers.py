@@ -27,6 +27,7 @@ from kvstore.tiers.tiering import Tiering, TieringConfig
 from tracehaul.rpc.base import NO_CONTEXT, Connection
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
 from tracehaul.runtime.offload import InlineOffload, ThreadOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import allocate
@@ -317,6 +318,19 @@ def test_more_than_memory_holds_is_a_miss_for_the_rest(play: Callable[[Case], No
     play(case)
 
 
+def test_what_a_lease_names_makes_no_room_for_the_rest_of_it(play: Callable[[Case], None]) -> None:
+    async def case(bed: Bed) -> None:
+        async with live(bed) as life:
+            await put_all(life)
+            above = life.node.arena.published()
+            below = next(h(name) for name in NAMES if h(name) not in above)
+            leased = await life.call(Lease((below, above[0]), 5.0))  # the next to be evicted
+            assert isinstance(leased, Leased)
+            assert None not in leased.blocks
+
+    play(case)
+
+
 def test_a_prefix_comes_up_before_its_continuation(play: Callable[[Case], None]) -> None:
     async def case(bed: Bed) -> None:
         async with live(bed) as life:
@@ -550,6 +564,25 @@ def test_blocks_of_a_service_that_is_gone_are_misses_that_can_be_computed_again(
             assert await life.get(["x3", "x4"]) == [True] * 2
             held = life.tier.parts[-1].find
             assert held(h("x4")) is not None, "what came during the outage went down after it"
+
+    asyncio.run(main())
+
+
+def test_a_slow_bucket_costs_a_bounded_wait_and_its_blocks_come_later(tmp_path: Path) -> None:
+    async def main() -> None:
+        bed = Bed("objects", tmp_path)
+        async with live(bed, TieringConfig(promote_timeout_s=0.05)) as life:
+            await put_all(life)
+            bed.objects.delay_s = 0.5
+            began_s = clock.now_s()
+            assert await life.get(["n0", "n1"]) == [False] * 2
+            assert clock.now_s() - began_s < 0.4
+            assert life.tiering.stats.promote_late >= 1
+            assert await life.get([NAMES[-1]]) == [True], "others do not wait"
+            async with asyncio.timeout(10):
+                while await life.get(["n0", "n1"]) != [True] * 2:  # noqa: ASYNC110 - each is an attempt
+                    await asyncio.sleep(0.05)
+            bed.objects.delay_s = 0.0
 
     asyncio.run(main())
 

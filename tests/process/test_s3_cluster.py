@@ -47,7 +47,7 @@ def test_a_killed_store_node_finds_its_blocks_in_the_bucket(
     prompt = [dice.randrange(1000, 40_000) for _ in range(PROMPT_TOKENS)]
     with fleet(config, Console(quiet=True)) as running:
         before = running.step("t", prompt, 4)
-        wait_until(lambda: running.metric("store-0", "tracehaul_s3_stored_total") >= BLOCKS)
+        wait_until(lambda: running.metric("store-0", "tracehaul_s3_stored_blocks_total") >= BLOCKS)
         assert running.metric("store-0", "tracehaul_node_s3_blocks") >= BLOCKS
         os.kill(running.pids()["store-0"], signal.SIGKILL)
         for path in running.run.path.glob("disk/*"):
@@ -57,6 +57,6 @@ def test_a_killed_store_node_finds_its_blocks_in_the_bucket(
         after = running.step("t", prompt, 4)
         assert after.tokens == before.tokens
         assert after.cached_tokens >= PROMPT_TOKENS - 64
-        assert running.metric("store-0", "tracehaul_s3_loaded_total") >= BLOCKS
-        assert running.metric("store-0", "tracehaul_s3_gets_total") >= BLOCKS
-        assert running.metric("store-0", "tracehaul_s3_corrupt_total") == 0
+        assert running.metric("store-0", "tracehaul_s3_loaded_blocks_total") >= BLOCKS
+        assert running.metric("store-0", "tracehaul_s3_get_requests_total") >= BLOCKS
+        assert running.metric("store-0", "tracehaul_s3_corrupt_blocks_total") == 0

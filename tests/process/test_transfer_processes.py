@@ -76,8 +76,9 @@ def test_shm_unmaps_a_dead_peer_without_being_asked(peers: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_idle_nixl_agents_cost_next_to_nothing(peers: list[Any]) -> None:
-    us, peer = transfer_peer.Peer("nixl", "us#1", 1 << 20), transfer_peer.Peer("nixl", "peer#1", 1 << 20)
+@pytest.mark.parametrize("kind", ["nixl", "ucxx"])
+def test_idle_agents_cost_next_to_nothing(peers: list[Any], kind: str) -> None:
+    us, peer = transfer_peer.Peer(kind, "us#1", 1 << 20), transfer_peer.Peer(kind, "peer#1", 1 << 20)
     peers += [us, peer]
     us.read(peer.descriptor, [Copy(0, 0, 10)])
     peer.read(us.descriptor, [Copy(0, 0, 10)])
@@ -90,10 +91,11 @@ def test_idle_nixl_agents_cost_next_to_nothing(peers: list[Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_quiet_owner_notices_a_request_at_once(peers: list[Any]) -> None:
-    us, peer = transfer_peer.Peer("nixl", "us#1", 1 << 20), transfer_peer.Peer("nixl", "peer#1", 1 << 20)
+@pytest.mark.parametrize("kind", ["nixl", "ucxx"])
+def test_a_quiet_owner_notices_a_request_at_once(peers: list[Any], kind: str) -> None:
+    us, peer = transfer_peer.Peer(kind, "us#1", 1 << 20), transfer_peer.Peer(kind, "peer#1", 1 << 20)
     peers += [us, peer]
-    assert us.ask("pull") == "request"
+    assert kind == "ucxx" or us.ask("pull") == "request"
     us.read(peer.descriptor, [Copy(0, 0, 10)])
     took = []
     for _ in range(5):
@@ -116,6 +118,24 @@ assert agent.wake_fds
 assert "torch" not in sys.modules
 agent.close()
 print("ok", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    environ = {**os.environ, "UCX_TLS": "tcp"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("ok"), done.stderr
+
+
+@pytest.mark.slow
+def test_ucxx_leaves_the_environment_alone_and_needs_no_torch() -> None:
+    program = """
+import os, sys
+before = dict(os.environ)
+from tracehaul.transfer.ucxx import UcxxAgent
+agent = UcxxAgent("rules#1")
+assert dict(os.environ) == before
+assert "torch" not in sys.modules
+assert agent.wake_fds and not agent.heard() and agent.arm() == "armed"
+agent.close()
+print("ok")
 """
     environ = {**os.environ, "UCX_TLS": "tcp"}
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60)

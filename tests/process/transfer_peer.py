@@ -12,6 +12,7 @@ import mmap
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -48,14 +49,20 @@ class Call:
 class Peer:
     """The parent's handle on such a process."""
 
-    def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request") -> None:
+    def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request", place: Any = None) -> None:
+        """``place``, a ``bench.store_fleet.Place``, is where it runs; by default here."""
+        before, environment = (place.command, place.environment) if place is not None else ((), {})
         self._numbers = itertools.count()
         self._replies: dict[int, Any] = {}
         self.process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
+            [*before, sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**{"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"}, **os.environ},
+            env={
+                **{"UCX_TLS": "tcp", "NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal"},
+                **os.environ,
+                **environment,
+            },
             text=True,
             bufsize=1,
         )
@@ -126,6 +133,10 @@ class Peer:
     def close_transfer(self) -> None:
         self.send("close").result()
 
+    def cut(self) -> None:
+        """Break all its connections to other processes."""
+        self.send("cut").result()
+
     def freeze(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
@@ -173,6 +184,15 @@ def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
     return NixlTransfer(owner, "read" if pull == "read" else "request")
 
 
+def cut_connections() -> None:
+    """Shut every connected TCP socket of this process, whoever's it is."""
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6):
+                connection.getpeername()  # fails for one that listens: new connections must be possible
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 class Program:
     """The process's side."""
 
@@ -210,6 +230,8 @@ class Program:
             case "cpu":
                 usage = resource.getrusage(resource.RUSAGE_SELF)
                 return usage.ru_utime + usage.ru_stime
+            case "cut":
+                cut_connections()
             case "close":
                 await self.transfer.close()
             case other:

@@ -48,12 +48,13 @@ def rules(faults=CALM, seed=3, **shape):
     """Which rules a run violates; ``shape`` replaces fields of the store's and the workers' configs."""
 
     def prepare(world):
-        store = {key: value for key, value in shape.items() if hasattr(world.shape.store, key)}
+        store = {key: value for key, value in shape.items() if hasattr(world.shape.store, key)} | {"quota_bytes": {}}
         worker = {key: value for key, value in shape.items() if hasattr(world.shape.worker, key)}
         world.shape = msgspec.structs.replace(
             world.shape,
             store=msgspec.structs.replace(world.shape.store, **store),
             worker=msgspec.structs.replace(world.shape.worker, **worker),
+            below=None,  # what is below memory has checkers, and tests, of its own
         )
 
     result = simulate(seed, mix=SMALL, plan=faults, prepare=prepare)
@@ -105,16 +106,20 @@ def test_output_is_not_sampled_anew(monkeypatch):
 
 
 def test_no_eviction_under_a_lease(monkeypatch):
-    victim, remove = Arena._victim, Arena._remove
+    take, remove = Arena._take_slot, Arena._remove
 
     def choose(self, group):
-        return next((slot for slot in self._published.values() if self._lease_count[slot]), victim(self, group))
+        leased = next((slot for slot in self._published.values() if self._lease_count[slot]), None)
+        if self._free or leased is None:
+            return take(self, group)
+        self._remove(leased)
+        return self._free.pop()
 
     def forget(self, slot):
         self._lease_count[slot] = 0
         remove(self, slot)
 
-    monkeypatch.setattr(Arena, "_victim", choose)
+    monkeypatch.setattr(Arena, "_take_slot", choose)
     monkeypatch.setattr(Arena, "_remove", forget)
     monkeypatch.setattr(Arena, "_end_protection", lambda self, slots: None)
     slow = msgspec.structs.replace(CALM, copy_delay_s=0.5)
@@ -162,9 +167,9 @@ def test_references_return_to_zero(monkeypatch):
 def test_published_bytes_stay_what_they_were(monkeypatch):
     real = StoreNode._publish
 
-    async def scribble(self, blocks, peer):
+    async def scribble(self, blocks, verified, peer):
         landings = [self._arena.landing(block, peer) for block in blocks]
-        outcomes = await real(self, blocks, peer)
+        outcomes = await real(self, blocks, verified, peer)
         for landing in landings:
             if landing is not None:
                 self._buffer[landing[0]] ^= 1

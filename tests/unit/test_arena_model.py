@@ -73,6 +73,7 @@ class ModelPin:
     rank: float
     until_s: float
     hashes: set[BlockHash]
+    gaps: set[BlockHash] = field(default_factory=set[BlockHash])
 
 
 @dataclass
@@ -253,6 +254,7 @@ class ArenaMachine(RuleBasedStateMachine):
             assert changes == [Stored(hash_of(name))]
             del model.pending[name]
             model.published[name] = Entry(name, pending.offset, generation, checksum, pending.parent, pending.group)
+            self._grow_pins(hash_of(name))
             return
         assert changes == []
         same = entry is not None and (entry.generation, entry.checksum) == (generation, checksum)
@@ -343,10 +345,11 @@ class ArenaMachine(RuleBasedStateMachine):
         hashes = tuple(hash_of(name) for name in names)
         pinned = self.arena.pin(Pin(TraceId(trace), hashes, ttl_s, kind, priority, tenant), self.now_s)
         covered = set(hashes)
+        gaps: dict[BlockHash, set[BlockHash]] = {}
         for at in hashes:
-            while at[0] in model.published and at != ROOT:
-                covered.add(at)
-                at = model.published[at[0]].parent
+            found, missed = self._prefix(at, covered)
+            covered |= found
+            gaps[at] = gaps.get(at, set()) | missed
         before = model.pins.get((tenant, trace))
         covered |= before.hashes if before is not None else set()
         if not self._may_pin((tenant, trace), len(covered), kind):
@@ -357,8 +360,41 @@ class ArenaMachine(RuleBasedStateMachine):
         lasts_s = min(ttl_s, PIN_TTL_MAX_S, octaves * HALF_LIFE_S if kind == "soft" else PIN_TTL_MAX_S)
         held = sum(hash_of(name) in covered for name in model.published)
         assert pinned == Pinned(len(covered), held, self.now_s + lasts_s - self.now_s)
-        model.pins[tenant, trace] = ModelPin(kind, rank, self.now_s + lasts_s, covered)
+        pin = ModelPin(kind, rank, self.now_s + lasts_s, covered, before.gaps if before is not None else set())
+        model.pins[tenant, trace] = pin
+        for at in hashes:
+            self._expect(pin, gaps[at])
         model.settle(self.now_s)
+
+    def _prefix(self, at: BlockHash, covered: set[BlockHash]) -> tuple[set[BlockHash], set[BlockHash]]:
+        """What a pin that covers some blocks must cover for one more; and the parent that it misses."""
+        found: set[BlockHash] = set()
+        first = at
+        while at[0] in self.model.published and at != ROOT:
+            if at in covered and at != first:
+                return found, set()
+            found.add(at)
+            at = self.model.published[at[0]].parent
+        return found, {at} if found else set()
+
+    def _grow_pins(self, arrived: BlockHash) -> None:
+        for key, pin in list(self.model.pins.items()):
+            if arrived not in pin.hashes | pin.gaps:
+                continue
+            more, gaps = self._prefix(arrived, pin.hashes)
+            grown = pin.hashes | more
+            if grown != pin.hashes and not self._may_pin(key, len(grown), pin.kind) and pin.kind == "hard":
+                pin.kind, pin.rank = "soft", 32 + self.now_s / HALF_LIFE_S
+                pin.until_s = min(pin.until_s, self.now_s + 32 * HALF_LIFE_S)
+            if self._may_pin(key, len(grown), pin.kind):
+                pin.hashes = grown
+            pin.gaps.discard(arrived)
+            self._expect(pin, gaps)
+
+    def _expect(self, pin: ModelPin, gaps: set[BlockHash]) -> None:
+        for gap in gaps:
+            if len(pin.gaps) < len(pin.hashes):
+                pin.gaps.add(gap)
 
     def _may_pin(self, key: tuple[str, str], blocks: int, kind: PinKind) -> bool:
         slots = self.model.slots
@@ -416,6 +452,13 @@ class ArenaMachine(RuleBasedStateMachine):
         assert arena.leases == len(model.leases)
         assert arena.slots_quarantined == len(model.resting)
         assert arena.pins == len(model.pins)
+        for key, held in arena.open_pins(self.now_s):
+            pin = model.pins[key[0], key[1]]
+            assert (held.kind, held.rank, held.until_s) == (pin.kind, pin.rank, pin.until_s)
+            assert (set(held.hashes), set(held.gaps)) == (pin.hashes, pin.gaps)
+            if held.kind == "hard":
+                kept = {at for block_hash in held.hashes for at in self._prefix(block_hash, set())[0]}
+                assert kept <= set(held.hashes), "all that a hard pin keeps is counted"
         for tenant in ("", "a", "b", "c"):
             assert arena.bytes_used(tenant) == SLOT * model.group_used(model.group(tenant))
         assert all(arena.is_reserved(hash_of(n)) == (n in model.pending) for n in names)

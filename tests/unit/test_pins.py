@@ -123,6 +123,36 @@ def test_a_pin_covers_the_resident_prefix_and_what_comes_later() -> None:
     assert held(arena, "abcxyz") == "abcz"
 
 
+def test_a_pin_grows_with_the_prefix_of_what_it_covers() -> None:
+    """In whatever order its blocks come."""
+    for order in (["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"], ["c", "a", "b"]):
+        arena = Arena(config(8, hard_share_max=0.5, hard_tenant_share_max=0.5))
+        assert isinstance(pin(arena, "t", "c", kind="hard"), Pinned)
+        parents = {"a": None, "b": "a", "c": "b"}
+        for name in order:
+            assert put(arena, name, parents[name])
+            arena.check()
+        (listed,) = arena.list_pins(None, 0.0)
+        assert (listed.kind, listed.blocks, listed.held) == ("hard", 3, 3), order
+        refused = pin(arena, "u", "x", "y", kind="hard")
+        assert isinstance(refused, str), "what is kept for a trace counts, even if it came later"
+
+
+def test_a_hard_pin_that_outgrows_its_limits_is_softened() -> None:
+    arena = Arena(config(4, hard_share_max=0.5, hard_tenant_share_max=0.5))
+    assert isinstance(pin(arena, "t", "c", kind="hard"), Pinned)
+    for name, parent in (("c", "b"), ("b", "a"), ("a", None)):
+        assert put(arena, name, parent)
+        arena.check()
+    (listed,) = arena.list_pins(None, 0.0)
+    assert (listed.kind, listed.blocks) == ("soft", 3)
+    assert put(arena, "x")
+    assert put(arena, "y"), "a softly pinned block makes room where nothing else can"
+    assert put(arena, "z")
+    assert held(arena, "abc") == "abc", "but last"
+    arena.check()
+
+
 def test_pinning_again_adds_and_renews() -> None:
     arena = Arena(config(4))
     for name in "ab":

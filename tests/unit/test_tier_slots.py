@@ -1,12 +1,16 @@
 """The slot index against a dict: whatever happens, it agrees, and its invariants hold."""
 
+from collections.abc import Iterable
+from math import inf
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvstore.tenants import tenant_key
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import Layout, Record, pack_record, unpack_records
-from kvstore.tiers.slots import SlotIndex
+from kvstore.tiers.slots import Placement, SlotIndex
 from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
@@ -113,13 +117,54 @@ def test_restore_takes_the_newer_of_two_and_erases_the_rest() -> None:
     index.check()
 
 
+def test_pinned_blocks_go_last_or_never() -> None:
+    index = SlotIndex(3, SLOT)
+    fill(index, [block(1), block(2), block(3)])
+    ranks: dict[BlockHash, float] = {h(1): inf, h(2): 5.0}
+    index.protect(ranks.get, {})
+    index.check()
+    assert fill(index, [block(4)]) == [True]
+    assert set(index.held()) == {h(1), h(2), h(4)}
+    ranks[h(4)] = 6.0
+    index.repinned([h(4)])
+    assert fill(index, [block(5)]) == [True]
+    assert set(index.held()) == {h(1), h(4), h(5)}, "the lowest rank first"
+    ranks[h(5)] = ranks[h(4)] = inf
+    index.repinned([h(4), h(5), h(99)])
+    assert fill(index, [block(6)]) == [False], "what is pinned hard makes no room"
+    del ranks[h(1)]
+    index.repinned([h(1)])
+    assert fill(index, [block(6)]) == [True]
+    assert set(index.held()) == {h(4), h(5), h(6)}
+    index.check()
+
+
+def test_a_tenant_keeps_its_share() -> None:
+    acme = tenant_key("acme")
+    index = SlotIndex(4, SLOT)
+    fill(index, [block(n)._replace(tenant=acme) for n in (1, 2, 3)])
+    index.protect(lambda _: None, {"acme": 0.5})
+    for n in range(10, 20):
+        assert fill(index, [block(n)]) == [True]
+    assert {h(2), h(3)} <= set(index.held()), "it was above its share by one"
+    fill(index, [block(4)._replace(tenant=acme)])
+    assert h(2) not in index.held(), "above it, its own oldest goes"
+    found = index.find(h(4))
+    assert found is not None
+    assert found.tenant == acme
+    index.check()
+
+
 class Machine(RuleBasedStateMachine):
     """A dict of what is held, beside the index; a dict of records, as a device would keep them."""
 
-    @initialize(slots=st.integers(1, 6))
-    def start(self, slots: int) -> None:
+    @initialize(slots=st.integers(1, 6), shares=st.sampled_from([{}, {"a": 0.5}, {"a": 0.3, "b": 0.3}]))
+    def start(self, slots: int, shares: dict[str, float]) -> None:
         self.slots = slots
         self.index = SlotIndex(slots, SLOT)
+        self.ranks: dict[BlockHash, float] = {}
+        self.shares = shares
+        self.index.protect(self.ranks.get, shares)
         self.held: dict[BlockHash, TierBlock] = {}
         self.told: set[BlockHash] = set()
         self.writing: dict[int, tuple[int, TierBlock]] = {}
@@ -136,11 +181,58 @@ class Machine(RuleBasedStateMachine):
                 self.told.remove(change.hash)
                 del self.held[change.hash]
 
+    @rule(number=st.integers(1, 12), rank=st.sampled_from([None, 1.0, 2.0, inf]))
+    def pin(self, number: int, rank: float | None) -> None:
+        self.ranks.pop(h(number), None)
+        if rank is not None:
+            self.ranks[h(number)] = rank
+        self.index.repinned([h(number)])
+
+    def used(self, group: str, blocks: Iterable[TierBlock]) -> int:
+        own = {tenant_key(tenant): tenant for tenant in self.shares}
+        return sum(own.get(block.tenant, "") == group for block in blocks)
+
+    def check_victims(self, gone: list[TierBlock], asker: str) -> None:
+        """Those that one call for one block made go: at most one, pinned hard never, unpinned before pinned, and of a
+        tenant within its share only for itself."""
+        assert len(gone) <= 1
+        for victim in gone:
+            left = [block for block in self.held.values() if block.tenant == victim.tenant]
+            assert self.ranks.get(victim.hash) != inf
+            free = [b for b in left if b.hash not in self.ranks and not self.kept(b)]
+            assert victim.hash not in self.ranks or not free
+            quota = {tenant: int(share * self.slots) for tenant, share in self.shares.items()}
+            quota[""] = self.slots - sum(quota.values())
+            group = next((t for t in self.shares if tenant_key(t) == victim.tenant), "")
+            before = self.used(group, [*self.held.values(), *(b for _, b in self.writing.values()), victim])
+            assert group == asker or before > quota[group], "a tenant within its share lost a block to another"
+
+    def kept(self, block: TierBlock) -> bool:
+        """Whether its slot is read, or it has a continuation here."""
+        reading = any(read.hash == block.hash for _, read in self.reading)
+        return reading or any(
+            b.parent == block.hash for b in [*self.held.values(), *(b for _, b in self.writing.values())]
+        )
+
+    @rule(number=st.integers(1, 12), tenant=st.sampled_from(["", "a", "b", "c"]))
+    def place_for(self, number: int, tenant: str) -> None:
+        wanted = block(number)._replace(tenant=tenant_key(tenant))
+        before = dict(self.held)
+        (placement,) = self.index.place([wanted])
+        self.settle()
+        gone = [b for block_hash, b in before.items() if block_hash not in self.held]
+        self.check_victims(gone, tenant if tenant in self.shares else "")
+        assert placement is not None or not gone
+        self.note([placement], [wanted])
+
     @rule(numbers=st.lists(st.integers(1, 12), min_size=1, max_size=4), back=st.integers(0, 3))
     def place(self, numbers: list[int], back: int) -> None:
         blocks = [block(number, max(0, number - back) if back else 0) for number in numbers]
         placements = self.index.place(blocks)
         self.settle()
+        self.note(placements, blocks)
+
+    def note(self, placements: list[Placement | None], blocks: list[TierBlock]) -> None:
         here = set(self.held) | {b.hash for _, b in self.writing.values()}  # less what the call itself evicted
         for slot in self.index.take_stale():
             self.records.pop(slot, None)

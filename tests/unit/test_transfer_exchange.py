@@ -1,16 +1,18 @@
 """The NIXL transport's bookkeeping, over an agent that does what the test says."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 import pytest
 
 from tracehaul.transfer import exchange as exchange_module
-from tracehaul.transfer import notes
+from tracehaul.transfer import lanes, notes
 from tracehaul.transfer.base import Copy
-from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, Movement, Way
-from tracehaul.transfer.nixl import best_pull
+from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, NameTaken, Waking
+from tracehaul.transfer.lanes import Movement, Way
+from tracehaul.transfer.nixl import best_pull, harmful_setting, rdma_devices
 from tracehaul.transfer.notes import Note, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -21,6 +23,7 @@ class FakeAgent:
 
     def __init__(self) -> None:
         self.peers: list[str] = []
+        self.known: dict[str, bytes] = {}
         self.posted: dict[int, tuple[str, str, list[list[int]], list[list[int]], bytes]] = {}
         self.ended: dict[int, TransferError | None] = {}
         self.released: list[int] = []
@@ -37,10 +40,18 @@ class FakeAgent:
     def register(self, address: int, nbytes: int) -> bytes:
         return b"metadata of us"
 
+    def arm(self) -> Waking:
+        return "unknown"
+
     def add_peer(self, name: str, metadata: bytes) -> None:
+        """Two blobs are of one agent if they agree up to the first slash."""
+        known = self.known.setdefault(name, metadata)
+        if known.split(b"/")[0] != metadata.split(b"/")[0]:
+            raise NameTaken(name)
         self.peers.append(name)
 
     def remove_peer(self, name: str) -> None:
+        self.known.pop(name, None)
         self.peers = [peer for peer in self.peers if peer != name]
 
     def post(self, way: Literal["read", "write"], peer: str, ours: Triples, theirs: Triples, note: bytes) -> int:
@@ -146,8 +157,8 @@ def test_a_refused_pull_fails() -> None:
 
 
 def test_a_large_transfer_keeps_a_window_of_chunks_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(exchange_module, "LANE_BYTES", 200)
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(lanes, "LANE_BYTES", 200)
     bench = Bench()
     bench.start("write", [Copy(0, 0, 350)])
     assert sorted(bench.agent.posted) == [1, 2]
@@ -163,8 +174,8 @@ def test_a_large_transfer_keeps_a_window_of_chunks_under_way(monkeypatch: pytest
 
 
 def test_giving_up_starts_no_more_and_ends_when_the_rest_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_module, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(exchange_module, "LANE_BYTES", 200)
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(lanes, "LANE_BYTES", 200)
     bench = Bench()
     movement = bench.start("write", [Copy(0, 0, 900)])
     bench.exchange.give_up(movement)
@@ -281,6 +292,82 @@ def test_a_broken_connection_to_a_requester_is_made_again() -> None:
     assert bench.agent.posted[2][4] == notes.pack(PullDone(2))
 
 
+def test_a_small_transfer_passes_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(lanes, "LANE_BYTES", 3000)
+    monkeypatch.setattr(lanes, "SHARED_CHUNK_BYTES", 100)
+    monkeypatch.setattr(lanes, "SHARED_LANE_BYTES", 300)
+    bench = Bench()
+
+    def posted() -> list[int]:
+        return [sum(row[1] for row in ours) for _, _, ours, _, _ in bench.agent.posted.values()]
+
+    bench.start("write", [Copy(0, 0, 10_000)])
+    bench.start("write", [Copy(7, 7, 70)])
+    bench.start("write", [Copy(0, 0, 50)], peer="other#1")  # waits for nobody
+    assert posted() == [1000, 1000, 1000, 50]
+    for handle in (1, 2, 3):
+        bench.agent.ended[handle] = None
+        bench.exchange.step(0.0)
+    # Now that small ones are about, little is under way, so that the next one need not wait for long.
+    assert posted() == [1000, 1000, 1000, 50, 100, 70, 100, 100]
+    bench.agent.ended[6] = None
+    bench.exchange.step(0.0)
+    assert bench.results == [None]
+    bench.agent.ended |= {5: None, 7: None, 8: None, 9: None}
+    bench.exchange.step(lanes.SHARED_S)
+    bench.exchange.step(lanes.SHARED_S)
+    assert posted()[-3:] == [1000, 1000, 1000]
+
+
+def test_what_waits_for_its_turn_ends_at_once_when_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "SHARED_LANE_BYTES", 10)
+    monkeypatch.setattr(lanes, "LANE_BYTES", 10)
+    bench = Bench()
+    bench.start("write", [Copy(0, 0, 10)])
+    bench.exchange.give_up(bench.start("write", [Copy(0, 0, 20)]))
+    assert [type(result) for result in bench.results] == [TransferLost]
+    bench.start("write", [Copy(0, 0, 30)])
+    bench.agent.ended[1] = None
+    bench.exchange.step(0.0)
+    assert bench.agent.posted[2][2] == [[5000, 30, 0]]
+
+
+def test_what_waits_for_its_turn_is_lost_with_the_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "SHARED_LANE_BYTES", 10)
+    monkeypatch.setattr(lanes, "LANE_BYTES", 10)
+    bench = Bench()
+    for _ in range(3):
+        bench.start("write", [Copy(0, 0, 10)])
+    bench.agent.ended[1] = TransferLost("dead")
+    bench.exchange.step(1.0)
+    assert [type(result) for result in bench.results] == [TransferLost] * 2
+    bench.exchange.step(1.0 + GRACE_S)
+    assert [type(result) for result in bench.results] == [TransferLost] * 3
+    assert list(bench.agent.posted) == [1]
+
+
+def test_a_request_in_the_name_of_another_is_refused_and_harms_nobody() -> None:
+    bench = Bench()
+    bench.hear(request(1))
+    liar = PullRequest(2, 0, notes.make_payload(b"metadata of a liar", 3, 1_000_000, 1 << 30), request().ranges)
+    bench.hear(liar)
+    assert (list(bench.agent.posted), bench.exchange.refused) == ([1], 1)
+    assert bench.agent.known == {"peer#1": b"metadata of peer"}
+    bench.agent.ended[1] = None
+    bench.hear(request(3))
+    assert [post[4] for post in bench.agent.posted.values()] == [notes.pack(PullDone(1)), notes.pack(PullDone(3))]
+
+
+def test_a_name_is_taken_from_who_only_claimed_it() -> None:
+    bench = Bench()
+    liar = PullRequest(1, 0, notes.make_payload(b"metadata of a liar", 3, 1_000_000, 1 << 30), request().ranges)
+    bench.hear(liar)
+    bench.start("write", [Copy(0, 0, 1)])  # the control plane says who peer#1 is
+    assert bench.agent.known == {"peer#1": b"metadata of peer"}
+    assert [post[1] for post in bench.agent.posted.values()] == ["peer#1", "peer#1"]
+
+
 def test_metadata_is_loaded_once_per_version_and_peers_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exchange_module, "PEERS_MAX", 2)
     bench = Bench()
@@ -336,7 +423,28 @@ def test_a_payload_survives_the_wire_and_damage_is_seen() -> None:
         ({"UCX_NET_DEVICES": "eth0"}, {"mlx5_0"}, "request"),
         ({"UCX_NET_DEVICES": "mlx5_0:1"}, {"mlx5_0"}, "read"),
         ({"UCX_TLS": "rc"}, set(), "request"),
+        ({"UCX_TLS": "^rc,dc,ib"}, {"mlx5_0"}, "read"),
+        ({"UCX_TLS": "sm,self,rc_x"}, {"mlx5_0"}, "read"),
+        ({"UCX_NET_DEVICES": "^mlx5_0"}, {"mlx5_0"}, "request"),
+        ({"UCX_NET_DEVICES": "^mlx5_0:1"}, {"mlx5_0", "mlx5_1"}, "read"),
+        ({"UCX_TLS": "tcp", "UCX_NET_DEVICES": "mlx5_0:1"}, {"mlx5_0"}, "request"),
     ],
 )
 def test_reads_are_one_sided_only_where_rdma_may_be_used(environ: dict[str, str], devices: set[str], pull: str) -> None:
     assert best_pull(environ, frozenset(devices)) == pull
+
+
+def test_settings_that_break_nixl_are_named() -> None:
+    assert harmful_setting({"UCX_TLS": "tcp", "UCX_PROTO_ENABLE": "y"}, "request") is None
+    assert "UCX_PROTO_ENABLE" in (harmful_setting({"UCX_PROTO_ENABLE": "n"}, "read") or "")
+    assert "UCX_TCP_PUT_ENABLE" in (harmful_setting({"UCX_TCP_PUT_ENABLE": "n"}, "request") or "")
+    assert harmful_setting({"UCX_TCP_PUT_ENABLE": "n"}, "read") is None  # RDMA has writes of its own
+
+
+def test_only_devices_with_an_active_port_are_offered(tmp_path: Path) -> None:
+    for device, port, state in (("mlx5_0", 1, "1: DOWN"), ("mlx5_0", 2, "4: ACTIVE"), ("mlx5_1", 1, "2: INIT")):
+        folder = tmp_path / device / "ports" / str(port)
+        folder.mkdir(parents=True)
+        (folder / "state").write_text(f"{state}\n")
+    assert rdma_devices(tmp_path) == {"mlx5_0"}
+    assert rdma_devices(tmp_path / "absent") == frozenset()

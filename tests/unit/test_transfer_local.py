@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tracehaul.transfer.base import Copy, TransferTimedOut
-from tracehaul.transfer.landing import land, pieces
+from tracehaul.transfer.landing import land
+from tracehaul.transfer.lanes import Cutter
 from tracehaul.transfer.local import Landing, LocalHub, LocalTransfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane, choose
@@ -159,13 +160,15 @@ def test_work_done_in_time_ends_as_it_ended() -> None:
 
 def test_pieces_cover_the_copies_within_their_limits() -> None:
     copies = [Copy(0, 100, 10), Copy(50, 200, 0), Copy(60, 300, 25), Copy(90, 400, 3)]
-    cut = list(pieces(copies, nbytes_max=16, copies_max=2))
+    left, cut = Cutter(copies), []
+    while not left.empty:
+        cut.append(left.take(nbytes_max=16, copies_max=2))
     assert cut == [
         [Copy(0, 100, 10), Copy(60, 300, 6)],
         [Copy(66, 306, 16)],
         [Copy(82, 322, 3), Copy(90, 400, 3)],
     ]
-    assert list(pieces([], 16, 2)) == []
+    assert Cutter([Copy(1, 1, 0)]).empty
 
 
 class FixedTransfer(LocalTransfer):

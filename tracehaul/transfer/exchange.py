@@ -4,8 +4,7 @@ No threads, no asyncio and no library here: :class:`Exchange` is driven by one t
 hands it the time, through an :class:`Agent`.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, Protocol
 
@@ -14,16 +13,10 @@ import numpy as np
 
 from tracehaul.transfer import notes
 from tracehaul.transfer.base import Copy
-from tracehaul.transfer.landing import pieces
+from tracehaul.transfer.lanes import Lane, Movement, Over
 from tracehaul.transfer.notes import AgentPayload, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.errors import TransferError, TransferLost
 
-CHUNK_BYTES = 2 << 20
-CHUNK_COPIES = 1024
-LANE_BYTES = 8 << 20
-"""Under way to or from one peer, above which no further chunk is launched. What is under way is served in order, so
-this is what a small transfer finds before it; less of it, and the wire stands still while chunks are wound up."""
-LANE_CHUNKS = 32
 SERVED_MAX = 512
 SERVED_PER_PEER_MAX = 64
 """Pulls of peers served at once, in all and for one peer (which may be frozen, and hold them for ever)."""
@@ -34,13 +27,9 @@ PROBE_S = 0.1
 GRACE_S = 0.05
 """Between losing a connection and calling its transfers lost: what had arrived by then is landed by then."""
 
-Way = Literal["read", "write", "pull"]
-"""One-sided read, one-sided write, or asking the owner to write."""
 Waking = Literal["armed", "busy", "unknown"]
 """Whether an agent's descriptors will tell of the next event: they will; there is something to do now; or there is no
 telling, so look again after a nap."""
-Over = Callable[[TransferError | None], None]
-"""Called once when something is over, with what went wrong."""
 
 
 class NameTaken(TransferError):
@@ -100,31 +89,6 @@ class Agent(Protocol):
         ...
 
 
-class Movement:
-    """One transfer: chunks launched in turn with those of others, over when all have ended."""
-
-    def __init__(
-        self, way: Way, peer: str, theirs: AgentPayload, ours: AgentPayload, copies: Sequence[Copy], over: Over
-    ):
-        self.way: Way = way
-        self.peer = peer
-        self.theirs = theirs
-        self.ours = ours
-        self.chunks: Iterator[list[Copy]] = pieces(copies, CHUNK_BYTES, CHUNK_COPIES)
-        self.over = over
-        self.under_way = 0
-        self.error: TransferError | None = None
-
-
-class _Lane:
-    """What our transfers with one peer have under way, and the transfers that have chunks left, next one first."""
-
-    def __init__(self) -> None:
-        self.waiting: deque[Movement] = deque()
-        self.chunks = 0
-        self.nbytes = 0
-
-
 class _Flight(msgspec.Struct, frozen=True):
     """Bytes that this side's agent is moving."""
 
@@ -156,7 +120,7 @@ class Exchange:
         self._regions: dict[int, AgentPayload] = {}
         self._peers: dict[str, set[bytes]] = {}
         self._movements: set[Movement] = set()
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[str, Lane] = {}
         self._flights: dict[int, _Flight] = {}
         self._pulls: dict[int, _Pull] = {}
         self._graves: list[_Grave] = []
@@ -192,6 +156,7 @@ class Exchange:
         if self._closed:
             movement.over(TransferLost("this side closed its transport"))
             return
+        assert not movement.left.empty, "nothing to transfer"
         self._now_s = now_s
         self._movements.add(movement)
         try:
@@ -199,7 +164,7 @@ class Exchange:
         except TransferError as error:
             self._fail(movement, error)
             return
-        self._lanes.setdefault(movement.peer, _Lane()).waiting.append(movement)
+        self._lanes.setdefault(movement.peer, Lane()).enter(movement, now_s)
         self._launch_next(movement.peer)
 
     def give_up(self, movement: Movement) -> None:
@@ -241,65 +206,56 @@ class Exchange:
     # --- our transfers
 
     def _launch_next(self, peer: str) -> None:
-        """Launch what there is room for, a chunk of each transfer in turn: a small one passes a large one."""
+        """Launch what there is room for."""
         lane = self._lanes.get(peer)
-        while lane is not None and lane.waiting and lane.nbytes < LANE_BYTES and lane.chunks < LANE_CHUNKS:
-            movement = lane.waiting.popleft()
-            chunk = next(movement.chunks, None)
-            if chunk is None:
-                self._end_if_idle(movement)
-                continue
+        while lane is not None and (turn := lane.next_chunk(self._now_s)) is not None:
+            movement, chunk = turn
+            nbytes = sum(copy.nbytes for copy in chunk)
+            movement.under_way += 1
             try:
-                self._launch(movement, chunk, lane)
-            except TransferLost as error:
-                self._fail(movement, error)
-                self._lose(peer)
+                self._launch(movement, chunk, partial(self._chunk_over, movement, lane, nbytes))
             except TransferError as error:
+                movement.under_way -= 1
+                lane.ended(nbytes)
                 self._fail(movement, error)
-            else:
-                lane.waiting.append(movement)
-        if lane is not None and not lane.waiting and not lane.chunks:
+                if isinstance(error, TransferLost):
+                    self._lose(peer)
+        if lane is not None and lane.idle:
             self._lanes.pop(peer, None)
 
     def _fail(self, movement: Movement, error: TransferError) -> None:
         movement.error = movement.error or error
         lane = self._lanes.get(movement.peer)
-        if lane is not None and movement in lane.waiting:
-            lane.waiting.remove(movement)
+        if lane is not None:
+            lane.leave(movement)
         self._end_if_idle(movement)
 
     def _end_if_idle(self, movement: Movement) -> None:
-        """For a transfer that launches no more."""
-        if movement.under_way == 0 and movement in self._movements:
+        done = movement.left.empty or movement.error is not None
+        if done and movement.under_way == 0 and movement in self._movements:
             self._movements.discard(movement)
             movement.over(movement.error)
 
-    def _launch(self, movement: Movement, chunk: list[Copy], lane: _Lane) -> None:
-        nbytes = sum(copy.nbytes for copy in chunk)
-        over = partial(self._chunk_over, movement, lane, nbytes)
+    def _launch(self, movement: Movement, chunk: list[Copy], over: Over) -> None:
         if movement.way == "pull":
             self._last_id += 1
             request = PullRequest(self._last_id, movement.theirs.region, movement.ours, notes.pack_ranges(chunk))
             self._agent.notify(movement.peer, notes.pack(request))
             self._pulls[request.id] = _Pull(movement.peer, over)
             self._probe_at_s.setdefault(movement.peer, self._now_s + PROBE_S)
-        else:
-            rows = np.asarray(chunk, dtype=np.uint64)
-            ours = movement.ours.triples(rows[:, 0], rows[:, 2])
-            theirs = movement.theirs.triples(rows[:, 1], rows[:, 2])
-            handle = self._agent.post(movement.way, movement.peer, ours, theirs, b"")
-            self._flights[handle] = _Flight(movement.peer, over, served=False)
-        movement.under_way += 1
-        lane.chunks += 1
-        lane.nbytes += nbytes
+            return
+        rows = np.asarray(chunk, dtype=np.uint64)
+        ours = movement.ours.triples(rows[:, 0], rows[:, 2])
+        theirs = movement.theirs.triples(rows[:, 1], rows[:, 2])
+        handle = self._agent.post(movement.way, movement.peer, ours, theirs, b"")
+        self._flights[handle] = _Flight(movement.peer, over, served=False)
 
-    def _chunk_over(self, movement: Movement, lane: _Lane, nbytes: int, error: TransferError | None) -> None:
+    def _chunk_over(self, movement: Movement, lane: Lane, nbytes: int, error: TransferError | None) -> None:
         movement.under_way -= 1
-        lane.chunks -= 1
-        lane.nbytes -= nbytes
+        lane.ended(nbytes)
         if error is not None:
             self._fail(movement, error)
-        elif movement not in lane.waiting:
+        else:
             self._end_if_idle(movement)
         self._launch_next(movement.peer)
 
@@ -379,7 +335,7 @@ class Exchange:
             ours = region.triples(rows[:, 1], rows[:, 2])
             theirs = request.into.triples(rows[:, 0], rows[:, 2])
             done = notes.pack(PullDone(request.id))
-            self._know(peer, request.into.metadata)
+            self._admit(peer, request.into.metadata)
             try:
                 handle = self._agent.post("write", peer, ours, theirs, done)
             except TransferLost:
@@ -420,11 +376,24 @@ class Exchange:
             versions.clear()
         versions.add(metadata)
 
+    def _admit(self, peer: str, metadata: bytes) -> None:
+        """Load the metadata that came with a request. A name that another has is taken over only from the dead."""
+        try:
+            self._know(peer, metadata)
+        except NameTaken:
+            try:
+                self._agent.notify(peer, notes.pack(Probe()))
+            except TransferLost:
+                self._lose(peer)
+                self._know(peer, metadata)
+                return
+            raise
+
     def _meet(self, peer: str, metadata: bytes) -> None:
         """Load the metadata of a peer that our side chose to talk to: the control plane vouches for who it is.
 
         A name that only a request on the data plane claimed is taken from whoever claimed it; the other way round,
-        in :meth:`_serve`, a claim never disturbs the peer that is known by that name.
+        in :meth:`_admit`, a claim never disturbs a living peer that is known by that name.
         """
         try:
             self._know(peer, metadata)
@@ -449,7 +418,7 @@ class Exchange:
             self._graves.append(_Grave(until_s, peer, self._flights.pop(handle).over))
         self._forget(peer)
         lane = self._lanes.get(peer)
-        for movement in list(lane.waiting) if lane is not None else []:
+        for movement in lane.leave_all() if lane is not None else []:
             self._fail(movement, TransferLost(f"{peer} is gone"))
 
     def _forget(self, peer: str) -> None:

@@ -1,7 +1,7 @@
 """What all transports share: checking ranges, and waiting for bytes that no one can call back."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from tracehaul.runtime import clock
@@ -32,24 +32,6 @@ def check_copies(copies: Sequence[Copy], local_nbytes: int, remote_nbytes: int) 
             raise TransferError(f"remote range {remote_offset}+{nbytes} is outside a region of {remote_nbytes} bytes")
         total += nbytes
     return total
-
-
-def pieces(copies: Iterable[Copy], nbytes_max: int, copies_max: int) -> Iterator[list[Copy]]:
-    """``copies`` in order, cut into lists of at most that many bytes and copies; empty copies are left out."""
-    piece: list[Copy] = []
-    room = nbytes_max
-    for local_offset, remote_offset, nbytes in copies:
-        done = 0
-        while done < nbytes:
-            size = min(nbytes - done, room)
-            piece.append(Copy(local_offset + done, remote_offset + done, size))
-            done += size
-            room -= size
-            if room == 0 or len(piece) == copies_max:
-                yield piece
-                piece, room = [], nbytes_max
-    if piece:
-        yield piece
 
 
 async def land(work: asyncio.Future[T], timeout_s: float, what: str, stop: Callable[[], None]) -> T:

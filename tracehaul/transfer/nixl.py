@@ -25,6 +25,7 @@ PROGRESS_DELAY_US = 100_000
 """How long the library's progress thread waits for events at most; with 0 it would spin."""
 RDMA_TLS = frozenset({"rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5", "ib", "gga_mlx5"})
 
+NO = ("n", "no", "0", "off", "false")
 METADATA_HEAD = b"nixlSerDes|Agent"
 """How an agent's metadata begins; then the length of its name in 8 bytes, then its name."""
 
@@ -169,17 +170,41 @@ class NixlTransfer(PolledTransfer):
         """
         # UCX reads these variables itself: they are its configuration, not ours, and we must see what it sees.
         self.pull: Pull = pull or best_pull(os.environ, rdma_devices())
+        harmful = harmful_setting(os.environ, self.pull)
+        if harmful is not None:
+            raise TransferError(f"NIXL cannot be used with {harmful}")
         super().__init__("nixl", owner, "pull" if self.pull == "request" else "read", partial(NixlAgent, owner))
 
 
 def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
-    """One-sided reads where UCX may use RDMA (``devices`` of this machine); requests over anything else."""
+    """One-sided reads where UCX offers RDMA, requests over anything else.
+
+    UCX offers it if its variables in ``environ`` allow a transport for it, on one of the machine's ``devices``. Both
+    are lists of what may be used, or, after a ``^``, of what may not.
+    """
     tls = environ.get("UCX_TLS", "all")
-    chosen = frozenset(tls.split(","))
-    transports = "all" in chosen or tls.startswith("^") or not chosen.isdisjoint(RDMA_TLS)
-    nets = frozenset(net.split(":")[0] for net in environ.get("UCX_NET_DEVICES", "all").split(","))
-    reachable = devices if "all" in nets else devices & nets
+    transports = bool(_allowed(tls, RDMA_TLS))
+    nets = environ.get("UCX_NET_DEVICES", "all")
+    # A device is named with or without its port.
+    reachable = _allowed(",".join(net.split(":")[0] for net in nets.split(",")), devices)
     return "read" if transports and reachable else "request"
+
+
+def _allowed(listed: str, offered: frozenset[str]) -> frozenset[str]:
+    """What of ``offered`` a list of UCX's allows."""
+    names = frozenset(listed.removeprefix("^").split(","))
+    if listed.startswith("^"):
+        return offered - names
+    return offered if "all" in names else offered & names
+
+
+def harmful_setting(environ: Mapping[str, str], pull: Pull) -> str | None:
+    """A variable of UCX that breaks NIXL, and how; None if there is none. Both were seen to."""
+    if environ.get("UCX_PROTO_ENABLE", "y").lower() in NO:
+        return "UCX_PROTO_ENABLE=n: every transfer fails"
+    if pull == "request" and environ.get("UCX_TCP_PUT_ENABLE", "y").lower() in NO:
+        return "UCX_TCP_PUT_ENABLE=n: UCX then aborts the process when a connection breaks"
+    return None
 
 
 def named_in(metadata: bytes) -> str | None:
@@ -191,10 +216,10 @@ def named_in(metadata: bytes) -> str | None:
     return metadata[start : start + nbytes].decode(errors="replace")
 
 
-def rdma_devices() -> frozenset[str]:
-    """Names of this machine's RDMA devices."""
-    folder = Path("/sys/class/infiniband")
-    return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
+def rdma_devices(folder: Path = Path("/sys/class/infiniband")) -> frozenset[str]:
+    """Names of this machine's RDMA devices that have an active port: UCX offers no others."""
+    ports = folder.glob("*/ports/*/state") if folder.is_dir() else ()
+    return frozenset(port.parts[-4] for port in ports if "ACTIVE" in port.read_text())
 
 
 def _bindings() -> Any:

@@ -8,8 +8,9 @@ from functools import partial
 from tracehaul.runtime import clock
 from tracehaul.transfer import notes
 from tracehaul.transfer.base import Copy, Memory, Region, TransferTimedOut
-from tracehaul.transfer.exchange import Agent, Movement, Way
+from tracehaul.transfer.exchange import Agent
 from tracehaul.transfer.landing import check_copies, land
+from tracehaul.transfer.lanes import Movement, Way
 from tracehaul.transfer.memory import address_of
 from tracehaul.transfer.notes import AgentPayload
 from tracehaul.transfer.poller import Poller

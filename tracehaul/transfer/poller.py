@@ -82,9 +82,10 @@ class Poller:
         return answer.result(timeout=COMMAND_TIMEOUT_S)
 
     def stop(self) -> None:
-        """Destroy the agent and end every transfer; :meth:`join` waits for it."""
+        """Destroy the agent and end every transfer; :meth:`join` waits for it. Harmless if that is done."""
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
+        if self._wake_fd >= 0:
+            os.eventfd_write(self._wake_fd, 1)
 
     def join(self) -> None:
         """Block until the thread has ended, at most COMMAND_TIMEOUT_S."""

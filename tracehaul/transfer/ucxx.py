@@ -105,6 +105,8 @@ class UcxxAgent:
         self._regions: list[tuple[int, Bytes]] = []
         self._names: dict[str, bytes] = {}
         self._connections: dict[bytes, _Connection] = {}
+        self._lost: set[str] = set()
+        """Peers whose connection broke and was made again by themselves: what was asked over the old one is lost."""
         self._closing: list[_Connection] = []
         """Dropped, with requests that have not ended yet."""
         self._writes: dict[int, _Sending] = {}
@@ -141,6 +143,9 @@ class UcxxAgent:
         self._connect(peer.address)
 
     def remove_peer(self, name: str) -> None:
+        if name in self._lost:  # the connection that it has now is a new one
+            self._lost.discard(name)
+            return
         address = self._names.pop(name, None)
         if address is not None:
             self._drop(address)
@@ -376,7 +381,11 @@ class UcxxAgent:
         if bound == address:
             return
         if bound is not None:
-            raise NameTaken(f"{name} is another peer")
+            known = self._connections.get(bound)
+            if known is not None and not known.broken and known.endpoint.alive:
+                raise NameTaken(f"{name} is another peer")
+            self._lost.discard(name)
+            self.remove_peer(name)
         if len(self._names) >= CONNECTIONS_MAX:
             self._forget_broken()
         self._names[name] = address
@@ -393,6 +402,7 @@ class UcxxAgent:
         if known is not None and not known.broken:
             return known
         if known is not None:
+            self._lost |= {name for name, bound in self._names.items() if bound == address}
             self._drop(address)
         try:
             peer = self._ucx.UCXAddress.create_from_buffer(address)
@@ -413,7 +423,7 @@ class UcxxAgent:
 
     def _reach(self, peer: str) -> _Connection:
         connection = self._connections.get(self._names.get(peer, b""))
-        if connection is None or connection.broken or not connection.endpoint.alive:
+        if connection is None or connection.broken or not connection.endpoint.alive or peer in self._lost:
             raise TransferLost(f"UCXX: {peer} is gone")
         return connection
 
