@@ -31,7 +31,7 @@ async def open_tiers(
                 disk.close()
             raise
     if disk is None or s3 is None:
-        tier = disk or s3
+        tier = disk if disk is not None else s3  # one that is empty is false
         return tier, {} if tier is None else {tier.name: tier.stats}
     stack = Stack(disk, s3, slot_bytes)
     return stack, {disk.name: disk.stats, s3.name: s3.stats, "stack": stack.moves}

@@ -121,7 +121,7 @@ class StoreClient:
         await get.run(groups)
         self.stats.hits_failed_over += get.failed_over
         self.stats.get_s += clock.now_s() - start_s
-        return [self._counted(result) for result in results]
+        return self._counted(results)
 
     async def put(
         self, home: NodeId | None, blocks: Sequence[OutgoingBlock], timeout_s: float, tenant: str = ""
@@ -173,13 +173,17 @@ class StoreClient:
         await self._looks.aclose()
         await self._nodes.aclose()
 
-    def _counted(self, result: GetResult) -> int | None:
-        if isinstance(result, int):
-            self.stats.hits += 1
-            self.stats.get_bytes += result
-            return result
-        self.stats.misses[result] = self.stats.misses.get(result, 0) + 1
-        return None
+    def _counted(self, results: Sequence[GetResult]) -> list[int | None]:
+        stats = self.stats
+        sizes = [result if isinstance(result, int) else None for result in results]
+        landed = [size for size in sizes if size is not None]
+        stats.hits += len(landed)
+        stats.get_bytes += sum(landed)
+        if len(landed) < len(results):
+            for result in results:
+                if not isinstance(result, int):
+                    stats.misses[result] = stats.misses.get(result, 0) + 1
+        return sizes
 
 
 def assign(held: dict[NodeId, bytes], count: int) -> list[NodeId | None]:

@@ -83,11 +83,16 @@ class Get:
 
     async def run(self, groups: Mapping[NodeId, Sequence[Wanted]]) -> None:
         """Get each group from its node, or what of it fails from others."""
-        await asyncio.gather(*(self._group(node, wanted, ()) for node, wanted in groups.items()))
+        work = [self._group(node, wanted, ()) for node, wanted in groups.items()]
+        if len(work) == 1:
+            await work[0]  # no turn of the loop in between: what has landed is handed over at once
+        else:
+            await asyncio.gather(*work)
 
     async def _group(self, node: NodeId, wanted: Sequence[Wanted], tried: tuple[NodeId, ...]) -> None:
         tried = (*tried, node)
-        replicated = [item for item in wanted if self._other(item.hash, tried) is not None]
+        known = len(self._holders) > 0
+        replicated = [item for item in wanted if self._other(item.hash, tried) is not None] if known else []
         if not replicated:
             await self._attempt(node, wanted, tried, self._deadline_s)
             return
@@ -102,7 +107,9 @@ class Get:
 
     async def _attempt(self, node: NodeId, wanted: Sequence[Wanted], tried: tuple[NodeId, ...], until_s: float) -> None:
         await self._reader.get_from(node, wanted, self._results, until_s)
-        failed = [item for item in wanted if self._may_be_elsewhere(item)]
+        results = self._results
+        missed = [item for item in wanted if not isinstance(results[item.place], int)]
+        failed = [item for item in missed if self._may_be_elsewhere(item)]
         if not failed:
             return
         reasons: list[GetResult] = [self._results[item.place] for item in failed]
@@ -115,7 +122,7 @@ class Get:
                 self.failed_over += 1
 
     def _may_be_elsewhere(self, item: Wanted) -> bool:
-        if isinstance(self._results[item.place], int) or clock.now_s() >= self._deadline_s:
+        if clock.now_s() >= self._deadline_s:
             return False
         if item.buffer.unsettled() is None:
             return True
