@@ -55,6 +55,7 @@ def _panel(axes: Axes, rounds: "Sequence[Round]") -> None:
     axes.axvline(0, color="#333333", linewidth=1)
     axes.axhline(LIMIT_MS, color=RED, linewidth=1, linestyle="--")
     axes.set_yscale("log")
+    axes.set_ylim(0.1, 5000)  # room for the legend
     axes.grid(axis="y", color="#e3e5e8", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

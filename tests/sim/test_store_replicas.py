@@ -12,8 +12,10 @@ from kvstore.config import StoreConfig
 from kvstore.copies import ReplicationConfig
 from kvstore.neighbours import Others
 from kvstore.node import StoreNode
+from kvstore.pin_journal import PinJournal
+from kvstore.pin_records import Moment
 from kvstore.staging import Staging
-from kvstore.tiers.fake import MemoryDevice
+from kvstore.tiers.fake import MemoryDevice, MemoryPinFile
 from kvstore.tiers.slot_tier import SlotTier
 from sim import loop as virtual
 from sim.links import SimMemory
@@ -65,6 +67,8 @@ class World:
         self.hub = LocalHub(self.link)
         self.network = LocalNetwork()
         self.lives: dict[str, Life] = {}
+        self.disks: dict[str, tuple[MemoryDevice, MemoryPinFile]] = {}
+        """What survives a node's life."""
         self._generation = 0
         self._version = 0
         self._members: list[NodeInfo] = []
@@ -84,11 +88,13 @@ class World:
         address = f"{name}:{generation}"
         peers = Peers(self.network.at(address))
         others = Others(NodeId(name), peers, ReplicationConfig(copy_bytes_s=bytes_s, grace_s=GRACE_S))
-        tier = None
+        tier = journal = None
         if disk_slots:
-            tier = SlotTier("disk", MemoryDevice(disk_slots, SLOT), OFFLOAD, OFFLOAD)
+            device, pins = self.disks.setdefault(name, (MemoryDevice(disk_slots, SLOT), MemoryPinFile()))
+            tier = SlotTier("disk", device, OFFLOAD, OFFLOAD)
+            journal = PinJournal(pins, OFFLOAD, lambda: Moment("boot", clock.now_s(), clock.now_s()))
         planes = [Plane(transfer, transfer.register(memory))]
-        node = StoreNode(config, generation, planes, memory, OFFLOAD, tier, others=others)
+        node = StoreNode(config, generation, planes, memory, OFFLOAD, tier, None, journal, others)
         server = await self.network.at(address).listen(address, node)
         info = NodeInfo(NodeId(name), generation, "store", address)
         self.lives[name] = Life(info, node, server, peers, asyncio.create_task(node.run()))
@@ -288,6 +294,27 @@ def test_a_lost_copy_is_made_again_after_the_grace_and_only_there(lost: int) -> 
         assert world.holders(hashes) == {names[3]}
         await asyncio.sleep(GRACE_S)
         assert world.holders(hashes) == {names[3], "late"}
+
+    play(case)
+
+
+def test_pins_that_come_back_with_all_their_nodes_have_their_copies_again() -> None:
+    async def case(world: World) -> None:
+        await world.start_all(3, disk_slots=300)
+        names = order(world, "t")
+        hashes = await world.put("t", 20, names[0])
+        await world.pin("t", hashes, names[0])
+        await asyncio.sleep(3.0)  # the disks have it too
+        for name in names:
+            await world.kill(name)
+        for name in names:
+            await world.start(name, disk_slots=300)
+        await asyncio.sleep(2 * GRACE_S)
+        assert world.holders(hashes) == {names[0], names[1]}
+        assert (await world.pins(names[1]))["t"].holders == (names[0], names[1])
+        await world.kill(names[0])
+        await asyncio.sleep(2 * GRACE_S)
+        assert world.holders(hashes) == {names[1], names[2]}
 
     play(case)
 

@@ -143,6 +143,25 @@ def test_a_full_copy_gives_its_place_to_another() -> None:
     assert found[1].targets == (C if first == B else B,)
 
 
+def test_two_leads_that_hear_of_each_other_are_one_in_the_end() -> None:
+    sets = {node: Replicas(node, GRACE_S) for node in (A, B)}
+    for replicas in sets.values():  # both came back with the pin, and neither knows of the other
+        replicas.members(infos(A, B), (), 0.0)
+        replicas.pinned(KEY, 2, (), 0.0)
+    plans = {node: replicas.next(0.0) for node, replicas in sets.items()}
+    for node, other in ((A, B), (B, A)):  # their words cross
+        found = plans[node]
+        assert found is not None
+        sets[other].pinned(KEY, 2, found[1].holders, 0.0)
+        sets[node].taken(KEY, other)
+    known = {node: replicas.get(KEY) for node, replicas in sets.items()}
+    first = next(node for node in ORDER if node in (A, B))
+    for of in known.values():
+        assert of is not None
+        assert of.holders[0] == first
+        assert set(of.holders) == {A, B}
+
+
 class FleetOfNodes(RuleBasedStateMachine):
     """Nodes come, go, drain and restart; what the plans ask for is done. In the end each pin has its copies."""
 
