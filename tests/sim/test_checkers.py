@@ -146,8 +146,8 @@ def test_publish_before_read(monkeypatch):
 
     monkeypatch.setattr(Arena, "_lease_block", eager)
     monkeypatch.setattr(Arena, "exists", reserved_too)
-    slow = msgspec.structs.replace(CALM, copy_delay_s=0.5)
-    assert "publish" in rules(slow, local_prefill_tokens=0)
+    slow = msgspec.structs.replace(CALM, copy_delay_s=1.0)
+    assert "publish" in rules(slow)  # slow enough that one reads while another writes
 
 
 def test_references_return_to_zero(monkeypatch):
