@@ -1,5 +1,7 @@
 """The ``tracehaul`` command."""
 
+import logging
+import os
 import shlex
 import sys
 from datetime import UTC, datetime
@@ -231,7 +233,14 @@ def node(
     """
     from cluster.node import run_node
 
-    raise typer.Exit(run_node(name, RunDir(config.absolute().parent)))
+    code = run_node(name, RunDir(config.absolute().parent))
+    if "nixl" in sys.modules:
+        # Its wheel and the system each bring a libnl, and unloading both crashes: nothing is left to be done anyway.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 @app.command()
