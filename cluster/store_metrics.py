@@ -14,7 +14,7 @@ def store_metrics(store: StoreNode) -> Callable[[], Iterable[Metric]]:
     """Of a store node."""
 
     def read() -> Iterable[Metric]:
-        node = store.describe()
+        node = store.operations.describe()
         arena = store.arena
         taken = node.slots - node.slots_free - node.slots_quarantined - node.reservations - node.blocks
         yield gauge(
@@ -37,7 +37,7 @@ def store_metrics(store: StoreNode) -> Callable[[], Iterable[Metric]]:
         yield gauge("store_tenant_quota_bytes", {usage.tenant: usage.quota_bytes for usage in node.tenants})
         yield gauge("store_unwritten_blocks", store.tiering.behind if store.tiering is not None else 0)
         yield counter("store_evicted_blocks", arena.evicted)
-        yield counter("store_scrubbed_blocks", store.scrubbed_blocks)
+        yield counter("store_scrubbed_blocks", store.operations.scrubbed_blocks)
         yield counter("store_subscriber_overflows", store.feed.overflows)
 
     return read

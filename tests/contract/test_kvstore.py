@@ -897,17 +897,17 @@ def test_a_wait_ends_with_its_time_and_with_the_reservations(play: Callable[[Cas
         assert await client.wait(NodeId("s0"), [h("a")], 0.05) == ["in_flight"]
         assert await client.wait(NodeId("s0"), [h("a")], 0.0) == ["in_flight"]
         waiting = asyncio.create_task(client.wait(NodeId("s0"), [h("a")], TIMEOUT_S))
-        await eventually(lambda: len(running.node._waiters) == 1)
+        await eventually(lambda: len(running.node.waiters) == 1)
         with pytest.raises(Overloaded):
             await other.call(Await((h("a"),), 1.0), timeout_s=TIMEOUT_S)
         assert await waiting == ["absent"], "a frozen owner keeps it no longer than a reservation lasts"
         await reserve(owner, "b")
         leaver = await world.connect("s0")
         leaving = asyncio.create_task(leaver.call(Await((h("b"),), 60.0), timeout_s=60.0))
-        await eventually(lambda: len(running.node._waiters) == 1)
+        await eventually(lambda: len(running.node.waiters) == 1)
         await leaver.close()
         await asyncio.gather(leaving, return_exceptions=True)
-        await eventually(lambda: len(running.node._waiters) == 0)
+        await eventually(lambda: len(running.node.waiters) == 0)
 
     play(case)
 
