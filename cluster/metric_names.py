@@ -208,6 +208,7 @@ OTHER_COUNTERS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("store_evicted_blocks", "blocks", "Blocks that left a store node's memory to make room."),
+        Metric("store_softened_pins", "pins", "Hard pins that outgrew their limits and became soft."),
         Metric("store_scrubbed_blocks", "blocks", "Blocks in memory verified by scrubs on demand."),
         Metric("store_subscriber_overflows", "subscribers", "Subscribers cut off because they fell too far behind."),
         Metric("transfer_dropped_notifications", "messages", "Notifications of peers that made no sense."),

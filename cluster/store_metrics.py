@@ -37,6 +37,7 @@ def store_metrics(store: StoreNode) -> Callable[[], Iterable[Metric]]:
         yield gauge("store_tenant_quota_bytes", {usage.tenant: usage.quota_bytes for usage in node.tenants})
         yield gauge("store_unwritten_blocks", store.tiering.behind if store.tiering is not None else 0)
         yield counter("store_evicted_blocks", arena.evicted)
+        yield counter("store_softened_pins", arena.softened)
         yield counter("store_scrubbed_blocks", store.operations.scrubbed_blocks)
         yield counter("store_subscriber_overflows", store.feed.overflows)
 

@@ -142,6 +142,11 @@ class Arena:
         return len(self._pins)
 
     @property
+    def softened(self) -> int:
+        """Hard pins that outgrew their limits since the node's start."""
+        return self._keeping.softened
+
+    @property
     def hard_pinned(self) -> int:
         """Blocks that hard pins cover, there or not; one that two of them cover counts twice."""
         return self._pins.hard

@@ -162,6 +162,7 @@ class PinChecker:
         self._asked: dict[PinKey, int] = {}
         self._seen: dict[tuple[PinKey, BlockHash], None] = {}
         self._bad: dict[str, int] = {}
+        self._softened: dict[str, int] = {}
         self._user: dict[SimDevice, str] = {}
         self._lost_power: dict[SimDevice, int] = {}
         self._fleet: dict[tuple[str, TraceId], _HardPin] = {}
@@ -190,6 +191,9 @@ class PinChecker:
         if self._asked.get(key) != number:
             return  # something else has been asked for since: what it is now is not known
         known = self._pins.get(key)
+        if known is not None and known.until_s <= clock.now_s():  # this one does not add to it: it had ended
+            self._forget(key)
+            known = None
         both = dict.fromkeys((*(known.hashes if known is not None else ()), *hashes))
         self._pins[key] = _HardPin(until_s, tuple(both))
 
@@ -211,6 +215,16 @@ class PinChecker:
     def fleet_ended(self, key: tuple[str, TraceId]) -> None:
         """Somebody is about to unpin it."""
         self._fleet.pop(key, None)
+
+    def _let_go_softened(self, process: str, node: StoreNode) -> None:
+        """A hard pin that outgrew its limits is soft: it promises nothing more. The node counts those."""
+        softened = node.arena.softened - self._softened.get(process, 0)
+        self._softened[process] = node.arena.softened
+        for key in [key for key in self._pins if key[0] == process]:
+            held = node.arena.pin_of((key[1], key[2]))
+            if softened and held is not None and held.kind == "soft":
+                softened -= 1
+                self._forget(key)
 
     def audit_fleet(self, nodes: Sequence[StoreNode]) -> None:
         """Of pins that ask for copies: what two live nodes had is not gone with one. Only where one dies at a time."""
@@ -255,6 +269,7 @@ class PinChecker:
         now_s = clock.now_s()
         for key in [key for key, pin in self._pins.items() if key[0] == process and pin.until_s <= now_s]:
             self._forget(key)
+        self._let_go_softened(process, node)
         bad = excuses(node).bad
         excused = bad - self._bad.get(process, 0)
         self._bad[process] = bad

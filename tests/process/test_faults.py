@@ -199,12 +199,13 @@ def test_a_prompt_survives_its_prefill_worker(cluster: Fleet, alone: Alone):
 
 def test_a_frozen_store_is_given_up(cluster: Fleet, alone: Alone):
     store = cluster.pids()["store-0"]
-    wrote_s = cluster.metric("decode-1", "tracehaul_store_client_put_seconds_total")
+    wrote_s = 0.0
     with ThreadPoolExecutor(1) as thread:
         for attempt in range(ATTEMPTS):  # a quick store may have sent everything before the signal reaches it
             agent = Agent(cluster, alone, f"store-freezes-{attempt}", 500)
             agent.step("decode-0")
             agent.expected()
+            wrote_s = cluster.metric("decode-1", "tracehaul_store_client_put_seconds_total")
             before = turns(store)
             pending = thread.submit(agent.step, "decode-1")
             # Asked what it holds, then for one block after the other.
