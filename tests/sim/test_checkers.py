@@ -168,7 +168,7 @@ def test_published_bytes_stay_what_they_were(monkeypatch):
     real = StoreNode._publish
 
     async def scribble(self, blocks, verified, peer):
-        landings = [self._arena.landing(block, peer) for block in blocks]
+        landings = [self.arena.landing(block, peer) for block in blocks]
         outcomes = await real(self, blocks, verified, peer)
         for landing in landings:
             if landing is not None:
