@@ -191,10 +191,14 @@ def assign(held: dict[NodeId, bytes], count: int) -> list[NodeId | None]:
 
     A node without an answer has an empty ``held``.
     """
+    answers = {node: flags for node, flags in sorted(held.items()) if flags}
+    if len(answers) == 1:
+        ((only, flags),) = answers.items()
+        return [only if flag else None for flag in flags]
     where: list[NodeId | None] = []
     while len(where) < count:
         at = len(where)
-        runs = [(_run(flags, at), node) for node, flags in held.items()]
+        runs = [(_run(flags, at), node) for node, flags in answers.items()]
         longest = max((run for run, _ in runs), default=0)
         node = min((node for run, node in runs if run == longest), default=None)
         where += [node] * longest if longest else [None]

@@ -47,6 +47,11 @@ class Holders:
     def saw(self, hashes: Sequence[BlockHash], held: Mapping[NodeId, bytes]) -> None:
         """Take in a look at all nodes; one that did not answer has an empty ``held``."""
         flags = [(node, of) for node, of in held.items() if of]
+        if len(flags) < 2:
+            if self._holders:
+                for block_hash in hashes:
+                    self._holders.pop(block_hash, None)
+            return
         for place, block_hash in enumerate(hashes):
             holders = tuple([node for node, of in flags if of[place]])
             if len(holders) > 1:
