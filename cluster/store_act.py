@@ -139,7 +139,7 @@ def scrub(
     url: UrlOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
-    """Verify every block of every tier now; bad ones are dropped. Ctrl-C cancels it.
+    """Verify every block in memory and on disk now; bad ones are dropped. Ctrl-C cancels it.
 
     One scrub runs on a node at a time: a second one watches the first.
 
