@@ -111,13 +111,14 @@ class Serving:
                 self._refused = True
                 return False
         head = self._head
+        region = self._listener.region(head.token)
+        if region is None or region.nbytes != head.region_bytes:  # nothing more of a stranger's is kept here
+            self._refuse(wire.UNKNOWN_REGION)
+            return True
         if not self._fill(wire.HEAD.size + head.ranges * wire.RANGE.size):
             return False
         ranges = wire.unpack_ranges(self._inbox[wire.HEAD.size :])
-        region = self._listener.region(head.token)
-        if region is None or region.nbytes != head.region_bytes:
-            self._refuse(wire.UNKNOWN_REGION)
-        elif any(offset + nbytes > region.nbytes for offset, nbytes in ranges):
+        if any(offset + nbytes > region.nbytes for offset, nbytes in ranges):
             self._refuse(wire.BAD_RANGE)
         elif head.way == wire.READ:
             self._reply = wire.OK
