@@ -314,11 +314,12 @@ class StoreNode:
                 raise InvalidRequest("not a block hash and its parent's")
         outcomes = self._reserve_missing(request, peer)
         self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
-        self.stats.full += sum(isinstance(outcome, Full) for outcome in outcomes)
+        full = sum(isinstance(outcome, Full) for outcome in outcomes)
+        self.stats.full += full
         self.stats.in_flight += sum(isinstance(outcome, InFlight) for outcome in outcomes)
         self.stats.passed_on = self.arena.passed_on
         self.changed()
-        if not request.scratch and any(isinstance(outcome, Full) for outcome in outcomes):
+        if full and not request.scratch:
             self._tell_full(request.tenant)
         return Reserved(tuple(outcomes))
 
