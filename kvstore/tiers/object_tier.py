@@ -10,13 +10,14 @@ background. Nothing is stored before the first listing has told what is there.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvstore.tiers.base import Change, LoadOutcome, StoreOutcome, Tier, TierBlock, TierStats
+from kvstore.tiers.base import LoadOutcome, StoreOutcome, Tier, TierBlock, TierStats
 from kvstore.tiers.breaker import Breaker
+from kvstore.tiers.indexed import IndexedTier
 from kvstore.tiers.objects import (
     DELETE_MAX,
     Listing,
@@ -73,13 +74,14 @@ class _Read(NamedTuple):
     view: memoryview
 
 
-class ObjectTier:
+class ObjectTier(IndexedTier):
     """The :class:`kvstore.tiers.base.Tier` over objects.
 
     It holds nothing, and takes nothing, before :meth:`recover` has returned; :meth:`run` sees to that, too.
     """
 
     def __init__(self, name: str, objects: Objects, offload: Offload, slots_max: int, slot_bytes: int) -> None:
+        super().__init__(SlotIndex(slots_max, slot_bytes))
         self.name = name
         self.stats = ObjectStats()
         self.stores_max = STORES_MAX
@@ -88,8 +90,6 @@ class ObjectTier:
         self._offload = offload
         self._slots_max = slots_max
         self._slot_bytes = slot_bytes
-        self._listener: Callable[[Sequence[Change]], None] | None = None
-        self._index = SlotIndex(slots_max, slot_bytes)
         self._recovered = False
         self._breaker = Breaker(FAILURES_MAX, PAUSE_S, PAUSE_MAX_S)
         self._to_mend = asyncio.Event()
@@ -104,17 +104,6 @@ class ObjectTier:
         """Objects of no slot, to be deleted before any slot is filled."""
         self._emptying = asyncio.Lock()
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def bytes_used(self) -> int:
-        return self._index.bytes_used
-
-    @property
-    def bytes_max(self) -> int:
-        return self._slots_max * self._slot_bytes
-
     @property
     def available(self) -> bool:
         return self._recovered and not self._breaker.open
@@ -122,28 +111,6 @@ class ObjectTier:
     @property
     def parts(self) -> Sequence[Tier]:
         return (self,)
-
-    def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
-        assert self._listener is None
-        self._listener = listener
-
-    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
-        self._index.protect(rank, shares)
-
-    def reshare(self, shares: Mapping[str, float]) -> None:
-        self._index.reshare(shares)
-
-    def repinned(self, hashes: Iterable[BlockHash]) -> None:
-        self._index.repinned(hashes)
-
-    def find(self, block_hash: BlockHash) -> TierBlock | None:
-        return self._index.find(block_hash)
-
-    def held(self) -> tuple[BlockHash, ...]:
-        return self._index.held()
-
-    def touch(self, block_hash: BlockHash) -> None:
-        self._index.touch(block_hash)
 
     # --- start, and outages -------------------------------------------------------------------------------
 
@@ -378,11 +345,6 @@ class ObjectTier:
 
     def close(self) -> None:
         self._offload.close()
-
-    def _tell(self) -> None:
-        changes = self._index.take_changes()
-        if changes and self._listener is not None:
-            self._listener(changes)
 
 
 def _land(body: memoryview, view: memoryview, block: TierBlock) -> bool:

@@ -1,11 +1,12 @@
 """A tier of fixed slots over a device: the shell around :class:`kvstore.tiers.slots.SlotIndex`."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from kvstore.tiers.base import Change, LoadOutcome, SlotDevice, StoreOutcome, Tier, TierBlock, TierStats
+from kvstore.tiers.base import LoadOutcome, SlotDevice, StoreOutcome, Tier, TierBlock, TierStats
+from kvstore.tiers.indexed import IndexedTier
 from kvstore.tiers.records import ERASED, PAGE_BYTES, Layout, Record, pack_record, unpack_records
 from kvstore.tiers.slots import Placement, SlotIndex
 from tracehaul.runtime.finish import finish
@@ -34,13 +35,14 @@ class _Read(NamedTuple):
     view: memoryview
 
 
-class SlotTier:
+class SlotTier(IndexedTier):
     """The :class:`kvstore.tiers.base.Tier` over a slot device. Reads and writes have threads of their own.
 
     A cancelled call ends when the device has let go of its views.
     """
 
     def __init__(self, name: str, device: SlotDevice, reads: Offload, writes: Offload) -> None:
+        super().__init__(SlotIndex(device.slots_max, device.slot_bytes))
         self.name = name
         self.stats = TierStats()
         self.stores_max = STORES_MAX
@@ -48,23 +50,10 @@ class SlotTier:
         self._device = device
         self._reads = reads
         self._writes = writes
-        self._listener: Callable[[Sequence[Change]], None] | None = None
         self._erasing = asyncio.Lock()
         layout = Layout(device.slot_bytes, device.slots_max)
-        self._index = SlotIndex(device.slots_max, device.slot_bytes)
         self.stats.unreadable = self._index.restore(unpack_records(device.records(), layout))
         self.stats.recovered = len(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def bytes_used(self) -> int:
-        return self._index.bytes_used
-
-    @property
-    def bytes_max(self) -> int:
-        return self._device.slots_max * self._device.slot_bytes
 
     @property
     def available(self) -> bool:
@@ -73,28 +62,6 @@ class SlotTier:
     @property
     def parts(self) -> Sequence[Tier]:
         return (self,)
-
-    def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
-        assert self._listener is None
-        self._listener = listener
-
-    def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
-        self._index.protect(rank, shares)
-
-    def reshare(self, shares: Mapping[str, float]) -> None:
-        self._index.reshare(shares)
-
-    def repinned(self, hashes: Iterable[BlockHash]) -> None:
-        self._index.repinned(hashes)
-
-    def find(self, block_hash: BlockHash) -> TierBlock | None:
-        return self._index.find(block_hash)
-
-    def held(self) -> tuple[BlockHash, ...]:
-        return self._index.held()
-
-    def touch(self, block_hash: BlockHash) -> None:
-        self._index.touch(block_hash)
 
     # --- writing ------------------------------------------------------------------------------------------
 
@@ -262,11 +229,6 @@ class SlotTier:
         self._reads.close()
         self._writes.close()
         self._device.close()
-
-    def _tell(self) -> None:
-        changes = self._index.take_changes()
-        if changes and self._listener is not None:
-            self._listener(changes)
 
 
 def _runs(reads: Sequence[_Read], slot_bytes: int) -> list[list[_Read]]:
