@@ -10,6 +10,7 @@ from router.story import story
 from router.views import TraceView
 
 TIMEOUT_S = 5.0
+NOT_FOUND = 404
 
 
 def fetch(url: str, trace: str, salt: str) -> bytes:
@@ -23,7 +24,7 @@ def fetch(url: str, trace: str, salt: str) -> bytes:
         answer = httpx.get(address, params={"cache_salt": salt}, timeout=TIMEOUT_S, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ClusterFault(f"no router answers at {url}: {error}") from error
-    if answer.status_code == httpx.codes.NOT_FOUND:
+    if answer.status_code == NOT_FOUND:
         whose = f" of tenant {salt!r}" if salt else ""
         raise ClusterFault(f"the router knows no trace {trace!r}{whose}: GET {url}/v1/traces lists those that it knows")
     if answer.is_error:
