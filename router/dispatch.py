@@ -209,11 +209,11 @@ class Dispatch:
         try:
             async for reply in replies:
                 match reply:
-                    case Tokens(ids, usage):
+                    case Tokens(ids, usage, logprobs):
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
                         retained = len(request.prompt) + len(run.emitted) - 1
-                        yield Output(tokens, usage and run.account(usage))
+                        yield Output(tokens, usage and run.account(usage), logprobs)
                     case StepDone(reason, usage, retained_tokens):
                         retained = retained_tokens
                         yield Finished(reason, run.account(usage))

@@ -1,13 +1,13 @@
 """What the HTTP surface asks of the rest of the router, and what it gets back."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 import msgspec
 
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import NodeId, StepId, TraceId
-from tracehaul.wire.steps import FinishReason, Sampling, StepUsage
+from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
 
 
 class StepRequest(msgspec.Struct, frozen=True):
@@ -35,6 +35,8 @@ class Output(msgspec.Struct, frozen=True):
     usage: StepUsage | None = None
     """On the first output, what is known by then: where the prompt came from. A step that the API ends at a stop
     string has no :class:`Finished`, and its usage is answered from here."""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    """One for each token if the sampling asks for them."""
 
 
 class Finished(msgspec.Struct, frozen=True):
