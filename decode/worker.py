@@ -95,6 +95,7 @@ class _Step:
         self._reason: FinishReason | None = None
         self._fallback = ""
         self._told_usage = False
+        self._published_tokens = 0
         self.sampled = 0
 
     async def run(self) -> AsyncGenerator[Reply, None]:
@@ -120,7 +121,7 @@ class _Step:
                     async for reply in replies:
                         yield reply
             assert self._reason is not None
-            yield StepDone(self._reason, self._usage(here), here.length)
+            yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
 
     def _usage(self, here: Context) -> StepUsage:
         return StepUsage(
@@ -173,6 +174,7 @@ class _Step:
                 async for reply in replies:
                     match reply:
                         case PrefillProgress(published) | PrefillDone(published):
+                            self._published_tokens = published
                             await here.locate(published)
                             await here.pull(min(published, wanted))
                         case PrefillToken(token, computed_from, logprobs) if len(here.tokens) == wanted:
@@ -221,5 +223,6 @@ class _Step:
                             raise AssertionError("nobody publishes into a decode job's events")
             # Also where the step has to leave: another worker, or this one later, pulls what was computed.
             await writer.finish()
+            self._published_tokens = writer.published_tokens
         if failed is not None:
             raise failed

@@ -159,3 +159,5 @@ class StepDone(Message, frozen=True):
     usage: StepUsage
     retained_tokens: int
     """Length of the sequence whose KV stays on this worker, warm for the next step."""
+    published_tokens: int = 0
+    """Its leading tokens that can be pulled from the store."""
