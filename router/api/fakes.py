@@ -6,6 +6,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from router.hits import Hits
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import StepUsage
@@ -128,12 +129,14 @@ def say(text: str, *, reason: str = "stop", delay_s: float = 0.0) -> Callable[[S
         usage = StepUsage(
             prompt_tokens=len(request.prompt), computed_from=len(request.prompt) // 2, resident_tokens=3, pulled_bytes=7
         )
+        half = len(request.prompt) // 2
+        hits = Hits(theoretical=half + 1, delivered=half, losses={"evicted": 1})
         tokens = list(text.encode()) + ([IM_END] if reason == "stop" else [])
         items: list[Output | Finished | Exception | float] = []
         for at, token in enumerate(tokens):
             items += [delay_s] if delay_s else []
-            items.append(Output([token], usage if at == 0 else None))
-        items.append(Finished("stop" if reason == "stop" else "length", usage))
+            items.append(Output([token], usage, hits) if at == 0 else Output([token]))
+        items.append(Finished("stop" if reason == "stop" else "length", usage, hits))
         return items
 
     return script

@@ -21,6 +21,7 @@ from router.api.responses import ClusterUsage, PromptTokensDetails, Usage
 from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
 from router.api.text import Text
+from router.hits import together
 from router.steps import Dispatcher, Finished, ModelCard, StepRequest
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
@@ -90,6 +91,7 @@ class Call:
                 pull_s=sum(part.pull_s for part in parts),
                 missed_blocks=sum(part.missed_blocks for part in parts),
                 prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
+                hits=together([answer.hits for answer in self.answers]),
             ),
         )
 
@@ -259,9 +261,11 @@ class Generation:
                 continue
             if isinstance(event, Finished):
                 piece = answer.finish(event.reason, event.usage)
+                answer.hits = event.hits
             else:
                 piece = answer.push(event.tokens)
                 answer.usage = event.usage or answer.usage
+                answer.hits = event.hits or answer.hits
                 if answer.reason is not None:
                     running.end(index)
             if call.options.stream:
