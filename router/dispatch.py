@@ -244,15 +244,15 @@ class Dispatch:
         try:
             while (reply := await run.next(replies)) is not None:
                 match reply:
-                    case Tokens(ids, usage):
+                    case Tokens(ids, usage, logprobs):
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
                         retained = len(request.prompt) + len(run.emitted) - 1
                         if usage is None:
-                            yield Output(tokens)
+                            yield Output(tokens, logprobs=logprobs)
                         else:
                             run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
-                            yield Output(tokens, run.account(usage), run.hits())
+                            yield Output(tokens, run.account(usage), run.hits(), logprobs)
                     case StepDone(reason, usage, retained_tokens, published_tokens):
                         retained, run.published_tokens = retained_tokens, published_tokens
                         yield Finished(reason, run.account(usage), run.hits())

@@ -21,8 +21,6 @@ class Segment(NamedTuple):
     """Start of the sequence's range in the pool."""
     past: int
     """Tokens of it that are in the pool already."""
-    table: Sequence[int] = ()
-    """The sequence's blocks in the pool: for memory in which they do not lie side by side from ``base``."""
 
 
 class Model:
@@ -92,7 +90,7 @@ class Model:
 
     def _attention(self, queries: torch.Tensor, kv: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         parts: list[torch.Tensor] = []
-        for row, tokens, base, past, _ in segments:
+        for row, tokens, base, past in segments:
             keys, values = kv[:, :, base : base + past + tokens].unbind(0)
             attend = attend_one if tokens == 1 else self._attend
             parts.append(attend(queries[row : row + tokens], keys, values))
