@@ -111,6 +111,9 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "missed_blocks": Metric("missed_blocks", "blocks", "Blocks expected from the store that did not arrive."),
         "evicted_sequences": Metric("evicted_sequences", "sequences", "Idle sequences given up for memory."),
         "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed: computed here."),
+        "recalled_tokens": Metric(
+            "recalled_tokens", "tokens", "Tokens whose KV came from the store before a step asked for it."
+        ),
         "write_back_refused": Metric(
             "write_back_refused", "sequences", "Sequences whose blocks the store did not take."
         ),
@@ -135,6 +138,17 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "recomputed_tokens": Metric(
             "recomputed_tokens", "tokens", "Of the theoretical ones, those that were computed again.", ("reason",)
         ),
+    },
+    "RetentionStats": {
+        "pins": Metric("pins", "requests", "Pins asked of stores for traces between two steps."),
+        "pins_refused": Metric("refused_pins", "requests", "Of these, those refused or not answered."),
+        "keeps": Metric("keeps", "requests", "Workers told what an idle context is worth."),
+        "recalls": Metric("recalls", "requests", "Contexts to be brought back to a worker before their step."),
+        "recalled_tokens": Metric("recalled_tokens", "tokens", "Tokens that came back so."),
+        "recalls_vain": Metric("vain_recalls", "requests", "Recalls that brought nothing: no memory, or not stored."),
+        "recalls_cut": Metric("cut_recalls", "requests", "Recalls that the step did not wait for."),
+        "prefetches": Metric("prefetches", "requests", "Contexts asked up from below a store's memory."),
+        "undone": Metric("undone", "requests", "Left undone: too much was under way."),
     },
 }
 """By the struct that a room counts in, and its field."""
@@ -167,6 +181,7 @@ PARTS = {
     "store_client": "ClientStats",
     "worker": "WorkerStats",
     "router": "DispatchStats",
+    "retention": "RetentionStats",
 }
 """What comes after ``tracehaul_``, by struct: the table in the docs."""
 

@@ -287,7 +287,7 @@ class _Node:
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             text = await offload.run(lambda: Text.load(self._plan.model))
-            metrics = NodeMetrics({"router": dispatch.stats}, None)
+            metrics = NodeMetrics({"router": dispatch.stats, "retention": dispatch.retainer.stats}, None)
             app = create_app(dispatch, text, metrics.render, config.api, offload)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(app, config.host, config.port, grace_s=grace_s)

@@ -10,15 +10,19 @@ from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Members, NodeInfo
 from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, ProtocolError, WrongNode
 from tracehaul.wire.hashing import pack_tokens, unpack_tokens
-from tracehaul.wire.ids import NodeId
+from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import (
     DecodeStep,
     FinishReason,
+    ForgetContext,
+    KeepContext,
     PrefillDone,
     PrefillProgress,
     PrefillStep,
     PrefillToken,
+    RecallContext,
+    Resident,
     StepDone,
     StepUsage,
     TokenLogprobs,
@@ -45,9 +49,22 @@ class DecodeService:
         self._prefills = {node.node: node for node in members.nodes if node.role == "prefill"}
 
     async def call(self, request: Request, context: CallContext) -> Reply:
-        if isinstance(request, Ping):
-            return Ok()
-        raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
+        match request:
+            case Ping():
+                return Ok()
+            case KeepContext(trace, salt, for_s):
+                return Resident(self._host.keep(trace, salt, for_s))
+            case ForgetContext(trace, salt):
+                return Resident(await self._host.forget(trace, salt))
+            case RecallContext(trace, root, tokens, salt, keep_s):
+                self._check_root(root)
+                return Resident(await self._host.recall(trace, salt, unpack_tokens(tokens), keep_s))
+            case _:
+                raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
+
+    def _check_root(self, root: BlockHash) -> None:
+        if root != self._host.root:
+            raise WrongNode("this worker's KV has another layout, or is of another model")
 
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, DecodeStep):

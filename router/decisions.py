@@ -6,6 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from router.hits import Hits
+from router.policy.retention import Retention, Situation
 from router.traces import TraceKey
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 
@@ -56,6 +57,32 @@ class Ended(msgspec.Struct, frozen=True, tag="ended"):
     hits: Hits | None
 
 
+class Retained(msgspec.Struct, frozen=True, tag="retained"):
+    """What becomes of its context until the next step. Times in seconds."""
+
+    tools: tuple[str, ...] | None
+    """What runs, as far as is known."""
+    seen: int
+    """Gaps of just this kind that it rests on."""
+    median_s: float
+    """Expected length of the gap."""
+    longest_s: float
+    """99 of 100 are shorter."""
+    situation: Situation
+    retention: Retention
+
+
+class Recalled(msgspec.Struct, frozen=True, tag="recalled"):
+    """Its context was brought back to a worker."""
+
+    decode: NodeId
+    why: str
+    gained_tokens: int
+    tokens: int
+    """There now."""
+    seconds: float
+
+
 class Asked(msgspec.Struct, frozen=True, tag="asked"):
     """The client said something of the trace."""
 
@@ -64,7 +91,7 @@ class Asked(msgspec.Struct, frozen=True, tag="asked"):
     inputs: dict[str, float | str | None]
 
 
-Decision = Placed | Moved | Ended | Asked
+Decision = Placed | Moved | Ended | Retained | Recalled | Asked
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -16,6 +16,8 @@ from router.hits import Hits
 from router.index import Index
 from router.members import MemberRegistry
 from router.policy.placement import Candidate, Placement, place
+from router.policy.retention import RetentionConfig
+from router.retainer import Retainer
 from router.run import Run
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
 from router.traces import Trace, Traces, Warm
@@ -46,6 +48,7 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Workers tried in a row without a new token before a step fails."""
     retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
     """Pause before the next attempt: membership needs a moment to notice a death."""
+    retention: RetentionConfig = RetentionConfig()
     idle_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
     """Longest silence of a decode worker (a living one proves itself every second)."""
 
@@ -83,15 +86,17 @@ class Dispatch:
         self.index = Index()
         self.traces = Traces(config.traces_max, config.contexts_bytes_max)
         self.decisions = Decisions(config.decisions_max)
-        self.traces.forgotten = lambda trace: self.decisions.forget(trace.key)
         self._watch = StoreWatch(peers, self.index)
         self.members = MemberRegistry(self._watch.set_nodes)
         self._running: Counter[NodeId] = Counter()
         self._runs: dict[Run, None] = {}
-        self.book = Book(self.traces, self.decisions, self._delete)
+        self.retainer = Retainer(peers, self.members, self.traces, self.decisions, config.retention)
+        self.traces.forgotten = self._forgotten
+        self.book = Book(self.traces, self.decisions, self.retainer, self._delete)
 
     async def close(self) -> None:
-        """Stop following the stores."""
+        """Stop following the stores, and do nothing more for traces."""
+        await self.retainer.close()
         await self._watch.close()
 
     def model(self) -> ModelCard | None:
@@ -114,6 +119,7 @@ class Dispatch:
             agent=request.agent,
         )
         self.stats.steps += 1
+        self.retainer.began(trace, step)
         run = Run(request, trace, step, self.traces.lefts(trace))
         self._runs[run] = None
         try:
@@ -132,10 +138,16 @@ class Dispatch:
             self._end(run)
 
     def _delete(self, trace: Trace) -> None:
+        lefts = list(trace.lefts)
         self.traces.delete(trace.key)
+        self.retainer.delete(trace, lefts)
         for run in self._runs:
             if run.trace is trace:
                 run.stop()
+
+    def _forgotten(self, trace: Trace) -> None:
+        self.decisions.forget(trace.key)
+        self.retainer.forget(trace)
 
     def _end(self, run: Run) -> None:
         """A step ended, whatever way."""
@@ -153,6 +165,7 @@ class Dispatch:
         ended = Ended(step.step, step.ending, step.prompt_tokens, step.output_tokens, now_s - step.began_s, step.hits)
         if not run.trace.deleted:
             self.decisions.add(run.trace.key, now_s, ended)
+        self.retainer.ended(run.trace)
 
     async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
         """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""

@@ -110,6 +110,16 @@ class MemberRegistry:
             if member.info.role == role and now_s - member.heard_s < SUSPECT_AFTER_S and not member.load.draining
         ]
 
+    def load(self, node: NodeId) -> NodeLoad:
+        """What a member last said of itself."""
+        member = self._members.get(node)
+        return member.load if member is not None else NodeLoad()
+
+    def has_tiers(self, node: NodeId) -> bool:
+        """Whether a store node has anything below its memory."""
+        load = self.load(node)
+        return load.disk_bytes_max > 0 or load.s3_bytes_max > 0
+
     def statuses(self) -> list[NodeStatus]:
         """Every member with its load and health, by name."""
         now_s = clock.now_s()

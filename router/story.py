@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from router.decisions import Asked, Decision, Ended, Moved, Placed
+from router.decisions import Asked, Decision, Ended, Moved, Placed, Recalled, Retained
 from router.hits import Hits
 from router.views import DecisionView, StepView, TraceView
 from tracehaul.wire.ids import StepId
@@ -67,6 +67,11 @@ def _event(entry: DecisionView, steps: Mapping[StepId, StepView]) -> str:
             return f"Step {step}: {decode or 'finding a worker'} failed ({error}); it goes on elsewhere{kept}."
         case Ended():
             return _ended(decision)
+        case Retained():
+            return _retained(decision)
+        case Recalled(decode, why, gained, tokens, seconds):
+            came = f"{gained} tokens came back to {decode}" if gained else f"nothing came back to {decode}"
+            return f"As {why}, {came} in {_s(seconds)}: {tokens} are there."
         case Asked(what, inputs):
             said = ", ".join(f"{name} {value}" for name, value in inputs.items() if value is not None)
             return f"The client asked to {what}{f' ({said})' if said else ''}."
@@ -93,6 +98,21 @@ def _ended(ended: Ended) -> str:
         f"Step {ended.step} ended ({ended.ending}) after {_s(ended.seconds)} with "
         f"{_count(ended.output_tokens, 'token')}. {' '.join(_hits(ended.hits))}"
     ).rstrip()
+
+
+def _retained(retained: Retained) -> str:
+    tools, plan, now = retained.tools, retained.retention, retained.situation
+    what = "It waits" if tools is None else f"It runs {', '.join(tools)}" if tools else "It waits for an answer"
+    keep = f"{_s(plan.keep_s)} of its worker's memory" if plan.keep_s else "no claim on its worker's memory"
+    pin = f"{_s(plan.pin_s)} in the store" if plan.pin_s else "no claim on the store's"
+    back = (
+        f"it is to come back after {_s(plan.recall_s)}" if plan.recall_s is not None else "it comes back when asked for"
+    )
+    return (
+        f"{what}: {_s(retained.median_s)} expected, at most {_s(retained.longest_s)} (seen "
+        f"{_count(retained.seen, 'time')}). {_count(now.tokens, 'token')} that take {_s(now.reload_s)} to pull and "
+        f"{_s(now.recompute_s)} to compute are worth {keep} and {pin}; it comes back {back}."
+    )
 
 
 def _hits(hits: Hits | None) -> Iterator[str]:

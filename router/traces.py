@@ -9,9 +9,11 @@ from typing import Literal
 
 from router.contexts import Left, Warm, grow
 from router.hits import Hits
+from router.policy.retention import Retention
+from tracehaul.wire.blocks import PinKind
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 
-__all__ = ["Gap", "Step", "Suspension", "Tool", "Trace", "TraceKey", "Traces", "Warm"]
+__all__ = ["Gap", "PinWish", "Step", "Suspension", "Tool", "Trace", "TraceKey", "Traces", "Warm"]
 
 TraceKey = tuple[str, TraceId]
 """Tenant and trace: one tenant's traces are never another's."""
@@ -87,6 +89,16 @@ class Suspension:
     tool: str | None
 
 
+@dataclass(frozen=True)
+class PinWish:
+    """The client wants the trace's contexts pinned."""
+
+    kind: PinKind
+    until_s: float
+    priority: float
+    replicas: int
+
+
 @dataclass
 class Trace:
     """One agent task."""
@@ -111,6 +123,9 @@ class Trace:
     tools: dict[str, Tool] = field(default_factory=dict[str, Tool])
     service: Service = field(default_factory=Service)
     suspension: Suspension | None = None
+    retention: Retention | None = None
+    """What was decided when its last step ended, or its client said something."""
+    pin: PinWish | None = None
     ended: bool = False
     deleted: bool = False
     """By the client: what still runs is to stop."""
@@ -227,6 +242,15 @@ class Traces:
         self._set_lefts(trace, grow(trace.lefts, left))
         while self.contexts_bytes > self._bytes_max and len(self._with_contexts) > 1:
             self._set_lefts(self._traces[next(iter(self._with_contexts))], [])
+
+    def rewarm(self, trace: Trace, left: Left, again: Left) -> None:
+        """A context is on a worker again; nothing happens if a step has continued it meanwhile."""
+        trace.lefts = [again if known is left else known for known in trace.lefts]
+
+    def expire(self, trace: Trace) -> None:
+        """Nobody comes back to it."""
+        trace.ended, trace.suspension = True, None
+        self._set_lefts(trace, [])
 
     def delete(self, key: TraceKey) -> Trace | None:
         """Forget a trace; what runs of it is to stop."""

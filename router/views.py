@@ -7,6 +7,7 @@ import msgspec
 
 from router.decisions import Decision, Entry
 from router.hits import Hits
+from router.policy.retention import Retention
 from router.traces import Step, Trace, TraceState
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 
@@ -99,6 +100,10 @@ class TraceView(msgspec.Struct, frozen=True):
     tools: dict[str, ToolView]
     service: ServiceView
     suspension: SuspensionView | None
+    retention: Retention | None
+    """What becomes of its context meanwhile, counted from its last step's end or from what its client said."""
+    pinned_s: float | None
+    """How much longer its client wants it pinned."""
     home: NodeId | None
     """Store node that takes its blocks."""
     warm: NodeId | None
@@ -167,6 +172,8 @@ def view(trace: Trace, decisions: Sequence[Entry], now_s: float) -> TraceView:
         suspension=SuspensionView(now_s - pause.since_s, pause.expected_s, pause.deadline_s, pause.tool)
         if pause
         else None,
+        retention=trace.retention,
+        pinned_s=max(0.0, trace.pin.until_s - now_s) if trace.pin is not None else None,
         home=trace.home,
         warm=warm.node if warm is not None else None,
         decisions=[DecisionView(now_s - entry.at_s, entry.decision) for entry in decisions],

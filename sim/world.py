@@ -9,6 +9,7 @@ import msgspec
 
 from kvstore.config import StoreConfig
 from router.dispatch import Dispatch, DispatchConfig
+from router.policy.retention import RetentionConfig
 from sim import loop as virtual
 from sim.checker import (
     AbortChecker,
@@ -85,6 +86,8 @@ LATE_WRITE_S = 15.0
 """Longer than any fault holds a copy back: what a store has to be told of its transport."""
 TOLD_S = 2.0
 """In which the router has heard of what the probes found bad."""
+PINS_END_S = 10.0
+"""Well before the stores are looked at in the end: those of a router that died are never ended by it."""
 AUDIT_S = 0.1
 """How often hard pins are looked after."""
 IDLE_S = 25.0
@@ -138,7 +141,7 @@ def make_shape(seed: int) -> Shape:
             group_blocks=rng.choice([1, 4, 8]),
             store_timeout_s=rng.choice([1.0, 5.0]),
         ),
-        dispatch=DispatchConfig(),
+        dispatch=DispatchConfig(retention=RetentionConfig(pin_max_s=PINS_END_S)),
         below=below,
     )
 
@@ -479,7 +482,7 @@ class World:
             if life.host is not None:
                 parts += [("worker", life.host.stats), ("client", life.host.client.stats)]
             if life.dispatch is not None:
-                parts.append(("router", life.dispatch.stats))
+                parts += [("router", life.dispatch.stats), ("retention", life.dispatch.retainer.stats)]
             for name, stats in parts:
                 for key, value in msgspec.structs.asdict(stats).items():
                     add(f"{name}.{key}", value)

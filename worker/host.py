@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from math import inf
 
 import msgspec
 
 from kvstore.client import StoreClient
 from tracehaul.engine.base import Engine, SequenceId
+from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
@@ -37,6 +39,8 @@ class WorkerStats(msgspec.Struct):
     evicted_sequences: int = 0
     prefill_fallbacks: int = 0
     write_back_refused: int = 0
+    recalled_tokens: int = 0
+    """Pulled before a step asked for them."""
 
 
 class WorkerHost:
@@ -54,6 +58,7 @@ class WorkerHost:
         self._room = asyncio.Event()
         self._running = 0
         self._waiting = 0
+        self._recalls: dict[tuple[str, TraceId], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""
@@ -89,9 +94,88 @@ class WorkerHost:
             raise ContextTooLong(f"{len(tokens)} tokens do not fit {longest}")
         packed = pack_tokens(tokens)
         capacity = min(capacity, longest)
+        await self._end_recall(trace, salt)
         sequence, resident_tokens, known = await self._acquire(trace, salt, packed, capacity)
         self._running += 1
-        context = Context(
+        context = self._context(salt, tokens, packed, known, sequence, resident_tokens)
+        try:
+            yield context
+        finally:
+            self._running -= 1
+            self._count(context)
+            self._retire(trace, context)
+
+    def keep(self, trace: TraceId, salt: str, for_s: float) -> int:
+        """What is idle here of a trace is worth its memory for so long, if at all; returns its longest context's
+        tokens."""
+        return self._residency.value(trace, salt, clock.now_s() + for_s if for_s > 0 else -inf)
+
+    async def forget(self, trace: TraceId, salt: str) -> int:
+        """Free what is idle here of a trace; returns what is left of it."""
+        await self._end_recall(trace, salt)
+        for resident in self._residency.forget(trace, salt):
+            self.engine.close(resident.sequence)
+        self._room.set()
+        return 0
+
+    async def recall(self, trace: TraceId, salt: str, tokens: list[int], keep_s: float) -> int:
+        """Bring a trace's context back from the store while no step asks for it; returns the tokens that are here then.
+
+        It takes what memory is free or past its time, and gives way to whoever waits for memory. Fewer tokens than
+        there are: the store does not have more, or there is no memory, or it gave way.
+        """
+        key = (salt, trace)
+        if key not in self._recalls and len(tokens) < usable_context(self.engine.info):
+            task = self._recalls[key] = asyncio.create_task(self._recall(trace, salt, tokens), name=f"recall {trace}")
+            task.add_done_callback(lambda _: self._recalls.pop(key, None))
+            try:
+                await asyncio.wait([task])
+            finally:
+                task.cancel()
+            if not task.cancelled():
+                task.result()
+        return self.keep(trace, salt, keep_s)
+
+    async def _recall(self, trace: TraceId, salt: str, tokens: list[int]) -> None:
+        packed = pack_tokens(tokens)
+        taken = self._residency.take_own(trace, salt, packed)
+        known: Sequence[BlockHash] = ()
+        if taken is not None:
+            resident, shared = taken
+            if shared == len(tokens) or not self._make_room(resident.sequence, len(tokens), worthless=True):
+                self._residency.keep(resident)
+                return
+            sequence, known = resident.sequence, resident.hashes
+            self.engine.truncate(sequence, shared)
+        else:
+            shared, sequence = 0, self._try_open(len(tokens), worthless=True)
+            if sequence is None:
+                return
+        context = self._context(salt, tokens, packed, known, sequence, shared)
+        try:
+            await context.locate()
+            await context.pull(len(tokens))
+        finally:
+            self.stats.recalled_tokens += context.length - shared
+            self._retire(trace, context)
+
+    async def _end_recall(self, trace: TraceId, salt: str) -> None:
+        """Before a step of the trace: what a recall has brought is resident then."""
+        task = self._recalls.get((salt, trace))
+        if task is not None:
+            task.cancel()
+            await finish(asyncio.wait([task]))
+
+    def _context(
+        self,
+        salt: str,
+        tokens: list[int],
+        packed: bytes,
+        known: Sequence[BlockHash],
+        sequence: SequenceId,
+        resident_tokens: int,
+    ) -> Context:
+        return Context(
             self.engine,
             self.client,
             self.config,
@@ -102,12 +186,6 @@ class WorkerHost:
             sequence=sequence,
             resident_tokens=resident_tokens,
         )
-        try:
-            yield context
-        finally:
-            self._running -= 1
-            self._count(context)
-            self._retire(trace, context)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
@@ -153,13 +231,13 @@ class WorkerHost:
         layout = self.engine.info.layout
         return extend_chain(salted(self.root, salt), packed, layout.block_tokens, known, shared_tokens)
 
-    def _make_room(self, sequence: SequenceId, capacity: int) -> bool:
-        """Grow a busy sequence, evicting idle ones as needed."""
+    def _make_room(self, sequence: SequenceId, capacity: int, *, worthless: bool = False) -> bool:
+        """Grow a busy sequence, evicting idle ones as needed; ``worthless``: only those past their time."""
         if self.engine.capacity(sequence) >= capacity:
             return True
         wanted = min(capacity + self.config.headroom_tokens, self.engine.info.context_max)
         while not (self.engine.grow(sequence, wanted) or self.engine.grow(sequence, capacity)):
-            if not self._evict():
+            if not self._evict(worthless=worthless):
                 return False
         return True
 
@@ -189,19 +267,21 @@ class WorkerHost:
             async with self._admission:
                 while (sequence := self._try_open(capacity)) is None:
                     self._room.clear()
+                    for recall in self._recalls.values():
+                        recall.cancel()
                     await self._room.wait()
                 return sequence
         finally:
             self._waiting -= 1
 
-    def _try_open(self, capacity: int) -> SequenceId | None:
+    def _try_open(self, capacity: int, *, worthless: bool = False) -> SequenceId | None:
         while (sequence := self.engine.open(capacity)) is None:
-            if not self._evict():
+            if not self._evict(worthless=worthless):
                 return None
         return sequence
 
-    def _evict(self) -> bool:
-        victim = self._residency.evict()
+    def _evict(self, *, worthless: bool = False) -> bool:
+        victim = self._residency.evict(clock.now_s(), worthless=worthless)
         if victim is None:
             return False
         self.stats.evicted_sequences += 1

@@ -6,6 +6,7 @@ a recomputation.
 """
 
 from dataclasses import dataclass
+from math import inf
 
 from tracehaul.engine.base import SequenceId
 from tracehaul.wire.hashing import TOKEN_BYTES, common_prefix
@@ -30,10 +31,11 @@ class Resident:
 
 
 class Residency:
-    """Idle sequences, least recently used first."""
+    """Idle sequences, least recently used first; each may be worth its memory until a certain time."""
 
     def __init__(self) -> None:
         self._idle: dict[SequenceId, Resident] = {}
+        self._until_s: dict[SequenceId, float] = {}
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -43,10 +45,39 @@ class Residency:
         """Tokens of KV held by idle sequences."""
         return sum(resident.length for resident in self._idle.values())
 
-    def keep(self, resident: Resident) -> None:
+    def keep(self, resident: Resident, until_s: float | None = None) -> None:
         """A step ended: its sequence is idle and the most recently used."""
         assert resident.sequence not in self._idle
         self._idle[resident.sequence] = resident
+        if until_s is not None:
+            self._until_s[resident.sequence] = until_s
+
+    def value(self, trace: TraceId, salt: str, until_s: float) -> int:
+        """A trace's sequences are worth their memory until then, those of -inf less than any others'; returns the
+        length of the longest."""
+        own = self._of(trace, salt)
+        for resident in own:
+            self._until_s[resident.sequence] = until_s
+        return max((resident.length for resident in own), default=0)
+
+    def take_own(self, trace: TraceId, salt: str, tokens: bytes) -> tuple[Resident, int] | None:
+        """As :meth:`take`, of the trace's own only."""
+        own = [(common_prefix(resident.tokens, tokens), resident) for resident in self._of(trace, salt)]
+        if not own:
+            return None
+        shared, chosen = max(own, key=lambda one: one[0])
+        return self._remove(chosen), shared
+
+    def forget(self, trace: TraceId, salt: str) -> list[Resident]:
+        """Remove and return a trace's sequences."""
+        return [self._remove(resident) for resident in self._of(trace, salt)]
+
+    def _of(self, trace: TraceId, salt: str) -> list[Resident]:
+        return [resident for resident in self._idle.values() if (resident.trace, resident.salt) == (trace, salt)]
+
+    def _remove(self, resident: Resident) -> Resident:
+        self._until_s.pop(resident.sequence, None)
+        return self._idle.pop(resident.sequence)
 
     def take(self, trace: TraceId, salt: str, tokens: bytes) -> tuple[Resident, int] | None:
         """Remove and return the best start for ``tokens``, with the length in tokens that both share.
@@ -68,11 +99,15 @@ class Residency:
                 best, chosen = rank, resident
         if chosen is None or best is None:
             return None
-        del self._idle[chosen.sequence]
-        return chosen, best[0]
+        return self._remove(chosen), best[0]
 
-    def evict(self) -> Resident | None:
-        """Remove and return the least recently used one; None if there is none."""
-        if not self._idle:
-            return None
-        return self._idle.pop(next(iter(self._idle)))
+    def evict(self, now_s: float, *, worthless: bool = False) -> Resident | None:
+        """Remove and return the least recently used of those past their time, else of all; None if there is none.
+
+        ``worthless``: only of those past their time.
+        """
+        past = [r for r in self._idle.values() if self._until_s.get(r.sequence, now_s) <= now_s]
+        least = next((r for r in past if self._until_s.get(r.sequence) == -inf), None)
+        if least is None:
+            least = next(iter(past if past or worthless else self._idle.values()), None)
+        return None if least is None else self._remove(least)

@@ -24,6 +24,7 @@ from router.api.traces import TracePages
 from router.steps import Dispatcher
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
+from tracehaul.wire.errors import ClusterError
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -124,6 +125,9 @@ def create_app(
             Route("/v1/models", pages.models, methods=["GET"]),
             Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
             Route("/v1/traces", traces.list, methods=["GET"]),
+            Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
+            Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
+            Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
             Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
             Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
             Route("/health", pages.health, methods=["GET"]),
@@ -131,7 +135,7 @@ def create_app(
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
         middleware=[Middleware(RequestIds)],
-        exception_handlers={HTTPException: _refuse, ApiError: _refuse, Exception: _refuse},
+        exception_handlers=dict.fromkeys((HTTPException, ApiError, ClusterError, Exception), _refuse),
     )
 
 

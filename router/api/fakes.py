@@ -10,8 +10,9 @@ from router.book import Book
 from router.decisions import Decisions
 from router.hits import Hits
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
-from router.traces import Trace, Traces
-from tracehaul.wire.errors import InvalidRequest
+from router.traces import PinWish, Trace, Traces
+from tracehaul.wire.blocks import Pinned
+from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.steps import StepUsage
 
 IM_START, IM_END = 256, 257
@@ -84,6 +85,31 @@ Script = Sequence[Output | Finished | Exception | float]
 """What a step does, in order: tell, end, fail, or wait that many seconds."""
 
 
+class FakeKeeper:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def suspend(self, trace: Trace, expected_s: float, deadline_s: float | None, tool: str | None) -> None:
+        self.told.append(("suspend", trace.trace, expected_s, deadline_s, tool))
+
+    def resume(self, trace: Trace) -> None:
+        self.told.append(("resume", trace.trace))
+
+    def called(self, trace: Trace, tools: tuple[str, ...]) -> None:
+        self.told.append(("called", trace.trace, tools))
+
+    async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
+        self.told.append(("pin", trace.trace, wish.kind, wish.priority, wish.replicas))
+        if wish.kind == "hard":
+            raise Overloaded("hard pins cover too many blocks")
+        return Pinned(5, 4, 60.0)
+
+    async def unpin(self, trace: Trace) -> None:
+        self.told.append(("unpin", trace.trace))
+
+
 class FakeDispatcher:
     """Plays a script per step, and keeps what it was asked and how each step ended."""
 
@@ -98,7 +124,8 @@ class FakeDispatcher:
         self.traces = Traces(traces_max=100, contexts_bytes_max=1 << 20)
         self.decisions = Decisions(decisions_max=1000)
         self.deleted: list[str] = []
-        self.book = Book(self.traces, self.decisions, self._delete)
+        self.keeper = FakeKeeper()
+        self.book = Book(self.traces, self.decisions, self.keeper, self._delete)
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
         self.requests.append(request)

@@ -185,7 +185,7 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
 }
 """Fields that cannot be honoured yet, and the values of each that ask for nothing; null always does."""
 
-T = TypeVar("T", bound=GenerationRequest)
+T = TypeVar("T", bound=msgspec.Struct)
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")

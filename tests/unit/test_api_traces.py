@@ -158,3 +158,60 @@ def test_a_trace_is_told_in_plain_words() -> None:
         "7 had been evicted.",
         "The client asked to suspend (expected_s 5.0).",
     ]
+
+
+def test_clients_may_say_what_happens() -> None:
+    dispatcher = FakeDispatcher(say("x"))
+    fill(dispatcher, "a")
+
+    async def use(client: httpx.AsyncClient) -> None:
+        async def post(path: str, body: object = None) -> httpx.Response:
+            return await client.post(f"/v1/traces/{path}", content=b"" if body is None else msgspec.json.encode(body))
+
+        answer = await post("a/suspend", {"expected_s": 60, "deadline_s": 600, "tool": "make"})
+        assert (answer.status_code, answer.json()["id"]) == (200, "a")
+        assert (await post("a/resume")).status_code == 200
+        pinned = await post("a/pin", {"ttl_s": 30, "replicas": 2})
+        assert pinned.json() == {"id": "a", "blocks": 5, "held": 4, "remaining_s": 60.0, "object": "trace.pin"}
+        assert (await post("a/pin", {"ttl_s": 0})).status_code == 200
+        refused = await post("a/pin", {"kind": "hard"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        for action, body in (("suspend", {"expected_s": 1}), ("resume", {}), ("pin", {})):
+            assert (await post(f"nobody/{action}", body)).status_code == 404
+        for action, body, param in (
+            ("suspend", {}, "expected_s"),
+            ("suspend", {"expected_s": -1}, "expected_s"),
+            ("suspend", {"expected_s": 1, "deadline_s": 0}, "deadline_s"),
+            ("suspend", {"expected_s": "soon"}, "expected_s"),
+            ("suspend", {"expected_s": 1, "tool": ""}, "tool"),
+            ("suspend", {"expected_s": 1, "more": 1}, None),
+            ("resume", {"now": True}, None),
+            ("pin", {"ttl_s": 1e12}, "ttl_s"),
+            ("pin", {"kind": "firm"}, "kind"),
+            ("pin", {"replicas": 0}, "replicas"),
+        ):
+            answer = await post(f"a/{action}", body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), (action, body)
+        assert (await client.post("/v1/traces/a/suspend", content=b"x" * 20000)).status_code == 413
+
+        dispatcher.traces.start(("", TraceId("a")), None, StepId("a-2"), 1.0)
+        for action, body in (("suspend", {"expected_s": 1}), ("resume", {})):
+            busy = await post(f"a/{action}", body)
+            assert (busy.status_code, busy.json()["error"]["code"]) == (409, "trace_busy")
+
+    served(use, dispatcher)
+    assert dispatcher.keeper.told == [
+        ("suspend", "a", 60.0, 600.0, "make"),
+        ("resume", "a"),
+        ("pin", "a", "soft", 1024.0, 2),
+        ("unpin", "a"),
+        ("pin", "a", "hard", 1024.0, 1),
+    ]
+    told = [entry.decision for entry in dispatcher.decisions.of(("", TraceId("a")))]
+    assert [decision.what for decision in told if isinstance(decision, Asked)] == [
+        "suspend",
+        "resume",
+        "pin",
+        "pin",
+        "pin",
+    ]

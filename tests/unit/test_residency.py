@@ -1,3 +1,5 @@
+from math import inf
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,4 +60,38 @@ def test_eviction_takes_the_least_recently_used() -> None:
     assert taken is not None
     residency.keep(taken[0])
     assert residency.tokens == 2
-    assert [residency.evict(), residency.evict(), residency.evict()] == [resident(2, [2]), resident(1, [1]), None]
+    assert [residency.evict(0.0) for _ in range(3)] == [resident(2, [2]), resident(1, [1]), None]
+
+
+def test_what_is_past_its_time_gives_way_first() -> None:
+    residency = Residency()
+    residency.keep(resident(1, [1]), until_s=10.0)
+    residency.keep(resident(2, [2], OTHER), until_s=5.0)
+    residency.keep(resident(3, [3], TraceId("c")), until_s=7.0)
+    assert residency.evict(4.0, worthless=True) is None
+    assert residency.value(OTHER, "", 9.0) == 1
+    assert residency.value(OTHER, "red", 0.0) == 0
+    assert [residency.evict(8.0), residency.evict(8.0), residency.evict(8.0)] == [
+        resident(3, [3], TraceId("c")),
+        resident(1, [1]),
+        resident(2, [2], OTHER),
+    ]
+
+
+def test_what_is_worth_nothing_gives_way_before_what_is_older() -> None:
+    residency = Residency()
+    residency.keep(resident(1, [1]))
+    residency.keep(resident(2, [2], OTHER))
+    residency.value(OTHER, "", -inf)
+    assert [residency.evict(8.0), residency.evict(8.0)] == [resident(2, [2], OTHER), resident(1, [1])]
+
+
+def test_a_recall_takes_its_own_sequence_only_and_an_end_all_of_them() -> None:
+    residency = Residency()
+    residency.keep(resident(1, [1, 2]))
+    residency.keep(resident(2, [1, 2, 3], OTHER))
+    residency.keep(resident(3, [1, 9]))
+    assert residency.take_own(TRACE, "", pack_tokens([1, 2, 3])) == (resident(1, [1, 2]), 2)
+    assert residency.take_own(TraceId("c"), "", pack_tokens([1])) is None
+    assert residency.forget(TRACE, "") == [resident(3, [1, 9])]
+    assert len(residency) == 1

@@ -48,7 +48,19 @@ from tracehaul.wire.operations import (
     ScrubState,
     SetLimits,
 )
-from tracehaul.wire.steps import DecodeStep, PrefillDone, PrefillProgress, PrefillStep, PrefillToken, StepDone, Tokens
+from tracehaul.wire.steps import (
+    DecodeStep,
+    ForgetContext,
+    KeepContext,
+    PrefillDone,
+    PrefillProgress,
+    PrefillStep,
+    PrefillToken,
+    RecallContext,
+    Resident,
+    StepDone,
+    Tokens,
+)
 
 Request = (
     Join
@@ -81,6 +93,9 @@ Request = (
     | Drain
     | PrefillStep
     | DecodeStep
+    | KeepContext
+    | RecallContext
+    | ForgetContext
 )
 Reply = (
     Ok
@@ -107,4 +122,5 @@ Reply = (
     | PrefillDone
     | Tokens
     | StepDone
+    | Resident
 )

@@ -161,3 +161,42 @@ class StepDone(Message, frozen=True):
     """Length of the sequence whose KV stays on this worker, warm for the next step."""
     published_tokens: int = 0
     """Its leading tokens that can be pulled from the store."""
+
+
+class KeepContext(Message, frozen=True):
+    """Router -> decode worker: a trace's context, idle there, is worth its memory for so long; after that it gives way
+    before others. Answered with :class:`Resident`."""
+
+    trace: TraceId
+    salt: str
+    for_s: float
+    """0: it is of less worth than any other."""
+
+
+class RecallContext(Message, frozen=True):
+    """Router -> decode worker: bring a trace's context back from the store, before its next step asks for it.
+
+    It takes only memory that is free, or that of contexts past their time, and gives way to any step that waits for
+    memory and to the trace's own next step. Answered with :class:`Resident` when it has ended, however far it came.
+    """
+
+    trace: TraceId
+    root: BlockHash
+    """The KV layout's root without salt: a worker with another one refuses."""
+    tokens: bytes
+    salt: str
+    keep_s: float
+    """As in :class:`KeepContext`, from when it is there."""
+
+
+class ForgetContext(Message, frozen=True):
+    """Router -> decode worker: the trace has ended; its contexts that are idle there are of no more use."""
+
+    trace: TraceId
+    salt: str
+
+
+class Resident(Message, frozen=True):
+    """What is idle on the worker of a trace, in tokens: its longest context."""
+
+    tokens: int

@@ -1,0 +1,95 @@
+"""How long the gaps between a trace's steps last: learned from those that ended. Pure.
+
+A gap is known by the tools that ran in it and by the kind of agent. What is not known well yet is mixed with what is
+known of more gaps: those of any agent's use of these tools, those of this agent, all of them, and at last a guess. With
+:data:`ENOUGH` samples of its own a kind of gap is judged by these alone.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from itertools import pairwise
+
+WINDOW = 256
+"""Gaps of one kind that count: the last ones."""
+ENOUGH = 100
+"""Samples from which on a kind of gap is judged by its own."""
+KINDS_MAX = 4096
+"""Kinds that are told apart; the least recently seen is forgotten."""
+
+Tools = tuple[str, ...] | None
+"""What ran: names of tools; none of them (a person, or a program that reads what was said); or None: not known yet."""
+
+TOOLS_GUESS = ((0.0, 0.05), (0.5, 1.1), (0.9, 2.0), (0.99, 20.0), (1.0, 600.0))
+"""Quantiles of tools' durations in seconds, for a cluster that has seen none."""
+PEOPLE_GUESS = ((0.0, 1.0), (0.5, 60.0), (0.9, 300.0), (0.99, 1800.0), (1.0, 3600.0))
+
+
+class Gap:
+    """The distribution of one gap's length, as samples of equal weight, sorted."""
+
+    def __init__(self, samples: Sequence[float], seen: int) -> None:
+        assert samples
+        self._samples = sorted(samples)
+        self.seen = seen
+        """Gaps of this very kind that it rests on."""
+
+    @property
+    def candidates(self) -> Sequence[float]:
+        """Lengths at which the share of gaps that have ended grows."""
+        return self._samples
+
+    def ended(self, after_s: float) -> float:
+        """The share of gaps that have ended by then."""
+        return bisect_right(self._samples, after_s) / len(self._samples)
+
+    def quantile(self, share: float) -> float:
+        """When that share of them has ended."""
+        return self._samples[min(len(self._samples) - 1, int(share * len(self._samples)))]
+
+
+def certain(seconds: float) -> Gap:
+    """A gap whose length somebody has told."""
+    return Gap([seconds], 0)
+
+
+class Gaps:
+    """What was seen of gaps."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[tuple[str | None, Tools], deque[float]] = OrderedDict()
+
+    def saw(self, agent: str, tools: Tools, seconds: float) -> None:
+        """A gap has ended."""
+        for kind in dict.fromkeys(((agent, tools), (None, tools), (agent, None), (None, None))):
+            window = self._seen.setdefault(kind, deque(maxlen=WINDOW))
+            self._seen.move_to_end(kind)
+            window.append(seconds)
+        while len(self._seen) > KINDS_MAX:
+            self._seen.popitem(last=False)
+
+    def expect(self, agent: str, tools: Tools) -> Gap:
+        """What is to be expected of a gap."""
+        samples = _guess(PEOPLE_GUESS if tools == () else TOOLS_GUESS)
+        seen = 0
+        for kind in dict.fromkeys(((None, None), (agent, None), (None, tools), (agent, tools))):
+            window = self._seen.get(kind, ())
+            seen = len(window)
+            samples = [*window, *_thinned(samples, ENOUGH - seen)] if seen < ENOUGH else list(window)
+        return Gap(samples, seen)
+
+
+def _guess(quantiles: Sequence[tuple[float, float]]) -> list[float]:
+    """Samples at the middle of each of :data:`ENOUGH` equal shares."""
+    samples: list[float] = []
+    for at in range(ENOUGH):
+        share = (at + 0.5) / ENOUGH
+        (low, least), (high, most) = next(pair for pair in pairwise(quantiles) if pair[0][0] <= share <= pair[1][0])
+        samples.append(least * (most / least) ** ((share - low) / (high - low)))
+    return samples
+
+
+def _thinned(samples: Sequence[float], count: int) -> list[float]:
+    """``count`` of them, evenly over their order."""
+    ordered = sorted(samples)
+    return [ordered[int((at + 0.5) * len(ordered) / count)] for at in range(count)]

@@ -1,0 +1,112 @@
+"""How long gaps last, and what is done with contexts in them."""
+
+import math
+import random
+
+import pytest
+
+from router.policy.gaps import ENOUGH, KINDS_MAX, Gap, Gaps, certain
+from router.policy.retention import OCTAVES_MAX, Rates, RetentionConfig, Situation, decide, progress
+
+NOW = Situation(tokens=10_000, reload_s=0.5, recompute_s=10.0, queue_s=0.0, eta=0.0)
+ALL = RetentionConfig()
+
+
+def test_a_cluster_that_has_seen_nothing_guesses() -> None:
+    gaps = Gaps()
+    tool, person = gaps.expect("a", ("bash",)), gaps.expect("a", ())
+    assert tool.seen == 0
+    assert [round(tool.quantile(q), 1) for q in (0.5, 0.89)] == [1.1, 2.0]
+    assert 15 < tool.quantile(0.98) < 25
+    assert 50 < person.quantile(0.5) < 70
+    assert gaps.expect("a", None).quantile(0.5) == tool.quantile(0.5)
+
+
+def test_own_samples_count_more_and_more_and_then_alone() -> None:
+    gaps = Gaps()
+    for _ in range(ENOUGH // 2):
+        gaps.saw("a", ("bash",), 30.0)
+    half = gaps.expect("a", ("bash",))
+    assert half.seen == ENOUGH // 2
+    assert half.ended(29.9) < 0.5
+    for _ in range(ENOUGH // 2):
+        gaps.saw("a", ("bash",), 30.0)
+    assert gaps.expect("a", ("bash",)).quantile(0.0) == 30.0
+    assert gaps.expect("b", ("bash",)).quantile(0.0) == 30.0, "another agent's use of the tool"
+    assert gaps.expect("a", ("grep",)).quantile(0.5) == 30.0, "another tool of that agent"
+    assert gaps.expect("a", None).quantile(0.5) == 30.0, "what it called is not known"
+
+
+def test_the_window_slides() -> None:
+    gaps = Gaps()
+    for seconds in (1.0, 9.0):
+        for _ in range(300):
+            gaps.saw("a", ("bash",), seconds)
+    assert gaps.expect("a", ("bash",)).quantile(0.0) == 9.0
+
+
+def test_kinds_are_bounded() -> None:
+    gaps = Gaps()
+    for at in range(KINDS_MAX):
+        gaps.saw(str(at), (str(at),), 1.0)
+    assert len(gaps._seen) == KINDS_MAX  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_context_is_kept_while_that_pays() -> None:
+    quick = Gap([0.1] * 90 + [5.0] * 10, 100)
+    assert decide(quick, NOW, ALL).keep_s == 0.1, "nine of ten are back by then, and a reload takes longer"
+    slow = Gap([5.0] * 100, 100)
+    assert decide(slow, NOW, ALL).keep_s == 0.0, "a reload takes a tenth of that"
+    no_store = msgspec_replace(NOW, reload_s=100.0)
+    assert decide(slow, no_store, ALL).keep_s == 5.0
+    queued = msgspec_replace(NOW, queue_s=30.0, eta=0.5)
+    assert decide(slow, queued, ALL).keep_s == 5.0, "to queue again would take longer"
+    assert decide(quick, NOW, RetentionConfig(keep=False)).keep_s == 0.0
+
+
+def msgspec_replace(now: Situation, **changes: float) -> Situation:
+    return Situation(**{name: changes.get(name, getattr(now, name)) for name in Situation.__struct_fields__})
+
+
+def test_stores_keep_it_for_the_longest_likely_gap() -> None:
+    short = decide(Gap([1.0] * 100, 100), NOW, ALL)
+    assert (short.pin_s, short.priority) == (6.0, 2.0)
+    long = decide(Gap([1000.0] * 100, 100), NOW, ALL)
+    assert long.pin_s == OCTAVES_MAX * 60.0
+    assert long.priority == 2.0**OCTAVES_MAX
+    assert decide(Gap([1.0], 1), NOW, RetentionConfig(pins=False)).pin_s == 0.0
+    assert decide(Gap([99.0], 1), NOW, RetentionConfig(pin_max_s=7.0)).pin_s == 7.0
+
+
+def test_what_the_client_says_is_believed() -> None:
+    told = decide(certain(600.0), NOW, ALL, told_s=900.0)
+    assert told.pin_s == 905.0
+    assert math.log2(told.priority) * 60 >= told.pin_s
+    assert told.recall_s == pytest.approx(600 - 0.5 - 0.2)
+
+
+def test_it_starts_to_come_back_before_it_is_needed() -> None:
+    gap = Gap([float(i) for i in range(1, 101)], 100)
+    assert decide(gap, NOW, ALL).recall_s == pytest.approx(41 - 0.5 - 0.1)
+    assert decide(certain(0.9), NOW, ALL).recall_s is None, "it would come back as soon as it had left"
+    assert decide(gap, NOW, RetentionConfig(recall=False)).recall_s is None
+
+
+def test_progress_of_traces() -> None:
+    assert progress([10] * 5) == pytest.approx(1.0)
+    assert progress([]) == progress([1]) == 0.0
+    rng = random.Random(1)
+    memoryless = [1 + int(rng.expovariate(0.1)) for _ in range(3000)]
+    assert abs(progress(memoryless)) < 0.1
+
+
+def test_rates_follow_what_steps_took() -> None:
+    rates = Rates()
+    for _ in range(100):
+        rates.saw(pulled_tokens=1000, pull_s=0.01, computed_tokens=1000, first_s=0.51)
+        rates.saw(pulled_tokens=0, pull_s=0.0, computed_tokens=10, first_s=0.2)
+        rates.saw(pulled_tokens=10, pull_s=1.0, computed_tokens=100, first_s=0.5)  # says nothing of either
+    now = rates.situation(4000, 0.3)
+    assert now.reload_s == pytest.approx(0.04, rel=0.01)
+    assert now.recompute_s == pytest.approx(2.0, rel=0.01)
+    assert (now.queue_s, now.eta) == (pytest.approx(0.2, rel=0.01), 0.3)
