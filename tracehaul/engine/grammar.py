@@ -1,0 +1,280 @@
+"""Grammars that answers must match: compiled for a vocabulary, and the place of one answer in one of them.
+
+Compiling follows what strangers wrote, so it has limits in work and memory, runs on a thread of its own (with a stack
+for deep grammars: the library recurses), and includes the first mask, which is where a hostile grammar explodes.
+"""
+
+import asyncio
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+from tracehaul.engine.text import Text
+from tracehaul.wire.errors import InvalidRequest
+from tracehaul.wire.steps import Constraint
+
+T = TypeVar("T")
+
+Mask = NDArray[np.uint32]
+"""One bit for each token of the vocabulary, lowest first: whether it may come next."""
+
+COMPILE_TIMEOUT_S = 10.0
+"""For a grammar to be compiled, those before it in line included."""
+COMPILED_MAX = 64
+"""Compiled grammars that are kept for the next step that needs the same (about a megabyte each)."""
+CHECKED_MAX = 1024
+"""Verdicts on grammars that are kept."""
+WHITESPACE_MAX = 32
+"""Characters between two tokens of JSON: a model that has lost its way would otherwise go on with these for ever."""
+STACK_BYTES = 256 * 2**20
+"""Virtual until touched. Chains of rules as long as a source may be take about a tenth."""
+_MESSAGE_CHARACTERS_MAX = 500
+
+
+def _limits() -> LLParserLimits:
+    """Some ten milliseconds of work for a mask at worst, and some ten megabytes for a grammar."""
+    return LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=50_000,
+        step_max_items=20_000,
+        max_lexer_states=20_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+class Guide:
+    """Where one answer is in its grammar. Used by one thread at a time."""
+
+    def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._words = -(-vocab_size // 32)
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on; empty while it can."""
+        return self._matcher.get_error()[:_MESSAGE_CHARACTERS_MAX]
+
+    def mask(self) -> Mask | None:
+        """What may come next; where the grammar is complete, end tokens alone. None: there is an :attr:`error`."""
+        mask = np.zeros(self._words, dtype=np.uint32)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return None if self._matcher.is_error() else mask
+
+    def accept(self, token: int) -> None:
+        """``token`` has come next."""
+        self._matcher.consume_token(token)
+
+
+class Grammars:
+    """Compiles for one vocabulary; keeps what was compiled last. ``vocabulary`` is called once, on its thread."""
+
+    def __init__(self, vocabulary: Callable[[], LLTokenizer]) -> None:
+        self._vocabulary = vocabulary
+        self._loaded: LLTokenizer | None = None
+        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._thread = _Thread("grammar")
+
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        """The place after ``output``, the tokens of the answer so far.
+
+        Raises:
+            InvalidRequest: the grammar is none, is too complex, or does not allow ``output``.
+        """
+        return await self._thread.run(lambda: self._guide(constraint, output))
+
+    def close(self) -> None:
+        """Start nothing more."""
+        self._thread.close()
+
+    def _guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        compiled = self._compiled.get(constraint)
+        if compiled is None:
+            compiled = self._compiled[constraint] = self._compile(constraint)
+            if len(self._compiled) > COMPILED_MAX:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(constraint)
+        matcher = compiled.deep_copy()
+        if output and not matcher.consume_tokens(list(output)):
+            raise InvalidRequest(f"the output so far does not match its grammar: {_short(matcher.get_error())}")
+        assert self._loaded is not None
+        return Guide(matcher, self._loaded.vocab_size)
+
+    def _compile(self, constraint: Constraint) -> LLMatcher:
+        if self._loaded is None:
+            try:
+                self._loaded = self._vocabulary()
+            except ValueError as error:
+                raise InvalidRequest(f"this model's tokenizer cannot follow a grammar: {error}") from error
+        source = _serialized(constraint, self._loaded)
+        matcher = LLMatcher(self._loaded, source, log_level=0, limits=_limits())
+        if not matcher.is_error():
+            first = matcher.deep_copy()
+            first.compute_bitmask()
+            if not first.is_error():
+                return matcher
+            matcher = first
+        raise InvalidRequest(_refusal(constraint, matcher.get_error()))
+
+
+class GrammarCheck:
+    """Tells whether a grammar is one, without a vocabulary: what names tokens is checked where there is one."""
+
+    def __init__(self) -> None:
+        self._verdicts: OrderedDict[Constraint, str] = OrderedDict()
+        self._thread = _Thread("grammar-check")
+
+    async def check(self, constraint: Constraint) -> None:
+        """Raises InvalidRequest with the library's message if the grammar is none or too complex."""
+        verdict = self._verdicts.get(constraint)
+        if verdict is None:
+            source = _serialized(constraint, None)
+            verdict = await self._thread.run(lambda: LLMatcher.validate_grammar(source, None, limits=_limits()))
+            self._verdicts[constraint] = verdict
+            if len(self._verdicts) > CHECKED_MAX:
+                self._verdicts.popitem(last=False)
+        if verdict and not verdict.startswith("WARNING"):
+            raise InvalidRequest(_refusal(constraint, verdict))
+
+
+class Masker:
+    """Computes masks beside the model's forward pass: they depend on the tokens so far alone."""
+
+    def __init__(self) -> None:
+        self._thread = _Thread("masks")
+
+    def start(self, guides: Sequence[Guide | None]) -> Future[list[Mask | None]]:
+        """The mask of each guide; None where there is none, or where it has an error."""
+        return self._thread.submit(lambda: [None if guide is None else guide.mask() for guide in guides])
+
+    def close(self) -> None:
+        """Start nothing more."""
+        self._thread.close()
+
+
+def vocabulary(text: Text, size: int) -> LLTokenizer:
+    """A model's vocabulary as grammars see it; takes about a quarter of a second.
+
+    Raises:
+        ValueError: it is of an unknown kind, or has no end token, without which nothing could end.
+    """
+    if not text.eos_tokens:
+        raise ValueError("it has no end token")
+    return LLTokenizer(text.serialized(), n_vocab=size, eos_token=list(text.eos_tokens))
+
+
+class _Bytes:
+    """A vocabulary in which token ``i`` is byte ``i``, as the library reads one."""
+
+    def __init__(self, size: int) -> None:
+        self.tokens = [bytes([i]) for i in range(size)]
+        self.eos_token_id = size - 1
+        self.bos_token_id = None
+        self.special_token_ids = [size - 1]
+
+    def __call__(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+def byte_vocabulary(size: int) -> LLTokenizer:
+    """One token a byte, for ``size`` up to 256 of them; the last one ends the text."""
+    assert size <= 256
+    tokenizer: Any = _Bytes(size)
+    return LLTokenizer(tokenizer)
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+def _serialized(constraint: Constraint, tokens: LLTokenizer | None) -> str:
+    """As the library reads it. Raises InvalidRequest where a schema is no JSON."""
+    answer = _grammar(constraint)
+    if constraint.thinking == "none":
+        return json.dumps({"grammars": [answer]})
+    thinking = {"lark_grammar": _thinking(constraint.thinking == "may", tokens)}
+    return json.dumps({"grammars": [thinking, {"name": "answer", **answer}]})
+
+
+def _grammar(constraint: Constraint) -> dict[str, Any]:
+    if constraint.kind == "lark":
+        return {"lark_grammar": constraint.source}
+    if constraint.kind == "regex":
+        return json.loads(LLMatcher.grammar_from_regex(constraint.source))["grammars"][0]
+    options: dict[str, Any] = {
+        "lenient": constraint.lenient,
+        "whitespace_pattern": rf"[ \t\r\n]{{1,{WHITESPACE_MAX}}}",
+    }
+    try:
+        schema = json.loads(constraint.source)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the schema is no JSON: {error}") from error
+    if isinstance(schema, dict):
+        # The library takes options from inside the schema; clients do not set them.
+        schema = {**schema, "x-guidance": options}
+    return {"json_schema": schema}
+
+
+def _thinking(may: bool, tokens: LLTokenizer | None) -> str:
+    """Free text up to ``</think>``, then the grammar named ``answer``."""
+    begin, end = _marker("<think>", tokens), _marker("</think>", tokens)
+    if end.startswith("<"):  # a special token: no text can look like it
+        thought = f"thought: /(?s:.*)/ {end}"
+    else:
+        thought = r"thought[lazy]: /(?s:.*)<\/think>/"
+    start = f"({begin} thought gap)? @answer" if may else "thought gap @answer"
+    return f"%llguidance {{}}\nstart: {start}\n{thought}\ngap: /[ \\n]{{0,4}}/\n"
+
+
+def _marker(text: str, tokens: LLTokenizer | None) -> str:
+    """A marker in a grammar: its text, or where the vocabulary has it as a special token, that token."""
+    if tokens is not None:
+        found = tokens.tokenize_str(text, parse_special=True)
+        if len(found) == 1 and tokens.is_special_token(found[0]):
+            return f"<[{found[0]}]>"
+    return json.dumps(text)
+
+
+def _refusal(constraint: Constraint, message: str) -> str:
+    names = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}
+    return f"this {names[constraint.kind]} cannot be used: {_short(message)}"
+
+
+def _short(message: str) -> str:
+    message = message.removesuffix("<non-verbose/>").strip()
+    return message if len(message) <= _MESSAGE_CHARACTERS_MAX else message[: _MESSAGE_CHARACTERS_MAX - 3] + "..."
+
+
+class _Thread:
+    """One thread with a deep stack, started when it is first needed."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._started = False
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """Raises InvalidRequest if it takes too long."""
+        try:
+            async with asyncio.timeout(COMPILE_TIMEOUT_S):
+                return await asyncio.wrap_future(self.submit(function))
+        except TimeoutError:
+            raise InvalidRequest("the grammar takes too long to compile") from None
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        if self._started:
+            return self._executor.submit(function)
+        self._started = True
+        before = threading.stack_size(STACK_BYTES)  # of threads that start from now on
+        try:
+            return self._executor.submit(function)
+        finally:
+            threading.stack_size(before)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
