@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
 ]
 DEFAULT_RUN_DIR = Path(".run")
+COMMANDS_GROUP = "tracehaul.commands"
+"""Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 110
 
@@ -288,6 +291,8 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
 
 def main() -> None:
     """Runs the command; what the operator must know goes to stderr in one line, and the exit code is 1."""
+    for point in entry_points(group=COMMANDS_GROUP):
+        app.add_typer(point.load(), name=point.name)
     try:
         app()
     except ClusterFault as fault:

@@ -15,10 +15,11 @@ import torch
 from tracehaul.engine.base import EngineInfo, SequenceId, Work
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
+from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.ranges import RangeAllocator
 from tracehaul.engine.sampling import is_plain_greedy, sample
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
-from tracehaul.engine.weights import ModelConfig, load_weights
+from tracehaul.engine.weights import load_weights
 from tracehaul.wire.hashing import KVLayout
 
 T = TypeVar("T")
