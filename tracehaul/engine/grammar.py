@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
 from tracehaul.engine.text import Text
@@ -135,13 +136,22 @@ class GrammarCheck:
         """Raises InvalidRequest with the library's message if the grammar is none or too complex."""
         verdict = self._verdicts.get(constraint)
         if verdict is None:
-            source = _serialized(constraint, None)
-            verdict = await self._thread.run(lambda: LLMatcher.validate_grammar(source, None, limits=_limits()))
+            verdict = await self._thread.run(lambda: _verdict(constraint))
             self._verdicts[constraint] = verdict
             if len(self._verdicts) > CHECKED_MAX:
                 self._verdicts.popitem(last=False)
-        if verdict and not verdict.startswith("WARNING"):
-            raise InvalidRequest(_refusal(constraint, verdict))
+        if verdict:
+            raise InvalidRequest(verdict)
+
+
+def _verdict(constraint: Constraint) -> str:
+    """Empty if it is a grammar; else why not."""
+    try:
+        source = _serialized(constraint, None)
+    except InvalidRequest as error:
+        return str(error)
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(source, None, limits=_limits())
+    return _refusal(constraint, messages[0]) if wrong else ""
 
 
 class Masker:
@@ -179,46 +189,62 @@ class _Bytes:
         self.bos_token_id = None
         self.special_token_ids = [size - 1]
 
-    def __call__(self, text: str) -> list[int]:
-        return list(text.encode())
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
 
 
 def byte_vocabulary(size: int) -> LLTokenizer:
     """One token a byte, for ``size`` up to 256 of them; the last one ends the text."""
     assert size <= 256
-    tokenizer: Any = _Bytes(size)
-    return LLTokenizer(tokenizer)
+    return LLTokenizer(TokenizerWrapper(_Bytes(size)), eos_token=size - 1)
 
 
 # --- sources ------------------------------------------------------------------------------------------------
 
 
+def inline_json(schema: Any, *, lenient: bool) -> str:
+    """In a grammar, what stands for JSON that matches ``schema``."""
+    return f"%json {json.dumps(_with_options(schema, lenient), ensure_ascii=False)}"
+
+
 def _serialized(constraint: Constraint, tokens: LLTokenizer | None) -> str:
-    """As the library reads it. Raises InvalidRequest where a schema is no JSON."""
+    """As the library reads it. Raises InvalidRequest where a source is not of its kind."""
     answer = _grammar(constraint)
     if constraint.thinking == "none":
         return json.dumps({"grammars": [answer]})
     thinking = {"lark_grammar": _thinking(constraint.thinking == "may", tokens)}
-    return json.dumps({"grammars": [thinking, {"name": "answer", **answer}]})
+    return json.dumps({"grammars": [thinking, {**answer, "name": "answer"}]})
 
 
 def _grammar(constraint: Constraint) -> dict[str, Any]:
-    if constraint.kind == "lark":
-        return {"lark_grammar": constraint.source}
-    if constraint.kind == "regex":
-        return json.loads(LLMatcher.grammar_from_regex(constraint.source))["grammars"][0]
-    options: dict[str, Any] = {
-        "lenient": constraint.lenient,
-        "whitespace_pattern": rf"[ \t\r\n]{{1,{WHITESPACE_MAX}}}",
-    }
+    match constraint.kind:
+        case "regex":
+            return json.loads(LLMatcher.grammar_from_regex(constraint.source))["grammars"][0]
+        case "grammar":
+            return {"lark_grammar": _lark(constraint.source)}
+        case "json_schema":
+            try:
+                schema = json.loads(constraint.source)
+            except (ValueError, RecursionError) as error:
+                raise InvalidRequest(f"the schema is no JSON: {error}") from error
+            return {"json_schema": _with_options(schema, constraint.lenient)}
+
+
+def _with_options(schema: Any, lenient: bool) -> Any:
+    """The library takes options from inside the schema; clients do not set them."""
+    if not isinstance(schema, dict):
+        return schema
+    return {**schema, "x-guidance": {"lenient": lenient, "whitespace_pattern": rf"[ \t\r\n]{{1,{WHITESPACE_MAX}}}"}}
+
+
+def _lark(source: str) -> str:
+    """GBNF, which has rules with ``::=``, as Lark; Lark as it is."""
+    if "::=" not in source:
+        return source
     try:
-        schema = json.loads(constraint.source)
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the schema is no JSON: {error}") from error
-    if isinstance(schema, dict):
-        # The library takes options from inside the schema; clients do not set them.
-        schema = {**schema, "x-guidance": options}
-    return {"json_schema": schema}
+        return any_to_lark(source)
+    except Exception as error:  # the converter raises bare Exception
+        raise InvalidRequest(f"this grammar cannot be used: {_short(str(error))}") from error
 
 
 def _thinking(may: bool, tokens: LLTokenizer | None) -> str:
@@ -242,12 +268,12 @@ def _marker(text: str, tokens: LLTokenizer | None) -> str:
 
 
 def _refusal(constraint: Constraint, message: str) -> str:
-    names = {"json_schema": "JSON schema", "regex": "regular expression", "lark": "grammar"}
+    names = {"json_schema": "JSON schema", "regex": "regular expression", "grammar": "grammar"}
     return f"this {names[constraint.kind]} cannot be used: {_short(message)}"
 
 
 def _short(message: str) -> str:
-    message = message.removesuffix("<non-verbose/>").strip()
+    message = message.removesuffix("<non-verbose/>").split("\n<backtrace>")[0].strip()
     return message if len(message) <= _MESSAGE_CHARACTERS_MAX else message[: _MESSAGE_CHARACTERS_MAX - 3] + "..."
 
 

@@ -17,9 +17,10 @@ CONSTRAINT_CHARACTERS_MAX = 65_536
 class Constraint(msgspec.Struct, frozen=True):
     """What the text of an answer must match, from its first character to its last."""
 
-    kind: Literal["json_schema", "regex", "lark"]
+    kind: Literal["json_schema", "regex", "grammar"]
     source: Annotated[str, Meta(max_length=CONSTRAINT_CHARACTERS_MAX)]
-    """A JSON schema as JSON; a regular expression in the syntax of Rust's ``regex``; or a Lark grammar."""
+    """A JSON schema as JSON; a regular expression in the syntax of Rust's ``regex``; or a grammar in
+    Lark's syntax or GBNF."""
     lenient: bool = False
     """Ignore what a schema says that cannot be enforced, instead of refusing it."""
     thinking: Literal["none", "may", "opened"] = "none"
