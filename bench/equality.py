@@ -104,10 +104,10 @@ async def generate(engine: TorchEngine, sequence: SequenceId, prompt: list[int],
     output: list[int] = []
     pending = prompt[engine.length(sequence) :]
     while len(output) < OUTPUT_TOKENS:
-        (token,) = await engine.run([Work(sequence, pending, sampling, len(output))])
-        assert token is not None
-        output.append(token)
-        pending = [token]
+        (result,) = await engine.run([Work(sequence, pending, sampling, len(output))])
+        assert result.token is not None
+        output.append(result.token)
+        pending = [result.token]
     return output
 
 

@@ -21,6 +21,7 @@ from tracehaul.wire.steps import (
     PrefillToken,
     StepDone,
     StepUsage,
+    TokenLogprobs,
     Tokens,
 )
 from worker.context import Context
@@ -135,11 +136,11 @@ class _Step:
             prefill_fallback=self._fallback,
         )
 
-    def _tokens(self, here: Context, ids: list[int]) -> Tokens:
-        self.sampled += len(ids)
+    def _token(self, here: Context, token: int, logprobs: TokenLogprobs | None) -> Tokens:
+        self.sampled += 1
         usage = None if self._told_usage else self._usage(here)
         self._told_usage = True
-        return Tokens(pack_tokens(ids), usage)
+        return Tokens(pack_tokens([token]), usage, None if logprobs is None else (logprobs,))
 
     async def _hand_off(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Let the prefill worker compute what is missing, pulling each run of blocks as it is published.
@@ -176,13 +177,13 @@ class _Step:
                             self._published_tokens = published
                             await here.locate(published)
                             await here.pull(min(published, wanted))
-                        case PrefillToken(token, computed_from) if len(here.tokens) == wanted:
+                        case PrefillToken(token, computed_from, logprobs) if len(here.tokens) == wanted:
                             self._computed_from = min(self._computed_from, computed_from)
                             here.tokens.append(token)
                             self._reason = request.sampling.finish_reason(
                                 token, len(self._emitted) + 1, len(here.tokens), usable_context(self._host.engine.info)
                             )
-                            yield self._tokens(here, [token])
+                            yield self._token(here, token, logprobs)
                         case _:
                             raise ProtocolError(f"{prefill.node} answered a prefill with {type(reply).__name__}")
         except ClusterError as error:
@@ -213,9 +214,9 @@ class _Step:
                     match await job.events.get():
                         case Computed(length):
                             writer.computed(length)
-                        case Sampled(token, reason):
+                        case Sampled(token, reason, logprobs):
                             self._reason = reason
-                            yield self._tokens(here, [token])
+                            yield self._token(here, token, logprobs)
                         case Failed(failed):
                             pass
                         case Published():

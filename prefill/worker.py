@@ -126,8 +126,8 @@ class PrefillService:
                             writer.computed(length)
                         case Published(length):
                             yield PrefillProgress(length)
-                        case Sampled(token, _):
-                            yield PrefillToken(token, computed_from)
+                        case Sampled(token, _, logprobs):
+                            yield PrefillToken(token, computed_from, logprobs)
                             break
                         case Failed(error):
                             raise error

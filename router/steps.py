@@ -1,14 +1,15 @@
 """What the HTTP surface asks of the rest of the router, and what it gets back."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 import msgspec
 
+from router.book import Book
 from router.hits import Hits
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import NodeId, StepId, TraceId
-from tracehaul.wire.steps import FinishReason, Sampling, StepUsage
+from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
 
 
 class StepRequest(msgspec.Struct, frozen=True):
@@ -42,6 +43,8 @@ class Output(msgspec.Struct, frozen=True):
     string has no :class:`Finished`, and its usage is answered from here."""
     hits: Hits | None = None
     """With ``usage``: where the prompt's KV could have come from."""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    """One for each token if the sampling asks for them."""
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -82,6 +85,11 @@ class Dispatcher(Protocol):
 
     def model(self) -> ModelCard | None:
         """None while no decode worker is ready."""
+        ...
+
+    @property
+    def book(self) -> Book:
+        """Its traces."""
         ...
 
     def nodes(self) -> list[NodeStatus]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tracehaul.engine.base import Engine, SequenceId, Work
+from tracehaul.engine.base import Engine, Result, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.wire.steps import Sampling
@@ -75,10 +75,10 @@ async def generate(
 ) -> list[int]:
     output: list[int] = []
     for _ in range(count):
-        (token,) = await engine.run([Work(sequence, tokens, sampling, len(output))])
-        assert token is not None
-        output.append(token)
-        tokens = [token]
+        (result,) = await engine.run([Work(sequence, tokens, sampling, len(output))])
+        assert result.token is not None
+        output.append(result.token)
+        tokens = [result.token]
     return output
 
 
@@ -114,7 +114,7 @@ def test_chunks_give_what_one_shot_gives(make_engine: MakeEngine) -> None:
         whole, chunked = opened(engine, 100), opened(engine, 100)
         expected = await generate(engine, whole, PROMPT, 12)
         for start, end in ((0, 17), (17, 18), (18, 40)):
-            assert await engine.run([Work(chunked, PROMPT[start:end])]) == [None]
+            assert await engine.run([Work(chunked, PROMPT[start:end])]) == [Result()]
             assert engine.length(chunked) == end
         assert await generate(engine, chunked, PROMPT[40:], 12) == expected
 
@@ -127,18 +127,18 @@ def test_a_batch_gives_what_each_gives_alone(make_engine: MakeEngine, sampling: 
         alone = [await generate(engine, opened(engine, 64), tokens, 6, sampling) for tokens in (PROMPT, OTHER)]
         first, second = opened(engine, 64), opened(engine, 64)
         got = [await engine.run([Work(first, PROMPT, sampling)]), await engine.run([Work(second, OTHER[:-1])])]
-        output = [[got[0][0]], []]
-        feed = [[got[0][0]], OTHER[-1:]]
+        output = [[got[0][0].token], []]
+        feed = [[got[0][0].token], OTHER[-1:]]
         for _ in range(5):
-            tokens = await engine.run(
+            results = await engine.run(
                 [
                     Work(first, feed[0], sampling, len(output[0])),
                     Work(second, feed[1], sampling, len(output[1])),
                 ]
             )
-            for at, token in enumerate(tokens):
-                output[at].append(token)
-                feed[at] = [token]
+            for at, result in enumerate(results):
+                output[at].append(result.token)
+                feed[at] = [result.token]
         assert output[0] == alone[0]
         assert output[1] == alone[1][:5]
 
@@ -246,8 +246,8 @@ def test_stop_tokens_wait_for_min_tokens(make_engine: MakeEngine) -> None:
         masked = Sampling(max_tokens=9, temperature=0.0, stop_tokens=(first,), min_tokens=1)
         sequence = opened(engine, 64)
         (instead,) = await engine.run([Work(sequence, PROMPT, masked, 0)])
-        assert instead != first
+        assert instead.token != first
         engine.truncate(sequence, len(PROMPT) - 1)
-        assert await engine.run([Work(sequence, PROMPT[-1:], masked, 1)]) == [first]
+        assert await engine.run([Work(sequence, PROMPT[-1:], masked, 1)]) == [Result(first)]
 
     with_engine(make_engine, test)

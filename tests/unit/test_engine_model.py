@@ -106,10 +106,10 @@ def test_the_default_model_says_what_transformers_says() -> None:
             found = await engine.run(
                 [Work(s, tokens, greedy) for s, tokens in zip(sequences, feed, strict=True) if s is not None]
             )
-            for at, token in enumerate(found):
-                assert token is not None
-                output[at].append(token)
-                feed[at] = [token]
+            for at, result in enumerate(found):
+                assert result.token is not None
+                output[at].append(result.token)
+                feed[at] = [result.token]
         await engine.aclose()
         return output
 
@@ -136,10 +136,10 @@ def test_a_gpu_says_what_the_cpu_says(tmp_path: Path) -> None:
         assert sequence is not None
         tokens, found = list(range(60)), list[int | None]()
         for _ in range(20):
-            (token,) = await engine.run([Work(sequence, tokens, Sampling(max_tokens=20, temperature=0.0))])
-            assert token is not None
-            found.append(token)
-            tokens = [token]
+            (result,) = await engine.run([Work(sequence, tokens, Sampling(max_tokens=20, temperature=0.0))])
+            assert result.token is not None
+            found.append(result.token)
+            tokens = [result.token]
         await engine.aclose()
         return found
 

@@ -6,12 +6,13 @@ the engine.
 """
 
 from collections.abc import Sequence
-from typing import NewType, Protocol
+from typing import NamedTuple, NewType, Protocol
 
 import msgspec
 
+from tracehaul.engine.history import History
 from tracehaul.wire.hashing import KVLayout
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Sampling, TokenLogprobs
 
 SequenceId = NewType("SequenceId", int)
 
@@ -41,6 +42,17 @@ class Work(msgspec.Struct, frozen=True):
     """None: only extend the KV."""
     emitted: int = 0
     """Output tokens of the step before the sampled one (for ``min_tokens``)."""
+    history: History | None = None
+    """The sequence's tokens, ``tokens`` included, where ``sampling`` penalizes them."""
+
+
+class Result(NamedTuple):
+    """What one item of an iteration gave, beside its KV."""
+
+    token: int | None = None
+    """The sampled one; None where none was asked for."""
+    logprobs: TokenLogprobs | None = None
+    """The token's, where ``sampling.logprobs`` asks for them."""
 
 
 class Engine(Protocol):
@@ -87,8 +99,8 @@ class Engine(Protocol):
         """Free the sequence. Not while a call on it is under way."""
         ...
 
-    async def run(self, work: Sequence[Work]) -> list[int | None]:
-        """One iteration: one sampled token per item, None where none was asked for.
+    async def run(self, work: Sequence[Work]) -> list[Result]:
+        """One iteration: one result per item.
 
         KV of every item's tokens is in place on return. A sequence appears at most once. The capacity must suffice.
         Not cancellable: a cancelled wait lets the iteration end by itself, and the next call waits for it.

@@ -10,7 +10,6 @@ closed sequence, touching positions under computation, closing what is still bei
 """
 
 import asyncio
-import math
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +18,9 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import EngineInfo, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.history import History
+from tracehaul.engine.sampling import Row, choose
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout
 from tracehaul.wire.steps import Sampling
 
@@ -31,8 +32,8 @@ FAKE_LAYOUT = KVLayout(model="fake", dtype="uint8", layers=2, kv_heads=1, head_d
 
 _GARBAGE = 0xA5
 """What memory holds before anybody wrote it: a reader of missing KV does not find zeros by luck."""
-_CANDIDATES = 8
-"""Tokens that sampling chooses from where ``top_k`` sets no tighter limit."""
+_FALL = 0.5
+"""By how much each token's logit is below that of the one before it, from the likeliest on."""
 
 
 class EngineCost(msgspec.Struct, frozen=True):
@@ -86,7 +87,7 @@ class FakeEngine:
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 1
         self._used = 0
-        self._iteration: asyncio.Task[list[int | None]] | None = None
+        self._iteration: asyncio.Task[list[Result]] | None = None
         self._awaited = False
         """Somebody still waits for ``_iteration``: a second run now is a bug."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -150,7 +151,7 @@ class FakeEngine:
         self._used -= len(state.data)
         del self._sequences[sequence]
 
-    async def run(self, work: Sequence[Work]) -> list[int | None]:
+    async def run(self, work: Sequence[Work]) -> list[Result]:
         assert not self._awaited, "one run at a time"
         self._awaited = True
         try:
@@ -240,7 +241,7 @@ class FakeEngine:
             state.writing = (state.length, state.length + len(item.tokens))
         return states
 
-    async def _iterate(self, work: Sequence[Work], states: Sequence[_Sequence]) -> list[int | None]:
+    async def _iterate(self, work: Sequence[Work], states: Sequence[_Sequence]) -> list[Result]:
         try:
             prefill = sum(len(item.tokens) for item in work if len(item.tokens) > 1)
             await asyncio.sleep(self._cost.iteration_s + prefill * self._cost.prefill_token_s)
@@ -250,7 +251,7 @@ class FakeEngine:
                 state.calls -= 1
                 state.writing = None
 
-    def _compute(self, item: Work, state: _Sequence) -> int | None:
+    def _compute(self, item: Work, state: _Sequence) -> Result:
         hasher = blake3(state.data[: state.length].tobytes())
         for token in item.tokens:
             kv = _kv(hasher, token, self._info.layout.token_bytes)
@@ -259,8 +260,10 @@ class FakeEngine:
             hasher.update(kv)
         self.computed_tokens += len(item.tokens)
         if item.sampling is None:
-            return None
-        return _sample(hasher.digest(), item.sampling, state.length, item.emitted, self._info.vocab_size)
+            return Result()
+        return _choose(
+            hasher.digest(), Row(item.sampling, state.length, item.emitted, item.history), self._info.vocab_size
+        )
 
     async def _pack(self, state: _Sequence, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         try:
@@ -326,10 +329,14 @@ class TrueState:
         assert self.tokens
         hasher = self._hasher.copy()
         output: list[int] = []
+        history = History.of(sampling, self.tokens, 0)
         while True:
             position = len(self.tokens) + len(output)
-            token = _sample(hasher.digest(), sampling, position, len(output), self._vocab_size)
+            token = _choose(hasher.digest(), Row(sampling, position, len(output), history), self._vocab_size).token
+            assert token is not None
             output.append(token)
+            if history is not None:
+                history.add(token)
             if token in sampling.stop_tokens or len(output) == sampling.max_tokens:
                 return output
             hasher.update(_kv(hasher, token, self._token_bytes))
@@ -361,21 +368,8 @@ def _kv(hasher: blake3, token: int, token_bytes: int) -> bytes:
     return own.digest(token_bytes)
 
 
-def _sample(state: bytes, sampling: Sampling, position: int, emitted: int, vocab_size: int) -> int:
-    """The token at ``position``: a run of candidates starts where ``state`` says; the seed picks one of them."""
-    first = int.from_bytes(state[:8], "little")
-    allowed: list[int] = []
-    banned = sampling.stop_tokens if emitted < sampling.min_tokens else ()
-    count = min(sampling.top_k or _CANDIDATES, _CANDIDATES, vocab_size)
-    if sampling.temperature == 0:
-        count = 1
-    count = max(1, math.ceil(count * sampling.top_p))
-    for step in range(vocab_size):
-        token = (first + step) % vocab_size
-        if token not in banned:
-            allowed.append(token)
-        if len(allowed) == count:
-            break
-    assert allowed, "every token is masked"
-    draw = blake3(f"{sampling.seed}|{position}".encode()).digest(8)
-    return allowed[int.from_bytes(draw, "little") % len(allowed)]
+def _choose(state: bytes, row: Row, vocab_size: int) -> Result:
+    """The next token: likeliest is the one that ``state`` names, and each of those after it is less so."""
+    first = int.from_bytes(state[:8], "little") % vocab_size
+    fall: NDArray[np.float32] = np.arange(vocab_size, dtype=np.float32) * -_FALL
+    return choose(np.roll(fall, first)[None], [row])[0]

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-import numpy as np
 import torch
 
-from tracehaul.engine.base import EngineInfo, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.ranges import RangeAllocator
-from tracehaul.engine.sampling import is_plain_greedy, sample
+from tracehaul.engine.sampling import Row, choose, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
 from tracehaul.engine.weights import load_weights
 from tracehaul.wire.hashing import KVLayout
@@ -154,14 +153,14 @@ class TorchEngine:
 
     # --- iterations ---------------------------------------------------------------------------------------
 
-    async def run(self, work: Sequence[Work]) -> list[int | None]:
+    async def run(self, work: Sequence[Work]) -> list[Result]:
         if not work:
             return []
         items = [self._sequences[item.sequence] for item in work]
         assert len(set(map(id, items))) == len(items), "a sequence twice in one iteration"
         return await self._detached(self._run(items, list(work)), items)
 
-    async def _run(self, items: list[_Sequence], work: list[Work]) -> list[int | None]:
+    async def _run(self, items: list[_Sequence], work: list[Work]) -> list[Result]:
         async with self._turn:
             for it, item in zip(items, work, strict=True):
                 assert item.tokens, "work without tokens"
@@ -181,27 +180,32 @@ class TorchEngine:
             row += len(item.tokens)
         return segments
 
-    def _iterate(self, segments: list[Segment], work: list[Work]) -> list[int | None]:
+    def _iterate(self, segments: list[Segment], work: list[Work]) -> list[Result]:
         """On the compute thread."""
         tokens = [token for item in work for token in item.tokens]
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
+        ends = [segments[at].past + segments[at].tokens for at in sampled]
         with torch.inference_mode():
             logits = self._model.forward(tokens, segments, self._pool.tensor, rows)
-            result: list[int | None] = [None] * len(work)
-            for row, at in enumerate(sampled):
-                result[at] = self._choose(logits[row], work[at], segments[at].past + segments[at].tokens)
+            result = [Result()] * len(work)
+            for at, chosen in zip(sampled, self._choose(logits, [work[at] for at in sampled], ends), strict=True):
+                result[at] = chosen
             if self._device.type == "cuda":
                 # Copies run on a stream of their own and may start as soon as this returns.
                 torch.cuda.synchronize(self._device)
         return result
 
-    def _choose(self, logits: torch.Tensor, item: Work, position: int) -> int:
-        assert item.sampling is not None
-        if self._device.type != "cpu" and is_plain_greedy(item.sampling, item.emitted):
-            return int(logits.argmax())  # the vocabulary's row stays on the device
-        row: np.ndarray = logits.cpu().numpy()
-        return sample(row, item.sampling, position, item.emitted)
+    def _choose(self, logits: torch.Tensor, work: list[Work], positions: list[int]) -> list[Result]:
+        """What follows each item, from its row of ``logits``; its token is the one at its position."""
+        rows = [
+            Row(item.sampling, position, item.emitted, item.history)
+            for item, position in zip(work, positions, strict=True)
+            if item.sampling is not None
+        ]
+        if self._device.type != "cpu" and all(map(is_plain_greedy, rows)):
+            return [Result(int(token)) for token in logits.argmax(dim=-1).tolist()]  # the rows stay on the device
+        return choose(logits.cpu().numpy(), rows)
 
     # --- blocks -------------------------------------------------------------------------------------------
 
