@@ -64,7 +64,7 @@ class CallReader:
                 self._state, self._value = "bare", [character]
             case "key", '"':
                 self._begin("string", character)
-            case ("key" | "comma"), "}":
+            case (("key" | "comma"), "}"):
                 self._end()
                 return True
             case "colon", ":":

@@ -89,8 +89,8 @@ def _function(tool: dict[str, Any], where: str) -> Function:
     except msgspec.ValidationError as error:
         raise bad_request(f"{where}: {error}", where) from None
     if not NAME.fullmatch(function.name):
-        raise bad_request(f"a tool's name has 1 to 256 letters, digits and any of _ . : / -, not {function.name[:64]!r}",
-                          f"{where}.function.name")  # fmt: skip
+        rule = "a tool's name has 1 to 256 letters, digits and any of _ . : / -"
+        raise bad_request(f"{rule}, and not {function.name[:64]!r}", f"{where}.function.name")
     return function
 
 

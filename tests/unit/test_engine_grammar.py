@@ -53,10 +53,11 @@ def refused(constraint: Constraint, output: bytes = b"") -> str:
     """Why: by the check without a vocabulary, or else by the one with it."""
 
     async def test(grammars: Grammars) -> None:
-        with pytest.raises(InvalidRequest) as raised:
+        try:
             await GrammarCheck().check(constraint)
             await grammars.guide(constraint, list(output))
-        messages.append(str(raised.value))
+        except InvalidRequest as error:
+            messages.append(str(error))
 
     messages: list[str] = []
     with_grammars(test)
@@ -159,7 +160,9 @@ def chained(rules: int) -> str:
         Constraint("json_schema", '{"$ref": "#"}'),
         Constraint(
             "json_schema",
-            json.dumps({"allOf": [{"anyOf": [{"required": [f"p{at}"]}, {"required": [f"q{at}"]}]} for at in range(20)]}),
+            json.dumps(
+                {"allOf": [{"anyOf": [{"required": [f"p{at}"]}, {"required": [f"q{at}"]}]} for at in range(20)]}
+            ),
         ),
     ],
 )

@@ -15,16 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
-from numpy.typing import NDArray
 
+from tracehaul.engine.base import Guide, Mask
+from tracehaul.engine.source import SourceError
 from tracehaul.engine.text import Text
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint
 
 T = TypeVar("T")
-
-Mask = NDArray[np.uint32]
-"""One bit for each token of the vocabulary, lowest first: whether it may come next."""
 
 COMPILE_TIMEOUT_S = 10.0
 """For a grammar to be compiled, those before it in line included."""
@@ -51,8 +49,8 @@ def _limits() -> LLParserLimits:
     )
 
 
-class Guide:
-    """Where one answer is in its grammar. Used by one thread at a time."""
+class GrammarGuide:
+    """Implements :class:`tracehaul.engine.base.Guide`. Used by one thread at a time."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -60,17 +58,14 @@ class Guide:
 
     @property
     def error(self) -> str:
-        """Why it cannot go on; empty while it can."""
         return self._matcher.get_error()[:_MESSAGE_CHARACTERS_MAX]
 
     def mask(self) -> Mask | None:
-        """What may come next; where the grammar is complete, end tokens alone. None: there is an :attr:`error`."""
         mask = np.zeros(self._words, dtype=np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         return None if self._matcher.is_error() else mask
 
     def accept(self, token: int) -> None:
-        """``token`` has come next."""
         self._matcher.consume_token(token)
 
 
@@ -83,19 +78,20 @@ class Grammars:
         self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
         self._thread = _Thread("grammar")
 
-    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> GrammarGuide:
         """The place after ``output``, the tokens of the answer so far.
 
         Raises:
             InvalidRequest: the grammar is none, is too complex, or does not allow ``output``.
         """
-        return await self._thread.run(lambda: self._guide(constraint, output))
+        return await self._thread.run(lambda: self.guide_now(constraint, output))
 
     def close(self) -> None:
         """Start nothing more."""
         self._thread.close()
 
-    def _guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+    def guide_now(self, constraint: Constraint, output: Sequence[int]) -> GrammarGuide:
+        """The same on the caller's thread."""
         compiled = self._compiled.get(constraint)
         if compiled is None:
             compiled = self._compiled[constraint] = self._compile(constraint)
@@ -106,13 +102,13 @@ class Grammars:
         if output and not matcher.consume_tokens(list(output)):
             raise InvalidRequest(f"the output so far does not match its grammar: {_short(matcher.get_error())}")
         assert self._loaded is not None
-        return Guide(matcher, self._loaded.vocab_size)
+        return GrammarGuide(matcher, self._loaded.vocab_size)
 
     def _compile(self, constraint: Constraint) -> LLMatcher:
         if self._loaded is None:
             try:
                 self._loaded = self._vocabulary()
-            except ValueError as error:
+            except (ValueError, SourceError) as error:
                 raise InvalidRequest(f"this model's tokenizer cannot follow a grammar: {error}") from error
         source = _serialized(constraint, self._loaded)
         matcher = LLMatcher(self._loaded, source, log_level=0, limits=_limits())
@@ -160,9 +156,11 @@ class Masker:
     def __init__(self) -> None:
         self._thread = _Thread("masks")
 
-    def start(self, guides: Sequence[Guide | None]) -> Future[list[Mask | None]]:
-        """The mask of each guide; None where there is none, or where it has an error."""
-        return self._thread.submit(lambda: [None if guide is None else guide.mask() for guide in guides])
+    def start(self, guides: Sequence[Guide | None]) -> Callable[[], list[Mask | None]]:
+        """Begin; what it returns waits for the mask of each guide: None where there is none, or it has an error."""
+        if not any(guides):
+            return lambda: [None] * len(guides)
+        return self._thread.submit(lambda: [None if guide is None else guide.mask() for guide in guides]).result
 
     def close(self) -> None:
         """Start nothing more."""
@@ -250,10 +248,9 @@ def _lark(source: str) -> str:
 def _thinking(may: bool, tokens: LLTokenizer | None) -> str:
     """Free text up to ``</think>``, then the grammar named ``answer``."""
     begin, end = _marker("<think>", tokens), _marker("</think>", tokens)
-    if end.startswith("<"):  # a special token: no text can look like it
-        thought = f"thought: /(?s:.*)/ {end}"
-    else:
-        thought = r"thought[lazy]: /(?s:.*)<\/think>/"
+    # No text can look like a special token; of plain text the first match ends it.
+    special, plain = f"thought: /(?s:.*)/ {end}", r"thought[lazy]: /(?s:.*)<\/think>/"
+    thought = special if end.startswith("<") else plain
     start = f"({begin} thought gap)? @answer" if may else "thought gap @answer"
     return f"%llguidance {{}}\nstart: {start}\n{thought}\ngap: /[ \\n]{{0,4}}/\n"
 
