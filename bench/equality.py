@@ -24,9 +24,8 @@ from tracehaul.engine.base import SequenceId, Work
 from tracehaul.engine.source import resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
-from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.hashing import common_prefix, pack_tokens
 from tracehaul.wire.steps import Sampling
-from worker.residency import common_prefix
 
 CONTEXT_TOKENS = 8000
 OUTPUT_TOKENS = 16
@@ -105,10 +104,10 @@ async def generate(engine: TorchEngine, sequence: SequenceId, prompt: list[int],
     output: list[int] = []
     pending = prompt[engine.length(sequence) :]
     while len(output) < OUTPUT_TOKENS:
-        (token,) = await engine.run([Work(sequence, pending, sampling, len(output))])
-        assert token is not None
-        output.append(token)
-        pending = [token]
+        (result,) = await engine.run([Work(sequence, pending, sampling, len(output))])
+        assert result.token is not None
+        output.append(result.token)
+        pending = [result.token]
     return output
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from bench.fairness_process import BLOCK_BYTES, LARGE_BLOCKS, SMALL_BLOCKS
-from bench.report import Result, finish
+from bench.report import Result, finish, percentile
 from bench.store_fleet import Place, Process, running
 
 LARGE_BYTES = 10 * 10**9 // BLOCK_BYTES * BLOCK_BYTES
@@ -25,11 +25,6 @@ ROUNDS_MAX = 6
 HERE = Place("127.0.0.1", environment={"UCX_TLS": "tcp"})
 
 console = Console()
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value that ``share`` of all are at most."""
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 def measure(name: str, nbytes: int, levels: list[str]) -> list[Result]:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
     }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of all are at most; there must be one."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
 
 
 def commit() -> str:

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from datetime import UTC, datetime
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
 ]
 DEFAULT_RUN_DIR = Path(".run")
+COMMANDS_GROUP = "tracehaul.commands"
+"""Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 110
 
@@ -205,6 +208,30 @@ def status(
 
 
 @app.command()
+def explain(
+    trace: Annotated[str, typer.Argument(help="Which trace: its X-Trace-Id.")],
+    salt: Annotated[str, typer.Option("--salt", help="The tenant's cache_salt, if it has one.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="What the router knows, as JSON.")] = False,
+    url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
+    run_dir: RunDirOption = DEFAULT_RUN_DIR,
+) -> None:
+    """Tell a trace's story: its steps, where they ran and why, what was cached, what was lost and why.
+
+    Example:
+
+      tracehaul explain my-agent-1
+    """
+    from cluster.explain import explain, fetch
+
+    base = url or base_url(load_plan(RunDir(run_dir)).config)
+    if as_json:
+        typer.echo(fetch(base, trace, salt))
+        return
+    for line in explain(base, trace, salt):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def restart(
     names: Annotated[list[str], typer.Argument(help="Which nodes, such as decode-0.")],
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
@@ -288,6 +315,8 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
 
 def main() -> None:
     """Runs the command; what the operator must know goes to stderr in one line, and the exit code is 1."""
+    for point in entry_points(group=COMMANDS_GROUP):
+        app.add_typer(point.load(), name=point.name)
     try:
         app()
     except ClusterFault as fault:

@@ -126,8 +126,14 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "output_tokens": Metric("output_tokens", "tokens", "Tokens of finished steps' answers."),
         "missed_blocks": Metric("missed_blocks", "blocks", "Blocks said to be in the store that did not arrive."),
         "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed."),
+        "theoretical_tokens": Metric(
+            "theoretical_tokens", "tokens", "Prompt tokens that the step's trace, or its parent, had computed before."
+        ),
+        "indexed_tokens": Metric("indexed_tokens", "tokens", "Prompt tokens that the stores were said to hold."),
+        "chosen_tokens": Metric("chosen_tokens", "tokens", "Prompt tokens expected to be cached where a step was put."),
+        "delivered_tokens": Metric("delivered_tokens", "tokens", "Prompt tokens that nobody computed again."),
         "recomputed_tokens": Metric(
-            "recomputed_tokens", "tokens", "Tokens that an earlier step had computed, computed again.", ("reason",)
+            "recomputed_tokens", "tokens", "Of the theoretical ones, those that were computed again.", ("reason",)
         ),
     },
 }

@@ -21,6 +21,7 @@ from tracehaul.wire.steps import (
     PrefillToken,
     StepDone,
     StepUsage,
+    TokenLogprobs,
     Tokens,
 )
 from worker.context import Context
@@ -94,6 +95,7 @@ class _Step:
         self._reason: FinishReason | None = None
         self._fallback = ""
         self._told_usage = False
+        self._published_tokens = 0
         self.sampled = 0
 
     async def run(self) -> AsyncGenerator[Reply, None]:
@@ -119,7 +121,7 @@ class _Step:
                     async for reply in replies:
                         yield reply
             assert self._reason is not None
-            yield StepDone(self._reason, self._usage(here), here.length)
+            yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
 
     def _usage(self, here: Context) -> StepUsage:
         return StepUsage(
@@ -134,11 +136,11 @@ class _Step:
             prefill_fallback=self._fallback,
         )
 
-    def _tokens(self, here: Context, ids: list[int]) -> Tokens:
-        self.sampled += len(ids)
+    def _token(self, here: Context, token: int, logprobs: TokenLogprobs | None) -> Tokens:
+        self.sampled += 1
         usage = None if self._told_usage else self._usage(here)
         self._told_usage = True
-        return Tokens(pack_tokens(ids), usage)
+        return Tokens(pack_tokens([token]), usage, None if logprobs is None else (logprobs,))
 
     async def _hand_off(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Let the prefill worker compute what is missing, pulling each run of blocks as it is published.
@@ -172,15 +174,16 @@ class _Step:
                 async for reply in replies:
                     match reply:
                         case PrefillProgress(published) | PrefillDone(published):
+                            self._published_tokens = published
                             await here.locate(published)
                             await here.pull(min(published, wanted))
-                        case PrefillToken(token, computed_from) if len(here.tokens) == wanted:
+                        case PrefillToken(token, computed_from, logprobs) if len(here.tokens) == wanted:
                             self._computed_from = min(self._computed_from, computed_from)
                             here.tokens.append(token)
                             self._reason = request.sampling.finish_reason(
                                 token, len(self._emitted) + 1, len(here.tokens), usable_context(self._host.engine.info)
                             )
-                            yield self._tokens(here, [token])
+                            yield self._token(here, token, logprobs)
                         case _:
                             raise ProtocolError(f"{prefill.node} answered a prefill with {type(reply).__name__}")
         except ClusterError as error:
@@ -195,6 +198,7 @@ class _Step:
             self._host.engine.truncate(here.sequence, here.length - 1)
         self._computed_from = min(self._computed_from, here.length)
         emitted = len(here.tokens) - len(self._prompt)
+        guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
         job = Job(
             sequence=here.sequence,
             tokens=here.tokens,
@@ -202,6 +206,7 @@ class _Step:
             emitted=emitted,
             samples_max=self._request.sampling.max_tokens - emitted,
             computed=here.length,
+            guide=guide,
             copying=here.copying,
         )
         failed: ClusterError | None = None
@@ -211,14 +216,15 @@ class _Step:
                     match await job.events.get():
                         case Computed(length):
                             writer.computed(length)
-                        case Sampled(token, reason):
+                        case Sampled(token, reason, logprobs):
                             self._reason = reason
-                            yield self._tokens(here, [token])
+                            yield self._token(here, token, logprobs)
                         case Failed(failed):
                             pass
                         case Published():
                             raise AssertionError("nobody publishes into a decode job's events")
             # Also where the step has to leave: another worker, or this one later, pulls what was computed.
             await writer.finish()
+            self._published_tokens = writer.published_tokens
         if failed is not None:
             raise failed

@@ -103,6 +103,7 @@ class PrefillService:
         self, request: PrefillStep, here: Context, flight: _Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
         computed_from = here.length
+        guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
             sequence=here.sequence,
             tokens=here.tokens,
@@ -110,6 +111,7 @@ class PrefillService:
             emitted=request.emitted,
             samples_max=1,
             computed=here.length,
+            guide=guide,
             copying=here.copying,
         )
 
@@ -126,8 +128,8 @@ class PrefillService:
                             writer.computed(length)
                         case Published(length):
                             yield PrefillProgress(length)
-                        case Sampled(token, _):
-                            yield PrefillToken(token, computed_from)
+                        case Sampled(token, _, logprobs):
+                            yield PrefillToken(token, computed_from, logprobs)
                             break
                         case Failed(error):
                             raise error

@@ -3,33 +3,33 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from router.book import Book
+from router.decisions import NODES_MAX, Decisions, Ended, Moved, Placed
+from router.hits import Hits
 from router.index import Index
 from router.members import MemberRegistry
 from router.policy.placement import Candidate, Placement, place
+from router.run import Run
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
 from router.traces import Trace, Traces, Warm
 from router.watch import StoreWatch
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
-from tracehaul.wire.hashing import chain, pack_tokens, salted, unpack_tokens
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
-from tracehaul.wire.steps import DecodeStep, FinishReason, StepDone, StepUsage, Tokens
+from tracehaul.wire.hashing import pack_tokens, unpack_tokens
+from tracehaul.wire.ids import NodeId
+from tracehaul.wire.steps import DecodeStep, StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
-
-
-LossReason = Literal["store_lost", "missed", "prefill_failed", "evicted"]
-"""Why a trace's context had to be computed again: the store node that had it is gone; blocks did not arrive, or
-arrived wrong; a prefill worker failed half-way; or it was no longer held by anybody."""
 
 
 class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +37,11 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     traces_max: Annotated[int, Meta(ge=1)] = 10_000
     """Traces remembered."""
+    contexts_bytes_max: Annotated[int, Meta(ge=0)] = 512 * 2**20
+    """Memory for what their steps left: tokens and block hashes, 6 bytes a token. Without its context a trace's next
+    step is hashed anew, and nobody can say what was lost of it."""
+    decisions_max: Annotated[int, Meta(ge=1)] = 50_000
+    """Decisions remembered, of all traces; half a KiB each."""
     attempts_max: Annotated[int, Meta(ge=1)] = 4
     """Workers tried in a row without a new token before a step fails."""
     retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
@@ -59,8 +64,13 @@ class DispatchStats(msgspec.Struct):
     missed_blocks: int = 0
     """Blocks that the store was said to hold and that did not arrive."""
     prefill_fallbacks: int = 0
+    theoretical_tokens: int = 0
+    """Of all steps that computed anything: what the trace had, as in :class:`router.hits.Hits`."""
+    indexed_tokens: int = 0
+    chosen_tokens: int = 0
+    delivered_tokens: int = 0
     recomputed_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    """Tokens that an earlier step of the same trace had computed, computed again, by :data:`LossReason`."""
+    """Tokens that the trace had, computed again, by :data:`router.hits.LossReason`."""
 
 
 class Dispatch:
@@ -71,10 +81,14 @@ class Dispatch:
         self._config = config
         self.stats = DispatchStats()
         self.index = Index()
-        self.traces = Traces(config.traces_max)
+        self.traces = Traces(config.traces_max, config.contexts_bytes_max)
+        self.decisions = Decisions(config.decisions_max)
+        self.traces.forgotten = lambda trace: self.decisions.forget(trace.key)
         self._watch = StoreWatch(peers, self.index)
         self.members = MemberRegistry(self._watch.set_nodes)
         self._running: Counter[NodeId] = Counter()
+        self._runs: dict[Run, None] = {}
+        self.book = Book(self.traces, self.decisions, self._delete)
 
     async def close(self) -> None:
         """Stop following the stores."""
@@ -90,29 +104,57 @@ class Dispatch:
         return self.members.statuses()
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
-        trace = self.traces.start(request.trace, request.parent)
+        trace, step = self.traces.start(
+            (request.salt, request.trace),
+            request.parent,
+            request.step,
+            clock.now_s(),
+            prompt_tokens=len(request.prompt),
+            tools=request.tools,
+            agent=request.agent,
+        )
         self.stats.steps += 1
-        run = _Run(request, trace)
-        ended = False
+        run = Run(request, trace, step, self.traces.lefts(trace))
+        self._runs[run] = None
         try:
             async with aclosing(self._attempts(run)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
-                        ended = True
-                        self._count(run, event.usage)
+                        step.ending = event.reason
+                        self._count(event.usage)
                     yield event
-        except ClusterError:
-            ended = True
+        except ClusterError as error:
+            step.ending = error.code
             self.stats.steps_failed += 1
             raise
         finally:
-            if not ended:
-                # The API ends a step that way at a stop string, too: what was computed is still worth coming back to.
-                self.stats.steps_aborted += 1
-                run.remember()
-            self.traces.end(request.trace, final=request.final)
+            del self._runs[run]
+            self._end(run)
 
-    async def _attempts(self, run: "_Run") -> AsyncGenerator[Output | Finished, None]:
+    def _delete(self, trace: Trace) -> None:
+        self.traces.delete(trace.key)
+        for run in self._runs:
+            if run.trace is trace:
+                run.stop()
+
+    def _end(self, run: Run) -> None:
+        """A step ended, whatever way."""
+        step = run.step
+        step.output_tokens = len(run.emitted)
+        self.stats.steps_aborted += step.ending == "aborted"
+        if step.hits is not None:
+            self._count_hits(run, step.hits)
+        # The API aborts a step at a stop string, too: what was computed is still worth coming back to.
+        left = run.left()
+        if left is not None and step.ending in ("aborted", "stop", "length"):
+            self.traces.leave(run.trace, left)
+        now_s = clock.now_s()
+        self.traces.end(run.trace, step, now_s, final=run.request.final)
+        ended = Ended(step.step, step.ending, step.prompt_tokens, step.output_tokens, now_s - step.began_s, step.hits)
+        if not run.trace.deleted:
+            self.decisions.add(run.trace.key, now_s, ended)
+
+    async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
         """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
         failures = 0
         while True:
@@ -127,20 +169,25 @@ class Dispatch:
             except ClusterError as error:
                 reason = run.ended()
                 if reason is not None and run.usage is not None:  # only the terminal message was lost
-                    yield Finished(reason, msgspec.structs.replace(run.usage, output_tokens=len(run.emitted)))
+                    usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
+                    yield Finished(reason, usage, run.hits())
                     return
                 failures = 1 if len(run.emitted) > before else failures + 1
                 # A worker's own bug may be that worker's alone: one other may try.
                 attempts_max = self._config.attempts_max if error.retriable else 2
                 if isinstance(error, InvalidRequest) or failures >= attempts_max:
                     raise
+                node = None
                 if placement is not None:
-                    run.avoid.add((placement.decode.node, placement.decode.generation))
+                    node = placement.decode.node
+                    run.avoid.add((node, placement.decode.generation))
                 self.stats.steps_moved += 1
+                moved = Moved(run.request.step, node, error.code, len(run.emitted))
+                self.decisions.add(run.trace.key, clock.now_s(), moved)
                 log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
             await asyncio.sleep(self._config.retry_pause_s * failures)
 
-    def _place(self, run: "_Run") -> Placement:
+    def _place(self, run: Run) -> Placement:
         request, trace = run.request, run.trace
         decodes = self.members.live("decode")
         if not decodes:
@@ -154,21 +201,23 @@ class Dispatch:
         prefills = [worker for worker in self.members.live("prefill") if worker.root == decodes[0].root]
         fresh = [worker for worker in decodes if (worker.node, worker.generation) not in run.avoid] or decodes
         asked = [worker for worker in fresh if worker.node == request.decode]
+        warm, stored_tokens = run.warm, self.index.match(run.hashes).blocks * run.block_tokens
         placement = place(
             trace=request.trace,
             prompt_tokens=tokens,
-            stored_tokens=self.index.match(run.hashes) * run.block_tokens,
-            warm=trace.warm,
+            stored_tokens=stored_tokens,
+            warm=warm,
             home=trace.home,
             decodes=self._candidates(asked or fresh),
             prefills=self._candidates(prefills),
             stores=self._candidates(self.members.live("store")),
             asked=bool(asked),
-            avoided=trace.warm is not None and (trace.warm.node, trace.warm.generation) in run.avoid,
+            avoided=warm is not None and (warm.node, warm.generation) in run.avoid,
         )
         assert placement is not None
-        run.home_lost = run.home_lost or (trace.home is not None and trace.home != placement.home)
-        trace.home = placement.home
+        lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
+        run.placed(placement, stored_tokens, warm_lives=lives)
+        self._log_placed(run, placement, stored_tokens, self._candidates(asked or fresh))
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
             request.step,
@@ -182,10 +231,27 @@ class Dispatch:
         )
         return placement
 
+    def _log_placed(self, run: Run, placement: Placement, stored_tokens: int, decodes: Sequence[Candidate]) -> None:
+        warm = run.warm
+        placed = Placed(
+            step=run.request.step,
+            decode=placement.decode.node,
+            reason=placement.reason,
+            prompt_tokens=len(run.request.prompt),
+            indexed_tokens=stored_tokens,
+            warm=warm.node if warm is not None else None,
+            warm_tokens=warm.retained_tokens if warm is not None else 0,
+            expected_tokens=placement.expected_tokens,
+            prefill=placement.prefill,
+            home=placement.home,
+            running={decode.node: decode.running for decode in decodes[:NODES_MAX]},
+        )
+        self.decisions.add(run.trace.key, clock.now_s(), placed)
+
     def _candidates(self, nodes: list[NodeInfo]) -> list[Candidate]:
         return [Candidate(info.node, info.generation, self._running[info.node]) for info in nodes]
 
-    async def _on_worker(self, run: "_Run", placement: Placement) -> AsyncGenerator[Output | Finished, None]:
+    async def _on_worker(self, run: Run, placement: Placement) -> AsyncGenerator[Output | Finished, None]:
         """One attempt; appends to ``run.emitted`` what it yields."""
         request = run.request
         node = placement.decode.node
@@ -194,7 +260,7 @@ class Dispatch:
             step=request.step,
             trace=request.trace,
             root=info.root,
-            prompt=pack_tokens(request.prompt),
+            prompt=run.packed,
             emitted=pack_tokens(run.emitted),
             salt=request.salt,
             home=placement.home,
@@ -207,16 +273,20 @@ class Dispatch:
         self._running[node] += 1
         replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
         try:
-            async for reply in replies:
+            while (reply := await run.next(replies)) is not None:
                 match reply:
-                    case Tokens(ids, usage):
+                    case Tokens(ids, usage, logprobs):
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
                         retained = len(request.prompt) + len(run.emitted) - 1
-                        yield Output(tokens, usage and run.account(usage))
-                    case StepDone(reason, usage, retained_tokens):
-                        retained = retained_tokens
-                        yield Finished(reason, run.account(usage))
+                        if usage is None:
+                            yield Output(tokens, logprobs=logprobs)
+                        else:
+                            run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
+                            yield Output(tokens, run.account(usage), run.hits(), logprobs)
+                    case StepDone(reason, usage, retained_tokens, published_tokens):
+                        retained, run.published_tokens = retained_tokens, published_tokens
+                        yield Finished(reason, run.account(usage), run.hits())
                         return
                     case _:
                         raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
@@ -224,82 +294,23 @@ class Dispatch:
         finally:
             self._running[node] -= 1
             if retained:
-                run.trace.warm = Warm(node, placement.decode.generation, retained)
+                run.warm = Warm(node, placement.decode.generation, retained)
             await replies.aclose()
 
-    def _count(self, run: "_Run", usage: StepUsage) -> None:
+    def _count(self, usage: StepUsage) -> None:
         self.stats.steps_finished += 1
         self.stats.prompt_tokens += usage.prompt_tokens
         self.stats.cached_tokens += usage.computed_from
         self.stats.output_tokens += usage.output_tokens
         self.stats.missed_blocks += usage.missed_blocks
         self.stats.prefill_fallbacks += usage.prefill_fallback != ""
-        lost, reason = run.recomputed(usage)
-        if lost:
-            self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + lost
-            log.warning("step %s: %d tokens were computed again (%s)", run.request.step, lost, reason)
-        run.remember()
 
-
-class _Run:
-    """One step's way through the fleet."""
-
-    def __init__(self, request: StepRequest, trace: Trace) -> None:
-        self.request = request
-        self.trace = trace
-        self.emitted: list[int] = []
-        self.usage: StepUsage | None = None
-        """Of all attempts so far, as far as workers told."""
-        self.context_max = 0
-        """Of the worker that ran the last attempt."""
-        self.avoid: set[tuple[NodeId, Generation]] = set()
-        """Workers that failed it, while there are others."""
-        self.home_lost = False
-        self.hashes: list[BlockHash] = []
-        """Of the prompt's full blocks."""
-        self.block_tokens = 0
-        self._root = BlockHash(b"")
-
-    def cut(self, worker: NodeInfo) -> None:
-        """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
-        root = salted(worker.root, self.request.salt)
-        if root != self._root:
-            self._root, self.block_tokens = root, worker.block_tokens
-            self.hashes = chain(root, pack_tokens(self.request.prompt), worker.block_tokens)
-
-    def account(self, usage: StepUsage) -> StepUsage:
-        """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
-        if self.usage is not None:
-            computed_from = min(usage.computed_from, self.usage.computed_from)
-            usage = msgspec.structs.replace(usage, computed_from=computed_from)
-        self.usage = usage
-        return usage
-
-    def ended(self) -> FinishReason | None:
-        """Why nothing may follow what was emitted; None if something must."""
-        if not self.emitted:
-            return None
-        length = len(self.request.prompt) + len(self.emitted)
-        return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
-
-    def recomputed(self, usage: StepUsage) -> tuple[int, LossReason]:
-        """Tokens of full blocks that the trace's last step left and that somebody computed again, and why."""
-        left = self.trace.blocks
-        if not left or len(self.hashes) < left or self.hashes[left - 1] != self.trace.last_hash:
-            return 0, "evicted"  # first step, or another prompt than that of the step before
-        lost = max(0, left * self.block_tokens - usage.computed_from)
-        if self.home_lost:
-            return lost, "store_lost"
-        if usage.prefill_fallback:
-            return lost, "prefill_failed"
-        return lost, "missed" if usage.missed_blocks else "evicted"
-
-    def remember(self) -> None:
-        """The step ended: its trace's context is the prompt and the output, whose last token has no KV."""
-        if not self.emitted:
-            return
-        parent = self.hashes[-1] if self.hashes else self._root
-        rest = self.request.prompt[len(self.hashes) * self.block_tokens :] + self.emitted[:-1]
-        hashes = self.hashes + chain(parent, pack_tokens(rest), self.block_tokens)
-        self.trace.blocks = len(hashes)
-        self.trace.last_hash = hashes[-1] if hashes else None
+    def _count_hits(self, run: Run, hits: Hits) -> None:
+        self.stats.theoretical_tokens += hits.theoretical
+        self.stats.indexed_tokens += hits.indexed
+        self.stats.chosen_tokens += hits.chosen
+        self.stats.delivered_tokens += hits.delivered
+        for reason, tokens in hits.losses.items():
+            self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
+        if sum(hits.losses.values()) >= run.block_tokens:
+            log.warning("step %s: tokens were computed again: %s", run.request.step, hits.losses)

@@ -1,13 +1,15 @@
 """What the HTTP surface asks of the rest of the router, and what it gets back."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 import msgspec
 
+from router.book import Book
+from router.hits import Hits
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import NodeId, StepId, TraceId
-from tracehaul.wire.steps import FinishReason, Sampling, StepUsage
+from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
 
 
 class StepRequest(msgspec.Struct, frozen=True):
@@ -26,6 +28,10 @@ class StepRequest(msgspec.Struct, frozen=True):
     """Run it on this worker if it is there: for operators and measurements."""
     final: bool = False
     """The client says that no further step of this trace follows."""
+    tools: tuple[str, ...] = ()
+    """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
+    agent: str = ""
+    """Names the kind of agent, as far as the call tells: see :class:`router.traces.Trace`."""
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -35,6 +41,10 @@ class Output(msgspec.Struct, frozen=True):
     usage: StepUsage | None = None
     """On the first output, what is known by then: where the prompt came from. A step that the API ends at a stop
     string has no :class:`Finished`, and its usage is answered from here."""
+    hits: Hits | None = None
+    """With ``usage``: where the prompt's KV could have come from."""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    """One for each token if the sampling asks for them."""
 
 
 class Finished(msgspec.Struct, frozen=True):
@@ -42,6 +52,7 @@ class Finished(msgspec.Struct, frozen=True):
 
     reason: FinishReason
     usage: StepUsage
+    hits: Hits = Hits()
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -74,6 +85,11 @@ class Dispatcher(Protocol):
 
     def model(self) -> ModelCard | None:
         """None while no decode worker is ready."""
+        ...
+
+    @property
+    def book(self) -> Book:
+        """Its traces."""
         ...
 
     def nodes(self) -> list[NodeStatus]:

@@ -5,9 +5,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracehaul.engine.base import Engine, EngineInfo, SequenceId, Work
-from tracehaul.wire.errors import ClusterError, Overloaded
-from tracehaul.wire.steps import FinishReason, Sampling
+from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, SequenceId, Work
+from tracehaul.engine.history import History
+from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
+from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.scheduler import Grant, Scheduler
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class Sampled:
 
     token: int
     reason: FinishReason | None
+    logprobs: TokenLogprobs | None
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,22 @@ class Job:
     samples_max: int
     """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
     computed: int
+    guide: Guide | None = None
+    """Of the sampling's constraint, where there is one."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     """Bounded by what a step can produce: one event for each token and chunk."""
     samples: int = 0
     copying: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by who copies the sequence out: it must not grow, which may move it, meanwhile."""
 
+    def __post_init__(self) -> None:
+        self.history = History.of(self.sampling, self.tokens, self.emitted)
+
     def accept(self, token: int, context_max: int) -> FinishReason | None:
         """Append a sampled token; says whether the step ends with it."""
         self.tokens.append(token)
+        if self.history is not None:
+            self.history.add(token)
         self.emitted += 1
         self.samples += 1
         return self.sampling.finish_reason(token, self.emitted, len(self.tokens), context_max)
@@ -137,10 +146,10 @@ class IterationLoop:
         finally:
             self._iteration_ended.set()
         self.iterations += bool(computed)
-        for grant, job, token in computed:
-            self._settle(grant, job, token)
+        for grant, job, result in computed:
+            self._settle(grant, job, result)
 
-    async def _compute(self) -> list[tuple[Grant, Job, int | None]]:
+    async def _compute(self) -> list[tuple[Grant, Job, Result]]:
         grants: list[tuple[Grant, Job]] = []
         work: list[Work] = []
         for grant in self._scheduler.plan():
@@ -162,12 +171,14 @@ class IterationLoop:
                     tokens=job.tokens[job.computed : end],
                     sampling=job.sampling if samples else None,
                     emitted=job.emitted,
+                    history=job.history,
+                    guide=job.guide if samples else None,
                 )
             )
         if not work:
             return []
         try:
-            sampled = await self._engine.run(work)
+            results = await self._engine.run(work)
         except ClusterError as error:
             for grant, _ in grants:
                 self._fail(grant.key, error)
@@ -177,20 +188,23 @@ class IterationLoop:
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []
-        return [(grant, job, token) for (grant, job), token in zip(grants, sampled, strict=True)]
+        return [(grant, job, result) for (grant, job), result in zip(grants, results, strict=True)]
 
-    def _settle(self, grant: Grant, job: Job, token: int | None) -> None:
+    def _settle(self, grant: Grant, job: Job, result: Result) -> None:
         job.computed += grant.tokens
         self.computed_tokens += grant.tokens
         job.events.put_nowait(Computed(job.computed))
-        if token is None:
+        if result.error:
+            self._fail(grant.key, InvalidRequest(f"the answer cannot go on in its grammar: {result.error}"))
+            return
+        if result.token is None:
             if job.computed == len(job.tokens):
                 self._drop(grant.key)
             else:
                 self._scheduler.computed(grant, sampled=False)
             return
-        reason = job.accept(token, self._context_max)
-        job.events.put_nowait(Sampled(token, reason))
+        reason = job.accept(result.token, self._context_max)
+        job.events.put_nowait(Sampled(result.token, reason, result.logprobs))
         if reason is not None or job.samples == job.samples_max:
             self._drop(grant.key)
         else:

@@ -7,20 +7,9 @@ a recomputation.
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tracehaul.engine.base import SequenceId
-from tracehaul.wire.hashing import TOKEN_BYTES
-from tracehaul.wire.ids import TraceId
-
-
-def common_prefix(a: bytes, b: bytes) -> int:
-    """Length in tokens of the common prefix of two packed token runs."""
-    count = min(len(a), len(b)) // TOKEN_BYTES
-    if a[: count * TOKEN_BYTES] == b[: count * TOKEN_BYTES]:
-        return count
-    differs = np.frombuffer(a, "<u4", count) != np.frombuffer(b, "<u4", count)
-    return int(np.argmax(differs))
+from tracehaul.wire.hashing import TOKEN_BYTES, common_prefix
+from tracehaul.wire.ids import BlockHash, TraceId
 
 
 @dataclass(frozen=True)
@@ -31,6 +20,8 @@ class Resident:
     trace: TraceId
     salt: str
     tokens: bytes
+    hashes: tuple[BlockHash, ...] = ()
+    """Of the full blocks of ``tokens``."""
 
     @property
     def length(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.api.text import TextStream
+from router.hits import Hits
 from tracehaul.wire.steps import FinishReason, StepUsage
 
 
@@ -68,6 +69,7 @@ class Answer:
         self._texts: list[str] = []
         self.tokens: list[int] = []
         self.usage = StepUsage()
+        self.hits = Hits()
         self.reason: FinishReason | None = None
         self.matched = False
         """A stop string ended it."""

@@ -6,7 +6,11 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from router.book import Book
+from router.decisions import Decisions
+from router.hits import Hits
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
+from router.traces import Trace, Traces
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import StepUsage
 
@@ -91,6 +95,10 @@ class FakeDispatcher:
         self.running = 0
         self.aborted: list[str] = []
         """Steps that were closed before their end."""
+        self.traces = Traces(traces_max=100, contexts_bytes_max=1 << 20)
+        self.decisions = Decisions(decisions_max=1000)
+        self.deleted: list[str] = []
+        self.book = Book(self.traces, self.decisions, self._delete)
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
         self.requests.append(request)
@@ -114,6 +122,10 @@ class FakeDispatcher:
             if not ended:
                 self.aborted.append(request.step)
 
+    def _delete(self, trace: Trace) -> None:
+        self.traces.delete(trace.key)
+        self.deleted.append(trace.trace)
+
     def model(self) -> ModelCard | None:
         return self.card
 
@@ -128,12 +140,14 @@ def say(text: str, *, reason: str = "stop", delay_s: float = 0.0) -> Callable[[S
         usage = StepUsage(
             prompt_tokens=len(request.prompt), computed_from=len(request.prompt) // 2, resident_tokens=3, pulled_bytes=7
         )
+        half = len(request.prompt) // 2
+        hits = Hits(theoretical=half + 1, delivered=half, losses={"evicted": 1})
         tokens = list(text.encode()) + ([IM_END] if reason == "stop" else [])
         items: list[Output | Finished | Exception | float] = []
         for at, token in enumerate(tokens):
             items += [delay_s] if delay_s else []
-            items.append(Output([token], usage if at == 0 else None))
-        items.append(Finished("stop" if reason == "stop" else "length", usage))
+            items.append(Output([token], usage, hits) if at == 0 else Output([token]))
+        items.append(Finished("stop" if reason == "stop" else "length", usage, hits))
         return items
 
     return script

@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from router.hits import Hits
 from tracehaul.wire.steps import FinishReason
 
 
@@ -24,6 +25,8 @@ class ClusterUsage(msgspec.Struct, frozen=True):
     pull_s: float
     missed_blocks: int
     prefill_fallback: str
+    hits: Hits
+    """Prompt tokens that could have been cached, that were, and why the others were not."""
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -48,8 +48,8 @@ def alone() -> Generator[Callable[[Sequence[int], Sampling], list[int]], None, N
 
         async def extend(tokens: Sequence[int], sampling: Sampling | None, emitted: int = 0) -> int | None:
             held.extend(tokens)
-            (token,) = await engine.run([Work(sequence, tokens, sampling, emitted)])
-            return token
+            (result,) = await engine.run([Work(sequence, tokens, sampling, emitted)])
+            return result.token
 
         async def generate(prompt: Sequence[int], sampling: Sampling) -> list[int]:
             shared = next((i for i, (a, b) in enumerate(zip(held, prompt[:-1], strict=False)) if a != b), None)

@@ -78,6 +78,13 @@ def test_a_chat_completion() -> None:
             "pull_s": 0.0,
             "missed_blocks": 0,
             "prefill_fallback": "",
+            "hits": {
+                "theoretical": len(prompt) // 2 + 1,
+                "indexed": 0,
+                "chosen": 0,
+                "delivered": len(prompt) // 2,
+                "losses": {"evicted": 1},
+            },
         },
     }
     (request,) = dispatcher.requests

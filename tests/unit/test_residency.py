@@ -2,9 +2,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracehaul.engine.base import SequenceId
-from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.hashing import common_prefix, pack_tokens
 from tracehaul.wire.ids import TraceId
-from worker.residency import Residency, Resident, common_prefix
+from worker.residency import Residency, Resident
 
 TRACE, OTHER = TraceId("a"), TraceId("b")
 

@@ -3,10 +3,10 @@ import logging
 
 import pytest
 
-from router.index import Index
+from router.index import Index, Match
 from router.members import MemberRegistry
 from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
-from router.traces import Traces, Warm
+from router.traces import Warm
 from tracehaul.rpc.base import NO_CONTEXT
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad
@@ -43,10 +43,10 @@ def test_index_matches_the_leading_run_over_all_nodes() -> None:
     index = Index()
     index.snapshot(A, Snapshot(G, 0, (block(1), block(3)), last=True))
     index.snapshot(B, Snapshot(G, 0, (block(2), block(5)), last=True))
-    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == 3
+    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == Match(3, {A: 1})
     index.forget(B)
-    assert index.match([block(n) for n in (1, 2, 3)]) == 1
-    assert index.match([]) == 0
+    assert index.match([block(n) for n in (1, 2, 3)]) == Match(1, {A: 1})
+    assert index.match([]) == Match(0, {})
 
 
 def candidates(*running: int) -> list[Candidate]:
@@ -124,26 +124,6 @@ def test_homes_are_kept_spread_and_replaced() -> None:
     assert all(20 <= sum(home == store.node for home in homes.values()) <= 40 for store in stores)
     moved = {t: choose_home(stores[:2], t, None) for t in homes}
     assert all(moved[t] == home for t, home in homes.items() if home != "store-2"), "only the lost node's traces move"
-
-
-def test_traces_are_bounded_and_running_ones_stay() -> None:
-    traces = Traces(traces_max=2)
-    traces.start(TraceId("a"), None).home = A
-    traces.start(TraceId("b"), TraceId("a"))
-    traces.end(TraceId("b"), final=False)
-    traces.start(TraceId("c"), None)
-    assert traces.get(TraceId("b")) is None
-    known = traces.get(TraceId("a"))
-    assert known is not None
-    assert known.steps == 1
-
-
-def test_a_fork_starts_at_its_parents_home_and_a_final_step_forgets() -> None:
-    traces = Traces(traces_max=10)
-    traces.start(TraceId("a"), None).home = A
-    assert traces.start(TraceId("b"), TraceId("a")).home == A
-    traces.end(TraceId("b"), final=True)
-    assert traces.get(TraceId("b")) is None
 
 
 def test_a_member_that_falls_silent_is_told_once_and_when_it_is_heard_again(

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from sim import loop as virtual
-from tracehaul.engine.base import Work
+from tracehaul.engine.base import Result, Work
 from tracehaul.engine.fake import FAKE_LAYOUT, EngineCost, FakeEngine, TrueState, expected_output, fake_info, pack_rows
 from tracehaul.wire.steps import Sampling
 
@@ -21,10 +21,11 @@ def engine(**kwargs):
 async def generate(fake, sequence, prompt, sampling, start=0, chunk=7):
     """Prefill ``prompt[start:]`` in chunks, then decode to the end."""
     for at in range(start, len(prompt) - 1, chunk):
-        assert await fake.run([Work(sequence, prompt[at : min(at + chunk, len(prompt) - 1)])]) == [None]
+        assert await fake.run([Work(sequence, prompt[at : min(at + chunk, len(prompt) - 1)])]) == [Result()]
     output, token = [], prompt[-1]
     while True:
-        [token] = await fake.run([Work(sequence, [token], sampling, emitted=len(output))])
+        [result] = await fake.run([Work(sequence, [token], sampling, emitted=len(output))])
+        token = result.token
         output.append(token)
         if token in sampling.stop_tokens or len(output) == sampling.max_tokens:
             return output

@@ -10,7 +10,6 @@ closed sequence, touching positions under computation, closing what is still bei
 """
 
 import asyncio
-import math
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -19,9 +18,12 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import EngineInfo, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Guide, Result, SequenceId, Work
+from tracehaul.engine.grammar import Grammars, byte_vocabulary
+from tracehaul.engine.history import History
+from tracehaul.engine.sampling import Row, choose, follow
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
@@ -31,8 +33,8 @@ FAKE_LAYOUT = KVLayout(model="fake", dtype="uint8", layers=2, kv_heads=1, head_d
 
 _GARBAGE = 0xA5
 """What memory holds before anybody wrote it: a reader of missing KV does not find zeros by luck."""
-_CANDIDATES = 8
-"""Tokens that sampling chooses from where ``top_k`` sets no tighter limit."""
+_FALL = 0.5
+"""By how much each token's logit is below that of the one before it, from the likeliest on."""
 
 
 class EngineCost(msgspec.Struct, frozen=True):
@@ -83,10 +85,11 @@ class FakeEngine:
     def __init__(self, info: EngineInfo | None = None, cost: EngineCost | None = None) -> None:
         self._info = info or fake_info()
         self._cost = cost or EngineCost()
+        self._grammars = Grammars(lambda: byte_vocabulary(self._info.vocab_size))
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 1
         self._used = 0
-        self._iteration: asyncio.Task[list[int | None]] | None = None
+        self._iteration: asyncio.Task[list[Result]] | None = None
         self._awaited = False
         """Somebody still waits for ``_iteration``: a second run now is a bug."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -150,7 +153,11 @@ class FakeEngine:
         self._used -= len(state.data)
         del self._sequences[sequence]
 
-    async def run(self, work: Sequence[Work]) -> list[int | None]:
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        """On the caller's thread. A token is a byte, and the last one of the vocabulary ends a text."""
+        return self._grammars.guide_now(constraint, output)
+
+    async def run(self, work: Sequence[Work]) -> list[Result]:
         assert not self._awaited, "one run at a time"
         self._awaited = True
         try:
@@ -240,7 +247,7 @@ class FakeEngine:
             state.writing = (state.length, state.length + len(item.tokens))
         return states
 
-    async def _iterate(self, work: Sequence[Work], states: Sequence[_Sequence]) -> list[int | None]:
+    async def _iterate(self, work: Sequence[Work], states: Sequence[_Sequence]) -> list[Result]:
         try:
             prefill = sum(len(item.tokens) for item in work if len(item.tokens) > 1)
             await asyncio.sleep(self._cost.iteration_s + prefill * self._cost.prefill_token_s)
@@ -250,7 +257,7 @@ class FakeEngine:
                 state.calls -= 1
                 state.writing = None
 
-    def _compute(self, item: Work, state: _Sequence) -> int | None:
+    def _compute(self, item: Work, state: _Sequence) -> Result:
         hasher = blake3(state.data[: state.length].tobytes())
         for token in item.tokens:
             kv = _kv(hasher, token, self._info.layout.token_bytes)
@@ -259,8 +266,10 @@ class FakeEngine:
             hasher.update(kv)
         self.computed_tokens += len(item.tokens)
         if item.sampling is None:
-            return None
-        return _sample(hasher.digest(), item.sampling, state.length, item.emitted, self._info.vocab_size)
+            return Result()
+        mask = None if item.guide is None else item.guide.mask()
+        row = Row(item.sampling, state.length, item.emitted, item.history, mask)
+        return follow([_choose(hasher.digest(), row, self._info.vocab_size)], [item.guide])[0]
 
     async def _pack(self, state: _Sequence, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         try:
@@ -326,10 +335,14 @@ class TrueState:
         assert self.tokens
         hasher = self._hasher.copy()
         output: list[int] = []
+        history = History.of(sampling, self.tokens, 0)
         while True:
             position = len(self.tokens) + len(output)
-            token = _sample(hasher.digest(), sampling, position, len(output), self._vocab_size)
+            token = _choose(hasher.digest(), Row(sampling, position, len(output), history), self._vocab_size).token
+            assert token is not None
             output.append(token)
+            if history is not None:
+                history.add(token)
             if token in sampling.stop_tokens or len(output) == sampling.max_tokens:
                 return output
             hasher.update(_kv(hasher, token, self._token_bytes))
@@ -361,21 +374,8 @@ def _kv(hasher: blake3, token: int, token_bytes: int) -> bytes:
     return own.digest(token_bytes)
 
 
-def _sample(state: bytes, sampling: Sampling, position: int, emitted: int, vocab_size: int) -> int:
-    """The token at ``position``: a run of candidates starts where ``state`` says; the seed picks one of them."""
-    first = int.from_bytes(state[:8], "little")
-    allowed: list[int] = []
-    banned = sampling.stop_tokens if emitted < sampling.min_tokens else ()
-    count = min(sampling.top_k or _CANDIDATES, _CANDIDATES, vocab_size)
-    if sampling.temperature == 0:
-        count = 1
-    count = max(1, math.ceil(count * sampling.top_p))
-    for step in range(vocab_size):
-        token = (first + step) % vocab_size
-        if token not in banned:
-            allowed.append(token)
-        if len(allowed) == count:
-            break
-    assert allowed, "every token is masked"
-    draw = blake3(f"{sampling.seed}|{position}".encode()).digest(8)
-    return allowed[int.from_bytes(draw, "little") % len(allowed)]
+def _choose(state: bytes, row: Row, vocab_size: int) -> Result:
+    """The next token: likeliest is the one that ``state`` names, and each of those after it is less so."""
+    first = int.from_bytes(state[:8], "little") % vocab_size
+    fall: NDArray[np.float32] = np.arange(vocab_size, dtype=np.float32) * -_FALL
+    return choose(np.roll(fall, first)[None], [row])[0]

@@ -1,6 +1,5 @@
 """The Llama-family forward pass over an iteration's tokens and the KV pool."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +7,8 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from tracehaul.engine.attention import TiledAttention, attend_fused, attend_one
-from tracehaul.engine.weights import LayerWeights, ModelConfig, RopeScaling, Weights
+from tracehaul.engine.rope import rope_tables, rotate
+from tracehaul.engine.weights import LayerWeights, Weights
 
 
 class Segment(NamedTuple):
@@ -77,15 +77,16 @@ class Model:
         if layer.q_norm is not None and layer.k_norm is not None:
             queries, keys = turned.split([c.heads, c.kv_heads], dim=1)
             turned = torch.cat([self._norm(queries, layer.q_norm), self._norm(keys, layer.k_norm)], dim=1)
-        turned = rotate(turned, cos, sin)
+        if layer.rope:
+            turned = rotate(turned, cos, sin)
         queries = turned[:, : c.heads]
         kv[0].index_copy_(1, slots, turned[:, c.heads :].transpose(0, 1))
         kv[1].index_copy_(1, slots, qkv[:, c.heads + c.kv_heads :].transpose(0, 1))
         attended = self._attention(queries, kv, segments).reshape(rows, c.heads * c.head_dim)
-        hidden.add_(linear(attended, layer.out))
-        gate_up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_up)
+        hidden.add_(linear(attended, layer.out, layer.out_bias))
+        gate_up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
         gate, up = gate_up.split(c.intermediate, dim=1)
-        hidden.add_(linear(silu(gate).mul_(up), layer.down))
+        hidden.add_(linear(silu(gate).mul_(up), layer.down, layer.down_bias))
 
     def _attention(self, queries: torch.Tensor, kv: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
         parts: list[torch.Tensor] = []
@@ -98,30 +99,3 @@ class Model:
     def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(values.float(), (values.shape[-1],), weight, self._config.norm_eps)
         return normed.to(self._cos.dtype)
-
-
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of ``[tokens, heads, head_dim]``; halves are the two coordinates, as the hub's models have it.
-
-    ``cos`` and ``sin`` are ``[tokens, 1, head_dim / 2]``.
-    """
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines ``[context_max, head_dim / 2]``, computed in float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is not None:
-        frequencies = _stretched(frequencies, config.rope_scaling)
-    angles = torch.outer(torch.arange(config.context_max, dtype=torch.float32), frequencies)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def _stretched(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Llama 3: slow turns are slowed by ``factor``, fast ones kept, those between blended."""
-    turns = scaling.original_context * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return frequencies * (blend + (1.0 - blend) / scaling.factor)

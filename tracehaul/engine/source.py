@@ -1,6 +1,7 @@
 """Where a model's files come from: a local folder, a GGUF file, the hub, or the default model's wheel.
 
-Resolving also reads which architecture it is, so that an unknown one is refused by name before anything is loaded.
+Resolving also reads the model's config, so that what the engine does not run is refused by name before anything is
+loaded.
 """
 
 import fcntl
@@ -21,14 +22,21 @@ from typing import Literal
 import msgspec
 
 from tracehaul.engine.gguf_file import GGUFError, read_gguf
+from tracehaul.engine.model_config import Architecture, ConfigError, ModelConfig, gguf_config, hub_config
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 Progress = Callable[[str], None]
 """Told one short line at each stage of a slow resolution; called from the resolving thread."""
 
-_HF_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-_GGUF_ARCHITECTURES = {"llama": "llama"}
+_HF_ARCHITECTURES: dict[str, Architecture] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+_GGUF_ARCHITECTURES: dict[str, Architecture] = {"llama": "llama"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "chat_template*", "*.safetensors*"]
 _LOCK_POLL_S = 0.2
@@ -46,7 +54,7 @@ class ModelSource(msgspec.Struct, frozen=True):
     path: Path
     """A folder in the hub's layout, or one ``.gguf`` file."""
     kind: Literal["hf", "gguf"]
-    architecture: Literal["llama", "qwen2", "qwen3"]
+    architecture: Architecture
 
 
 class WheelModel(msgspec.Struct, frozen=True):
@@ -217,14 +225,31 @@ def _fetch_hub(name: str, progress: Progress) -> Path:
         raise SourceError(f"cannot get {name} from the hub: {reason[0]}") from error
 
 
-def _inspect_folder(name: str, path: Path) -> ModelSource:
+def read_config(source: ModelSource) -> ModelConfig:
+    """The model's shape, from its files' headers alone.
+
+    Raises:
+        SourceError: they cannot be read, or the model has a feature that the engine does not run.
+    """
     try:
-        config = msgspec.json.decode((path / "config.json").read_bytes(), type=dict[str, object])
-    except (OSError, msgspec.MsgspecError) as error:
-        raise SourceError(f"{path} is no model folder: config.json: {error}") from error
-    listed = config.get("architectures")
+        if source.kind == "gguf":
+            return gguf_config(source.architecture, read_gguf(source.path))
+        return hub_config(source.architecture, _read_json(source.path / "config.json"))
+    except (ConfigError, GGUFError, OSError) as error:
+        raise SourceError(f"{source.name}: {error}") from error
+
+
+def _inspect_folder(name: str, path: Path) -> ModelSource:
+    listed = _read_json(path / "config.json").get("architectures")
     found = str(listed[0]) if isinstance(listed, list) and listed else "none named"
     return _supported(name, path, "hf", found, _HF_ARCHITECTURES)
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise SourceError(f"{path.parent} is no model folder: {path.name}: {error}") from error
 
 
 def _inspect_gguf(name: str, path: Path) -> ModelSource:
@@ -236,12 +261,15 @@ def _inspect_gguf(name: str, path: Path) -> ModelSource:
     return _supported(name, path, "gguf", found, _GGUF_ARCHITECTURES)
 
 
-def _supported(name: str, path: Path, kind: Literal["hf", "gguf"], found: str, known: dict[str, str]) -> ModelSource:
-    match known.get(found):
-        case "llama" | "qwen2" | "qwen3" as architecture:
-            return ModelSource(name, path, kind, architecture)
-        case _:
-            raise SourceError(f"{name}: architecture {found} is not supported (supported: {', '.join(known)})")
+def _supported(
+    name: str, path: Path, kind: Literal["hf", "gguf"], found: str, known: dict[str, Architecture]
+) -> ModelSource:
+    architecture = known.get(found)
+    if architecture is None:
+        raise SourceError(f"{name}: architecture {found} is not supported (supported: {', '.join(known)})")
+    source = ModelSource(name, path, kind, architecture)
+    read_config(source)
+    return source
 
 
 def _silent(_: str) -> None:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
-import numpy as np
 import torch
 
-from tracehaul.engine.base import EngineInfo, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
-from tracehaul.engine.ranges import RangeAllocator
-from tracehaul.engine.sampling import is_plain_greedy, sample
+from tracehaul.engine.model_config import ModelConfig
+from tracehaul.engine.ranges import RangeAllocator, Space
+from tracehaul.engine.sampling import Row, choose, follow, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
-from tracehaul.engine.weights import ModelConfig, load_weights
+from tracehaul.engine.text import Text
+from tracehaul.engine.weights import load_weights
 from tracehaul.wire.hashing import KVLayout
+from tracehaul.wire.steps import Constraint
 
 T = TypeVar("T")
 
@@ -47,13 +50,12 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class _Sequence:
-    """A sequence's range of the pool, in blocks, and how much of it holds KV."""
+    """A sequence's blocks of the pool, and how much of them holds KV."""
 
-    __slots__ = ("blocks", "busy", "closed", "length", "start")
+    __slots__ = ("busy", "closed", "length", "table")
 
-    def __init__(self, start: int, blocks: int) -> None:
-        self.start = start
-        self.blocks = blocks
+    def __init__(self, table: Sequence[int]) -> None:
+        self.table = table
         self.length = 0
         self.busy = 0
         """Calls under way; after a cancelled wait they outlive their caller."""
@@ -67,15 +69,19 @@ class TorchEngine:
     otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is foreseen.
     """
 
-    def __init__(self, info: EngineInfo, model: Model, pool: KVPool, compute: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, info: EngineInfo, model: Model, pool: KVPool, grammars: Grammars, compute: ThreadPoolExecutor
+    ) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
         self._model = model
         self._pool = pool
         self._device = pool.tensor.device
+        self._grammars = grammars
+        self._masker = Masker()
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
-        self._ranges = RangeAllocator(info.kv_tokens_max // self._block_tokens)
+        self._space: Space = RangeAllocator(info.kv_tokens_max // self._block_tokens)
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 0
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -102,40 +108,38 @@ class TorchEngine:
 
     @property
     def free_tokens(self) -> int:
-        return self._ranges.free * self._block_tokens
+        return self._space.free * self._block_tokens
 
     # --- sequences ----------------------------------------------------------------------------------------
 
     def open(self, capacity: int) -> SequenceId | None:
-        blocks = self._blocks(capacity)
-        start = self._ranges.allocate(blocks)
-        if start is None:
+        table = self._space.allocate(self._blocks(capacity))
+        if table is None:
             return None
         handle = SequenceId(self._next_id)
         self._next_id += 1
-        self._sequences[handle] = _Sequence(start, blocks)
+        self._sequences[handle] = _Sequence(table)
         return handle
 
     def grow(self, sequence: SequenceId, capacity: int) -> bool:
         it = self._sequences[sequence]
         assert it.busy == 0, "grow while a call on the sequence is under way"
         blocks = self._blocks(capacity)
-        if blocks <= it.blocks:
+        if blocks <= len(it.table):
             return True
-        if self._ranges.extend(it.start, it.blocks, blocks - it.blocks):
-            it.blocks = blocks
-            return True
-        start = self._ranges.allocate(blocks)
-        if start is None:
-            return False
-        if it.length > 0:
-            self._pool.move(it.start * self._block_tokens, start * self._block_tokens, it.length)
-        self._ranges.release(it.start, it.blocks)
-        it.start, it.blocks = start, blocks
+        table = self._space.extend(it.table, blocks - len(it.table))
+        if table is None:
+            table = self._space.allocate(blocks)
+            if table is None:
+                return False
+            if it.length > 0:
+                self._pool.move(it.table[0] * self._block_tokens, table[0] * self._block_tokens, it.length)
+            self._space.release(it.table)
+        it.table = table
         return True
 
     def capacity(self, sequence: SequenceId) -> int:
-        return self._sequences[sequence].blocks * self._block_tokens
+        return len(self._sequences[sequence].table) * self._block_tokens
 
     def length(self, sequence: SequenceId) -> int:
         return self._sequences[sequence].length
@@ -149,22 +153,27 @@ class TorchEngine:
         it = self._sequences.pop(sequence)
         it.closed = True
         if it.busy == 0:
-            self._ranges.release(it.start, it.blocks)
+            self._space.release(it.table)
 
     # --- iterations ---------------------------------------------------------------------------------------
 
-    async def run(self, work: Sequence[Work]) -> list[int | None]:
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        return await self._grammars.guide(constraint, output)
+
+    async def run(self, work: Sequence[Work]) -> list[Result]:
         if not work:
             return []
         items = [self._sequences[item.sequence] for item in work]
         assert len(set(map(id, items))) == len(items), "a sequence twice in one iteration"
         return await self._detached(self._run(items, list(work)), items)
 
-    async def _run(self, items: list[_Sequence], work: list[Work]) -> list[int | None]:
+    async def _run(self, items: list[_Sequence], work: list[Work]) -> list[Result]:
         async with self._turn:
             for it, item in zip(items, work, strict=True):
                 assert item.tokens, "work without tokens"
-                assert it.length + len(item.tokens) <= it.blocks * self._block_tokens, "over the sequence's capacity"
+                assert it.length + len(item.tokens) <= len(it.table) * self._block_tokens, (
+                    "over the sequence's capacity"
+                )
                 assert it.length + len(item.tokens) <= self._info.context_max, "over the model's window"
             segments = self._segments(items, work)
             result = await self._on(self._compute, partial(self._iterate, segments, work))
@@ -176,31 +185,40 @@ class TorchEngine:
         segments: list[Segment] = []
         row = 0
         for it, item in zip(items, work, strict=True):
-            segments.append(Segment(row, len(item.tokens), it.start * self._block_tokens, it.length))
+            segments.append(Segment(row, len(item.tokens), it.table[0] * self._block_tokens, it.length))
             row += len(item.tokens)
         return segments
 
-    def _iterate(self, segments: list[Segment], work: list[Work]) -> list[int | None]:
+    def _iterate(self, segments: list[Segment], work: list[Work]) -> list[Result]:
         """On the compute thread."""
         tokens = [token for item in work for token in item.tokens]
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
+        ends = [segments[at].past + segments[at].tokens for at in sampled]
+        masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
             logits = self._model.forward(tokens, segments, self._pool.tensor, rows)
-            result: list[int | None] = [None] * len(work)
-            for row, at in enumerate(sampled):
-                result[at] = self._choose(logits[row], work[at], segments[at].past + segments[at].tokens)
+            result = [Result()] * len(work)
+            chosen = self._choose(logits, [work[at] for at in sampled], ends, masks())
+            for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
+                result[at] = one
             if self._device.type == "cuda":
                 # Copies run on a stream of their own and may start as soon as this returns.
                 torch.cuda.synchronize(self._device)
         return result
 
-    def _choose(self, logits: torch.Tensor, item: Work, position: int) -> int:
-        assert item.sampling is not None
-        if self._device.type != "cpu" and is_plain_greedy(item.sampling, item.emitted):
-            return int(logits.argmax())  # the vocabulary's row stays on the device
-        row: np.ndarray = logits.cpu().numpy()
-        return sample(row, item.sampling, position, item.emitted)
+    def _choose(
+        self, logits: torch.Tensor, work: list[Work], positions: list[int], masks: Sequence[Mask | None]
+    ) -> list[Result]:
+        """What follows each item, from its row of ``logits``; its token is the one at its position."""
+        rows = [
+            Row(item.sampling, position, item.emitted, item.history, mask)
+            for item, position, mask in zip(work, positions, masks, strict=True)
+            if item.sampling is not None
+        ]
+        if self._device.type != "cpu" and all(map(is_plain_greedy, rows)):
+            return [Result(int(token)) for token in logits.argmax(dim=-1).tolist()]  # the rows stay on the device
+        return choose(logits.cpu().numpy(), rows)
 
     # --- blocks -------------------------------------------------------------------------------------------
 
@@ -213,7 +231,7 @@ class TorchEngine:
     async def unpack(self, sequence: SequenceId, start: int, tokens: int, blocks: Sequence[memoryview]) -> None:
         it = self._sequences[sequence]
         assert start == it.length, "unpacking anywhere but at the end"
-        assert start + tokens <= it.blocks * self._block_tokens, "over the sequence's capacity"
+        assert start + tokens <= len(it.table) * self._block_tokens, "over the sequence's capacity"
         cuts = self._cuts(it, start, tokens, blocks)
 
         async def copy() -> None:
@@ -228,13 +246,13 @@ class TorchEngine:
         """Per block: its first token in the pool, its tokens, its bytes."""
         assert start % self._block_tokens == 0
         assert tokens > 0
-        base = it.start * self._block_tokens + start
         cuts: list[tuple[int, int, memoryview]] = []
         for offset, view in zip(range(0, tokens, self._block_tokens), views, strict=True):
+            block = it.table[(start + offset) // self._block_tokens]
             count = min(self._block_tokens, tokens - offset)
             view = view.cast("B")
             assert len(view) == count * self._info.layout.token_bytes, "a view is not as long as its block"
-            cuts.append((base + offset, count, view))
+            cuts.append((block * self._block_tokens, count, view))
         return cuts
 
     # --- threads ------------------------------------------------------------------------------------------
@@ -244,6 +262,8 @@ class TorchEngine:
             await asyncio.wait(self._under_way)
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._copy.shutdown)
+        await asyncio.to_thread(self._masker.close)
+        await asyncio.to_thread(self._grammars.close)
         self._sequences.clear()
 
     async def _on(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
@@ -261,7 +281,7 @@ class TorchEngine:
             for it in items:
                 it.busy -= 1
                 if it.closed and it.busy == 0:
-                    self._ranges.release(it.start, it.blocks)
+                    self._space.release(it.table)
             if not done.cancelled():
                 done.exception()  # seen here, in case nobody waits any more
 
@@ -281,7 +301,7 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool]:
+def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -309,7 +329,9 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
         model = Model(weights)
         _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
-        return info, model, pool
+        # Read only when a step needs it: most need no grammar.
+        grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
+        return info, model, pool, grammars
 
 
 def _warm_up(model: Model, pool: KVPool, tokens: int) -> None:

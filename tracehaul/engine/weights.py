@@ -13,39 +13,11 @@ from blake3 import blake3
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 
-from tracehaul.engine.gguf_file import GGUFError, GGUFFile, read_gguf
-from tracehaul.engine.source import ModelSource, SourceError
+from tracehaul.engine.gguf_file import GGUFError, read_gguf
+from tracehaul.engine.model_config import ModelConfig
+from tracehaul.engine.source import ModelSource, SourceError, read_config
 
 _REVISION_BYTES = 12
-
-
-class RopeScaling(msgspec.Struct, frozen=True):
-    """Llama 3's stretching of rotary frequencies."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
-
-
-class ModelConfig(msgspec.Struct, frozen=True):
-    """A Llama-family decoder's shape."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab_size: int
-    context_max: int
-    rope_theta: float
-    rope_scaling: RopeScaling | None
-    norm_eps: float
-    qkv_bias: bool
-    qk_norm: bool
-    tied: bool
-    """The output layer is the embedding."""
 
 
 class LayerWeights(msgspec.Struct):
@@ -58,9 +30,15 @@ class LayerWeights(msgspec.Struct):
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     out: torch.Tensor
+    out_bias: torch.Tensor | None
     mlp_norm: torch.Tensor
     gate_up: torch.Tensor
+    gate_up_bias: torch.Tensor | None
     down: torch.Tensor
+    down_bias: torch.Tensor | None
+    window: int | None
+    """See :class:`tracehaul.engine.model_config.LayerKind`."""
+    rope: bool
 
 
 class Weights(msgspec.Struct):
@@ -83,8 +61,12 @@ def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device) 
         SourceError: a file is missing or damaged, or the model has a feature that this engine does not run.
     """
     try:
-        reader = _GGUFReader(source.path) if source.kind == "gguf" else _FolderReader(source)
-        config = reader.config
+        config = read_config(source)
+        if any(kind.window is not None for kind in config.kinds):
+            raise SourceError(f"{source.name}: a sliding window in attention is not supported yet")
+        reader = _GGUFReader(source.path, config) if source.kind == "gguf" else _FolderReader(source.path)
+        if not reader.has("lm_head.weight"):
+            config = msgspec.structs.replace(config, tied=True)
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             # Normalization weights are vectors, small and applied in float32.
@@ -114,18 +96,27 @@ def _layer(
     def fused(*names: str) -> torch.Tensor:
         return place(torch.cat([get(name) for name in names]))
 
-    parts = [f"self_attn.{part}_proj" for part in "qkv"]
-    qkv = fused(*(f"{part}.weight" for part in parts))
+    def bias(present: bool, like: torch.Tensor, *names: str) -> torch.Tensor | None:
+        # Added to a matrix product, in its dtype.
+        return fused(*(f"{name}.bias" for name in names)).to(like.dtype) if present else None
+
+    qkv, gate_up = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    matrix = fused(*(f"{name}.weight" for name in qkv))
     return LayerWeights(
         attention_norm=place(get("input_layernorm.weight")),
-        qkv=qkv,
-        qkv_bias=fused(*(f"{part}.bias" for part in parts)).to(qkv.dtype) if config.qkv_bias else None,
+        qkv=matrix,
+        qkv_bias=bias(config.qkv_bias, matrix, *qkv),
         q_norm=place(get("self_attn.q_norm.weight")) if config.qk_norm else None,
         k_norm=place(get("self_attn.k_norm.weight")) if config.qk_norm else None,
         out=place(get("self_attn.o_proj.weight")),
+        out_bias=bias(config.out_bias, matrix, "self_attn.o_proj"),
         mlp_norm=place(get("post_attention_layernorm.weight")),
-        gate_up=fused("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        gate_up=fused(*(f"{name}.weight" for name in gate_up)),
+        gate_up_bias=bias(config.mlp_bias, matrix, *gate_up),
         down=place(get("mlp.down_proj.weight")),
+        down_bias=bias(config.mlp_bias, matrix, "mlp.down_proj"),
+        window=config.kinds[at].window,
+        rope=config.kinds[at].rope,
     )
 
 
@@ -152,16 +143,17 @@ def _revision(config: ModelConfig, files: list[Path]) -> str:
 
 
 class _FolderReader:
-    """``config.json`` and one or several ``*.safetensors``."""
+    """One or several ``*.safetensors``."""
 
-    def __init__(self, source: ModelSource) -> None:
-        self._folder = source.path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._where = dict(self._index())
-        raw = _read_json(source.path / "config.json")
-        self.config = _hub_config(source, raw, untied="lm_head.weight" in self._where)
 
     def files(self) -> list[Path]:
         return [self._folder / name for name in sorted(set(self._where.values()))]
+
+    def has(self, name: str) -> bool:
+        return name in self._where
 
     def tensor(self, name: str) -> torch.Tensor:
         # Opened per tensor: opening reads a small header only, and no map outlives the read.
@@ -178,54 +170,6 @@ class _FolderReader:
             raise SourceError(f"{self._folder} has no model.safetensors (other weight formats are not read)")
         with safe_open(file, framework="pt") as opened:
             yield from ((name, file.name) for name in opened.keys())  # noqa: SIM118 - not a dict
-
-
-def _hub_config(source: ModelSource, raw: dict[str, Any], untied: bool) -> ModelConfig:
-    hidden, heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-    _refuse_features(source, raw)
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    # Absent keys mean the architecture's defaults, which its configs leave out.
-    tied_default = source.architecture != "llama"
-    return ModelConfig(
-        layers=int(raw["num_hidden_layers"]),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden // heads),
-        intermediate=int(raw["intermediate_size"]),
-        vocab_size=int(raw["vocab_size"]),
-        context_max=int(raw["max_position_embeddings"]),
-        rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-        rope_scaling=_rope_scaling(source, rope),
-        norm_eps=float(raw["rms_norm_eps"]),
-        qkv_bias=source.architecture == "qwen2",
-        qk_norm=source.architecture == "qwen3",
-        tied=bool(raw.get("tie_word_embeddings", tied_default)) or not untied,
-    )
-
-
-def _refuse_features(source: ModelSource, raw: dict[str, Any]) -> None:
-    """Say by name what this engine would compute wrongly."""
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
-        if raw.get(key):
-            raise SourceError(f"{source.name}: {key} in its config is not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise SourceError(f"{source.name}: activation {raw['hidden_act']} is not supported")
-
-
-def _rope_scaling(source: ModelSource, rope: dict[str, Any]) -> RopeScaling | None:
-    match rope.get("rope_type", rope.get("type", "default")):
-        case "default":
-            return None
-        case "llama3":
-            return RopeScaling(
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_context=int(rope["original_max_position_embeddings"]),
-            )
-        case other:
-            raise SourceError(f"{source.name}: rope type {other} is not supported")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -256,27 +200,24 @@ _GGUF_NAMES = {
 class _GGUFReader:
     """One GGUF file of the llama architecture; tensors come dequantized, under the hub's names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: ModelConfig) -> None:
         self._file = read_gguf(path)
         self._data = np.memmap(path, np.uint8, mode="r")
-        self.config = _gguf_config(self._file)
+        self._config = config
 
     def files(self) -> list[Path]:
         return [self._file.path]
 
+    def has(self, name: str) -> bool:
+        return _gguf_name(name) in self._file.tensors
+
     def tensor(self, name: str) -> torch.Tensor:
-        module = name.removesuffix(".weight")
-        if module.startswith("model.layers."):
-            _, _, layer, part = module.split(".", 3)
-            stored = f"blk.{layer}.{_GGUF_NAMES[part]}.weight"
-        else:
-            stored = f"{_GGUF_NAMES[module]}.weight"
-        values = torch.from_numpy(self._dequantized(stored))
+        values = torch.from_numpy(self._dequantized(_gguf_name(name)))
         # The converter interleaves the two rotary halves of each query and key head.
-        if module.endswith(".q_proj"):
-            return _split_halves(values, self.config.heads)
-        if module.endswith(".k_proj"):
-            return _split_halves(values, self.config.kv_heads)
+        if name.endswith(".q_proj.weight"):
+            return _split_halves(values, self._config.heads)
+        if name.endswith(".k_proj.weight"):
+            return _split_halves(values, self._config.kv_heads)
         return values
 
     def _dequantized(self, stored: str) -> np.ndarray:
@@ -292,27 +233,13 @@ class _GGUFReader:
         return np.array(dequantize(rows, kind), dtype=np.float32).reshape(shape)
 
 
-def _gguf_config(file: GGUFFile) -> ModelConfig:
-    meta, name = file.metadata, str(file.path)
-    if "rope_freqs.weight" in file.tensors or meta.get("llama.rope.scaling.type", "none") != "none":
-        raise SourceError(f"{name}: scaled rotary frequencies in GGUF are not supported: use the model's hub folder")
-    hidden, heads = int(meta["llama.embedding_length"]), int(meta["llama.attention.head_count"])
-    return ModelConfig(
-        layers=int(meta["llama.block_count"]),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(meta.get("llama.attention.head_count_kv", heads)),
-        head_dim=int(meta.get("llama.attention.key_length", hidden // heads)),
-        intermediate=int(meta["llama.feed_forward_length"]),
-        vocab_size=int(file.tensors["token_embd.weight"].shape[1]),
-        context_max=int(meta["llama.context_length"]),
-        rope_theta=float(meta.get("llama.rope.freq_base", 10_000.0)),
-        rope_scaling=None,
-        norm_eps=float(meta["llama.attention.layer_norm_rms_epsilon"]),
-        qkv_bias=False,
-        qk_norm=False,
-        tied="output.weight" not in file.tensors,
-    )
+def _gguf_name(name: str) -> str:
+    """A tensor's name in a GGUF file, from the hub's."""
+    module, kind = name.rsplit(".", 1)
+    if module.startswith("model.layers."):
+        _, _, layer, part = module.split(".", 3)
+        return f"blk.{layer}.{_GGUF_NAMES[part]}.{kind}"
+    return f"{_GGUF_NAMES[module]}.{kind}"
 
 
 def _split_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -26,6 +26,12 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class TraceDeleted(InvalidRequest):
+    """The client has deleted the trace while this step of it ran."""
+
+    code = "trace_deleted"
+
+
 class Unavailable(ClusterError):
     """No node can do this now: answer 503 with Retry-After."""
 
@@ -85,6 +91,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         ClusterError,
         InvalidRequest,
         ContextTooLong,
+        TraceDeleted,
         Unavailable,
         Overloaded,
         PeerLost,

@@ -95,6 +95,28 @@ def chain(root: BlockHash, tokens: bytes, block_tokens: int) -> list[BlockHash]:
     return hashes
 
 
+def common_prefix(a: bytes, b: bytes) -> int:
+    """Length in tokens of the common prefix of two packed token runs."""
+    count = min(len(a), len(b)) // TOKEN_BYTES
+    if a[: count * TOKEN_BYTES] == b[: count * TOKEN_BYTES]:
+        return count
+    differs = np.frombuffer(a, "<u4", count) != np.frombuffer(b, "<u4", count)
+    return int(np.argmax(differs))
+
+
+def extend_chain(
+    root: BlockHash, tokens: bytes, block_tokens: int, known: Sequence[BlockHash], shared_tokens: int
+) -> list[BlockHash]:
+    """As :func:`chain`, computing only what is new.
+
+    ``known`` are the hashes of another run's full blocks, from the same root, whose first ``shared_tokens`` tokens are
+    those of ``tokens``.
+    """
+    hashes = list(known[: shared_tokens // block_tokens])
+    rest = tokens[len(hashes) * block_tokens * TOKEN_BYTES :]
+    return hashes + chain(hashes[-1] if hashes else root, rest, block_tokens)
+
+
 def tail_candidates(parent: BlockHash, tokens: bytes, block_tokens: int) -> list[BlockHash]:
     """Hashes of every partial block that could follow ``parent`` in this prompt: item ``k-1`` holds ``k`` tokens.
 

@@ -1,8 +1,9 @@
 """Messages of a step: the router drives a decode worker, which drives a prefill worker."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from tracehaul.wire.base import Message
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
@@ -10,8 +11,27 @@ from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 FinishReason = Literal["stop", "length"]
 
 
+CONSTRAINT_CHARACTERS_MAX = 65_536
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What the text of an answer must match, from its first character to its last."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    source: Annotated[str, Meta(max_length=CONSTRAINT_CHARACTERS_MAX)]
+    """A JSON schema as JSON; a regular expression in the syntax of Rust's ``regex``; or a grammar in
+    Lark's syntax or GBNF."""
+    lenient: bool = False
+    """Ignore what a schema says that cannot be enforced, instead of refusing it."""
+    thinking: Literal["none", "may", "opened"] = "none"
+    """Whether free text up to ``</think>`` comes first: it may, from ``<think>`` on; or the prompt has opened it."""
+
+
 class Sampling(msgspec.Struct, frozen=True):
-    """How output tokens are chosen. Randomness is a function of (seed, position in the sequence) alone."""
+    """How output tokens are chosen. Randomness is a function of (seed, position in the sequence) alone.
+
+    Rules apply in the order of :func:`tracehaul.engine.sampling.choose`.
+    """
 
     max_tokens: int
     """Output tokens of the whole step, those already emitted included; at least 1."""
@@ -20,11 +40,30 @@ class Sampling(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     top_k: int = 0
     """0 is unlimited."""
+    min_p: float = 0.0
+    """Tokens less than this share as likely as the likeliest are never sampled."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens in the sequence, multiplies negative ones; 1 is none."""
+    presence_penalty: float = 0.0
+    """Off the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Off the logits of tokens in the output, for each time."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """What is added to a token's logit, by token."""
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
     """The model's own end tokens and the request's: generation ends after one of them."""
     min_tokens: int = 0
     """Stop tokens are not sampled before this many output tokens."""
+    constraint: Constraint | None = None
+    """Tokens that leave it are never sampled; when it is complete, only the model's end tokens are."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell with each output token's own logprob; None: tell neither."""
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the choice depends on the tokens before it."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def finish_reason(self, token: int, emitted: int, length: int, context_max: int) -> FinishReason | None:
         """Whether a step ends with output token ``token``, its ``emitted``-th, in a sequence now ``length`` long."""
@@ -33,6 +72,17 @@ class Sampling(msgspec.Struct, frozen=True):
         if emitted >= self.max_tokens or length >= context_max:
             return "length"
         return None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """How likely the model held one token, and what it held likeliest there.
+
+    Natural logarithms of probabilities in the model's own distribution: before temperature, penalties, bias and masks.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with theirs, likeliest first; as many as were asked for."""
 
 
 class PrefillStep(Message, frozen=True):
@@ -65,6 +115,8 @@ class PrefillToken(Message, frozen=True):
     token: int
     computed_from: int
     """Positions before it were not computed here: they were resident or pulled."""
+    logprobs: TokenLogprobs | None = None
+    """If the step asks for them."""
 
 
 class PrefillDone(Message, frozen=True):
@@ -115,6 +167,8 @@ class Tokens(Message, frozen=True):
     ids: bytes
     usage: StepUsage | None = None
     """With the first tokens: what is known by then."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each of ``ids`` if the step asks for them."""
 
 
 class StepDone(Message, frozen=True):
@@ -124,3 +178,5 @@ class StepDone(Message, frozen=True):
     usage: StepUsage
     retained_tokens: int
     """Length of the sequence whose KV stays on this worker, warm for the next step."""
+    published_tokens: int = 0
+    """Its leading tokens that can be pulled from the store."""

@@ -1,0 +1,151 @@
+"""One step's way through the fleet: what it continues, what was expected of it, what came of it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from router.contexts import Cut, Left, cut
+from router.hits import Expected, Hits, Outcome, attribute
+from router.policy.placement import Placement
+from router.steps import StepRequest
+from router.traces import Step, Trace, Warm
+from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.errors import TraceDeleted
+from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.messages import Reply
+from tracehaul.wire.steps import FinishReason, StepUsage
+
+
+class Run:
+    """One step, from its request to its end. ``lefts`` are the contexts that it may continue."""
+
+    def __init__(self, request: StepRequest, trace: Trace, step: Step, lefts: list[Left]) -> None:
+        self.request = request
+        self.trace = trace
+        self.step = step
+        self.packed = pack_tokens(request.prompt)
+        """The prompt in wire form."""
+        self.emitted: list[int] = []
+        self.usage: StepUsage | None = None
+        """Of all attempts so far, as far as workers told."""
+        self.context_max = 0
+        """Of the worker that ran the last attempt."""
+        self.avoid: set[tuple[NodeId, Generation]] = set()
+        """Workers that failed it, while there are others."""
+        self.home_lost = False
+        self.warm: Warm | None = None
+        """Who holds how much of the prompt, as far as a worker told."""
+        self.published_tokens = 0
+        self.block_tokens = 0
+        self._lefts = lefts
+        self._root = BlockHash(b"")
+        self._cut = Cut(b"", (), None, 0)
+        self._expected: Expected | None = None
+        self._warm_gone = False
+        self._waiting: asyncio.Timeout | None = None
+
+    @property
+    def hashes(self) -> Sequence[BlockHash]:
+        """Of the prompt's full blocks, once it was cut."""
+        return self._cut.hashes
+
+    def cut(self, worker: NodeInfo) -> None:
+        """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
+        root = salted(worker.root, self.request.salt)
+        if root == self._root:
+            return
+        self._root, self.block_tokens = root, worker.block_tokens
+        self._cut = cut(root, self.packed, worker.block_tokens, self._lefts)
+        left = self._cut.left
+        if left is None:
+            return
+        self.step.parent = left.step
+        if left.warm is not None and self.warm is None:
+            kept = min(left.warm.retained_tokens, self._cut.shared_tokens)
+            self.warm = Warm(left.warm.node, left.warm.generation, kept)
+
+    def placed(self, placement: Placement, stored_tokens: int, *, warm_lives: bool) -> None:
+        """It was given a place. What counts for its hits is what was known before the first attempt."""
+        self.home_lost = self.home_lost or (self.trace.home is not None and self.trace.home != placement.home)
+        self.trace.home = placement.home
+        self.step.decode, self.step.prefill = placement.decode.node, placement.prefill
+        if self._expected is not None:
+            return
+        left, longest = self._cut.left, len(self.request.prompt) - 1  # the last token is always computed
+        self._warm_gone = self.warm is not None and not warm_lives
+        self._expected = Expected(
+            theoretical=min(self._cut.shared_tokens, longest),
+            published=left.published_tokens if left is not None else 0,
+            indexed=min(stored_tokens, longest),
+            warm=min(self.warm.retained_tokens, longest) if self.warm is not None and warm_lives else 0,
+            chosen=min(placement.expected_tokens, longest),
+            block_tokens=self.block_tokens,
+        )
+
+    def account(self, usage: StepUsage) -> StepUsage:
+        """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
+        if self.usage is not None:
+            computed_from = min(usage.computed_from, self.usage.computed_from)
+            usage = msgspec.structs.replace(usage, computed_from=computed_from)
+        self.usage = usage
+        return usage
+
+    def hits(self) -> Hits:
+        """What came of the context that it continues, as of now."""
+        usage = self.usage
+        if usage is None or self._expected is None:
+            return Hits()
+        self.step.hits = attribute(
+            self._expected,
+            Outcome(
+                delivered=min(usage.computed_from, len(self.request.prompt)),
+                missed_blocks=usage.missed_blocks,
+                prefill_failed=usage.prefill_fallback != "",
+                worker_failed=bool(self.avoid),
+                home_lost=self.home_lost,
+                warm_gone=self._warm_gone,
+            ),
+        )
+        return self.step.hits
+
+    def ended(self) -> FinishReason | None:
+        """Why nothing may follow what was emitted; None if something must."""
+        if not self.emitted:
+            return None
+        length = len(self.request.prompt) + len(self.emitted)
+        return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
+
+    def left(self) -> Left | None:
+        """The step ended: what it leaves to the next; None if it computed nothing."""
+        if not self.emitted:
+            return None
+        packed = self.packed + pack_tokens(self.emitted[:-1])
+        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, len(self.request.prompt))
+        return Left(self.step.step, self._root, self.block_tokens, packed, hashes, self.published_tokens, self.warm)
+
+    # --- its client's will ------------------------------------------------------------------------------------
+
+    async def next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
+        """The next of a worker's replies; None if there is none.
+
+        Raises:
+            TraceDeleted: :meth:`stop` was called, before or meanwhile.
+            ClusterError: what ``replies`` raises.
+        """
+        deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
+        if self.trace.deleted:
+            raise deleted
+        try:
+            async with asyncio.timeout(None) as self._waiting:
+                return await anext(replies, None)
+        except TimeoutError:
+            raise deleted from None
+        finally:
+            self._waiting = None
+
+    def stop(self) -> None:
+        """End it, from another task: its trace was deleted."""
+        if self._waiting is not None:
+            self._waiting.reschedule(0.0)
