@@ -6,11 +6,10 @@ A frozen peer does not matter here: its memory answers for it. A dead one does: 
 
 import asyncio
 import contextlib
-import ctypes
 import mmap
 import os
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64, xxh3_64_intdigest
 
-from tracehaul.runtime.offload import Offload
+from tracehaul.runtime.offload import Offload, yield_core
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import is_memory_file, populate
@@ -239,43 +238,51 @@ class _Job:
 
         Advanced in the offload: numpy and xxhash let go of the interpreter lock.
         """
-        ours, inward = self._ours, self._inward
-        room, step_room = TURN_BYTES, STEP_BYTES
-        while (index := next(self._next)) < len(self._copies):
-            local_offset, remote_offset, nbytes = self._copies[index]
+        ours, copies, inward = self._ours, self._copies, self._inward
+        room, step_room = TURN_BYTES, STEP_BYTES if self._is_long else TURN_BYTES
+        while (index := next(self._next)) < len(copies):
+            local_offset, remote_offset, nbytes = copies[index]
             mine = ours[local_offset : local_offset + nbytes]
             other = theirs[remote_offset : remote_offset + nbytes]
             source, target = (other, mine) if inward else (mine, other)
-            summing, landing = (None, None) if nbytes <= STEP_BYTES else (xxh3_64(), xxh3_64())
-            for start in range(0, nbytes, STEP_BYTES):
+            if nbytes > STEP_BYTES:
+                sent, landed = yield from self._in_steps(source, target)
+            else:
                 if room <= 0:
                     yield
                     room = TURN_BYTES
-                if step_room <= 0 and self._is_long:
-                    _yield_core()
+                if step_room <= 0:
+                    yield_core()
                     step_room = STEP_BYTES
-                if self._stopped:
-                    return
-                there, here = source[start : start + STEP_BYTES], target[start : start + STEP_BYTES]
-                np.copyto(here, there)
-                if landing is not None and summing is not None:
-                    landing.update(here.data)
-                    if not inward:
-                        summing.update(there.data)
-                room -= max(here.nbytes, TURN_COPY_BYTES)
-                step_room -= here.nbytes
-            landed = xxh3_64_intdigest(target.data) if landing is None else landing.intdigest()
-            self.sums[index] = Checksum(landed)
-            if inward:
-                continue
-            if landed != (xxh3_64_intdigest(source.data) if summing is None else summing.intdigest()):
+                if not self._stopped:
+                    np.copyto(target, source)
+                landed = xxh3_64_intdigest(target.data)
+                sent = landed if inward else xxh3_64_intdigest(source.data)
+                room -= nbytes if nbytes > TURN_COPY_BYTES else TURN_COPY_BYTES
+                step_room -= nbytes
+            if self._stopped:
+                return
+            if sent != landed:
                 raise TransferError(f"{nbytes} bytes written at {remote_offset} are not there")
+            self.sums[index] = Checksum(landed)
 
-
-_yield_core = ctypes.CDLL(None).sched_yield
-"""Lets whoever waits for this core have it, and lets go of the interpreter lock meanwhile, which :func:`os.sched_yield`
-does not. A thread that only copies is not interrupted before the kernel's next tick, up to 4 ms away, and an event loop
-that was woken waits for that. Costs about a microsecond where nobody waits."""
+    def _in_steps(self, source: Bytes, target: Bytes) -> Generator[None, None, tuple[int, int]]:
+        """Copy what is longer than a step; the checksums of what was sent, if we write, and of what landed."""
+        sending, landing = xxh3_64(), xxh3_64()
+        for start in range(0, target.nbytes, STEP_BYTES):
+            if start % TURN_BYTES == 0:
+                yield
+            elif self._is_long:
+                yield_core()
+            if self._stopped:
+                break
+            there, here = source[start : start + STEP_BYTES], target[start : start + STEP_BYTES]
+            np.copyto(here, there)
+            landing.update(here.data)
+            if not self._inward:
+                sending.update(there.data)
+        landed = landing.intdigest()
+        return landed if self._inward else sending.intdigest(), landed
 
 
 def host_identity() -> str:
