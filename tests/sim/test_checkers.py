@@ -278,7 +278,7 @@ def test_an_aborted_steps_generator_is_closed_by_the_router(monkeypatch):
 
     def crash(self, run, usage):
         real(self, run, usage)
-        self._running["decode-0"] += 1
+        self.decodes.sent(self.decodes.keys[0], 0.0, 0.0)
 
     monkeypatch.setattr(Dispatch, "_count", crash)
     assert "references" in rules()
