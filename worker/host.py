@@ -7,13 +7,14 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, SequenceId, Work
+from tracehaul.engine.base import Engine, Guide, SequenceId, Work
 from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
 from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash, NodeId, TraceId
+from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.iteration import IterationLoop, Job, usable_context
@@ -128,6 +129,14 @@ class WorkerHost:
             self._running -= 1
             self._count(context)
             self._retire(trace, context)
+
+    async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
+        """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
+
+        Raises:
+            InvalidRequest: the constraint cannot be used here.
+        """
+        return None if sampling.constraint is None else await self.engine.guide(sampling.constraint, output)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
