@@ -90,7 +90,7 @@ class WorkerHost:
             waiting=self._waiting,
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
-            rates=self.loop.meter.rates,
+            **self.loop.meter.rates._asdict(),
             free_tokens=self.engine.free_tokens,
         )
 

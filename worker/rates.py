@@ -6,8 +6,17 @@ sees short contexts says nothing about long ones, and must not pretend to.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from tracehaul.wire.cluster import Rates
+
+class Rates(NamedTuple):
+    """As in :class:`tracehaul.wire.cluster.NodeLoad`."""
+
+    token_s: float
+    pair_s: float
+    decode_s: float
+    pull_token_s: float
+
 
 ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
 """Of a small model on a few cores, until something was measured. Only ratios of these matter then."""

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tracehaul.wire.cluster import NodeInfo, NodeLoad, Rates
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import Generation, NodeId
-from worker.rates import ASSUMED
+from worker.rates import ASSUMED, Rates
 
 Column = NDArray[np.float64]
 
@@ -129,7 +129,7 @@ class Fleet:
 
     @property
     def token_s(self) -> Column:
-        """As in :class:`tracehaul.wire.cluster.Rates`, like those that follow."""
+        """As in :class:`tracehaul.wire.cluster.NodeLoad`, like those that follow."""
         return self._columns[0]
 
     @property
@@ -170,5 +170,5 @@ class Fleet:
 
 
 def _figures(load: NodeLoad) -> tuple[float, ...]:
-    rates: Rates = load.rates or ASSUMED
-    return rates.token_s, rates.pair_s, rates.decode_s, rates.pull_token_s, float(load.free_tokens)
+    rates = Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s) if load.token_s else ASSUMED
+    return *rates, float(load.free_tokens)

@@ -10,9 +10,9 @@ from router.inflight import InFlight
 from router.policy.fleet import Fleet, Key
 from router.policy.placement import Ask, Placement, Policy, place
 from router.traces import Warm
-from tracehaul.wire.cluster import NodeInfo, NodeLoad, Rates
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import Generation, NodeId, TraceId
-from worker.rates import ASSUMED, RateMeter, compute_s
+from worker.rates import ASSUMED, RateMeter, Rates, compute_s
 
 G = Generation(7)
 RATES = Rates(token_s=1e-3, pair_s=0.0, decode_s=0.02, pull_token_s=1e-5)
@@ -26,10 +26,9 @@ def fleet(role: str, *changes: dict[str, Any]) -> Fleet:
     infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1") for n in range(len(changes))]
     loads = [
         NodeLoad(
-            rates=msgspec.structs.replace(RATES, **{k: v for k, v in c.items() if k != "free"}),
-            free_tokens=c.get("free", MUCH),
+            **(RATES._asdict() | {k: v for k, v in change.items() if k != "free"}), free_tokens=change.get("free", MUCH)
         )
-        for c in changes
+        for change in changes
     ]
     made.sync(infos, loads)
     return made
