@@ -208,6 +208,30 @@ def status(
 
 
 @app.command()
+def explain(
+    trace: Annotated[str, typer.Argument(help="Which trace: its X-Trace-Id.")],
+    salt: Annotated[str, typer.Option("--salt", help="The tenant's cache_salt, if it has one.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="What the router knows, as JSON.")] = False,
+    url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
+    run_dir: RunDirOption = DEFAULT_RUN_DIR,
+) -> None:
+    """Tell a trace's story: its steps, where they ran and why, what was cached, what was lost and why.
+
+    Example:
+
+      tracehaul explain my-agent-1
+    """
+    from cluster.explain import explain, fetch
+
+    base = url or base_url(load_plan(RunDir(run_dir)).config)
+    if as_json:
+        typer.echo(fetch(base, trace, salt))
+        return
+    for line in explain(base, trace, salt):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def restart(
     names: Annotated[list[str], typer.Argument(help="Which nodes, such as decode-0.")],
     run_dir: RunDirOption = DEFAULT_RUN_DIR,

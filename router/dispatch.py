@@ -3,13 +3,15 @@
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from router.book import Book
+from router.decisions import NODES_MAX, Decisions, Ended, Moved, Placed
 from router.hits import Hits
 from router.index import Index
 from router.members import MemberRegistry
@@ -38,6 +40,8 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     contexts_bytes_max: Annotated[int, Meta(ge=0)] = 512 * 2**20
     """Memory for what their steps left: tokens and block hashes, 6 bytes a token. Without its context a trace's next
     step is hashed anew, and nobody can say what was lost of it."""
+    decisions_max: Annotated[int, Meta(ge=1)] = 50_000
+    """Decisions remembered, of all traces; half a KiB each."""
     attempts_max: Annotated[int, Meta(ge=1)] = 4
     """Workers tried in a row without a new token before a step fails."""
     retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
@@ -78,10 +82,13 @@ class Dispatch:
         self.stats = DispatchStats()
         self.index = Index()
         self.traces = Traces(config.traces_max, config.contexts_bytes_max)
+        self.decisions = Decisions(config.decisions_max)
+        self.traces.forgotten = lambda trace: self.decisions.forget(trace.key)
         self._watch = StoreWatch(peers, self.index)
         self.members = MemberRegistry(self._watch.set_nodes)
         self._running: Counter[NodeId] = Counter()
         self._runs: dict[Run, None] = {}
+        self.book = Book(self.traces, self.decisions, self._delete)
 
     async def close(self) -> None:
         """Stop following the stores."""
@@ -109,8 +116,6 @@ class Dispatch:
         self.stats.steps += 1
         run = Run(request, trace, step, self.traces.lefts(trace))
         self._runs[run] = None
-        # The API ends a step that way at a stop string, too: what was computed is still worth coming back to.
-        step.ending = "aborted"
         try:
             async with aclosing(self._attempts(run)) as events:
                 async for event in events:
@@ -126,8 +131,7 @@ class Dispatch:
             del self._runs[run]
             self._end(run)
 
-    def delete(self, trace: Trace) -> None:
-        """Forget a trace, and end what runs of it."""
+    def _delete(self, trace: Trace) -> None:
         self.traces.delete(trace.key)
         for run in self._runs:
             if run.trace is trace:
@@ -140,10 +144,15 @@ class Dispatch:
         self.stats.steps_aborted += step.ending == "aborted"
         if step.hits is not None:
             self._count_hits(run, step.hits)
+        # The API aborts a step at a stop string, too: what was computed is still worth coming back to.
         left = run.left()
         if left is not None and step.ending in ("aborted", "stop", "length"):
             self.traces.leave(run.trace, left)
-        self.traces.end(run.trace, step, clock.now_s(), final=run.request.final)
+        now_s = clock.now_s()
+        self.traces.end(run.trace, step, now_s, final=run.request.final)
+        ended = Ended(step.step, step.ending, step.prompt_tokens, step.output_tokens, now_s - step.began_s, step.hits)
+        if not run.trace.deleted:
+            self.decisions.add(run.trace.key, now_s, ended)
 
     async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
         """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
@@ -168,9 +177,13 @@ class Dispatch:
                 attempts_max = self._config.attempts_max if error.retriable else 2
                 if isinstance(error, InvalidRequest) or failures >= attempts_max:
                     raise
+                node = None
                 if placement is not None:
-                    run.avoid.add((placement.decode.node, placement.decode.generation))
+                    node = placement.decode.node
+                    run.avoid.add((node, placement.decode.generation))
                 self.stats.steps_moved += 1
+                moved = Moved(run.request.step, node, error.code, len(run.emitted))
+                self.decisions.add(run.trace.key, clock.now_s(), moved)
                 log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
             await asyncio.sleep(self._config.retry_pause_s * failures)
 
@@ -204,6 +217,7 @@ class Dispatch:
         assert placement is not None
         lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
         run.placed(placement, stored_tokens, warm_lives=lives)
+        self._log_placed(run, placement, stored_tokens, self._candidates(asked or fresh))
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
             request.step,
@@ -216,6 +230,23 @@ class Dispatch:
             placement.expected_tokens,
         )
         return placement
+
+    def _log_placed(self, run: Run, placement: Placement, stored_tokens: int, decodes: Sequence[Candidate]) -> None:
+        warm = run.warm
+        placed = Placed(
+            step=run.request.step,
+            decode=placement.decode.node,
+            reason=placement.reason,
+            prompt_tokens=len(run.request.prompt),
+            indexed_tokens=stored_tokens,
+            warm=warm.node if warm is not None else None,
+            warm_tokens=warm.retained_tokens if warm is not None else 0,
+            expected_tokens=placement.expected_tokens,
+            prefill=placement.prefill,
+            home=placement.home,
+            running={decode.node: decode.running for decode in decodes[:NODES_MAX]},
+        )
+        self.decisions.add(run.trace.key, clock.now_s(), placed)
 
     def _candidates(self, nodes: list[NodeInfo]) -> list[Candidate]:
         return [Candidate(info.node, info.generation, self._running[info.node]) for info in nodes]

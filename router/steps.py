@@ -5,6 +5,7 @@ from typing import Protocol
 
 import msgspec
 
+from router.book import Book
 from router.hits import Hits
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import NodeId, StepId, TraceId
@@ -84,6 +85,11 @@ class Dispatcher(Protocol):
 
     def model(self) -> ModelCard | None:
         """None while no decode worker is ready."""
+        ...
+
+    @property
+    def book(self) -> Book:
+        """Its traces."""
         ...
 
     def nodes(self) -> list[NodeStatus]:

@@ -57,8 +57,9 @@ class Step:
     gap: Gap | None
     """What came before it; None for a trace's first, and for one that began while another ran."""
     ended_s: float | None = None
-    ending: str = "running"
-    """Then its finish reason, ``aborted`` by the client or at a stop string, or an error's code."""
+    """None while it runs."""
+    ending: str = "aborted"
+    """Its finish reason; ``aborted`` by the client or at a stop string; or an error's code."""
     output_tokens: int = 0
     decode: NodeId | None = None
     prefill: NodeId | None = None

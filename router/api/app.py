@@ -20,6 +20,7 @@ from router.api.identity import request_id
 from router.api.requests import ChatRequest, CompletionRequest
 from router.api.responses import ModelEntry, ModelList
 from router.api.text import Text
+from router.api.traces import TracePages
 from router.steps import Dispatcher
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
@@ -115,12 +116,16 @@ def create_app(
     """
     generation = Generation(dispatcher, text, config, offload)
     pages = Pages(dispatcher, metrics_render)
+    traces = TracePages(dispatcher.book)
     return Starlette(
         routes=[
             Route("/v1/chat/completions", Endpoint(generation, ChatRequest), methods=["POST"]),
             Route("/v1/completions", Endpoint(generation, CompletionRequest), methods=["POST"]),
             Route("/v1/models", pages.models, methods=["GET"]),
             Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
+            Route("/v1/traces", traces.list, methods=["GET"]),
+            Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
+            Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
             Route("/health", pages.health, methods=["GET"]),
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),

@@ -26,5 +26,7 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Choices of one call: prompts times ``n``."""
     traces_max: Count = 4096
     """Traces whose text is remembered with the ids it was generated with."""
+    messages_max: Count = 262_144
+    """Messages by whose digests calls without a name find their trace, over all traces; 200 bytes each."""
     texts_bytes_max: Count = 256 * 2**20
     """Memory for those."""

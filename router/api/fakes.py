@@ -6,8 +6,11 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+from router.book import Book
+from router.decisions import Decisions
 from router.hits import Hits
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
+from router.traces import Trace, Traces
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import StepUsage
 
@@ -92,6 +95,10 @@ class FakeDispatcher:
         self.running = 0
         self.aborted: list[str] = []
         """Steps that were closed before their end."""
+        self.traces = Traces(traces_max=100, contexts_bytes_max=1 << 20)
+        self.decisions = Decisions(decisions_max=1000)
+        self.deleted: list[str] = []
+        self.book = Book(self.traces, self.decisions, self._delete)
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
         self.requests.append(request)
@@ -114,6 +121,10 @@ class FakeDispatcher:
             self.running -= 1
             if not ended:
                 self.aborted.append(request.step)
+
+    def _delete(self, trace: Trace) -> None:
+        self.traces.delete(trace.key)
+        self.deleted.append(trace.trace)
 
     def model(self) -> ModelCard | None:
         return self.card

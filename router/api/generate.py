@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from router.api.answers import Answer
 from router.api.asgi import ClientGone, Reply, disconnected, read_body
 from router.api.config import ApiConfig
+from router.api.conversation import conversation
 from router.api.errors import ApiError, bad_request, translate, unavailable
 from router.api.identity import Identity, ResponseTraces, identify
 from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
@@ -22,6 +23,7 @@ from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
 from router.api.text import Text
 from router.hits import together
+from router.prefixes import Prefixes
 from router.steps import Dispatcher, Finished, ModelCard, StepRequest
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
@@ -111,6 +113,7 @@ class Generation:
         self._config = config
         self._prompts = Prompts(text, offload, config)
         self._responses = ResponseTraces()
+        self._prefixes = Prefixes(config.messages_max)
         self.active = 0
         """Calls in progress."""
 
@@ -162,8 +165,10 @@ class Generation:
         request = parse(body, kind)
         fresh = secrets.token_hex(16)
         identity = identify(headers, request.trace_fields, self._responses, fresh)
-        reply.headers.append((b"x-trace-id", identity.trace.encode()))
         opts = options(request)
+        if isinstance(request, ChatRequest):
+            identity = self._recognise(request, opts, identity, fresh)
+        reply.headers.append((b"x-trace-id", identity.trace.encode()))
         self._check_size(request, opts)
         card = self._dispatcher.model()
         if card is None:
@@ -180,6 +185,15 @@ class Generation:
         call = self._call(request, opts, prompts, identity, card, head)
         self._responses.put(head.id, identity.trace)
         await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
+
+    def _recognise(self, request: ChatRequest, opts: Options, identity: Identity, fresh: str) -> Identity:
+        """What the messages add to what the client says of its trace."""
+        said = conversation(request, opts.salt)
+        identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
+        if identity.trace != fresh:
+            return identity
+        place = self._prefixes.place(said.digests, said.opening, identity.trace)
+        return msgspec.structs.replace(identity, trace=place.trace, parent=identity.parent or place.parent)
 
     def _check_size(self, request: ChatRequest | CompletionRequest, opts: Options) -> None:
         prompts = 1 if isinstance(request, ChatRequest) else len(split(request.prompt))
@@ -214,6 +228,8 @@ class Generation:
                         salt=opts.salt,
                         decode=identity.decode,
                         final=identity.final,
+                        tools=identity.tools,
+                        agent=identity.agent,
                     )
                 )
         if chat:

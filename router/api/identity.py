@@ -34,6 +34,9 @@ class Identity(msgspec.Struct, frozen=True):
     final: bool
     decode: NodeId | None = None
     """The decode worker that an operator asked for."""
+    agent: str = ""
+    tools: tuple[str, ...] = ()
+    """As in :class:`router.api.conversation.Conversation`."""
 
 
 class TraceFields(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.contexts import LEAVES_MAX, Left, Warm, cut, grow
+from router.decisions import DECISIONS_MAX, Asked, Decisions
 from router.hits import Hits
 from router.traces import OTHER_TOOLS, STEPS_MAX, TOOLS_MAX, Step, Trace, TraceKey, Traces
 from tracehaul.wire.hashing import chain, pack_tokens
@@ -179,3 +180,19 @@ def test_what_one_trace_may_fill_is_bounded() -> None:
     assert (len(trace.steps), trace.steps_count) == (STEPS_MAX, STEPS_MAX + TOOLS_MAX)
     assert len(trace.tools) == TOOLS_MAX + 1
     assert trace.tools[OTHER_TOOLS].uses == STEPS_MAX - 1
+
+
+def test_decisions_are_bounded_and_those_of_idle_traces_go_first() -> None:
+    log = Decisions(decisions_max=DECISIONS_MAX + 3)
+    told: list[float] = []
+    log.told = lambda trace, entry: told.append(entry.at_s)
+    for at in range(3):
+        log.add(key("a"), at, Asked("resume", {}))
+    for at in range(DECISIONS_MAX + 5):
+        log.add(key("b"), at, Asked("resume", {}))
+    assert (len(log), len(log.of(key("a"))), len(log.of(key("b")))) == (DECISIONS_MAX + 3, 3, DECISIONS_MAX)
+    assert log.of(key("b"))[0].at_s == 5
+    log.add(key("c"), 0.0, Asked("resume", {}))
+    assert (len(log), log.of(key("a"))) == (DECISIONS_MAX + 1, [])
+    log.forget(key("b"))
+    assert (len(log), len(told)) == (1, DECISIONS_MAX + 9)
