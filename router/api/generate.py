@@ -14,6 +14,7 @@ from router.api.answers import Answer
 from router.api.asgi import ClientGone, Reply, disconnected, read_body
 from router.api.config import ApiConfig
 from router.api.conversation import conversation
+from router.api.echo import Echo
 from router.api.errors import ApiError, bad_request, translate, unavailable
 from router.api.identity import Identity, ResponseTraces, identify
 from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
@@ -201,6 +202,7 @@ class Generation:
             param = "n" if prompts == 1 else "prompt"
             raise bad_request(f"at most {self._config.choices_max} choices are possible in one call", param)
         check_ids(opts.stop_token_ids, self._text.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in opts.logit_bias], self._text.vocab_size, "logit_bias")
 
     def _call(
         self,
@@ -215,7 +217,9 @@ class Generation:
         steps: list[StepRequest] = []
         for at, prompt in enumerate(prompts):
             seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
-            max_tokens = output_budget(len(prompt.ids), opts.max_tokens, card, "messages" if chat else "prompt")
+            # Where only the prompt is wanted, one token runs along that nobody sees.
+            wanted = None if opts.max_tokens is None else max(opts.max_tokens, 1)
+            max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
             for k in range(opts.n):
                 steps.append(
                     StepRequest(
@@ -233,10 +237,12 @@ class Generation:
                     )
                 )
         if chat:
-            shape = ChatShape(head, prompts[0].ids if opts.return_token_ids else None)
+            shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
         else:
             ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
-            shape = TextShape(head, ids if opts.return_token_ids else None)
+            echoes = [Echo(self._text, prompt) for prompt in prompts] if opts.echo else None
+            each = None if echoes is None else [echo for echo in echoes for _ in range(opts.n)]
+            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
         memory = None if identity.final else (opts.salt, identity.trace)
         return Call(opts, prompts, steps, shape, self._text, memory)
 
@@ -247,9 +253,15 @@ class Generation:
             temperature=opts.temperature,
             top_p=opts.top_p,
             top_k=opts.top_k,
+            min_p=opts.min_p,
+            repetition_penalty=opts.repetition_penalty,
+            presence_penalty=opts.presence_penalty,
+            frequency_penalty=opts.frequency_penalty,
+            logit_bias=opts.logit_bias,
             seed=seed,
             stop_tokens=tuple(dict.fromkeys((*eos, *opts.stop_token_ids))),
             min_tokens=min(opts.min_tokens, max_tokens),
+            logprobs=opts.logprobs,
         )
 
     async def _collect(self, call: Call, reply: Reply) -> None:
@@ -275,11 +287,15 @@ class Generation:
             answer = call.answers[index]
             if answer.reason is not None:
                 continue
-            if isinstance(event, Finished):
+            if call.options.max_tokens == 0:
+                piece = answer.nothing(event.usage or answer.usage)
+                answer.hits = event.hits or answer.hits
+                running.end(index)
+            elif isinstance(event, Finished):
                 piece = answer.finish(event.reason, event.usage)
                 answer.hits = event.hits
             else:
-                piece = answer.push(event.tokens)
+                piece = answer.push(event.tokens, event.logprobs)
                 answer.usage = event.usage or answer.usage
                 answer.hits = event.hits or answer.hits
                 if answer.reason is not None:
