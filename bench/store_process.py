@@ -5,13 +5,9 @@ Each is told by one JSON command per line and answers with one JSON line; it end
 
 import asyncio
 import contextlib
-import json
 import os
-import resource
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +16,7 @@ import uvloop
 
 from bench.baselines_copy import Copier
 from bench.baselines_tcp import RawClient, serve_raw
+from bench.lines import cpu_s, listen, resident_bytes, say
 from kvstore.arena import Arena
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
@@ -223,32 +220,6 @@ def lookup_rate(blocks: int = 100_000) -> float:
     start_s = clock.perf_s()
     bytes([key in held for key in keys])
     return blocks / (clock.perf_s() - start_s)
-
-
-def cpu_s() -> float:
-    """CPU seconds of this process."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def say(answer: Any) -> None:
-    """One line to the parent."""
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
-
-
-async def listen(answer: Callable[[dict[str, Any]], Any]) -> None:
-    """Answer each line of the input, until it ends."""
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while line := await reader.readline():
-        reply = answer(json.loads(line))
-        say(await reply if asyncio.iscoroutine(reply) else reply)
 
 
 async def client(transfer_kind: str, host: str, name: str) -> None:

@@ -1,10 +1,33 @@
-"""Contiguous ranges of a fixed space: pure bookkeeping behind the KV pool."""
+"""Blocks of the KV pool, given to sequences and taken back: pure bookkeeping, in two ways."""
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Space(Protocol):
+    """Gives out blocks ``0 .. size - 1``. What a sequence holds is its **table**: its blocks in order."""
+
+    @property
+    def free(self) -> int:
+        """Blocks in no table."""
+        ...
+
+    def allocate(self, count: int) -> Sequence[int] | None:
+        """A table of ``count`` blocks, None if there is no room for it."""
+        ...
+
+    def extend(self, table: Sequence[int], extra: int) -> Sequence[int] | None:
+        """``table`` with ``extra`` more blocks at its end, in its place; None (and no change) if there are none."""
+        ...
+
+    def release(self, table: Sequence[int]) -> None:
+        """Give a table's blocks back."""
+        ...
 
 
 class RangeAllocator:
-    """Gives out ranges ``[start, start + count)`` of ``[0, size)``: best fit, the lowest start first among equals.
+    """Tables are contiguous ranges: best fit, the lowest start first among equals.
 
     Free ranges are kept sorted, disjoint and never adjacent, so what is free is always in its largest pieces.
     """
@@ -16,31 +39,28 @@ class RangeAllocator:
 
     @property
     def free(self) -> int:
-        """Units in no given range."""
         return sum(count for _, count in self._free)
 
-    def allocate(self, count: int) -> int | None:
-        """Start of a new range, None if no free piece is long enough."""
+    def allocate(self, count: int) -> range | None:
         assert count > 0
         fitting = [(length, start) for start, length in self._free if length >= count]
         if not fitting:
             return None
         length, start = min(fitting)
         self._take(start, length, count)
-        return start
+        return range(start, start + count)
 
-    def extend(self, start: int, count: int, extra: int) -> bool:
-        """Lengthen the given range by ``extra`` in place; False (and no change) if what follows is not free."""
+    def extend(self, table: Sequence[int], extra: int) -> range | None:
         assert extra > 0
-        at = bisect_left(self._free, (start + count, 0))
-        if at == len(self._free) or self._free[at][0] != start + count or self._free[at][1] < extra:
-            return False
+        start, end = table[0], table[-1] + 1
+        at = bisect_left(self._free, (end, 0))
+        if at == len(self._free) or self._free[at][0] != end or self._free[at][1] < extra:
+            return None
         self._take(*self._free[at], extra)
-        return True
+        return range(start, end + extra)
 
-    def release(self, start: int, count: int) -> None:
-        """Give a range back; it merges with free neighbours."""
-        assert count > 0
+    def release(self, table: Sequence[int]) -> None:
+        start, count = table[0], len(table)
         assert 0 <= start <= start + count <= self._size
         at = bisect_left(self._free, (start, 0))
         if at < len(self._free):
@@ -73,3 +93,38 @@ class RangeAllocator:
             del self._free[at]
         else:
             self._free[at] = (start + count, length - count)
+
+
+class BlockAllocator:
+    """Tables are any blocks: whatever is free can be given, and growing never moves a sequence.
+
+    Blocks given back last are given out first: they may still be in a cache.
+    """
+
+    def __init__(self, size: int) -> None:
+        assert size > 0
+        self._size = size
+        self._free = list(reversed(range(size)))
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        assert count > 0
+        return self.extend((), count)
+
+    def extend(self, table: Sequence[int], extra: int) -> list[int] | None:
+        assert extra > 0
+        if extra > len(self._free):
+            return None
+        return [*table, *(self._free.pop() for _ in range(extra))]
+
+    def release(self, table: Sequence[int]) -> None:
+        self._free.extend(reversed(table))
+        assert len(self._free) <= self._size, "released twice"
+
+    def check(self) -> None:
+        """Assert the invariants."""
+        assert len(set(self._free)) == len(self._free), "a block is free twice"
+        assert all(0 <= block < self._size for block in self._free)

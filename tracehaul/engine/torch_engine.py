@@ -15,7 +15,7 @@ from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
-from tracehaul.engine.ranges import RangeAllocator
+from tracehaul.engine.ranges import RangeAllocator, Space
 from tracehaul.engine.sampling import Row, choose, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
 from tracehaul.engine.weights import load_weights
@@ -47,13 +47,12 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 class _Sequence:
-    """A sequence's range of the pool, in blocks, and how much of it holds KV."""
+    """A sequence's blocks of the pool, and how much of them holds KV."""
 
-    __slots__ = ("blocks", "busy", "closed", "length", "start")
+    __slots__ = ("busy", "closed", "length", "table")
 
-    def __init__(self, start: int, blocks: int) -> None:
-        self.start = start
-        self.blocks = blocks
+    def __init__(self, table: Sequence[int]) -> None:
+        self.table = table
         self.length = 0
         self.busy = 0
         """Calls under way; after a cancelled wait they outlive their caller."""
@@ -75,7 +74,7 @@ class TorchEngine:
         self._device = pool.tensor.device
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
-        self._ranges = RangeAllocator(info.kv_tokens_max // self._block_tokens)
+        self._space: Space = RangeAllocator(info.kv_tokens_max // self._block_tokens)
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 0
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -102,40 +101,38 @@ class TorchEngine:
 
     @property
     def free_tokens(self) -> int:
-        return self._ranges.free * self._block_tokens
+        return self._space.free * self._block_tokens
 
     # --- sequences ----------------------------------------------------------------------------------------
 
     def open(self, capacity: int) -> SequenceId | None:
-        blocks = self._blocks(capacity)
-        start = self._ranges.allocate(blocks)
-        if start is None:
+        table = self._space.allocate(self._blocks(capacity))
+        if table is None:
             return None
         handle = SequenceId(self._next_id)
         self._next_id += 1
-        self._sequences[handle] = _Sequence(start, blocks)
+        self._sequences[handle] = _Sequence(table)
         return handle
 
     def grow(self, sequence: SequenceId, capacity: int) -> bool:
         it = self._sequences[sequence]
         assert it.busy == 0, "grow while a call on the sequence is under way"
         blocks = self._blocks(capacity)
-        if blocks <= it.blocks:
+        if blocks <= len(it.table):
             return True
-        if self._ranges.extend(it.start, it.blocks, blocks - it.blocks):
-            it.blocks = blocks
-            return True
-        start = self._ranges.allocate(blocks)
-        if start is None:
-            return False
-        if it.length > 0:
-            self._pool.move(it.start * self._block_tokens, start * self._block_tokens, it.length)
-        self._ranges.release(it.start, it.blocks)
-        it.start, it.blocks = start, blocks
+        table = self._space.extend(it.table, blocks - len(it.table))
+        if table is None:
+            table = self._space.allocate(blocks)
+            if table is None:
+                return False
+            if it.length > 0:
+                self._pool.move(it.table[0] * self._block_tokens, table[0] * self._block_tokens, it.length)
+            self._space.release(it.table)
+        it.table = table
         return True
 
     def capacity(self, sequence: SequenceId) -> int:
-        return self._sequences[sequence].blocks * self._block_tokens
+        return len(self._sequences[sequence].table) * self._block_tokens
 
     def length(self, sequence: SequenceId) -> int:
         return self._sequences[sequence].length
@@ -149,7 +146,7 @@ class TorchEngine:
         it = self._sequences.pop(sequence)
         it.closed = True
         if it.busy == 0:
-            self._ranges.release(it.start, it.blocks)
+            self._space.release(it.table)
 
     # --- iterations ---------------------------------------------------------------------------------------
 
@@ -164,7 +161,9 @@ class TorchEngine:
         async with self._turn:
             for it, item in zip(items, work, strict=True):
                 assert item.tokens, "work without tokens"
-                assert it.length + len(item.tokens) <= it.blocks * self._block_tokens, "over the sequence's capacity"
+                assert it.length + len(item.tokens) <= len(it.table) * self._block_tokens, (
+                    "over the sequence's capacity"
+                )
                 assert it.length + len(item.tokens) <= self._info.context_max, "over the model's window"
             segments = self._segments(items, work)
             result = await self._on(self._compute, partial(self._iterate, segments, work))
@@ -176,7 +175,7 @@ class TorchEngine:
         segments: list[Segment] = []
         row = 0
         for it, item in zip(items, work, strict=True):
-            segments.append(Segment(row, len(item.tokens), it.start * self._block_tokens, it.length))
+            segments.append(Segment(row, len(item.tokens), it.table[0] * self._block_tokens, it.length))
             row += len(item.tokens)
         return segments
 
@@ -218,7 +217,7 @@ class TorchEngine:
     async def unpack(self, sequence: SequenceId, start: int, tokens: int, blocks: Sequence[memoryview]) -> None:
         it = self._sequences[sequence]
         assert start == it.length, "unpacking anywhere but at the end"
-        assert start + tokens <= it.blocks * self._block_tokens, "over the sequence's capacity"
+        assert start + tokens <= len(it.table) * self._block_tokens, "over the sequence's capacity"
         cuts = self._cuts(it, start, tokens, blocks)
 
         async def copy() -> None:
@@ -233,13 +232,13 @@ class TorchEngine:
         """Per block: its first token in the pool, its tokens, its bytes."""
         assert start % self._block_tokens == 0
         assert tokens > 0
-        base = it.start * self._block_tokens + start
         cuts: list[tuple[int, int, memoryview]] = []
         for offset, view in zip(range(0, tokens, self._block_tokens), views, strict=True):
+            block = it.table[(start + offset) // self._block_tokens]
             count = min(self._block_tokens, tokens - offset)
             view = view.cast("B")
             assert len(view) == count * self._info.layout.token_bytes, "a view is not as long as its block"
-            cuts.append((base + offset, count, view))
+            cuts.append((block * self._block_tokens, count, view))
         return cuts
 
     # --- threads ------------------------------------------------------------------------------------------
@@ -266,7 +265,7 @@ class TorchEngine:
             for it in items:
                 it.busy -= 1
                 if it.closed and it.busy == 0:
-                    self._ranges.release(it.start, it.blocks)
+                    self._space.release(it.table)
             if not done.cancelled():
                 done.exception()  # seen here, in case nobody waits any more
 
