@@ -9,7 +9,8 @@ from tracehaul.wire.steps import TokenLogprobs
 class Echo:
     """One prompt, shared by its choices; :attr:`logprobs` grows while it is computed."""
 
-    def __init__(self, text: Text, prompt: Prompt) -> None:
+    def __init__(self, text: Text, prompt: Prompt, *, scored: bool) -> None:
+        self._scored = scored
         self._pieces = [text.token_bytes(token) for token in prompt.ids]
         self._ids = prompt.ids
         self._data = b"".join(self._pieces) if prompt.encoded is None else prompt.encoded.text.encode()
@@ -19,7 +20,9 @@ class Echo:
 
     @property
     def marks(self) -> list[Mark]:
-        """Of the whole prompt, once all its logprobs are known."""
+        """Of the whole prompt, once all its logprobs are known; none if they are not asked for."""
+        if not self._scored:
+            return []
         logprobs = [None, *self.logprobs]
         return [
             Mark(token, offset, told) for token, offset, told in zip(self._ids, self._offsets(), logprobs, strict=True)

@@ -25,7 +25,7 @@ from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape
 from router.api.text import Text
 from router.hits import together
 from router.prefixes import Prefixes
-from router.steps import Dispatcher, Finished, ModelCard, StepRequest
+from router.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId
@@ -45,6 +45,7 @@ class Call:
         shape: Shape,
         text: Text,
         memory: Hashable | None,
+        echoes: Sequence[Echo],
     ) -> None:
         assert len(steps) == len(prompts) * opts.n
         self.options = opts
@@ -53,6 +54,8 @@ class Call:
         self.shape = shape
         self.memory = memory
         """Where its texts are remembered; None if no further step of the trace follows."""
+        self.echoes = echoes
+        """One for each prompt, where the client wants them."""
         self.answers = [
             Answer(
                 text.stream(),
@@ -229,6 +232,8 @@ class Generation:
                         parent=identity.parent,
                         prompt=prompt.ids,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k)),
+                        # Once for all choices of a prompt.
+                        prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
                         salt=opts.salt,
                         decode=identity.decode,
                         final=identity.final,
@@ -236,15 +241,15 @@ class Generation:
                         agent=identity.agent,
                     )
                 )
+        echoes = [Echo(self._text, prompt, scored=opts.logprobs is not None) for prompt in prompts] if opts.echo else []
         if chat:
             shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
         else:
             ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
-            echoes = [Echo(self._text, prompt) for prompt in prompts] if opts.echo else None
-            each = None if echoes is None else [echo for echo in echoes for _ in range(opts.n)]
+            each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
             shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
         memory = None if identity.final else (opts.salt, identity.trace)
-        return Call(opts, prompts, steps, shape, self._text, memory)
+        return Call(opts, prompts, steps, shape, self._text, memory, echoes)
 
     def _sampling(self, opts: Options, max_tokens: int, seed: int) -> Sampling:
         eos = () if opts.ignore_eos else self._text.eos_tokens
@@ -265,13 +270,13 @@ class Generation:
         )
 
     async def _collect(self, call: Call, reply: Reply) -> None:
-        async with Running(self._dispatcher, call.steps) as running:
+        async with Running(self._dispatcher, call.steps, call.options.n) as running:
             while not call.done:
                 self._take(call, running, await running.next(None))
             await reply.json(200, call.shape.whole(call.answers, call.usage()))
 
     async def _stream(self, call: Call, reply: Reply) -> None:
-        async with Running(self._dispatcher, call.steps) as running:
+        async with Running(self._dispatcher, call.steps, call.options.n) as running:
             while not call.done:
                 events = await running.next(self._config.keepalive_s)
                 chunks = self._take(call, running, events) if events else KEEPALIVE
@@ -285,15 +290,17 @@ class Generation:
         chunks: list[bytes] = []
         for index, event in events:
             answer = call.answers[index]
+            if isinstance(event, Output) and event.prompt_logprobs:
+                call.echoes[index // call.options.n].logprobs.extend(event.prompt_logprobs)
+                continue
             if answer.reason is not None:
                 continue
-            if call.options.max_tokens == 0:
-                piece = answer.nothing(event.usage or answer.usage)
-                answer.hits = event.hits or answer.hits
-                running.end(index)
-            elif isinstance(event, Finished):
-                piece = answer.finish(event.reason, event.usage)
+            if isinstance(event, Finished):
+                nothing = call.options.max_tokens == 0
+                piece = answer.nothing(event.usage) if nothing else answer.finish(event.reason, event.usage)
                 answer.hits = event.hits
+            elif call.options.max_tokens == 0:
+                continue
             else:
                 piece = answer.push(event.tokens, event.logprobs)
                 answer.usage = event.usage or answer.usage

@@ -154,7 +154,7 @@ class TextShape:
             text, marks = answer.text, self._moved(index, answer.marks)
             if self._echoes is not None:
                 text = self._echoes[index].text + text
-                marks = self._echoed(index) + marks
+                marks = self._echoes[index].marks + marks
             prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids[index]
             choices.append(self._choice(index, text, answer.reason, answer.tokens, marks, prompt_ids))
         return msgspec.json.encode(self._response(choices, usage))
@@ -167,12 +167,8 @@ class TextShape:
         if self._echoes is None and self._prompt_ids is None:
             return b""
         prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids[index]
-        text, marks = ("", []) if self._echoes is None else (self._echoes[index].text, self._echoed(index))
+        text, marks = ("", []) if self._echoes is None else (self._echoes[index].text, self._echoes[index].marks)
         return self._chunk([self._choice(index, text, None, [], marks, prompt_ids)], usage)
-
-    def _echoed(self, index: int) -> list[Mark]:
-        """Of the prompt, where its logprobs were asked for."""
-        return self._echoes[index].marks if self._echoes is not None and self._echoes[index].logprobs else []
 
     def _moved(self, index: int, marks: Sequence[Mark]) -> list[Mark]:
         """Behind what the choice begins with."""

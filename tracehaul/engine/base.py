@@ -30,6 +30,15 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
 
 
+class Scoring(NamedTuple):
+    """Asks how likely the tokens were that are known to follow."""
+
+    targets: Sequence[int]
+    """Each the token that follows the item's token of the same place; at most as many as those."""
+    top: int
+    """How many of the likeliest tokens to tell with each."""
+
+
 class Work(msgspec.Struct, frozen=True):
     """One sequence's part in an iteration: append ``tokens`` at its end, and maybe sample what follows.
 
@@ -44,6 +53,8 @@ class Work(msgspec.Struct, frozen=True):
     """Output tokens of the step before the sampled one (for ``min_tokens``)."""
     history: History | None = None
     """The sequence's tokens, ``tokens`` included, where ``sampling`` penalizes them."""
+    scoring: Scoring | None = None
+    """Takes a row of logits for each of its targets: the caller bounds the memory."""
 
 
 class Result(NamedTuple):
@@ -53,6 +64,8 @@ class Result(NamedTuple):
     """The sampled one; None where none was asked for."""
     logprobs: TokenLogprobs | None = None
     """The token's, where ``sampling.logprobs`` asks for them."""
+    scores: tuple[TokenLogprobs, ...] = ()
+    """One for each target of ``scoring``."""
 
 
 class Engine(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import Result
+from tracehaul.engine.base import Result, Work
 from tracehaul.engine.history import History
 from tracehaul.wire.steps import Sampling, TokenLogprobs
 
@@ -195,6 +195,20 @@ def logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
     norm = math.log(float(np.exp(-depths).sum(dtype=np.float64)))
     top = _likeliest(depths, count)
     return TokenLogprobs(-float(depths[token]) - norm, tuple((int(at), -float(depths[at]) - norm) for at in top))
+
+
+def add_scores(results: Sequence[Result], work: Sequence[Work], logits: Logits) -> list[Result]:
+    """``results`` with the scores that their items ask for; ``logits`` has a row for each target, item by item."""
+    scored: list[Result] = []
+    row = 0
+    for result, item in zip(results, work, strict=True):
+        if item.scoring is not None:
+            targets, top = item.scoring
+            told = tuple(logprobs(logits[row + place], target, top) for place, target in enumerate(targets))
+            result, row = result._replace(scores=told), row + len(targets)
+        scored.append(result)
+    assert row == len(logits)
+    return scored
 
 
 def _likeliest(depths: Logits, count: int) -> NDArray[np.intp]:
