@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracehaul.engine.base import Engine, EngineInfo, Result, Scoring, SequenceId, Work
+from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
-from tracehaul.wire.errors import ClusterError, Overloaded
+from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.scheduler import Grant, Scheduler
 
@@ -72,6 +72,8 @@ class Job:
     scores_top: int | None = None
     """Score the known tokens before ``scores_end``, each with so many of the likeliest; None: none."""
     scores_end: int = 0
+    guide: Guide | None = None
+    """Of the sampling's constraint, where there is one."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     """Bounded by what a step can produce: one event for each token and chunk."""
     samples: int = 0
@@ -190,6 +192,7 @@ class IterationLoop:
                     emitted=job.emitted,
                     history=job.history,
                     scoring=job.scoring(end),
+                    guide=job.guide if samples else None,
                 )
             )
         if not work:
@@ -213,6 +216,9 @@ class IterationLoop:
         job.events.put_nowait(Computed(job.computed))
         if result.scores:
             job.events.put_nowait(Scored(result.scores))
+        if result.error:
+            self._fail(grant.key, InvalidRequest(f"the answer cannot go on in its grammar: {result.error}"))
+            return
         if result.token is None:
             if job.computed == len(job.tokens):
                 self._drop(grant.key)

@@ -1,7 +1,7 @@
 """How answers look on the wire: two endpoints, each whole or as chunks."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -119,6 +119,14 @@ class ChatShape:
         )
 
 
+class _Start(NamedTuple):
+    """What a completion's choice begins with: its prompt, as far as the client wants it."""
+
+    text: str
+    marks: list[Mark]
+    prompt_ids: list[int] | UnsetType
+
+
 class TextShape:
     """Completions.
 
@@ -136,14 +144,15 @@ class TextShape:
         self._begun: set[int] = set()
 
     def piece(self, index: int, piece: Piece, usage: UsageField) -> bytes:
-        events = self._begin(index, usage)
-        if piece.text or piece.marks or (self._prompt_ids is not None and piece.tokens):
-            marks = self._moved(index, piece.marks)
-            events += self._chunk([self._choice(index, piece.text, None, piece.tokens, marks)], usage)
-        return events
+        start = self._begin(index)
+        text, marks = start.text + piece.text, start.marks + self._moved(index, piece.marks)
+        if not (text or marks or (self._prompt_ids is not None and piece.tokens)):
+            return b""
+        return self._chunk([self._choice(index, text, None, piece.tokens, marks, start.prompt_ids)], usage)
 
     def end(self, index: int, reason: FinishReason, usage: UsageField) -> bytes:
-        return self._begin(index, usage) + self._chunk([self._choice(index, "", reason, [], [])], usage)
+        start = self._begin(index)
+        return self._chunk([self._choice(index, start.text, reason, [], start.marks, start.prompt_ids)], usage)
 
     def usage(self, usage: Usage) -> bytes:
         return self._chunk([], usage)
@@ -151,24 +160,20 @@ class TextShape:
     def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
         choices: list[TextChoice] = []
         for index, answer in enumerate(answers):
-            text, marks = answer.text, self._moved(index, answer.marks)
-            if self._echoes is not None:
-                text = self._echoes[index].text + text
-                marks = self._echoes[index].marks + marks
-            prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids[index]
-            choices.append(self._choice(index, text, answer.reason, answer.tokens, marks, prompt_ids))
+            start = self._begin(index)
+            text, marks = start.text + answer.text, start.marks + self._moved(index, answer.marks)
+            choices.append(self._choice(index, text, answer.reason, answer.tokens, marks, start.prompt_ids))
         return msgspec.json.encode(self._response(choices, usage))
 
-    def _begin(self, index: int, usage: UsageField) -> bytes:
-        """A choice's first event carries its prompt, as text and ids, if the client wants either."""
+    def _begin(self, index: int) -> "_Start":
+        """What the next event of a choice begins with; nothing after its first."""
         if index in self._begun:
-            return b""
+            return _Start("", [], UNSET)
         self._begun.add(index)
-        if self._echoes is None and self._prompt_ids is None:
-            return b""
         prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids[index]
-        text, marks = ("", []) if self._echoes is None else (self._echoes[index].text, self._echoes[index].marks)
-        return self._chunk([self._choice(index, text, None, [], marks, prompt_ids)], usage)
+        if self._echoes is None:
+            return _Start("", [], prompt_ids)
+        return _Start(self._echoes[index].text, self._echoes[index].marks, prompt_ids)
 
     def _moved(self, index: int, marks: Sequence[Mark]) -> list[Mark]:
         """Behind what the choice begins with."""
@@ -182,7 +187,7 @@ class TextShape:
         reason: FinishReason | None,
         tokens: list[int],
         marks: Sequence[Mark],
-        prompt_ids: list[int] | UnsetType = UNSET,
+        prompt_ids: list[int] | UnsetType,
     ) -> TextChoice:
         ids = UNSET if self._prompt_ids is None else tokens
         told = text_logprobs(self._text, marks) if marks else None
