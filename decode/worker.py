@@ -114,18 +114,14 @@ class _Step:
         room = len(tokens) + min(remaining, self._host.config.headroom_tokens)
         async with self._host.context(request.trace, request.salt, tokens, room) as here:
             await here.locate()
-            if request.prompt_logprobs is None:
-                await here.pull(len(tokens) - 1)
-            else:
+            if request.prompt_logprobs is not None:
                 here.forget()
-            if request.prompt_logprobs is None and len(tokens) - here.length > self._host.config.local_prefill_tokens:
-                async with aclosing(self._hand_off(here)) as replies:
+            else:
+                async with aclosing(self._assemble(here)) as replies:
                     async for reply in replies:
                         yield reply
             self._host.stats.prompt_tokens += len(self._prompt)
             if self._reason is None:
-                if request.prompt_logprobs is None:
-                    await self._flights.join(here)
                 with self._flights.lead(here) as flight:
                     async with aclosing(self._decode(here, flight)) as replies:
                         async for reply in replies:
@@ -151,6 +147,16 @@ class _Step:
         usage = None if self._told_usage else self._usage(here)
         self._told_usage = True
         return Tokens(pack_tokens([token]), usage, None if logprobs is None else (logprobs,))
+
+    async def _assemble(self, here: Context) -> AsyncGenerator[Tokens, None]:
+        """Bring in what others have of the context, or are computing."""
+        await here.pull(len(here.tokens) - 1)
+        if len(here.tokens) - here.length > self._host.config.local_prefill_tokens:
+            async with aclosing(self._hand_off(here)) as replies:
+                async for reply in replies:
+                    yield reply
+        if self._reason is None:
+            await self._flights.join(here)
 
     async def _hand_off(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Let the prefill worker compute what is missing, pulling each run of blocks as it is published.
