@@ -1,6 +1,6 @@
 """What an answer's text says: reasoning, content, calls of tools. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -24,6 +24,11 @@ class Said(msgspec.Struct, frozen=True):
     reasoning: str = ""
     content: str = ""
     calls: tuple[SaidCall, ...] = ()
+
+
+def joined(first: Said, then: Said) -> Said:
+    """Two pieces that follow each other, as one."""
+    return Said(first.reasoning + then.reasoning, first.content + then.content, first.calls + then.calls)
 
 
 class ChatReader:
@@ -62,16 +67,12 @@ class ChatReader:
 
     def finish(self) -> Said:
         """The text ended: what is still held back."""
-        reasoning, events = "", list[Event]()
-        text = ""
+        reasoning, text = "", ""
         if self._think is not None:
             thought = self._think.finish()
             reasoning, text = thought.reasoning, thought.text
-        if self._tools is None:
-            events = [Content(text)]
-        else:
-            events = [*self._tools.feed(text), *self._tools.finish()]
-        return self._keep(reasoning, events)
+        tools = self._tools
+        return self._keep(reasoning, [Content(text)] if tools is None else [*tools.feed(text), *tools.finish()])
 
     @property
     def whole(self) -> Said:
@@ -93,7 +94,7 @@ class ChatReader:
         """Whether it has a call."""
         return any(part.calls for part in self._parts)
 
-    def _keep(self, reasoning: str, events: list[Event]) -> Said:
+    def _keep(self, reasoning: str, events: Sequence[Event]) -> Said:
         content: list[str] = []
         calls: list[SaidCall] = []
         for event in events:

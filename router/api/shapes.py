@@ -8,7 +8,6 @@ from msgspec import UNSET, UnsetType
 
 from router.api.answers import Answer, Piece
 from router.api.responses import (
-    AnswerMessage,
     ChatChoice,
     ChatDelta,
     Delta,
@@ -16,6 +15,7 @@ from router.api.responses import (
     TextChoice,
     Usage,
 )
+from router.api.said import deltas, finish_reason, message
 from tracehaul.wire.steps import FinishReason
 
 DONE = b"data: [DONE]\n\n"
@@ -59,16 +59,25 @@ class ChatShape:
         self._head = head
         self._prompt_ids = prompt_ids
         self._begun: set[int] = set()
+        self._called: set[int] = set()
+        """Choices that have told a call."""
 
     def piece(self, index: int, piece: Piece, usage: UsageField) -> bytes:
         events = self._begin(index, usage)
-        if piece.text or (self._prompt_ids is not None and piece.tokens):
-            ids = UNSET if self._prompt_ids is None else piece.tokens
-            events += self._chunk([ChatDelta(index, Delta(content=piece.text), token_ids=ids)], usage)
+        if piece.said.calls:
+            self._called.add(index)
+        told = deltas(piece.said)
+        if not told and self._prompt_ids is not None and piece.tokens:
+            told = [Delta(content="")]
+        ids = UNSET if self._prompt_ids is None else piece.tokens
+        for delta in told:
+            events += self._chunk([ChatDelta(index, delta, token_ids=ids)], usage)
+            ids = UNSET if ids is UNSET else []
         return events
 
     def end(self, index: int, reason: FinishReason, usage: UsageField) -> bytes:
-        return self._begin(index, usage) + self._chunk([ChatDelta(index, Delta(), reason)], usage)
+        ended = finish_reason(reason, called=index in self._called)
+        return self._begin(index, usage) + self._chunk([ChatDelta(index, Delta(), ended)], usage)
 
     def usage(self, usage: Usage) -> bytes:
         return self._chunk([], usage)
@@ -77,8 +86,10 @@ class ChatShape:
         choices: list[ChatChoice] = []
         for index, answer in enumerate(answers):
             assert answer.reason is not None
+            assert answer.reader is not None
             ids = UNSET if self._prompt_ids is None else answer.tokens
-            choices.append(ChatChoice(index, AnswerMessage(answer.text), answer.reason, token_ids=ids))
+            reason = finish_reason(answer.reason, called=answer.reader.called)
+            choices.append(ChatChoice(index, message(answer.reader.whole), reason, token_ids=ids))
         prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids
         head = self._head
         return msgspec.json.encode(
