@@ -11,7 +11,7 @@ from router.api.reasoning import CLOSE, OPEN, ThinkReader
 from router.api.requests import ChatRequest, CompletionRequest, Options
 from router.api.structured import Wishes, constraint
 from router.api.text import Text, TextStream
-from router.api.tool_formats import BEGIN, MARKERS, ToolFormat, ToolReader
+from router.api.tool_formats import MARKERS, ToolFormat, ToolReader
 from router.api.tools import Tools, answer_or_calls, calls_constraint, format_of, tools_of
 from tracehaul.engine.grammar import GrammarCheck
 from tracehaul.wire.errors import InvalidRequest
@@ -35,7 +35,6 @@ class Forms:
     def __init__(self, text: Text, tool_format: ToolFormat | None) -> None:
         self._text = text
         self._format: ToolFormat = tool_format or format_of(text.chat_template)
-        self._begin_token = text.special_token(BEGIN[self._format])
         self._thinks = CLOSE in (text.chat_template or "")
         self._grammars = GrammarCheck()
 
@@ -62,9 +61,9 @@ class Forms:
         if tools is not None and tools.forced:
             if wanted is not None:
                 raise bad_request(f"{param} and a tool_choice that forces a call contradict each other", param)
-            wanted, param = calls_constraint(tools, self._format, self._begin_token), "tools"
+            wanted, param = calls_constraint(tools, self._format, self._text.special_token), "tools"
         elif tools is not None and wanted is not None:
-            both = answer_or_calls(wanted, tools, self._format, self._begin_token)
+            both = answer_or_calls(wanted, tools, self._format, self._text.special_token)
             # Where a call could not be told from such an answer there is none.
             wanted, tools = both or wanted, tools if both else None
         if wanted is not None:
