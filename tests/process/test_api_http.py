@@ -182,8 +182,8 @@ def test_openai_client_knows_the_errors(client: openai.OpenAI) -> None:
     assert busy.value.status_code == 503
     assert busy.value.response.headers["retry-after"] == "1"
     with pytest.raises(openai.BadRequestError) as odd:
-        client.chat.completions.create(**ask("hi"), logprobs=True)
-    assert (odd.value.code, odd.value.param) == ("unsupported_parameter", "logprobs")
+        client.chat.completions.create(**ask("hi"), extra_body={"chat_template": "x"})
+    assert (odd.value.code, odd.value.param) == ("unsupported_parameter", "chat_template")
 
 
 def test_openai_client_leaves(cluster: Cluster, client: openai.OpenAI) -> None:
