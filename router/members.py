@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from router.steps import NodeStatus
@@ -119,6 +119,10 @@ class MemberRegistry:
         """Whether a store node has anything below its memory."""
         load = self.load(node)
         return load.disk_bytes_max > 0 or load.s3_bytes_max > 0
+
+    def loads(self, infos: Sequence[NodeInfo]) -> list[NodeLoad]:
+        """What each of these members said last."""
+        return [self._members[info.node].load for info in infos]
 
     def statuses(self) -> list[NodeStatus]:
         """Every member with its load and health, by name."""

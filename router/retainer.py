@@ -16,7 +16,7 @@ from router.contexts import Left, Warm
 from router.decisions import Decisions, Recalled, Retained
 from router.members import MemberRegistry
 from router.policy.gaps import Gap, Gaps, Tools, certain
-from router.policy.retention import Rates, Retention, RetentionConfig, decide, progress
+from router.policy.retention import Retention, RetentionConfig, decide, mean_wait, progress, situation
 from router.traces import PinWish, Step, Suspension, Trace, TraceKey, Traces
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
@@ -24,12 +24,13 @@ from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchState, Unpin
-from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import salted
 from tracehaul.wire.ids import NodeId, TraceId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resident, StepUsage
+from worker.rates import ASSUMED, Rates
 
 seldom = Seldom(Log(__name__))
 
@@ -70,7 +71,7 @@ class Retainer:
         self._decisions = decisions
         self._config = config
         self._gaps = Gaps()
-        self._rates = Rates()
+        self._wait_s = 0.0
         self._lengths: deque[int] = deque(maxlen=LENGTHS_MAX)
         self._lengths_new = 0
         self._eta = 0.0
@@ -98,9 +99,7 @@ class Retainer:
     def saw(self, usage: StepUsage, first_s: float) -> None:
         """A step had its first token after that long."""
         computed = usage.prompt_tokens - usage.computed_from
-        self._rates.saw(
-            pulled_tokens=usage.pulled_tokens, pull_s=usage.pull_s, computed_tokens=computed, first_s=first_s
-        )
+        self._wait_s = mean_wait(self._wait_s, computed, first_s, usage.pull_s)
 
     def ended(self, trace: Trace) -> None:
         """A step of it ended."""
@@ -172,7 +171,7 @@ class Retainer:
 
     def _retain(self, trace: Trace, gap: Gap, tools: Tools, *, told_s: float | None = None) -> None:
         self._stop_timers(trace.key)
-        now = self._rates.situation(trace.context_tokens, self._eta)
+        now = situation(trace.context_tokens, self._rates(trace), self._wait_s, self._eta)
         plan = trace.retention = decide(gap, now, self._config, told_s=told_s)
         median_s, longest_s = gap.quantile(0.5), gap.quantile(0.99)
         self._decisions.add(trace.key, clock.now_s(), Retained(tools, gap.seen, median_s, longest_s, now, plan))
@@ -182,6 +181,14 @@ class Retainer:
             self._start(self._pin(trace, plan), f"pin {trace.trace}")
         if plan.recall_s is not None:
             self._after(trace, plan.recall_s, lambda: self._start_recall(trace, "its next step is expected"))
+
+    def _rates(self, trace: Trace) -> Rates:
+        """Of the worker that has its context."""
+        warm = trace.lefts[-1].warm if trace.lefts else None
+        load = self._members.load(warm.node) if warm is not None else NodeLoad()
+        if not load.token_s:
+            return ASSUMED
+        return Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s)
 
     def _over(self, trace: Trace) -> None:
         """Nothing follows."""

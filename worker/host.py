@@ -8,19 +8,22 @@ from math import inf
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, SequenceId
+from tracehaul.engine.base import Engine, Guide, SequenceId, Work
 from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
 from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash, NodeId, TraceId
+from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.iteration import IterationLoop, Job, usable_context
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
+
+CALIBRATION_TOKENS = 256
 
 
 class WorkerStats(msgspec.Struct):
@@ -60,6 +63,21 @@ class WorkerHost:
         self._waiting = 0
         self._recalls: dict[tuple[str, TraceId], asyncio.Task[None]] = {}
 
+    async def calibrate(self) -> None:
+        """Measure the engine on a prompt of no meaning, before anything runs; what it does later corrects that."""
+        engine, meter = self.engine, self.loop.meter
+        tokens = [0] * min(CALIBRATION_TOKENS, self.config.chunk_tokens, usable_context(engine.info) // 2 - 1)
+        sequence = engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
+        if sequence is None:
+            return
+        await engine.run([Work(sequence, tokens)])  # memory and threads are in place now
+        engine.truncate(sequence, 0)
+        for part in (tokens, tokens, tokens[:1]):
+            length, started_s = engine.length(sequence), clock.now_s()
+            await engine.run([Work(sequence, part)])
+            meter.iterated([(length, len(part))], clock.now_s() - started_s)
+        engine.close(sequence)
+
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""
         await self.loop.run()
@@ -76,6 +94,8 @@ class WorkerHost:
             waiting=self._waiting,
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
+            **self.loop.meter.rates._asdict(),
+            free_tokens=self.engine.free_tokens,
         )
 
     @asynccontextmanager
@@ -187,6 +207,14 @@ class WorkerHost:
             resident_tokens=resident_tokens,
         )
 
+    async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
+        """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
+
+        Raises:
+            InvalidRequest: the constraint cannot be used here.
+        """
+        return None if sampling.constraint is None else await self.engine.guide(sampling.constraint, output)
+
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
         """A job in the iteration loop; on exit no iteration touches its sequence."""
@@ -198,10 +226,14 @@ class WorkerHost:
 
     @asynccontextmanager
     async def writer(
-        self, here: Context, home: NodeId | None, on_published: Callable[[int], None] | None = None
+        self,
+        here: Context,
+        home: NodeId | None,
+        on_published: Callable[[int], None] | None = None,
+        on_refused: Callable[[], None] | None = None,
     ) -> AsyncGenerator[BlockWriter]:
         """Writes a context's blocks back to the store; see there."""
-        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published) as writer:
+        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published, on_refused) as writer:
             try:
                 yield writer
             finally:
@@ -214,6 +246,7 @@ class WorkerHost:
         self.stats.pulled_bytes += here.pulled.nbytes
         self.stats.pull_s += here.pulled.seconds
         self.stats.missed_blocks += here.pulled.missed_blocks
+        self.loop.meter.pulled(here.pulled.tokens, here.pulled.seconds)
 
     def _retire(self, trace: TraceId, context: Context) -> None:
         sequence, length = context.sequence, self.engine.length(context.sequence)

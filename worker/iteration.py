@@ -5,13 +5,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracehaul.engine.base import Engine, EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
-from tracehaul.wire.errors import ClusterError, Overloaded
+from tracehaul.runtime import clock
+from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
+from worker.rates import RateMeter
 from worker.scheduler import Grant, Scheduler
 
 log = logging.getLogger(__name__)
+
+SCORED_TOKENS_MAX = 128
+"""Most tokens of one job that an iteration scores: each takes a row of logits, over the whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,13 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """How likely the next known tokens were that the job scores."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True)
 class Published:
     """The first ``tokens`` can be pulled from the store."""
 
@@ -44,7 +56,7 @@ class Failed:
     error: ClusterError
 
 
-Event = Computed | Sampled | Published | Failed
+Event = Computed | Sampled | Scored | Published | Failed
 
 
 @dataclass
@@ -59,6 +71,11 @@ class Job:
     samples_max: int
     """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
     computed: int
+    scores_top: int | None = None
+    """Score the known tokens before ``scores_end``, each with so many of the likeliest; None: none."""
+    scores_end: int = 0
+    guide: Guide | None = None
+    """Of the sampling's constraint, where there is one."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     """Bounded by what a step can produce: one event for each token and chunk."""
     samples: int = 0
@@ -67,6 +84,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.history = History.of(self.sampling, self.tokens, self.emitted)
+
+    def scoring(self, end: int) -> Scoring | None:
+        """What to score where the tokens up to ``end`` are computed next."""
+        targets = self.tokens[self.computed + 1 : min(end + 1, self.scores_end)]
+        return Scoring(targets, self.scores_top) if self.scores_top is not None and targets else None
 
     def accept(self, token: int, context_max: int) -> FinishReason | None:
         """Append a sampled token; says whether the step ends with it."""
@@ -93,6 +115,7 @@ class IterationLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._make_room = make_room
+        self.meter = RateMeter()
         self._context_max = usable_context(engine.info)
         self._jobs: dict[int, Job] = {}
         self._next_key = 0
@@ -110,7 +133,8 @@ class IterationLoop:
         key = self._next_key
         self._next_key += 1
         self._jobs[key] = job
-        self._scheduler.add(key, len(job.tokens) - job.computed)
+        at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
+        self._scheduler.add(key, len(job.tokens) - job.computed, at_most)
         self._wake.set()
         return key
 
@@ -170,10 +194,13 @@ class IterationLoop:
                     sampling=job.sampling if samples else None,
                     emitted=job.emitted,
                     history=job.history,
+                    scoring=job.scoring(end),
+                    guide=job.guide if samples else None,
                 )
             )
         if not work:
             return []
+        started_s = clock.now_s()
         try:
             results = await self._engine.run(work)
         except ClusterError as error:
@@ -185,12 +212,18 @@ class IterationLoop:
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []
+        self.meter.iterated([(job.computed, grant.tokens) for grant, job in grants], clock.now_s() - started_s)
         return [(grant, job, result) for (grant, job), result in zip(grants, results, strict=True)]
 
     def _settle(self, grant: Grant, job: Job, result: Result) -> None:
         job.computed += grant.tokens
         self.computed_tokens += grant.tokens
         job.events.put_nowait(Computed(job.computed))
+        if result.scores:
+            job.events.put_nowait(Scored(result.scores))
+        if result.error:
+            self._fail(grant.key, InvalidRequest(f"the answer cannot go on in its grammar: {result.error}"))
+            return
         if result.token is None:
             if job.computed == len(job.tokens):
                 self._drop(grant.key)

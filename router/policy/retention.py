@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from router.policy.gaps import Gap
+from worker.rates import Rates
 
 KEEP_MAX_S = 600.0
 PIN_MARGIN_S = 5.0
@@ -24,6 +25,8 @@ OCTAVES_TOLD_MAX = 32
 RETURN_SHARE = 0.4
 """The context is to be back when that share of gaps has ended."""
 CERTAIN_MARGIN_S = 0.2
+SHORT_TOKENS = 64
+WAIT_WEIGHT = 0.1
 
 
 class RetentionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -121,27 +124,14 @@ def progress(lengths: list[int]) -> float:
     return -covariance / spread**0.5 if spread > 0 else 0.0
 
 
-class Rates:
-    """What moving and computing a context takes here, from the steps that did it: moving averages."""
+def situation(tokens: int, rates: Rates, queue_s: float, eta: float) -> Situation:
+    """For a context of that length, at a worker's rates."""
+    recompute_s = tokens * rates.token_s + 0.5 * tokens * tokens * rates.pair_s
+    return Situation(tokens, tokens * rates.pull_token_s, recompute_s, queue_s, eta)
 
-    WEIGHT = 0.1
 
-    def __init__(self) -> None:
-        self.pull_tokens_s = 20_000.0
-        self.compute_tokens_s = 1_000.0
-        self.queue_s = 0.0
-
-    def saw(self, *, pulled_tokens: int, pull_s: float, computed_tokens: int, first_s: float) -> None:
-        """A step had its first token ``first_s`` after it began."""
-        if pulled_tokens >= 64 and pull_s > 0:
-            self.pull_tokens_s += self.WEIGHT * (pulled_tokens / pull_s - self.pull_tokens_s)
-        rest_s = first_s - pull_s
-        if computed_tokens >= 256 and rest_s > 0:
-            self.compute_tokens_s += self.WEIGHT * (computed_tokens / rest_s - self.compute_tokens_s)
-        elif computed_tokens < 64:
-            self.queue_s += self.WEIGHT * (max(0.0, rest_s) - self.queue_s)
-
-    def situation(self, tokens: int, eta: float) -> Situation:
-        """For a context of that length."""
-        reload_s, recompute_s = tokens / self.pull_tokens_s, tokens / self.compute_tokens_s
-        return Situation(tokens, reload_s, recompute_s, self.queue_s, eta)
+def mean_wait(mean_s: float, computed_tokens: int, first_s: float, pull_s: float) -> float:
+    """The mean time that steps wait for their turn, after one more: that of steps that computed next to nothing."""
+    if computed_tokens > SHORT_TOKENS:
+        return mean_s
+    return mean_s + WAIT_WEIGHT * (max(0.0, first_s - pull_s) - mean_s)

@@ -2,9 +2,13 @@
 tiers as one."""
 
 import asyncio
+import contextlib
 import mmap
+import os
 import random
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from kvstore.tiers.fake import MemoryDevice, PowerCut
 from kvstore.tiers.fake_objects import MemoryObjects
 from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.objects import Objects, parse_url
-from kvstore.tiers.records import Layout
+from kvstore.tiers.records import RECORDS_PER_PAGE, Layout, Record, unpack_records
 from kvstore.tiers.s3 import S3Objects
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
@@ -463,7 +467,6 @@ def test_killed_while_it_is_resized_a_file_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
     """Every write of a resize may be the last."""
-    import os
 
     class Killed(BaseException):
         pass
@@ -506,6 +509,90 @@ def test_killed_while_it_is_resized_a_file_is_whole(
     asyncio.run(main())
 
 
+def test_a_full_tier_writes_its_records_once_per_store() -> None:
+    """What makes room for the next store is erased with what this one published."""
+
+    class Device(MemoryDevice):
+        calls = 0
+
+        def write(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+            named = {record.slot for record in unpack_records(self.records(), layout) if isinstance(record, Record)}
+            assert not named & set(slots), "no record names what is being written"
+            super().write(slots, views)
+
+        def write_records(self, records: Mapping[int, bytes]) -> None:
+            self.calls += 1
+            super().write_records(records)
+
+    layout = Layout(SLOT, 256)
+    device = Device(layout.slots_max, SLOT)
+    tier = SlotTier("disk", device, InlineOffload(), InlineOffload())
+    names = (f"{n}" for n in range(10_000))
+
+    async def store() -> None:
+        blocks = [block(next(names)) for _ in range(4)]
+        assert await tier.store(blocks, [filled(b"x") for _ in blocks]) == ["stored"] * 4
+
+    async def main() -> None:
+        for _ in range(66):
+            await store()
+        device.calls = 0
+        for _ in range(20):
+            await asyncio.gather(store(), store())
+        assert device.calls == 40
+        assert len(tier) >= 256 - 8
+        tier.check()
+        device.failing = True
+        lost = [block(next(names))]
+        assert await tier.store(lost, [filled(b"x")]) == ["failed"]
+        device.failing = False
+        await store()
+        tier.check()
+        again = SlotTier("disk", device, InlineOffload(), InlineOffload())
+        assert set(tier.held()) <= set(again.held())
+
+    asyncio.run(main())
+
+
+def test_records_of_one_page_are_written_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many threads at once, some of whose writes fail: what returned is in the file, and no page goes twice at once."""
+    slots = 3 * RECORDS_PER_PAGE
+    layout = Layout(SLOT, slots)
+    device = DiskFile(tmp_path / "t", layout)
+    real, dice, busy, returned = os.pwritev, random.Random(1), set[int](), dict[int, bytes]()
+
+    def write(fd: int, run: Sequence[memoryview], offset: int) -> int:
+        pages = range(offset, offset + sum(view.nbytes for view in run), 4096)
+        assert not busy & set(pages)
+        busy.update(pages)
+        threading.Event().wait(dice.random() / 1000)
+        try:
+            if dice.random() < 0.2:
+                raise OSError(5, "input/output error")
+            return real(fd, run, offset)
+        finally:
+            busy.difference_update(pages)
+
+    def work(lane: int) -> None:
+        own = random.Random(lane)
+        for turn in range(30):
+            mine = own.sample(range(lane, slots, 4), 5)
+            records = {slot: bytes([lane + 1, turn]) * 32 for slot in mine}
+            with contextlib.suppress(OSError):
+                device.write_records(records)
+                returned.update(records)
+                for slot, record in records.items():
+                    at = layout.records_offset + slot * 64
+                    assert (tmp_path / "t").read_bytes()[at : at + 64] == record
+
+    monkeypatch.setattr(os, "pwritev", write)
+    with ThreadPoolExecutor(4) as pool:
+        for lane in [pool.submit(work, lane) for lane in range(4)]:
+            lane.result()
+    assert len(returned) > slots / 2
+    device.close()
+
+
 def test_a_file_without_room_or_permission_says_so(tmp_path: Path) -> None:
     with pytest.raises(NoDisk, match="cannot reserve"):
         DiskFile(tmp_path / "t", Layout(1 << 30, 1 << 20))
@@ -516,8 +603,6 @@ def test_a_file_without_room_or_permission_says_so(tmp_path: Path) -> None:
 def test_a_file_system_without_direct_access_still_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import os
-
     real = os.open
 
     def refuse(path: object, flags: int, *rest: int) -> int:

@@ -6,7 +6,16 @@ import random
 import pytest
 
 from router.policy.gaps import ENOUGH, KINDS_MAX, Gap, Gaps, certain
-from router.policy.retention import OCTAVES_MAX, Rates, RetentionConfig, Situation, decide, progress
+from router.policy.retention import (
+    OCTAVES_MAX,
+    RetentionConfig,
+    Situation,
+    decide,
+    mean_wait,
+    progress,
+    situation,
+)
+from worker.rates import Rates
 
 NOW = Situation(tokens=10_000, reload_s=0.5, recompute_s=10.0, queue_s=0.0, eta=0.0)
 ALL = RetentionConfig()
@@ -100,13 +109,15 @@ def test_progress_of_traces() -> None:
     assert abs(progress(memoryless)) < 0.1
 
 
-def test_rates_follow_what_steps_took() -> None:
-    rates = Rates()
+def test_what_losing_a_context_costs() -> None:
+    now = situation(1000, Rates(token_s=1e-3, pair_s=1e-6, decode_s=0.1, pull_token_s=1e-5), 0.2, 0.3)
+    assert (now.reload_s, now.recompute_s) == (pytest.approx(0.01), pytest.approx(1.5))
+    assert (now.queue_s, now.eta) == (0.2, 0.3)
+
+
+def test_waits_are_those_of_steps_that_had_nothing_else_to_do() -> None:
+    wait_s = 0.0
     for _ in range(100):
-        rates.saw(pulled_tokens=1000, pull_s=0.01, computed_tokens=1000, first_s=0.51)
-        rates.saw(pulled_tokens=0, pull_s=0.0, computed_tokens=10, first_s=0.2)
-        rates.saw(pulled_tokens=10, pull_s=1.0, computed_tokens=100, first_s=0.5)  # says nothing of either
-    now = rates.situation(4000, 0.3)
-    assert now.reload_s == pytest.approx(0.04, rel=0.01)
-    assert now.recompute_s == pytest.approx(2.0, rel=0.01)
-    assert (now.queue_s, now.eta) == (pytest.approx(0.2, rel=0.01), 0.3)
+        wait_s = mean_wait(wait_s, 10, 0.5, 0.3)
+        wait_s = mean_wait(wait_s, 1000, 9.0, 0.0)
+    assert wait_s == pytest.approx(0.2, rel=0.01)

@@ -18,11 +18,12 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Guide, Result, SequenceId, Work
+from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.engine.history import History
-from tracehaul.engine.sampling import Row, choose
+from tracehaul.engine.sampling import Row, add_scores, choose, follow
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
@@ -84,6 +85,7 @@ class FakeEngine:
     def __init__(self, info: EngineInfo | None = None, cost: EngineCost | None = None) -> None:
         self._info = info or fake_info()
         self._cost = cost or EngineCost()
+        self._grammars = Grammars(lambda: byte_vocabulary(self._info.vocab_size))
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 1
         self._used = 0
@@ -150,6 +152,10 @@ class FakeEngine:
         state = self._idle(sequence)
         self._used -= len(state.data)
         del self._sequences[sequence]
+
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        """On the caller's thread. A token is a byte, and the last one of the vocabulary ends a text."""
+        return self._grammars.guide_now(constraint, output)
 
     async def run(self, work: Sequence[Work]) -> list[Result]:
         assert not self._awaited, "one run at a time"
@@ -221,6 +227,7 @@ class FakeEngine:
             assert item.sequence not in seen, "a sequence appears at most once"
             seen.append(item.sequence)
             assert item.tokens, "an item without tokens"
+            assert item.scoring is None or len(item.scoring.targets) <= len(item.tokens), "more targets than tokens"
             assert state.length + len(item.tokens) <= len(state.data), "run beyond the capacity"
             assert state.length + len(item.tokens) <= self._info.context_max, "run beyond the model's window"
             assert state.writing is None, "run under a running unpack"
@@ -253,17 +260,22 @@ class FakeEngine:
 
     def _compute(self, item: Work, state: _Sequence) -> Result:
         hasher = blake3(state.data[: state.length].tobytes())
+        scored_rows: list[NDArray[np.float32]] = []
+        targets = len(item.scoring.targets) if item.scoring is not None else 0
         for token in item.tokens:
             kv = _kv(hasher, token, self._info.layout.token_bytes)
             state.data[state.length] = np.frombuffer(kv, dtype=np.uint8)
             state.length += 1
             hasher.update(kv)
+            if len(scored_rows) < targets:
+                scored_rows.append(_logits(hasher.digest(), self._info.vocab_size))
         self.computed_tokens += len(item.tokens)
-        if item.sampling is None:
-            return Result()
-        return _choose(
-            hasher.digest(), Row(item.sampling, state.length, item.emitted, item.history), self._info.vocab_size
-        )
+        result = Result()
+        if item.sampling is not None:
+            mask = None if item.guide is None else item.guide.mask()
+            row = Row(item.sampling, state.length, item.emitted, item.history, mask)
+            (result,) = follow([_choose(hasher.digest(), row, self._info.vocab_size)], [item.guide])
+        return add_scores([result], [item], np.stack(scored_rows))[0] if scored_rows else result
 
     async def _pack(self, state: _Sequence, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         try:
@@ -369,7 +381,11 @@ def _kv(hasher: blake3, token: int, token_bytes: int) -> bytes:
 
 
 def _choose(state: bytes, row: Row, vocab_size: int) -> Result:
-    """The next token: likeliest is the one that ``state`` names, and each of those after it is less so."""
+    return choose(_logits(state, vocab_size)[None], [row])[0]
+
+
+def _logits(state: bytes, vocab_size: int) -> NDArray[np.float32]:
+    """Likeliest is the token that ``state`` names, and each of those after it is less so."""
     first = int.from_bytes(state[:8], "little") % vocab_size
     fall: NDArray[np.float32] = np.arange(vocab_size, dtype=np.float32) * -_FALL
-    return choose(np.roll(fall, first)[None], [row])[0]
+    return np.roll(fall, first)

@@ -1,13 +1,30 @@
 """Messages of a step: the router drives a decode worker, which drives a prefill worker."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from tracehaul.wire.base import Message
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 
 FinishReason = Literal["stop", "length"]
+
+
+CONSTRAINT_CHARACTERS_MAX = 65_536
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What the text of an answer must match, from its first character to its last."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    source: Annotated[str, Meta(max_length=CONSTRAINT_CHARACTERS_MAX)]
+    """A JSON schema as JSON; a regular expression in the syntax of Rust's ``regex``; or a grammar in
+    Lark's syntax or GBNF."""
+    lenient: bool = False
+    """Ignore what a schema says that cannot be enforced, instead of refusing it."""
+    thinking: Literal["none", "may", "opened"] = "none"
+    """Whether free text up to ``</think>`` comes first: it may, from ``<think>`` on; or the prompt has opened it."""
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -38,6 +55,8 @@ class Sampling(msgspec.Struct, frozen=True):
     """The model's own end tokens and the request's: generation ends after one of them."""
     min_tokens: int = 0
     """Stop tokens are not sampled before this many output tokens."""
+    constraint: Constraint | None = None
+    """Tokens that leave it are never sampled; when it is complete, only the model's end tokens are."""
     logprobs: int | None = None
     """How many of the likeliest tokens to tell with each output token's own logprob; None: tell neither."""
 
@@ -121,6 +140,9 @@ class DecodeStep(Message, frozen=True):
     prefill: NodeId | None
     """Who computes the missing part of the prompt; None: the decode worker itself."""
     sampling: Sampling
+    prompt_logprobs: int | None = None
+    """Tell the logprobs of the prompt's tokens too, with so many of the likeliest. Such a prompt is computed anew, all
+    of it and on the decode worker: KV that is there already gives no logits."""
 
 
 class StepUsage(msgspec.Struct, frozen=True):
@@ -150,6 +172,9 @@ class Tokens(Message, frozen=True):
     """With the first tokens: what is known by then."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of ``ids`` if the step asks for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt's next tokens, if the step asks for them: in order from its second token on (nothing precedes the
+    first), all before the first output token."""
 
 
 class StepDone(Message, frozen=True):
