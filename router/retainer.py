@@ -72,6 +72,7 @@ class Retainer:
         self._config = config
         self._gaps = Gaps()
         self._wait_s = 0.0
+        self._closed = False
         self._lengths: deque[int] = deque(maxlen=LENGTHS_MAX)
         self._lengths_new = 0
         self._eta = 0.0
@@ -81,6 +82,7 @@ class Retainer:
 
     async def close(self) -> None:
         """Do nothing more."""
+        self._closed = True
         for key in list(self._timers):
             self._stop_timers(key)
         await self._tasks.close()
@@ -103,19 +105,18 @@ class Retainer:
 
     def ended(self, trace: Trace) -> None:
         """A step of it ended."""
-        if trace.running or trace.deleted:
+        if trace.running:
             return
         if trace.ended:
             self._over(trace)
         elif trace.lefts:
-            tools: Tools = trace.calls or None
-            self._retain(trace, self._gaps.expect(trace.agent, tools), tools)
+            self._retain(trace, self._gaps.expect(trace.agent, trace.calls), trace.calls)
 
     def called(self, trace: Trace, tools: tuple[str, ...]) -> None:
         """What its last step called turned out."""
         trace.calls = tools
-        if trace.state == "acting" and trace.lefts:
-            self._retain(trace, self._gaps.expect(trace.agent, tools), tools)
+        if trace.state == "acting":
+            self.ended(trace)
 
     def suspend(self, trace: Trace, expected_s: float, deadline_s: float | None, tool: str | None) -> None:
         """The client says that it is idle for so long, and after ``deadline_s`` for ever."""
@@ -123,7 +124,7 @@ class Retainer:
         trace.suspension = Suspension(now_s, expected_s, deadline_s, tool)
         trace.calls = (tool,) if tool is not None else trace.calls
         told_s = deadline_s if deadline_s is not None else 2 * expected_s
-        self._retain(trace, certain(expected_s), trace.calls or None, told_s=told_s)
+        self._retain(trace, certain(expected_s), trace.calls, told_s=told_s)
         if deadline_s is not None:
             self._after(trace, deadline_s, lambda: self._expire(trace))
 
@@ -136,7 +137,8 @@ class Retainer:
     def forget(self, trace: Trace) -> None:
         """It is no longer remembered."""
         self._stop_timers(trace.key)
-        self._learn_length(trace)
+        if not trace.ended:
+            self._learn_length(trace)
 
     def delete(self, trace: Trace, lefts: list[Left]) -> None:
         """The client has deleted it, with what it had left: what only it held is freed."""
@@ -316,7 +318,7 @@ class Retainer:
             return None
 
     def _start(self, work: Coroutine[Any, Any, object], name: str) -> "asyncio.Task[Any] | None":
-        if len(self._tasks) >= ACTS_MAX:
+        if self._closed or len(self._tasks) >= ACTS_MAX:
             work.close()
             self.stats.undone += 1
             return None

@@ -118,8 +118,8 @@ class Trace:
     running: int = 0
     idle_since_s: float | None = None
     """Since when no step of it runs; None while one does."""
-    calls: tuple[str, ...] = ()
-    """Tools that its last step called, as far as that is known."""
+    calls: tuple[str, ...] | None = None
+    """Tools that its last step called; None: not known yet."""
     tools: dict[str, Tool] = field(default_factory=dict[str, Tool])
     service: Service = field(default_factory=Service)
     suspension: Suspension | None = None
@@ -204,7 +204,7 @@ class Traces:
         self._traces.move_to_end(key)
         gap = None
         if known.idle_since_s is not None:
-            gap = Gap(tools or known.calls, now_s - known.idle_since_s)
+            gap = Gap(tools or known.calls or (), now_s - known.idle_since_s)
             self._use(known, gap)
         before = known.steps[-1].step if known.steps else self._fork_point(known)
         begun = Step(step, before, now_s, prompt_tokens, gap)
@@ -212,7 +212,7 @@ class Traces:
         known.steps_count += 1
         known.running += 1
         known.agent = agent or known.agent
-        known.calls, known.idle_since_s, known.suspension, known.ended = (), None, None, False
+        known.calls, known.idle_since_s, known.suspension, known.ended = None, None, None, False
         return known, begun
 
     def lefts(self, trace: Trace) -> list[Left]:

@@ -39,7 +39,12 @@ def called(messages: Sequence[ChatMessage]) -> tuple[str, ...]:
     """Names of the tools that the last answer called."""
     answer = next((message for message in reversed(messages) if message.role == "assistant"), None)
     calls = answer.tool_calls if answer is not None else None
-    return tuple(dict.fromkeys(call.function.name[:NAME_CHARACTERS_MAX] for call in (calls or ())[:TOOLS_MAX]))
+    return names_of([call.function.name for call in calls or ()])
+
+
+def names_of(calls: Sequence[str]) -> tuple[str, ...]:
+    """The tools that a list of calls names, each once and cut to a size that can be remembered."""
+    return tuple(dict.fromkeys(name[:NAME_CHARACTERS_MAX] for name in calls[:TOOLS_MAX]))
 
 
 def _tool_names(request: ChatRequest) -> list[str]:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from router.api.answers import Answer
 from router.api.asgi import ClientGone, Reply, disconnected, read_body
 from router.api.config import ApiConfig
-from router.api.conversation import conversation
+from router.api.conversation import conversation, names_of
 from router.api.echo import Echo
 from router.api.errors import ApiError, bad_request, translate, unavailable
 from router.api.forms import Form, Forms
@@ -327,6 +327,9 @@ class Generation:
                     chunks.append(call.shape.end(index, answer.reason, usage))
             if answer.reason is not None and call.memory is not None:
                 self._prompts.remember(call.memory, call.prompt(index), answer)
+                if answer.reader is not None:
+                    step, names = call.steps[index], [said.name or "" for said in answer.reader.whole.calls]
+                    self._dispatcher.book.called(step.salt, step.trace, names_of(names))
         return b"".join(chunks)
 
 

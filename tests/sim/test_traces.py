@@ -196,3 +196,39 @@ def test_gaps_are_learned():
         assert cluster.dispatch.retainer.stats.pins >= 3
 
     run(use)
+
+
+ALL_NODES = list(ROLES)
+NO_PREFILL = [node for node in ROLES if not node.startswith("prefill")]
+
+
+@pytest.mark.parametrize("nodes", [ALL_NODES, NO_PREFILL])
+def test_children_at_once_compute_nothing_of_what_their_parent_left(nodes):
+    async def use(cluster):
+        output, _ = await cluster.step("parent", PREFIX)
+        before, left = cluster.computed, len(PREFIX) + len(output) - 1
+        prompts = [[*PREFIX, *output, 200 + child, *range(20)] for child in range(8)]
+        ends = await asyncio.gather(*(cluster.step(f"c{i}", p, parent="parent") for i, p in enumerate(prompts)))
+        for _, done in ends:
+            assert done.hits.theoretical == left
+            assert done.hits.delivered >= left - left % BLOCK
+        own = len(prompts[0]) - left + 4
+        assert cluster.computed - before <= 8 * (own + BLOCK)
+        assert len(cluster.trace("parent").children) == 8
+        used = {step.decode for i in range(8) for step in cluster.trace(f"c{i}").steps}
+        assert len(used) == 2, "no worker has them all"
+
+    run(use, nodes=nodes)
+
+
+@pytest.mark.parametrize(("nodes", "times"), [(ALL_NODES, 1), (NO_PREFILL, 2)])
+def test_siblings_at_once_compute_what_they_share_once_a_worker_at_most(nodes, times):
+    async def use(cluster):
+        await asyncio.sleep(2.0)
+        before = cluster.computed
+        prompts = [[*PREFIX, 200 + child, *range(20)] for child in range(8)]
+        await asyncio.gather(*(cluster.step(f"c{i}", prompt) for i, prompt in enumerate(prompts)))
+        own = 21 + 4 + BLOCK
+        assert cluster.computed - before <= times * len(PREFIX) + 8 * own
+
+    run(use, nodes=nodes)
