@@ -273,6 +273,7 @@ class _Node:
 
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
+        from cluster.decision_file import DecisionFile
         from router.api.app import create_app
         from router.api.server import serve
         from router.dispatch import Dispatch
@@ -284,6 +285,9 @@ class _Node:
             stack.callback(offload.close)
             dispatch = Dispatch(peers, config.dispatch)
             stack.push_async_callback(dispatch.close)
+            decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
+            stack.callback(decisions.close)
+            dispatch.decisions.told = decisions.write
             server = await network.listen(self._plan.router_address, dispatch.members)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)

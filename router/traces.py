@@ -173,6 +173,10 @@ class Traces:
         """Look without touching."""
         return self._traces.get(key)
 
+    def all(self) -> Iterator[Trace]:
+        """Everybody's, the last used last."""
+        return iter(self._traces.values())
+
     def of(self, salt: str) -> Iterator[Trace]:
         """A tenant's traces, the last used first."""
         return (trace for key, trace in reversed(self._traces.items()) if key[0] == salt)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -441,6 +442,7 @@ class World:
                 check_worker(references, life)
             else:
                 check_router(references, router)
+                integrity.check("router", router.traces.check)
         self._check_members(references, router)
 
     def _check_members(self, references: ReferenceChecker, router: Dispatch) -> None:
@@ -519,8 +521,11 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
 
 
 def check_router(references: ReferenceChecker, router: Dispatch) -> None:
-    """An idle router counts no step as running."""
+    """An idle router counts no step as running, and knows of each trace that it served to its end that it has ended:
+    a step that it had lost, or counted twice, would still be open."""
     references.zero("router", running=router.decodes.total + router.prefills.total)
+    states = Counter(trace.state for trace in router.traces.all())
+    references.zero("router", **{f"{state} traces": count for state, count in states.items() if state != "ended"})
 
 
 def simulate(
