@@ -238,12 +238,12 @@ def test_decoding_and_pulling_are_means_that_forget() -> None:
         meter.iterated([(100, 1), (50, 1)], 0.004)
         meter.pulled(1000, 0.002)
     assert meter.rates.decode_s == pytest.approx(0.004)
-    assert meter.rates.pull_token_s == pytest.approx(2e-6)
+    assert meter.rates.pull_token_s == pytest.approx(2e-6, rel=0.01)
     for _ in range(100):
         meter.pulled(1000, 0.02)
     assert meter.rates.pull_token_s == pytest.approx(2e-5, rel=0.05)
     before = meter.rates
-    meter.pulled(3, 9.0)
+    meter.pulled(0, 9.0)
     meter.iterated([], 1.0)
     meter.iterated([(0, 1), (0, 3)], 1.0)
     assert meter.rates == before, "too little to learn from"
