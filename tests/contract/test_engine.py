@@ -1,4 +1,4 @@
-"""What every engine promises: the same assertions for the fake and for torch on a tiny random model."""
+"""What every engine promises: the same assertions for the fake and for torch on tiny random models."""
 
 import asyncio
 import re
@@ -28,8 +28,7 @@ OTHER = [(5 * at + 11) % 200 for at in range(20)]
 MakeEngine = Callable[[], Awaitable[Engine]]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tiny_model(folder: Path, head_dim: int) -> Path:
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=256,
@@ -38,14 +37,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.3,
         eos_token_id=255,
     )
-    folder = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), 16)
+
+
+@pytest.fixture(scope="module")
+def wider_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads as the compiled kernels want them."""
+    return save_tiny_model(tmp_path_factory.mktemp("wider"), 32)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -60,14 +70,19 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(params=["fake", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
-def make_engine(request: pytest.FixtureRequest, tiny_model: Path) -> MakeEngine:
+@pytest.fixture(params=["fake", "torch", "compiled", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_engine(request: pytest.FixtureRequest, tiny_model: Path, wider_model: Path) -> MakeEngine:
     async def make() -> Engine:
         if request.param == "fake":
             return FakeEngine()
         device = "cuda" if request.param == "cuda" else "cpu"
         config = TorchEngineConfig(
-            model=str(tiny_model), dtype="float32", device=device, threads=1, kv_tokens_max=512, block_tokens=8
+            model=str(wider_model if request.param == "compiled" else tiny_model),
+            dtype="float32",
+            device=device,
+            threads=1,
+            kv_tokens_max=512,
+            block_tokens=8,
         )
         return await TorchEngine.load(config)
 

@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
@@ -70,7 +71,12 @@ class TorchEngine:
     """
 
     def __init__(
-        self, info: EngineInfo, model: Model, pool: KVPool, grammars: Grammars, compute: ThreadPoolExecutor
+        self,
+        info: EngineInfo,
+        model: Model | HostModel,
+        pool: KVPool,
+        grammars: Grammars,
+        compute: ThreadPoolExecutor,
     ) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
@@ -270,6 +276,8 @@ class TorchEngine:
             await asyncio.wait(self._under_way)
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._copy.shutdown)
+        if isinstance(self._model, HostModel):
+            await asyncio.to_thread(self._model.close)
         await asyncio.to_thread(self._masker.close)
         await asyncio.to_thread(self._grammars.close)
         self._sequences.clear()
@@ -309,7 +317,9 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool, Grammars]:
+def _load(
+    config: TorchEngineConfig, progress: Progress | None
+) -> tuple[EngineInfo, Model | HostModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -335,14 +345,15 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        model = Model(weights)
+        compiled = device.type == "cpu" and is_supported(shape, dtype)
+        model = HostModel(weights, config.threads) if compiled else Model(weights)
         _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
         # Read only when a step needs it: most need no grammar.
         grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
         return info, model, pool, grammars
 
 
-def _warm_up(model: Model, pool: KVPool, tokens: int) -> None:
+def _warm_up(model: Model | HostModel, pool: KVPool, tokens: int) -> None:
     """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
     not in the first request."""
     chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
