@@ -9,6 +9,7 @@ import msgspec
 
 from kvstore.client import StoreClient
 from tracehaul.engine.base import Engine, Guide, SequenceId
+from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded

@@ -215,8 +215,6 @@ def test_children_at_once_compute_nothing_of_what_their_parent_left(nodes):
         own = len(prompts[0]) - left + 4
         assert cluster.computed - before <= 8 * (own + BLOCK)
         assert len(cluster.trace("parent").children) == 8
-        used = {step.decode for i in range(8) for step in cluster.trace(f"c{i}").steps}
-        assert len(used) == 2, "no worker has them all"
 
     run(use, nodes=nodes)
 
