@@ -126,6 +126,7 @@ class Driver:
 
     def _start(self, sequence: SequenceId, tokens: list[int], outputs: int) -> tuple[Job, int]:
         job = Job(
+            arrival=sequence,
             sequence=sequence,
             tokens=tokens,
             sampling=Sampling(max_tokens=outputs, temperature=0.0),

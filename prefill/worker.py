@@ -14,7 +14,7 @@ from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
 from worker.context import Context
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Suspended
 
 PATIENCE_S = 5.0
 """How long another step may publish nothing before its work is not waited for: its caller may be frozen."""
@@ -102,8 +102,9 @@ class PrefillService:
     async def _compute(
         self, request: PrefillStep, here: Context, flight: _Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
-        computed_from = here.length
+        computed_from, end = here.length, len(here.tokens)
         job = Job(
+            arrival=here.arrival,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=request.sampling,
@@ -123,12 +124,14 @@ class PrefillService:
                 while True:
                     match await job.events.get():
                         case Computed(length):
-                            writer.computed(length)
+                            writer.computed(length, last=length == end)  # the tail travels with the last blocks
                         case Published(length):
                             yield PrefillProgress(length)
                         case Sampled(token, _, logprobs):
                             yield PrefillToken(token, computed_from, logprobs)
                             break
+                        case Suspended():
+                            raise AssertionError("a prompt's memory is all there before it is computed")
                         case Failed(error):
                             raise error
             await writer.finish()
