@@ -103,6 +103,7 @@ class PrefillService:
         self, request: PrefillStep, here: Context, flight: _Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
         computed_from, end = here.length, len(here.tokens)
+        guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
             arrival=here.arrival,
             sequence=here.sequence,
@@ -111,6 +112,7 @@ class PrefillService:
             emitted=request.emitted,
             samples_max=1,
             computed=here.length,
+            guide=guide,
             copying=here.copying,
         )
 

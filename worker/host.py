@@ -8,12 +8,13 @@ from itertools import count
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, SequenceId
+from tracehaul.engine.base import Engine, Guide, SequenceId
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
 from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash, NodeId, TraceId
+from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.iteration import IterationLoop, Job, usable_context
@@ -127,6 +128,14 @@ class WorkerHost:
             self._count(context)
             self._retire(trace, context)
             self.loop.freed(arrival)
+
+    async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
+        """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
+
+        Raises:
+            InvalidRequest: the constraint cannot be used here.
+        """
+        return None if sampling.constraint is None else await self.engine.guide(sampling.constraint, output)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:

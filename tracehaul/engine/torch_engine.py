@@ -11,15 +11,18 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import torch
 
-from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.ranges import RangeAllocator, Space
-from tracehaul.engine.sampling import Row, choose, is_plain_greedy
+from tracehaul.engine.sampling import Row, choose, follow, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
+from tracehaul.engine.text import Text
 from tracehaul.engine.weights import load_weights
 from tracehaul.wire.hashing import KVLayout
+from tracehaul.wire.steps import Constraint
 
 T = TypeVar("T")
 
@@ -66,12 +69,16 @@ class TorchEngine:
     otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is foreseen.
     """
 
-    def __init__(self, info: EngineInfo, model: Model, pool: KVPool, compute: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, info: EngineInfo, model: Model, pool: KVPool, grammars: Grammars, compute: ThreadPoolExecutor
+    ) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
         self._model = model
         self._pool = pool
         self._device = pool.tensor.device
+        self._grammars = grammars
+        self._masker = Masker()
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
         self._space: Space = RangeAllocator(info.kv_tokens_max // self._block_tokens)
@@ -150,6 +157,9 @@ class TorchEngine:
 
     # --- iterations ---------------------------------------------------------------------------------------
 
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        return await self._grammars.guide(constraint, output)
+
     async def run(self, work: Sequence[Work]) -> list[Result]:
         if not work:
             return []
@@ -185,21 +195,25 @@ class TorchEngine:
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
         ends = [segments[at].past + segments[at].tokens for at in sampled]
+        masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
             logits = self._model.forward(tokens, segments, self._pool.tensor, rows)
             result = [Result()] * len(work)
-            for at, chosen in zip(sampled, self._choose(logits, [work[at] for at in sampled], ends), strict=True):
-                result[at] = chosen
+            chosen = self._choose(logits, [work[at] for at in sampled], ends, masks())
+            for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
+                result[at] = one
             if self._device.type == "cuda":
                 # Copies run on a stream of their own and may start as soon as this returns.
                 torch.cuda.synchronize(self._device)
         return result
 
-    def _choose(self, logits: torch.Tensor, work: list[Work], positions: list[int]) -> list[Result]:
+    def _choose(
+        self, logits: torch.Tensor, work: list[Work], positions: list[int], masks: Sequence[Mask | None]
+    ) -> list[Result]:
         """What follows each item, from its row of ``logits``; its token is the one at its position."""
         rows = [
-            Row(item.sampling, position, item.emitted, item.history)
-            for item, position in zip(work, positions, strict=True)
+            Row(item.sampling, position, item.emitted, item.history, mask)
+            for item, position, mask in zip(work, positions, masks, strict=True)
             if item.sampling is not None
         ]
         if self._device.type != "cpu" and all(map(is_plain_greedy, rows)):
@@ -248,6 +262,8 @@ class TorchEngine:
             await asyncio.wait(self._under_way)
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._copy.shutdown)
+        await asyncio.to_thread(self._masker.close)
+        await asyncio.to_thread(self._grammars.close)
         self._sequences.clear()
 
     async def _on(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
@@ -285,7 +301,7 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool]:
+def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -313,7 +329,9 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
         model = Model(weights)
         _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
-        return info, model, pool
+        # Read only when a step needs it: most need no grammar.
+        grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
+        return info, model, pool, grammars
 
 
 def _warm_up(model: Model, pool: KVPool, tokens: int) -> None:
