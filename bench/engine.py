@@ -42,8 +42,11 @@ DECODE = {
     "b8.6k": [6144] * 8,
     "ragged": [256 + 448 * i + i % 2 * 32 for i in range(16)],
 }
+STRUCTURED = "b16.2k"
+"""The batch that is decoded with a schema and without."""
 QUICK_LEAVES_OUT = {"engine.prefill.4096", "engine.decode.b1.6k", "engine.decode.b8.6k"}
 WARM_UP_ITERATIONS = 2
+WARM_UP_TOKENS_MAX = 2048
 VOCABULARY = 40_000
 """Prompts are random ids below it."""
 REQUESTS = 64
@@ -65,6 +68,7 @@ class Part(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    STRUCTURED = "structured"
     THROUGHPUT = "throughput"
     HANDOFF = "handoff"
 
@@ -152,6 +156,25 @@ class Engines:
             self._idle_cpu_s[other] += self.usage(other)["cpu_s"] - before[other]
         return seconds
 
+    def structured(self, iterations: int, rounds: int, progress: Progress) -> list[Result]:
+        """Decoding to a schema beside decoding freely, on our engine."""
+        contexts = DECODE[STRUCTURED]
+        command = {"do": "decode", "contexts": contexts, "iterations": iterations, "warm_up": WARM_UP_ITERATIONS}
+        took_s: dict[bool, list[float]] = {False: [], True: []}
+        bar = progress.add_task("structured", total=2 * (rounds + 1))
+        for turn in range(rounds + 1):
+            for constrained in (False, True) if turn % 2 else (True, False):
+                seconds = self._processes[OURS].ask(**command, constrained=constrained)["seconds"]
+                if turn:  # the grammar is compiled in the first
+                    took_s[constrained].append(seconds)
+                progress.advance(bar)
+        free, kept = ([len(contexts) * iterations / seconds for seconds in took_s[key]] for key in (False, True))
+        ratio = median(b / a for a, b in zip(free, kept, strict=True))
+        return [
+            Result("engine.structured", median(kept), "tokens/s", "engine.structured.free", ratio),
+            Result("engine.structured.free", median(free), "tokens/s"),
+        ]
+
     def usage(self, name: str) -> dict[str, Any]:
         """CPU seconds and resident bytes of one of them."""
         return self._processes[name].ask(do="usage")
@@ -218,9 +241,9 @@ def vllm_place(python: Path) -> Place:
     return Place("127.0.0.1", (), environment)
 
 
-def _has_compiler() -> bool:
-    """vLLM compiles the model unless told otherwise, and is then 8 to 30 % faster; the first start takes minutes."""
-    return shutil.which("g++") is not None
+def vllm_mode(quick: bool) -> str:
+    """vLLM compiles the model unless told otherwise. It is then some ten percent faster, and starts a minute later."""
+    return "eager" if quick or shutil.which("g++") is None else "compiled"
 
 
 def _has_vllm(python: Path | None) -> bool:
@@ -232,7 +255,7 @@ def _has_vllm(python: Path | None) -> bool:
     return True
 
 
-def start(python: Path | None, stack: ExitStack) -> tuple[Engines, list[Result]]:
+def start(python: Path | None, quick: bool, stack: ExitStack) -> tuple[Engines, list[Result]]:
     """Start the engines, one after the other, and how long it took each until it would have served."""
     has_vllm = _has_vllm(python)
     model = hub_folder()
@@ -249,7 +272,7 @@ def start(python: Path | None, stack: ExitStack) -> tuple[Engines, list[Result]]
 
     begin(OURS, Place("127.0.0.1"), DEFAULT_MODEL, str(KV_TOKENS), str(THREADS), module="bench.engine_process")
     if has_vllm:
-        words = [str(model), str(KV_TOKENS), str(TOKEN_BYTES), "compiled" if _has_compiler() else "eager"]
+        words = [str(model), str(KV_TOKENS), str(TOKEN_BYTES), vllm_mode(quick)]
         begin(THEIRS, vllm_place(python or PEER), *words, module="bench.baselines_vllm", python=str(python))
     results = [Result(f"{name}.start", seconds, "s") for name, seconds in took_s.items()]
     if has_vllm:
@@ -270,19 +293,23 @@ def memory(engines: Engines) -> list[Result]:
 
 def compare(only: Part | None, quick: bool, python: Path | None) -> list[Result]:
     """All that is measured on the engines alone."""
-    rounds, warm_up = (2, 0) if quick else (4, 1)
+    rounds, iterations = (2, 8) if quick else (3, 16)
     with ExitStack() as stack:
-        engines, results = start(python, stack)
+        engines, results = start(python, quick, stack)
         progress = stack.enter_context(Progress(console=console))
         tasks: list[Task] = []
         if only in (None, Part.PREFILL):
             tasks += prefill_tasks()
         if only in (None, Part.DECODE):
-            tasks += decode_tasks(8 if quick else 24)
+            tasks += decode_tasks(iterations)
         for task in tasks:
             if not (quick and f"{OURS}.{task.name}" in QUICK_LEAVES_OUT):
+                # A long prompt is computed in chunks of the shapes that shorter ones have had.
+                warm_up = 0 if quick or task.tokens > WARM_UP_TOKENS_MAX else 1
                 results += engines.measure(task, rounds, warm_up, progress)
         results += mean(results, "engine.prefill.") + mean(results, "engine.decode.")
+        if only in (None, Part.STRUCTURED):
+            results += engines.structured(iterations, rounds, progress)
         if only in (None, Part.THROUGHPUT):
             results += engines.measure(throughput_task(REQUESTS_QUICK if quick else REQUESTS), 1, 0, progress)
         return results + engines.agreement() + engines.idle_results() + memory(engines)
@@ -309,7 +336,7 @@ def main(
         "decode": DECODE,
         "seed": SEED,
         "quick": quick,
-        "vllm": None if vllm is None else "compiled" if _has_compiler() else "eager",
+        "vllm": None if vllm is None else vllm_mode(quick),
         # On a busy machine the two threads of an iteration wait for each other.
         "load_before": os.getloadavg()[0],
     }

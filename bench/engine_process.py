@@ -5,6 +5,7 @@ Told by one JSON command per line, answering with one JSON line; it ends when it
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 from typing import Any
@@ -12,16 +13,39 @@ from typing import Any
 import uvloop
 
 from bench.lines import cpu_s, listen, resident_bytes, say
-from tracehaul.engine.base import SequenceId
+from tracehaul.engine.base import Guide, SequenceId
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.runtime import clock
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 from worker.config import WorkerConfig
 from worker.iteration import Failed, IterationLoop, Job, Sampled
 from worker.scheduler import Scheduler
 
 TOKEN = 17
 """What contexts are made of: speed does not depend on sense."""
+
+
+SCHEMA = Constraint(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "array",
+            "minItems": 100,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "maxLength": 24},
+                    "age": {"type": "integer", "minimum": 0, "maximum": 150},
+                    "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 4},
+                    "active": {"type": "boolean"},
+                },
+                "required": ["name", "age", "tags", "active"],
+                "additionalProperties": False,
+            },
+        }
+    ),
+)
+"""An answer to it is longer than what is measured."""
 
 
 class Driver:
@@ -66,13 +90,17 @@ class Driver:
         await self._end(job, key)
         return {"seconds": took_s}
 
-    async def decode(self, contexts: list[int], iterations: int, warm_up: int) -> dict[str, Any]:
-        """Seconds of that many iterations over sequences of these lengths."""
+    async def decode(
+        self, contexts: list[int], iterations: int, warm_up: int, constrained: bool = False
+    ) -> dict[str, Any]:
+        """Seconds of that many iterations over sequences of these lengths; the answers kept to a schema, perhaps."""
         samples = warm_up + iterations + 1
         held = [await self._hold(length, length + samples + 1) for length in contexts]
+        constraint = SCHEMA if constrained else None
+        guides = [None if constraint is None else await self._engine.guide(constraint, []) for _ in contexts]
         jobs = [
-            self._start(sequence, [TOKEN] * (length + 1), samples)
-            for sequence, length in zip(held, contexts, strict=True)
+            self._start(sequence, [TOKEN] * (length + 1), samples, guide)
+            for sequence, length, guide in zip(held, contexts, guides, strict=True)
         ]
         last, _ = jobs[-1]
         for _ in range(warm_up):
@@ -124,15 +152,18 @@ class Driver:
             await self._engine.unpack(sequence, 0, length, [self._block] * (length // block_tokens))
         return sequence
 
-    def _start(self, sequence: SequenceId, tokens: list[int], outputs: int) -> tuple[Job, int]:
+    def _start(
+        self, sequence: SequenceId, tokens: list[int], outputs: int, guide: Guide | None = None
+    ) -> tuple[Job, int]:
         job = Job(
             arrival=sequence,
             sequence=sequence,
             tokens=tokens,
-            sampling=Sampling(max_tokens=outputs, temperature=0.0),
+            sampling=Sampling(max_tokens=outputs, temperature=0.0, constraint=SCHEMA if guide else None),
             emitted=0,
             samples_max=outputs,
             computed=self._engine.length(sequence),
+            guide=guide,
         )
         return job, self._loop.start(job)
 
