@@ -25,8 +25,9 @@ from tracehaul.wire.steps import (
     Tokens,
 )
 from worker.context import Context
+from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Suspended, usable_context
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, usable_context
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class DecodeService:
         self._host = host
         self._peers = peers
         self._prefills: dict[NodeId, NodeInfo] = {}
+        self.flights = Flights()
 
     def set_members(self, members: Members) -> None:
         """Membership changed."""
@@ -52,7 +54,7 @@ class DecodeService:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, DecodeStep):
             raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
-        step = _Step(self._host, self._peers, self._prefills, request, context)
+        step = _Step(self._host, self._peers, self._prefills, self.flights, request, context)
         stats = self._host.stats
         stats.steps += 1
         ended = False
@@ -81,12 +83,14 @@ class _Step:
         host: WorkerHost,
         peers: Peers,
         prefills: dict[NodeId, NodeInfo],
+        flights: Flights,
         request: DecodeStep,
         call: CallContext,
     ) -> None:
         self._host = host
         self._peers = peers
         self._prefills = prefills
+        self._flights = flights
         self._request = request
         self._call = call
         self._prompt = unpack_tokens(request.prompt)
@@ -94,6 +98,8 @@ class _Step:
         self._computed_from = len(self._prompt)
         self._first: Context | None = None
         """Where it began: what a suspended step pulls again is no part of its account."""
+        self._scored = 0
+        """Tokens of the prompt whose scores were told."""
         self._reason: FinishReason | None = None
         self._fallback = ""
         self._told_usage = False
@@ -124,22 +130,29 @@ class _Step:
         """How many more may be sampled."""
         return self._request.sampling.max_tokens - (len(tokens) - len(self._prompt))
 
+    @property
+    def _scores(self) -> bool:
+        """Whether the prompt's tokens are to be scored, and not all of them are."""
+        return self._request.prompt_logprobs is not None and self._scored < len(self._prompt) - 1
+
     async def _run_on(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Until the step ends, or has to give its memory to others: then it goes on from the store when there is
         some again."""
+        await here.locate()
+        if self._scores:
+            here.forget()
+        else:
+            async with aclosing(self._assemble(here)) as replies:
+                async for reply in replies:
+                    yield reply
         if self._first is None:
             self._first = here
             self._host.stats.prompt_tokens += len(self._prompt)
-        await here.locate()
-        await here.pull(len(here.tokens) - 1)
-        if len(here.tokens) - here.length > self._host.config.local_prefill_tokens:
-            async with aclosing(self._hand_off(here)) as replies:
-                async for reply in replies:
-                    yield reply
         if self._reason is None:
-            async with aclosing(self._decode(here)) as replies:
-                async for reply in replies:
-                    yield reply
+            with self._flights.lead(here) as flight:
+                async with aclosing(self._decode(here, flight)) as replies:
+                    async for reply in replies:
+                        yield reply
 
     def _usage(self, here: Context) -> StepUsage:
         first = self._first or here
@@ -160,6 +173,16 @@ class _Step:
         usage = None if self._told_usage else self._usage(here)
         self._told_usage = True
         return Tokens(pack_tokens([token]), usage, None if logprobs is None else (logprobs,))
+
+    async def _assemble(self, here: Context) -> AsyncGenerator[Tokens, None]:
+        """Bring in what others have of the context, or are computing."""
+        await here.pull(len(here.tokens) - 1)
+        if len(here.tokens) - here.length > self._host.config.local_prefill_tokens:
+            async with aclosing(self._hand_off(here)) as replies:
+                async for reply in replies:
+                    yield reply
+        if self._reason is None:
+            await self._flights.join(here)
 
     async def _hand_off(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Let the prefill worker compute what is missing, pulling each run of blocks as it is published.
@@ -211,7 +234,7 @@ class _Step:
             self._host.stats.prefill_fallbacks += 1
             log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
 
-    async def _decode(self, here: Context) -> AsyncGenerator[Tokens, None]:
+    async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
         """Compute what is still missing, then one token after the other, until the step ends or is suspended."""
         if here.length == len(here.tokens):  # all of it was pulled, and nobody sampled what follows
             self._host.engine.truncate(here.sequence, here.length - 1)
@@ -228,10 +251,12 @@ class _Step:
             computed=here.length,
             guide=guide,
             copying=here.copying,
+            scores_top=self._request.prompt_logprobs if self._scores else None,
+            scores_end=len(self._prompt),
         )
         failed: ClusterError | None = None
-        suspended = False
-        async with self._host.writer(here, self._request.home) as writer:
+        suspended, scored = False, here.length
+        async with self._host.writer(here, self._request.home, flight.published, flight.end) as writer:
             async with self._host.job(job):
                 while failed is None and self._reason is None and not suspended:
                     match await job.events.get():
@@ -240,6 +265,12 @@ class _Step:
                         case Sampled(token, reason, logprobs):
                             self._reason = reason
                             yield self._token(here, token, logprobs)
+                        case Scored(scores):
+                            new = scores[max(0, self._scored - scored) :]
+                            scored += len(scores)
+                            self._scored = max(self._scored, scored)
+                            if new:
+                                yield Tokens(b"", prompt_logprobs=new)
                         case Suspended():
                             suspended = True
                         case Failed(failed):

@@ -8,7 +8,8 @@ from itertools import count
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, Guide, SequenceId
+from tracehaul.engine.base import Engine, Guide, SequenceId, Work
+from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
@@ -22,6 +23,8 @@ from worker.pressure import Line
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
+
+CALIBRATION_TOKENS = 256
 
 Acquired = tuple[SequenceId, int, Sequence[BlockHash]]
 """A busy sequence, how many of a step's tokens it holds already, and the hashes of those, and more."""
@@ -63,6 +66,21 @@ class WorkerHost:
         self._arrivals = count()
         self._running = 0
 
+    async def calibrate(self) -> None:
+        """Measure the engine on a prompt of no meaning, before anything runs; what it does later corrects that."""
+        engine, meter = self.engine, self.loop.meter
+        tokens = [0] * min(CALIBRATION_TOKENS, self.config.chunk_tokens, usable_context(engine.info) // 2 - 1)
+        sequence = engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
+        if sequence is None:
+            return
+        await engine.run([Work(sequence, tokens)])  # memory and threads are in place now
+        engine.truncate(sequence, 0)
+        for part in (tokens, tokens, tokens[:1]):
+            length, started_s = engine.length(sequence), clock.now_s()
+            await engine.run([Work(sequence, part)])
+            meter.iterated([(length, len(part))], clock.now_s() - started_s)
+        engine.close(sequence)
+
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""
         await self.loop.run()
@@ -79,6 +97,8 @@ class WorkerHost:
             waiting=len(self._line),
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
+            **self.loop.meter.rates._asdict(),
+            free_tokens=self.engine.free_tokens,
         )
 
     @asynccontextmanager
@@ -148,10 +168,14 @@ class WorkerHost:
 
     @asynccontextmanager
     async def writer(
-        self, here: Context, home: NodeId | None, on_published: Callable[[int], None] | None = None
+        self,
+        here: Context,
+        home: NodeId | None,
+        on_published: Callable[[int], None] | None = None,
+        on_refused: Callable[[], None] | None = None,
     ) -> AsyncGenerator[BlockWriter]:
         """Writes a context's blocks back to the store; see there."""
-        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published) as writer:
+        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published, on_refused) as writer:
             try:
                 yield writer
             finally:
@@ -164,6 +188,7 @@ class WorkerHost:
         self.stats.pulled_bytes += here.pulled.nbytes
         self.stats.pull_s += here.pulled.seconds
         self.stats.missed_blocks += here.pulled.missed_blocks
+        self.loop.meter.pulled(here.pulled.tokens, here.pulled.seconds)
 
     def _retire(self, trace: TraceId, context: Context) -> None:
         sequence, length = context.sequence, self.engine.length(context.sequence)

@@ -40,12 +40,16 @@ class FakeText:
     def __init__(self) -> None:
         self.vocab_size = 258 + len(_MERGED)
         self.eos_tokens: tuple[int, ...] = (IM_END,)
+        self.chat_template: str | None = None
         self.encoded: list[str] = []
         """Every text that was tokenized."""
 
     def token_text(self, token: int) -> str:
         names = {value: key for key, value in _SPECIAL.items()}
         return names.get(token) or _token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.token_text(token).encode() if token in (IM_START, IM_END) else _token_bytes(token)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         self.encoded.append(text)
@@ -57,7 +61,10 @@ class FakeText:
             at = match.end()
         return ids + list(text[at:].encode())
 
-    def stream(self) -> FakeTextStream:
+    def special_token(self, text: str) -> int | None:
+        return _SPECIAL.get(text)
+
+    def stream(self, shown: Sequence[str] = ()) -> FakeTextStream:
         return FakeTextStream()
 
     def render(

@@ -16,6 +16,13 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     """Prompt tokens that nobody in the cluster computed for this call."""
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """OpenAI's ``usage.completion_tokens_details``."""
+
+    reasoning_tokens: int
+    """Output tokens up to the end of the reasoning, where the model does some."""
+
+
 class ClusterUsage(msgspec.Struct, frozen=True):
     """``usage.tracehaul``: where the prompts' KV came from, summed over the choices."""
 
@@ -36,15 +43,71 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     tracehaul: ClusterUsage
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
-    """The assistant's message."""
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One of the likeliest tokens at a place."""
 
-    content: str
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One token of a chat completion, and the likeliest at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """``logprobs`` of a chat completion's choice: one entry for each output token that its usage counts."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    """``logprobs`` of a completion's choice: four lists of one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+    """Characters of the choice's text before the token."""
+
+
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What is called; the pieces of a stream name it once, and add to its arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of a tool, or a piece of one; only pieces have an index, only first ones an id."""
+
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    index: int | UnsetType = UNSET
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """The assistant's message; None: it has calls alone."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -52,8 +115,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
     index: int
     message: AnswerMessage
-    finish_reason: FinishReason
-    logprobs: None = None
+    finish_reason: ChatFinishReason
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -62,6 +125,8 @@ class Delta(msgspec.Struct, frozen=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
@@ -69,8 +134,8 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
     index: int
     delta: Delta
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: ChatFinishReason | None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -80,7 +145,7 @@ class TextChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish_reason: FinishReason | None = None
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

@@ -33,12 +33,25 @@ class Text(Protocol):
         """Text of one token, special or not."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 of one token, special or not; of part of a character its part. Empty for ids without text."""
+        ...
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
         ...
 
-    def stream(self) -> TextStream:
-        """A new incremental reader of one step's output."""
+    @property
+    def chat_template(self) -> str | None:
+        """Its source; None if the model has none."""
+        ...
+
+    def special_token(self, text: str) -> int | None:
+        """The special token of that text; None if there is none."""
+        ...
+
+    def stream(self, shown: Sequence[str] = ()) -> TextStream:
+        """A new incremental reader of one step's output; of special tokens it shows those named in ``shown``."""
         ...
 
     def render(

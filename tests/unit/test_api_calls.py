@@ -71,6 +71,7 @@ def test_a_chat_completion() -> None:
         "completion_tokens": 7,
         "total_tokens": len(prompt) + 7,
         "prompt_tokens_details": {"cached_tokens": len(prompt) // 2},
+        "completion_tokens_details": {"reasoning_tokens": 0},
         "tracehaul": {
             "resident_tokens": 3,
             "pulled_tokens": 0,
@@ -292,7 +293,7 @@ def test_errors_before_the_first_token_have_a_status(error: Exception, status: i
 
 def test_one_failed_choice_fails_the_call_and_ends_the_others() -> None:
     def script(request: StepRequest) -> Script:
-        return [0.01, PeerLost("gone")] if request.step.endswith("-1") else [60.0]
+        return [0.01, PeerLost("gone")] if request.step.endswith("-1") else [Output([120]), 60.0]
 
     dispatcher = FakeDispatcher(script)
     assert post(dispatcher, CHAT_PATH, CHAT | {"n": 3}).status_code == 503

@@ -12,12 +12,13 @@ import msgspec
 import torch
 
 from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.ranges import RangeAllocator, Space
-from tracehaul.engine.sampling import Row, choose, follow, is_plain_greedy
+from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.weights import load_weights
@@ -70,7 +71,12 @@ class TorchEngine:
     """
 
     def __init__(
-        self, info: EngineInfo, model: Model, pool: KVPool, grammars: Grammars, compute: ThreadPoolExecutor
+        self,
+        info: EngineInfo,
+        model: Model | HostModel,
+        pool: KVPool,
+        grammars: Grammars,
+        compute: ThreadPoolExecutor,
     ) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
@@ -194,14 +200,22 @@ class TorchEngine:
         tokens = [token for item in work for token in item.tokens]
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
+        scored_rows = [
+            segment.row + place
+            for segment, item in zip(segments, work, strict=True)
+            if item.scoring is not None
+            for place in range(len(item.scoring.targets))
+        ]
         ends = [segments[at].past + segments[at].tokens for at in sampled]
         masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
-            logits = self._model.forward(tokens, segments, self._pool.tensor, rows)
+            logits = self._model.forward(tokens, segments, self._pool.tensor, rows + scored_rows)
             result = [Result()] * len(work)
-            chosen = self._choose(logits, [work[at] for at in sampled], ends, masks())
+            chosen = self._choose(logits[: len(rows)], [work[at] for at in sampled], ends, masks())
             for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
                 result[at] = one
+            if scored_rows:
+                result = add_scores(result, work, logits[len(rows) :].cpu().numpy())
             if self._device.type == "cuda":
                 # Copies run on a stream of their own and may start as soon as this returns.
                 torch.cuda.synchronize(self._device)
@@ -262,6 +276,8 @@ class TorchEngine:
             await asyncio.wait(self._under_way)
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._copy.shutdown)
+        if isinstance(self._model, HostModel):
+            await asyncio.to_thread(self._model.close)
         await asyncio.to_thread(self._masker.close)
         await asyncio.to_thread(self._grammars.close)
         self._sequences.clear()
@@ -301,7 +317,9 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool, Grammars]:
+def _load(
+    config: TorchEngineConfig, progress: Progress | None
+) -> tuple[EngineInfo, Model | HostModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -327,14 +345,15 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        model = Model(weights)
+        compiled = device.type == "cpu" and is_supported(shape, dtype)
+        model = HostModel(weights, config.threads) if compiled else Model(weights)
         _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
         # Read only when a step needs it: most need no grammar.
         grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
         return info, model, pool, grammars
 
 
-def _warm_up(model: Model, pool: KVPool, tokens: int) -> None:
+def _warm_up(model: Model | HostModel, pool: KVPool, tokens: int) -> None:
     """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
     not in the first request."""
     chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
