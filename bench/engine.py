@@ -144,7 +144,10 @@ class Engines:
                 if turn >= warm_up:
                     took_s[name].append(seconds)
                 progress.advance(bar)
-        return _results(task, took_s)
+        results = _results(task, took_s)
+        for result in results:  # a long run that is cut short has told what it had
+            console.print(f"{result.name}: {result.value:.4g} {result.unit}", highlight=False)
+        return results
 
     def _one(self, name: str, task: Task) -> float:
         idle = [other for other in self._processes if other != name]

@@ -7,14 +7,15 @@ from sim.world import VOCAB, World, simulate
 from tracehaul.engine.fake import fake_info
 
 MIX = Mix(
-    traces=16,
+    traces=24,
     steps_min=2,
-    steps_max=4,
+    steps_max=3,
     system_tokens_max=20,
     new_tokens_max=16,
-    output_tokens_max=60,
+    output_tokens_max=80,
     think_mean_s=0.05,
     spread_s=0.2,
+    fork_share=0.0,
     hang_up_share=0.0,
     long_gap_share=0.0,
 )
@@ -24,7 +25,7 @@ CALM = 0
 
 def tight(world: World) -> None:
     """Memory for one of the longest sequences on each worker, taken a block at a time; a roomy store."""
-    longest = context_max(MIX)
+    longest = context_max(MIX) // 2  # nobody forks
     store = world.shape.store
     world.shape = msgspec.structs.replace(
         world.shape,
