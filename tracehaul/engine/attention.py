@@ -5,7 +5,6 @@ Shapes here: queries ``[tokens, heads, head_dim]`` are the sequence's last ``tok
 """
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 _SCORES_MAX_BYTES = 16 << 20
@@ -23,6 +22,9 @@ def attend_one(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) 
 
 def attend_fused(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Several new tokens by the fused kernel: what a GPU wants."""
+    # Imported here: it brings torch's compiler along, 150 MB that an engine on the CPU has no use for.
+    from torch.nn.attention.bias import causal_lower_right
+
     mask = causal_lower_right(queries.shape[0], keys.shape[1])
     query = queries.transpose(0, 1)[None]
     out = scaled_dot_product_attention(query, keys[None], values[None], attn_mask=mask, enable_gqa=True)
