@@ -41,6 +41,7 @@ DECODE = {
     "b8.6k": [6144] * 8,
     "ragged": [256 + 448 * i + i % 2 * 32 for i in range(16)],
 }
+STRUCTURED = [1024] * 16
 QUICK_LEAVES_OUT = {"engine.prefill.4096", "engine.decode.b1.6k", "engine.decode.b8.6k"}
 WARM_UP_ITERATIONS = 2
 VOCABULARY = 40_000
@@ -64,6 +65,7 @@ class Part(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    STRUCTURED = "structured"
     THROUGHPUT = "throughput"
     HANDOFF = "handoff"
 
@@ -140,6 +142,19 @@ class Engines:
                     took_s[name].append(seconds)
                 progress.advance(bar)
         return _results(task, took_s)
+
+    def structured(self, iterations: int, rounds: int, progress: Progress) -> list[Result]:
+        """What it costs our engine to hold the answers of a batch to a JSON schema: the same batch with and without."""
+        took_s: dict[bool, list[float]] = {False: [], True: []}
+        command = {"do": "decode", "contexts": STRUCTURED, "iterations": iterations, "warm_up": WARM_UP_ITERATIONS}
+        bar = progress.add_task("structured", total=2 * rounds)
+        for turn in range(rounds):
+            for held in (False, True) if turn % 2 else (True, False):
+                took_s[held].append(self._one(OURS, Task("structured", command | {"structured": held}, 0)))
+                progress.advance(bar)
+        ratio = median(free / held for free, held in zip(took_s[False], took_s[True], strict=True))
+        tokens = len(STRUCTURED) * iterations
+        return [Result("engine.structured", tokens / median(took_s[True]), "tokens/s", "unconstrained", ratio)]
 
     def _one(self, name: str, task: Task) -> float:
         idle = [other for other in self._processes if other != name]
@@ -276,6 +291,8 @@ def compare(only: Part | None, quick: bool, python: Path | None) -> list[Result]
         for task in tasks:
             if not (quick and f"{OURS}.{task.name}" in QUICK_LEAVES_OUT):
                 results += engines.measure(task, rounds, warm_up, progress)
+        if only in (None, Part.STRUCTURED):
+            results += engines.structured(8 if quick else 24, 2 * rounds + 1, progress)
         results += mean(results, "engine.prefill.") + mean(results, "engine.decode.")
         if only in (None, Part.THROUGHPUT):
             results += engines.measure(throughput_task(REQUESTS_QUICK if quick else REQUESTS), 1, 0, progress)
