@@ -27,7 +27,8 @@ LANES = 16
 
 
 # Vectors are written out here: to let LLVM look for more only costs a third of the time that compiling takes.
-config.LOOP_VECTORIZE = config.SLP_VECTORIZE = 0
+_settings: Any = config
+_settings.LOOP_VECTORIZE = _settings.SLP_VECTORIZE = 0
 
 
 def _jit(**options: Any) -> Any:
