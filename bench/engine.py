@@ -42,8 +42,7 @@ DECODE = {
     "b8.6k": [6144] * 8,
     "ragged": [256 + 448 * i + i % 2 * 32 for i in range(16)],
 }
-STRUCTURED = "b16.2k"
-"""The batch that is decoded with a schema and without."""
+STRUCTURED = [1024] * 16
 QUICK_LEAVES_OUT = {"engine.prefill.4096", "engine.decode.b1.6k", "engine.decode.b8.6k"}
 WARM_UP_ITERATIONS = 2
 WARM_UP_TOKENS_MAX = 2048
@@ -149,6 +148,19 @@ class Engines:
             console.print(f"{result.name}: {result.value:.4g} {result.unit}", highlight=False)
         return results
 
+    def structured(self, iterations: int, rounds: int, progress: Progress) -> list[Result]:
+        """What it costs our engine to hold the answers of a batch to a JSON schema: the same batch with and without."""
+        took_s: dict[bool, list[float]] = {False: [], True: []}
+        command = {"do": "decode", "contexts": STRUCTURED, "iterations": iterations, "warm_up": WARM_UP_ITERATIONS}
+        bar = progress.add_task("structured", total=2 * rounds)
+        for turn in range(rounds):
+            for held in (False, True) if turn % 2 else (True, False):
+                took_s[held].append(self._one(OURS, Task("structured", command | {"structured": held}, 0)))
+                progress.advance(bar)
+        ratio = median(free / held for free, held in zip(took_s[False], took_s[True], strict=True))
+        tokens = len(STRUCTURED) * iterations
+        return [Result("engine.structured", tokens / median(took_s[True]), "tokens/s", "unconstrained", ratio)]
+
     def _one(self, name: str, task: Task) -> float:
         idle = [other for other in self._processes if other != name]
         before = {other: self.usage(other)["cpu_s"] for other in idle}
@@ -158,25 +170,6 @@ class Engines:
             self._idle_s[other] += clock.perf_s() - began_s
             self._idle_cpu_s[other] += self.usage(other)["cpu_s"] - before[other]
         return seconds
-
-    def structured(self, iterations: int, rounds: int, progress: Progress) -> list[Result]:
-        """Decoding to a schema beside decoding freely, on our engine."""
-        contexts = DECODE[STRUCTURED]
-        command = {"do": "decode", "contexts": contexts, "iterations": iterations, "warm_up": WARM_UP_ITERATIONS}
-        took_s: dict[bool, list[float]] = {False: [], True: []}
-        bar = progress.add_task("structured", total=2 * (rounds + 1))
-        for turn in range(rounds + 1):
-            for constrained in (False, True) if turn % 2 else (True, False):
-                seconds = self._processes[OURS].ask(**command, constrained=constrained)["seconds"]
-                if turn:  # the grammar is compiled in the first
-                    took_s[constrained].append(seconds)
-                progress.advance(bar)
-        free, kept = ([len(contexts) * iterations / seconds for seconds in took_s[key]] for key in (False, True))
-        ratio = median(b / a for a, b in zip(free, kept, strict=True))
-        return [
-            Result("engine.structured", median(kept), "tokens/s", "engine.structured.free", ratio),
-            Result("engine.structured.free", median(free), "tokens/s"),
-        ]
 
     def usage(self, name: str) -> dict[str, Any]:
         """CPU seconds and resident bytes of one of them."""
@@ -310,9 +303,9 @@ def compare(only: Part | None, quick: bool, python: Path | None) -> list[Result]
                 # A long prompt is computed in chunks of the shapes that shorter ones have had.
                 warm_up = 0 if quick or task.tokens > WARM_UP_TOKENS_MAX else 1
                 results += engines.measure(task, rounds, warm_up, progress)
-        results += mean(results, "engine.prefill.") + mean(results, "engine.decode.")
         if only in (None, Part.STRUCTURED):
-            results += engines.structured(iterations, rounds, progress)
+            results += engines.structured(8 if quick else 24, 2 * rounds + 1, progress)
+        results += mean(results, "engine.prefill.") + mean(results, "engine.decode.")
         if only in (None, Part.THROUGHPUT):
             results += engines.measure(throughput_task(REQUESTS_QUICK if quick else REQUESTS), 1, 0, progress)
         return results + engines.agreement() + engines.idle_results() + memory(engines)
