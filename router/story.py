@@ -108,8 +108,7 @@ def _retained(retained: Retained) -> str:
     what = "It waits" if tools is None else f"It runs {', '.join(tools)}" if tools else "It waits for an answer"
     keep = f"{_s(plan.keep_s)} of its worker's memory" if plan.keep_s else "no claim on its worker's memory"
     pin = f"{_s(plan.pin_s)} in the store" if plan.pin_s else "no claim on the store's"
-    back = (
-        f"it is to come back after {_s(plan.recall_s)}" if plan.recall_s is not None else "it comes back when asked for"
+    back = "when asked for" if plan.recall_s is None else f"after {_s(plan.recall_s)}"
     )
     return (
         f"{what}: {_s(retained.median_s)} expected, at most {_s(retained.longest_s)} (seen "
