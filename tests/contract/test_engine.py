@@ -1,6 +1,7 @@
 """What every engine promises: the same assertions for the fake and for torch on a tiny random model."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -8,9 +9,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernel's module is imported
+
+from tracehaul.engine import torch_engine
 from tracehaul.engine.base import Engine, Result, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
+from tracehaul.engine.paged import PagedModel
+from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
+from tracehaul.engine.weights import Weights
+from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Sampling
 
 GREEDY = Sampling(max_tokens=100, temperature=0.0)
@@ -39,8 +49,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["fake", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
-def make_engine(request: pytest.FixtureRequest, tiny_model: Path) -> MakeEngine:
+def paged_on_cpu(
+    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device
+) -> tuple[PagedModel, PagedPool]:
+    """What a GPU runs, with the kernel interpreted and without graphs."""
+    pool = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
+    return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, None), pool
+
+
+@pytest.fixture(params=["fake", "torch", "paged", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_engine(request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
+    if request.param == "paged":
+        monkeypatch.setattr(torch_engine, "_model_and_pool", paged_on_cpu)
+        monkeypatch.setattr(torch_engine, "WARM_UP_TOKENS", 8)  # an interpreted kernel is slow
+
     async def make() -> Engine:
         if request.param == "fake":
             return FakeEngine()

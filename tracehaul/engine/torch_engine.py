@@ -5,6 +5,7 @@ import ctypes
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,10 +16,12 @@ from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
-from tracehaul.engine.ranges import RangeAllocator, Space
+from tracehaul.engine.paged import PagedModel, cuda_capture
+from tracehaul.engine.paged_pool import PagedPool
+from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, choose, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
-from tracehaul.engine.weights import load_weights
+from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.wire.hashing import KVLayout
 
 T = TypeVar("T")
@@ -62,11 +65,12 @@ class _Sequence:
 class TorchEngine:
     """Implements :class:`tracehaul.engine.base.Engine`; made by :meth:`load`.
 
-    A sequence's memory is one contiguous range of the pool. Growing takes the neighbouring blocks if they are free,
-    otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is foreseen.
+    On the CPU a sequence's memory is one contiguous range of the pool. Growing takes the neighbouring blocks if they
+    are free, otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is
+    foreseen. On a CUDA device it is any blocks, by a table.
     """
 
-    def __init__(self, info: EngineInfo, model: Model, pool: KVPool, compute: ThreadPoolExecutor) -> None:
+    def __init__(self, info: EngineInfo, model: Model | PagedModel, pool: KVPool, compute: ThreadPoolExecutor) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
         self._model = model
@@ -74,7 +78,8 @@ class TorchEngine:
         self._device = pool.tensor.device
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
-        self._space: Space = RangeAllocator(info.kv_tokens_max // self._block_tokens)
+        allocator = BlockAllocator if isinstance(model, PagedModel) else RangeAllocator
+        self._space: Space = allocator(info.kv_tokens_max // self._block_tokens)
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 0
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -166,7 +171,8 @@ class TorchEngine:
                 )
                 assert it.length + len(item.tokens) <= self._info.context_max, "over the model's window"
             segments = self._segments(items, work)
-            result = await self._on(self._compute, partial(self._iterate, segments, work))
+            tables = [it.table for it in items]
+            result = await self._on(self._compute, partial(self._iterate, segments, tables, work))
             for it, item in zip(items, work, strict=True):
                 it.length += len(item.tokens)
             return result
@@ -179,14 +185,14 @@ class TorchEngine:
             row += len(item.tokens)
         return segments
 
-    def _iterate(self, segments: list[Segment], work: list[Work]) -> list[Result]:
+    def _iterate(self, segments: list[Segment], tables: list[Sequence[int]], work: list[Work]) -> list[Result]:
         """On the compute thread."""
         tokens = [token for item in work for token in item.tokens]
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
         ends = [segments[at].past + segments[at].tokens for at in sampled]
         with torch.inference_mode():
-            logits = self._model.forward(tokens, segments, self._pool.tensor, rows)
+            logits = _forward(self._model, self._pool, tokens, segments, tables, rows)
             result = [Result()] * len(work)
             for at, chosen in zip(sampled, self._choose(logits, [work[at] for at in sampled], ends), strict=True):
                 result[at] = chosen
@@ -285,7 +291,7 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model, KVPool]:
+def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model | PagedModel, KVPool]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -307,21 +313,46 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         tokens_max = config.kv_tokens_max // config.block_tokens * config.block_tokens
         info = _info(source.name, layout, shape, tokens_max)
         try:
-            pool = make_pool(layout, tokens_max, dtype, device)
+            model, pool = _model_and_pool(weights, layout, tokens_max, dtype, device)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        model = Model(weights)
-        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
+        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), config.block_tokens)
         return info, model, pool
 
 
-def _warm_up(model: Model, pool: KVPool, tokens: int) -> None:
+def _model_and_pool(
+    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Model | PagedModel, KVPool]:
+    # Where torch comes without Triton, a GPU does as a CPU does.
+    if device.type != "cuda" or find_spec("triton") is None:
+        return Model(weights), make_pool(layout, tokens_max, dtype, device)
+    from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+
+    pool = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
+    return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, cuda_capture()), pool
+
+
+def _forward(
+    model: Model | PagedModel,
+    pool: KVPool,
+    tokens: Sequence[int],
+    segments: Sequence[Segment],
+    tables: Sequence[Sequence[int]],
+    rows: Sequence[int],
+) -> torch.Tensor:
+    if isinstance(model, PagedModel):
+        return model.forward(tokens, segments, tables, rows)
+    return model.forward(tokens, segments, pool.tensor, rows)
+
+
+def _warm_up(model: Model | PagedModel, pool: KVPool, tokens: int, block_tokens: int) -> None:
     """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
     not in the first request."""
+    tables = [range(-(-tokens // block_tokens))]
     chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
-    model.forward([0] * chunk.tokens, [chunk], pool.tensor, [chunk.tokens - 1])
-    model.forward([0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], pool.tensor, [0])
+    _forward(model, pool, [0] * chunk.tokens, [chunk], tables, [chunk.tokens - 1])
+    _forward(model, pool, [0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], tables, [0])
 
 
 def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> EngineInfo:
