@@ -61,8 +61,8 @@ class Bench:
 
     async def fill(self) -> None:
         """Write every slot once, so that neither side writes to room that was never written before."""
-        while len(self._tier) < self._slots:
-            await self._store(0, min(BATCH, self._slots - len(self._tier)))
+        for _ in range(0, self._slots, BATCH):
+            await self._store(0, BATCH)
         self.fio("write", self._slots)
 
     async def read(self) -> float:

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bench.store_process import COPY_THREADS, listen, planes, say
+from bench.lines import listen, say
+from bench.store_process import COPY_THREADS, planes
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
 from kvstore.copies import ReplicationConfig

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import uvloop
 
-from bench.store_process import COPY_THREADS, TIMEOUT_S, listen, planes, say
+from bench.lines import listen, say
+from bench.store_process import COPY_THREADS, TIMEOUT_S, planes
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers

@@ -75,7 +75,10 @@ class DyingFile(DiskFile):
             super().write_records(dict(list(records.items())[: len(records) // 2]))
             _die()
         super().write_records(records)
-        self._pass("erased" if erased else "recorded")
+        if erased:
+            self._pass("erased")
+        if written:
+            self._pass("recorded")
         if written:
             os.write(1, "".join(written).encode())
 

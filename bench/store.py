@@ -2,7 +2,8 @@
 
 Batches of 64 MiB in blocks of each size are put to and got from a real node process by one and by two client
 processes, checksums on; every round of the store is followed by a round of its baselines in the same processes and
-the same memory. Then the index: lookups, memory, and what an idle node costs.
+the same memory. On one host each put and get is also repeated without the checksums: what these cost. Then the index:
+lookups, memory, and what an idle node costs.
 """
 
 import asyncio
@@ -33,6 +34,8 @@ LOOKUP_S = 3.0
 EXISTS = 1000
 INDEX_BLOCKS = 1_000_000
 CLIENTS_MAX = 2
+UNSUMMED = 4_000_000
+"""Added to the number of a batch that is put without checksums."""
 HERE = Place("127.0.0.1")
 
 console = Console()
@@ -74,6 +77,9 @@ def one_round(clients: list[Process], batch: int, nbytes: int, others: Others | 
         yield "mooncake.get", together(mooncake, way="get", batch=batch, size=nbytes)
     # What was put some rounds ago: by now in nobody's cache.
     yield "get", together(clients, do="get", batch=batch - WARM_UP_ROUNDS)
+    if others is None and len(clients) == 1:
+        yield "unsummed.put", together(clients, do="unsummed", way="put", batch=UNSUMMED + batch)
+        yield "unsummed.get", together(clients, do="unsummed", way="get", batch=batch - 1)
 
 
 @contextlib.contextmanager
@@ -136,6 +142,13 @@ def results_of(rates: Rates, where: str) -> list[Result]:
     results: list[Result] = []
     for (what, size, count), value in medians.items():
         suffix = size if count == 1 else f"{size}.x{count}"
+        if what.startswith("unsummed."):
+            way = what.removeprefix("unsummed.")
+            cost = 1 - medians[way, size, count] / value
+            results.append(Result(f"store.{way}.{where}.{suffix}.unsummed", value, "GB/s"))
+            name = f"store.checksum.cost.{way}.{suffix}"
+            results.append(Result(name, 100 * cost, "%", f"store.{way}.{where}.{suffix}.unsummed", 1 - cost))
+            continue
         if what not in ("put", "get"):
             results.append(Result(f"{prefix}{what}.{suffix}", value, "GB/s"))
             continue

@@ -5,21 +5,19 @@ Each is told by one JSON command per line and answers with one JSON line; it end
 
 import asyncio
 import contextlib
-import json
 import os
-import resource
 import sys
 import threading
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import uvloop
 
 from bench.baselines_copy import Copier
 from bench.baselines_tcp import RawClient, serve_raw
+from bench.lines import cpu_s, listen, resident_bytes, say
 from kvstore.arena import Arena
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
@@ -29,10 +27,10 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer import shm
 from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.transfer.tcp import TcpTransfer
 from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
@@ -45,6 +43,8 @@ BATCHES = 4
 """Batches of memory at each side: what is touched next was last touched three batches ago, so no cache has it."""
 COPY_THREADS = 2
 """As a cluster's nodes have."""
+PATTERN_BYTES = 64 << 10
+"""After so many the bytes repeat, so all blocks of one size have one checksum."""
 TIMEOUT_S = 30.0
 
 Span = tuple[float, float]
@@ -57,7 +57,7 @@ def planes(transfer_kind: str, owner: str, host: str, nbytes: int, offload: Thre
     transfer: Transfer
     match transfer_kind:
         case "shm":
-            transfer = ShmTransfer(owner, offload)
+            transfer = shm.ShmTransfer(owner, offload)
         case "tcp":
             transfer = TcpTransfer(owner, host)
         case "ucxx":
@@ -83,6 +83,20 @@ async def node(transfer_kind: str, host: str, arena_bytes: int, slot_bytes: int)
     await listen(lambda _: {"cpu_s": cpu_s(), "rss": resident_bytes()})
 
 
+class _Known:
+    """In place of a running checksum."""
+
+    def __init__(self, known: int) -> None:
+        self._known = known
+
+    def update(self, _: memoryview) -> None:
+        """Takes bytes, and does not look at them."""
+
+    def intdigest(self) -> int:
+        """What was known before."""
+        return self._known
+
+
 class Client:
     """One client process: the store through :class:`StoreClient`, and the baselines over the same memory."""
 
@@ -90,7 +104,7 @@ class Client:
         self._offload = ThreadOffload("copy", COPY_THREADS)
         nbytes = BATCH_BYTES * BATCHES
         ways, self._memory = planes(transfer_kind, f"{name}#{clock.wall_ns()}", host, nbytes, self._offload)
-        self._memory.buffer[:] = os.urandom(1 << 20) * (nbytes >> 20)
+        self._memory.buffer[:] = os.urandom(PATTERN_BYTES) * (nbytes // PATTERN_BYTES)
         self._name = name
         self._planes = ways
         self._peers = Peers(TcpNetwork())
@@ -110,6 +124,9 @@ class Client:
                 return await self._put(command["batch"])
             case "get":
                 return await self._get(command["batch"])
+            case "unsummed":
+                with self._unsummed():
+                    return await (self._put if command["way"] == "put" else self._get)(command["batch"])
             case "raw":
                 self._raw = self._raw or RawClient(command["address"], self._memory.buffer)
                 return self._raw.move(command["way"], command["batch"] % BATCHES, BATCH_BYTES, self._size)
@@ -154,6 +171,15 @@ class Client:
         end_s = clock.perf_s()
         assert set(sizes) == {self._size}, self._client.stats
         return start_s, end_s
+
+    def _unsummed(self) -> contextlib.AbstractContextManager[object]:
+        """Inside, the shared-memory transport copies as always, and knows every checksum without looking."""
+        known = checksum(self._buffers[0][0].view(self._size))
+
+        def at_once(_: object) -> int:
+            return known
+
+        return patch.multiple(shm, xxh3_64_intdigest=at_once, xxh3_64=lambda: _Known(known))
 
     async def _exists(self, count: int, times: int) -> dict[str, float]:
         """Medians in ms of asking for ``count`` blocks, half of them there, and of an empty round trip."""
@@ -223,32 +249,6 @@ def lookup_rate(blocks: int = 100_000) -> float:
     start_s = clock.perf_s()
     bytes([key in held for key in keys])
     return blocks / (clock.perf_s() - start_s)
-
-
-def cpu_s() -> float:
-    """CPU seconds of this process."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-def say(answer: Any) -> None:
-    """One line to the parent."""
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
-
-
-async def listen(answer: Callable[[dict[str, Any]], Any]) -> None:
-    """Answer each line of the input, until it ends."""
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while line := await reader.readline():
-        reply = answer(json.loads(line))
-        say(await reply if asyncio.iscoroutine(reply) else reply)
 
 
 async def client(transfer_kind: str, host: str, name: str) -> None:

@@ -198,6 +198,7 @@ class _Step:
             self._host.engine.truncate(here.sequence, here.length - 1)
         self._computed_from = min(self._computed_from, here.length)
         emitted = len(here.tokens) - len(self._prompt)
+        guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
         job = Job(
             sequence=here.sequence,
             tokens=here.tokens,
@@ -205,6 +206,7 @@ class _Step:
             emitted=emitted,
             samples_max=self._request.sampling.max_tokens - emitted,
             computed=here.length,
+            guide=guide,
             copying=here.copying,
         )
         failed: ClusterError | None = None

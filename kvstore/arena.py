@@ -9,20 +9,18 @@ A slot's life::
 A block is visible exactly while it is PUBLISHED. ``now_s`` must never go back.
 """
 
-from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvstore.config import StoreConfig
-from kvstore.eviction import LeastRecent, Policy
-from kvstore.families import Families
-from kvstore.holds import HeldLease, Leases, Reservation, Reservations
+from kvstore.eviction import Policy
+from kvstore.holds import Grant, HeldLease, Leases, Reservation, Reservations
 from kvstore.keeping import Keeping
 from kvstore.pin_records import KeptPin
-from kvstore.pins import HeldPin, PinKey
+from kvstore.pins import HeldPin, PinKey, Pins
+from kvstore.slot_table import QUARANTINED, RESERVED, RUN_BLOCKS_MIN, SlotTable
 from kvstore.tenants import TenantKey, Tenants, tenant_key
-from kvstore.victims import Victims
 from tracehaul.wire.blocks import (
     BlockSpec,
     Full,
@@ -40,10 +38,8 @@ from tracehaul.wire.blocks import (
     Stored,
     TooLarge,
 )
-from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
+from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, TraceId
 from tracehaul.wire.operations import TenantUsage
-
-FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED = range(5)
 
 ReserveOutcome = Slot | Present | InFlight | Full | TooLarge
 _PRESENT, _FULL, _TOO_LARGE = Present(), Full(), TooLarge()
@@ -74,52 +70,41 @@ class Arena:
     """
 
     def __init__(self, config: StoreConfig, policy: Policy | None = None) -> None:
-        slots = config.slots_max
         self._config = config
         self._now_s = 0.0
-        # By slot.
-        self._state = bytearray(slots)
-        self._generation = array("Q", bytes(8 * slots))
-        self._generation_last = 0  # of all slots: a late message about one grant must not fit another
-        self._checksum = array("Q", bytes(8 * slots))
-        self._size = array("I", bytes(4 * slots))
-        self._lease_count = array("I", bytes(4 * slots))
-        self._group = array("H", bytes(2 * slots))
-        self._tenant = array("Q", bytes(8 * slots))
-        self._hash: list[BlockHash | None] = [None] * slots
-        self._free = array("I", range(slots - 1, -1, -1))
-        # By hash.
-        self._published: dict[BlockHash, int] = {}
-        self._families = Families(slots, self._published)
-        # By time and by holder.
+        self._pins = Pins(config)
+        tenants = Tenants(config.quota_bytes, config.slot_bytes, config.slots_max)
+        self.table = SlotTable(config.slots_max, config.slot_bytes, tenants, policy, self._pins)
+        """Its slots; nobody else changes them."""
         self._reservations = Reservations(config.reservation_ttl_s)
         self._leases = Leases()
         self._quarantine: deque[tuple[float, int]] = deque()  # (until_s, slot), in order
-        self._scratch: dict[BlockHash, str] = {}  # reserved or published for a measurement: by whom
-        # Who gives way.
-        self._tenants = Tenants(config.quota_bytes, config.slot_bytes, slots)
-        self._keeping = Keeping(config, self._published, self._families, self._repinned, self._size_of)
-        self._pins = self._keeping.pins
-        policy = policy or LeastRecent(slots, len(self._tenants))
-        self._victims = Victims(self._tenants, policy, self._rank, self._is_idle)
+        self._keeping = Keeping(self._pins, self.table.published, self.table.families, self._repinned, self._size_of)
         self._below: Below | None = None
-        self._changes: list[Stored | Removed] = []
         self._ended: list[BlockHash] = []
-        self.evicted = 0
         self.passed_on = 0
         """Reservations that a second writer took over from a silent first one."""
-        self.bytes_published = 0
 
     # --- what is there ------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Published blocks."""
-        return len(self._published)
+        return len(self.table.published)
 
     @property
     def slots_free(self) -> int:
         """Slots that can be reserved without evicting anything."""
-        return len(self._free)
+        return self.table.free
+
+    @property
+    def evicted(self) -> int:
+        """Blocks that gave way to others."""
+        return self.table.evicted
+
+    @property
+    def bytes_published(self) -> int:
+        """What the published blocks take."""
+        return self.table.bytes_published
 
     @property
     def slots_quarantined(self) -> int:
@@ -153,7 +138,7 @@ class Arena:
 
     def usage(self) -> list[TenantUsage]:
         """What each group of tenants takes of its quota, the shared one first."""
-        slot_bytes, tenants = self._config.slot_bytes, self._tenants  # metrics read this from another thread
+        slot_bytes, tenants = self._config.slot_bytes, self.table.tenants  # metrics read this from another thread
         return [
             TenantUsage(name, tenants.quota(group) * slot_bytes, tenants.used(group) * slot_bytes)
             for group, name in enumerate(tenants.names)
@@ -172,15 +157,16 @@ class Arena:
         assert self._below is None
 
         def spared(slot: int) -> bool:
-            block_hash = self._hash[slot]
+            block_hash = self.table.hash[slot]
             return block_hash is not None and below.is_behind(block_hash)
 
         self._below = below
-        self._victims.is_spared = spared
+        self.table.victims.is_spared = spared
 
     def bytes_used(self, tenant: str) -> int:
         """What counts against a tenant's quota; tenants without one count together."""
-        return self._tenants.used(self._tenants.group(tenant_key(tenant))) * self._config.slot_bytes
+        tenants = self.table.tenants
+        return tenants.used(tenants.group(tenant_key(tenant))) * self._config.slot_bytes
 
     def is_reserved(self, block_hash: BlockHash) -> bool:
         """Whether it has an open reservation."""
@@ -198,23 +184,23 @@ class Arena:
 
     def exists(self, hashes: Sequence[BlockHash]) -> bytes:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
-        published = self._published
+        published = self.table.published
         return bytes([h in published for h in hashes])
 
     def spec(self, block_hash: BlockHash) -> BlockSpec | None:
         """A published block's size and parent."""
-        slot = self._published.get(block_hash)
-        return None if slot is None else BlockSpec(block_hash, self._families.parent(slot), self._size[slot])
+        table = self.table
+        slot = table.published.get(block_hash)
+        return None if slot is None else BlockSpec(block_hash, table.families.parent(slot), table.size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
         """All visible hashes but scratch ones, oldest publish first: a snapshot as of the last change."""
-        if self._scratch:
-            return tuple([block_hash for block_hash in self._published if block_hash not in self._scratch])
-        return tuple(self._published)
+        published, scratch = self.table.published, self.table.scratch
+        return tuple([block_hash for block_hash in published if block_hash not in scratch] if scratch else published)
 
     def take_changes(self) -> list[Stored | Removed]:
         """The changes since the last call, in order."""
-        changes, self._changes = self._changes, []
+        changes, self.table.changes = self.table.changes, []
         return changes
 
     def take_ended(self) -> list[BlockHash]:
@@ -239,98 +225,131 @@ class Arena:
         change that anybody is told of, and go with their owner's connection.
         """
         self.expire(now_s)
-        key = tenant_key(tenant)
-        return [self._reserve(block, owner, key, now_s, scratch) for block in blocks]
+        key, grant = tenant_key(tenant), Grant(owner, now_s)
+        outcomes = [] if scratch else self._reserve_run(blocks, grant, key)
+        rest = blocks[len(outcomes) :] if outcomes else blocks
+        return [*outcomes, *[self._reserve(block, grant, key, scratch) for block in rest]]
 
     def readmit(
         self, blocks: Sequence[BlockSpec], tenants: Sequence[TenantKey], owner: str, now_s: float
     ) -> list[ReserveOutcome]:
         """As :meth:`reserve`, for blocks that come from a tier or another node: each on the account that it was on."""
         self.expire(now_s)
-        return [self._reserve(block, owner, key, now_s, False) for block, key in zip(blocks, tenants, strict=True)]
+        grant = Grant(owner, now_s)
+        return [self._reserve(block, grant, key, False) for block, key in zip(blocks, tenants, strict=True)]
 
-    def _reserve(self, block: BlockSpec, owner: str, tenant: TenantKey, now_s: float, scratch: bool) -> ReserveOutcome:
+    def _reserve(self, block: BlockSpec, grant: Grant, tenant: TenantKey, scratch: bool) -> ReserveOutcome:
+        now_s, table = grant.since_s, self.table
         if not 0 < block.size_bytes <= self._config.slot_bytes:
             return _TOO_LARGE
-        slot = self._published.get(block.hash)
+        slot = table.published.get(block.hash)
         if slot is not None:
-            self._victims.touch(slot, self._group[slot])
+            table.touch(slot)
             return _PRESENT
         quiet = self._reservations.get(block.hash)
         if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
-            return InFlight(now_s - quiet.since_s, quiet.owner)
-        if self._reservations.count(owner) >= self._config.reservations_max:
+            return InFlight(now_s - quiet.grant.since_s, quiet.grant.owner)
+        if self._reservations.count(grant.owner) >= self._config.reservations_max:
             return _FULL
         parent = self._same_object(block.parent)
-        if self._families.closes_cycle(block.hash, parent, self._reservations.parent_of):
+        if table.families.closes_cycle(block.hash, parent, self._reservations.parent_of):
             return _FULL
-        self._families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
-        group = self._tenants.group(tenant)
-        slot = self._take_slot(group) if self._free or not scratch else None
-        if slot is None:
-            self._forget_child(parent)
+        table.families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
+        group = table.tenants.group(tenant)
+        slots = table.take(1, group) if table.free or not scratch else None
+        if not slots:
+            table.forget_child(parent)
             return _FULL
         if quiet is not None:  # its owner may yet write, and is fenced
             self._quarantine_reservation(quiet, now_s)
             self.passed_on += 1
         if scratch:
-            self._scratch[block.hash] = owner
-        self._state[slot] = RESERVED
-        self._generation_last += 1
-        self._generation[slot] = self._generation_last
-        self._size[slot] = block.size_bytes
-        self._group[slot] = group
-        self._tenant[slot] = tenant
-        self._tenants.take(group)
-        self._reservations.add(Reservation(slot, block.hash, parent, owner, now_s))
-        return Slot(slot * self._config.slot_bytes, SlotGeneration(self._generation[slot]))
+            table.scratch[block.hash] = grant.owner
+        self._reservations.add(grant, slots, (block.hash,), (parent,))
+        return table.grant(slots, (block.size_bytes,), group, tenant)[0]
+
+    def _reserve_run(self, blocks: Sequence[BlockSpec], grant: Grant, tenant: TenantKey) -> list[ReserveOutcome]:
+        """Slots for as many as can be had, from the first on, if each block continues the one before and none is here.
+
+        None otherwise: then they are looked at one by one.
+        """
+        count = min(len(blocks), self._config.reservations_max - self._reservations.count(grant.owner))
+        if count < RUN_BLOCKS_MIN:
+            return []
+        table = self.table
+        hashes, parents = [block.hash for block in blocks[:count]], [block.parent for block in blocks[:count]]
+        sizes = [block.size_bytes for block in blocks[:count]]
+        if parents[1:] != hashes[:-1] or min(sizes) <= 0 or max(sizes) > self._config.slot_bytes:
+            return []
+        is_new = table.published.keys().isdisjoint(hashes) and self._reservations.has_none_of(hashes)
+        if len(set(hashes)) < count or not is_new or not table.families.starts_run(hashes, parents[0]):
+            return []
+        parents = [self._same_object(parents[0]), *hashes[:-1]]
+        table.families.expect(parents[0])
+        group = table.tenants.group(tenant)
+        slots = table.take(count, group)
+        if not slots:
+            table.forget_child(parents[0])
+            return []
+        count = len(slots)
+        table.families.expect_run(hashes[: count - 1])
+        self._reservations.add(grant, slots, hashes[:count], parents[:count])
+        return [*table.grant(slots, sizes[:count], group, tenant)]
 
     def landing(self, block: Publication, owner: str) -> tuple[int, int] | None:
         """Offset and size of the bytes that a publish of ``block`` would show; None if there is no such reservation."""
         reservation = self._find(block.hash, block.generation, owner)
         if reservation is None:
             return None
-        return reservation.slot * self._config.slot_bytes, self._size[reservation.slot]
+        return reservation.slot * self._config.slot_bytes, self.table.size[reservation.slot]
 
     def publish(self, blocks: Sequence[Publication], owner: str, now_s: float) -> list[PublishOutcome]:
         """Make blocks visible whose bytes the caller has verified. Repeating a publish is harmless."""
         self.expire(now_s)
+        if len(blocks) >= RUN_BLOCKS_MIN and self._publish_run(blocks, owner):
+            return ["published"] * len(blocks)
         return [self._publish(block, owner) for block in blocks]
 
     def _publish(self, block: Publication, owner: str) -> PublishOutcome:
+        table = self.table
         reservation = self._find(block.hash, block.generation, owner)
         if reservation is None:
-            slot = self._published.get(block.hash)
-            same = slot is not None and (self._generation[slot], self._checksum[slot]) == (
-                block.generation,
-                block.checksum,
-            )
-            return "published" if same else "fenced"
-        slot = reservation.slot
+            slot = table.published.get(block.hash)
+            held = None if slot is None else (table.generation[slot], table.checksum[slot])
+            return "published" if held == (block.generation, block.checksum) else "fenced"
         self._end_reservation(reservation)
-        self._state[slot] = PUBLISHED
-        self._checksum[slot] = block.checksum
-        self._hash[slot] = reservation.hash
-        self._families.publish(slot, reservation.hash, reservation.parent)
-        self._published[reservation.hash] = slot
-        self._victims.add(slot, self._group[slot], reservation.hash)
-        self.bytes_published += self._size[slot]
-        if reservation.hash not in self._scratch:
-            self._changes.append(Stored(reservation.hash))
+        table.publish(reservation.slot, reservation.hash, reservation.parent, block.checksum)
         if len(self._pins):
             self._keeping.arrived(reservation.hash, self._now_s)
         return "published"
+
+    def _publish_run(self, blocks: Sequence[Publication], owner: str) -> bool:
+        """Publish blocks that were reserved together and that no pin waits for; False where they are to be looked at
+        one by one."""
+        table = self.table
+        found = [held for held in self._reservations.find([block.hash for block in blocks]) if held is not None]
+        if len(found) < len(blocks) or table.scratch:
+            return False
+        grant = found[0].grant
+        slots, hashes = [held.slot for held in found], [held.hash for held in found]
+        if grant.owner != owner or len({held.grant for held in found}) > 1 or len(set(slots)) < len(slots):
+            return False
+        if not table.are_granted(slots, [block.generation for block in blocks]):
+            return False
+        if len(self._pins) and any(map(self._pins.touched_by, hashes)):
+            return False
+        self._reservations.end(grant, hashes)
+        self._ended += hashes
+        table.publish_run(slots, hashes, [held.parent for held in found], [block.checksum for block in blocks])
+        return True
 
     def abandon(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str) -> None:
         """Free reservations whose owner says that no write of its is under way. Unknown ones are ignored."""
         for block_hash, generation in blocks:
             reservation = self._find(block_hash, generation, owner)
             if reservation is not None:
-                self._end_reservation(reservation)
-                self._scratch.pop(block_hash, None)
-                self._forget_child(reservation.parent)
-                self._tenants.give(self._group[reservation.slot])
-                self._free_slot(reservation.slot)
+                self._give_up(reservation)
+                self.table.release(reservation.slot)
 
     def renew(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str, now_s: float) -> None:
         """The owner still writes these reservations. It moves no end. Unknown ones are ignored."""
@@ -355,28 +374,13 @@ class Arena:
             return None
         lease = self._leases.next_id()
         ttl_s = min(ttl_s, self._config.lease_ttl_max_s)
-        slots = array("I")
-        blocks = tuple([self._lease_block(block_hash, slots) for block_hash in hashes])
-        for slot in reversed(slots):  # so that among equals the end of a sequence goes before its start
-            self._victims.touch(slot, self._group[slot])
+        slots, blocks = self.table.protect(hashes)
+        self.table.used(slots)
         if slots and ttl_s > 0:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         else:
-            self._end_protection(slots)
-        return Leased(lease, blocks, ttl_s)
-
-    def _lease_block(self, block_hash: BlockHash, slots: "array[int]") -> LeasedBlock | None:
-        slot = self._published.get(block_hash)
-        if slot is None:
-            return None
-        self._lease_count[slot] += 1
-        slots.append(slot)
-        return LeasedBlock(
-            slot * self._config.slot_bytes,
-            self._size[slot],
-            SlotGeneration(self._generation[slot]),
-            Checksum(self._checksum[slot]),
-        )
+            self.table.unprotect(slots)
+        return Leased(lease, tuple(blocks), ttl_s)
 
     def hold(
         self, hashes: Sequence[BlockHash], holder: str, ttl_s: float, now_s: float
@@ -386,15 +390,16 @@ class Arena:
         Per hash the block, its parent and whose it is.
         """
         self.expire(now_s)
-        lease = self._leases.next_id()
-        slots = array("I")
+        lease, table = self._leases.next_id(), self.table
+        slots, blocks = table.protect(hashes)
+        rest = iter(slots)
         found: list[tuple[LeasedBlock, BlockHash, TenantKey] | None] = []
-        for block_hash in hashes:
-            block = self._lease_block(block_hash, slots)
+        for block in blocks:
             if block is None:
                 found.append(None)
             else:
-                found.append((block, self._families.parent(slots[-1]), TenantKey(self._tenant[slots[-1]])))
+                slot = next(rest)
+                found.append((block, table.families.parent(slot), TenantKey(table.tenant[slot])))
         if slots:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         return lease, found
@@ -402,17 +407,17 @@ class Arena:
     def release(self, lease: LeaseId, holder: str) -> None:
         """End a lease early. Unknown, ended and other holders' leases are ignored."""
         if self._leases.is_held(lease, holder):
-            self._end_protection(self._leases.end(lease))
+            self.table.unprotect(self._leases.end(lease))
 
     def revoke(self, block_hash: BlockHash, generation: SlotGeneration) -> bool:
         """Drop a published block whose bytes are bad: invisible at once, its slot kept until its leases end.
 
         Returns whether this generation of it was published.
         """
-        slot = self._published.get(block_hash)
-        if slot is None or self._generation[slot] != generation:
+        slot = self.table.published.get(block_hash)
+        if slot is None or self.table.generation[slot] != generation:
             return False
-        self._remove(slot)
+        self.table.remove(slot)
         return True
 
     # --- keeping ------------------------------------------------------------------------------------------
@@ -452,17 +457,17 @@ class Arena:
         return [self._keeping.info(key, now_s) for key, _ in self._pins.all() if tenant in (None, key[0])]
 
     def _size_of(self, block_hash: BlockHash) -> int:
-        slot = self._published.get(block_hash)
+        slot = self.table.published.get(block_hash)
         if slot is not None:
-            return self._size[slot]
+            return self.table.size[slot]
         return 0 if self._below is None else self._below.size_of(block_hash)
 
     def _repinned(self, hashes: Iterable[BlockHash]) -> None:
         """What pins say of these blocks has changed."""
         for block_hash in hashes:
-            slot = self._published.get(block_hash)
+            slot = self.table.published.get(block_hash)
             if slot is not None:
-                self._victims.reconsider(slot, self._group[slot])
+                self.table.victims.reconsider(slot, self.table.group[slot])
         if self._below is not None:
             self._below.repinned(hashes)
 
@@ -484,18 +489,10 @@ class Arena:
             return refusal
         self._config = config
         if config.quota_bytes != before.quota_bytes:
-            self._regroup(Tenants(config.quota_bytes, config.slot_bytes, config.slots_max))
+            self.table.regroup(Tenants(config.quota_bytes, config.slot_bytes, config.slots_max))
         self._reservations.set_ttl(config.reservation_ttl_s)
         self.expire(now_s)
         return None
-
-    def _regroup(self, tenants: Tenants) -> None:
-        for slot, state in enumerate(self._state):
-            self._group[slot] = tenants.group(TenantKey(self._tenant[slot]))
-            if state in (RESERVED, PUBLISHED):
-                tenants.take(self._group[slot])
-        self._tenants = tenants
-        self._victims.regroup(tenants, LeastRecent(len(self._state), len(tenants)), self._group)
 
     # --- time and loss ------------------------------------------------------------------------------------
 
@@ -512,157 +509,73 @@ class Arena:
         for reservation in self._reservations.expired(now_s):
             self._quarantine_reservation(reservation, now_s)
         while (lease := self._leases.next_expired(now_s)) is not None:
-            self._end_protection(self._leases.end(lease))
+            self.table.unprotect(self._leases.end(lease))
         self._keeping.expire(now_s)
         while self._quarantine and self._quarantine[0][0] <= now_s:
             _, slot = self._quarantine.popleft()
-            self._free_slot(slot)
+            self.table.release(slot)
 
     def disconnected(self, owner: str, now_s: float) -> None:
         """A connection is gone: its leases end now; its slots rest in quarantine, as its writes may still land."""
         self.expire(now_s)
         for lease in self._leases.of(owner):
-            self._end_protection(self._leases.end(lease))
+            self.table.unprotect(self._leases.end(lease))
         for reservation in self._reservations.of(owner):
             self._quarantine_reservation(reservation, now_s)
-        for block_hash in [block_hash for block_hash, by in self._scratch.items() if by == owner]:
-            self._remove(self._published[block_hash])  # reserved ones were ended just now
+        table = self.table
+        for block_hash in [block_hash for block_hash, by in table.scratch.items() if by == owner]:
+            table.remove(table.published[block_hash])  # reserved ones were ended just now
 
-    # --- slots --------------------------------------------------------------------------------------------
-
-    def _take_slot(self, group: int) -> int | None:
-        """A free slot, if need be by evicting; None if nothing can go."""
-        if not self._free:
-            victim = self._scratch_victim()
-            if victim is None:
-                victim = self._victims.choose(group)
-                if victim is None:
-                    return None
-                self.evicted += 1
-            self._remove(victim)
-        return self._free.pop()
-
-    def _scratch_victim(self) -> int | None:
-        for block_hash in reversed(self._scratch):
-            slot = self._published.get(block_hash)
-            if slot is not None and self._is_idle(slot):
-                return slot
-        return None
-
-    def _is_idle(self, slot: int) -> bool:
-        return self._state[slot] == PUBLISHED and not self._lease_count[slot] and not self._families.is_parent(slot)
-
-    def _rank(self, slot: int) -> float | None:
-        block_hash = self._hash[slot]
-        return None if block_hash is None else self._pins.rank(block_hash)
-
-    def _unpark(self, slot: int) -> None:
-        self._victims.let_go(slot, self._group[slot])
-
-    def _remove(self, slot: int) -> None:
-        """Make a published block invisible; free its slot unless a lease still protects the bytes."""
-        block_hash = self._hash[slot]
-        assert self._state[slot] == PUBLISHED
-        assert block_hash is not None
-        del self._published[block_hash]
-        self._victims.remove(slot)
-        self._tenants.give(self._group[slot])
-        self.bytes_published -= self._size[slot]
-        parent_slot = self._families.remove(slot, block_hash)
-        self._hash[slot] = None
-        if parent_slot is not None:
-            self._unpark(parent_slot)
-        if self._scratch.pop(block_hash, None) is None:
-            self._changes.append(Removed(block_hash))
-        if self._lease_count[slot]:
-            self._state[slot] = CONDEMNED
-        else:
-            self._free_slot(slot)
-
-    def _free_slot(self, slot: int) -> None:
-        self._state[slot] = FREE
-        self._free.append(slot)
-
-    # --- reservations, leases, parents --------------------------------------------------------------------
+    # --- reservations -------------------------------------------------------------------------------------
 
     def _find(self, block_hash: BlockHash, generation: SlotGeneration, owner: str) -> Reservation | None:
-        reservation = self._reservations.get(block_hash)
-        if reservation is None or reservation.owner != owner or self._generation[reservation.slot] != generation:
+        found = self._reservations.get(block_hash)
+        if found is None or found.grant.owner != owner or self.table.generation[found.slot] != generation:
             return None
-        return reservation
+        return found
 
     def _end_reservation(self, reservation: Reservation) -> None:
-        self._reservations.end(reservation)
+        self._reservations.end(reservation.grant, (reservation.hash,))
         self._ended.append(reservation.hash)
+
+    def _give_up(self, reservation: Reservation) -> None:
+        """End one whose block is not published: its slot is nobody's."""
+        self._end_reservation(reservation)
+        self.table.scratch.pop(reservation.hash, None)
+        self.table.forget_child(reservation.parent)
+        self.table.give_back(reservation.slot)
 
     def _quarantine_reservation(self, reservation: Reservation, now_s: float) -> None:
         """The block may be reserved anew at once; its slot rests."""
-        self._end_reservation(reservation)
-        self._scratch.pop(reservation.hash, None)
-        self._forget_child(reservation.parent)
-        self._tenants.give(self._group[reservation.slot])
-        self._state[reservation.slot] = QUARANTINED
+        self._give_up(reservation)
+        self.table.state[reservation.slot] = QUARANTINED
         self._quarantine.append((now_s + self._config.late_write_s, reservation.slot))
-
-    def _end_protection(self, slots: "array[int]") -> None:
-        for slot in slots:
-            self._lease_count[slot] -= 1
-            if self._lease_count[slot]:
-                continue
-            if self._state[slot] == CONDEMNED:
-                self._free_slot(slot)
-            else:
-                self._unpark(slot)
 
     def _same_object(self, parent: BlockHash) -> BlockHash:
         """The equal hash that is already held, if any: 64 bytes saved per block."""
-        slot = self._published.get(parent)
+        slot = self.table.published.get(parent)
         if slot is not None:
-            return self._hash[slot] or parent
+            return self.table.hash[slot] or parent
         reservation = self._reservations.get(parent)
         return reservation.hash if reservation is not None else parent
-
-    def _forget_child(self, parent: BlockHash) -> None:
-        slot = self._families.forget(parent)
-        if slot is not None:
-            self._unpark(slot)
 
     # --- invariants ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Assert every invariant of the index against each other. Linear in slots: for tests and debugging."""
-        slots = self._config.slots_max
-        by_state: dict[int, list[int]] = {state: [] for state in (FREE, RESERVED, PUBLISHED, CONDEMNED, QUARANTINED)}
-        for slot in range(slots):
-            by_state[self._state[slot]].append(slot)
-        assert sorted(self._free) == by_state[FREE]
+        table, reserved = self.table, self._reservations.all()
+        by_state = table.check()
         assert sorted(slot for _, slot in self._quarantine) == by_state[QUARANTINED]
-        assert sorted(r.slot for r in self._reservations.all()) == by_state[RESERVED]
-        assert sorted(self._published.values()) == by_state[PUBLISHED]
-        assert not any(r.hash in self._published for r in self._reservations.all())
-        leases = [0] * slots
+        assert sorted(r.slot for r in reserved) == by_state[RESERVED]
+        assert len(reserved) == len(self._reservations)
+        assert not any(r.hash in table.published for r in reserved)
+        leases = [0] * self._config.slots_max
         for held in self._leases.all():
             for slot in held.slots:
                 leases[slot] += 1
-        assert leases == self._lease_count.tolist()
-        assert all((leases[slot] > 0) <= (self._state[slot] in (PUBLISHED, CONDEMNED)) for slot in range(slots))
-        assert all(leases[slot] > 0 for slot in by_state[CONDEMNED])
-        self._families.check([(r.hash, r.parent) for r in self._reservations.all()])
-        for slot in by_state[PUBLISHED]:
-            block_hash = self._hash[slot]
-            assert block_hash is not None
-            assert self._published[block_hash] == slot
-        self._check_eviction(by_state[PUBLISHED], by_state[RESERVED])
-        assert all(h in self._published or self.is_reserved(h) for h in self._scratch)
-        assert self.bytes_published == sum(self._size[slot] for slot in by_state[PUBLISHED])
+        assert leases == table.lease_count.tolist()
+        table.families.check([(r.hash, r.parent) for r in reserved])
+        self._pins.check()
+        assert all(h in table.published or self.is_reserved(h) for h in table.scratch)
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s
-
-    def _check_eviction(self, published: Sequence[int], reserved: Sequence[int]) -> None:
-        self._pins.check()
-        groups = range(len(self._tenants))
-        self._victims.check([[slot for slot in published if self._group[slot] == group] for group in groups])
-        for group in groups:
-            assert self._tenants.used(group) == sum(self._group[slot] == group for slot in (*published, *reserved))
-        for slot in (*published, *reserved):
-            assert self._group[slot] == self._tenants.group(TenantKey(self._tenant[slot]))

@@ -6,10 +6,14 @@ O(1) amortized although a long-lived prefix may sit at the old end for ever.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.columns import column
 from tracehaul.wire.ids import BlockHash
 
 
@@ -48,8 +52,31 @@ class Policy(Protocol):
         """All slots of a group in the order, for checks and tests."""
         ...
 
+    # Many at once: what follows may be done better than one by one.
 
-class LeastRecent:
+    def add_run(self, slots: Sequence[int], group: int, hashes: Sequence[BlockHash]) -> None:
+        """Blocks of one sequence became visible: as :meth:`add` for each, the last first, so that among equals the
+        end of a sequence goes before its start."""
+        for slot, block_hash in zip(reversed(slots), reversed(hashes), strict=True):
+            self.add(slot, group, block_hash)
+
+    def touch_run(self, slots: Sequence[int], group: int) -> None:
+        """As :meth:`touch` for each; no two are the same."""
+        for slot in slots:
+            self.touch(slot, group)
+
+    def oldest(self, group: int, count: int) -> list[int]:
+        """Up to ``count`` slots that :meth:`candidate` would name one after the other, if each were removed or parked;
+        none where only asking would tell."""
+        return []
+
+    def remove_run(self, slots: Sequence[int]) -> None:
+        """As :meth:`remove` for each."""
+        for slot in slots:
+            self.remove(slot)
+
+
+class LeastRecent(Policy):
     """Least recently used first: a doubly linked list per group in two flat arrays, 8 bytes per slot."""
 
     def __init__(self, slots_max: int, groups: int) -> None:
@@ -57,6 +84,8 @@ class LeastRecent:
         self._slots_max = slots_max
         self._newer = array("I", range(slots_max + groups))  # a slot linked to itself is not in a list
         self._older = array("I", range(slots_max + groups))
+        self._newers = np.frombuffer(self._newer, dtype=np.uint32)  # the same bytes, for runs
+        self._olders = np.frombuffer(self._older, dtype=np.uint32)
 
     def __contains__(self, slot: int) -> bool:
         return self._newer[slot] != slot
@@ -88,6 +117,48 @@ class LeastRecent:
         self._older[newer] = older
         self._newer[slot] = self._older[slot] = slot
 
+    def add_run(self, slots: Sequence[int], group: int, hashes: Sequence[BlockHash]) -> None:
+        self._append(column(slots)[::-1], group)
+
+    def touch_run(self, slots: Sequence[int], group: int) -> None:
+        at = column(slots)
+        self._cut(at)
+        self._append(at, group)
+
+    def oldest(self, group: int, count: int) -> list[int]:
+        slots: list[int] = []
+        newer, slots_max = self._newer, self._slots_max
+        at = newer[slots_max + group]
+        while at < slots_max and len(slots) < count:
+            slots.append(at)
+            at = newer[at]
+        return slots
+
+    def remove_run(self, slots: Sequence[int]) -> None:
+        at = column(slots)
+        self._cut(at)
+        self._newers[at] = at
+        self._olders[at] = at
+
+    def _append(self, at: NDArray[np.uint32], group: int) -> None:
+        """Link slots that are in no list, in this order, at the new end."""
+        end = self._slots_max + group
+        newest, first, last = self._older[end], int(at[0]), int(at[-1])
+        self._newers[at[:-1]] = at[1:]
+        self._olders[at[1:]] = at[:-1]
+        self._newer[newest], self._older[first] = first, newest
+        self._newer[last], self._older[end] = end, last
+
+    def _cut(self, at: NDArray[np.uint32]) -> None:
+        """Take slots out of their list; their own links are of no use afterwards."""
+        first, last = int(at[0]), int(at[-1])
+        if last in self and bool((self._newers[at[:-1]] == at[1:]).all()):  # neighbours: published or used together
+            older, newer = self._older[first], self._newer[last]
+            self._newer[older], self._older[newer] = newer, older
+            return
+        for slot in at.tolist():
+            self.remove(slot)
+
     def _link(self, older: int, slot: int, newer: int) -> None:
         self._newer[older] = self._older[newer] = slot
         self._older[slot] = older
@@ -115,6 +186,9 @@ class Ranked:
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._in
+
+    def __len__(self) -> int:
+        return len(self._in)
 
     def add(self, slot: int, group: int, rank: float) -> None:
         """Put a slot in."""

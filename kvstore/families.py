@@ -2,7 +2,12 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from operator import eq
 
+import numpy as np
+
+from kvstore.columns import column
 from tracehaul.wire.ids import BlockHash
 
 CYCLE_STEPS_MAX = 65536
@@ -20,6 +25,7 @@ class Families:
         self._published = published
         self._parent: list[BlockHash | None] = [None] * slots_max  # by slot, while it is published
         self._count = array("I", bytes(4 * slots_max))  # by slot
+        self._counts = np.frombuffer(self._count, dtype=np.uint32)  # the same bytes, for runs
         self._count_absent: dict[BlockHash, int] = {}  # of parents that are not published here
 
     def is_parent(self, slot: int) -> bool:
@@ -56,6 +62,15 @@ class Families:
             at = reserved_parent(at) if slot is None else self._parent[slot]
         return True
 
+    def starts_run(self, hashes: Sequence[BlockHash], parent: BlockHash) -> bool:
+        """Whether none of these, which are not here and each continue the one before, ``parent`` the first, would be
+        its own ancestor, as far as that shows without following any chain."""
+        return parent not in hashes and self._count_absent.keys().isdisjoint(hashes)
+
+    def expect_run(self, hashes: Sequence[BlockHash]) -> None:
+        """As :meth:`expect` for each of these, none of which is here or has a continuation yet."""
+        self._count_absent.update(zip(hashes, repeat(1)))
+
     def expect(self, parent: BlockHash) -> None:
         """A continuation of ``parent`` is reserved."""
         slot = self._published.get(parent)
@@ -68,6 +83,41 @@ class Families:
         """An expected block is now published in ``slot``."""
         self._parent[slot] = parent
         self._count[slot] = self._count_absent.pop(block_hash, 0)
+
+    def publish_run(self, slots: Sequence[int], hashes: Sequence[BlockHash], parents: Sequence[BlockHash]) -> None:
+        """As :meth:`publish` for each."""
+        own = self._parent
+        for slot, parent in zip(slots, parents, strict=True):
+            own[slot] = parent
+        counts = array("I", map(self._count_absent.pop, hashes, repeat(0)))
+        self._counts[column(slots)] = np.frombuffer(counts, dtype=np.uint32)
+
+    def loose(self, slots: Sequence[int]) -> int:
+        """How many of these, from the first on, have no continuation but the one right before, if any."""
+        if not slots:
+            return 0
+        continues = [False, *map(eq, self._parent_slots(slots[:-1]), slots[1:])]
+        kept = np.flatnonzero(self._counts[column(slots)] > np.array(continues))
+        return int(kept[0]) if kept.size else len(slots)
+
+    def remove_run(self, slots: Sequence[int]) -> list[int]:
+        """As :meth:`remove` for each of some that are :meth:`loose`: a parent among them comes right after its
+        continuation. Returns slots of published parents that are not among them."""
+        nexts = [*slots[1:], -1]
+        parents = [
+            self.parent(slot)
+            for slot, parent_slot, after in zip(slots, self._parent_slots(slots), nexts, strict=True)
+            if parent_slot != after or after < 0
+        ]
+        for slot in slots:
+            self._parent[slot] = None
+        self._counts[column(slots)] = 0
+        return [slot for parent in parents if (slot := self.forget(parent)) is not None]
+
+    def _parent_slots(self, slots: Sequence[int]) -> list[int]:
+        """The slots of their parents; -1 where one is not published."""
+        find, parents = self._published.get, self._parent
+        return [find(parent, -1) for slot in slots if (parent := parents[slot]) is not None]
 
     def remove(self, slot: int, block_hash: BlockHash) -> int | None:
         """A block is no longer published; as :meth:`forget` for its parent."""

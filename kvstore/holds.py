@@ -1,21 +1,38 @@
 """What connections hold at a store node: reservations and leases, by key, by holder and by time of expiry. Pure."""
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import repeat
 from typing import NamedTuple
+
+import msgspec
 
 from tracehaul.wire.ids import BlockHash, LeaseId
 
 
-class Reservation(NamedTuple):
+class Grant:
+    """What one request of a writer reserved: of one owner, since one moment."""
+
+    __slots__ = ("hashes", "open", "owner", "since_s")
+
+    def __init__(self, owner: str, since_s: float) -> None:
+        self.owner = owner
+        self.since_s = since_s
+        self.hashes: list[BlockHash] = []
+        """Of all that it ever had."""
+        self.open = 0
+        """How many of these it still has."""
+
+
+class Reservation(msgspec.Struct, frozen=True):
     """A slot that one writer may fill."""
 
     slot: int
     hash: BlockHash
     parent: BlockHash
-    owner: str
-    since_s: float
+    grant: Grant
 
 
 class Reservations:
@@ -23,8 +40,10 @@ class Reservations:
 
     def __init__(self, ttl_s: float) -> None:
         self._ttl_s = ttl_s
-        self._by_hash: OrderedDict[BlockHash, Reservation] = OrderedDict()  # cheap at its front, unlike dict
-        self._by_owner: dict[str, dict[BlockHash, None]] = {}
+        self._by_hash: dict[BlockHash, Reservation] = {}
+        self._grants: OrderedDict[Grant, None] = OrderedDict()  # cheap at its front, unlike dict
+        self._by_owner: dict[str, dict[Grant, None]] = {}
+        self._count: Counter[str] = Counter()
         self._renewed_s: dict[BlockHash, float] = {}
 
     def __len__(self) -> int:
@@ -38,6 +57,14 @@ class Reservations:
         """The open reservation of a block."""
         return self._by_hash.get(block_hash)
 
+    def find(self, hashes: Iterable[BlockHash]) -> list[Reservation | None]:
+        """As :meth:`get` for each."""
+        return list(map(self._by_hash.get, hashes))
+
+    def has_none_of(self, hashes: Iterable[BlockHash]) -> bool:
+        """Whether none of these is reserved."""
+        return self._by_hash.keys().isdisjoint(hashes)
+
     def parent_of(self, block_hash: BlockHash) -> BlockHash | None:
         """What the reserved block is chained to."""
         reservation = self._by_hash.get(block_hash)
@@ -45,17 +72,23 @@ class Reservations:
 
     def of(self, owner: str) -> list[Reservation]:
         """All of one owner, oldest first."""
-        return [self._by_hash[block_hash] for block_hash in self._by_owner.get(owner, ())]
+        return self._open_in(self._by_owner.get(owner, ()))
 
     def count(self, owner: str) -> int:
         """How many one owner has."""
-        return len(self._by_owner.get(owner, ()))
+        return self._count[owner]
 
-    def add(self, reservation: Reservation) -> None:
-        """Open one; there must be none for that block."""
-        assert reservation.hash not in self._by_hash
-        self._by_hash[reservation.hash] = reservation
-        self._by_owner.setdefault(reservation.owner, {})[reservation.hash] = None
+    def add(
+        self, grant: Grant, slots: Sequence[int], hashes: Sequence[BlockHash], parents: Sequence[BlockHash]
+    ) -> None:
+        """Open some in ``grant``; there must be none for these blocks. Grants begin in the order of their time."""
+        assert self.has_none_of(hashes)
+        self._by_hash.update(zip(hashes, map(Reservation, slots, hashes, parents, repeat(grant)), strict=True))
+        grant.hashes += hashes
+        grant.open += len(hashes)
+        self._grants[grant] = None
+        self._by_owner.setdefault(grant.owner, {})[grant] = None
+        self._count[grant.owner] += len(hashes)
 
     def renew(self, reservation: Reservation, now_s: float) -> None:
         """The owner of an open one has said that it still writes it."""
@@ -63,34 +96,48 @@ class Reservations:
 
     def heard_s(self, reservation: Reservation) -> float:
         """When the owner of an open one last said anything of it."""
-        return self._renewed_s.get(reservation.hash, reservation.since_s)
+        return self._renewed_s.get(reservation.hash, reservation.grant.since_s)
 
-    def end(self, reservation: Reservation) -> None:
-        """Forget an open one."""
-        del self._by_hash[reservation.hash]
-        self._renewed_s.pop(reservation.hash, None)
-        own = self._by_owner[reservation.owner]
-        del own[reservation.hash]
-        if not own:
-            del self._by_owner[reservation.owner]
+    def end(self, grant: Grant, hashes: Sequence[BlockHash]) -> None:
+        """Forget open ones of a grant."""
+        for block_hash in hashes:
+            del self._by_hash[block_hash]
+        if self._renewed_s:
+            for block_hash in hashes:
+                self._renewed_s.pop(block_hash, None)
+        self._count[grant.owner] -= len(hashes)
+        grant.open -= len(hashes)
+        if not grant.open:
+            del self._grants[grant]
+            own = self._by_owner[grant.owner]
+            del own[grant]
+            if not own:
+                del self._by_owner[grant.owner], self._count[grant.owner]
 
     def deadline_s(self) -> float | None:
         """When the first of them expires."""
-        first = next(iter(self._by_hash.values()), None)
+        first = next(iter(self._grants), None)
         return None if first is None else first.since_s + self._ttl_s
 
     def expired(self, now_s: float) -> list[Reservation]:
         """Those whose time has come, oldest first. They stay open until :meth:`end`."""
-        found: list[Reservation] = []
-        for reservation in self._by_hash.values():
-            if reservation.since_s + self._ttl_s > now_s:
+        over: list[Grant] = []
+        for grant in self._grants:
+            if grant.since_s + self._ttl_s > now_s:
                 break
-            found.append(reservation)
-        return found
+            over.append(grant)
+        return self._open_in(over)
 
     def all(self) -> list[Reservation]:
         """Every open one, oldest first."""
-        return list(self._by_hash.values())
+        return self._open_in(self._grants)
+
+    def _open_in(self, grants: Iterable[Grant]) -> list[Reservation]:
+        found: list[Reservation] = []
+        for grant in grants:
+            own = (self._by_hash.get(block_hash) for block_hash in dict.fromkeys(grant.hashes))
+            found += [reservation for reservation in own if reservation is not None and reservation.grant is grant]
+        return found
 
 
 class HeldLease(NamedTuple):

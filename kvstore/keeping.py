@@ -9,7 +9,6 @@ more than others can bear.
 from collections.abc import Callable, Iterable, Mapping
 from math import log2
 
-from kvstore.config import StoreConfig
 from kvstore.families import Families
 from kvstore.pin_records import KeptPin
 from kvstore.pins import PRIORITY_MAX, PinKey, Pins
@@ -25,13 +24,13 @@ class Keeping:
 
     def __init__(
         self,
-        config: StoreConfig,
+        pins: Pins,
         published: Mapping[BlockHash, int],
         families: Families,
         repinned: Callable[[Iterable[BlockHash]], None],
         size_of: Callable[[BlockHash], int],
     ) -> None:
-        self.pins = Pins(config)
+        self.pins = pins
         self.softened = 0
         """Hard pins that outgrew their limits."""
         self._published = published

@@ -59,6 +59,8 @@ async def _settle(task: asyncio.Task[Any]) -> None:
 
 def parts_of(items: Sequence[T], nbytes: Callable[[T], int], part_bytes: int) -> list[list[T]]:
     """``items`` in order, in lists that end once they have ``part_bytes``."""
+    if sum(map(nbytes, items)) <= part_bytes:
+        return [list(items)] if items else []
     parts: list[list[T]] = []
     room = 0
     for item in items:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from operator import eq
 
 import msgspec
 
@@ -296,7 +298,7 @@ class StoreNode:
                 "refused a lease: too many on one connection", peer=peer, leases=self.config.leases_max
             )
             raise Overloaded(f"{self.config.leases_max} leases are open on this connection")
-        missed = sum(block is None for block in leased.blocks)
+        missed = leased.blocks.count(None)
         self.stats.missed_blocks += missed
         self.stats.leased_blocks += len(leased.blocks) - missed
         return leased
@@ -309,14 +311,15 @@ class StoreNode:
             check_name(request.tenant)
         elif not 0 <= request.tenant < 1 << 64:
             raise InvalidRequest("not a tenant's key")
-        for block in request.blocks:
-            if len(block.hash) != HASH_BYTES or len(block.parent) != HASH_BYTES or block.hash == block.parent:
-                raise InvalidRequest("not a block hash and its parent's")
+        hashes, parents = [block.hash for block in request.blocks], [block.parent for block in request.blocks]
+        if {*map(len, hashes), *map(len, parents)} - {HASH_BYTES} or any(map(eq, hashes, parents)):
+            raise InvalidRequest("not a block hash and its parent's")
         outcomes = self._reserve_missing(request, peer)
-        self.stats.reserved += sum(isinstance(outcome, Slot) for outcome in outcomes)
-        full = sum(isinstance(outcome, Full) for outcome in outcomes)
+        kinds = Counter(map(type, outcomes))
+        self.stats.reserved += kinds[Slot]
+        full = kinds[Full]
         self.stats.full += full
-        self.stats.in_flight += sum(isinstance(outcome, InFlight) for outcome in outcomes)
+        self.stats.in_flight += kinds[InFlight]
         self.stats.passed_on = self.arena.passed_on
         self.changed()
         if full and not request.scratch:
@@ -348,7 +351,18 @@ class StoreNode:
         return [Present() if there else next(answers) for there in below]
 
     async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
-        landings = [None if verified else self.arena.landing(block, peer) for block in blocks]
+        if verified:
+            outcomes = self.arena.publish(blocks, peer, clock.now_s())
+        else:
+            outcomes = await self._verify_and_publish(blocks, peer)
+        self.stats.published += outcomes.count("published")
+        self.stats.fenced += outcomes.count("fenced")
+        self.stats.corrupt_writes += outcomes.count("corrupt")
+        self.changed()
+        return outcomes
+
+    async def _verify_and_publish(self, blocks: Sequence[Publication], peer: str) -> list[PublishOutcome]:
+        landings = [self.arena.landing(block, peer) for block in blocks]
         sums = await self._checksums([landing for landing in landings if landing is not None])
         landed = iter(sums)
         # Where nothing is reserved the arena answers; a reservation that ended meanwhile is fenced there.
@@ -366,10 +380,6 @@ class StoreNode:
                 self.arena.withdraw(block.hash, block.generation, peer, now_s)
                 self._seldom.warning("refused a block whose bytes arrived wrong", block=block.hash.hex(), peer=peer)
                 outcomes.append("corrupt")
-        self.stats.published += outcomes.count("published")
-        self.stats.fenced += outcomes.count("fenced")
-        self.stats.corrupt_writes += outcomes.count("corrupt")
-        self.changed()
         return outcomes
 
     async def _verify_own(self, block_hash: BlockHash, generation: SlotGeneration) -> None:

@@ -1,7 +1,9 @@
 """Getting blocks: lease, read, verify; a long list in parts that overlap."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
+
+import msgspec
 
 from kvstore.moves import checksums, in_lanes, left_s, parts_of, transfer
 from kvstore.nodes import StoreNodes, StoreNodeView
@@ -27,7 +29,7 @@ GetResult = int | MissReason
 """A block's size in bytes, landed and verified; or why it is a miss."""
 
 
-class Wanted(NamedTuple):
+class Wanted(msgspec.Struct, frozen=True):
     """One block of a get: ``place`` is where in the result."""
 
     place: int
@@ -35,7 +37,7 @@ class Wanted(NamedTuple):
     buffer: StagingBuffer
 
 
-class _Read(NamedTuple):
+class _Read(msgspec.Struct, frozen=True):
     wanted: Wanted
     block: LeasedBlock
 

@@ -53,14 +53,14 @@ class Tenants:
         """Slots in use by a group."""
         return self._used[group]
 
-    def take(self, group: int) -> None:
-        """A slot is given to the group."""
-        self._used[group] += 1
+    def take(self, group: int, count: int = 1) -> None:
+        """Slots are given to the group."""
+        self._used[group] += count
 
-    def give(self, group: int) -> None:
-        """The group has a slot less."""
-        assert self._used[group] > 0
-        self._used[group] -= 1
+    def give(self, group: int, count: int = 1) -> None:
+        """The group has so many slots less."""
+        assert self._used[group] >= count
+        self._used[group] -= count
 
     def yielding(self, group: int) -> Iterator[int]:
         """Groups that may lose a block for one of ``group``, best first: those over their quota, furthest over

@@ -42,6 +42,25 @@ class Victims:
         """A block arrived in an unknown slot."""
         self._policy.add(slot, group, block_hash)
 
+    def add_run(self, slots: Sequence[int], group: int, hashes: Sequence[BlockHash]) -> None:
+        """As :meth:`add` for each, the last first."""
+        self._policy.add_run(slots, group, hashes)
+
+    def touch_run(self, slots: Sequence[int], group: int) -> None:
+        """As :meth:`touch` for each; no two are the same."""
+        if len(self._ranked):
+            for slot in slots:
+                self._ranked.remove(slot)
+        self._policy.touch_run(slots, group)
+
+    def oldest(self, count: int) -> list[int]:
+        """Up to ``count`` slots that :meth:`choose` would look at first if there is one group, in order."""
+        return self._policy.oldest(0, count)
+
+    def remove_run(self, slots: Sequence[int]) -> None:
+        """As :meth:`remove` for each of some that :meth:`oldest` named."""
+        self._policy.remove_run(slots)
+
     def remove(self, slot: int) -> None:
         """The block is gone."""
         self._policy.remove(slot)

@@ -5,6 +5,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, NamedTuple
 
+import msgspec
+
 from kvstore.moves import checksums, in_lanes, left_s, parts_of, transfer
 from kvstore.nodes import PATIENCE_S, StoreNodes, StoreNodeView
 from kvstore.staging import StagingBuffer
@@ -53,6 +55,15 @@ WAIT_SHARE = 0.5
 """Of the time left, what is spent waiting for others' writes; the rest is for writing what they left undone."""
 
 
+_OUTCOMES: dict[type, PutOutcome] = {
+    Slot: "lost",  # until it is published
+    Present: "present",
+    InFlight: "in_flight",
+    Full: "full",
+    TooLarge: "too_large",
+}
+
+
 class OutgoingBlock(NamedTuple):
     """A block to put: its bytes are the buffer's first ``nbytes`` and must not change until the put ends."""
 
@@ -64,13 +75,13 @@ class OutgoingBlock(NamedTuple):
     """If it is known what the bytes must be; otherwise they are what they are."""
 
 
-class _Placed(NamedTuple):
+class _Placed(msgspec.Struct, frozen=True):
     place: int
     """Where in the put."""
     block: OutgoingBlock
 
 
-class _Filled(NamedTuple):
+class _Filled(msgspec.Struct, frozen=True):
     place: int
     block: OutgoingBlock
     slot: Slot
@@ -126,7 +137,7 @@ class Writer:
         async def put_all(placed: Sequence[_Placed]) -> None:
             await in_lanes(put, parts_of(placed, lambda item: item.block.nbytes, WRITE_PART_BYTES), WRITE_LANES)
 
-        placed = [_Placed(place, block) for place, block in enumerate(blocks)]
+        placed = list(map(_Placed, range(len(blocks)), blocks))
         await put_all(placed)
         again = await self._left_undone(view, placed, outcomes, deadline_s)
         if again:
@@ -184,7 +195,7 @@ class Writer:
         tenant: str | TenantKey,
     ) -> list[_Filled]:
         """What is to be written; ``outcomes`` are set for the rest."""
-        specs = tuple([BlockSpec(block.hash, block.parent, block.nbytes) for _, block in part])
+        specs = tuple([BlockSpec(item.block.hash, item.block.parent, item.block.nbytes) for item in part])
 
         def undo(reserved: Reserved) -> Abandon:
             return _abandon(_fills(part, reserved))
@@ -194,7 +205,7 @@ class Writer:
         if len(reserved.outcomes) != len(part):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")
         for item, outcome in zip(part, reserved.outcomes, strict=True):
-            outcomes[item.place] = _outcome(outcome)
+            outcomes[item.place] = _OUTCOMES[type(outcome)]
         return _fills(part, reserved)
 
     async def _write(
@@ -251,22 +262,8 @@ class Writer:
 
 def _fills(part: Sequence[_Placed], reserved: Reserved) -> list[_Filled]:
     outcomes = zip(part, reserved.outcomes, strict=False)
-    return [_Filled(place, block, slot) for (place, block), slot in outcomes if isinstance(slot, Slot)]
+    return [_Filled(item.place, item.block, slot) for item, slot in outcomes if isinstance(slot, Slot)]
 
 
 def _abandon(fills: Sequence[_Filled]) -> Abandon:
     return Abandon(tuple([(fill.block.hash, fill.slot.generation) for fill in fills]))
-
-
-def _outcome(outcome: Slot | Present | InFlight | Full | TooLarge) -> PutOutcome:
-    match outcome:
-        case Slot():
-            return "lost"  # until it is published
-        case Present():
-            return "present"
-        case InFlight():
-            return "in_flight"
-        case Full():
-            return "full"
-        case TooLarge():
-            return "too_large"

@@ -103,6 +103,7 @@ class PrefillService:
         self, request: PrefillStep, here: Context, flight: _Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
         computed_from = here.length
+        guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
             sequence=here.sequence,
             tokens=here.tokens,
@@ -110,6 +111,7 @@ class PrefillService:
             emitted=request.emitted,
             samples_max=1,
             computed=here.length,
+            guide=guide,
             copying=here.copying,
         )
 

@@ -201,7 +201,7 @@ class Dispatch:
         prefills = [worker for worker in self.members.live("prefill") if worker.root == decodes[0].root]
         fresh = [worker for worker in decodes if (worker.node, worker.generation) not in run.avoid] or decodes
         asked = [worker for worker in fresh if worker.node == request.decode]
-        warm, stored_tokens = run.warm, self.index.match(run.hashes) * run.block_tokens
+        warm, stored_tokens = run.warm, self.index.match(run.hashes).blocks * run.block_tokens
         placement = place(
             trace=request.trace,
             prompt_tokens=tokens,

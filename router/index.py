@@ -2,10 +2,17 @@
 
 A hole in a node's numbers, or another generation, means that what is known of it is stale: the shell subscribes
 again and a snapshot replaces it. A stale entry costs a miss, never a wrong answer.
+
+One dict from block to holders, a bit for each node's subscription, so that a prompt of thousands of blocks is matched
+against all nodes in one pass. What a node that is gone was known to hold is no longer seen at once, and swept away in
+slices later (:meth:`Index.sweep`): a node's million blocks must not hold up the router.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from tracehaul.wire.blocks import Events, Snapshot, Stored
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
@@ -15,8 +22,18 @@ from tracehaul.wire.ids import BlockHash, Generation, NodeId
 class _Node:
     generation: Generation
     sequence: int
+    bit: int
     held: set[BlockHash] = field(default_factory=set[BlockHash])
     complete: bool = False
+
+
+class Match(msgspec.Struct, frozen=True):
+    """Who holds how much of a prompt, in leading blocks."""
+
+    blocks: int
+    """All nodes together: the run that can be pulled, a part of it from each."""
+    by_node: dict[NodeId, int]
+    """Each alone; nodes that lack the first block are left out."""
 
 
 class Index:
@@ -24,13 +41,22 @@ class Index:
 
     def __init__(self) -> None:
         self._nodes: dict[NodeId, _Node] = {}
+        self._holders: dict[BlockHash, int] = {}
+        """Bits of nodes, and of former ones until they are swept; never 0."""
+        self._live = 0
+        """Bits of the nodes."""
+        self._gone: deque[_Node] = deque()
 
     def snapshot(self, node: NodeId, part: Snapshot) -> None:
         """Take in one part of a node's snapshot; parts of another one replace what was known."""
         known = self._nodes.get(node)
         if known is None or known.complete or known.generation != part.generation or known.sequence != part.sequence:
-            known = _Node(part.generation, part.sequence)
-            self._nodes[node] = known
+            self.forget(node)
+            known = self._nodes[node] = _Node(part.generation, part.sequence, self._free_bit())
+            self._live |= known.bit
+        holders, bit = self._holders, known.bit
+        for block in part.hashes:
+            holders[block] = holders.get(block, 0) | bit
         known.held.update(part.hashes)
         known.complete = part.last
 
@@ -44,19 +70,35 @@ class Index:
             or events.first > known.sequence + 1
         ):
             return False
-        for offset, change in enumerate(events.changes):
-            if events.first + offset <= known.sequence:
-                continue  # already in the snapshot
+        holders, held, bit = self._holders, known.held, known.bit
+        for change in events.changes[known.sequence + 1 - events.first :]:  # what was before is in the snapshot
+            block = change.hash
             if isinstance(change, Stored):
-                known.held.add(change.hash)
-            else:
-                known.held.discard(change.hash)
-            known.sequence = events.first + offset
+                held.add(block)
+                holders[block] = holders.get(block, 0) | bit
+            elif block in held:
+                held.remove(block)
+                self._clear(block, bit)
+        known.sequence = max(known.sequence, events.first + len(events.changes) - 1)
         return True
 
     def forget(self, node: NodeId) -> None:
         """The node is gone, or its subscription broke."""
-        self._nodes.pop(node, None)
+        known = self._nodes.pop(node, None)
+        if known is not None:
+            self._live &= ~known.bit
+            self._gone.append(known)
+
+    def sweep(self, blocks_max: int) -> bool:
+        """Drop up to so many entries of nodes that are gone; whether some are left."""
+        while self._gone and blocks_max > 0:
+            gone = self._gone[0]
+            for _ in range(min(blocks_max, len(gone.held))):
+                self._clear(gone.held.pop(), gone.bit)
+                blocks_max -= 1
+            if not gone.held:
+                self._gone.popleft()
+        return bool(self._gone)
 
     def held(self, node: NodeId) -> frozenset[BlockHash]:
         """What the node is known to hold."""
@@ -67,7 +109,47 @@ class Index:
         """Blocks known per node."""
         return {node: len(known.held) for node, known in self._nodes.items()}
 
-    def match(self, hashes: Sequence[BlockHash]) -> int:
-        """Length of the leading run of ``hashes`` that live nodes hold together."""
-        held = [known.held for known in self._nodes.values()]
-        return next((i for i, block in enumerate(hashes) if not any(block in node for node in held)), len(hashes))
+    def match(self, hashes: Sequence[BlockHash]) -> Match:
+        """The leading runs of ``hashes`` that live nodes hold, together and each."""
+        live = self._live
+        found = list(map(self._holders.get, hashes))
+        blocks = len(found)
+        ends: dict[int, int] = {}
+        alone = live
+        for place, holders in enumerate(found):
+            here = (holders or 0) & live
+            if not here:
+                blocks = place
+                break
+            if alone & ~here:
+                ends[alone & ~here] = place
+                alone &= here
+        ends[alone] = blocks
+        by_node: dict[NodeId, int] = {}
+        for bits, end in ends.items():
+            if end:
+                by_node.update((node, end) for node, known in self._nodes.items() if known.bit & bits)
+        return Match(blocks, by_node)
+
+    def check(self) -> None:
+        """Assert that both directions agree."""
+        bits = [known.bit for known in (*self._nodes.values(), *self._gone)]
+        assert len(set(bits)) == len(bits)
+        assert self._live == sum(known.bit for known in self._nodes.values())
+        told: dict[BlockHash, int] = {}
+        for known in (*self._nodes.values(), *self._gone):
+            for block in known.held:
+                told[block] = told.get(block, 0) | known.bit
+        assert told == self._holders
+
+    def _free_bit(self) -> int:
+        """The lowest that no node has and none that is gone had: small integers are fast ones."""
+        used = self._live | sum(gone.bit for gone in self._gone)
+        return ~used & (used + 1)
+
+    def _clear(self, block: BlockHash, bit: int) -> None:
+        left = self._holders[block] & ~bit
+        if left:
+            self._holders[block] = left
+        else:
+            del self._holders[block]

@@ -26,11 +26,22 @@ class Encoded(msgspec.Struct, frozen=True):
     """A text in tokens, and where it may be cut: ``cuts[i]`` is (characters, tokens) before a cut token."""
 
     text: str
-    ids: list[int]
+    packed: "array[int]"
+    """Its tokens, four bytes each."""
     cuts: list[tuple[int, int]]
 
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens, unpacked."""
+        return self.packed.tolist()
 
-EMPTY = Encoded("", [], [])
+
+def fresh(text: str, ids: Sequence[int], cuts: list[tuple[int, int]]) -> Encoded:
+    """A text with its tokens."""
+    return Encoded(text, array("I", ids), cuts)
+
+
+EMPTY = fresh("", (), [])
 
 
 class CutTokens:
@@ -59,9 +70,9 @@ class CutTokens:
 
 def extend(known: Encoded, text: str, rest_ids: list[int], cut_tokens: CutTokens) -> Encoded:
     """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the tokens of what follows."""
-    offset, index = len(known.text), len(known.ids)
+    offset, index = len(known.text), len(known.packed)
     cuts = [(offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids)]
-    return Encoded(text, known.ids + rest_ids, known.cuts + cuts)
+    return Encoded(text, known.packed + array("I", rest_ids), known.cuts + cuts)
 
 
 class _Entry:
@@ -69,9 +80,8 @@ class _Entry:
 
     def __init__(self, prompt: Encoded, output_text: str, output: Sequence[int]) -> None:
         self.text = prompt.text + output_text
-        self.prompt_end = (len(prompt.text), len(prompt.ids))
-        self.ids = array("I", prompt.ids)
-        self.ids.extend(output)
+        self.prompt_end = (len(prompt.text), len(prompt.packed))
+        self.ids = prompt.packed + array("I", output)
         self.generated = bool(output)
         """The text's end is the end of a model's output."""
         self.cut_offsets = array("I", (offset for offset, _ in prompt.cuts))
@@ -96,10 +106,10 @@ class _Entry:
         return 0, 0
 
     def take(self, characters: int, tokens: int) -> Encoded:
-        """The beginning, unpacked."""
+        """The beginning."""
         count = bisect_right(self.cut_offsets, characters)
         cuts = [(o, i) for o, i in zip(self.cut_offsets[:count], self.cut_indexes[:count], strict=True) if i < tokens]
-        return Encoded(self.text[:characters], self.ids[:tokens].tolist(), cuts)
+        return Encoded(self.text[:characters], self.ids[:tokens], cuts)
 
 
 class TraceTexts:

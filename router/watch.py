@@ -14,6 +14,8 @@ from tracehaul.wire.ids import NodeId
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
+SWEEP_BLOCKS = 2048
+"""Entries of a lost node that are dropped at a time: about a millisecond."""
 IDLE_TIMEOUT_S = 10.0
 
 
@@ -24,6 +26,7 @@ class StoreWatch:
         self._peers = peers
         self._index = index
         self._tasks: dict[NodeId, tuple[NodeInfo, asyncio.Task[None]]] = {}
+        self._sweeping: asyncio.Task[None] | None = None
 
     def set_nodes(self, nodes: tuple[NodeInfo, ...]) -> None:
         """Membership changed: follow the new ones, forget those that left or were replaced."""
@@ -31,7 +34,7 @@ class StoreWatch:
         for node, (info, task) in list(self._tasks.items()):
             if stores.get(node) != info:
                 task.cancel()
-                self._index.forget(node)
+                self._forget(node)
                 del self._tasks[node]
         for node, info in stores.items():
             if node not in self._tasks:
@@ -40,6 +43,8 @@ class StoreWatch:
     async def close(self) -> None:
         """Follow nobody any more."""
         tasks = [task for _, task in self._tasks.values()]
+        if self._sweeping is not None:
+            tasks.append(self._sweeping)
         self._tasks.clear()
         for task in tasks:
             task.cancel()
@@ -53,8 +58,17 @@ class StoreWatch:
                 log.info("events of %s broke off (%s): subscribing again", info.node, error)
             except Exception:
                 log.exception("events of %s could not be taken in: subscribing again", info.node)
-            self._index.forget(info.node)
+            self._forget(info.node)
             await asyncio.sleep(RETRY_S)
+
+    def _forget(self, node: NodeId) -> None:
+        self._index.forget(node)
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = asyncio.create_task(self._sweep(), name="sweep the index")
+
+    async def _sweep(self) -> None:
+        while self._index.sweep(SWEEP_BLOCKS):  # noqa: ASYNC110 - a turn for the others, not a wait
+            await asyncio.sleep(0)
 
     async def _subscribe(self, info: NodeInfo) -> None:
         """Returns when the node's numbers do not add up."""

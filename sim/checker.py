@@ -252,8 +252,8 @@ class SlotChecker:
         """Every visible block; read from behind, since no message says it all."""
         arena = self._node.arena
         slot_bytes = arena._config.slot_bytes  # pyright: ignore[reportPrivateUsage]
-        sizes, sums = arena._size, arena._checksum  # pyright: ignore[reportPrivateUsage]
-        slots = arena._published  # pyright: ignore[reportPrivateUsage]
+        sizes, sums = arena.table.size, arena.table.checksum
+        slots = arena.table.published
         return [VisibleBlock(block, slot * slot_bytes, sizes[slot], sums[slot]) for block, slot in slots.items()]
 
     def _live(self) -> dict[tuple[str, LeaseId], _Hold]:

@@ -93,10 +93,10 @@ def _only_its_prefix(node: StoreNode, block_hash: BlockHash) -> bool:
     if below is None:
         return False
     arena = node.arena
-    prefix = set(arena._families.ancestry(below.parent))  # pyright: ignore[reportPrivateUsage] - no message says it
-    tenants, groups = arena._tenants, arena._group  # pyright: ignore[reportPrivateUsage]
+    prefix = set(arena.table.families.ancestry(below.parent))
+    tenants, groups = arena.table.tenants, arena.table.group
     yielding = set(tenants.yielding(tenants.group(below.tenant)))
-    slots = arena._published  # pyright: ignore[reportPrivateUsage]
+    slots = arena.table.published
     return all(held in prefix for held, slot in slots.items() if groups[slot] in yielding)
 
 

@@ -9,7 +9,7 @@ from tracehaul.engine.base import Engine, SequenceId
 from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, chain, tail_candidates
+from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, tail_candidates
 from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
 
@@ -42,6 +42,7 @@ class Context:
         salt: str,
         tokens: list[int],
         packed: bytes,
+        hashes: list[BlockHash],
         sequence: SequenceId,
         resident_tokens: int,
     ) -> None:
@@ -55,7 +56,7 @@ class Context:
         self.resident_tokens = resident_tokens
         """What it held when it was opened."""
         self.root = self.layout.root(salt)
-        self.hashes = chain(self.root, self.packed, self.layout.block_tokens)
+        self.hashes = hashes
         self.holders: list[NodeId | None] = [None] * len(self.hashes)
         """Which store node holds each block, as of the last look."""
         self.pulled = PullStats()

@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, SequenceId
+from tracehaul.engine.base import Engine, Guide, SequenceId
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
-from tracehaul.wire.hashing import TOKEN_BYTES, pack_tokens
-from tracehaul.wire.ids import NodeId, TraceId
+from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, pack_tokens, salted
+from tracehaul.wire.ids import BlockHash, NodeId, TraceId
+from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.iteration import IterationLoop, Job, usable_context
@@ -89,7 +90,7 @@ class WorkerHost:
             raise ContextTooLong(f"{len(tokens)} tokens do not fit {longest}")
         packed = pack_tokens(tokens)
         capacity = min(capacity, longest)
-        sequence, resident_tokens = await self._acquire(trace, salt, packed, capacity)
+        sequence, resident_tokens, known = await self._acquire(trace, salt, packed, capacity)
         self._running += 1
         context = Context(
             self.engine,
@@ -98,6 +99,7 @@ class WorkerHost:
             salt=salt,
             tokens=tokens,
             packed=packed,
+            hashes=self._chain(salt, packed, known, resident_tokens),
             sequence=sequence,
             resident_tokens=resident_tokens,
         )
@@ -106,7 +108,15 @@ class WorkerHost:
         finally:
             self._running -= 1
             self._count(context)
-            self._retire(trace, salt, tokens, sequence)
+            self._retire(trace, context)
+
+    async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
+        """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
+
+        Raises:
+            InvalidRequest: the constraint cannot be used here.
+        """
+        return None if sampling.constraint is None else await self.engine.guide(sampling.constraint, output)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
@@ -136,13 +146,21 @@ class WorkerHost:
         self.stats.pull_s += here.pulled.seconds
         self.stats.missed_blocks += here.pulled.missed_blocks
 
-    def _retire(self, trace: TraceId, salt: str, tokens: list[int], sequence: SequenceId) -> None:
-        length = self.engine.length(sequence)
-        if length == 0 or length > len(tokens):
+    def _retire(self, trace: TraceId, context: Context) -> None:
+        sequence, length = context.sequence, self.engine.length(context.sequence)
+        if length == 0 or length > len(context.tokens):
             self.engine.close(sequence)
         else:
-            self._residency.keep(Resident(sequence, trace, salt, pack_tokens(tokens[:length])))
+            before = min(length, token_count(context.packed))
+            packed = context.packed[: before * TOKEN_BYTES] + pack_tokens(context.tokens[before:length])
+            hashes = self._chain(context.salt, packed, context.hashes, before)
+            self._residency.keep(Resident(sequence, trace, context.salt, packed, tuple(hashes)))
         self._room.set()
+
+    def _chain(self, salt: str, packed: bytes, known: Sequence[BlockHash], shared_tokens: int) -> list[BlockHash]:
+        """Hashes of the full blocks of ``packed``, which begins as what ``known`` are the hashes of."""
+        layout = self.engine.info.layout
+        return extend_chain(salted(self.root, salt), packed, layout.block_tokens, known, shared_tokens)
 
     def _make_room(self, sequence: SequenceId, capacity: int) -> bool:
         """Grow a busy sequence, evicting idle ones as needed."""
@@ -154,19 +172,22 @@ class WorkerHost:
                 return False
         return True
 
-    async def _acquire(self, trace: TraceId, salt: str, packed: bytes, capacity: int) -> tuple[SequenceId, int]:
-        """A busy sequence with room for ``capacity`` tokens, and how many of ``packed`` it holds already."""
+    async def _acquire(
+        self, trace: TraceId, salt: str, packed: bytes, capacity: int
+    ) -> tuple[SequenceId, int, Sequence[BlockHash]]:
+        """A busy sequence with room for ``capacity`` tokens, how many of ``packed`` it holds already, and the hashes
+        of those, and more."""
         taken = self._residency.take(trace, salt, packed)
         if taken is not None:
             resident, shared = taken
             kept = min(shared, token_count(packed) - 1)
             self.engine.truncate(resident.sequence, kept)
             if self._make_room(resident.sequence, capacity):
-                return resident.sequence, kept
+                return resident.sequence, kept, resident.hashes
             # Idle sequences are gone by now and busy ones hold the rest: start anew where there will be room.
             self.engine.close(resident.sequence)
             self._room.set()
-        return await self._open(capacity), 0
+        return await self._open(capacity), 0, ()
 
     async def _open(self, capacity: int) -> SequenceId:
         """A new sequence, in order of arrival."""

@@ -5,9 +5,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracehaul.engine.base import Engine, EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, SequenceId, Work
 from tracehaul.engine.history import History
-from tracehaul.wire.errors import ClusterError, Overloaded
+from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.scheduler import Grant, Scheduler
 
@@ -59,6 +59,8 @@ class Job:
     samples_max: int
     """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
     computed: int
+    guide: Guide | None = None
+    """Of the sampling's constraint, where there is one."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     """Bounded by what a step can produce: one event for each token and chunk."""
     samples: int = 0
@@ -170,6 +172,7 @@ class IterationLoop:
                     sampling=job.sampling if samples else None,
                     emitted=job.emitted,
                     history=job.history,
+                    guide=job.guide if samples else None,
                 )
             )
         if not work:
@@ -191,6 +194,9 @@ class IterationLoop:
         job.computed += grant.tokens
         self.computed_tokens += grant.tokens
         job.events.put_nowait(Computed(job.computed))
+        if result.error:
+            self._fail(grant.key, InvalidRequest(f"the answer cannot go on in its grammar: {result.error}"))
+            return
         if result.token is None:
             if job.computed == len(job.tokens):
                 self._drop(grant.key)

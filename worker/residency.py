@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tracehaul.engine.base import SequenceId
 from tracehaul.wire.hashing import TOKEN_BYTES, common_prefix
-from tracehaul.wire.ids import TraceId
+from tracehaul.wire.ids import BlockHash, TraceId
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class Resident:
     trace: TraceId
     salt: str
     tokens: bytes
+    hashes: tuple[BlockHash, ...] = ()
+    """Of the full blocks of ``tokens``."""
 
     @property
     def length(self) -> int:

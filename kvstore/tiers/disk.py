@@ -92,9 +92,14 @@ class DiskFile:
                 assert len(record) == RECORD_BYTES
                 self._records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = record
                 pages[slot // RECORDS_PER_PAGE] = None
-            for page in pages:
-                at = page * PAGE_BYTES
-                self._write([memoryview(self._records)[at : at + PAGE_BYTES]], self._layout.records_offset + at)
+            image = memoryview(self._records)
+            while pages:  # neighbours in one call
+                first = end = next(iter(pages))
+                while end in pages:
+                    del pages[end]
+                    end += 1
+                at = first * PAGE_BYTES
+                self._write([image[at : end * PAGE_BYTES]], self._layout.records_offset + at)
 
     def flush(self) -> None:
         os.fdatasync(self._fd)

@@ -69,6 +69,8 @@ class SlotTier(IndexedTier):
         outcomes: list[StoreOutcome] = ["present" if block.hash in self._index else "full" for block in blocks]
         evicted = self._index.evicted
         placements = self._index.place(blocks)
+        placed = len(placements) - placements.count(None)
+        ahead = self._index.evict_ahead(placed * STORES_MAX, blocks[-1].tenant) if placed else []
         self._tell()
         self.stats.evicted += self._index.evicted - evicted
         writes = [
@@ -83,42 +85,51 @@ class SlotTier(IndexedTier):
         if writes:
             # Taken before anything is awaited, so that nobody else erases them when they have been written.
             stale = self._index.take_stale([placement.slot for _, placement, _ in writes])
-            await finish(self._store(blocks, writes, stale, outcomes))
+            await finish(self._store(blocks, writes, stale, ahead, outcomes))
         return outcomes
 
     async def _store(
-        self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int], outcomes: list[StoreOutcome]
+        self,
+        blocks: Sequence[TierBlock],
+        writes: Sequence[_Write],
+        stale: Sequence[int],
+        ahead: Sequence[int],
+        outcomes: list[StoreOutcome],
     ) -> None:
         try:
             if self._erasing.locked():  # perhaps slots that this call was given
                 async with self._erasing:
                     pass
-            await self._writes.run(lambda: self._write(blocks, writes, stale))
+            await self._writes.run(lambda: self._write(blocks, writes, stale, ahead))
         except OSError as error:
             self.stats.failed += len(writes)
             seldom.warning("a tier's device refused a write", tier=self.name, blocks=len(writes), error=error)
             for i, placement, _ in writes:
                 outcomes[i] = "failed"
                 self._index.cancel(placement.slot)
+            self._index.cleared(ahead)
+            self._index.still_stale(ahead)
             return
         for i, placement, _ in writes:
             outcomes[i] = "stored"
             self._index.commit(placement.slot)
             self.stats.stored += 1
             self.stats.stored_bytes += blocks[i].size_bytes
+        self._index.cleared(ahead)
         self._tell()
 
-    def _write(self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int]) -> None:
+    def _write(
+        self, blocks: Sequence[TierBlock], writes: Sequence[_Write], stale: Sequence[int], ahead: Sequence[int]
+    ) -> None:
         """In a thread. The order is what makes a killed process harmless: no record names what is being written."""
         if stale:
             self._device.write_records(dict.fromkeys(stale, ERASED))
         self._device.write([placement.slot for _, placement, _ in writes], [view for _, _, view in writes])
-        self._device.write_records(
-            {
-                placement.slot: pack_record(Record(placement.slot, placement.sequence, blocks[i]))
-                for i, placement, _ in writes
-            }
-        )
+        records = {
+            placement.slot: pack_record(Record(placement.slot, placement.sequence, blocks[i]))
+            for i, placement, _ in writes
+        }
+        self._device.write_records(records | dict.fromkeys(ahead, ERASED))
 
     async def _erase(self) -> None:
         """Erase the records of slots that were given up and not given out again; one call at a time."""

@@ -3,14 +3,16 @@
 A slot's life::
 
     FREE --place--> WRITING --commit--> HELD --evict, drop--> FREE
-                       |                  '--drop under a read--> DOOMED --last read ends--> FREE
+                       |                  |--drop under a read--> DOOMED --last read ends--> FREE
+                       |                  '--evict ahead--> CLEARING --record erased--> FREE
                        '--cancel--> FREE
 
 A block can be found exactly while it is HELD. The victim has no child here and no read: the end of a sequence goes
 before its start, so what is left can still be used. Among those it is as in memory: quotas, pins, least recent use.
 
 A slot that was HELD has a record on the device that must be erased before the slot's bytes change: such slots are
-*stale* until :meth:`SlotIndex.take_stale` hands them over.
+*stale* until :meth:`SlotIndex.take_stale` hands them over. A full tier may evict a little ahead of what it is asked
+for: then records are erased together with others that have to be written anyway, and nobody waits for them.
 """
 
 from array import array
@@ -25,7 +27,10 @@ from kvstore.victims import Victims
 from tracehaul.wire.blocks import Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
-FREE, WRITING, HELD, DOOMED = range(4)
+FREE, WRITING, HELD, DOOMED, CLEARING = range(5)
+
+AHEAD_SHARE = 1 / 32
+"""Of all slots, those that may be evicted ahead."""
 
 
 def _unpinned(block_hash: BlockHash) -> float | None:
@@ -61,6 +66,7 @@ class SlotIndex:
         self._parent: list[BlockHash | None] = [None] * slots_max
         self._free = array("I", range(slots_max - 1, -1, -1))
         self._stale: dict[int, None] = {}
+        self._clearing = 0
         self._tenant = array("Q", bytes(8 * slots_max))
         self._group = array("H", bytes(2 * slots_max))
         self._rank_of: Callable[[BlockHash], float | None] = _unpinned
@@ -226,6 +232,36 @@ class SlotIndex:
             placements.append(self._place(block, next(rest)) if placed else None)
         return placements
 
+    def evict_ahead(self, count: int, tenant: TenantKey) -> list[int]:
+        """Evict unpinned blocks for more of a tenant's that will come, so that there is room for ``count``.
+
+        The slots are free only when their records are erased: when :meth:`cleared` says so.
+        """
+        wanted = min(count, int(self.slots_max * AHEAD_SHARE)) - len(self._free) - self._clearing
+        group = self._tenants.group(tenant)
+        slots: list[int] = []
+        while len(slots) < wanted:
+            victim = self._victims.choose(group)
+            if victim is None or self._rank(victim) is not None:
+                break
+            self.evicted += 1
+            self._remove(victim)
+            slot = self._free.pop()
+            assert slot == victim, "a victim has no reads"
+            del self._stale[slot]
+            self._state[slot] = CLEARING
+            slots.append(slot)
+        self._clearing += len(slots)
+        return slots
+
+    def cleared(self, slots: Sequence[int]) -> None:
+        """The records of slots that were evicted ahead are erased; or it was tried, and :meth:`still_stale` follows."""
+        for slot in slots:
+            assert self._state[slot] == CLEARING
+            self._state[slot] = FREE
+            self._free.append(slot)
+        self._clearing -= len(slots)
+
     def _place(self, block: TierBlock, slot: int) -> Placement:
         self._sequence_last += 1
         self._state[slot] = WRITING
@@ -383,10 +419,12 @@ class SlotIndex:
 
     def check(self) -> None:
         """Assert every invariant. Linear in slots: for tests."""
-        by_state: dict[int, list[int]] = {state: [] for state in (FREE, WRITING, HELD, DOOMED)}
+        by_state: dict[int, list[int]] = {state: [] for state in (FREE, WRITING, HELD, DOOMED, CLEARING)}
         for slot in range(self.slots_max):
             by_state[self._state[slot]].append(slot)
         assert sorted(self._free) == by_state[FREE]
+        assert len(by_state[CLEARING]) == self._clearing
+        assert not any(slot in self._stale for slot in by_state[CLEARING])
         assert sorted(self._writing.values()) == by_state[WRITING]
         assert sorted(self._held.values()) == by_state[HELD]
         assert not self._held.keys() & self._writing.keys()

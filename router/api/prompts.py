@@ -87,7 +87,7 @@ class Prompts:
             return extend(known, text, ids, self._cut_tokens)
 
         encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
-        if not encoded.ids:
+        if not encoded.packed:
             raise bad_request("the prompt is empty", param)
         return Prompt(encoded.ids, encoded)
 

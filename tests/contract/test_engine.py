@@ -2,11 +2,16 @@
 
 import asyncio
 import os
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 if not torch.cuda.is_available():
@@ -20,8 +25,9 @@ from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.engine.weights import Weights
+from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.hashing import KVLayout
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 
 GREEDY = Sampling(max_tokens=100, temperature=0.0)
 SEEDED = Sampling(max_tokens=100, temperature=1.0, top_p=0.95, seed=7)
@@ -43,10 +49,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         max_position_embeddings=512,
         initializer_range=0.3,
+        eos_token_id=255,
     )
     folder = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token is a byte, and the last one ends a text: the fake engine's vocabulary."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(rest)}
+    tokenizer = Tokenizer(BPE({letters[byte]: byte for byte in range(255)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    return tokenizer
 
 
 def paged_on_cpu(
@@ -271,5 +291,52 @@ def test_stop_tokens_wait_for_min_tokens(make_engine: MakeEngine) -> None:
         assert instead.token != first
         engine.truncate(sequence, len(PROMPT) - 1)
         assert await engine.run([Work(sequence, PROMPT[-1:], masked, 1)]) == [Result(first)]
+
+    with_engine(make_engine, test)
+
+
+def test_a_guide_keeps_the_output_to_its_grammar_and_then_to_the_end(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        digits = Constraint("regex", "[0-9]{3}x")
+        for sampling in (GREEDY, SEEDED):
+            guide = await engine.guide(digits, [])
+            sequence, output, tokens = opened(engine, 64), list[int](), PROMPT
+            for _ in range(5):
+                (result,) = await engine.run([Work(sequence, tokens, sampling, len(output), guide=guide)])
+                assert result.token is not None
+                output.append(result.token)
+                tokens = [result.token]
+            assert re.fullmatch(r"[0-9]{3}x", bytes(output[:4]).decode())
+            assert output[4] == 255
+            # Elsewhere, from the middle of it on: nothing else is left to know.
+            again, elsewhere = await engine.guide(digits, output[:2]), opened(engine, 64)
+            await engine.run([Work(elsewhere, [*PROMPT, *output[:1]])])
+            (result,) = await engine.run([Work(elsewhere, output[1:2], sampling, 2, guide=again)])
+            assert result.token == output[2]
+            engine.close(sequence)
+            engine.close(elsewhere)
+
+    with_engine(make_engine, test)
+
+
+def test_a_guide_is_its_own_rows_alone(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        alone = await generate(engine, opened(engine, 64), PROMPT, 1)
+        guide = await engine.guide(Constraint("regex", "[0-9]+"), [])
+        first, second = opened(engine, 64), opened(engine, 64)
+        free, bound = await engine.run([Work(first, PROMPT, GREEDY), Work(second, PROMPT, GREEDY, guide=guide)])
+        assert [free.token] == alone
+        assert bound.token is not None
+        assert chr(bound.token).isdigit()
+
+    with_engine(make_engine, test)
+
+
+def test_what_is_no_grammar_is_refused(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        with pytest.raises(InvalidRequest, match="unclosed"):
+            await engine.guide(Constraint("regex", "(a"), [])
+        with pytest.raises(InvalidRequest, match="does not match"):
+            await engine.guide(Constraint("regex", "a+"), [ord("b")])
 
     with_engine(make_engine, test)

@@ -4,7 +4,7 @@ tiers as one."""
 import asyncio
 import mmap
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from kvstore.tiers.fake import MemoryDevice, PowerCut
 from kvstore.tiers.fake_objects import MemoryObjects
 from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.objects import Objects, parse_url
-from kvstore.tiers.records import Layout
+from kvstore.tiers.records import Layout, Record, unpack_records
 from kvstore.tiers.s3 import S3Objects
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
@@ -502,6 +502,51 @@ def test_killed_while_it_is_resized_a_file_is_whole(
             if finished:
                 return
         raise AssertionError("a resize takes more writes than that")
+
+    asyncio.run(main())
+
+
+def test_a_full_tier_writes_its_records_once_per_store() -> None:
+    """What makes room for the next store is erased with what this one published."""
+
+    class Device(MemoryDevice):
+        calls = 0
+
+        def write(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+            named = {record.slot for record in unpack_records(self.records(), layout) if isinstance(record, Record)}
+            assert not named & set(slots), "no record names what is being written"
+            super().write(slots, views)
+
+        def write_records(self, records: Mapping[int, bytes]) -> None:
+            self.calls += 1
+            super().write_records(records)
+
+    layout = Layout(SLOT, 256)
+    device = Device(layout.slots_max, SLOT)
+    tier = SlotTier("disk", device, InlineOffload(), InlineOffload())
+    names = (f"{n}" for n in range(10_000))
+
+    async def store() -> None:
+        blocks = [block(next(names)) for _ in range(4)]
+        assert await tier.store(blocks, [filled(b"x") for _ in blocks]) == ["stored"] * 4
+
+    async def main() -> None:
+        for _ in range(66):
+            await store()
+        device.calls = 0
+        for _ in range(20):
+            await asyncio.gather(store(), store())
+        assert device.calls == 40
+        assert len(tier) >= 256 - 8
+        tier.check()
+        device.failing = True
+        lost = [block(next(names))]
+        assert await tier.store(lost, [filled(b"x")]) == ["failed"]
+        device.failing = False
+        await store()
+        tier.check()
+        again = SlotTier("disk", device, InlineOffload(), InlineOffload())
+        assert set(tier.held()) <= set(again.held())
 
     asyncio.run(main())
 

@@ -78,7 +78,7 @@ def test_a_published_block_that_a_restart_forgets(monkeypatch):
 def test_a_record_before_its_bytes(monkeypatch):
     """The wrong order of writes: a kill in between leaves a record of what is not there."""
 
-    def hasty(self, blocks, writes, stale):
+    def hasty(self, blocks, writes, stale, ahead):
         for i, placement, view in writes:
             record = pack_record(Record(placement.slot, placement.sequence, blocks[i]))
             self._device.write_records({placement.slot: record})

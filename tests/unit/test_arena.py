@@ -388,14 +388,14 @@ def test_a_long_protected_prefix_does_not_slow_eviction() -> None:
     keeper = arena.lease([h(parent or "")], "r", 30.0, 0.0)
     assert keeper is not None
     steps = 0
-    oldest = arena._victims._policy.candidate  # counting the search's steps needs a look inside
+    oldest = arena.table.victims._policy.candidate  # counting the search's steps needs a look inside
 
     def counted(group: int) -> int | None:
         nonlocal steps
         steps += 1
         return oldest(group)
 
-    arena._victims._policy.candidate = counted  # type: ignore[method-assign]
+    arena.table.victims._policy.candidate = counted  # type: ignore[method-assign]
     for i in range(2000):
         arena_put_fast(arena, f"x{i}", None)
     arena.check()

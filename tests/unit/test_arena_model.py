@@ -1,7 +1,9 @@
 """The arena against a dict that is too simple to be wrong."""
 
+from collections import deque
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -188,18 +190,27 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES, owner=OWNERS, tenant=TENANTS)
     def reserve(self, name: int, owner: str, tenant: str) -> None:
-        self._reserve(name, parent_of(name), owner, tenant)
+        self._reserve([(name, parent_of(name))], owner, tenant)
 
     @rule(name=NAMES, parent=NAMES, owner=OWNERS)
     def reserve_forged(self, name: int, parent: int, owner: str) -> None:
         if name != parent:
-            self._reserve(name, hash_of(parent), owner, "")
+            self._reserve([(name, hash_of(parent))], owner, "")
 
-    def _reserve(self, name: int, parent: BlockHash, owner: str, tenant: str) -> None:
+    def _reserve(self, blocks: list[tuple[int, BlockHash]], owner: str, tenant: str) -> None:
+        self.model.settle(self.now_s)
+        specs = [BlockSpec(hash_of(name), parent, 1 + name) for name, parent in blocks]
+        outcomes = self.arena.reserve(specs, owner, self.now_s, tenant)
+        changes = deque(self._observe())
+        for (name, parent), outcome in zip(blocks, outcomes, strict=True):
+            self._reserved(name, parent, owner, tenant, outcome, changes)
+        assert not changes
+
+    def _reserved(
+        self, name: int, parent: BlockHash, owner: str, tenant: str, outcome: object, changes: deque[Stored | Removed]
+    ) -> None:
+        """What is known of one block's outcome; ``changes`` begin with what was evicted for it."""
         model = self.model
-        model.settle(self.now_s)
-        (outcome,) = self.arena.reserve([BlockSpec(hash_of(name), parent, 1 + name)], owner, self.now_s, tenant)
-        changes = self._observe()
         match outcome:
             case Present():
                 assert name in model.published
@@ -218,13 +229,11 @@ class ArenaMachine(RuleBasedStateMachine):
                     assert model.pending[name].heard_s + QUIET_S <= self.now_s, "its owner lives"
                 quiet = model.pending.get(name)
                 assert not model.closes_cycle(name, parent)
-                for change in changes:
+                if len(model.used()) == model.slots:
+                    change = changes.popleft()
                     assert isinstance(change, Removed)
-                    victim = change.hash[0]
-                    assert len(model.used()) == model.slots, "evicted with slots free"
-                    assert victim in model.victims(tenant, parent)
-                    del model.published[victim]
-                assert len(changes) <= 1
+                    assert change.hash[0] in model.victims(tenant, parent)
+                    del model.published[change.hash[0]]
                 assert offset not in model.used()
                 if quiet is not None:
                     model.rest(quiet, self.now_s)
@@ -234,29 +243,44 @@ class ArenaMachine(RuleBasedStateMachine):
                 self.handles.append((name, generation, owner))
             case _:
                 raise AssertionError(outcome)
-        if not isinstance(outcome, Slot):
-            assert changes == []
 
     @rule(data=st.data(), owner=OWNERS, own=st.booleans(), checksum=st.integers(0, 2))
     def publish(self, data: st.DataObject, owner: str, own: bool, checksum: int) -> None:
         name, generation, granted_to = self._handle(data)
-        owner = granted_to if own else owner
+        self._publish([(name, generation)], granted_to if own else owner, checksum)
+
+    def _publish(self, blocks: list[tuple[int, int]], owner: str, checksum: int) -> None:
+        self.model.settle(self.now_s)
+        publications = [
+            Publication(hash_of(name), SlotGeneration(generation), Checksum(checksum)) for name, generation in blocks
+        ]
+        landings = [self.arena.landing(publication, owner) for publication in publications]
+        outcomes = self.arena.publish(publications, owner, self.now_s)
+        changes = deque(self._observe())
+        for (name, generation), landing, outcome in zip(blocks, landings, outcomes, strict=True):
+            self._published(name, generation, owner, checksum, landing, outcome, changes)
+        assert not changes
+
+    def _published(
+        self,
+        name: int,
+        generation: int,
+        owner: str,
+        checksum: int,
+        landing: tuple[int, int] | None,
+        outcome: str,
+        changes: deque[Stored | Removed],
+    ) -> None:
         model = self.model
-        model.settle(self.now_s)
-        publication = Publication(hash_of(name), SlotGeneration(generation), Checksum(checksum))
-        landing = self.arena.landing(publication, owner)
-        (outcome,) = self.arena.publish([publication], owner, self.now_s)
-        changes = self._observe()
         pending, entry = model.pending.get(name), model.published.get(name)
         if pending is not None and (pending.generation, pending.owner) == (generation, owner):
             assert outcome == "published"
             assert landing == (pending.offset, 1 + name)
-            assert changes == [Stored(hash_of(name))]
+            assert changes.popleft() == Stored(hash_of(name))
             del model.pending[name]
             model.published[name] = Entry(name, pending.offset, generation, checksum, pending.parent, pending.group)
             self._grow_pins(hash_of(name))
             return
-        assert changes == []
         same = entry is not None and (entry.generation, entry.checksum) == (generation, checksum)
         assert outcome == ("published" if same else "fenced")
 
@@ -287,6 +311,9 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @rule(names=st.lists(NAMES, max_size=5), holder=OWNERS, ttl_s=st.sampled_from([0.0, 3.0, 100.0]))
     def lease(self, names: list[int], holder: str, ttl_s: float) -> None:
+        self._lease(names, holder, ttl_s)
+
+    def _lease(self, names: list[int], holder: str, ttl_s: float) -> None:
         model = self.model
         model.settle(self.now_s)
         leased = self.arena.lease([hash_of(name) for name in names], holder, ttl_s, self.now_s)
@@ -479,5 +506,36 @@ class ArenaMachine(RuleBasedStateMachine):
         return changes
 
 
-ArenaMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+class RunsMachine(ArenaMachine):
+    """Many blocks at once, where two are many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._patch = pytest.MonkeyPatch()
+        self._patch.setattr("kvstore.arena.RUN_BLOCKS_MIN", 2)
+        self._patch.setattr("kvstore.slot_table.RUN_BLOCKS_MIN", 2)
+
+    def teardown(self) -> None:
+        self._patch.undo()
+
+    @rule(first=NAMES, count=st.integers(2, 4), owner=OWNERS, tenant=TENANTS)
+    def reserve_run(self, first: int, count: int, owner: str, tenant: str) -> None:
+        names = range(first, min(first + count, 12))
+        self._reserve([(name, parent_of(name)) for name in names], owner, tenant)
+
+    @rule(owner=OWNERS, checksum=st.integers(0, 2), again=st.integers(0, 1))
+    def publish_all(self, owner: str, checksum: int, again: int) -> None:
+        """All that an owner has reserved, perhaps one of them twice."""
+        own = [(held.name, held.generation) for held in self.model.pending.values() if held.owner == owner]
+        self._publish([*own, *own[:again]], owner, checksum)
+
+    @rule(first=NAMES, count=st.integers(2, 4), holder=OWNERS)
+    def lease_run(self, first: int, count: int, holder: str) -> None:
+        names = range(first, min(first + count, 12))
+        self._lease(list(names), holder, 100.0)
+
+
+for machine in (ArenaMachine, RunsMachine):
+    machine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestArena = ArenaMachine.TestCase
+TestArenaRuns = RunsMachine.TestCase

@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from router.index import Index
+from router.index import Index, Match
 from router.members import MemberRegistry
 from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
 from router.traces import Warm
@@ -43,10 +43,10 @@ def test_index_matches_the_leading_run_over_all_nodes() -> None:
     index = Index()
     index.snapshot(A, Snapshot(G, 0, (block(1), block(3)), last=True))
     index.snapshot(B, Snapshot(G, 0, (block(2), block(5)), last=True))
-    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == 3
+    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == Match(3, {A: 1})
     index.forget(B)
-    assert index.match([block(n) for n in (1, 2, 3)]) == 1
-    assert index.match([]) == 0
+    assert index.match([block(n) for n in (1, 2, 3)]) == Match(1, {A: 1})
+    assert index.match([]) == Match(0, {})
 
 
 def candidates(*running: int) -> list[Candidate]:

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.api.fakes import IM_END, FakeText
-from router.texts import ENTRIES_PER_TRACE, CutTokens, Encoded, TraceTexts, extend
+from router.texts import ENTRIES_PER_TRACE, CutTokens, Encoded, TraceTexts, extend, fresh
 
 CUTS = CutTokens({"<|im_end|>": IM_END})
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
@@ -99,26 +99,26 @@ def test_branches_traces_and_bytes_are_limited() -> None:
 
     small = memory(bytes_max=5000)
     for trace in range(20):
-        small.remember(trace, Encoded("x" * 1000, [1] * 100, []), "", ())
+        small.remember(trace, fresh("x" * 1000, [1] * 100, []), "", ())
         assert small.nbytes <= 5000
     assert 1 <= len(small) < 5
-    small.remember("huge", Encoded("x" * 9000, [1], []), "", ())
+    small.remember("huge", fresh("x" * 9000, [1], []), "", ())
     assert (len(small), small.nbytes) == (0, 0)
 
 
 def test_the_least_recently_used_trace_goes_first() -> None:
     texts = memory(traces_max=2)
     for trace in ("a", "b"):
-        texts.remember(trace, Encoded("x", [1], []), "", ())
+        texts.remember(trace, fresh("x", [1], []), "", ())
     texts.find(["a"], "x")
-    texts.remember("c", Encoded("x", [1], []), "", ())
+    texts.remember("c", fresh("x", [1], []), "", ())
     assert texts.find(["a"], "x").ids == [1]
     assert texts.find(["b"], "x").ids == []
 
 
 def test_without_cut_tokens_only_whole_texts_are_reused() -> None:
     texts = TraceTexts(CutTokens({}), traces_max=4, bytes_max=2**20)
-    texts.remember("t", Encoded("ab", [1], []), "c", [2])
+    texts.remember("t", fresh("ab", [1], []), "c", [2])
     assert texts.find(["t"], "abcdef").ids == [1, 2]
     assert texts.find(["t"], "abd").ids == []
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from math import inf
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -102,6 +103,25 @@ def test_an_evicted_slot_is_stale_until_it_is_taken() -> None:
     index.check()
 
 
+def test_a_full_index_evicts_ahead_and_has_room_when_the_records_are_gone() -> None:
+    index = SlotIndex(64, SLOT)
+    fill(index, [block(n) for n in range(1, 65)])
+    index.take_changes()
+    ahead = index.evict_ahead(10, tenant_key(""))
+    assert len(ahead) == 2, "a 32nd of all"
+    assert index.take_changes() == [Removed(h(1)), Removed(h(2))]
+    assert index.evict_ahead(10, tenant_key("")) == []
+    (placement,) = index.place([block(100)])
+    assert placement is not None
+    assert placement.slot not in ahead, "its record is still there"
+    assert index.take_stale() == [placement.slot]
+    index.check()
+    index.cleared(ahead)
+    assert [p.slot for p in index.place([block(101), block(102)]) if p] == sorted(ahead)
+    assert index.take_stale() == []
+    index.check()
+
+
 def test_restore_takes_the_newer_of_two_and_erases_the_rest() -> None:
     index = SlotIndex(4, SLOT)
     records: list[Record | int] = [Record(0, 5, block(1)), Record(1, 9, block(1)), 2, Record(3, 7, block(2, 1))]
@@ -161,6 +181,8 @@ class Machine(RuleBasedStateMachine):
     @initialize(slots=st.integers(1, 6), shares=st.sampled_from([{}, {"a": 0.5}, {"a": 0.3, "b": 0.3}]))
     def start(self, slots: int, shares: dict[str, float]) -> None:
         self.slots = slots
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr("kvstore.tiers.slots.AHEAD_SHARE", 0.5)
         self.index = SlotIndex(slots, SLOT)
         self.ranks: dict[BlockHash, float] = {}
         self.shares = shares
@@ -171,6 +193,10 @@ class Machine(RuleBasedStateMachine):
         self.reading: list[tuple[int, TierBlock]] = []
         self.records: dict[int, bytes] = {}
         self.bytes: dict[int, TierBlock] = {}
+        self.clearing: list[list[int]] = []
+
+    def teardown(self) -> None:
+        self.patch.undo()
 
     def settle(self) -> None:
         for change in self.index.take_changes():
@@ -258,6 +284,27 @@ class Machine(RuleBasedStateMachine):
         else:
             self.index.cancel(slot)
         self.settle()
+
+    @rule(count=st.integers(1, 4), tenant=st.sampled_from(["", "a"]))
+    def evict_ahead(self, count: int, tenant: str) -> None:
+        before = dict(self.held)
+        slots = self.index.evict_ahead(count, tenant_key(tenant))
+        self.settle()
+        gone = [b for block_hash, b in before.items() if block_hash not in self.held]
+        assert len(gone) == len(slots) <= min(count, self.slots // 2)
+        assert not any(b.hash in self.ranks for b in gone), "what is pinned waits until it has to go"
+        self.clearing.append(slots)
+
+    @rule(good=st.booleans())
+    def end_clearing(self, good: bool) -> None:
+        if not self.clearing:
+            return
+        slots = self.clearing.pop()
+        for slot in slots if good else slots[:1]:
+            self.records.pop(slot, None)
+        self.index.cleared(slots)
+        if not good:
+            self.index.still_stale(slots)
 
     @rule(number=st.integers(1, 12))
     def begin_read(self, number: int) -> None:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, NewType, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from tracehaul.engine.history import History
 from tracehaul.wire.hashing import KVLayout
-from tracehaul.wire.steps import Sampling, TokenLogprobs
+from tracehaul.wire.steps import Constraint, Sampling, TokenLogprobs
 
 SequenceId = NewType("SequenceId", int)
 
@@ -30,6 +32,27 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
 
 
+Mask = NDArray[np.uint32]
+"""One bit for each token of the vocabulary, lowest first: whether it may come next."""
+
+
+class Guide(Protocol):
+    """Where one answer is in the grammar that it must match; made by :meth:`Engine.guide`, advanced by the engine."""
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on; empty while it can."""
+        ...
+
+    def mask(self) -> Mask | None:
+        """What may come next; where the grammar is complete, end tokens alone. None: there is an :attr:`error`."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """``token`` has come next."""
+        ...
+
+
 class Work(msgspec.Struct, frozen=True):
     """One sequence's part in an iteration: append ``tokens`` at its end, and maybe sample what follows.
 
@@ -44,15 +67,19 @@ class Work(msgspec.Struct, frozen=True):
     """Output tokens of the step before the sampled one (for ``min_tokens``)."""
     history: History | None = None
     """The sequence's tokens, ``tokens`` included, where ``sampling`` penalizes them."""
+    guide: Guide | None = None
+    """Of ``sampling.constraint``, where there is one; the sampled token advances it."""
 
 
 class Result(NamedTuple):
     """What one item of an iteration gave, beside its KV."""
 
     token: int | None = None
-    """The sampled one; None where none was asked for."""
+    """The sampled one; None where none was asked for, or :attr:`error` says why there is none."""
     logprobs: TokenLogprobs | None = None
     """The token's, where ``sampling.logprobs`` asks for them."""
+    error: str = ""
+    """Why the item's guide allows no token any more."""
 
 
 class Engine(Protocol):
@@ -97,6 +124,14 @@ class Engine(Protocol):
 
     def close(self, sequence: SequenceId) -> None:
         """Free the sequence. Not while a call on it is under way."""
+        ...
+
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        """The place in a grammar after ``output``, the output tokens of the step so far. May take milliseconds.
+
+        Raises:
+            InvalidRequest: the grammar is none, is too complex, or does not allow ``output``.
+        """
         ...
 
     async def run(self, work: Sequence[Work]) -> list[Result]:

@@ -18,11 +18,12 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Guide, Result, SequenceId, Work
+from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.engine.history import History
-from tracehaul.engine.sampling import Row, choose
+from tracehaul.engine.sampling import Row, choose, follow
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 
 T = TypeVar("T")
 Bytes = NDArray[np.uint8]
@@ -84,6 +85,7 @@ class FakeEngine:
     def __init__(self, info: EngineInfo | None = None, cost: EngineCost | None = None) -> None:
         self._info = info or fake_info()
         self._cost = cost or EngineCost()
+        self._grammars = Grammars(lambda: byte_vocabulary(self._info.vocab_size))
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 1
         self._used = 0
@@ -150,6 +152,10 @@ class FakeEngine:
         state = self._idle(sequence)
         self._used -= len(state.data)
         del self._sequences[sequence]
+
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        """On the caller's thread. A token is a byte, and the last one of the vocabulary ends a text."""
+        return self._grammars.guide_now(constraint, output)
 
     async def run(self, work: Sequence[Work]) -> list[Result]:
         assert not self._awaited, "one run at a time"
@@ -261,9 +267,9 @@ class FakeEngine:
         self.computed_tokens += len(item.tokens)
         if item.sampling is None:
             return Result()
-        return _choose(
-            hasher.digest(), Row(item.sampling, state.length, item.emitted, item.history), self._info.vocab_size
-        )
+        mask = None if item.guide is None else item.guide.mask()
+        row = Row(item.sampling, state.length, item.emitted, item.history, mask)
+        return follow([_choose(hasher.digest(), row, self._info.vocab_size)], [item.guide])[0]
 
     async def _pack(self, state: _Sequence, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         try:

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import Result
+from tracehaul.engine.base import Guide, Mask, Result
 from tracehaul.engine.history import History
 from tracehaul.wire.steps import Sampling, TokenLogprobs
 
@@ -35,6 +35,8 @@ class Row(NamedTuple):
     """Output tokens of the step before it."""
     history: History | None = None
     """The tokens before it; needed where the sampling penalizes them."""
+    mask: Mask | None = None
+    """The tokens that may come; None: any."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -70,12 +72,25 @@ def _choose(logits: Logits, row: Row, likeliest: int) -> Result:
     return Result(token, None if sampling.logprobs is None else logprobs(logits, token, sampling.logprobs))
 
 
+def follow(results: Sequence[Result], guides: Sequence[Guide | None]) -> list[Result]:
+    """Let each guide know its row's token; what a guide with an error allows is nothing."""
+    followed: list[Result] = []
+    for result, guide in zip(results, guides, strict=True):
+        if guide is not None and guide.error:
+            result = Result(error=guide.error)
+        elif guide is not None:
+            assert result.token is not None
+            guide.accept(result.token)
+        followed.append(result)
+    return followed
+
+
 # --- before the choice --------------------------------------------------------------------------------------
 
 
 def _touches(row: Row) -> bool:
     """Whether :func:`adjusted` would change anything."""
-    return row.sampling.penalizes or bool(row.sampling.logit_bias) or _masks_stops(row)
+    return row.sampling.penalizes or bool(row.sampling.logit_bias) or _masks_stops(row) or row.mask is not None
 
 
 def adjusted(logits: Logits, row: Row) -> Logits:
@@ -90,6 +105,9 @@ def adjusted(logits: Logits, row: Row) -> Logits:
             result[token] += bias
     if _masks_stops(row):
         result[[token for token in sampling.stop_tokens if token < len(result)]] = -np.inf
+    if row.mask is not None:
+        allowed = np.unpackbits(row.mask.view(np.uint8), count=len(result), bitorder="little")
+        np.copyto(result, -np.inf, where=allowed == 0)
     return result
 
 

@@ -78,6 +78,10 @@ class Text:
         """Token ids are below this (the model's own table may be padded further)."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def serialized(self) -> str:
+        """The tokenizer as ``tokenizer.json`` would have it."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of ``text``. Special tokens written out in it are recognized.
 

@@ -12,17 +12,20 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import torch
 
-from tracehaul.engine.base import EngineInfo, Result, SequenceId, Work
+from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
-from tracehaul.engine.sampling import Row, choose, is_plain_greedy
+from tracehaul.engine.sampling import Row, choose, follow, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
+from tracehaul.engine.text import Text
 from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.wire.hashing import KVLayout
+from tracehaul.wire.steps import Constraint
 
 T = TypeVar("T")
 
@@ -70,12 +73,16 @@ class TorchEngine:
     foreseen. On a CUDA device it is any blocks, by a table.
     """
 
-    def __init__(self, info: EngineInfo, model: Model | PagedModel, pool: KVPool, compute: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, info: EngineInfo, model: Model | PagedModel, pool: KVPool, grammars: Grammars, compute: ThreadPoolExecutor
+    ) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
         self._model = model
         self._pool = pool
         self._device = pool.tensor.device
+        self._grammars = grammars
+        self._masker = Masker()
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
         allocator = BlockAllocator if isinstance(model, PagedModel) else RangeAllocator
@@ -155,6 +162,9 @@ class TorchEngine:
 
     # --- iterations ---------------------------------------------------------------------------------------
 
+    async def guide(self, constraint: Constraint, output: Sequence[int]) -> Guide:
+        return await self._grammars.guide(constraint, output)
+
     async def run(self, work: Sequence[Work]) -> list[Result]:
         if not work:
             return []
@@ -191,21 +201,25 @@ class TorchEngine:
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
         ends = [segments[at].past + segments[at].tokens for at in sampled]
+        masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
             logits = _forward(self._model, self._pool, tokens, segments, tables, rows)
             result = [Result()] * len(work)
-            for at, chosen in zip(sampled, self._choose(logits, [work[at] for at in sampled], ends), strict=True):
-                result[at] = chosen
+            chosen = self._choose(logits, [work[at] for at in sampled], ends, masks())
+            for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
+                result[at] = one
             if self._device.type == "cuda":
                 # Copies run on a stream of their own and may start as soon as this returns.
                 torch.cuda.synchronize(self._device)
         return result
 
-    def _choose(self, logits: torch.Tensor, work: list[Work], positions: list[int]) -> list[Result]:
+    def _choose(
+        self, logits: torch.Tensor, work: list[Work], positions: list[int], masks: Sequence[Mask | None]
+    ) -> list[Result]:
         """What follows each item, from its row of ``logits``; its token is the one at its position."""
         rows = [
-            Row(item.sampling, position, item.emitted, item.history)
-            for item, position in zip(work, positions, strict=True)
+            Row(item.sampling, position, item.emitted, item.history, mask)
+            for item, position, mask in zip(work, positions, masks, strict=True)
             if item.sampling is not None
         ]
         if self._device.type != "cpu" and all(map(is_plain_greedy, rows)):
@@ -254,6 +268,8 @@ class TorchEngine:
             await asyncio.wait(self._under_way)
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._copy.shutdown)
+        await asyncio.to_thread(self._masker.close)
+        await asyncio.to_thread(self._grammars.close)
         self._sequences.clear()
 
     async def _on(self, threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
@@ -291,7 +307,9 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, Model | PagedModel, KVPool]:
+def _load(
+    config: TorchEngineConfig, progress: Progress | None
+) -> tuple[EngineInfo, Model | PagedModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -318,7 +336,9 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
         _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), config.block_tokens)
-        return info, model, pool
+        # Read only when a step needs it: most need no grammar.
+        grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
+        return info, model, pool, grammars
 
 
 def _model_and_pool(

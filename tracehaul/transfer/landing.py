@@ -24,7 +24,7 @@ def check_copies(copies: Sequence[Copy], local_nbytes: int, remote_nbytes: int) 
         raise TransferError(f"{len(copies)} copies in one transfer; at most {COPIES_MAX}")
     total = 0
     for local_offset, remote_offset, nbytes in copies:
-        if min(local_offset, remote_offset, nbytes) < 0:
+        if local_offset < 0 or remote_offset < 0 or nbytes < 0:
             raise TransferError(f"negative range: local {local_offset}, remote {remote_offset}, {nbytes} bytes")
         if local_offset + nbytes > local_nbytes:
             raise TransferError(f"local range {local_offset}+{nbytes} is outside a region of {local_nbytes} bytes")

@@ -1,13 +1,30 @@
 """Messages of a step: the router drives a decode worker, which drives a prefill worker."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from tracehaul.wire.base import Message
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 
 FinishReason = Literal["stop", "length"]
+
+
+CONSTRAINT_CHARACTERS_MAX = 65_536
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What the text of an answer must match, from its first character to its last."""
+
+    kind: Literal["json_schema", "regex", "grammar"]
+    source: Annotated[str, Meta(max_length=CONSTRAINT_CHARACTERS_MAX)]
+    """A JSON schema as JSON; a regular expression in the syntax of Rust's ``regex``; or a grammar in
+    Lark's syntax or GBNF."""
+    lenient: bool = False
+    """Ignore what a schema says that cannot be enforced, instead of refusing it."""
+    thinking: Literal["none", "may", "opened"] = "none"
+    """Whether free text up to ``</think>`` comes first: it may, from ``<think>`` on; or the prompt has opened it."""
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -38,6 +55,8 @@ class Sampling(msgspec.Struct, frozen=True):
     """The model's own end tokens and the request's: generation ends after one of them."""
     min_tokens: int = 0
     """Stop tokens are not sampled before this many output tokens."""
+    constraint: Constraint | None = None
+    """Tokens that leave it are never sampled; when it is complete, only the model's end tokens are."""
     logprobs: int | None = None
     """How many of the likeliest tokens to tell with each output token's own logprob; None: tell neither."""
 
