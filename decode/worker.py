@@ -25,8 +25,9 @@ from tracehaul.wire.steps import (
     Tokens,
 )
 from worker.context import Context
+from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, usable_context
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, usable_context
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class DecodeService:
         self._host = host
         self._peers = peers
         self._prefills: dict[NodeId, NodeInfo] = {}
+        self.flights = Flights()
 
     def set_members(self, members: Members) -> None:
         """Membership changed."""
@@ -52,7 +54,7 @@ class DecodeService:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, DecodeStep):
             raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
-        step = _Step(self._host, self._peers, self._prefills, request, context)
+        step = _Step(self._host, self._peers, self._prefills, self.flights, request, context)
         stats = self._host.stats
         stats.steps += 1
         ended = False
@@ -81,12 +83,14 @@ class _Step:
         host: WorkerHost,
         peers: Peers,
         prefills: dict[NodeId, NodeInfo],
+        flights: Flights,
         request: DecodeStep,
         call: CallContext,
     ) -> None:
         self._host = host
         self._peers = peers
         self._prefills = prefills
+        self._flights = flights
         self._request = request
         self._call = call
         self._prompt = unpack_tokens(request.prompt)
@@ -110,16 +114,18 @@ class _Step:
         room = len(tokens) + min(remaining, self._host.config.headroom_tokens)
         async with self._host.context(request.trace, request.salt, tokens, room) as here:
             await here.locate()
-            await here.pull(len(tokens) - 1)
-            if len(tokens) - here.length > self._host.config.local_prefill_tokens:
-                async with aclosing(self._hand_off(here)) as replies:
+            if request.prompt_logprobs is not None:
+                here.forget()
+            else:
+                async with aclosing(self._assemble(here)) as replies:
                     async for reply in replies:
                         yield reply
             self._host.stats.prompt_tokens += len(self._prompt)
             if self._reason is None:
-                async with aclosing(self._decode(here)) as replies:
-                    async for reply in replies:
-                        yield reply
+                with self._flights.lead(here) as flight:
+                    async with aclosing(self._decode(here, flight)) as replies:
+                        async for reply in replies:
+                            yield reply
             assert self._reason is not None
             yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
 
@@ -141,6 +147,16 @@ class _Step:
         usage = None if self._told_usage else self._usage(here)
         self._told_usage = True
         return Tokens(pack_tokens([token]), usage, None if logprobs is None else (logprobs,))
+
+    async def _assemble(self, here: Context) -> AsyncGenerator[Tokens, None]:
+        """Bring in what others have of the context, or are computing."""
+        await here.pull(len(here.tokens) - 1)
+        if len(here.tokens) - here.length > self._host.config.local_prefill_tokens:
+            async with aclosing(self._hand_off(here)) as replies:
+                async for reply in replies:
+                    yield reply
+        if self._reason is None:
+            await self._flights.join(here)
 
     async def _hand_off(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Let the prefill worker compute what is missing, pulling each run of blocks as it is published.
@@ -192,7 +208,7 @@ class _Step:
             self._host.stats.prefill_fallbacks += 1
             log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
 
-    async def _decode(self, here: Context) -> AsyncGenerator[Tokens, None]:
+    async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
         """Compute what is still missing, then one token after the other, until the step ends."""
         if here.length == len(here.tokens):  # all of it was pulled, and nobody sampled what follows
             self._host.engine.truncate(here.sequence, here.length - 1)
@@ -208,9 +224,11 @@ class _Step:
             computed=here.length,
             guide=guide,
             copying=here.copying,
+            scores_top=self._request.prompt_logprobs,
+            scores_end=len(self._prompt),
         )
         failed: ClusterError | None = None
-        async with self._host.writer(here, self._request.home) as writer:
+        async with self._host.writer(here, self._request.home, flight.published, flight.end) as writer:
             async with self._host.job(job):
                 while failed is None and self._reason is None:
                     match await job.events.get():
@@ -219,6 +237,8 @@ class _Step:
                         case Sampled(token, reason, logprobs):
                             self._reason = reason
                             yield self._token(here, token, logprobs)
+                        case Scored(scores):
+                            yield Tokens(b"", prompt_logprobs=scores)
                         case Failed(failed):
                             pass
                         case Published():

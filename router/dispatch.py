@@ -266,15 +266,19 @@ class Dispatch:
             home=placement.home,
             prefill=placement.prefill,
             sampling=request.sampling,
+            prompt_logprobs=run.prompt_logprobs,
         )
         context = CallContext(trace=request.trace, step=request.step)
         run.context_max = info.context_max
-        retained = 0
+        retained, scored = 0, 0
         self._running[node] += 1
         replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
         try:
             while (reply := await run.next(replies)) is not None:
                 match reply:
+                    case Tokens(b"", prompt_logprobs=scores):
+                        yield Output([], prompt_logprobs=run.scored(scored, scores))
+                        scored += len(scores)
                     case Tokens(ids, usage, logprobs):
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)

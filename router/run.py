@@ -15,7 +15,7 @@ from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
 from tracehaul.wire.messages import Reply
-from tracehaul.wire.steps import FinishReason, StepUsage
+from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 
 
 class Run:
@@ -28,6 +28,8 @@ class Run:
         self.packed = pack_tokens(request.prompt)
         """The prompt in wire form."""
         self.emitted: list[int] = []
+        self.scored_tokens = 0
+        """Of the prompt, told in this or an earlier attempt."""
         self.usage: StepUsage | None = None
         """Of all attempts so far, as far as workers told."""
         self.context_max = 0
@@ -76,7 +78,8 @@ class Run:
         left, longest = self._cut.left, len(self.request.prompt) - 1  # the last token is always computed
         self._warm_gone = self.warm is not None and not warm_lives
         self._expected = Expected(
-            theoretical=min(self._cut.shared_tokens, longest),
+            # A prompt to be scored is computed whatever there is of it.
+            theoretical=min(self._cut.shared_tokens, longest) if self.request.prompt_logprobs is None else 0,
             published=left.published_tokens if left is not None else 0,
             indexed=min(stored_tokens, longest),
             warm=min(self.warm.retained_tokens, longest) if self.warm is not None and warm_lives else 0,
@@ -91,6 +94,17 @@ class Run:
             usage = msgspec.structs.replace(usage, computed_from=computed_from)
         self.usage = usage
         return usage
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """What the next attempt has to tell of the prompt; None where all of it was told."""
+        return self.request.prompt_logprobs if self.scored_tokens < len(self.request.prompt) - 1 else None
+
+    def scored(self, before: int, scores: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
+        """What is new in an attempt's ``scores``, which follow ``before`` others of it: it began anew."""
+        new = scores[max(0, self.scored_tokens - before) :]
+        self.scored_tokens += len(new)
+        return new
 
     def hits(self) -> Hits:
         """What came of the context that it continues, as of now."""

@@ -22,6 +22,8 @@ class StepRequest(msgspec.Struct, frozen=True):
     """The trace this one was forked from, if the client says so."""
     prompt: list[int]
     sampling: Sampling
+    prompt_logprobs: int | None = None
+    """Tell the prompt's logprobs, with so many of the likeliest tokens: nothing cached can be used for it."""
     salt: str = ""
     """Keeps tenants' blocks apart."""
     decode: NodeId | None = None
@@ -45,6 +47,8 @@ class Output(msgspec.Struct, frozen=True):
     """With ``usage``: where the prompt's KV could have come from."""
     logprobs: Sequence[TokenLogprobs] | None = None
     """One for each token if the sampling asks for them."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """The prompt's next ones, from its second token on; all come before the first token."""
 
 
 class Finished(msgspec.Struct, frozen=True):

@@ -45,6 +45,7 @@ from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import DecodeStep, PrefillStep
 from worker.config import WorkerConfig
+from worker.flights import Flights
 from worker.host import WorkerHost
 
 OFFLOAD = InlineOffload()
@@ -101,7 +102,7 @@ class Life:
     host: WorkerHost | None = None
     engine: FakeEngine | None = None
     dispatch: Dispatch | None = None
-    prefill: PrefillService | None = None
+    flights: Flights | None = None
     membership: Membership | None = None
     tasks: Tasks = field(default_factory=lambda: Tasks("life"))
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -220,10 +221,12 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
         host = life.host = _host(life, transfer, peers, around)
         load = host.load
         if role == "prefill":
-            service = life.prefill = PrefillService(host)
+            service = PrefillService(host)
+            life.flights = service.flights
             on_members = _set_nodes(host)
         else:
             service = decode = DecodeService(host, peers)
+            life.flights = service.flights
             on_members = decode.set_members
         engine = host.engine.info
         info = msgspec.structs.replace(

@@ -511,9 +511,8 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
     references.same(life.process, "staging buffers", staging.free, staging.count)
     warm = len(host._residency)  # pyright: ignore[reportPrivateUsage] - the other view of what the engine has
     references.same(life.process, "sequences", len(life.engine.sequences), warm)
-    if life.prefill is not None:
-        flights = life.prefill._flights  # pyright: ignore[reportPrivateUsage] - kept for nobody else to see
-        references.zero(life.process, flights=len(flights))
+    assert life.flights is not None
+    references.zero(life.process, flights=len(life.flights))
 
 
 def check_router(references: ReferenceChecker, router: Dispatch) -> None:

@@ -73,6 +73,11 @@ class Context:
         """Tokens whose KV is here."""
         return self._engine.length(self.sequence)
 
+    def forget(self) -> None:
+        """Give up what was resident: all of it will be computed."""
+        self._engine.truncate(self.sequence, 0)
+        self.resident_tokens = 0
+
     async def locate(self, until: int | None = None) -> None:
         """Ask the store what it holds: of all blocks, or of the first ``until`` tokens where it was not known."""
         last = len(self.hashes) if until is None else min(until // self.layout.block_tokens, len(self.hashes))

@@ -5,13 +5,16 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, SequenceId, Work
+from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
 from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.scheduler import Grant, Scheduler
 
 log = logging.getLogger(__name__)
+
+SCORED_TOKENS_MAX = 128
+"""Most tokens of one job that an iteration scores: each takes a row of logits, over the whole vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,13 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """How likely the next known tokens were that the job scores."""
+
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True)
 class Published:
     """The first ``tokens`` can be pulled from the store."""
 
@@ -44,7 +54,7 @@ class Failed:
     error: ClusterError
 
 
-Event = Computed | Sampled | Published | Failed
+Event = Computed | Sampled | Scored | Published | Failed
 
 
 @dataclass
@@ -59,6 +69,9 @@ class Job:
     samples_max: int
     """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
     computed: int
+    scores_top: int | None = None
+    """Score the known tokens before ``scores_end``, each with so many of the likeliest; None: none."""
+    scores_end: int = 0
     guide: Guide | None = None
     """Of the sampling's constraint, where there is one."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
@@ -69,6 +82,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.history = History.of(self.sampling, self.tokens, self.emitted)
+
+    def scoring(self, end: int) -> Scoring | None:
+        """What to score where the tokens up to ``end`` are computed next."""
+        targets = self.tokens[self.computed + 1 : min(end + 1, self.scores_end)]
+        return Scoring(targets, self.scores_top) if self.scores_top is not None and targets else None
 
     def accept(self, token: int, context_max: int) -> FinishReason | None:
         """Append a sampled token; says whether the step ends with it."""
@@ -112,7 +130,8 @@ class IterationLoop:
         key = self._next_key
         self._next_key += 1
         self._jobs[key] = job
-        self._scheduler.add(key, len(job.tokens) - job.computed)
+        at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
+        self._scheduler.add(key, len(job.tokens) - job.computed, at_most)
         self._wake.set()
         return key
 
@@ -172,6 +191,7 @@ class IterationLoop:
                     sampling=job.sampling if samples else None,
                     emitted=job.emitted,
                     history=job.history,
+                    scoring=job.scoring(end),
                     guide=job.guide if samples else None,
                 )
             )
@@ -194,6 +214,8 @@ class IterationLoop:
         job.computed += grant.tokens
         self.computed_tokens += grant.tokens
         job.events.put_nowait(Computed(job.computed))
+        if result.scores:
+            job.events.put_nowait(Scored(result.scores))
         if result.error:
             self._fail(grant.key, InvalidRequest(f"the answer cannot go on in its grammar: {result.error}"))
             return

@@ -24,19 +24,24 @@ class Scheduler:
         self._chunk_tokens = chunk_tokens
         self._sequences_max = sequences_max
         self._pending: dict[int, int] = {}
+        self._at_most: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def add(self, key: int, pending: int) -> None:
-        """A job with ``pending`` tokens to compute joins."""
+    def add(self, key: int, pending: int, at_most: int | None = None) -> None:
+        """A job with ``pending`` tokens to compute joins; no more than ``at_most`` of them in one iteration."""
         assert key not in self._pending
         assert pending > 0
+        assert at_most is None or at_most > 0
         self._pending[key] = pending
+        if at_most is not None:
+            self._at_most[key] = at_most
 
     def remove(self, key: int) -> None:
         """A job leaves: ended or aborted. Removing it twice is harmless."""
         self._pending.pop(key, None)
+        self._at_most.pop(key, None)
 
     def plan(self) -> list[Grant]:
         """Grants for the next iteration, decode steps first; at most ``sequences_max``, ``chunk_tokens`` in sum."""
@@ -49,7 +54,7 @@ class Scheduler:
         for key in prompts:
             if budget == 0 or len(grants) == self._sequences_max:
                 break
-            grant = Grant(key, min(self._pending[key], budget))
+            grant = Grant(key, min(self._pending[key], budget, self._at_most.get(key, budget)))
             budget -= grant.tokens
             grants.append(grant)
         return grants

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from router.api.logprobs import Mark
 from router.api.text import TextStream
 from router.hits import Hits
-from tracehaul.wire.steps import FinishReason, StepUsage
+from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 
 
 class StopMatcher:
@@ -54,6 +55,8 @@ class Piece(msgspec.Struct, frozen=True):
     tokens: list[int]
     stopped: bool
     """A stop string ended the choice: tokens after it are not part of it."""
+    marks: list[Mark]
+    """One for each of ``tokens``, if logprobs are asked for."""
 
 
 class Answer:
@@ -67,7 +70,10 @@ class Answer:
         self._stop_tokens = frozenset(stop_tokens)
         self._min_tokens = min_tokens
         self._texts: list[str] = []
+        self._decoded = 0
+        """Characters of all tokens so far, shown or not."""
         self.tokens: list[int] = []
+        self.marks: list[Mark] = []
         self.usage = StepUsage()
         self.hits = Hits()
         self.reason: FinishReason | None = None
@@ -84,15 +90,19 @@ class Answer:
         """The ids without the token that ended them: what the next prompt will quote."""
         return self.tokens[:-1] if self.tokens and self.tokens[-1] in self._stop_tokens else self.tokens
 
-    def push(self, tokens: Sequence[int]) -> Piece:
-        """Take the next tokens."""
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Piece:
+        """Take the next tokens, with their logprobs if they are to be told."""
         assert self.reason is None
         shown: list[str] = []
+        known = len(self.tokens)
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
+            if logprobs is not None:
+                self.marks.append(Mark(token, self._decoded, logprobs[count - 1]))
             if token in self._stop_tokens:
                 continue  # it says that the text ended, and is none itself
             text = self._stream.push((token,))
+            self._decoded += len(text)
             if len(self.tokens) <= self._min_tokens:
                 shown.append(text)
                 continue
@@ -100,17 +110,24 @@ class Answer:
             shown.append(text)
             if stopped:
                 self.reason, self.matched = "stop", True
-                return self._piece(shown, tokens[:count])
-        return self._piece(shown, tokens)
+                break
+        return self._piece(shown, known)
 
     def finish(self, reason: FinishReason, usage: StepUsage) -> Piece:
         """The step ended: what is still held back."""
         assert self.reason is None
         text, stopped = self._matcher.push(self._stream.finish())
         self.reason, self.usage, self.matched = "stop" if stopped else reason, usage, stopped
-        return self._piece([text] if stopped else [text, self._matcher.flush()], [])
+        return self._piece([text] if stopped else [text, self._matcher.flush()], len(self.tokens))
 
-    def _piece(self, shown: list[str], tokens: Sequence[int]) -> Piece:
+    def nothing(self, usage: StepUsage) -> Piece:
+        """No output is wanted: the choice ends before its first token."""
+        assert self.reason is None
+        self.reason, self.usage = "length", usage
+        return self._piece([], 0)
+
+    def _piece(self, shown: list[str], known: int) -> Piece:
+        """What was added to the first ``known`` tokens."""
         text = "".join(shown)
         self._texts.append(text)
-        return Piece(text, list(tokens), self.matched)
+        return Piece(text, self.tokens[known:], self.matched, self.marks[known:])

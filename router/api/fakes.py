@@ -47,6 +47,9 @@ class FakeText:
         names = {value: key for key, value in _SPECIAL.items()}
         return names.get(token) or _token_bytes(token).decode(errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        return self.token_text(token).encode() if token in (IM_START, IM_END) else _token_bytes(token)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         self.encoded.append(text)
         ids: list[int] = []

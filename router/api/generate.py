@@ -14,6 +14,7 @@ from router.api.answers import Answer
 from router.api.asgi import ClientGone, Reply, disconnected, read_body
 from router.api.config import ApiConfig
 from router.api.conversation import conversation
+from router.api.echo import Echo
 from router.api.errors import ApiError, bad_request, translate, unavailable
 from router.api.identity import Identity, ResponseTraces, identify
 from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
@@ -24,7 +25,7 @@ from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape
 from router.api.text import Text
 from router.hits import together
 from router.prefixes import Prefixes
-from router.steps import Dispatcher, Finished, ModelCard, StepRequest
+from router.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId
@@ -44,6 +45,7 @@ class Call:
         shape: Shape,
         text: Text,
         memory: Hashable | None,
+        echoes: Sequence[Echo],
     ) -> None:
         assert len(steps) == len(prompts) * opts.n
         self.options = opts
@@ -52,6 +54,8 @@ class Call:
         self.shape = shape
         self.memory = memory
         """Where its texts are remembered; None if no further step of the trace follows."""
+        self.echoes = echoes
+        """One for each prompt, where the client wants them."""
         self.answers = [
             Answer(
                 text.stream(),
@@ -201,6 +205,7 @@ class Generation:
             param = "n" if prompts == 1 else "prompt"
             raise bad_request(f"at most {self._config.choices_max} choices are possible in one call", param)
         check_ids(opts.stop_token_ids, self._text.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in opts.logit_bias], self._text.vocab_size, "logit_bias")
 
     def _call(
         self,
@@ -215,7 +220,9 @@ class Generation:
         steps: list[StepRequest] = []
         for at, prompt in enumerate(prompts):
             seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
-            max_tokens = output_budget(len(prompt.ids), opts.max_tokens, card, "messages" if chat else "prompt")
+            # Where only the prompt is wanted, one token runs along that nobody sees.
+            wanted = None if opts.max_tokens is None else max(opts.max_tokens, 1)
+            max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
             for k in range(opts.n):
                 steps.append(
                     StepRequest(
@@ -225,6 +232,8 @@ class Generation:
                         parent=identity.parent,
                         prompt=prompt.ids,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k)),
+                        # Once for all choices of a prompt.
+                        prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
                         salt=opts.salt,
                         decode=identity.decode,
                         final=identity.final,
@@ -232,13 +241,15 @@ class Generation:
                         agent=identity.agent,
                     )
                 )
+        echoes = [Echo(self._text, prompt, scored=opts.logprobs is not None) for prompt in prompts] if opts.echo else []
         if chat:
-            shape = ChatShape(head, prompts[0].ids if opts.return_token_ids else None)
+            shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
         else:
             ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
-            shape = TextShape(head, ids if opts.return_token_ids else None)
+            each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
+            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
         memory = None if identity.final else (opts.salt, identity.trace)
-        return Call(opts, prompts, steps, shape, self._text, memory)
+        return Call(opts, prompts, steps, shape, self._text, memory, echoes)
 
     def _sampling(self, opts: Options, max_tokens: int, seed: int) -> Sampling:
         eos = () if opts.ignore_eos else self._text.eos_tokens
@@ -247,19 +258,25 @@ class Generation:
             temperature=opts.temperature,
             top_p=opts.top_p,
             top_k=opts.top_k,
+            min_p=opts.min_p,
+            repetition_penalty=opts.repetition_penalty,
+            presence_penalty=opts.presence_penalty,
+            frequency_penalty=opts.frequency_penalty,
+            logit_bias=opts.logit_bias,
             seed=seed,
             stop_tokens=tuple(dict.fromkeys((*eos, *opts.stop_token_ids))),
             min_tokens=min(opts.min_tokens, max_tokens),
+            logprobs=opts.logprobs,
         )
 
     async def _collect(self, call: Call, reply: Reply) -> None:
-        async with Running(self._dispatcher, call.steps) as running:
+        async with Running(self._dispatcher, call.steps, call.options.n) as running:
             while not call.done:
                 self._take(call, running, await running.next(None))
             await reply.json(200, call.shape.whole(call.answers, call.usage()))
 
     async def _stream(self, call: Call, reply: Reply) -> None:
-        async with Running(self._dispatcher, call.steps) as running:
+        async with Running(self._dispatcher, call.steps, call.options.n) as running:
             while not call.done:
                 events = await running.next(self._config.keepalive_s)
                 chunks = self._take(call, running, events) if events else KEEPALIVE
@@ -273,13 +290,19 @@ class Generation:
         chunks: list[bytes] = []
         for index, event in events:
             answer = call.answers[index]
+            if isinstance(event, Output) and event.prompt_logprobs:
+                call.echoes[index // call.options.n].logprobs.extend(event.prompt_logprobs)
+                continue
             if answer.reason is not None:
                 continue
             if isinstance(event, Finished):
-                piece = answer.finish(event.reason, event.usage)
+                nothing = call.options.max_tokens == 0
+                piece = answer.nothing(event.usage) if nothing else answer.finish(event.reason, event.usage)
                 answer.hits = event.hits
+            elif call.options.max_tokens == 0:
+                continue
             else:
-                piece = answer.push(event.tokens)
+                piece = answer.push(event.tokens, event.logprobs)
                 answer.usage = event.usage or answer.usage
                 answer.hits = event.hits or answer.hits
                 if answer.reason is not None:

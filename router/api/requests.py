@@ -11,6 +11,8 @@ from router.api.identity import TraceFields
 STOPS_MAX = 4
 STOP_CHARACTERS_MAX = 1024
 STOP_TOKENS_MAX = 128
+TOP_LOGPROBS_MAX = 20
+LOGIT_BIAS_MAX = 1024
 SALT_CHARACTERS_MAX = 256
 INTEGER_MAX = 2**31 - 1
 
@@ -77,12 +79,12 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: str | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
-    # What cannot be honoured yet: values that change nothing are accepted (see _NO_OPS).
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     min_p: float | None = None
     logit_bias: dict[str, float] | None = None
+    # What cannot be honoured yet: values that change nothing are accepted (see _NO_OPS).
     best_of: int | None = None
     use_beam_search: bool | None = None
     prompt_logprobs: int | bool | None = None
@@ -138,10 +140,18 @@ class Options(msgspec.Struct, frozen=True):
     include_usage: bool
     continuous_usage: bool
     max_tokens: int | None
-    """None: the rest of the window."""
+    """None: the rest of the window. 0: nothing but the echo of the prompt."""
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    logprobs: int | None
+    """How many of the likeliest tokens to tell beside each token's own logprob; None: tell neither."""
+    echo: bool
     seed: int | None
     stops: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
@@ -153,12 +163,6 @@ class Options(msgspec.Struct, frozen=True):
 
 
 _NO_OPS: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "best_of": (1,),
     "use_beam_search": (False,),
     "prompt_logprobs": (False,),
     "response_format": ({"type": "text"},),
@@ -180,7 +184,6 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
     "chat_template_kwargs": ({},),
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
-    "echo": (False,),
     "suffix": ("",),
 }
 """Fields that cannot be honoured yet, and the values of each that ask for nothing; null always does."""
@@ -242,6 +245,13 @@ def options(request: ChatRequest | CompletionRequest) -> Options:
         temperature=temperature if top_p > 0 else 0.0,
         top_p=top_p if top_p > 0 else 1.0,
         top_k=max(_integer("top_k", request.top_k, -1, INTEGER_MAX, 0), 0),
+        min_p=_number("min_p", request.min_p, 0.0, 1.0, 0.0),
+        repetition_penalty=_number("repetition_penalty", request.repetition_penalty, 0.01, 100.0, 1.0),
+        presence_penalty=_number("presence_penalty", request.presence_penalty, -2.0, 2.0, 0.0),
+        frequency_penalty=_number("frequency_penalty", request.frequency_penalty, -2.0, 2.0, 0.0),
+        logit_bias=_logit_bias(request.logit_bias),
+        logprobs=_logprobs(request),
+        echo=isinstance(request, CompletionRequest) and bool(request.echo),
         seed=None if request.seed is None else _integer("seed", request.seed, -(2**63), 2**63 - 1, 0),
         stops=_stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
@@ -258,15 +268,8 @@ def _check_supported(request: ChatRequest | CompletionRequest) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in accepted:
             raise unsupported(name, f"{name}={_short(value)}")
-    match request:
-        case ChatRequest(logprobs=wanted, top_logprobs=count):
-            if count is not None and not wanted:
-                raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-            if wanted:
-                raise unsupported("logprobs", "logprobs")
-        case CompletionRequest(logprobs=wanted):
-            if wanted is not None and wanted is not False:
-                raise unsupported("logprobs", "logprobs")
+    if request.best_of not in (None, 1):
+        raise unsupported("best_of", "choosing the best of several completions (ask for n of them instead)")
     if request.stop_token_ids is not None and len(request.stop_token_ids) > STOP_TOKENS_MAX:
         raise bad_request(f"at most {STOP_TOKENS_MAX} stop tokens are possible", "stop_token_ids")
 
@@ -275,7 +278,31 @@ def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
     value, name = request.max_tokens, "max_tokens"
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         value, name = request.max_completion_tokens, "max_completion_tokens"
-    return None if value is None else _integer(name, value, 1, INTEGER_MAX, 1)
+    lowest = 0 if isinstance(request, CompletionRequest) and request.echo else 1
+    return None if value is None else _integer(name, value, lowest, INTEGER_MAX, 1)
+
+
+def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        if request.logprobs is None or request.logprobs is False:
+            return None
+        return _integer("logprobs", int(request.logprobs), 0, TOP_LOGPROBS_MAX, 0)
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    return _integer("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX, 0) if request.logprobs else None
+
+
+def _logit_bias(wanted: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
+    if wanted is None:
+        return ()
+    if len(wanted) > LOGIT_BIAS_MAX:
+        raise bad_request(f"at most {LOGIT_BIAS_MAX} tokens can have a bias", "logit_bias")
+    bias: dict[int, float] = {}
+    for key, value in wanted.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise bad_request(f"logit_bias goes by token ids, and {_short(key)!r} is none", "logit_bias")
+        bias[int(key)] = _number("logit_bias", value, -100.0, 100.0, 0.0)
+    return tuple(sorted(bias.items()))
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -20,15 +20,21 @@ Event = tuple[int, Output | Finished]
 
 
 class Running:
-    """Runs one step per request, each in a task of its own; leaving the context aborts what still runs."""
+    """Runs one step per request, each in a task of its own; leaving the context aborts what still runs.
 
-    def __init__(self, dispatcher: Dispatcher, requests: Sequence[StepRequest]) -> None:
+    Each run of ``forks`` requests has one prompt: the others of it start when the first has its first token, and find
+    the prompt's KV computed.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int = 1) -> None:
         self._dispatcher = dispatcher
         self._requests = requests
         self._queue: asyncio.Queue[tuple[int, Output | Finished | Exception]] = asyncio.Queue(EVENTS_MAX)
         self._tasks: list[asyncio.Task[None]] = []
         self._ended: set[int] = set()
         self._failure: Exception | None = None
+        self._forks = forks
+        self._prompts_computed = [asyncio.Event() for _ in range(0, len(requests), forks)]
 
     async def __aenter__(self) -> "Running":
         self._tasks = [asyncio.create_task(self._pump(i, request)) for i, request in enumerate(self._requests)]
@@ -80,8 +86,13 @@ class Running:
 
     async def _pump(self, index: int, request: StepRequest) -> None:
         try:
+            computed = self._prompts_computed[index // self._forks]
+            if index % self._forks:
+                await computed.wait()
             async with aclosing(self._dispatcher.run(request)) as events:
                 async for event in events:
+                    if isinstance(event, Finished) or event.tokens:
+                        computed.set()
                     await self._queue.put((index, event))
                     if isinstance(event, Finished):
                         return

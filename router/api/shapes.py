@@ -1,21 +1,25 @@
 """How answers look on the wire: two endpoints, each whole or as chunks."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from router.api.answers import Answer, Piece
+from router.api.echo import Echo
+from router.api.logprobs import Mark, chat_logprobs, text_logprobs
 from router.api.responses import (
     AnswerMessage,
     ChatChoice,
     ChatDelta,
+    ChatLogprobs,
     Delta,
     Response,
     TextChoice,
     Usage,
 )
+from router.api.text import Text
 from tracehaul.wire.steps import FinishReason
 
 DONE = b"data: [DONE]\n\n"
@@ -53,18 +57,21 @@ class Shape(Protocol):
 
 
 class ChatShape:
-    """Chat completions. ``prompt_ids`` is None unless the client wants token ids."""
+    """Chat completions. ``prompt_ids`` is None unless the client wants token ids; ``text`` reads the tokens that
+    logprobs are of."""
 
-    def __init__(self, head: Head, prompt_ids: list[int] | None) -> None:
+    def __init__(self, head: Head, text: Text, prompt_ids: list[int] | None) -> None:
         self._head = head
+        self._text = text
         self._prompt_ids = prompt_ids
         self._begun: set[int] = set()
 
     def piece(self, index: int, piece: Piece, usage: UsageField) -> bytes:
         events = self._begin(index, usage)
-        if piece.text or (self._prompt_ids is not None and piece.tokens):
+        if piece.text or piece.marks or (self._prompt_ids is not None and piece.tokens):
             ids = UNSET if self._prompt_ids is None else piece.tokens
-            events += self._chunk([ChatDelta(index, Delta(content=piece.text), token_ids=ids)], usage)
+            delta = ChatDelta(index, Delta(content=piece.text), logprobs=self._logprobs(piece.marks), token_ids=ids)
+            events += self._chunk([delta], usage)
         return events
 
     def end(self, index: int, reason: FinishReason, usage: UsageField) -> bytes:
@@ -78,12 +85,16 @@ class ChatShape:
         for index, answer in enumerate(answers):
             assert answer.reason is not None
             ids = UNSET if self._prompt_ids is None else answer.tokens
-            choices.append(ChatChoice(index, AnswerMessage(answer.text), answer.reason, token_ids=ids))
+            message, told = AnswerMessage(answer.text), self._logprobs(answer.marks)
+            choices.append(ChatChoice(index, message, answer.reason, logprobs=told, token_ids=ids))
         prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids
         head = self._head
         return msgspec.json.encode(
             Response(head.id, "chat.completion", head.created, head.model, choices, usage, prompt_token_ids=prompt_ids)
         )
+
+    def _logprobs(self, marks: Sequence[Mark]) -> ChatLogprobs | None:
+        return chat_logprobs(self._text, marks) if marks else None
 
     def _begin(self, index: int, usage: UsageField) -> bytes:
         """A choice's first event carries its role; a call's first event also the prompt."""
@@ -108,35 +119,79 @@ class ChatShape:
         )
 
 
-class TextShape:
-    """Completions. ``prompt_ids`` holds each choice's prompt; None unless the client wants token ids."""
+class _Start(NamedTuple):
+    """What a completion's choice begins with: its prompt, as far as the client wants it."""
 
-    def __init__(self, head: Head, prompt_ids: list[list[int]] | None) -> None:
+    text: str
+    marks: list[Mark]
+    prompt_ids: list[int] | UnsetType
+
+
+class TextShape:
+    """Completions.
+
+    ``prompt_ids`` holds each choice's prompt; None unless the client wants token ids. ``echoes`` holds what each choice
+    begins with; None unless the client wants it. ``text`` reads the tokens that logprobs are of.
+    """
+
+    def __init__(
+        self, head: Head, text: Text, prompt_ids: list[list[int]] | None, echoes: Sequence[Echo] | None
+    ) -> None:
         self._head = head
+        self._text = text
         self._prompt_ids = prompt_ids
+        self._echoes = echoes
         self._begun: set[int] = set()
 
     def piece(self, index: int, piece: Piece, usage: UsageField) -> bytes:
-        if not piece.text and (self._prompt_ids is None or not piece.tokens):
+        start = self._begin(index)
+        text, marks = start.text + piece.text, start.marks + self._moved(index, piece.marks)
+        if not (text or marks or (self._prompt_ids is not None and piece.tokens)):
             return b""
-        return self._chunk([self._choice(index, piece.text, None, piece.tokens)], usage)
+        return self._chunk([self._choice(index, text, None, piece.tokens, marks, start.prompt_ids)], usage)
 
     def end(self, index: int, reason: FinishReason, usage: UsageField) -> bytes:
-        return self._chunk([self._choice(index, "", reason, [])], usage)
+        start = self._begin(index)
+        return self._chunk([self._choice(index, start.text, reason, [], start.marks, start.prompt_ids)], usage)
 
     def usage(self, usage: Usage) -> bytes:
         return self._chunk([], usage)
 
     def whole(self, answers: Sequence[Answer], usage: Usage) -> bytes:
-        choices = [self._choice(i, answer.text, answer.reason, answer.tokens) for i, answer in enumerate(answers)]
+        choices: list[TextChoice] = []
+        for index, answer in enumerate(answers):
+            start = self._begin(index)
+            text, marks = start.text + answer.text, start.marks + self._moved(index, answer.marks)
+            choices.append(self._choice(index, text, answer.reason, answer.tokens, marks, start.prompt_ids))
         return msgspec.json.encode(self._response(choices, usage))
 
-    def _choice(self, index: int, text: str, reason: FinishReason | None, tokens: list[int]) -> TextChoice:
-        if self._prompt_ids is None:
-            return TextChoice(index, text, reason)
-        prompt_ids = UNSET if index in self._begun else self._prompt_ids[index]
+    def _begin(self, index: int) -> "_Start":
+        """What the next event of a choice begins with; nothing after its first."""
+        if index in self._begun:
+            return _Start("", [], UNSET)
         self._begun.add(index)
-        return TextChoice(index, text, reason, token_ids=tokens, prompt_token_ids=prompt_ids)
+        prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids[index]
+        if self._echoes is None:
+            return _Start("", [], prompt_ids)
+        return _Start(self._echoes[index].text, self._echoes[index].marks, prompt_ids)
+
+    def _moved(self, index: int, marks: Sequence[Mark]) -> list[Mark]:
+        """Behind what the choice begins with."""
+        start = len(self._echoes[index].text) if self._echoes is not None else 0
+        return [Mark(mark.token, mark.offset + start, mark.logprobs) for mark in marks]
+
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        reason: FinishReason | None,
+        tokens: list[int],
+        marks: Sequence[Mark],
+        prompt_ids: list[int] | UnsetType,
+    ) -> TextChoice:
+        ids = UNSET if self._prompt_ids is None else tokens
+        told = text_logprobs(self._text, marks) if marks else None
+        return TextChoice(index, text, reason, told, token_ids=ids, prompt_token_ids=prompt_ids)
 
     def _chunk(self, choices: list[TextChoice], usage: UsageField) -> bytes:
         return event(self._response(choices, usage))

@@ -33,6 +33,10 @@ class Text(Protocol):
         """Text of one token, special or not."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 of one token, special or not; of part of a character its part. Empty for ids without text."""
+        ...
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
         ...

@@ -18,8 +18,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernel's module is imported
 
 from tracehaul.engine import torch_engine
-from tracehaul.engine.base import Engine, Result, SequenceId, Work
+from tracehaul.engine.base import Engine, Result, Scoring, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
+from tracehaul.engine.history import History
 from tracehaul.engine.paged import PagedModel
 from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
 from tracehaul.engine.paged_pool import PagedPool
@@ -27,7 +28,7 @@ from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.engine.weights import Weights
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.hashing import KVLayout
-from tracehaul.wire.steps import Constraint, Sampling
+from tracehaul.wire.steps import Constraint, Sampling, TokenLogprobs
 
 GREEDY = Sampling(max_tokens=100, temperature=0.0)
 SEEDED = Sampling(max_tokens=100, temperature=1.0, top_p=0.95, seed=7)
@@ -278,6 +279,73 @@ def test_copies_run_beside_an_iteration(make_engine: MakeEngine) -> None:
         )
         assert again == blocks
         assert [engine.length(s) for s in (first, second, third)] == [len(PROMPT), len(OTHER), 32]
+
+    with_engine(make_engine, test)
+
+
+def test_logprobs_come_with_the_token(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        telling = Sampling(max_tokens=9, temperature=0.0, logprobs=3)
+        sequence = opened(engine, 64)
+        (result,) = await engine.run([Work(sequence, PROMPT, telling)])
+        assert result.logprobs is not None
+        top = result.logprobs.top
+        assert top[0] == (result.token, result.logprobs.logprob)
+        assert [logprob for _, logprob in top] == sorted((logprob for _, logprob in top), reverse=True)
+        assert len({token for token, _ in top}) == 3
+        engine.truncate(sequence, len(PROMPT) - 1)
+        biased = Sampling(max_tokens=9, temperature=0.0, logprobs=0, logit_bias=((top[2][0], 100.0),))
+        (other,) = await engine.run([Work(sequence, PROMPT[-1:], biased)])
+        assert other.token == top[2][0]
+        assert other.logprobs is not None
+        # The model's own, whatever a request wants of the choice.
+        assert other.logprobs.top == ()
+        assert abs(other.logprobs.logprob - top[2][1]) < 1e-4
+
+    with_engine(make_engine, test)
+
+
+def test_penalties_count_what_was_said(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        alone = await generate(engine, opened(engine, 64), PROMPT, 1)
+        sampling = Sampling(max_tokens=9, temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0)
+        for times, same in ((0, True), (40, False)):
+            sequence = opened(engine, 64)
+            history = History([], alone * times)
+            (result,) = await engine.run([Work(sequence, PROMPT, sampling, times, history)])
+            assert (result.token == alone[0]) == same
+            engine.close(sequence)
+
+    with_engine(make_engine, test)
+
+
+def test_known_tokens_are_scored(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        telling = Sampling(max_tokens=9, temperature=0.0, logprobs=2)
+        one_by_one: list[TokenLogprobs] = []
+        sequence = opened(engine, 64)
+        for token in PROMPT[:12]:
+            (result,) = await engine.run([Work(sequence, [token], telling)])
+            assert result.logprobs is not None
+            one_by_one.append(result.logprobs)
+        scored: list[TokenLogprobs] = []
+        sequence, other = opened(engine, 64), opened(engine, 64)
+        for start, end in ((0, 5), (5, 6), (6, 12)):
+            targets = PROMPT[start + 1 : min(end + 1, 12)]
+            work = Work(sequence, PROMPT[start:end], telling if end == 12 else None, scoring=Scoring(targets, 2))
+            results = await engine.run([Work(other, OTHER[start:end], telling), work])
+            assert len(results[0].scores) == 0
+            assert len(results[1].scores) == len(targets)
+            assert (results[1].token is not None) == (end == 12)
+            scored += results[1].scores
+        assert len(scored) == 11
+        for place, found in enumerate(scored):
+            told = one_by_one[place]
+            assert [token for token, _ in found.top] == [token for token, _ in told.top]
+            assert all(abs(a - b) < 1e-4 for (_, a), (_, b) in zip(found.top, told.top, strict=True))
+            own = next((logprob for token, logprob in told.top if token == PROMPT[place + 1]), None)
+            assert found.logprob <= told.top[0][1] + 1e-4
+            assert own is None or abs(own - found.logprob) < 1e-4
 
     with_engine(make_engine, test)
 

@@ -292,7 +292,7 @@ def test_errors_before_the_first_token_have_a_status(error: Exception, status: i
 
 def test_one_failed_choice_fails_the_call_and_ends_the_others() -> None:
     def script(request: StepRequest) -> Script:
-        return [0.01, PeerLost("gone")] if request.step.endswith("-1") else [60.0]
+        return [0.01, PeerLost("gone")] if request.step.endswith("-1") else [Output([120]), 60.0]
 
     dispatcher = FakeDispatcher(script)
     assert post(dispatcher, CHAT_PATH, CHAT | {"n": 3}).status_code == 503

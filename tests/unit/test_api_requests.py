@@ -41,6 +41,13 @@ def test_defaults() -> None:
         temperature=1.0,
         top_p=1.0,
         top_k=0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        logit_bias=(),
+        logprobs=None,
+        echo=False,
         seed=None,
         stops=(),
         stop_token_ids=(),
@@ -82,18 +89,11 @@ def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"logprobs": True}, "logprobs"),
-        ({"logprobs": True, "top_logprobs": 3}, "logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"frequency_penalty": -2}, "frequency_penalty"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty"),
-        ({"logit_bias": {"5": -100}}, "logit_bias"),
         ({"best_of": 2}, "best_of"),
-        ({"min_p": 0.1}, "min_p"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"functions": [{"name": "f"}]}, "functions"),
@@ -108,9 +108,55 @@ def test_what_cannot_be_honoured_is_said(fields: dict[str, Any], param: str) -> 
     assert (error.param, error.code) == (param, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("fields", [{"logprobs": 0}, {"logprobs": 5}, {"echo": True}, {"suffix": "x"}])
+@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 2, "n": 2}, {"prompt_logprobs": 1}])
 def test_what_completions_cannot_honour_is_said(fields: dict[str, Any]) -> None:
-    assert refused(lambda: options(text(**fields))).code == "unsupported_parameter"
+    error = refused(lambda: options(text(**fields)))
+    assert (error.param, error.code) == (next(iter(fields)), "unsupported_parameter")
+
+
+def test_sampling_parameters() -> None:
+    fields: dict[str, Any] = {
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -2,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"7": -100, "5": 1.5},
+    }
+    for request in (chat(**fields), text(**fields)):
+        got = options(request)
+        assert (got.min_p, got.repetition_penalty, got.presence_penalty, got.frequency_penalty) == (0.1, 1.1, -2, 0.5)
+        assert got.logit_bias == ((5, 1.5), (7, -100.0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"logprobs": None, "top_logprobs": None}, None),
+        ({"logprobs": False}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": None}, 0),
+        ({"logprobs": True, "top_logprobs": 20}, 20),
+    ],
+)
+def test_a_chats_logprobs(fields: dict[str, Any], expected: int | None) -> None:
+    assert options(chat(**fields)).logprobs == expected
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, None), (False, None), (0, 0), (5, 5), (20, 20)])
+def test_a_completions_logprobs(wanted: Any, expected: int | None) -> None:
+    assert options(text(logprobs=wanted)).logprobs == expected
+
+
+def test_only_an_echo_may_be_all_that_is_wanted() -> None:
+    assert options(text(echo=True, max_tokens=0)).max_tokens == 0
+    assert refused(lambda: options(text(max_tokens=0))).param == "max_tokens"
+
+
+@pytest.mark.parametrize("wanted", [-1, 21, 10**30])
+def test_logprobs_out_of_range(wanted: int) -> None:
+    assert refused(lambda: options(text(logprobs=wanted))).param == "logprobs"
+    assert refused(lambda: options(chat(logprobs=True, top_logprobs=wanted))).param == "top_logprobs"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +180,15 @@ def test_what_completions_cannot_honour_is_said(fields: dict[str, Any]) -> None:
         ({"stop": "x" * 5000}, "stop"),
         ({"stop_token_ids": list(range(1000))}, "stop_token_ids"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 0, "logprobs": False}, "top_logprobs"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(2000)}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"cache_salt": "x" * 1000}, "cache_salt"),

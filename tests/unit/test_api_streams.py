@@ -225,18 +225,21 @@ def test_a_client_that_leaves_aborts_its_steps() -> None:
         "in mid-stream": lambda request: [Output([104]), 60.0],
     }
     for stream in (True, False):
-        for when, script in scripts.items():
+        for running, (when, script) in enumerate(scripts.items(), start=1):
             dispatcher = FakeDispatcher(script)
 
-            async def during(client: Client, task: "asyncio.Task[None]", dispatcher: Any = dispatcher) -> None:
-                await until(lambda: dispatcher.running == 2)
+            async def during(
+                client: Client, task: "asyncio.Task[None]", dispatcher: Any = dispatcher, running: int = running
+            ) -> None:
+                # The second choice waits for the first to have computed the prompt.
+                await until(lambda: dispatcher.running == running)
                 await asyncio.sleep(0.01)
                 client.gone.set()
                 async with asyncio.timeout(1):
                     await task
 
             run(dispatcher, CHAT | {"stream": stream, "n": 2}, during=during)
-            assert (dispatcher.running, len(dispatcher.aborted)) == (0, 2), (when, stream)
+            assert (dispatcher.running, len(dispatcher.aborted)) == (0, running), (when, stream)
 
 
 def test_a_client_that_stops_reading_is_taken_for_gone() -> None:

@@ -155,12 +155,12 @@ def test_the_rules_are_those_of_the_reference(
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_the_short_cut_changes_nothing(rules: dict[str, Any], spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Coarse logits, so that ties lie across the cut; nearly flat, so that it is often not enough.
-    logits = np.round(np.random.default_rng(1).normal(0, spread, 3000), 1).astype(np.float32)
+    logits = np.round(np.random.default_rng(1).normal(0, spread, 40_000), 1).astype(np.float32)
     sampling = Sampling(max_tokens=1, seed=4, logprobs=5, **rules)
-    rows = [Row(sampling, position, 0) for position in range(200)]
-    quick = choose(np.tile(logits, (200, 1)), rows)
-    monkeypatch.setattr(module, "_DEPTHS", ())
-    assert choose(np.tile(logits, (200, 1)), rows) == quick
+    rows = [Row(sampling, position, 0) for position in range(60)]
+    quick = choose(np.tile(logits, (60, 1)), rows)
+    monkeypatch.setattr(module, "_shallow", lambda depths, count: None)
+    assert choose(np.tile(logits, (60, 1)), rows) == quick
 
 
 def test_a_row_is_decided_by_itself_alone() -> None:

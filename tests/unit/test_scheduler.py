@@ -68,3 +68,12 @@ def test_a_prompt_gets_on_however_many_decode() -> None:
         scheduler.add(key, 1)
     scheduler.add(99, 100)
     assert scheduler.plan() == [Grant(0, 1), Grant(1, 1), Grant(2, 1), Grant(99, 61)]
+
+
+def test_a_job_may_want_little_of_each_iteration() -> None:
+    scheduler = Scheduler(chunk_tokens=64, sequences_max=4)
+    scheduler.add(1, 100, at_most=10)
+    scheduler.add(2, 100)
+    assert scheduler.plan() == [Grant(1, 10), Grant(2, 54)]
+    scheduler.computed(Grant(1, 10), sampled=False)
+    assert scheduler.plan() == [Grant(1, 10), Grant(2, 54)]

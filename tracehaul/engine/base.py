@@ -32,6 +32,15 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocab_size: int
 
 
+class Scoring(NamedTuple):
+    """Asks how likely the tokens were that are known to follow."""
+
+    targets: Sequence[int]
+    """Each the token that follows the item's token of the same place; at most as many as those."""
+    top: int
+    """How many of the likeliest tokens to tell with each."""
+
+
 Mask = NDArray[np.uint32]
 """One bit for each token of the vocabulary, lowest first: whether it may come next."""
 
@@ -67,6 +76,8 @@ class Work(msgspec.Struct, frozen=True):
     """Output tokens of the step before the sampled one (for ``min_tokens``)."""
     history: History | None = None
     """The sequence's tokens, ``tokens`` included, where ``sampling`` penalizes them."""
+    scoring: Scoring | None = None
+    """Takes a row of logits for each of its targets: the caller bounds the memory."""
     guide: Guide | None = None
     """Of ``sampling.constraint``, where there is one; the sampled token advances it."""
 
@@ -78,6 +89,8 @@ class Result(NamedTuple):
     """The sampled one; None where none was asked for, or :attr:`error` says why there is none."""
     logprobs: TokenLogprobs | None = None
     """The token's, where ``sampling.logprobs`` asks for them."""
+    scores: tuple[TokenLogprobs, ...] = ()
+    """One for each target of ``scoring``."""
     error: str = ""
     """Why the item's guide allows no token any more."""
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tracehaul.engine.base import EngineInfo, Guide, Result, SequenceId, Work
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.engine.history import History
-from tracehaul.engine.sampling import Row, choose, follow
+from tracehaul.engine.sampling import Row, add_scores, choose, follow
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout
 from tracehaul.wire.steps import Constraint, Sampling
 
@@ -227,6 +227,7 @@ class FakeEngine:
             assert item.sequence not in seen, "a sequence appears at most once"
             seen.append(item.sequence)
             assert item.tokens, "an item without tokens"
+            assert item.scoring is None or len(item.scoring.targets) <= len(item.tokens), "more targets than tokens"
             assert state.length + len(item.tokens) <= len(state.data), "run beyond the capacity"
             assert state.length + len(item.tokens) <= self._info.context_max, "run beyond the model's window"
             assert state.writing is None, "run under a running unpack"
@@ -259,17 +260,22 @@ class FakeEngine:
 
     def _compute(self, item: Work, state: _Sequence) -> Result:
         hasher = blake3(state.data[: state.length].tobytes())
+        scored_rows: list[NDArray[np.float32]] = []
+        targets = len(item.scoring.targets) if item.scoring is not None else 0
         for token in item.tokens:
             kv = _kv(hasher, token, self._info.layout.token_bytes)
             state.data[state.length] = np.frombuffer(kv, dtype=np.uint8)
             state.length += 1
             hasher.update(kv)
+            if len(scored_rows) < targets:
+                scored_rows.append(_logits(hasher.digest(), self._info.vocab_size))
         self.computed_tokens += len(item.tokens)
-        if item.sampling is None:
-            return Result()
-        mask = None if item.guide is None else item.guide.mask()
-        row = Row(item.sampling, state.length, item.emitted, item.history, mask)
-        return follow([_choose(hasher.digest(), row, self._info.vocab_size)], [item.guide])[0]
+        result = Result()
+        if item.sampling is not None:
+            mask = None if item.guide is None else item.guide.mask()
+            row = Row(item.sampling, state.length, item.emitted, item.history, mask)
+            (result,) = follow([_choose(hasher.digest(), row, self._info.vocab_size)], [item.guide])
+        return add_scores([result], [item], np.stack(scored_rows))[0] if scored_rows else result
 
     async def _pack(self, state: _Sequence, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         try:
@@ -375,7 +381,11 @@ def _kv(hasher: blake3, token: int, token_bytes: int) -> bytes:
 
 
 def _choose(state: bytes, row: Row, vocab_size: int) -> Result:
-    """The next token: likeliest is the one that ``state`` names, and each of those after it is less so."""
+    return choose(_logits(state, vocab_size)[None], [row])[0]
+
+
+def _logits(state: bytes, vocab_size: int) -> NDArray[np.float32]:
+    """Likeliest is the token that ``state`` names, and each of those after it is less so."""
     first = int.from_bytes(state[:8], "little") % vocab_size
     fall: NDArray[np.float32] = np.arange(vocab_size, dtype=np.float32) * -_FALL
-    return choose(np.roll(fall, first)[None], [row])[0]
+    return np.roll(fall, first)

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,9 @@ from tracehaul.runtime.clock import wall_s
 from tracehaul.wire.errors import InvalidRequest
 
 _CONTROL, _USER_DEFINED = 3, 4
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>", re.ASCII)
+_SPACE = "\u2581"
+"""How SentencePiece writes a space, and, before it, a byte that is no text."""
 _END_NAMES = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>")
 
 
@@ -97,6 +101,17 @@ class Text:
     def token_text(self, token: int) -> str:
         """Text of one token, special or not; part of a character shows as U+FFFD."""
         return self.raw([token])
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 of one token, special or not; of part of a character its part. Empty for ids beyond the vocabulary."""
+        if self._bytes is not None:
+            return self._bytes[token] if token < len(self._bytes) else b""
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if _BYTE.fullmatch(piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(_SPACE, " ").encode()
 
     def stream(self, special: bool = False) -> TextStream:
         """An incremental decoder for one step's output; ``special`` shows special tokens too."""

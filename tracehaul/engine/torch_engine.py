@@ -20,7 +20,7 @@ from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
-from tracehaul.engine.sampling import Row, choose, follow, is_plain_greedy
+from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.weights import Weights, load_weights
@@ -200,14 +200,22 @@ class TorchEngine:
         tokens = [token for item in work for token in item.tokens]
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
         rows = [segments[at].row + segments[at].tokens - 1 for at in sampled]
+        scored_rows = [
+            segment.row + place
+            for segment, item in zip(segments, work, strict=True)
+            if item.scoring is not None
+            for place in range(len(item.scoring.targets))
+        ]
         ends = [segments[at].past + segments[at].tokens for at in sampled]
         masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
-            logits = _forward(self._model, self._pool, tokens, segments, tables, rows)
+            logits = _forward(self._model, self._pool, tokens, segments, tables, rows + scored_rows)
             result = [Result()] * len(work)
-            chosen = self._choose(logits, [work[at] for at in sampled], ends, masks())
+            chosen = self._choose(logits[: len(rows)], [work[at] for at in sampled], ends, masks())
             for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
                 result[at] = one
+            if scored_rows:
+                result = add_scores(result, work, logits[len(rows) :].cpu().numpy())
             if self._device.type == "cuda":
                 # Copies run on a stream of their own and may start as soon as this returns.
                 torch.cuda.synchronize(self._device)

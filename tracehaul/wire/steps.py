@@ -140,6 +140,9 @@ class DecodeStep(Message, frozen=True):
     prefill: NodeId | None
     """Who computes the missing part of the prompt; None: the decode worker itself."""
     sampling: Sampling
+    prompt_logprobs: int | None = None
+    """Tell the logprobs of the prompt's tokens too, with so many of the likeliest. Such a prompt is computed anew, all
+    of it and on the decode worker: KV that is there already gives no logits."""
 
 
 class StepUsage(msgspec.Struct, frozen=True):
@@ -169,6 +172,9 @@ class Tokens(Message, frozen=True):
     """With the first tokens: what is known by then."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """One for each of ``ids`` if the step asks for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the prompt's next tokens, if the step asks for them: in order from its second token on (nothing precedes the
+    first), all before the first output token."""
 
 
 class StepDone(Message, frozen=True):
