@@ -122,6 +122,12 @@ def up(
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most prompt tokens computed between two decode steps.")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="How decode workers are chosen: cost; sticky and round-robin to compare with.")
+    ] = None,
+    without_store: Annotated[
+        bool, typer.Option("--without-store", help="Steps neither read nor fill the store: to compare with.")
+    ] = False,
     config: Annotated[Path | None, typer.Option(help="A TOML file; options given here win over it.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
@@ -158,6 +164,8 @@ def up(
         "s3_url": s3_url,
         "s3_bytes": s3_bytes,
         "worker.chunk_tokens": chunk_tokens,
+        "dispatch.policy": policy,
+        "dispatch.use_store": False if without_store else None,
     }
     chosen = load_config(config, overrides)
     run = RunDir(run_dir)

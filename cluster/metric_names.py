@@ -182,6 +182,13 @@ LOAD: dict[str, Metric] = {
     "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
     "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
     "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody can take one."),
+    "token_s": Metric(
+        "token_seconds", "seconds", "Computing one token of a prompt that has nothing before it (worker)."
+    ),
+    "pair_s": Metric("pair_seconds", "seconds", "What each token before it adds to that (worker)."),
+    "decode_s": Metric("decode_seconds", "seconds", "An iteration that only decodes (worker)."),
+    "pull_token_s": Metric("pull_token_seconds", "seconds", "Pulling the KV of one token from a store node (worker)."),
+    "free_tokens": Metric("free_tokens", "tokens", "KV memory of a worker that nothing is in."),
     "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
     "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
     "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),

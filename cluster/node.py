@@ -240,6 +240,7 @@ class _Node:
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
         stack.push_async_callback(client.aclose)
         host = WorkerHost(engine, client, config.worker)
+        await host.calibrate()
         stats = {"worker": host.stats, "store_client": client.stats}
         metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
         match role:

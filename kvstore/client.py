@@ -4,6 +4,7 @@ Nothing here raises for the world: a lost, slow or lying node is a miss on read 
 Bytes that are reported as got were read under a live lease and match their checksum.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import msgspec
@@ -114,9 +115,9 @@ class StoreClient:
             where = [only[0].node] * len(hashes) if len(only) == 1 else await self.exists(hashes)
         results: list[GetResult] = ["absent"] * len(hashes)
         groups: dict[NodeId, list[Wanted]] = {}
-        for index, node in enumerate(where):
+        for item, node in zip(map(Wanted, range(len(hashes)), hashes, buffers), where, strict=True):
             if node is not None:
-                groups.setdefault(node, []).append(Wanted(index, hashes[index], buffers[index]))
+                groups.setdefault(node, []).append(item)
         get = Get(self._nodes, self._reader, self.staging, self._holders, look, results, start_s + timeout_s)
         await get.run(groups)
         self.stats.hits_failed_over += get.failed_over
@@ -138,9 +139,10 @@ class StoreClient:
         outcomes = await self._writer.put(home, blocks, start_s + timeout_s, tenant)
         self.stats.put_s += clock.now_s() - start_s
         self.stats.failovers = self._writer.failovers
-        for block, outcome in zip(blocks, outcomes, strict=True):
-            self.stats.puts[outcome] = self.stats.puts.get(outcome, 0) + 1
-            self.stats.put_bytes += block.nbytes if outcome == "published" else 0
+        for outcome, count in Counter(outcomes).items():
+            self.stats.puts[outcome] = self.stats.puts.get(outcome, 0) + count
+        put = [block.nbytes for block, outcome in zip(blocks, outcomes, strict=True) if outcome == "published"]
+        self.stats.put_bytes += sum(put)
         return outcomes
 
     async def wait(self, node: NodeId, hashes: Sequence[BlockHash], timeout_s: float) -> list[AwaitState]:

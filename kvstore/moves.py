@@ -1,7 +1,7 @@
 """What reading and writing blocks share: transfers whose buffers outlive them, lanes, checksums off the loop."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from kvstore.staging import StagingBuffer
@@ -15,6 +15,8 @@ from tracehaul.wire.ids import Checksum
 
 INLINE_BYTES_MAX = 128 << 10
 """Bytes hashed on the event loop rather than handed to a thread: some ten microseconds."""
+TURN_BYTES = 1 << 20
+"""Hashed by a thread before others that wait for it have their turn."""
 
 T = TypeVar("T")
 
@@ -110,10 +112,22 @@ async def in_lanes(work: Callable[[T], Coroutine[None, None, None]], parts: Sequ
 
 
 async def checksums(offload: Offload, views: Sequence[memoryview]) -> list[Checksum]:
-    """The checksum of each view; on the event loop only if that is short."""
+    """The checksum of each view; on the event loop only if that is short, else in turns with others."""
     if sum(view.nbytes for view in views) <= INLINE_BYTES_MAX:
         return [checksum(view) for view in views]
-    return await offload.run(lambda: [checksum(view) for view in views])
+    sums: list[Checksum] = []
+    await offload.turns(_summing(views, sums))
+    return sums
+
+
+def _summing(views: Sequence[memoryview], sums: list[Checksum]) -> Iterator[None]:
+    left = TURN_BYTES
+    for view in views:
+        if left <= 0:
+            yield
+            left = TURN_BYTES
+        sums.append(checksum(view))
+        left -= view.nbytes
 
 
 def left_s(deadline_s: float) -> float:

@@ -13,28 +13,26 @@ WAITERS_MAX = 1024
 class StagingBuffer:
     """One block's room in registered memory."""
 
-    __slots__ = ("_holds", "_view", "offset")
+    __slots__ = ("_holds", "_view", "nbytes", "offset")
 
     def __init__(self, view: memoryview, offset: int) -> None:
         self._view = view
         self.offset = offset
         """From the start of the registered memory."""
-        self._holds: list[asyncio.Future[None]] = []
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = view.nbytes
         """Its room."""
-        return self._view.nbytes
+        self._holds: list[asyncio.Future[None]] = []
 
     def view(self, nbytes: int) -> memoryview:
         """Its first ``nbytes`` bytes."""
-        assert nbytes <= self._view.nbytes
+        assert nbytes <= self.nbytes
         return self._view[:nbytes]
 
     def trade(self, other: "StagingBuffer") -> None:
         """Exchange memory with another buffer, and what may still touch it: what was landed here is there."""
         self._view, other._view = other._view, self._view
         self.offset, other.offset = other.offset, self.offset
+        self.nbytes, other.nbytes = other.nbytes, self.nbytes
         self._holds, other._holds = other._holds, self._holds
 
     def hold(self, settled: asyncio.Future[None]) -> None:

@@ -33,6 +33,10 @@ class Placed(msgspec.Struct, frozen=True, tag="placed"):
     home: NodeId | None
     running: dict[str, int]
     """Steps in progress on each decode worker that could be chosen."""
+    cost_s: float = 0.0
+    """What the step was expected to cost there, delays of others included."""
+    warm_cost_s: float | None = None
+    """And at ``warm``, if that lives."""
 
 
 class Moved(msgspec.Struct, frozen=True, tag="moved"):

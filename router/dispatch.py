@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated
 
@@ -14,8 +13,11 @@ from router.book import Book
 from router.decisions import NODES_MAX, Decisions, Ended, Moved, Placed
 from router.hits import Hits
 from router.index import Index
+from router.inflight import InFlight
 from router.members import MemberRegistry
-from router.policy.placement import Candidate, Placement, place
+from router.policy.fleet import Fleet
+from router.policy.placement import Ask, Placement, Policy, place
+from router.predicted import Predicted
 from router.run import Run
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
 from router.traces import Trace, Traces, Warm
@@ -23,10 +25,8 @@ from router.watch import StoreWatch
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
-from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
 from tracehaul.wire.hashing import pack_tokens, unpack_tokens
-from tracehaul.wire.ids import NodeId
 from tracehaul.wire.steps import DecodeStep, StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,11 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step is hashed anew, and nobody can say what was lost of it."""
     decisions_max: Annotated[int, Meta(ge=1)] = 50_000
     """Decisions remembered, of all traces; half a KiB each."""
+    policy: Policy = "cost"
+    """How decode workers are chosen; ``sticky`` and ``round-robin`` are there to compare with."""
+    use_store: bool = True
+    """Without it no step reads the store or leaves anything there, and decode workers compute all that they lack:
+    to compare with, too."""
     attempts_max: Annotated[int, Meta(ge=1)] = 4
     """Workers tried in a row without a new token before a step fails."""
     retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
@@ -86,7 +91,10 @@ class Dispatch:
         self.traces.forgotten = lambda trace: self.decisions.forget(trace.key)
         self._watch = StoreWatch(peers, self.index)
         self.members = MemberRegistry(self._watch.set_nodes)
-        self._running: Counter[NodeId] = Counter()
+        self.decodes = Fleet()
+        self.prefills = Fleet()
+        self._predicted = Predicted()
+        self._turn = 0
         self._runs: dict[Run, None] = {}
         self.book = Book(self.traces, self.decisions, self._delete)
 
@@ -180,7 +188,7 @@ class Dispatch:
                 node = None
                 if placement is not None:
                     node = placement.decode.node
-                    run.avoid.add((node, placement.decode.generation))
+                    run.avoid.add(placement.decode)
                 self.stats.steps_moved += 1
                 moved = Moved(run.request.step, node, error.code, len(run.emitted))
                 self.decisions.add(run.trace.key, clock.now_s(), moved)
@@ -199,25 +207,31 @@ class Dispatch:
         # Blocks of another layout, or another model, are of no use to this step.
         decodes = [worker for worker in decodes if worker.root == decodes[0].root]
         prefills = [worker for worker in self.members.live("prefill") if worker.root == decodes[0].root]
-        fresh = [worker for worker in decodes if (worker.node, worker.generation) not in run.avoid] or decodes
-        asked = [worker for worker in fresh if worker.node == request.decode]
+        now_s = clock.now_s()
+        self.decodes.sync(decodes, self.members.loads(decodes))
+        self.prefills.sync(prefills, self.members.loads(prefills))
+        expected = self._predicted.match(run.hashes, now_s)
         warm, stored_tokens = run.warm, self.index.match(run.hashes).blocks * run.block_tokens
-        placement = place(
+        ask = Ask(
             trace=request.trace,
             prompt_tokens=tokens,
             stored_tokens=stored_tokens,
             warm=warm,
             home=trace.home,
-            decodes=self._candidates(asked or fresh),
-            prefills=self._candidates(prefills),
-            stores=self._candidates(self.members.live("store")),
-            asked=bool(asked),
-            avoided=warm is not None and (warm.node, warm.generation) in run.avoid,
+            predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
+            avoided=frozenset(run.avoid),
+            asked=request.decode,
+            turn=self._turn,
         )
+        self._turn += 1
+        stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
+        placement = place(self._config.policy, ask, self.decodes, self.prefills, stores, now_s)
         assert placement is not None
         lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
         run.placed(placement, stored_tokens, warm_lives=lives)
-        self._log_placed(run, placement, stored_tokens, self._candidates(asked or fresh))
+        if placement.prefill_work_s and placement.prefill is not None:
+            self._predicted.add(run.hashes, [placement.prefill], now_s)
+        self._log_placed(run, placement, stored_tokens)
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
             request.step,
@@ -231,7 +245,7 @@ class Dispatch:
         )
         return placement
 
-    def _log_placed(self, run: Run, placement: Placement, stored_tokens: int, decodes: Sequence[Candidate]) -> None:
+    def _log_placed(self, run: Run, placement: Placement, stored_tokens: int) -> None:
         warm = run.warm
         placed = Placed(
             step=run.request.step,
@@ -244,12 +258,11 @@ class Dispatch:
             expected_tokens=placement.expected_tokens,
             prefill=placement.prefill,
             home=placement.home,
-            running={decode.node: decode.running for decode in decodes[:NODES_MAX]},
+            running={key.node: self.decodes.running(key) for key in self.decodes.keys[:NODES_MAX]},
+            cost_s=placement.cost_s,
+            warm_cost_s=placement.warm_cost_s,
         )
         self.decisions.add(run.trace.key, clock.now_s(), placed)
-
-    def _candidates(self, nodes: list[NodeInfo]) -> list[Candidate]:
-        return [Candidate(info.node, info.generation, self._running[info.node]) for info in nodes]
 
     async def _on_worker(self, run: Run, placement: Placement) -> AsyncGenerator[Output | Finished, None]:
         """One attempt; appends to ``run.emitted`` what it yields."""
@@ -271,7 +284,7 @@ class Dispatch:
         context = CallContext(trace=request.trace, step=request.step)
         run.context_max = info.context_max
         retained, scored = 0, 0
-        self._running[node] += 1
+        sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
         replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
         try:
             while (reply := await run.next(replies)) is not None:
@@ -280,6 +293,7 @@ class Dispatch:
                         yield Output([], prompt_logprobs=run.scored(scored, scores))
                         scored += len(scores)
                     case Tokens(ids, usage, logprobs):
+                        sent.token(clock.now_s())
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
                         retained = len(request.prompt) + len(run.emitted) - 1
@@ -296,7 +310,7 @@ class Dispatch:
                         raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
             raise ProtocolError(f"{node} ended a step without a terminal message")
         finally:
-            self._running[node] -= 1
+            sent.ended(clock.now_s())
             if retained:
                 run.warm = Warm(node, placement.decode.generation, retained)
             await replies.aclose()

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from router.steps import NodeStatus
@@ -109,6 +109,10 @@ class MemberRegistry:
             for member in members
             if member.info.role == role and now_s - member.heard_s < SUSPECT_AFTER_S and not member.load.draining
         ]
+
+    def loads(self, infos: Sequence[NodeInfo]) -> list[NodeLoad]:
+        """What each of these members said last."""
+        return [self._members[info.node].load for info in infos]
 
     def statuses(self) -> list[NodeStatus]:
         """Every member with its load and health, by name."""

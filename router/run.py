@@ -7,13 +7,14 @@ import msgspec
 
 from router.contexts import Cut, Left, cut
 from router.hits import Expected, Hits, Outcome, attribute
+from router.policy.fleet import Key
 from router.policy.placement import Placement
 from router.steps import StepRequest
 from router.traces import Step, Trace, Warm
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash
 from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 
@@ -34,7 +35,7 @@ class Run:
         """Of all attempts so far, as far as workers told."""
         self.context_max = 0
         """Of the worker that ran the last attempt."""
-        self.avoid: set[tuple[NodeId, Generation]] = set()
+        self.avoid: set[Key] = set()
         """Workers that failed it, while there are others."""
         self.home_lost = False
         self.warm: Warm | None = None

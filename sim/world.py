@@ -517,8 +517,7 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
 
 def check_router(references: ReferenceChecker, router: Dispatch) -> None:
     """An idle router counts no step as running."""
-    running = router._running  # pyright: ignore[reportPrivateUsage] - its own view of what it runs
-    references.zero("router", running=sum(running.values()))
+    references.zero("router", running=router.decodes.total + router.prefills.total)
 
 
 def simulate(

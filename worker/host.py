@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, Guide, SequenceId
+from tracehaul.engine.base import Engine, Guide, SequenceId, Work
+from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
@@ -20,6 +21,8 @@ from worker.iteration import IterationLoop, Job, usable_context
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
+
+CALIBRATION_TOKENS = 256
 
 
 class WorkerStats(msgspec.Struct):
@@ -56,6 +59,21 @@ class WorkerHost:
         self._running = 0
         self._waiting = 0
 
+    async def calibrate(self) -> None:
+        """Measure the engine on a prompt of no meaning, before anything runs; what it does later corrects that."""
+        engine, meter = self.engine, self.loop.meter
+        tokens = [0] * min(CALIBRATION_TOKENS, self.config.chunk_tokens, usable_context(engine.info) // 2 - 1)
+        sequence = engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
+        if sequence is None:
+            return
+        await engine.run([Work(sequence, tokens)])  # memory and threads are in place now
+        engine.truncate(sequence, 0)
+        for part in (tokens, tokens, tokens[:1]):
+            length, started_s = engine.length(sequence), clock.now_s()
+            await engine.run([Work(sequence, part)])
+            meter.iterated([(length, len(part))], clock.now_s() - started_s)
+        engine.close(sequence)
+
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""
         await self.loop.run()
@@ -72,6 +90,8 @@ class WorkerHost:
             waiting=self._waiting,
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
+            **self.loop.meter.rates._asdict(),
+            free_tokens=self.engine.free_tokens,
         )
 
     @asynccontextmanager
@@ -149,6 +169,7 @@ class WorkerHost:
         self.stats.pulled_bytes += here.pulled.nbytes
         self.stats.pull_s += here.pulled.seconds
         self.stats.missed_blocks += here.pulled.missed_blocks
+        self.loop.meter.pulled(here.pulled.tokens, here.pulled.seconds)
 
     def _retire(self, trace: TraceId, context: Context) -> None:
         sequence, length = context.sequence, self.engine.length(context.sequence)

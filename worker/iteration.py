@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
+from tracehaul.runtime import clock
 from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
+from worker.rates import RateMeter
 from worker.scheduler import Grant, Scheduler
 
 log = logging.getLogger(__name__)
@@ -113,6 +115,7 @@ class IterationLoop:
         self._engine = engine
         self._scheduler = scheduler
         self._make_room = make_room
+        self.meter = RateMeter()
         self._context_max = usable_context(engine.info)
         self._jobs: dict[int, Job] = {}
         self._next_key = 0
@@ -197,6 +200,7 @@ class IterationLoop:
             )
         if not work:
             return []
+        started_s = clock.now_s()
         try:
             results = await self._engine.run(work)
         except ClusterError as error:
@@ -208,6 +212,7 @@ class IterationLoop:
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []
+        self.meter.iterated([(job.computed, grant.tokens) for grant, job in grants], clock.now_s() - started_s)
         return [(grant, job, result) for (grant, job), result in zip(grants, results, strict=True)]
 
     def _settle(self, grant: Grant, job: Job, result: Result) -> None:

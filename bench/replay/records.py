@@ -92,7 +92,7 @@ def summary(
         results.append(Result("replay.hits.delivered", found.delivered, "1", "replay.hits.shared", ratio))
     lag = _shares("replay.lag", [r.sent_s - r.due_s for r in records])
     results += [*lag, Result("replay.degraded", float(degraded(records)), "1")]
-    results.append(Result("replay.steps", len(good), "1"))
+    results.append(Result("replay.steps_done", len(good), "1"))
     results.append(Result("replay.errors", len(records) - len(good), "1"))
     kinds = Counter(record.error for record in records if record.error is not None)
     results += [Result(f"replay.errors.{kind.replace(' ', '_')}", count, "1") for kind, count in sorted(kinds.items())]

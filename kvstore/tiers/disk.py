@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from kvstore.tiers.records import PAGE_BYTES, RECORD_BYTES, RECORDS_PER_PAGE, Layout, pack_header, unpack_header
-from kvstore.tiers.slot_tier import SlotTier
+from kvstore.tiers.slot_tier import STORES_MAX, SlotTier
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import ThreadOffload
@@ -69,7 +69,11 @@ class DiskFile:
             raise
         self.slot_bytes = self._layout.slot_bytes
         self.slots_max = self._layout.slots_max
-        self._lock = threading.Lock()  # over the page images: an older one must not land after a newer
+        # Pages of records go side by side, but each one's images in their order.
+        self._settled = threading.Condition()
+        self._change = 0
+        self._written: dict[int, int] = {}  # page -> the change that is in the file
+        self._under_way: set[int] = set()
 
     def records(self) -> bytes:
         return bytes(self._records[: self.slots_max * RECORD_BYTES])
@@ -86,20 +90,38 @@ class DiskFile:
             self._write(run, self._offset(first))
 
     def write_records(self, records: Mapping[int, bytes]) -> None:
-        with self._lock:
-            pages: dict[int, None] = {}
-            for slot, record in sorted(records.items()):
+        with self._settled:
+            for slot, record in records.items():
                 assert len(record) == RECORD_BYTES
                 self._records[slot * RECORD_BYTES : (slot + 1) * RECORD_BYTES] = record
-                pages[slot // RECORDS_PER_PAGE] = None
-            image = memoryview(self._records)
-            while pages:  # neighbours in one call
-                first = end = next(iter(pages))
-                while end in pages:
-                    del pages[end]
-                    end += 1
-                at = first * PAGE_BYTES
-                self._write([image[at : end * PAGE_BYTES]], self._layout.records_offset + at)
+            self._change += 1
+            change = self._change
+            pages = sorted({slot // RECORDS_PER_PAGE for slot in records})
+            while late := [page for page in pages if self._written.get(page, 0) < change]:
+                free = [page for page in late if page not in self._under_way]
+                if free:
+                    self._write_pages(free)
+                else:
+                    self._settled.wait()
+
+    def _write_pages(self, pages: Sequence[int]) -> None:
+        """Write pages that nobody is writing, as they are now; lets go of the lock meanwhile."""
+        upto, runs = self._change, _neighbours(pages)
+        images: list[tuple[int, mmap.mmap]] = []
+        for first, count in runs:
+            image = mmap.mmap(-1, count * PAGE_BYTES)
+            image[:] = self._records[first * PAGE_BYTES : (first + count) * PAGE_BYTES]
+            images.append((first, image))
+        self._under_way.update(pages)
+        self._settled.release()
+        try:
+            for first, image in images:
+                self._write([memoryview(image)], self._layout.records_offset + first * PAGE_BYTES)
+        finally:
+            self._settled.acquire()
+            self._under_way.difference_update(pages)
+            self._settled.notify_all()  # after a failure, too: whoever needs these pages writes them itself
+        self._written.update(dict.fromkeys(pages, upto))
 
     def flush(self) -> None:
         os.fdatasync(self._fd)
@@ -192,6 +214,17 @@ def _open(path: Path) -> tuple[int, bool]:
     return os.open(path, flags, 0o600), False
 
 
+def _neighbours(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending pages as runs: (first, how many)."""
+    runs: list[tuple[int, int]] = []
+    for page in pages:
+        if runs and sum(runs[-1]) == page:
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
+        else:
+            runs.append((page, 1))
+    return runs
+
+
 def _runs(slots: Sequence[int], views: Sequence[memoryview], slot_bytes: int) -> Iterator[tuple[int, list[memoryview]]]:
     """The slots in ascending order, cut where they are not neighbours: (first slot, its views)."""
     if not slots:
@@ -210,8 +243,9 @@ def _runs(slots: Sequence[int], views: Sequence[memoryview], slot_bytes: int) ->
 READ_THREADS = 16
 """The depth of reads. Measured: threads in preadv over runs of slots read as fast as fio with io_uring at depth 16,
 and faster than NIXL's POSIX plugin; the io_uring binding that exists cannot read into an arena."""
-WRITE_THREADS = 2
-"""One waits for the device while the other writes records: runs are long, so depth comes from their length."""
+WRITE_THREADS = STORES_MAX
+"""One for each batch: some wait for the device while others write records. Runs are long, so depth comes from their
+length, too."""
 
 
 async def open_disk(path: Path, file_bytes: int, slot_bytes: int) -> SlotTier:

@@ -22,8 +22,8 @@ seldom_bad = Seldom(log, every_s=1.0)
 READ_RUN_BYTES = 1 << 20
 """Neighbouring slots read in one call, and hashed by the thread that read them."""
 
-STORES_MAX = 2
-"""One waits for the device while the other's records are written."""
+STORES_MAX = 4
+"""Some wait for the device while others' records are written, behind the bytes that the device took before them."""
 
 _Write = tuple[int, Placement, memoryview]
 

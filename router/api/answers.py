@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.api.logprobs import Mark
+from router.api.reading import ChatReader, Said, joined
 from router.api.text import TextStream
 from router.hits import Hits
 from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
@@ -57,15 +58,25 @@ class Piece(msgspec.Struct, frozen=True):
     """A stop string ended the choice: tokens after it are not part of it."""
     marks: list[Mark]
     """One for each of ``tokens``, if logprobs are asked for."""
+    said: Said = Said()
+    """What the text says, where a reader reads it."""
 
 
 class Answer:
     """One choice as it grows."""
 
     def __init__(
-        self, stream: TextStream, *, stops: Sequence[str], stop_tokens: Sequence[int], min_tokens: int
+        self,
+        stream: TextStream,
+        reader: ChatReader | None = None,
+        *,
+        stops: Sequence[str],
+        stop_tokens: Sequence[int],
+        min_tokens: int,
     ) -> None:
         self._stream = stream
+        self.reader = reader
+        """Reads what it says, where it is a part of a conversation."""
         self._matcher = StopMatcher(stops)
         self._stop_tokens = frozenset(stop_tokens)
         self._min_tokens = min_tokens
@@ -130,4 +141,11 @@ class Answer:
         """What was added to the first ``known`` tokens."""
         text = "".join(shown)
         self._texts.append(text)
-        return Piece(text, self.tokens[known:], self.matched, self.marks[known:])
+        added = self.tokens[known:]
+        return Piece(text, added, self.matched, self.marks[known:], self._said(text, len(added)))
+
+    def _said(self, text: str, tokens: int) -> Said:
+        if self.reader is None:
+            return Said()
+        said = self.reader.feed(text, tokens)
+        return said if self.reason is None else joined(said, self.reader.finish())

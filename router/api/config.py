@@ -1,12 +1,15 @@
 """Limits of the HTTP surface."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
+
+
+ToolFormat = Literal["auto", "hermes", "mistral", "llama3"]
 
 
 class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -30,3 +33,5 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Messages by whose digests calls without a name find their trace, over all traces; 200 bytes each."""
     texts_bytes_max: Count = 256 * 2**20
     """Memory for those."""
+    tool_format: ToolFormat = "auto"
+    """How the model writes calls of tools; ``auto``: as its chat template tells."""

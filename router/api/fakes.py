@@ -40,6 +40,7 @@ class FakeText:
     def __init__(self) -> None:
         self.vocab_size = 258 + len(_MERGED)
         self.eos_tokens: tuple[int, ...] = (IM_END,)
+        self.chat_template: str | None = None
         self.encoded: list[str] = []
         """Every text that was tokenized."""
 
@@ -60,7 +61,10 @@ class FakeText:
             at = match.end()
         return ids + list(text[at:].encode())
 
-    def stream(self) -> FakeTextStream:
+    def special_token(self, text: str) -> int | None:
+        return _SPECIAL.get(text)
+
+    def stream(self, shown: Sequence[str] = ()) -> FakeTextStream:
         return FakeTextStream()
 
     def render(

@@ -16,20 +16,22 @@ from router.api.config import ApiConfig
 from router.api.conversation import conversation
 from router.api.echo import Echo
 from router.api.errors import ApiError, bad_request, translate, unavailable
+from router.api.forms import Form, Forms
 from router.api.identity import Identity, ResponseTraces, identify
 from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
+from router.api.reading import ChatReader
 from router.api.requests import ChatRequest, CompletionRequest, Options, options, parse
-from router.api.responses import ClusterUsage, PromptTokensDetails, Usage
+from router.api.responses import ClusterUsage, CompletionTokensDetails, PromptTokensDetails, Usage
 from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
-from router.api.text import Text
+from router.api.text import Text, TextStream
 from router.hits import together
 from router.prefixes import Prefixes
 from router.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
 
@@ -43,7 +45,7 @@ class Call:
         prompts: Sequence[Prompt],
         steps: Sequence[StepRequest],
         shape: Shape,
-        text: Text,
+        readings: Sequence[tuple[TextStream, ChatReader | None]],
         memory: Hashable | None,
         echoes: Sequence[Echo],
     ) -> None:
@@ -58,12 +60,13 @@ class Call:
         """One for each prompt, where the client wants them."""
         self.answers = [
             Answer(
-                text.stream(),
+                stream,
+                reader,
                 stops=opts.stops,
                 stop_tokens=step.sampling.stop_tokens,
                 min_tokens=opts.min_tokens,
             )
-            for step in steps
+            for step, (stream, reader) in zip(steps, readings, strict=True)
         ]
 
     @property
@@ -90,6 +93,7 @@ class Call:
             output_tokens,
             prompt_tokens + output_tokens,
             PromptTokensDetails(cached),
+            CompletionTokensDetails(sum(a.reader.reasoning_tokens for a in self.answers if a.reader is not None)),
             ClusterUsage(
                 resident_tokens=sum(part.resident_tokens for part in parts),
                 pulled_tokens=sum(part.pulled_tokens for part in parts),
@@ -116,6 +120,7 @@ class Generation:
         self._text = text
         self._config = config
         self._prompts = Prompts(text, offload, config)
+        self._forms = Forms(text, None if config.tool_format == "auto" else config.tool_format)
         self._responses = ResponseTraces()
         self._prefixes = Prefixes(config.messages_max)
         self.active = 0
@@ -180,13 +185,14 @@ class Generation:
         if request.model != card.name:
             raise model_not_found(request.model)
 
+        form = await self._forms.of(request, opts)
         traces = [(opts.salt, trace) for trace in (identity.trace, identity.parent) if trace]
         if isinstance(request, ChatRequest):
             prompts = await self._prompts.chat(request, traces, body_bytes=len(body))
         else:
             prompts = await self._prompts.completion(request, traces)
         head = Head(("chatcmpl-" if kind is ChatRequest else "cmpl-") + fresh, int(wall_s()), card.name)
-        call = self._call(request, opts, prompts, identity, card, head)
+        call = self._call(request, opts, form, prompts, identity, card, head)
         self._responses.put(head.id, identity.trace)
         await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
 
@@ -211,6 +217,7 @@ class Generation:
         self,
         request: ChatRequest | CompletionRequest,
         opts: Options,
+        form: Form,
         prompts: Sequence[Prompt],
         identity: Identity,
         card: ModelCard,
@@ -218,12 +225,17 @@ class Generation:
     ) -> Call:
         chat = isinstance(request, ChatRequest)
         steps: list[StepRequest] = []
+        readings: list[tuple[TextStream, ChatReader | None]] = []
         for at, prompt in enumerate(prompts):
             seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if opts.max_tokens is None else max(opts.max_tokens, 1)
             max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
+            said = prompt.encoded.text if chat and prompt.encoded is not None else None
+            constraint = self._forms.constraint(form, said)
             for k in range(opts.n):
+                reader = None if said is None else self._forms.reader(form, said, f"{head.id}-{len(steps)}")
+                readings.append((self._forms.stream(form), reader))
                 steps.append(
                     StepRequest(
                         step=StepId(f"{head.id}-{len(steps)}"),
@@ -231,7 +243,7 @@ class Generation:
                         trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
                         parent=identity.parent,
                         prompt=prompt.ids,
-                        sampling=self._sampling(opts, max_tokens, choice_seed(seed, k)),
+                        sampling=self._sampling(opts, max_tokens, choice_seed(seed, k), constraint),
                         # Once for all choices of a prompt.
                         prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
                         salt=opts.salt,
@@ -249,9 +261,9 @@ class Generation:
             each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
             shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
         memory = None if identity.final else (opts.salt, identity.trace)
-        return Call(opts, prompts, steps, shape, self._text, memory, echoes)
+        return Call(opts, prompts, steps, shape, readings, memory, echoes)
 
-    def _sampling(self, opts: Options, max_tokens: int, seed: int) -> Sampling:
+    def _sampling(self, opts: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
         eos = () if opts.ignore_eos else self._text.eos_tokens
         return Sampling(
             max_tokens=max_tokens,
@@ -267,6 +279,7 @@ class Generation:
             stop_tokens=tuple(dict.fromkeys((*eos, *opts.stop_token_ids))),
             min_tokens=min(opts.min_tokens, max_tokens),
             logprobs=opts.logprobs,
+            constraint=constraint,
         )
 
     async def _collect(self, call: Call, reply: Reply) -> None:

@@ -31,6 +31,8 @@ def _message(message: ChatMessage, where: str) -> dict[str, Any]:
     if message.content is None and message.role != "assistant":
         raise bad_request(f"a {message.role} message needs content", f"{where}.content")
     result["content"] = _content(message.content, f"{where}.content")
+    if message.reasoning_content is not None:
+        result["reasoning_content"] = message.reasoning_content
     if message.name is not None:
         result["name"] = message.name
     if message.tool_call_id is not None:

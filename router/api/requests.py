@@ -7,6 +7,7 @@ import msgspec
 
 from router.api.errors import ApiError, bad_request, unsupported
 from router.api.identity import TraceFields
+from router.api.structured import ResponseFormat, StructuredOutputs
 
 STOPS_MAX = 4
 STOP_CHARACTERS_MAX = 1024
@@ -53,6 +54,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
@@ -79,6 +81,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: str | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    # What structured_outputs was called before.
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -88,12 +97,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     best_of: int | None = None
     use_beam_search: bool | None = None
     prompt_logprobs: int | bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -112,6 +115,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     functions: list[dict[str, Any]] | None = None
@@ -165,17 +169,10 @@ class Options(msgspec.Struct, frozen=True):
 _NO_OPS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "prompt_logprobs": (False,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": ({},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "bad_words": ([],),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),

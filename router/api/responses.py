@@ -16,6 +16,13 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
     """Prompt tokens that nobody in the cluster computed for this call."""
 
 
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    """OpenAI's ``usage.completion_tokens_details``."""
+
+    reasoning_tokens: int
+    """Output tokens up to the end of the reasoning, where the model does some."""
+
+
 class ClusterUsage(msgspec.Struct, frozen=True):
     """``usage.tracehaul``: where the prompts' KV came from, summed over the choices."""
 
@@ -36,6 +43,7 @@ class Usage(msgspec.Struct, frozen=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
     tracehaul: ClusterUsage
 
 
@@ -73,12 +81,33 @@ class TextLogprobs(msgspec.Struct, frozen=True):
     """Characters of the choice's text before the token."""
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
-    """The assistant's message."""
+class CalledFunction(msgspec.Struct, frozen=True):
+    """What is called; the pieces of a stream name it once, and add to its arguments."""
 
-    content: str
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One call of a tool, or a piece of one; only pieces have an index, only first ones an id."""
+
+    function: CalledFunction
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    index: int | UnsetType = UNSET
+
+
+class AnswerMessage(msgspec.Struct, frozen=True):
+    """The assistant's message; None: it has calls alone."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -86,7 +115,7 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
     index: int
     message: AnswerMessage
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
@@ -96,6 +125,8 @@ class Delta(msgspec.Struct, frozen=True):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
@@ -103,7 +134,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
     index: int
     delta: Delta
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 

@@ -10,7 +10,6 @@ from router.api.answers import Answer, Piece
 from router.api.echo import Echo
 from router.api.logprobs import Mark, chat_logprobs, text_logprobs
 from router.api.responses import (
-    AnswerMessage,
     ChatChoice,
     ChatDelta,
     ChatLogprobs,
@@ -19,6 +18,7 @@ from router.api.responses import (
     TextChoice,
     Usage,
 )
+from router.api.said import deltas, finish_reason, message
 from router.api.text import Text
 from tracehaul.wire.steps import FinishReason
 
@@ -65,17 +65,26 @@ class ChatShape:
         self._text = text
         self._prompt_ids = prompt_ids
         self._begun: set[int] = set()
+        self._called: set[int] = set()
+        """Choices that have told a call."""
 
     def piece(self, index: int, piece: Piece, usage: UsageField) -> bytes:
         events = self._begin(index, usage)
-        if piece.text or piece.marks or (self._prompt_ids is not None and piece.tokens):
-            ids = UNSET if self._prompt_ids is None else piece.tokens
-            delta = ChatDelta(index, Delta(content=piece.text), logprobs=self._logprobs(piece.marks), token_ids=ids)
-            events += self._chunk([delta], usage)
+        if piece.said.calls:
+            self._called.add(index)
+        told = deltas(piece.said)
+        if not told and (piece.marks or (self._prompt_ids is not None and piece.tokens)):
+            told = [Delta(content="")]
+        ids = UNSET if self._prompt_ids is None else piece.tokens
+        logprobs = self._logprobs(piece.marks)
+        for delta in told:
+            events += self._chunk([ChatDelta(index, delta, logprobs=logprobs, token_ids=ids)], usage)
+            ids, logprobs = UNSET if ids is UNSET else [], None  # told once
         return events
 
     def end(self, index: int, reason: FinishReason, usage: UsageField) -> bytes:
-        return self._begin(index, usage) + self._chunk([ChatDelta(index, Delta(), reason)], usage)
+        ended = finish_reason(reason, called=index in self._called)
+        return self._begin(index, usage) + self._chunk([ChatDelta(index, Delta(), ended)], usage)
 
     def usage(self, usage: Usage) -> bytes:
         return self._chunk([], usage)
@@ -84,9 +93,11 @@ class ChatShape:
         choices: list[ChatChoice] = []
         for index, answer in enumerate(answers):
             assert answer.reason is not None
+            assert answer.reader is not None
             ids = UNSET if self._prompt_ids is None else answer.tokens
-            message, told = AnswerMessage(answer.text), self._logprobs(answer.marks)
-            choices.append(ChatChoice(index, message, answer.reason, logprobs=told, token_ids=ids))
+            reason, told = finish_reason(answer.reason, called=answer.reader.called), self._logprobs(answer.marks)
+            whole = message(answer.reader.whole)
+            choices.append(ChatChoice(index, whole, reason, logprobs=told, token_ids=ids))
         prompt_ids = UNSET if self._prompt_ids is None else self._prompt_ids
         head = self._head
         return msgspec.json.encode(

@@ -41,8 +41,17 @@ class Text(Protocol):
         """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
         ...
 
-    def stream(self) -> TextStream:
-        """A new incremental reader of one step's output."""
+    @property
+    def chat_template(self) -> str | None:
+        """Its source; None if the model has none."""
+        ...
+
+    def special_token(self, text: str) -> int | None:
+        """The special token of that text; None if there is none."""
+        ...
+
+    def stream(self, shown: Sequence[str] = ()) -> TextStream:
+        """A new incremental reader of one step's output; of special tokens it shows those named in ``shown``."""
         ...
 
     def render(

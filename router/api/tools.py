@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -18,6 +18,8 @@ CALLS_MAX = 16
 """Calls in one answer that has to call: a model that has lost its way would otherwise never end."""
 NAME = re.compile(r"[\w.:/-]{1,256}")
 _OUTERMOST = ("$id", "$schema")
+_NEXT_LINE, _NEXT_ITEM, _NEXT_OBJECT = r'"\n" call', '", " object', '"; " object'
+SpecialToken = Callable[[str], int | None]
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -123,41 +125,50 @@ def format_of(template: str | None) -> ToolFormat:
     return "hermes"
 
 
-def calls_constraint(tools: Tools, form: ToolFormat, begin_token: int | None) -> Constraint:
+def calls_constraint(tools: Tools, form: ToolFormat, special: SpecialToken) -> Constraint:
     """An answer that calls one of ``tools.forced``, or several where that is allowed.
 
-    ``begin_token``: where what begins a call is a special token of the model.
+    ``special`` tells the model's special token of a text.
 
     Raises:
         ApiError: the functions' schemas are too large.
     """
-    return sized(Constraint("grammar", "start: calls\n" + _calls(tools, tools.forced, form, begin_token)), "tools")
+    return sized(Constraint("grammar", "start: calls\n" + _calls(tools, tools.forced, form, special)), "tools")
 
 
-def answer_or_calls(answer: Constraint, tools: Tools, form: ToolFormat, begin_token: int | None) -> Constraint | None:
+def answer_or_calls(answer: Constraint, tools: Tools, form: ToolFormat, special: SpecialToken) -> Constraint | None:
     """An answer that matches the JSON schema of ``answer``, or calls; None where only a schema can be combined."""
     if answer.kind != "json_schema" or form == "llama3":
         return None
-    calls = _calls(tools, tools.functions, form, begin_token)
+    calls = _calls(tools, tools.functions, form, special)
     schema = inline_json(json.loads(answer.source), lenient=answer.lenient)
     source = f"start: answer | calls\nanswer: {schema}\n{calls}"
     return sized(Constraint("grammar", source), "tools")
 
 
-def _calls(tools: Tools, functions: Sequence[Function], form: ToolFormat, begin_token: int | None) -> str:
+def _calls(tools: Tools, functions: Sequence[Function], form: ToolFormat, special: SpecialToken) -> str:
     key = "parameters" if form == "llama3" else "arguments"
     lenient = not any(function.strict for function in functions)
     one = inline_json(_one_of(functions, key), lenient=lenient)
-    more = CALLS_MAX - 1 if tools.parallel else 0
-    begin = json.dumps(BEGIN[form]) if begin_token is None else f"<[{begin_token}]>"
+
+    def more(rule: str) -> str:
+        return f" ({rule}){{0,{CALLS_MAX - 1}}}" if tools.parallel else ""
+
+    begin, end = (_marker(text, special) for text in (BEGIN[form], END))
     match form:
         case "hermes":
-            rules = f'calls: call ("\\n" call){{0,{more}}}\ncall: {begin} "\\n" object "\\n{END}"'
+            rules = f'calls: call{more(_NEXT_LINE)}\ncall: {begin} "\\n" object "\\n" {end}'
         case "mistral":
-            rules = f'calls: {begin} " "? "[" object (", " object){{0,{more}}} "]"'
+            rules = f'calls: {begin} " "? "[" object{more(_NEXT_ITEM)} "]"'
         case "llama3":
-            rules = f'calls: object ("; " object){{0,{more}}}'
+            rules = f"calls: object{more(_NEXT_OBJECT)}"
     return f"{rules}\nobject: {one}\n"
+
+
+def _marker(text: str, special: SpecialToken) -> str:
+    """What marks a call, in a grammar: its text, or where it is a special token, that token."""
+    token = special(text)
+    return json.dumps(text) if token is None else f"<[{token}]>"
 
 
 def _one_of(functions: Sequence[Function], key: str) -> dict[str, Any]:

@@ -1,90 +1,167 @@
 """Where a step runs. Pure.
 
-Sticky with a limit: a trace goes back to the decode worker that has its context, unless that one has clearly more to
-do than the least loaded. A prefill worker is named for each step; the decode worker asks it if, once it has looked,
-enough is missing to be worth the hop.
+By cost: the decode worker where it costs the fewest seconds, all others' delays included; the one that has the trace's
+context keeps it unless another is clearly cheaper. Beside that the rules that it is measured against: round-robin, and
+sticky, where a trace never leaves its worker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
+import numpy as np
 
+from router.policy.cost import Costs, Need, decode_costs, prefill_s
+from router.policy.fleet import Column, Fleet, Key
 from router.traces import Warm
 from tracehaul.wire.hashing import weight
-from tracehaul.wire.ids import Generation, NodeId, TraceId
+from tracehaul.wire.ids import NodeId, TraceId
+
+Policy = Literal["cost", "sticky", "round-robin"]
+
+STICKY_MARGIN = 0.15
+"""Share of its cost that another worker must save before a trace leaves the one that has its context."""
+TIE_SHARE = 0.02
+"""Costs that are this close count as equal: estimates are no better."""
 
 
-class Candidate(msgspec.Struct, frozen=True):
-    """A worker or store node that can be chosen now."""
+class Ask(msgspec.Struct, frozen=True):
+    """A step that wants a place."""
 
-    node: NodeId
-    generation: Generation
-    running: int
-    """Steps in progress there, by the router's own count."""
+    trace: TraceId
+    prompt_tokens: int
+    stored_tokens: int
+    """The prompt's leading run in the store."""
+    warm: Warm | None
+    """Who ran the trace's last step, and what it kept of this prompt."""
+    home: NodeId | None
+    predicted: Mapping[NodeId, int] = {}
+    """Leading tokens that prefill workers are about to have computed for other steps."""
+    local_max: int = 256
+    """Missing tokens that a decode worker computes itself in any case."""
+    avoided: frozenset[Key] = frozenset()
+    """Workers that failed this step: chosen if there is no other."""
+    asked: NodeId | None = None
+    """The worker that the caller wants."""
+    turn: int = 0
+    """Counts the fleet's steps, for round-robin."""
 
 
 class Placement(msgspec.Struct, frozen=True):
     """A decision, with what it was based on."""
 
-    decode: Candidate
-    prefill: NodeId | None
+    decode: Key
+    helper: Key | None
+    """The prefill worker that computes what is missing, if that is more than the decode worker computes itself."""
     home: NodeId | None
     expected_tokens: int
-    """Tokens of the prompt that are expected to be warm there or in the store."""
+    """Leading tokens of the prompt that are expected to be warm there or in the store."""
     reason: str
+    cost_s: float
+    """Of the step there, all in all."""
+    warm_cost_s: float | None
+    """Of the step on the worker that has its context, if that lives."""
+    decode_work_s: float
+    """Computing that the decode worker is expected to do."""
+    prefill_work_s: float
+
+    @property
+    def prefill(self) -> NodeId | None:
+        """The helper's name."""
+        return None if self.helper is None else self.helper.node
 
 
-STICKY_MARGIN = 2
-"""Steps that a warm worker may be behind the least loaded one before the trace leaves it."""
-
-
-def choose_home(stores: Sequence[Candidate], trace: TraceId, current: NodeId | None) -> NodeId | None:
+def choose_home(stores: Sequence[NodeId], trace: TraceId, current: NodeId | None) -> NodeId | None:
     """The store node that takes a trace's blocks: the one it has, else by rendezvous hashing; None without stores."""
-    if any(store.node == current for store in stores):
+    if current in stores:
         return current
-    return max(stores, key=lambda store: weight(store.node, trace)).node if stores else None
-
-
-def _least_loaded(nodes: Sequence[Candidate], key: str) -> Candidate:
-    """Ties are spread by the key, not by name, so that idle workers share traces."""
-    return min(nodes, key=lambda node: (node.running, weight(node.node, key)))
+    return max(stores, key=lambda store: weight(store, trace)) if stores else None
 
 
 def place(
-    *,
-    trace: TraceId,
-    prompt_tokens: int,
-    stored_tokens: int,
-    warm: Warm | None,
-    home: NodeId | None,
-    decodes: Sequence[Candidate],
-    prefills: Sequence[Candidate],
-    stores: Sequence[Candidate],
-    asked: bool = False,
-    avoided: bool = False,
+    policy: Policy, ask: Ask, decodes: Fleet, prefills: Fleet, stores: Sequence[NodeId], now_s: float
 ) -> Placement | None:
-    """Choose the workers of one step; None if there is no decode worker.
-
-    ``stored_tokens`` is the prompt's leading run in the store, ``warm.retained_tokens`` what its last worker kept.
-    ``asked``: the caller named the worker, the only one of ``decodes``. ``avoided``: the warm one failed this step.
-    """
-    if not decodes:
+    """Choose the workers of one step; None if there is no decode worker. Without a store there is no way from prefill
+    to decode: the decode worker computes all that it lacks."""
+    if not len(decodes):
         return None
-    least = _least_loaded(decodes, trace)
-    decode, reason = least, "asked for" if asked else "least loaded"
-    warm_tokens = 0
-    if warm is not None:
-        sticky = next((d for d in decodes if (d.node, d.generation) == (warm.node, warm.generation)), None)
-        if sticky is None and not asked:
-            reason = "its worker failed it" if avoided else "its worker is gone"
-        elif sticky is None:
-            pass
-        elif sticky.running > least.running + STICKY_MARGIN:
-            reason = "its worker is busy"
-        else:
-            decode, reason = sticky, "warm"
-            warm_tokens = min(warm.retained_tokens, prompt_tokens)
-    expected = max(stored_tokens, warm_tokens)
-    # Without a store there is no way from there to here: the decode worker would compute all of it once more.
-    prefill = _least_loaded(prefills, trace).node if prefills and stores else None
-    return Placement(decode, prefill, choose_home(stores, trace, home), expected, reason)
+    helpers = prefills if len(prefills) and stores else None
+    need = Need(
+        prompt=ask.prompt_tokens,
+        stored=ask.stored_tokens if stores else 0,
+        warm=min(ask.warm.retained_tokens, ask.prompt_tokens) if ask.warm is not None else 0,
+        local_max=ask.local_max,
+    )
+    warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
+    helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, now_s)
+    costs = decode_costs(decodes, need, warm_row, prefilled_s, now_s)
+    row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
+    reach = float(costs.reach[row])
+    short = need.prompt - reach <= need.local_max
+    if policy == "cost" and costs.local[row] and not short:
+        helper = None
+    alone = helper is None or short
+    return Placement(
+        decode=decodes.keys[row],
+        helper=helper,
+        home=choose_home(stores, ask.trace, ask.home),
+        expected_tokens=int(reach),
+        reason=reason,
+        cost_s=float(costs.seconds[row]),
+        warm_cost_s=float(costs.seconds[warm_row]) if warm_row is not None else None,
+        decode_work_s=float(costs.own_s[row]) if alone else 0.0,
+        prefill_work_s=0.0 if alone else helper_work_s,
+    )
+
+
+def _allowed(ask: Ask, decodes: Fleet) -> list[int]:
+    """Rows that may be chosen: never none."""
+    rows = range(len(decodes))
+    if ask.avoided:
+        rows = [row for row in rows if decodes.keys[row] not in ask.avoided] or rows
+    if ask.asked is not None:
+        rows = [row for row in rows if decodes.keys[row][0] == ask.asked] or rows
+    return list(rows)
+
+
+def _best_prefill(
+    policy: Policy, ask: Ask, need: Need, prefills: Fleet | None, now_s: float
+) -> tuple[Key | None, float | None, float]:
+    """Who would compute what is missing, when it would be done, and what it would compute."""
+    if prefills is None:
+        return None, None, 0.0
+    predicted = np.zeros(len(prefills))
+    if policy == "cost":
+        for row, (node, _) in enumerate(prefills.keys) if ask.predicted else ():
+            predicted[row] = min(ask.predicted.get(node, 0), need.prompt)
+    done_s, own_s = prefill_s(prefills, need, predicted, now_s)
+    by = done_s if policy == "cost" else prefills.running_steps
+    row = _lowest(by, np.arange(len(prefills)), ask.trace)
+    return prefills.keys[row], float(done_s[row]), float(own_s[row])
+
+
+def _choose(
+    policy: Policy, ask: Ask, decodes: Fleet, costs: Costs, allowed: list[int], warm_row: int | None
+) -> tuple[int, str]:
+    if ask.asked is not None and decodes.keys[allowed[0]][0] == ask.asked:
+        return allowed[0], "asked for"
+    if policy == "round-robin":
+        return allowed[ask.turn % len(allowed)], "its turn"
+    by = costs.seconds if policy == "cost" else decodes.running_steps
+    best = _lowest(by, np.asarray(allowed), ask.trace)
+    if warm_row is None or (ask.avoided and warm_row not in allowed):
+        if ask.warm is None:
+            return best, "cheapest" if policy == "cost" else "least loaded"
+        failed = (ask.warm.node, ask.warm.generation) in ask.avoided
+        return best, "its worker failed it" if failed else "its worker is gone"
+    if policy == "sticky" or (1 - STICKY_MARGIN) * costs.seconds[warm_row] <= costs.seconds[best]:
+        return warm_row, "warm"
+    return best, "cheaper than its own worker"
+
+
+def _lowest(by: Column, rows: "np.ndarray[tuple[int], np.dtype[np.intp]]", trace: TraceId) -> int:
+    """The row with the lowest figure; ties are spread by the trace, so that idle workers share traces."""
+    figures = by[rows]
+    least = float(figures.min())
+    ties = rows[figures <= least + TIE_SHARE * abs(least)]
+    return int(ties[int.from_bytes(weight(NodeId(""), trace), "big") % len(ties)])

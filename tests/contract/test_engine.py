@@ -1,4 +1,4 @@
-"""What every engine promises: the same assertions for the fake and for torch on a tiny random model."""
+"""What every engine promises: the same assertions for the fake and for torch on tiny random models."""
 
 import asyncio
 import os
@@ -38,8 +38,7 @@ OTHER = [(5 * at + 11) % 200 for at in range(20)]
 MakeEngine = Callable[[], Awaitable[Engine]]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_tiny_model(folder: Path, head_dim: int) -> Path:
     torch.manual_seed(5)
     config = LlamaConfig(
         vocab_size=256,
@@ -48,14 +47,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.3,
         eos_token_id=255,
     )
-    folder = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), 16)
+
+
+@pytest.fixture(scope="module")
+def wider_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads as the compiled kernels want them."""
+    return save_tiny_model(tmp_path_factory.mktemp("wider"), 32)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -71,15 +81,17 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def paged_on_cpu(
-    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device
+    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device, _: int
 ) -> tuple[PagedModel, PagedPool]:
     """What a GPU runs, with the kernel interpreted and without graphs."""
     pool = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
     return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, None), pool
 
 
-@pytest.fixture(params=["fake", "torch", "paged", pytest.param("cuda", marks=pytest.mark.gpu)])
-def make_engine(request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> MakeEngine:
+@pytest.fixture(params=["fake", "torch", "compiled", "paged", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_engine(
+    request: pytest.FixtureRequest, tiny_model: Path, wider_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> MakeEngine:
     if request.param == "paged":
         monkeypatch.setattr(torch_engine, "_model_and_pool", paged_on_cpu)
         monkeypatch.setattr(torch_engine, "WARM_UP_TOKENS", 8)  # an interpreted kernel is slow
@@ -89,7 +101,12 @@ def make_engine(request: pytest.FixtureRequest, tiny_model: Path, monkeypatch: p
             return FakeEngine()
         device = "cuda" if request.param == "cuda" else "cpu"
         config = TorchEngineConfig(
-            model=str(tiny_model), dtype="float32", device=device, threads=1, kv_tokens_max=512, block_tokens=8
+            model=str(wider_model if request.param == "compiled" else tiny_model),
+            dtype="float32",
+            device=device,
+            threads=1,
+            kv_tokens_max=512,
+            block_tokens=8,
         )
         return await TorchEngine.load(config)
 

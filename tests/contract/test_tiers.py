@@ -2,9 +2,13 @@
 tiers as one."""
 
 import asyncio
+import contextlib
 import mmap
+import os
 import random
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from kvstore.tiers.fake import MemoryDevice, PowerCut
 from kvstore.tiers.fake_objects import MemoryObjects
 from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.objects import Objects, parse_url
-from kvstore.tiers.records import Layout, Record, unpack_records
+from kvstore.tiers.records import RECORDS_PER_PAGE, Layout, Record, unpack_records
 from kvstore.tiers.s3 import S3Objects
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
@@ -463,7 +467,6 @@ def test_killed_while_it_is_resized_a_file_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
     """Every write of a resize may be the last."""
-    import os
 
     class Killed(BaseException):
         pass
@@ -551,6 +554,45 @@ def test_a_full_tier_writes_its_records_once_per_store() -> None:
     asyncio.run(main())
 
 
+def test_records_of_one_page_are_written_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many threads at once, some of whose writes fail: what returned is in the file, and no page goes twice at once."""
+    slots = 3 * RECORDS_PER_PAGE
+    layout = Layout(SLOT, slots)
+    device = DiskFile(tmp_path / "t", layout)
+    real, dice, busy, returned = os.pwritev, random.Random(1), set[int](), dict[int, bytes]()
+
+    def write(fd: int, run: Sequence[memoryview], offset: int) -> int:
+        pages = range(offset, offset + sum(view.nbytes for view in run), 4096)
+        assert not busy & set(pages)
+        busy.update(pages)
+        threading.Event().wait(dice.random() / 1000)
+        try:
+            if dice.random() < 0.2:
+                raise OSError(5, "input/output error")
+            return real(fd, run, offset)
+        finally:
+            busy.difference_update(pages)
+
+    def work(lane: int) -> None:
+        own = random.Random(lane)
+        for turn in range(30):
+            mine = own.sample(range(lane, slots, 4), 5)
+            records = {slot: bytes([lane + 1, turn]) * 32 for slot in mine}
+            with contextlib.suppress(OSError):
+                device.write_records(records)
+                returned.update(records)
+                for slot, record in records.items():
+                    at = layout.records_offset + slot * 64
+                    assert (tmp_path / "t").read_bytes()[at : at + 64] == record
+
+    monkeypatch.setattr(os, "pwritev", write)
+    with ThreadPoolExecutor(4) as pool:
+        for lane in [pool.submit(work, lane) for lane in range(4)]:
+            lane.result()
+    assert len(returned) > slots / 2
+    device.close()
+
+
 def test_a_file_without_room_or_permission_says_so(tmp_path: Path) -> None:
     with pytest.raises(NoDisk, match="cannot reserve"):
         DiskFile(tmp_path / "t", Layout(1 << 30, 1 << 20))
@@ -561,8 +603,6 @@ def test_a_file_without_room_or_permission_says_so(tmp_path: Path) -> None:
 def test_a_file_system_without_direct_access_still_serves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import os
-
     real = os.open
 
     def refuse(path: object, flags: int, *rest: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 import uvloop
 
@@ -25,6 +26,23 @@ from tracehaul.wire.steps import StepUsage
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
 
 
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+class Event(pydantic.BaseModel):
+    """What a client may want an answer to be."""
+
+    name: str
+    people: list[str]
+
+
 def script(request: StepRequest) -> Script:
     """What the prompt's last user message asks for."""
     asked = FakeText().stream().push(request.prompt)
@@ -36,6 +54,10 @@ def script(request: StepRequest) -> Script:
         return [Overloaded("all queues are full")]
     if "slow" in asked:
         return say("one two three", delay_s=0.02)(request)
+    if "weather" in asked:
+        return say(f"One moment.\n{CALL}\n{CALL}")(request)
+    if "event" in asked:
+        return say('{"name": "Science Fair", "people": ["Alice", "Bob"]}')(request)
     return say("héllo 🙂")(request)
 
 
@@ -160,8 +182,8 @@ def test_openai_client_knows_the_errors(client: openai.OpenAI) -> None:
     assert busy.value.status_code == 503
     assert busy.value.response.headers["retry-after"] == "1"
     with pytest.raises(openai.BadRequestError) as odd:
-        client.chat.completions.create(**ask("hi"), logprobs=True)
-    assert (odd.value.code, odd.value.param) == ("unsupported_parameter", "logprobs")
+        client.chat.completions.create(**ask("hi"), extra_body={"chat_template": "x"})
+    assert (odd.value.code, odd.value.param) == ("unsupported_parameter", "chat_template")
 
 
 def test_openai_client_leaves(cluster: Cluster, client: openai.OpenAI) -> None:
@@ -170,6 +192,48 @@ def test_openai_client_leaves(cluster: Cluster, client: openai.OpenAI) -> None:
     assert cluster.dispatcher.running == 1
     stream.close()
     assert wait_until(lambda: cluster.dispatcher.running == 0) < 1
+
+
+def test_openai_client_parses_structured_answers(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(**ask("event"), response_format=Event)
+    assert answer.choices[0].message.parsed == Event(name="Science Fair", people=["Alice", "Bob"])
+    with client.chat.completions.stream(**ask("event"), response_format=Event) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == Event(name="Science Fair", people=["Alice", "Bob"])
+
+
+def test_openai_client_on_schemas_that_are_none(cluster: Cluster, client: openai.OpenAI) -> None:
+    asked = len(cluster.dispatcher.requests)
+    wrong: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "what"}, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match="what"):
+        client.chat.completions.create(**ask("hi"), response_format=wrong)
+    with pytest.raises(openai.BadRequestError, match="unclosed"):
+        client.chat.completions.create(**ask("hi"), extra_body={"structured_outputs": {"regex": "(a"}})
+    assert len(cluster.dispatcher.requests) == asked
+
+
+def test_openai_client_on_tools(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(**ask("weather"), tools=[WEATHER])
+    told = answer.choices[0]
+    assert (told.finish_reason, told.message.content) == ("tool_calls", "One moment.")
+    assert told.message.tool_calls is not None
+    assert [(c.type, c.function.name, json.loads(c.function.arguments)) for c in told.message.tool_calls] == [
+        ("function", "weather", {"city": "Paris"})
+    ] * 2
+    said: Any = told.message.model_dump(exclude_none=True)
+    results: list[Any] = [{"role": "tool", "tool_call_id": c.id, "content": "sun"} for c in told.message.tool_calls]
+    messages: list[Any] = [{"role": "user", "content": "hi"}, said, *results]
+    again = client.chat.completions.create(model="org/fake", messages=messages, tools=[WEATHER])
+    assert again.choices[0].message.content == "héllo 🙂"
+
+
+def test_openai_client_on_streamed_tools(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(**ask("weather"), tools=[WEATHER]) as stream:
+        told = stream.get_final_completion().choices[0]
+    assert (told.finish_reason, told.message.content) == ("tool_calls", "One moment.")
+    assert told.message.tool_calls is not None
+    assert [json.loads(call.function.arguments) for call in told.message.tool_calls] == [{"city": "Paris"}] * 2
+    assert len({call.id for call in told.message.tool_calls}) == 2
 
 
 @contextmanager

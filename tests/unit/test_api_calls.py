@@ -71,6 +71,7 @@ def test_a_chat_completion() -> None:
         "completion_tokens": 7,
         "total_tokens": len(prompt) + 7,
         "prompt_tokens_details": {"cached_tokens": len(prompt) // 2},
+        "completion_tokens_details": {"reasoning_tokens": 0},
         "tracehaul": {
             "resident_tokens": 3,
             "pulled_tokens": 0,

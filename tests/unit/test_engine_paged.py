@@ -188,6 +188,9 @@ def test_logits_over_scattered_blocks_equal_those_over_a_range(
         for step in range(6):  # decode: three sequences padded to four, then two
             both([[step], [step + 1], [step + 2]], [31 + step, 18 + step, 2 + step], [0, 1, 2])
         both([[1], [2]], [37, 24], [0, 1])
+        for token in (-1, c.vocab_size):
+            with pytest.raises(IndexError):
+                paged.forward([token], [Segment(0, 1, 0, 0)], [[1]], [0])
 
 
 # --- the pool -----------------------------------------------------------------------------------------------

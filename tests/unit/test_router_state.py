@@ -5,8 +5,7 @@ import pytest
 
 from router.index import Index, Match
 from router.members import MemberRegistry
-from router.policy.placement import STICKY_MARGIN, Candidate, choose_home, place
-from router.traces import Warm
+from router.policy.placement import choose_home
 from tracehaul.rpc.base import NO_CONTEXT
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad
@@ -49,79 +48,12 @@ def test_index_matches_the_leading_run_over_all_nodes() -> None:
     assert index.match([]) == Match(0, {})
 
 
-def candidates(*running: int) -> list[Candidate]:
-    return [Candidate(NodeId(f"decode-{i}"), G, n) for i, n in enumerate(running)]
-
-
-def choose(warm: Warm | None, *running: int, prompt: int = 100, stored: int = 0, stores: int = 0):
-    return place(
-        trace=T,
-        prompt_tokens=prompt,
-        stored_tokens=stored,
-        warm=warm,
-        home=None,
-        decodes=candidates(*running),
-        prefills=candidates(0),
-        stores=candidates(*[0] * stores),
-    )
-
-
-def test_a_trace_stays_where_it_is_warm_until_that_worker_is_clearly_behind() -> None:
-    warm = Warm(NodeId("decode-1"), G, 80)
-    stays = choose(warm, 0, STICKY_MARGIN)
-    assert stays is not None
-    assert (stays.decode.node, stays.expected_tokens, stays.reason) == ("decode-1", 80, "warm")
-    leaves = choose(warm, 0, STICKY_MARGIN + 1, stored=64)
-    assert leaves is not None
-    assert (leaves.decode.node, leaves.expected_tokens) == ("decode-0", 64)
-
-
-def test_a_restarted_worker_is_not_warm() -> None:
-    placed = choose(Warm(NodeId("decode-0"), Generation(1), 80), 1, 0)
-    assert placed is not None
-    assert (placed.decode.node, placed.reason) == ("decode-1", "its worker is gone")
-
-
-def test_why_a_trace_leaves_its_worker_is_told_as_it_is() -> None:
-    def why(asked: bool = False, avoided: bool = False) -> tuple[str, str]:
-        placed = place(
-            trace=T,
-            prompt_tokens=100,
-            stored_tokens=0,
-            warm=Warm(NodeId("decode-9"), G, 80),
-            home=None,
-            decodes=candidates(0),
-            prefills=[],
-            stores=[],
-            asked=asked,
-            avoided=avoided,
-        )
-        assert placed is not None
-        return placed.decode.node, placed.reason
-
-    assert why() == ("decode-0", "its worker is gone")
-    assert why(avoided=True) == ("decode-0", "its worker failed it")
-    assert why(asked=True) == ("decode-0", "asked for")
-
-
-def test_no_decode_worker_no_placement() -> None:
-    assert choose(None) is None
-
-
-def test_without_a_store_no_prefill_worker_is_asked() -> None:
-    alone, with_store = choose(None, 0), choose(None, 0, stores=1)
-    assert alone is not None
-    assert with_store is not None
-    assert alone.prefill is None
-    assert with_store.prefill is not None
-
-
 def test_homes_are_kept_spread_and_replaced() -> None:
-    stores = [Candidate(NodeId(f"store-{i}"), G, 0) for i in range(3)]
+    stores = [NodeId(f"store-{i}") for i in range(3)]
     assert choose_home(stores, T, NodeId("store-2")) == "store-2"
     assert choose_home([], T, None) is None
     homes = {TraceId(f"t{i}"): choose_home(stores, TraceId(f"t{i}"), None) for i in range(90)}
-    assert all(20 <= sum(home == store.node for home in homes.values()) <= 40 for store in stores)
+    assert all(20 <= sum(home == store for home in homes.values()) <= 40 for store in stores)
     moved = {t: choose_home(stores[:2], t, None) for t in homes}
     assert all(moved[t] == home for t, home in homes.items() if home != "store-2"), "only the lost node's traces move"
 

@@ -141,8 +141,9 @@ def test_ends_come_from_all_the_places_that_name_them(text: Text, tmp_path: Path
 @settings(max_examples=200)
 def test_streams_say_what_whole_decoding_says(text: Text, tokens: list[int], seed: int) -> None:
     cuts = random.Random(seed)
+    named = [text.token_text(token) for token in range(17)]
     for special in (False, True):
-        stream, parts, at = text.stream(special), list[str](), 0
+        stream, parts, at = text.stream(named if special else ()), list[str](), 0
         while at < len(tokens):
             end = at + cuts.randint(1, 3)
             parts.append(stream.push(tokens[at:end]))
@@ -154,7 +155,7 @@ def test_streams_say_what_whole_decoding_says(text: Text, tokens: list[int], see
 
 def test_no_part_of_a_character_is_shown(text: Text) -> None:
     for sample in TEXTS:
-        stream = text.stream(special=True)
+        stream = text.stream([text.token_text(token) for token in range(17)])
         parts = [stream.push([token]) for token in text.encode(sample)]
         assert "".join(parts) + stream.finish() == sample
         assert sample.count("\ufffd") == "".join(parts).count("\ufffd")

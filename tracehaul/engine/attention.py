@@ -6,7 +6,6 @@ token sees so many of the last tokens, itself among them.
 """
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 _SCORES_MAX_BYTES = 16 << 20
@@ -32,6 +31,9 @@ def attend_fused(
     """Several new tokens by the fused kernel: what a GPU wants."""
     tokens, context = queries.shape[0], keys.shape[1]
     if window is None:
+        # Imported here: it brings torch's compiler along, 150 MB that an engine on the CPU has no use for.
+        from torch.nn.attention.bias import causal_lower_right
+
         mask = causal_lower_right(tokens, context)
     else:
         past = context - tokens

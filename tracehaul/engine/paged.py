@@ -87,7 +87,12 @@ class PagedModel:
 
         ``tables`` are the sequences' blocks, one table per segment; ``Segment.base`` is not looked at. What is
         returned is overwritten by the next call. Runs under ``inference_mode``.
+
+        Raises:
+            IndexError: a token is outside the vocabulary. On the device that would end the process's use of it.
         """
+        if not 0 <= min(tokens) <= max(tokens) < self._config.vocab_size:
+            raise IndexError("a token is outside the vocabulary")
         every_row = len(rows) == len(tokens) == len(segments)
         batch = next((size for size in GRAPH_BATCHES if size >= len(segments)), None)
         if every_row and batch is not None and self._graphs:

@@ -54,6 +54,8 @@ class Text:
         """``special`` holds what templates may name: ``bos_token`` and such."""
         self._tokenizer = tokenizer
         self._special = special
+        self.chat_template = chat_template
+        """Its source; None if the model has none."""
         self._template = None if chat_template is None else _environment().from_string(chat_template)
         self._bytes = _token_bytes(tokenizer) if _is_byte_level(tokenizer) else None
         added = tokenizer.get_added_tokens_decoder()
@@ -113,12 +115,18 @@ class Text:
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_SPACE, " ").encode()
 
-    def stream(self, special: bool = False) -> TextStream:
-        """An incremental decoder for one step's output; ``special`` shows special tokens too."""
-        hidden: frozenset[int] = frozenset() if special else self._hidden
+    def special_token(self, text: str) -> int | None:
+        """The special token of that text; None if there is none."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token in self._hidden else None
+
+    def stream(self, shown: Sequence[str] = ()) -> TextStream:
+        """An incremental decoder for one step's output; of special tokens it shows those named in ``shown``."""
+        shown_tokens = {token: text for text in shown if (token := self.special_token(text)) is not None}
+        hidden = self._hidden - shown_tokens.keys()
         if self._bytes is not None:
             return _ByteStream(self._bytes, hidden)
-        return _WindowStream(self._tokenizer, hidden, special)
+        return _WindowStream(self._tokenizer, hidden, shown_tokens)
 
     def render(
         self,
@@ -166,16 +174,20 @@ class _ByteStream:
 class _WindowStream:
     """For other vocabularies (SentencePiece style), where a token's text depends on what is before it."""
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], special: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], shown: dict[int, str]) -> None:
         self._tokenizer = tokenizer
         self._hidden = hidden
-        self._stream = DecodeStream(skip_special_tokens=not special)
+        self._shown = shown
+        self._stream = DecodeStream(skip_special_tokens=True)
         self._held: list[int] = []
 
     def push(self, tokens: Sequence[int]) -> str:
         parts: list[str] = []
         for token in tokens:
             if token in self._hidden:
+                continue
+            if token in self._shown:
+                parts += (self.finish(), self._shown[token])
                 continue
             self._held.append(token)
             if part := self._stream.step(self._tokenizer, token):

@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
@@ -28,6 +29,7 @@ from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
 
 T = TypeVar("T")
+AnyModel = Model | HostModel | PagedModel
 
 WARM_UP_TOKENS = 512
 """Tokens of the first forward pass, at load."""
@@ -74,7 +76,12 @@ class TorchEngine:
     """
 
     def __init__(
-        self, info: EngineInfo, model: Model | PagedModel, pool: KVPool, grammars: Grammars, compute: ThreadPoolExecutor
+        self,
+        info: EngineInfo,
+        model: AnyModel,
+        pool: KVPool,
+        grammars: Grammars,
+        compute: ThreadPoolExecutor,
     ) -> None:
         self._info = info
         self._block_tokens = info.layout.block_tokens
@@ -276,6 +283,8 @@ class TorchEngine:
             await asyncio.wait(self._under_way)
         await asyncio.to_thread(self._compute.shutdown)
         await asyncio.to_thread(self._copy.shutdown)
+        if isinstance(self._model, HostModel):
+            await asyncio.to_thread(self._model.close)
         await asyncio.to_thread(self._masker.close)
         await asyncio.to_thread(self._grammars.close)
         self._sequences.clear()
@@ -315,9 +324,7 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(
-    config: TorchEngineConfig, progress: Progress | None
-) -> tuple[EngineInfo, Model | PagedModel, KVPool, Grammars]:
+def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, AnyModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -339,7 +346,7 @@ def _load(
         tokens_max = config.kv_tokens_max // config.block_tokens * config.block_tokens
         info = _info(source.name, layout, shape, tokens_max)
         try:
-            model, pool = _model_and_pool(weights, layout, tokens_max, dtype, device)
+            model, pool = _model_and_pool(weights, layout, tokens_max, dtype, device, config.threads)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
@@ -350,19 +357,20 @@ def _load(
 
 
 def _model_and_pool(
-    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Model | PagedModel, KVPool]:
-    # Where torch comes without Triton, a GPU does as a CPU does.
-    if device.type != "cuda" or find_spec("triton") is None:
-        return Model(weights), make_pool(layout, tokens_max, dtype, device)
-    from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> tuple[AnyModel, KVPool]:
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
 
-    pool = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
-    return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, cuda_capture()), pool
+        paged = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
+        return PagedModel(weights, paged.tensor, attend_paged, tokens_per_tile, cuda_capture()), paged
+    pool = make_pool(layout, tokens_max, dtype, device)
+    compiled = device.type == "cpu" and is_supported(weights.config, dtype)
+    return HostModel(weights, threads) if compiled else Model(weights), pool
 
 
 def _forward(
-    model: Model | PagedModel,
+    model: AnyModel,
     pool: KVPool,
     tokens: Sequence[int],
     segments: Sequence[Segment],
@@ -374,7 +382,7 @@ def _forward(
     return model.forward(tokens, segments, pool.tensor, rows)
 
 
-def _warm_up(model: Model | PagedModel, pool: KVPool, tokens: int, block_tokens: int) -> None:
+def _warm_up(model: AnyModel, pool: KVPool, tokens: int, block_tokens: int) -> None:
     """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
     not in the first request."""
     tables = [range(-(-tokens // block_tokens))]

@@ -9,7 +9,7 @@ import contextlib
 import mmap
 import os
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64
+from xxhash import xxh3_64, xxh3_64_intdigest
 
-from tracehaul.runtime.offload import Offload
+from tracehaul.runtime.offload import Offload, yield_core
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import is_memory_file, populate
@@ -220,6 +220,7 @@ class _Job:
         self._next = count()
         self._stopped = False
         self.threads = THREADS if nbytes >= SHARED_BYTES and len(copies) > 1 else 1
+        self._is_long = nbytes > TURN_BYTES
         self.sums = [Checksum(0)] * len(copies)
         """Of the bytes where they landed, one per copy that is done."""
 
@@ -237,28 +238,51 @@ class _Job:
 
         Advanced in the offload: numpy and xxhash let go of the interpreter lock.
         """
-        room = TURN_BYTES
-        while (index := next(self._next)) < len(self._copies):
-            local_offset, remote_offset, nbytes = self._copies[index]
-            mine = self._ours[local_offset : local_offset + nbytes]
+        ours, copies, inward = self._ours, self._copies, self._inward
+        room, step_room = TURN_BYTES, STEP_BYTES if self._is_long else TURN_BYTES
+        while (index := next(self._next)) < len(copies):
+            local_offset, remote_offset, nbytes = copies[index]
+            mine = ours[local_offset : local_offset + nbytes]
             other = theirs[remote_offset : remote_offset + nbytes]
-            source, target = (other, mine) if self._inward else (mine, other)
-            summing, landing = xxh3_64(), xxh3_64()
-            for start in range(0, nbytes, STEP_BYTES):
+            source, target = (other, mine) if inward else (mine, other)
+            if nbytes > STEP_BYTES:
+                sent, landed = yield from self._in_steps(source, target)
+            else:
                 if room <= 0:
                     yield
                     room = TURN_BYTES
-                if self._stopped:
-                    return
-                end = start + STEP_BYTES
-                np.copyto(target[start:end], source[start:end])
-                landing.update(target[start:end].data)
-                if not self._inward:
-                    summing.update(source[start:end].data)
-                room -= max(min(STEP_BYTES, nbytes - start), TURN_COPY_BYTES)
-            self.sums[index] = Checksum(landing.intdigest())
-            if not self._inward and summing.intdigest() != self.sums[index]:
+                if step_room <= 0:
+                    yield_core()
+                    step_room = STEP_BYTES
+                if not self._stopped:
+                    np.copyto(target, source)
+                landed = xxh3_64_intdigest(target.data)
+                sent = landed if inward else xxh3_64_intdigest(source.data)
+                room -= nbytes if nbytes > TURN_COPY_BYTES else TURN_COPY_BYTES
+                step_room -= nbytes
+            if self._stopped:
+                return
+            if sent != landed:
                 raise TransferError(f"{nbytes} bytes written at {remote_offset} are not there")
+            self.sums[index] = Checksum(landed)
+
+    def _in_steps(self, source: Bytes, target: Bytes) -> Generator[None, None, tuple[int, int]]:
+        """Copy what is longer than a step; the checksums of what was sent, if we write, and of what landed."""
+        sending, landing = xxh3_64(), xxh3_64()
+        for start in range(0, target.nbytes, STEP_BYTES):
+            if start % TURN_BYTES == 0:
+                yield
+            elif self._is_long:
+                yield_core()
+            if self._stopped:
+                break
+            there, here = source[start : start + STEP_BYTES], target[start : start + STEP_BYTES]
+            np.copyto(here, there)
+            landing.update(here.data)
+            if not self._inward:
+                sending.update(there.data)
+        landed = landing.intdigest()
+        return landed if self._inward else sending.intdigest(), landed
 
 
 def host_identity() -> str:

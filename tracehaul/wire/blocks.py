@@ -8,7 +8,7 @@ from tracehaul.wire.base import Message
 from tracehaul.wire.ids import BlockHash, Checksum, Generation, LeaseId, NodeId, SlotGeneration, TraceId
 
 
-class BlockSpec(msgspec.Struct, frozen=True, gc=False):
+class BlockSpec(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A block that somebody is about to write."""
 
     hash: BlockHash
@@ -28,18 +28,18 @@ class Reserve(Message, frozen=True):
     subscriber, written to no tier, and gone with the connection."""
 
 
-class Slot(msgspec.Struct, frozen=True, tag=True, gc=False):
+class Slot(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Write here, then publish under this generation."""
 
     offset: int
     generation: SlotGeneration
 
 
-class Present(msgspec.Struct, frozen=True, tag=True, gc=False):
+class Present(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Already published: nothing to write."""
 
 
-class InFlight(msgspec.Struct, frozen=True, tag=True, gc=False):
+class InFlight(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """Another writer holds the reservation."""
 
     since_s: float
@@ -48,12 +48,12 @@ class InFlight(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The connection that holds it, by the store's name for it."""
 
 
-class Full(msgspec.Struct, frozen=True, tag=True, gc=False):
+class Full(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """No slot can be freed now: what is left is leased, pinned, reserved, has continuations, or is within others'
     quotas. Also the answer for a block whose parents would form a cycle."""
 
 
-class TooLarge(msgspec.Struct, frozen=True, tag=True, gc=False):
+class TooLarge(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """The block does not fit a slot, or is empty."""
 
 
@@ -63,7 +63,7 @@ class Reserved(Message, frozen=True):
     outcomes: tuple[Slot | Present | InFlight | Full | TooLarge, ...]
 
 
-class Publication(msgspec.Struct, frozen=True, gc=False):
+class Publication(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A block whose bytes are in place."""
 
     hash: BlockHash
@@ -108,7 +108,7 @@ class Lease(Message, frozen=True):
     ttl_s: float
 
 
-class LeasedBlock(msgspec.Struct, frozen=True, gc=False):
+class LeasedBlock(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where a published block's bytes are, while the lease lives."""
 
     offset: int
@@ -289,13 +289,13 @@ class Snapshot(Message, frozen=True):
     last: bool
 
 
-class Stored(msgspec.Struct, frozen=True, tag=True, gc=False):
+class Stored(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """A block became visible."""
 
     hash: BlockHash
 
 
-class Removed(msgspec.Struct, frozen=True, tag=True, gc=False):
+class Removed(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """A block is gone."""
 
     hash: BlockHash

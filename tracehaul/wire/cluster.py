@@ -52,6 +52,17 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """Blocks that are still to be copied to other nodes, for replicas or a drain (store)."""
     pins_short: int = 0
     """Pins that have fewer copies than they ask for, as there is nobody to take one (store)."""
+    token_s: float = 0.0
+    """How long a worker takes, measured at its start and corrected by all that it does: for one token of a prompt that
+    has nothing before it; 0 on a store node, like those that follow."""
+    pair_s: float = 0.0
+    """What each token before it adds to that: attention."""
+    decode_s: float = 0.0
+    """For an iteration that only decodes, with as many sequences as there are now."""
+    pull_token_s: float = 0.0
+    """For pulling the KV of one token from a store node."""
+    free_tokens: int = 0
+    """KV memory of a worker that nothing is in, not even what is kept for later; in tokens."""
 
 
 class Join(Message, frozen=True):

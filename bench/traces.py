@@ -1,0 +1,259 @@
+"""Traces as the unit of work: how fast the router decides, and what its decisions give on recorded agents.
+
+``index.match.100k``: matching a prompt of 100,000 tokens against an index of a million blocks on 16 nodes, announced as
+stores announce them: each trace's blocks in groups, others' between. ``index.match.100k.scattered``: a prompt whose
+blocks are anywhere in memory. ``index.events``: blocks per second that one core takes in, decoding included.
+``placement.1000``: one placement among a thousand decode and a thousand prefill workers, the books kept.
+
+With recordings, ``replay.*``: the same traces on fresh clusters of one prefill and two decode workers, whose decode
+workers together hold a third of the traces' contexts: placement by cost with the store, a trace bound to its worker
+without, and round-robin without. ``replay.steps.sticky`` and ``replay.steps.round_robin`` are steps per hour of the
+first, divided by the others'; ``replay.hits`` is its delivered hits, divided by those of an infinite shared cache.
+"""
+
+import asyncio
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+
+from bench.fleet import fleet
+from bench.replay.choose import Limits, choose
+from bench.replay.command import RECORDINGS_VARIABLE, read_traces
+from bench.replay.recording import Trace
+from bench.replay.records import summary
+from bench.replay.run import Outcome, Target, replay
+from bench.replay.schedule import Pacing
+from bench.report import Result, finish, percentile
+from cluster.config import ClusterConfig, NodeCounts
+from cluster.launch import free_port
+from router.dispatch import DispatchConfig
+from router.index import Index
+from router.policy.fleet import Fleet
+from router.policy.placement import Ask, place
+from router.traces import Warm
+from tracehaul.runtime import clock
+from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.hashing import HASH_BYTES
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+
+BLOCKS = 1_000_000
+PROMPT_BLOCKS = 3125
+"""100,000 tokens in blocks of 32."""
+NODES = 16
+GROUP_BLOCKS = 16
+TRACES_AT_ONCE = 32
+TIMES = 100
+EVENT_MESSAGES = 64
+MESSAGE_BLOCKS = 4096
+WORKERS = 1000
+PLACEMENTS = 500
+G = Generation(1)
+
+WORKLOAD = "weka_scaled16"
+CAPACITY_SHARE = 3
+"""The traces' contexts are that many times what the decode workers hold."""
+STORE_BYTES = 2 << 30
+FULL = Limits(traces_max=12, skip_steps=6, steps_min=8, steps_max=8, context_min=3500)
+QUICK = Limits(traces_max=8, skip_steps=1, steps_min=4, steps_max=4, context_min=1500, context_max=2600, output_max=32)
+PACING = Pacing(concurrency=12, time_scale=8.0, gap_max_s=8.0, stagger_s=1.0)
+CONTENDERS = {
+    "cost": DispatchConfig(),
+    "sticky": DispatchConfig(policy="sticky", use_store=False),
+    "round_robin": DispatchConfig(policy="round-robin", use_store=False),
+}
+
+console = Console()
+
+
+def index_results(blocks: int) -> list[Result]:
+    """Matching and events."""
+    index = Index()
+    chains = [[_hash() for _ in range(PROMPT_BLOCKS)] for _ in range(blocks // PROMPT_BLOCKS)]
+    nodes = [NodeId(f"store-{n}") for n in range(NODES)]
+    for node in nodes:
+        index.snapshot(node, Snapshot(G, 0, (), last=True))
+    sequences = dict.fromkeys(nodes, 0)
+    for start in range(0, len(chains), TRACES_AT_ONCE):
+        together = chains[start : start + TRACES_AT_ONCE]
+        for group in range(0, PROMPT_BLOCKS, GROUP_BLOCKS):
+            for number, chain in enumerate(together):
+                node = nodes[(start + number) % NODES]
+                told = tuple(Stored(block) for block in chain[group : group + GROUP_BLOCKS])
+                assert index.events(node, Events(G, sequences[node] + 1, told))
+                sequences[node] += len(told)
+    everything = [block for chain in chains for block in chain]
+    chance = random.Random(1)
+    together = _times(lambda: _fresh(chance.choice(chains)), lambda asked: index.match(asked).blocks)
+    scattered = _times(
+        lambda: _fresh(chance.sample(everything, PROMPT_BLOCKS)), lambda asked: index.match(asked).blocks
+    )
+    node = nodes[0]
+    messages: list[bytes] = []
+    for number in range(EVENT_MESSAGES):
+        first = sequences[node] + 1 + number * MESSAGE_BLOCKS
+        old = chains[0] if number % 2 else chains[NODES]  # both are this node's, and come back the next time
+        changes: list[Stored | Removed] = [Stored(_hash()) for _ in range(MESSAGE_BLOCKS // 2)]
+        changes += [Removed(block) if number < 2 else Stored(block) for block in old[: MESSAGE_BLOCKS // 2]]
+        messages.append(msgspec.msgpack.encode(Events(G, first, tuple(changes))))
+    decoder = msgspec.msgpack.Decoder(Events)
+    began_s = clock.perf_s()
+    for message in messages:
+        assert index.events(node, decoder.decode(message))
+    rate = EVENT_MESSAGES * MESSAGE_BLOCKS / (clock.perf_s() - began_s)
+    return [
+        *_milliseconds("index.match.100k", together),
+        *_milliseconds("index.match.100k.scattered", scattered),
+        Result("index.events", rate, "1/s"),
+    ]
+
+
+def placement_results() -> list[Result]:
+    """Placing steps among a thousand workers of each role, each step kept in the books as the router keeps it."""
+    chance = random.Random(1)
+    decodes, prefills = _many(chance, "decode"), _many(chance, "prefill")
+    stores = [NodeId(f"store-{n}") for n in range(NODES)]
+    took_s: list[float] = []
+    for number in range(PLACEMENTS):
+        warm = Warm(NodeId(f"decode-{chance.randrange(WORKERS)}"), G, 90_000)
+        ask = Ask(TraceId(f"t{number}"), 100_000, chance.randrange(100_000), warm, stores[0])
+        now_s = number / 100
+        began_s = clock.perf_s()
+        for of, infos, loads in (decodes, prefills):
+            of.sync(infos, loads)
+        placed = place("cost", ask, decodes[0], prefills[0], stores, now_s)
+        assert placed is not None
+        decodes[0].sent(placed.decode, placed.decode_work_s, now_s)
+        if placed.helper is not None and placed.prefill_work_s:
+            prefills[0].sent(placed.helper, placed.prefill_work_s, now_s)
+        took_s.append(clock.perf_s() - began_s)
+    return _milliseconds("placement.1000", took_s)
+
+
+def _many(chance: random.Random, role: str) -> tuple[Fleet, list[NodeInfo], list[NodeLoad]]:
+    infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1") for n in range(WORKERS)]
+    loads = [
+        NodeLoad(
+            token_s=chance.uniform(5e-5, 2e-4),
+            pair_s=1e-8,
+            decode_s=0.02,
+            pull_token_s=1e-6,
+            free_tokens=chance.randrange(200_000),
+        )
+        for _ in infos
+    ]
+    return Fleet(), infos, loads
+
+
+def _hash() -> BlockHash:
+    return BlockHash(os.urandom(HASH_BYTES))
+
+
+def _fresh(hashes: list[BlockHash]) -> list[BlockHash]:
+    """Equal, and other objects: as a prompt's are."""
+    return [BlockHash(bytes(bytearray(block))) for block in hashes]
+
+
+def _times(make: Callable[[], list[BlockHash]], match: Callable[[list[BlockHash]], int]) -> list[float]:
+    took_s: list[float] = []
+    for _ in range(TIMES):
+        asked = make()
+        began_s = clock.perf_s()
+        found = match(asked)
+        took_s.append(clock.perf_s() - began_s)
+        assert found == PROMPT_BLOCKS
+    return took_s
+
+
+def _milliseconds(name: str, took_s: list[float]) -> list[Result]:
+    return [
+        Result(name, 1e3 * median(took_s), "ms"),
+        Result(f"{name}.p99", 1e3 * percentile(took_s, 0.99), "ms"),
+    ]
+
+
+def replay_results(traces: list[Trace], rounds: int, config: dict[str, Any]) -> list[Result]:
+    """All contenders in turn, ``rounds`` times, each round beginning with another."""
+    need = sum(max(step.prompt.tokens + step.output_tokens for step in trace.steps) for trace in traces)
+    longest = max(step.prompt.tokens + step.output_tokens for trace in traces for _, step in trace.walk())
+    kv_tokens = -(-max(need // (2 * CAPACITY_SHARE), longest + 64) // 32) * 32
+    config |= {"kv_tokens": kv_tokens, "contexts_tokens": need, "store_bytes": STORE_BYTES}
+    outcomes: dict[str, list[Outcome]] = {name: [] for name in CONTENDERS}
+    names = list(CONTENDERS)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            outcomes[name].append(_replayed(traces, CONTENDERS[name], kv_tokens))
+            rate = _rate(outcomes[name][-1:])
+            console.print(f"round {number + 1}, {name}: {rate:.0f} steps/h", highlight=False)
+    results: list[Result] = []
+    for name, runs in outcomes.items():
+        for result in summary(
+            [record for run in runs for record in run.records],
+            [trace for run in runs for trace in run.completed],
+            sum(run.wall_s for run in runs),
+            runs[-1].hits,
+        ):
+            results.append(msgspec.structs.replace(result, name=f"{result.name}.{name}", versus=None, ratio=None))
+    ours = _rate(outcomes["cost"])
+    for name in ("sticky", "round_robin"):
+        ratio = ours / _rate(outcomes[name])
+        results.append(Result(f"replay.steps.{name}", ratio, "1", f"replay.steps_per_h.{name}", ratio))
+    found = outcomes["cost"][-1].hits
+    if found is not None:
+        ratio = found.delivered / found.shared
+        results.append(Result("replay.hits", ratio, "1", "replay.hits.shared.cost", ratio))
+    return results
+
+
+def _replayed(traces: list[Trace], dispatch: DispatchConfig, kv_tokens: int) -> Outcome:
+    config = ClusterConfig(
+        port=free_port(),
+        nodes=NodeCounts(prefill=1, decode=2, store=1),
+        kv_tokens=kv_tokens,
+        store_bytes=STORE_BYTES,
+        dispatch=dispatch,
+    )
+    with fleet(config, console) as running:
+        return asyncio.run(replay(traces, PACING, Target(running.url)))
+
+
+def _rate(runs: list[Outcome]) -> float:
+    good = sum(record.error is None for run in runs for record in run.records)
+    return 3600 * good / sum(run.wall_s for run in runs)
+
+
+def main(
+    recordings: Annotated[
+        Path | None, typer.Option(envvar=RECORDINGS_VARIABLE, help="Where the recordings are; none: no replays.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="Which of them.")] = WORKLOAD,
+    rounds: Annotated[int, typer.Option(min=1, help="Replays of each kind.")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="index, placement or replay; all if not given.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer blocks, fewer and shorter traces.")] = False,
+) -> None:
+    """Measure the router's decisions and what they give."""
+    parts = only or ["index", "placement", "replay"]
+    limits = QUICK if quick else FULL
+    config: dict[str, Any] = {"workload": workload, "rounds": rounds, "quick": quick}
+    results: list[Result] = []
+    if "index" in parts:
+        results += index_results(BLOCKS // 10 if quick else BLOCKS)
+    if "placement" in parts:
+        results += placement_results()
+    if "replay" in parts and recordings is not None:
+        traces = choose(read_traces(recordings, workload), limits, seed=1)
+        config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(PACING)}
+        results += replay_results(traces, rounds, config)
+    finish(config, results, json, console)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,154 @@
+"""The forward pass on the CPU by compiled kernels: memory, addresses and threads around :mod:`.kernels`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tracehaul.engine.cpu import kernels, phases
+from tracehaul.engine.cpu.attending import plan_attention
+from tracehaul.engine.cpu.phases import Buffers, Shape
+from tracehaul.engine.cpu.team import Team
+from tracehaul.engine.cpu.vectors import LANES
+from tracehaul.engine.model import Segment
+from tracehaul.engine.model_config import ModelConfig
+from tracehaul.engine.rope import rope_tables
+from tracehaul.engine.weights import LayerWeights, Weights
+
+_KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
+
+
+def is_supported(config: ModelConfig, dtype: torch.dtype) -> bool:
+    """Whether the kernels run this model: whole vectors in every row, and numbers that they know."""
+    widths = (config.hidden, config.head_dim, config.intermediate)
+    return (
+        dtype in _KINDS
+        and all(width % 32 == 0 for width in widths)
+        and config.vocab_size >= LANES
+        and all(kind.window is None for kind in config.kinds)
+    )
+
+
+class HostModel:
+    """Weights, tables and an iteration's memory. Used from one thread, with helpers of its own."""
+
+    def __init__(self, weights: Weights, threads: int) -> None:
+        c, dtype = weights.config, weights.embedding.dtype
+        assert is_supported(c, dtype)
+        self._dtype = dtype
+        self._like = _KINDS[dtype]
+        self._cos, self._sin = rope_tables(c, torch.float32, torch.device("cpu"))
+        self._weights = weights
+        self._shape = Shape(
+            layers=c.layers,
+            hidden=c.hidden,
+            heads=c.heads,
+            kv_heads=c.kv_heads,
+            head_dim=c.head_dim,
+            intermediate=c.intermediate,
+            vocab=c.vocab_size,
+            eps=c.norm_eps,
+            embedding=weights.embedding.data_ptr(),
+            norm=weights.norm.data_ptr(),
+            head=weights.head.data_ptr(),
+            cos=self._cos.data_ptr(),
+            sin=self._sin.data_ptr(),
+        )
+        self._layers = np.array([_addresses(layer) for layer in weights.layers], np.int64)
+        self._team = Team(threads, phases.scratch_bytes(self._shape))
+        self._rows = _Rows(self._shape, dtype, 0)
+        self._partials = torch.empty(0)
+        self._tasks = np.empty((0, 5), np.int64)
+        self._arguments: tuple[object, ...] = ()
+
+    def forward(
+        self, tokens: Sequence[int], segments: Sequence[Segment], pool: torch.Tensor, sampled_rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Append every segment's tokens to its KV; float32 logits ``[len(sampled_rows), vocab]`` of those rows.
+
+        A row's logits do not depend on what else is in the iteration, nor on how its sequence was cut into chunks.
+
+        Raises:
+            IndexError: a token is outside the vocabulary.
+        """
+        self._team.settle()
+        count, shape = len(tokens), self._shape
+        if not 0 <= min(tokens) <= max(tokens) < shape.vocab:
+            raise IndexError("a token outside the vocabulary")
+        if count > self._rows.count:
+            self._rows = _Rows(shape, self._dtype, count)
+        table = np.array(segments, np.int64)
+        positions = np.concatenate([np.arange(s.past, s.past + s.tokens) for s in segments])
+        slots = positions + np.repeat(table[:, 2], table[:, 1])
+        spans = self._plan(table)
+        sync = np.zeros(_sync_bytes(shape, len(segments)) // 8, np.int64)
+        logits = torch.empty(len(sampled_rows), shape.vocab)
+        buffers = Buffers(
+            pool=pool.data_ptr(),
+            pool_tokens=pool.shape[3],
+            partials=self._partials.data_ptr(),
+            logits=logits.data_ptr(),
+            sync=sync.ctypes.data,
+            **self._rows.addresses(),
+        )
+        arguments = (
+            shape,
+            self._layers,
+            buffers,
+            np.array(tokens, np.int64),
+            positions,
+            slots,
+            table,
+            self._tasks,
+            spans,
+            np.array(sampled_rows, np.int64),
+        )
+        # Late helpers still look at them after this returns.
+        self._arguments = (*arguments, sync)
+        self._team.run(lambda scratch: kernels.forward(*arguments, scratch, self._like))
+        return logits
+
+    def close(self) -> None:
+        """End the helper threads."""
+        self._team.close()
+
+    def _plan(self, segments: np.ndarray) -> int:
+        """Lay out the attention's tasks and the memory of their results."""
+        ends = segments[:, 1] + segments[:, 3]
+        spans = int(np.sum(-(-ends // phases.SPAN_TOKENS)))
+        tasks = spans + int(np.sum(-(-segments[:, 1] // phases.QUERY_TOKENS)))
+        if len(self._tasks) < tasks:
+            self._tasks = np.empty((2 * tasks, 5), np.int64)
+        floats = spans * self._shape.kv_heads * phases.partial_floats(self._shape)
+        if self._partials.numel() < floats:
+            self._partials = torch.empty(2 * floats)
+        return plan_attention(segments, self._tasks)
+
+
+class _Rows:
+    """Activations of up to ``count`` rows, kept from one iteration to the next."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, count: int) -> None:
+        self.count = count
+        width = shape.heads * shape.head_dim
+        self._tensors = {
+            "hidden": torch.empty(count, shape.hidden),
+            "normed": torch.empty(count, shape.hidden, dtype=dtype),
+            "queries": torch.empty(count, width, dtype=dtype),
+            "attended": torch.empty(count, width, dtype=dtype),
+            "activated": torch.empty(count, shape.intermediate, dtype=dtype),
+        }
+
+    def addresses(self) -> dict[str, int]:
+        """By the names of :class:`Buffers`."""
+        return {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+
+
+def _addresses(layer: LayerWeights) -> list[int]:
+    parts = [getattr(layer, name) for name in kernels.LAYER_PARTS]
+    return [0 if part is None else part.data_ptr() for part in parts] + [int(layer.rope)]
+
+
+def _sync_bytes(shape: Shape, segments: int) -> int:
+    count = phases.LAYER_PHASES * shape.layers + phases.OUTER_PHASES
+    return count * phases.PHASE_BYTES + segments * shape.kv_heads * 8

@@ -1,0 +1,324 @@
+"""The forward pass of an iteration as one compiled function that several threads run together.
+
+An iteration is a row of *phases*. Threads claim a phase's tasks one by one and wait at its end for those still being
+computed, so a thread that the system keeps off its core is not waited for unless it holds a task, and one that comes
+late finds the rest. A row's result depends on that row alone: on no other row of the batch, not on how a prompt was
+cut into chunks, not on the number of threads. Every sum runs in one order whatever shares the iteration.
+
+Addresses are integers; ``like`` says what weights, activations and KV hold (see :mod:`tracehaul.engine.cpu.vectors`).
+Sums, norms, residuals and softmax are float32.
+"""
+
+# numba types these functions, from their arguments.
+# pyright: basic
+
+from typing import Any
+
+import numpy as np
+
+from tracehaul.engine.cpu.attending import attend_phase
+from tracehaul.engine.cpu.phases import (
+    FULL,
+    HEAD_BLOCK,
+    LAYER_PHASES,
+    LOG2_E,
+    NARROW_BLOCK,
+    OUTPUT_BLOCK,
+    PHASE_BYTES,
+    ROW_BLOCK,
+    Buffers,
+    Shape,
+    finish,
+)
+from tracehaul.engine.cpu.products import (
+    dot_4x4,
+    dot_8x2,
+    dot_16x1,
+    store_2x8,
+    store_4x4,
+)
+from tracehaul.engine.cpu.vectors import (
+    LANES,
+    add,
+    claim,
+    compiled,
+    div,
+    exp2,
+    fma,
+    load,
+    mul,
+    size_of,
+    splat,
+    store,
+    sub,
+    total,
+)
+
+LAYER_PARTS = (
+    "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias",
+    "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias",
+)  # fmt: skip
+"""Columns of the layer table: addresses, 0 for what a model has not. One more says whether positions count."""
+(
+    _ATTENTION_NORM, _QKV, _QKV_BIAS, _Q_NORM, _K_NORM, _OUT, _OUT_BIAS,
+    _MLP_NORM, _GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS, _ROPE,
+) = range(13)  # fmt: skip
+
+
+@compiled
+def product(
+    w: int, x: int, x_stride: int, rows: int, outputs: int, length: int, out: int, out_stride: int, like: Any
+) -> None:
+    """``out[row, n] = x[row] . w[n]``, float32; at least 16 outputs."""
+    w_stride = length * size_of(like)
+    for start in range(0, outputs, LANES):
+        # The last run of a number that 16 does not divide begins earlier, and computes some again.
+        n = min(start, outputs - LANES)
+        run = w + n * w_stride
+        row = 0
+        while row + 4 <= rows:
+            x_row, cell = x + row * x_stride, out + row * out_stride + n * 4
+            for part in range(0, LANES, 4):
+                sums = dot_4x4(run + part * w_stride, w_stride, x_row, x_stride, length, like)
+                store_4x4(cell + part * 4, out_stride, sums)
+            row += 4
+        if row + 2 <= rows:
+            x_row, cell = x + row * x_stride, out + row * out_stride + n * 4
+            for part in range(0, LANES, 8):
+                sums = dot_8x2(run + part * w_stride, w_stride, x_row, x_stride, length, like)
+                store_2x8(cell + part * 4, out_stride, sums)
+            row += 2
+        if row < rows:
+            sums = dot_16x1(run, w_stride, x + row * x_stride, x_stride, length, like)
+            store(out + row * out_stride + n * 4, sums, FULL)
+
+
+@compiled
+def normalize(source: int, weight: int, size: int, eps: float, target: int, like: Any) -> None:
+    """One row's root mean square norm, from float32; ``target`` may be ``source``."""
+    squares = splat(np.float32(0))
+    for at in range(0, size * 4, LANES * 4):
+        value = load(source + at, FULL)
+        squares = fma(value, value, squares)
+    scale = splat(np.float32(1.0 / np.sqrt(total(squares) / size + eps)))
+    for at in range(0, size, LANES):
+        value = mul(mul(load(source + at * 4, FULL), scale), load(weight + at * 4, FULL))
+        store(target + at * size_of(like), value, like)
+
+
+@compiled
+def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int, phase: int, like: Any) -> None:
+    """Norm of the hidden rows that ``rows`` names, or of the first ``count`` where it names none."""
+    tasks = (count + 7) // 8
+    mine = 0
+    while True:
+        task = claim(b.sync + phase * PHASE_BYTES, 1)
+        if task >= tasks:
+            break
+        for row in range(task * 8, min(task * 8 + 8, count)):
+            source = rows[row] if len(rows) > 0 else row
+            target = b.normed + row * shape.hidden * size_of(like)
+            normalize(b.hidden + source * shape.hidden * 4, weight, shape.hidden, shape.eps, target, like)
+        mine += 1
+    finish(b.sync, phase, mine, tasks)
+
+
+@compiled
+def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) -> None:
+    """Embeddings as float32."""
+    tasks = (len(tokens) + 31) // 32
+    mine = 0
+    while True:
+        task = claim(b.sync + phase * PHASE_BYTES, 1)
+        if task >= tasks:
+            break
+        for row in range(task * 32, min(task * 32 + 32, len(tokens))):
+            source = shape.embedding + tokens[row] * shape.hidden * size_of(like)
+            target = b.hidden + row * shape.hidden * 4
+            for at in range(0, shape.hidden, LANES):
+                store(target + at * 4, load(source + at * size_of(like), like), FULL)
+        mine += 1
+    finish(b.sync, phase, mine, tasks)
+
+
+@compiled
+def add_bias(row: int, bias: int, size: int, like: Any) -> None:
+    """A linear layer's bias onto one row of its float32 output."""
+    for at in range(0, size, LANES):
+        store(row + at * 4, add(load(row + at * 4, FULL), load(bias + at * size_of(like), like)), FULL)
+
+
+@compiled
+def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> None:
+    """Rotary embedding of one head's float32 at ``head``."""
+    half = shape.head_dim // 2
+    for at in range(0, half, LANES):
+        cos = load(shape.cos + (position * half + at) * 4, FULL)
+        sin = load(shape.sin + (position * half + at) * 4, FULL)
+        first, second = load(head + at * 4, FULL), load(head + (half + at) * 4, FULL)
+        store(target + at * size_of(like), sub(mul(first, cos), mul(second, sin)), like)
+        store(target + (half + at) * size_of(like), add(mul(second, cos), mul(first, sin)), like)
+
+
+@compiled
+def qkv_phase(
+    shape: Shape, b: Buffers, layer: Any, index: int, positions: Any, slots: Any, scratch: int, phase: int, like: Any
+) -> None:
+    """Queries, rotated; keys, rotated, and values into the pool. A task is one head of a block of rows."""
+    count, size = len(positions), size_of(like)
+    heads = shape.heads + 2 * shape.kv_heads
+    blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
+    head_bytes, stride = shape.head_dim * size, shape.head_dim * 4
+    mine = 0
+    while True:
+        task = claim(b.sync + phase * PHASE_BYTES, 1)
+        if task >= heads * blocks:
+            break
+        head, first = task // blocks, task % blocks * ROW_BLOCK
+        rows = min(ROW_BLOCK, count - first)
+        w = layer[_QKV] + head * shape.head_dim * shape.hidden * size
+        x = b.normed + first * shape.hidden * size
+        product(w, x, shape.hidden * size, rows, shape.head_dim, shape.hidden, scratch, stride, like)
+        norm = layer[_Q_NORM] if head < shape.heads else layer[_K_NORM]
+        kv = head - shape.heads  # key heads, then value heads, as in the pool
+        plane = b.pool + (index * 2 * shape.kv_heads + kv) * b.pool_tokens * head_bytes
+        for row in range(rows):
+            source = scratch + row * stride
+            if layer[_QKV_BIAS] != 0:
+                add_bias(source, layer[_QKV_BIAS] + head * head_bytes, shape.head_dim, like)
+            if kv >= shape.kv_heads:
+                target = plane + slots[first + row] * head_bytes
+                for at in range(0, shape.head_dim, LANES):
+                    store(target + at * size, load(source + at * 4, FULL), like)
+                continue
+            if norm != 0:
+                normalize(source, norm, shape.head_dim, shape.eps, source, FULL)
+            if kv >= 0:
+                target = plane + slots[first + row] * head_bytes
+            else:
+                target = b.queries + ((first + row) * shape.heads + head) * head_bytes
+            if layer[_ROPE] != 0:
+                rotate(shape, source, positions[first + row], target, like)
+            else:
+                for at in range(0, shape.head_dim, LANES):
+                    store(target + at * size, load(source + at * 4, FULL), like)
+        mine += 1
+    finish(b.sync, phase, mine, heads * blocks)
+
+
+@compiled
+def add_phase(
+    shape: Shape, b: Buffers, w: int, bias: int, x: int, length: int, count: int, scratch: int, phase: int, like: Any
+) -> None:
+    """A linear layer's output added to the hidden rows."""
+    blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
+    tasks = (shape.hidden + NARROW_BLOCK - 1) // NARROW_BLOCK * blocks
+    size = size_of(like)
+    mine = 0
+    while True:
+        task = claim(b.sync + phase * PHASE_BYTES, 1)
+        if task >= tasks:
+            break
+        n, first = task // blocks * NARROW_BLOCK, task % blocks * ROW_BLOCK
+        rows, outputs = min(ROW_BLOCK, count - first), min(NARROW_BLOCK, shape.hidden - n)
+        source = x + first * length * size
+        product(w + n * length * size, source, length * size, rows, outputs, length, scratch, NARROW_BLOCK * 4, like)
+        for row in range(rows):
+            target, piece = b.hidden + ((first + row) * shape.hidden + n) * 4, scratch + row * NARROW_BLOCK * 4
+            if bias != 0:
+                add_bias(piece, bias + n * size, outputs, like)
+            for at in range(0, outputs * 4, LANES * 4):
+                store(target + at, add(load(target + at, FULL), load(piece + at, FULL)), FULL)
+        mine += 1
+    finish(b.sync, phase, mine, tasks)
+
+
+@compiled
+def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch: int, phase: int, like: Any) -> None:
+    """``silu(gate) * up`` of the normed rows."""
+    blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
+    tasks = (shape.intermediate + OUTPUT_BLOCK - 1) // OUTPUT_BLOCK * blocks
+    size, length, stride = size_of(like), shape.hidden, OUTPUT_BLOCK * 4
+    ups = scratch + ROW_BLOCK * stride
+    one, steep = splat(np.float32(1)), splat(-LOG2_E)
+    mine = 0
+    while True:
+        task = claim(b.sync + phase * PHASE_BYTES, 1)
+        if task >= tasks:
+            break
+        n, first = task // blocks * OUTPUT_BLOCK, task % blocks * ROW_BLOCK
+        rows, outputs = min(ROW_BLOCK, count - first), min(OUTPUT_BLOCK, shape.intermediate - n)
+        x = b.normed + first * length * size
+        product(w + n * length * size, x, length * size, rows, outputs, length, scratch, stride, like)
+        up = w + (shape.intermediate + n) * length * size
+        product(up, x, length * size, rows, outputs, length, ups, stride, like)
+        for row in range(rows):
+            target = b.activated + ((first + row) * shape.intermediate + n) * size
+            if bias != 0:
+                add_bias(scratch + row * stride, bias + n * size, outputs, like)
+                add_bias(ups + row * stride, bias + (shape.intermediate + n) * size, outputs, like)
+            for at in range(0, outputs, LANES):
+                gate = load(scratch + row * stride + at * 4, FULL)
+                gate = div(gate, add(one, exp2(mul(gate, steep))))
+                store(target + at * size, mul(gate, load(ups + row * stride + at * 4, FULL)), like)
+        mine += 1
+    finish(b.sync, phase, mine, tasks)
+
+
+@compiled
+def head_phase(shape: Shape, b: Buffers, count: int, phase: int, like: Any) -> None:
+    """Logits of the normed rows."""
+    blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
+    tasks = (shape.vocab + HEAD_BLOCK - 1) // HEAD_BLOCK * blocks
+    size, stride = size_of(like), shape.vocab * 4
+    mine = 0
+    while True:
+        task = claim(b.sync + phase * PHASE_BYTES, 1)
+        if task >= tasks:
+            break
+        first, n = task % blocks * ROW_BLOCK, task // blocks * HEAD_BLOCK
+        n = min(n, max(0, shape.vocab - LANES))
+        rows, outputs = min(ROW_BLOCK, count - first), min(HEAD_BLOCK, shape.vocab - n)
+        w, x = shape.head + n * shape.hidden * size, b.normed + first * shape.hidden * size
+        target = b.logits + first * stride + n * 4
+        product(w, x, shape.hidden * size, rows, outputs, shape.hidden, target, stride, like)
+        mine += 1
+    finish(b.sync, phase, mine, tasks)
+
+
+# --- the whole ----------------------------------------------------------------------------------------------
+
+
+@compiled
+def forward(
+    shape: Shape,
+    layers: Any,
+    b: Buffers,
+    tokens: Any,
+    positions: Any,
+    slots: Any,
+    segments: Any,
+    tasks: Any,
+    task_count: int,
+    sampled: Any,
+    scratch: int,
+    like: Any,
+) -> None:
+    """Append every segment's tokens to its KV, and leave logits of the ``sampled`` rows. Called by every thread."""
+    count, everything = len(tokens), sampled[:0]
+    embed_phase(shape, b, tokens, 0, like)
+    for index in range(shape.layers):
+        layer, phase = layers[index], 1 + LAYER_PHASES * index
+        normalize_phase(shape, b, everything, count, layer[_ATTENTION_NORM], phase, like)
+        qkv_phase(shape, b, layer, index, positions, slots, scratch, phase + 1, like)
+        attend_phase(shape, b, index, segments, tasks, task_count, scratch, phase + 2, like)
+        width = shape.heads * shape.head_dim
+        add_phase(shape, b, layer[_OUT], layer[_OUT_BIAS], b.attended, width, count, scratch, phase + 3, like)
+        normalize_phase(shape, b, everything, count, layer[_MLP_NORM], phase + 4, like)
+        gate_phase(shape, b, layer[_GATE_UP], layer[_GATE_UP_BIAS], count, scratch, phase + 5, like)
+        inner = shape.intermediate
+        add_phase(shape, b, layer[_DOWN], layer[_DOWN_BIAS], b.activated, inner, count, scratch, phase + 6, like)
+    if len(sampled) > 0:
+        phase = 1 + LAYER_PHASES * shape.layers
+        normalize_phase(shape, b, sampled, len(sampled), shape.norm, phase, like)
+        head_phase(shape, b, len(sampled), phase + 1, like)

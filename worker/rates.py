@@ -1,0 +1,101 @@
+"""How fast this worker computes, decodes and pulls, learned from what it does. Pure.
+
+Computing ``n`` prompt tokens with ``c`` before each takes ``n * token_s + n * c * pair_s``. Both are fitted to the
+iterations of late, by least squares over relative errors, drawn gently towards what was assumed: a worker that only
+sees short contexts says nothing about long ones, and must not pretend to.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """As in :class:`tracehaul.wire.cluster.NodeLoad`."""
+
+    token_s: float
+    pair_s: float
+    decode_s: float
+    pull_token_s: float
+
+
+ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
+"""Of a small model on a few cores, until something was measured. Only ratios of these matter then."""
+TOKENS_MIN = 16
+"""Smaller prompts take as long as an iteration takes anyhow."""
+PULL_TOKENS_MIN = 32
+KEEP = 0.9
+"""Weight of what was known, at each observation."""
+PRIOR = 0.03
+"""Weight of what was assumed, in observations."""
+FACTOR_MIN = 1e-3
+NOTHING = 1e-12
+
+
+class RateMeter:
+    """One worker's :class:`Rates`."""
+
+    def __init__(self, assumed: Rates = ASSUMED) -> None:
+        self._assumed = assumed
+        # Normal equations in units of what is assumed: the sums over observations of x*x', and of x.
+        self._aa = self._ab = self._bb = self._a = self._b = 0.0
+        self._decode_s = assumed.decode_s
+        self._pull_token_s = assumed.pull_token_s
+        self._decodes = self._pulls = 0
+
+    @property
+    def rates(self) -> Rates:
+        """As of now."""
+        token, pair = self._factors()
+        assumed = self._assumed
+        return Rates(assumed.token_s * token, assumed.pair_s * pair, self._decode_s, self._pull_token_s)
+
+    def iterated(self, work: Sequence[tuple[int, int]], seconds: float) -> None:
+        """An iteration took so long. ``work``: per sequence, the tokens that it had and those that were computed."""
+        if seconds <= 0 or not work:
+            return
+        tokens = sum(count for _, count in work)
+        if tokens == len(work):
+            self._decode_s = _mean(self._decode_s, seconds, self._decodes)
+            self._decodes += 1
+        elif tokens >= TOKENS_MIN:
+            pairs = sum(count * (length + count / 2) for length, count in work)
+            a, b = tokens * self._assumed.token_s / seconds, pairs * self._assumed.pair_s / seconds
+            self._aa = KEEP * self._aa + a * a
+            self._ab = KEEP * self._ab + a * b
+            self._bb = KEEP * self._bb + b * b
+            self._a = KEEP * self._a + a
+            self._b = KEEP * self._b + b
+
+    def pulled(self, tokens: int, seconds: float) -> None:
+        """A pull of full blocks took so long."""
+        if tokens >= PULL_TOKENS_MIN and seconds > 0:
+            self._pull_token_s = _mean(self._pull_token_s, seconds / tokens, self._pulls)
+            self._pulls += 1
+
+    def _factors(self) -> tuple[float, float]:
+        """By how much each assumption was wrong: least squares, with both drawn to the same factor, and that to 1."""
+        # The factor that fits best if both were wrong by the same; nothing but what was assumed if nothing was seen.
+        both = (self._a + self._b + NOTHING) / (self._aa + 2 * self._ab + self._bb + NOTHING)
+        pull = PRIOR / (both * both)
+        aa, bb = self._aa + pull, self._bb + pull
+        a, b = self._a + pull * both, self._b + pull * both
+        determinant = aa * bb - self._ab * self._ab
+        token = (a * bb - b * self._ab) / determinant
+        pair = (b * aa - a * self._ab) / determinant
+        least = FACTOR_MIN * both
+        if pair < least:
+            token, pair = a / aa, least
+        elif token < least:
+            token, pair = least, b / bb
+        return token, pair
+
+
+def _mean(known: float, new: float, count: int) -> float:
+    """A running mean that forgets; the first values count as in a plain one."""
+    keep = min(KEEP, count / (count + 1))
+    return keep * known + (1 - keep) * new
+
+
+def compute_s(rates: Rates, start: int, end: int) -> float:
+    """Computing the tokens from ``start`` to ``end`` of a sequence."""
+    return (end - start) * rates.token_s + (end * end - start * start) / 2 * rates.pair_s
