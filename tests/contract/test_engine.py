@@ -1,7 +1,6 @@
 """What every engine promises: the same assertions for the fake and for torch on tiny random models."""
 
 import asyncio
-import os
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,9 +12,6 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernel's module is imported
 
 from tracehaul.engine import torch_engine
 from tracehaul.engine.base import Engine, Result, Scoring, SequenceId, Work
