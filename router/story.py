@@ -78,12 +78,15 @@ def _placed(placed: Placed, step: StepView | None) -> str:
         before = f", {_s(step.gap_s)} after the one before ({', '.join(step.tools) or 'no tool'})"
     warm = f"{placed.warm} kept {placed.warm_tokens}" if placed.warm is not None else "no worker kept any"
     load = ", ".join(f"{node} {running}" for node, running in placed.running.items())
+    cost = f", {_s(placed.cost_s)} of work and waiting" if placed.cost_s else ""
+    if placed.warm_cost_s is not None and placed.decode != placed.warm:
+        cost += f", {_s(placed.warm_cost_s)} at {placed.warm}"
     prefill = (
         f"what is missing is computed by {placed.prefill}" if placed.prefill else "what is missing is computed there"
     )
     return (
         f"Step {placed.step}{before}: {_count(placed.prompt_tokens, 'token')}, of which the stores held "
-        f"{placed.indexed_tokens} and {warm}. Put on {placed.decode} ({placed.reason}; running: {load}), "
+        f"{placed.indexed_tokens} and {warm}. Put on {placed.decode} ({placed.reason}{cost}; running: {load}), "
         f"expecting {placed.expected_tokens} cached; {prefill}, new blocks go to {placed.home or 'no store'}."
     )
 

@@ -99,6 +99,7 @@ def _step(rng: random.Random, mix: Mix, first: Sequence[int] | None, vocab_size:
     think_s = 30.0 if rng.random() < mix.long_gap_share else rng.expovariate(1 / mix.think_mean_s)
     hangs_up = rng.random() < mix.hang_up_share
     output = rng.randint(1, mix.output_tokens_max)
+    seed = rng.getrandbits(32)
     return StepPlan(
         new_tokens=tuple(first) if first is not None else _text(rng, rng.randint(1, mix.new_tokens_max), vocab_size),
         think_s=think_s,
@@ -107,7 +108,11 @@ def _step(rng: random.Random, mix: Mix, first: Sequence[int] | None, vocab_size:
             temperature=rng.choice([0.0, 1.0]),
             top_p=rng.choice([0.5, 1.0]),
             top_k=rng.choice([0, 3]),
-            seed=rng.getrandbits(32),
+            presence_penalty=1.5 if seed & 1 else 0.0,
+            frequency_penalty=0.5 if seed & 2 else 0.0,
+            repetition_penalty=1.5 if seed & 4 else 1.0,
+            logprobs=2 if seed & 8 else None,
+            seed=seed,
             stop_tokens=(STOP_TOKEN,),
             min_tokens=rng.choice([0, 0, 2]),
         ),

@@ -7,8 +7,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from kvstore.client import StoreClient
-from tracehaul.engine.base import Engine, Guide, SequenceId, Work
-from tracehaul.runtime import clock
+from tracehaul.engine.base import Engine, Guide, SequenceId
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
@@ -60,19 +59,8 @@ class WorkerHost:
         self._waiting = 0
 
     async def calibrate(self) -> None:
-        """Measure the engine on a prompt of no meaning, before anything runs; what it does later corrects that."""
-        engine, meter = self.engine, self.loop.meter
-        tokens = [0] * min(CALIBRATION_TOKENS, self.config.chunk_tokens, usable_context(engine.info) // 2 - 1)
-        sequence = engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
-        if sequence is None:
-            return
-        await engine.run([Work(sequence, tokens)])  # memory and threads are in place now
-        engine.truncate(sequence, 0)
-        for part in (tokens, tokens, tokens[:1]):
-            length, started_s = engine.length(sequence), clock.now_s()
-            await engine.run([Work(sequence, part)])
-            meter.iterated([(length, len(part))], clock.now_s() - started_s)
-        engine.close(sequence)
+        """Learn how fast the engine is, before anything runs; what it does later corrects that."""
+        await self.loop.calibrate(min(CALIBRATION_TOKENS, self.config.chunk_tokens))
 
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""

@@ -143,6 +143,20 @@ class IterationLoop:
         self._drop(key)
         await self._iteration_ended.wait()
 
+    async def calibrate(self, tokens_max: int) -> None:
+        """Measure the engine on a prompt of no meaning. Not while :meth:`run` runs."""
+        tokens = [0] * min(tokens_max, self._context_max // 2 - 1)
+        sequence = self._engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
+        if sequence is None:
+            return
+        await self._engine.run([Work(sequence, tokens)])  # memory and threads are in place now
+        self._engine.truncate(sequence, 0)
+        for part in (tokens, tokens, tokens[:1]):
+            length, started_s = self._engine.length(sequence), clock.now_s()
+            await self._engine.run([Work(sequence, part)])
+            self.meter.iterated([(length, len(part))], clock.now_s() - started_s)
+        self._engine.close(sequence)
+
     async def run(self) -> None:
         """For ever; cancel to stop."""
         while True:

@@ -22,7 +22,8 @@ ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
 """Of a small model on a few cores, until something was measured. Only ratios of these matter then."""
 TOKENS_MIN = 16
 """Smaller prompts take as long as an iteration takes anyhow."""
-PULL_TOKENS_MIN = 32
+PULL_PRIOR_TOKENS = 1024
+"""For so many what is assumed of pulls counts: the first ones map memory, too."""
 KEEP = 0.9
 """Weight of what was known, at each observation."""
 PRIOR = 0.03
@@ -39,15 +40,16 @@ class RateMeter:
         # Normal equations in units of what is assumed: the sums over observations of x*x', and of x.
         self._aa = self._ab = self._bb = self._a = self._b = 0.0
         self._decode_s = assumed.decode_s
-        self._pull_token_s = assumed.pull_token_s
-        self._decodes = self._pulls = 0
+        self._decodes = 0
+        self._pull_tokens = float(PULL_PRIOR_TOKENS)
+        self._pull_s = PULL_PRIOR_TOKENS * assumed.pull_token_s
 
     @property
     def rates(self) -> Rates:
         """As of now."""
         token, pair = self._factors()
         assumed = self._assumed
-        return Rates(assumed.token_s * token, assumed.pair_s * pair, self._decode_s, self._pull_token_s)
+        return Rates(assumed.token_s * token, assumed.pair_s * pair, self._decode_s, self._pull_s / self._pull_tokens)
 
     def iterated(self, work: Sequence[tuple[int, int]], seconds: float) -> None:
         """An iteration took so long. ``work``: per sequence, the tokens that it had and those that were computed."""
@@ -67,10 +69,10 @@ class RateMeter:
             self._b = KEEP * self._b + b
 
     def pulled(self, tokens: int, seconds: float) -> None:
-        """A pull of full blocks took so long."""
-        if tokens >= PULL_TOKENS_MIN and seconds > 0:
-            self._pull_token_s = _mean(self._pull_token_s, seconds / tokens, self._pulls)
-            self._pulls += 1
+        """A pull took so long. Long ones count for more: what a short one costs is hardly its tokens."""
+        if tokens > 0 and seconds > 0:
+            self._pull_tokens = KEEP * self._pull_tokens + tokens
+            self._pull_s = KEEP * self._pull_s + seconds
 
     def _factors(self) -> tuple[float, float]:
         """By how much each assumption was wrong: least squares, with both drawn to the same factor, and that to 1."""

@@ -135,7 +135,9 @@ def test_a_trace_is_told_in_plain_words() -> None:
     dispatcher = FakeDispatcher(say("x"))
     fill(dispatcher, "a")
     key, step = ("", TraceId("a")), StepId("a-1")
-    placed = Placed(step, NodeId("decode-0"), "warm", 40, 32, NodeId("decode-0"), 38, 38, None, None, {"decode-0": 1})
+    placed = Placed(
+        step, NodeId("decode-0"), "warm", 40, 32, NodeId("decode-0"), 38, 38, None, None, {"decode-0": 1}, 0.25
+    )
     dispatcher.decisions.add(key, 0.0, placed)
     dispatcher.decisions.add(key, 0.5, Moved(step, NodeId("decode-0"), "peer_lost", 2))
     hits = Hits(39, 32, 38, 32, {"evicted": 7})
@@ -151,8 +153,9 @@ def test_a_trace_is_told_in_plain_words() -> None:
     assert told[0].startswith("Trace a is acting for")
     lines = [line.split("ago  ")[1] for line in told[1:]]
     assert lines == [
-        "Step a-1: 40 tokens, of which the stores held 32 and decode-0 kept 38. Put on decode-0 (warm; running: "
-        "decode-0 1), expecting 38 cached; what is missing is computed there, new blocks go to no store.",
+        "Step a-1: 40 tokens, of which the stores held 32 and decode-0 kept 38. Put on decode-0 (warm, "
+        "250 ms of work and waiting; running: decode-0 1), expecting 38 cached; what is missing is computed there, "
+        "new blocks go to no store.",
         "Step a-1: decode-0 failed (peer_lost); it goes on elsewhere, the 2 tokens that the client has are kept.",
         "Step a-1 ended (stop) after 1.5 s with 3 tokens. Cached: 32 of the 39 tokens that its trace had. "
         "7 had been evicted.",

@@ -10,9 +10,13 @@ from router.inflight import InFlight
 from router.policy.fleet import Fleet, Key
 from router.policy.placement import Ask, Placement, Policy, place
 from router.traces import Warm
+from sim import loop as virtual
+from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import Generation, NodeId, TraceId
+from worker.iteration import IterationLoop
 from worker.rates import ASSUMED, RateMeter, Rates, compute_s
+from worker.scheduler import Scheduler
 
 G = Generation(7)
 RATES = Rates(token_s=1e-3, pair_s=0.0, decode_s=0.02, pull_token_s=1e-5)
@@ -238,12 +242,26 @@ def test_decoding_and_pulling_are_means_that_forget() -> None:
         meter.iterated([(100, 1), (50, 1)], 0.004)
         meter.pulled(1000, 0.002)
     assert meter.rates.decode_s == pytest.approx(0.004)
-    assert meter.rates.pull_token_s == pytest.approx(2e-6)
+    assert meter.rates.pull_token_s == pytest.approx(2e-6, rel=0.01)
     for _ in range(100):
         meter.pulled(1000, 0.02)
     assert meter.rates.pull_token_s == pytest.approx(2e-5, rel=0.05)
     before = meter.rates
-    meter.pulled(3, 9.0)
+    meter.pulled(0, 9.0)
     meter.iterated([], 1.0)
     meter.iterated([(0, 1), (0, 3)], 1.0)
     assert meter.rates == before, "too little to learn from"
+
+
+@pytest.mark.parametrize("kv_tokens", [4, 600, 4096])
+def test_a_worker_measures_its_engine_at_its_start(kv_tokens: int) -> None:
+    engine = FakeEngine(
+        fake_info(kv_tokens_max=kv_tokens, context_max=4096), EngineCost(iteration_s=0.004, prefill_token_s=1e-3)
+    )
+    loop = IterationLoop(engine, Scheduler(512, 64), engine.grow)
+    virtual.run(lambda: loop.calibrate(256))
+    engine.check()
+    assert engine.free_tokens == kv_tokens
+    if kv_tokens > 4:
+        assert compute_s(loop.meter.rates, 0, 512) == pytest.approx(0.52, rel=0.2)
+        assert loop.meter.rates.decode_s == pytest.approx(0.004)

@@ -16,6 +16,7 @@ from tracehaul.engine.cpu.phases import (
     FULL,
     KEY_TOKENS,
     LAYER_PHASES,
+    LINE_BYTES,
     LOG2_E,
     LOWEST,
     OUTER_PHASES,
@@ -47,6 +48,7 @@ from tracehaul.engine.cpu.vectors import (
     compiled,
     div,
     exp2,
+    expect,
     first_lanes,
     fma,
     larger,
@@ -98,13 +100,13 @@ def arrange_keys(source: int, tokens: int, head_dim: int, target: int, like: Any
 
 
 @compiled
-def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: Any) -> int:
-    """Values into rows of cells, one for a token, or a pair of them in bfloat16; the number of rows."""
+def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
+    """Values into rows of cells, one for a token, or a pair of them in bfloat16."""
     stride = head_dim * size_of(like)
     if size_of(like) == 4:
         for at in range(0, tokens * stride, LANES * 4):
             store(target + at, load(source + at, FULL), FULL)
-        return tokens
+        return
     for token in range(0, tokens, 2):
         row = target + token * stride
         if token + 1 < tokens:
@@ -117,7 +119,13 @@ def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: A
                 store(zeros + at, splat(np.float32(0)), like)
             for at in range(0, stride, LANES * 4):
                 interleave(source + token * stride + at, zeros + at, row + 2 * at)
-    return (tokens + 1) // 2
+
+
+@compiled
+def expect_run(start: int, size: int) -> None:
+    """A run of memory will be read soon."""
+    for at in range(0, size, LINE_BYTES):
+        expect(start + at)
 
 
 @compiled
@@ -219,13 +227,31 @@ def attend_span(
     own_values = own_keys + KEY_TOKENS * head_bytes
     for first in range(start, end, KEY_TOKENS):
         tokens = min(KEY_TOKENS, end - first)
-        arrange_keys(keys + first * head_bytes, tokens, head_dim, own_keys, like)
-        steps = arrange_values(values + first * head_bytes, tokens, head_dim, own_values, like)
+        block_keys, block_values = keys + first * head_bytes, values + first * head_bytes
+        # What the next block needs comes while this one is computed, a little at a time.
+        ahead = KEY_TOKENS * head_bytes if first + KEY_TOKENS < end else 0
+        for token in range(0, tokens, LANES):
+            some, at = min(LANES, tokens - token), token * head_bytes
+            arrange_keys(block_keys + at, some, head_dim, own_keys + token * 4, like)
+            if ahead > 0:
+                expect_run(block_keys + ahead + at, LANES * head_bytes)
+            elif first == start:
+                expect_run(block_values + at, LANES * head_bytes)
+        for token in range(0, tokens, LANES):
+            some, at = min(LANES, tokens - token), token * head_bytes
+            arrange_values(block_values + at, some, head_dim, own_values + at, like)
+            if ahead > 0:
+                expect_run(block_values + ahead + at, LANES * head_bytes // 2)
+        steps = tokens if size == 4 else (tokens + 1) // 2
         row = 0
         while row < rows:
             together = 6 if row + 6 <= rows else (3 if row + 3 <= rows else 1)
             if visible + (row + together - 1) // group > first:
                 for part in range(0, tokens, 64):
+                    if ahead > 0 and row == 0:
+                        for token in range(part, part + 64, LANES):
+                            half = LANES * head_bytes // 2
+                            expect_run(block_values + ahead + token * head_bytes + half, half)
                     score(
                         together,
                         q + row * head_bytes,

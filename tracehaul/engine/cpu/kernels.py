@@ -21,6 +21,7 @@ from tracehaul.engine.cpu.phases import (
     FULL,
     HEAD_BLOCK,
     LAYER_PHASES,
+    LINE_BYTES,
     LOG2_E,
     NARROW_BLOCK,
     OUTPUT_BLOCK,
@@ -44,6 +45,7 @@ from tracehaul.engine.cpu.vectors import (
     compiled,
     div,
     exp2,
+    expect,
     fma,
     load,
     mul,
@@ -74,23 +76,28 @@ def product(
     for start in range(0, outputs, LANES):
         # The last run of a number that 16 does not divide begins earlier, and computes some again.
         n = min(start, outputs - LANES)
-        run = w + n * w_stride
-        row = 0
-        while row + 4 <= rows:
-            x_row, cell = x + row * x_stride, out + row * out_stride + n * 4
-            for part in range(0, LANES, 4):
-                sums = dot_4x4(run + part * w_stride, w_stride, x_row, x_stride, length, like)
-                store_4x4(cell + part * 4, out_stride, sums)
-            row += 4
-        if row + 2 <= rows:
-            x_row, cell = x + row * x_stride, out + row * out_stride + n * 4
+        run, column = w + n * w_stride, out + n * 4
+        paired = rows // 4 * 4
+        # Rows inside: four rows of weights stay in the nearest cache while all rows are multiplied by them.
+        for part in range(0, LANES, 4):
+            w_part, cell = run + part * w_stride, column + part * 4
+            if 0 < paired <= LANES:
+                # The next four come while these are computed; what lies past the last is not touched, only expected.
+                # More rows find theirs in a cache: another block of rows was there before.
+                for at in range(4 * w_stride, 8 * w_stride, LINE_BYTES):
+                    expect(w_part + at)
+            for row in range(0, paired, 4):
+                sums = dot_4x4(w_part, w_stride, x + row * x_stride, x_stride, length, like)
+                store_4x4(cell + row * out_stride, out_stride, sums)
+        if rows - paired >= 2:
+            x_row, cell = x + paired * x_stride, column + paired * out_stride
             for part in range(0, LANES, 8):
                 sums = dot_8x2(run + part * w_stride, w_stride, x_row, x_stride, length, like)
                 store_2x8(cell + part * 4, out_stride, sums)
-            row += 2
-        if row < rows:
-            sums = dot_16x1(run, w_stride, x + row * x_stride, x_stride, length, like)
-            store(out + row * out_stride + n * 4, sums, FULL)
+            paired += 2
+        if paired < rows:
+            sums = dot_16x1(run, w_stride, x + paired * x_stride, x_stride, length, like)
+            store(column + paired * out_stride, sums, FULL)
 
 
 @compiled

@@ -200,6 +200,20 @@ def store(context, address, value, like):
 
 
 @word
+def expect(context, address):
+    """``expect(address)``: bring a line of memory nearer, for a load that is to come."""
+
+    def generate(context, builder, signature, arguments):
+        line = ir_pointer(builder, arguments[0], ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [line.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [line, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@word
 def load_one(context, address):
     """``load_one(address) -> float32``."""
 
