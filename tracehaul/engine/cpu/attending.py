@@ -16,6 +16,7 @@ from tracehaul.engine.cpu.phases import (
     FULL,
     KEY_TOKENS,
     LAYER_PHASES,
+    LINE_BYTES,
     LOG2_E,
     LOWEST,
     OUTER_PHASES,
@@ -32,8 +33,6 @@ from tracehaul.engine.cpu.products import (
     gather_3,
     gather_6,
     gather_narrow_1,
-    gather_narrow_3,
-    gather_narrow_6,
     interleave,
     scores_1,
     scores_3,
@@ -47,8 +46,10 @@ from tracehaul.engine.cpu.vectors import (
     compiled,
     div,
     exp2,
+    expect,
     first_lanes,
     fma,
+    inner,
     larger,
     largest,
     load,
@@ -88,7 +89,7 @@ def plan_attention(segments: Any, tasks: Any) -> int:
     return count
 
 
-@compiled
+@inner
 def arrange_keys(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
     """Keys ``[tokens, head_dim]`` into cells ``[head_dim * size / 4, KEY_TOKENS]``; reads up to 15 keys further."""
     stride = head_dim * size_of(like)
@@ -97,14 +98,14 @@ def arrange_keys(source: int, tokens: int, head_dim: int, target: int, like: Any
             transpose(source + token * stride + at, stride, target + at * KEY_TOKENS + token * 4, KEY_TOKENS * 4)
 
 
-@compiled
-def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: Any) -> int:
-    """Values into rows of cells, one for a token, or a pair of them in bfloat16; the number of rows."""
+@inner
+def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
+    """Values into rows of cells, one for a token, or a pair of them in bfloat16."""
     stride = head_dim * size_of(like)
     if size_of(like) == 4:
         for at in range(0, tokens * stride, LANES * 4):
             store(target + at, load(source + at, FULL), FULL)
-        return tokens
+        return
     for token in range(0, tokens, 2):
         row = target + token * stride
         if token + 1 < tokens:
@@ -117,10 +118,16 @@ def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: A
                 store(zeros + at, splat(np.float32(0)), like)
             for at in range(0, stride, LANES * 4):
                 interleave(source + token * stride + at, zeros + at, row + 2 * at)
-    return (tokens + 1) // 2
 
 
-@compiled
+@inner
+def expect_run(start: int, size: int) -> None:
+    """A run of memory will be read soon."""
+    for at in range(0, size, LINE_BYTES):
+        expect(start + at)
+
+
+@inner
 def score(group: int, q: int, q_stride: int, keys: int, steps: int, out: int, out_stride: int, like: Any) -> None:
     """Scores of 6, 3 or 1 rows with 64 keys."""
     if group == 6:
@@ -131,7 +138,7 @@ def score(group: int, q: int, q_stride: int, keys: int, steps: int, out: int, ou
         scores_1(q, q_stride, keys, KEY_TOKENS * 4, steps, out, out_stride, like)
 
 
-@compiled
+@inner
 def gather(group: int, p: int, values: int, steps: int, head_dim: int, out: int, like: Any) -> None:
     """Add the weighted values of 6, 3 or 1 rows to ``out``."""
     p_stride, stride = KEY_TOKENS * size_of(like), head_dim * 4
@@ -145,15 +152,13 @@ def gather(group: int, p: int, values: int, steps: int, head_dim: int, out: int,
             gather_1(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
         at += 64
     if at < head_dim:
-        if group == 6:
-            gather_narrow_6(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
-        elif group == 3:
-            gather_narrow_3(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
-        else:
-            gather_narrow_1(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
+        for row in range(group):
+            gather_narrow_1(
+                p + row * p_stride, p_stride, values + at * 4, stride, steps, out + row * stride + at * 4, stride, like
+            )
 
 
-@compiled
+@inner
 def weigh(
     scores: int, tokens: int, visible: int, scale: float, state: int, out: int, head_dim: int, p: int, like: Any
 ) -> None:
@@ -187,7 +192,7 @@ def weigh(
             store(out + at, mul(load(out + at, FULL), shrink), FULL)
 
 
-@compiled
+@inner
 def attend_span(
     shape: Shape,
     q: int,
@@ -219,13 +224,31 @@ def attend_span(
     own_values = own_keys + KEY_TOKENS * head_bytes
     for first in range(start, end, KEY_TOKENS):
         tokens = min(KEY_TOKENS, end - first)
-        arrange_keys(keys + first * head_bytes, tokens, head_dim, own_keys, like)
-        steps = arrange_values(values + first * head_bytes, tokens, head_dim, own_values, like)
+        block_keys, block_values = keys + first * head_bytes, values + first * head_bytes
+        # What the next block needs comes while this one is computed, a little at a time.
+        ahead = KEY_TOKENS * head_bytes if first + KEY_TOKENS < end else 0
+        for token in range(0, tokens, LANES):
+            some, at = min(LANES, tokens - token), token * head_bytes
+            arrange_keys(block_keys + at, some, head_dim, own_keys + token * 4, like)
+            if ahead > 0:
+                expect_run(block_keys + ahead + at, LANES * head_bytes)
+            elif first == start:
+                expect_run(block_values + at, LANES * head_bytes)
+        for token in range(0, tokens, LANES):
+            some, at = min(LANES, tokens - token), token * head_bytes
+            arrange_values(block_values + at, some, head_dim, own_values + at, like)
+            if ahead > 0:
+                expect_run(block_values + ahead + at, LANES * head_bytes // 2)
+        steps = tokens if size == 4 else (tokens + 1) // 2
         row = 0
         while row < rows:
             together = 6 if row + 6 <= rows else (3 if row + 3 <= rows else 1)
             if visible + (row + together - 1) // group > first:
                 for part in range(0, tokens, 64):
+                    if ahead > 0 and row == 0:
+                        for token in range(part, part + 64, LANES):
+                            half = LANES * head_bytes // 2
+                            expect_run(block_values + ahead + token * head_bytes + half, half)
                     score(
                         together,
                         q + row * head_bytes,
@@ -252,7 +275,7 @@ def attend_span(
             row += together
 
 
-@compiled
+@inner
 def merge_span(rows: int, head_dim: int, into: int, more: int) -> None:
     """Add the result of the next span, row by row; rows that saw nothing of it stay as they are."""
     for row in range(rows):
@@ -270,7 +293,7 @@ def merge_span(rows: int, head_dim: int, into: int, more: int) -> None:
             store(into + place, value, FULL)
 
 
-@compiled
+@inner
 def write_attended(shape: Shape, b: Buffers, result: int, first_row: int, rows: int, kv_head: int, like: Any) -> None:
     """The sums over the weights' sum, where the output layer reads them."""
     head_dim, group = shape.head_dim, shape.heads // shape.kv_heads
@@ -283,7 +306,7 @@ def write_attended(shape: Shape, b: Buffers, result: int, first_row: int, rows: 
             store(target + at * size_of(like), value, like)
 
 
-@compiled
+@inner
 def attend_phase(
     shape: Shape, b: Buffers, index: int, segments: Any, tasks: Any, count: int, scratch: int, phase: int, like: Any
 ) -> None:

@@ -21,6 +21,7 @@ from tracehaul.engine.cpu.phases import (
     FULL,
     HEAD_BLOCK,
     LAYER_PHASES,
+    LINE_BYTES,
     LOG2_E,
     NARROW_BLOCK,
     OUTPUT_BLOCK,
@@ -44,7 +45,9 @@ from tracehaul.engine.cpu.vectors import (
     compiled,
     div,
     exp2,
+    expect,
     fma,
+    inner,
     load,
     mul,
     size_of,
@@ -65,7 +68,7 @@ LAYER_PARTS = (
 ) = range(13)  # fmt: skip
 
 
-@compiled
+@inner
 def product(
     w: int, x: int, x_stride: int, rows: int, outputs: int, length: int, out: int, out_stride: int, like: Any
 ) -> None:
@@ -74,26 +77,31 @@ def product(
     for start in range(0, outputs, LANES):
         # The last run of a number that 16 does not divide begins earlier, and computes some again.
         n = min(start, outputs - LANES)
-        run = w + n * w_stride
-        row = 0
-        while row + 4 <= rows:
-            x_row, cell = x + row * x_stride, out + row * out_stride + n * 4
-            for part in range(0, LANES, 4):
-                sums = dot_4x4(run + part * w_stride, w_stride, x_row, x_stride, length, like)
-                store_4x4(cell + part * 4, out_stride, sums)
-            row += 4
-        if row + 2 <= rows:
-            x_row, cell = x + row * x_stride, out + row * out_stride + n * 4
+        run, column = w + n * w_stride, out + n * 4
+        paired = rows // 4 * 4
+        # Rows inside: four rows of weights stay in the nearest cache while all rows are multiplied by them.
+        for part in range(0, LANES, 4):
+            w_part, cell = run + part * w_stride, column + part * 4
+            if 0 < paired <= LANES:
+                # The next four come while these are computed; what lies past the last is not touched, only expected.
+                # More rows find theirs in a cache: another block of rows was there before.
+                for at in range(4 * w_stride, 8 * w_stride, LINE_BYTES):
+                    expect(w_part + at)
+            for row in range(0, paired, 4):
+                sums = dot_4x4(w_part, w_stride, x + row * x_stride, x_stride, length, like)
+                store_4x4(cell + row * out_stride, out_stride, sums)
+        if rows - paired >= 2:
+            x_row, cell = x + paired * x_stride, column + paired * out_stride
             for part in range(0, LANES, 8):
                 sums = dot_8x2(run + part * w_stride, w_stride, x_row, x_stride, length, like)
                 store_2x8(cell + part * 4, out_stride, sums)
-            row += 2
-        if row < rows:
-            sums = dot_16x1(run, w_stride, x + row * x_stride, x_stride, length, like)
-            store(out + row * out_stride + n * 4, sums, FULL)
+            paired += 2
+        if paired < rows:
+            sums = dot_16x1(run, w_stride, x + paired * x_stride, x_stride, length, like)
+            store(column + paired * out_stride, sums, FULL)
 
 
-@compiled
+@inner
 def normalize(source: int, weight: int, size: int, eps: float, target: int, like: Any) -> None:
     """One row's root mean square norm, from float32; ``target`` may be ``source``."""
     squares = splat(np.float32(0))
@@ -106,7 +114,7 @@ def normalize(source: int, weight: int, size: int, eps: float, target: int, like
         store(target + at * size_of(like), value, like)
 
 
-@compiled
+@inner
 def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int, phase: int, like: Any) -> None:
     """Norm of the hidden rows that ``rows`` names, or of the first ``count`` where it names none."""
     tasks = (count + 7) // 8
@@ -123,7 +131,7 @@ def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) -> None:
     """Embeddings as float32."""
     tasks = (len(tokens) + 31) // 32
@@ -141,14 +149,14 @@ def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) ->
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def add_bias(row: int, bias: int, size: int, like: Any) -> None:
     """A linear layer's bias onto one row of its float32 output."""
     for at in range(0, size, LANES):
         store(row + at * 4, add(load(row + at * 4, FULL), load(bias + at * size_of(like), like)), FULL)
 
 
-@compiled
+@inner
 def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> None:
     """Rotary embedding of one head's float32 at ``head``."""
     half = shape.head_dim // 2
@@ -160,7 +168,7 @@ def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> No
         store(target + (half + at) * size_of(like), add(mul(second, cos), mul(first, sin)), like)
 
 
-@compiled
+@inner
 def qkv_phase(
     shape: Shape, b: Buffers, layer: Any, index: int, positions: Any, slots: Any, scratch: int, phase: int, like: Any
 ) -> None:
@@ -206,7 +214,7 @@ def qkv_phase(
     finish(b.sync, phase, mine, heads * blocks)
 
 
-@compiled
+@inner
 def add_phase(
     shape: Shape, b: Buffers, w: int, bias: int, x: int, length: int, count: int, scratch: int, phase: int, like: Any
 ) -> None:
@@ -233,7 +241,7 @@ def add_phase(
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch: int, phase: int, like: Any) -> None:
     """``silu(gate) * up`` of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
@@ -265,7 +273,7 @@ def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch:
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def head_phase(shape: Shape, b: Buffers, count: int, phase: int, like: Any) -> None:
     """Logits of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
