@@ -5,6 +5,7 @@ Told by one JSON command per line, answering with one JSON line; it ends when it
 
 import asyncio
 import contextlib
+import json
 import os
 import sys
 from typing import Any
@@ -12,16 +13,38 @@ from typing import Any
 import uvloop
 
 from bench.lines import cpu_s, listen, resident_bytes, say
-from tracehaul.engine.base import SequenceId
+from tracehaul.engine.base import Guide, SequenceId
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.runtime import clock
-from tracehaul.wire.steps import Sampling
+from tracehaul.wire.steps import Constraint, Sampling
 from worker.config import WorkerConfig
 from worker.iteration import Failed, IterationLoop, Job, Sampled
 from worker.scheduler import Scheduler
 
 TOKEN = 17
 """What contexts are made of: speed does not depend on sense."""
+
+
+FORM = Constraint(
+    "json_schema",
+    json.dumps(
+        {
+            "type": "array",
+            "minItems": 10_000,
+            "items": {
+                "type": "object",
+                "required": ["name", "age", "tags"],
+                "additionalProperties": False,
+                "properties": {
+                    "name": {"type": "string"},
+                    "age": {"type": "integer", "minimum": 0},
+                    "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}},
+                },
+            },
+        }
+    ),
+)
+"""Of answers that are held to one: it does not end before a bench does."""
 
 
 class Driver:
@@ -66,13 +89,16 @@ class Driver:
         await self._end(job, key)
         return {"seconds": took_s}
 
-    async def decode(self, contexts: list[int], iterations: int, warm_up: int) -> dict[str, Any]:
-        """Seconds of that many iterations over sequences of these lengths."""
+    async def decode(
+        self, contexts: list[int], iterations: int, warm_up: int, structured: bool = False
+    ) -> dict[str, Any]:
+        """Seconds of that many iterations over sequences of these lengths; ``structured``: held to a JSON schema."""
         samples = warm_up + iterations + 1
         held = [await self._hold(length, length + samples + 1) for length in contexts]
+        guides = [await self._engine.guide(FORM, []) if structured else None for _ in contexts]
         jobs = [
-            self._start(sequence, [TOKEN] * (length + 1), samples)
-            for sequence, length in zip(held, contexts, strict=True)
+            self._start(sequence, [TOKEN] * (length + 1), samples, guide)
+            for sequence, length, guide in zip(held, contexts, guides, strict=True)
         ]
         last, _ = jobs[-1]
         for _ in range(warm_up):
@@ -124,14 +150,18 @@ class Driver:
             await self._engine.unpack(sequence, 0, length, [self._block] * (length // block_tokens))
         return sequence
 
-    def _start(self, sequence: SequenceId, tokens: list[int], outputs: int) -> tuple[Job, int]:
+    def _start(
+        self, sequence: SequenceId, tokens: list[int], outputs: int, guide: Guide | None = None
+    ) -> tuple[Job, int]:
         job = Job(
+            arrival=sequence,
             sequence=sequence,
             tokens=tokens,
             sampling=Sampling(max_tokens=outputs, temperature=0.0),
             emitted=0,
             samples_max=outputs,
             computed=self._engine.length(sequence),
+            guide=guide,
         )
         return job, self._loop.start(job)
 

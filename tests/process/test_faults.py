@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -172,6 +173,28 @@ def test_a_stream_survives_its_decode_worker(cluster: Fleet, alone: Alone):
     assert not runs_in(cluster, "decode-0")
     assert tokens == expected
     assert usage["completion_tokens"] == output
+
+
+def test_a_structured_answer_survives_its_decode_worker(cluster: Fleet):
+    """Begun by the prefill worker, gone on with by one decode worker and ended by another, in the same grammar."""
+    form = "([0-9]{3} ){20}end"
+    text, reason = "", None
+    body = {"structured_outputs": {"regex": form}, "temperature": 0.9, "seed": 3}
+    for chunk in cluster.chunks("structured", words(100, "structured"), 200, "decode-0", **body):
+        for choice in chunk["choices"]:
+            text += choice["text"]
+            reason = choice["finish_reason"] or reason
+        if len(text) >= 10 and runs_in(cluster, "decode-0"):
+            assert len(text) < 60
+            send(cluster, "decode-0", signal.SIGKILL)
+    assert not runs_in(cluster, "decode-0")
+    assert re.fullmatch(form, text)
+    assert reason == "stop"
+
+
+def test_a_grammar_that_only_workers_can_judge_is_refused_before_the_stream(cluster: Fleet):
+    with pytest.raises(RuntimeError, match=r"400: .*grammar"):
+        cluster.step("judged", words(100, "judged"), 10, structured_outputs={"grammar": "start: <|nobody|>"})
 
 
 def published(cluster: Fleet) -> float:
