@@ -22,7 +22,7 @@ TOKEN = 17
 class VLLM:
     """One engine."""
 
-    def __init__(self, model: str, kv_tokens: int, token_bytes: int) -> None:
+    def __init__(self, model: str, kv_tokens: int, token_bytes: int, *, compiled: bool) -> None:
         vllm: Any = import_module("vllm")
         self._params: Any = vllm.SamplingParams
         self._as_they_come: Any = import_module("vllm.sampling_params").RequestOutputKind.DELTA
@@ -42,7 +42,7 @@ class VLLM:
             max_num_seqs=64,
             max_num_batched_tokens=2048,
             block_size=32,
-            enforce_eager=os.environ.get("EAGER", "1") == "1",
+            enforce_eager=not compiled,
             kv_transfer_config=transfer,
             disable_log_stats=True,
         ).llm_engine
@@ -142,9 +142,9 @@ def say(answer: Any) -> None:
     _answers.flush()
 
 
-def main(model: str, kv_tokens: str, token_bytes: str) -> None:
+def main(model: str, kv_tokens: str, token_bytes: str, mode: str) -> None:
     """Answer commands until the input ends."""
-    engine = VLLM(model, int(kv_tokens), int(token_bytes))
+    engine = VLLM(model, int(kv_tokens), int(token_bytes), compiled=mode == "compiled")
     say(engine.usage())
     for line in sys.stdin:
         command = json.loads(line)

@@ -7,6 +7,7 @@ Ratios are our speed divided by vLLM's, medians over rounds in which both were m
 
 import os
 import random
+import shutil
 import subprocess
 from contextlib import ExitStack
 from enum import StrEnum
@@ -44,6 +45,7 @@ DECODE = {
 STRUCTURED = [1024] * 16
 QUICK_LEAVES_OUT = {"engine.prefill.4096", "engine.decode.b1.6k", "engine.decode.b8.6k"}
 WARM_UP_ITERATIONS = 2
+WARM_UP_TOKENS_MAX = 2048
 VOCABULARY = 40_000
 """Prompts are random ids below it."""
 REQUESTS = 64
@@ -141,7 +143,10 @@ class Engines:
                 if turn >= warm_up:
                     took_s[name].append(seconds)
                 progress.advance(bar)
-        return _results(task, took_s)
+        results = _results(task, took_s)
+        for result in results:  # a long run that is cut short has told what it had
+            console.print(f"{result.name}: {result.value:.4g} {result.unit}", highlight=False)
+        return results
 
     def structured(self, iterations: int, rounds: int, progress: Progress) -> list[Result]:
         """What it costs our engine to hold the answers of a batch to a JSON schema: the same batch with and without."""
@@ -232,6 +237,11 @@ def vllm_place(python: Path) -> Place:
     return Place("127.0.0.1", (), environment)
 
 
+def vllm_mode(quick: bool) -> str:
+    """vLLM compiles the model unless told otherwise. It is then some ten percent faster, and starts a minute later."""
+    return "eager" if quick or shutil.which("g++") is None else "compiled"
+
+
 def _has_vllm(python: Path | None) -> bool:
     if python is None:
         return False
@@ -241,7 +251,7 @@ def _has_vllm(python: Path | None) -> bool:
     return True
 
 
-def start(python: Path | None, stack: ExitStack) -> tuple[Engines, list[Result]]:
+def start(python: Path | None, quick: bool, stack: ExitStack) -> tuple[Engines, list[Result]]:
     """Start the engines, one after the other, and how long it took each until it would have served."""
     has_vllm = _has_vllm(python)
     model = hub_folder()
@@ -258,7 +268,7 @@ def start(python: Path | None, stack: ExitStack) -> tuple[Engines, list[Result]]
 
     begin(OURS, Place("127.0.0.1"), DEFAULT_MODEL, str(KV_TOKENS), str(THREADS), module="bench.engine_process")
     if has_vllm:
-        words = [str(model), str(KV_TOKENS), str(TOKEN_BYTES)]
+        words = [str(model), str(KV_TOKENS), str(TOKEN_BYTES), vllm_mode(quick)]
         begin(THEIRS, vllm_place(python or PEER), *words, module="bench.baselines_vllm", python=str(python))
     results = [Result(f"{name}.start", seconds, "s") for name, seconds in took_s.items()]
     if has_vllm:
@@ -279,17 +289,19 @@ def memory(engines: Engines) -> list[Result]:
 
 def compare(only: Part | None, quick: bool, python: Path | None) -> list[Result]:
     """All that is measured on the engines alone."""
-    rounds, warm_up = (2, 0) if quick else (4, 1)
+    rounds, iterations = (2, 8) if quick else (3, 16)
     with ExitStack() as stack:
-        engines, results = start(python, stack)
+        engines, results = start(python, quick, stack)
         progress = stack.enter_context(Progress(console=console))
         tasks: list[Task] = []
         if only in (None, Part.PREFILL):
             tasks += prefill_tasks()
         if only in (None, Part.DECODE):
-            tasks += decode_tasks(8 if quick else 24)
+            tasks += decode_tasks(iterations)
         for task in tasks:
             if not (quick and f"{OURS}.{task.name}" in QUICK_LEAVES_OUT):
+                # A long prompt is computed in chunks of the shapes that shorter ones have had.
+                warm_up = 0 if quick or task.tokens > WARM_UP_TOKENS_MAX else 1
                 results += engines.measure(task, rounds, warm_up, progress)
         if only in (None, Part.STRUCTURED):
             results += engines.structured(8 if quick else 24, 2 * rounds + 1, progress)
@@ -320,7 +332,7 @@ def main(
         "decode": DECODE,
         "seed": SEED,
         "quick": quick,
-        "vllm": vllm is not None,
+        "vllm": None if vllm is None else vllm_mode(quick),
         # On a busy machine the two threads of an iteration wait for each other.
         "load_before": os.getloadavg()[0],
     }

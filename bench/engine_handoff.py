@@ -8,6 +8,7 @@ decoded.
 import random
 from contextlib import ExitStack
 from statistics import median
+from typing import NamedTuple
 
 import msgspec
 from rich.console import Console
@@ -28,8 +29,9 @@ KINDS = {"one": 0, "two": 1}
 
 
 def handoff(rounds: int, console: Console) -> list[Result]:
-    """Milliseconds that two processes take longer than one, median over rounds in which both ran the same prompt."""
-    waits_s: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    """Milliseconds that two processes take longer than one, median over rounds in which both ran the same prompt:
+    to the second token, and from the first to the second, which leaves out how fast the prompt happened to be."""
+    waits: dict[str, list[Waits]] = {kind: [] for kind in KINDS}
     with ExitStack() as stack:
         clusters = {kind: stack.enter_context(fleet(_config(count), console)) for kind, count in KINDS.items()}
         with Progress(console=console) as progress:
@@ -38,28 +40,42 @@ def handoff(rounds: int, console: Console) -> list[Result]:
                 source = random.Random(turn)
                 prompt = [source.randrange(1000, VOCABULARY) for _ in range(PROMPT_TOKENS)]
                 for kind in list(clusters)[:: 1 if turn % 2 else -1]:
-                    seconds = second_token_s(clusters[kind], f"handoff-{turn}", prompt)
+                    waited = two_tokens(clusters[kind], f"handoff-{turn}", prompt)
                     if turn:  # the first maps the store's memory
-                        waits_s[kind].append(seconds)
+                        waits[kind].append(waited)
                     progress.advance(bar)
-    extra_ms = [1000 * (two - one) for one, two in zip(waits_s["one"], waits_s["two"], strict=True)]
-    one_ms, two_ms = 1000 * median(waits_s["one"]), 1000 * median(waits_s["two"])
+    pairs = list(zip(waits["one"], waits["two"], strict=True))
+    total_ms = [1000 * (two.second_s - one.second_s) for one, two in pairs]
+    gap_ms = [1000 * (two.gap_s - one.gap_s) for one, two in pairs]
+    one_ms, two_ms = (1000 * median(w.second_s for w in waits[kind]) for kind in ("one", "two"))
     return [
-        Result("engine.handoff.4k", median(extra_ms), "ms", "engine.handoff.4k.one", two_ms / one_ms),
+        Result("engine.handoff.4k", median(total_ms), "ms", "engine.handoff.4k.one", two_ms / one_ms),
+        Result("engine.handoff.4k.gap", median(gap_ms), "ms"),
         Result("engine.handoff.4k.one", one_ms, "ms"),
         Result("engine.handoff.4k.two", two_ms, "ms"),
     ]
 
 
-def second_token_s(cluster: Fleet, trace: str, prompt: list[int]) -> float:
-    """Seconds from the request to its second token."""
+class Waits(NamedTuple):
+    """Seconds from a request to its first tokens."""
+
+    first_s: float
+    second_s: float
+
+    @property
+    def gap_s(self) -> float:
+        """Between the two."""
+        return self.second_s - self.first_s
+
+
+def two_tokens(cluster: Fleet, trace: str, prompt: list[int]) -> Waits:
+    """Ask for a few tokens, and time the first two."""
     began_s = clock.perf_s()
-    seen, took_s = 0, 0.0
+    times_s: list[float] = []
     for chunk in cluster.chunks(trace, prompt, 4, ignore_eos=True):
-        seen += sum(len(choice.get("token_ids") or []) for choice in chunk["choices"])
-        if seen >= 2 and not took_s:
-            took_s = clock.perf_s() - began_s
-    return took_s
+        count = sum(len(choice.get("token_ids") or []) for choice in chunk["choices"])
+        times_s += [clock.perf_s() - began_s] * count
+    return Waits(times_s[0], times_s[1])
 
 
 def _config(prefill: int) -> ClusterConfig:

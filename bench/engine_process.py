@@ -154,6 +154,7 @@ class Driver:
         self, sequence: SequenceId, tokens: list[int], outputs: int, guide: Guide | None = None
     ) -> tuple[Job, int]:
         job = Job(
+            arrival=sequence,
             sequence=sequence,
             tokens=tokens,
             sampling=Sampling(max_tokens=outputs, temperature=0.0),

@@ -110,6 +110,7 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "pull_s": Metric("pull_seconds", "seconds", "Time in pulls, those side by side added up."),
         "missed_blocks": Metric("missed_blocks", "blocks", "Blocks expected from the store that did not arrive."),
         "evicted_sequences": Metric("evicted_sequences", "sequences", "Idle sequences given up for memory."),
+        "suspended_steps": Metric("suspended_steps", "steps", "Running steps that gave their memory to older ones."),
         "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed: computed here."),
         "write_back_refused": Metric(
             "write_back_refused", "sequences", "Sequences whose blocks the store did not take."

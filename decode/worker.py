@@ -27,7 +27,7 @@ from tracehaul.wire.steps import (
 from worker.context import Context
 from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, usable_context
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, usable_context
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,10 @@ class _Step:
         self._prompt = unpack_tokens(request.prompt)
         self._emitted = unpack_tokens(request.emitted)
         self._computed_from = len(self._prompt)
+        self._first: Context | None = None
+        """Where it began: what a suspended step pulls again is no part of its account."""
+        self._scored = 0
+        """Tokens of the prompt whose scores were told."""
         self._reason: FinishReason | None = None
         self._fallback = ""
         self._told_usage = False
@@ -106,39 +110,61 @@ class _Step:
         """Tokens, then one StepDone."""
         request = self._request
         tokens = self._prompt + self._emitted
-        remaining = request.sampling.max_tokens - len(self._emitted)
         if request.root != self._host.root:
             raise WrongNode("this worker's KV has another layout, or is of another model")
-        if not self._prompt or remaining < 1:
+        if not self._prompt or self._left(tokens) < 1:
             raise InvalidRequest("a step needs a prompt and at least one token left to sample")
-        room = len(tokens) + min(remaining, self._host.config.headroom_tokens)
-        async with self._host.context(request.trace, request.salt, tokens, room) as here:
-            await here.locate()
-            if request.prompt_logprobs is not None:
-                here.forget()
-            else:
-                async with aclosing(self._assemble(here)) as replies:
+        suspended: Context | None = None
+        while True:
+            room = len(tokens) + min(self._left(tokens), self._host.config.headroom_tokens)
+            async with self._host.context(request.trace, request.salt, tokens, room, suspended) as here:
+                async with aclosing(self._run_on(here)) as replies:
                     async for reply in replies:
                         yield reply
+                if self._reason is not None:
+                    yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
+                    return
+            suspended = here
+
+    def _left(self, tokens: list[int]) -> int:
+        """How many more may be sampled."""
+        return self._request.sampling.max_tokens - (len(tokens) - len(self._prompt))
+
+    @property
+    def _scores(self) -> bool:
+        """Whether the prompt's tokens are to be scored, and not all of them are."""
+        return self._request.prompt_logprobs is not None and self._scored < len(self._prompt) - 1
+
+    async def _run_on(self, here: Context) -> AsyncGenerator[Tokens, None]:
+        """Until the step ends, or has to give its memory to others: then it goes on from the store when there is
+        some again."""
+        await here.locate()
+        if self._scores:
+            here.forget()
+        else:
+            async with aclosing(self._assemble(here)) as replies:
+                async for reply in replies:
+                    yield reply
+        if self._first is None:
+            self._first = here
             self._host.stats.prompt_tokens += len(self._prompt)
-            if self._reason is None:
-                with self._flights.lead(here) as flight:
-                    async with aclosing(self._decode(here, flight)) as replies:
-                        async for reply in replies:
-                            yield reply
-            assert self._reason is not None
-            yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
+        if self._reason is None:
+            with self._flights.lead(here) as flight:
+                async with aclosing(self._decode(here, flight)) as replies:
+                    async for reply in replies:
+                        yield reply
 
     def _usage(self, here: Context) -> StepUsage:
+        first = self._first or here
         return StepUsage(
             prompt_tokens=len(self._prompt),
             output_tokens=len(here.tokens) - len(self._prompt),
-            resident_tokens=min(here.resident_tokens, len(self._prompt)),
-            pulled_tokens=here.pulled.tokens,
+            resident_tokens=min(first.resident_tokens, len(self._prompt)),
+            pulled_tokens=first.pulled.tokens,
             computed_from=self._computed_from,
-            pulled_bytes=here.pulled.nbytes,
-            pull_s=here.pulled.seconds,
-            missed_blocks=here.pulled.missed_blocks,
+            pulled_bytes=first.pulled.nbytes,
+            pull_s=first.pulled.seconds,
+            missed_blocks=first.pulled.missed_blocks,
             prefill_fallback=self._fallback,
         )
 
@@ -167,7 +193,7 @@ class _Step:
         request = self._request
         if request.prefill is None:
             return
-        wanted = len(here.tokens)
+        wanted, emitted = len(here.tokens), len(here.tokens) - len(self._prompt)
         before = here.length
         step = PrefillStep(
             step=request.step,
@@ -177,7 +203,7 @@ class _Step:
             salt=request.salt,
             home=request.home,
             sampling=request.sampling,
-            emitted=len(self._emitted),
+            emitted=emitted,
         )
         try:
             prefill = self._prefills.get(request.prefill)
@@ -197,7 +223,7 @@ class _Step:
                             self._computed_from = min(self._computed_from, computed_from)
                             here.tokens.append(token)
                             self._reason = request.sampling.finish_reason(
-                                token, len(self._emitted) + 1, len(here.tokens), usable_context(self._host.engine.info)
+                                token, emitted + 1, len(here.tokens), usable_context(self._host.engine.info)
                             )
                             yield self._token(here, token, logprobs)
                         case _:
@@ -209,13 +235,14 @@ class _Step:
             log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
 
     async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
-        """Compute what is still missing, then one token after the other, until the step ends."""
+        """Compute what is still missing, then one token after the other, until the step ends or is suspended."""
         if here.length == len(here.tokens):  # all of it was pulled, and nobody sampled what follows
             self._host.engine.truncate(here.sequence, here.length - 1)
         self._computed_from = min(self._computed_from, here.length)
         emitted = len(here.tokens) - len(self._prompt)
         guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
         job = Job(
+            arrival=here.arrival,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=self._request.sampling,
@@ -224,13 +251,14 @@ class _Step:
             computed=here.length,
             guide=guide,
             copying=here.copying,
-            scores_top=self._request.prompt_logprobs,
+            scores_top=self._request.prompt_logprobs if self._scores else None,
             scores_end=len(self._prompt),
         )
         failed: ClusterError | None = None
+        suspended, scored = False, here.length
         async with self._host.writer(here, self._request.home, flight.published, flight.end) as writer:
             async with self._host.job(job):
-                while failed is None and self._reason is None:
+                while failed is None and self._reason is None and not suspended:
                     match await job.events.get():
                         case Computed(length):
                             writer.computed(length)
@@ -238,7 +266,13 @@ class _Step:
                             self._reason = reason
                             yield self._token(here, token, logprobs)
                         case Scored(scores):
-                            yield Tokens(b"", prompt_logprobs=scores)
+                            new = scores[max(0, self._scored - scored) :]
+                            scored += len(scores)
+                            self._scored = max(self._scored, scored)
+                            if new:
+                                yield Tokens(b"", prompt_logprobs=new)
+                        case Suspended():
+                            suspended = True
                         case Failed(failed):
                             pass
                         case Published():

@@ -12,7 +12,7 @@ from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, Pref
 from worker.context import Context
 from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended
 
 
 class PrefillService:
@@ -49,9 +49,10 @@ class PrefillService:
     async def _compute(
         self, request: PrefillStep, here: Context, flight: Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
-        computed_from = here.length
+        computed_from, end = here.length, len(here.tokens)
         guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
+            arrival=here.arrival,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=request.sampling,
@@ -71,7 +72,7 @@ class PrefillService:
                 while True:
                     match await job.events.get():
                         case Computed(length):
-                            writer.computed(length)
+                            writer.computed(length, last=length == end)  # the tail travels with the last blocks
                         case Published(length):
                             yield PrefillProgress(length)
                         case Sampled(token, _, logprobs):
@@ -79,6 +80,8 @@ class PrefillService:
                             break
                         case Failed(error):
                             raise error
+                        case Suspended():
+                            raise AssertionError("a prompt's memory is all there before it is computed")
                         case Scored():
                             raise AssertionError("prompts are scored where they are decoded")
             await writer.finish()

@@ -39,6 +39,7 @@ class Context:
         client: StoreClient,
         config: WorkerConfig,
         *,
+        arrival: int,
         salt: str,
         tokens: list[int],
         packed: bytes,
@@ -49,6 +50,8 @@ class Context:
         self._engine = engine
         self._client = client
         self._config = config
+        self.arrival = arrival
+        """Its step's place in the order of arrival on this worker."""
         self.salt = salt
         self.tokens = tokens
         self.packed = packed

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from itertools import count
 
 import msgspec
 
@@ -17,11 +18,15 @@ from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.iteration import IterationLoop, Job, usable_context
+from worker.pressure import Line
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
 
 CALIBRATION_TOKENS = 256
+
+Acquired = tuple[SequenceId, int, Sequence[BlockHash]]
+"""A busy sequence, how many of a step's tokens it holds already, and the hashes of those, and more."""
 
 
 class WorkerStats(msgspec.Struct):
@@ -38,6 +43,7 @@ class WorkerStats(msgspec.Struct):
     pull_s: float = 0.0
     missed_blocks: int = 0
     evicted_sequences: int = 0
+    suspended_steps: int = 0
     prefill_fallbacks: int = 0
     write_back_refused: int = 0
 
@@ -53,10 +59,11 @@ class WorkerHost:
         self.root = engine.info.layout.root()
         self.loop = IterationLoop(engine, Scheduler(config.chunk_tokens, config.sequences_max), self._make_room)
         self._residency = Residency()
-        self._admission = asyncio.Lock()
+        self._line = Line()
         self._room = asyncio.Event()
+        """Set when there may be memory for somebody in the line."""
+        self._arrivals = count()
         self._running = 0
-        self._waiting = 0
 
     async def calibrate(self) -> None:
         """Learn how fast the engine is, before anything runs; what it does later corrects that."""
@@ -75,7 +82,7 @@ class WorkerHost:
         info = self.engine.info
         return NodeLoad(
             running=self._running,
-            waiting=self._waiting,
+            waiting=len(self._line),
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
             **self.loop.meter.rates._asdict(),
@@ -83,11 +90,14 @@ class WorkerHost:
         )
 
     @asynccontextmanager
-    async def context(self, trace: TraceId, salt: str, tokens: list[int], capacity: int) -> AsyncGenerator[Context]:
+    async def context(
+        self, trace: TraceId, salt: str, tokens: list[int], capacity: int, suspended: Context | None = None
+    ) -> AsyncGenerator[Context]:
         """A context with room for ``capacity`` tokens, starting from what is resident; waits for memory.
 
         At the end its sequence becomes idle and stays warm. The caller must have ended all work on it, and keeps
-        ``context.tokens`` equal to the tokens whose KV it computed (it may be longer).
+        ``context.tokens`` equal to the tokens whose KV it computed (it may be longer). A step that was suspended says
+        which context it had: it waits before those that came later.
 
         Raises:
             ContextTooLong: ``capacity`` can never fit.
@@ -98,12 +108,20 @@ class WorkerHost:
             raise ContextTooLong(f"{len(tokens)} tokens do not fit {longest}")
         packed = pack_tokens(tokens)
         capacity = min(capacity, longest)
-        sequence, resident_tokens, known = await self._acquire(trace, salt, packed, capacity)
+        if suspended is None:
+            arrival = next(self._arrivals)
+        else:
+            arrival = suspended.arrival
+            self.stats.suspended_steps += 1
+        sequence, resident_tokens, known = await self._acquire(
+            arrival, trace, salt, packed, capacity, may_refuse=suspended is None
+        )
         self._running += 1
         context = Context(
             self.engine,
             self.client,
             self.config,
+            arrival=arrival,
             salt=salt,
             tokens=tokens,
             packed=packed,
@@ -117,6 +135,7 @@ class WorkerHost:
             self._running -= 1
             self._count(context)
             self._retire(trace, context)
+            self.loop.freed(arrival)
 
     async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
         """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
@@ -183,13 +202,36 @@ class WorkerHost:
         while not (self.engine.grow(sequence, wanted) or self.engine.grow(sequence, capacity)):
             if not self._evict():
                 return False
+        self._room.set()  # perhaps a running step lacked it, and everybody else waited for that
         return True
 
     async def _acquire(
-        self, trace: TraceId, salt: str, packed: bytes, capacity: int
-    ) -> tuple[SequenceId, int, Sequence[BlockHash]]:
-        """A busy sequence with room for ``capacity`` tokens, how many of ``packed`` it holds already, and the hashes
-        of those, and more."""
+        self, arrival: int, trace: TraceId, salt: str, packed: bytes, capacity: int, *, may_refuse: bool
+    ) -> Acquired:
+        """Wait for a sequence: what runs comes first, then who came first.
+
+        Raises:
+            Overloaded: ``may_refuse``, and too many wait already.
+        """
+        acquired = self._try_acquire(arrival, trace, salt, packed, capacity)
+        if acquired is not None:
+            return acquired
+        if may_refuse and len(self._line) >= self.config.waiting_max:
+            raise Overloaded(f"{len(self._line)} steps wait for KV memory")
+        self._line.join(arrival)
+        try:
+            while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
+                self._room.clear()
+                await self._room.wait()
+            return acquired
+        finally:
+            self._line.leave(arrival)
+            self._room.set()
+
+    def _try_acquire(self, arrival: int, trace: TraceId, salt: str, packed: bytes, capacity: int) -> Acquired | None:
+        """A warm sequence waits for no turn: it takes little from those in the line."""
+        if self.loop.lacks_memory:
+            return None
         taken = self._residency.take(trace, salt, packed)
         if taken is not None:
             resident, shared = taken
@@ -200,21 +242,8 @@ class WorkerHost:
             # Idle sequences are gone by now and busy ones hold the rest: start anew where there will be room.
             self.engine.close(resident.sequence)
             self._room.set()
-        return await self._open(capacity), 0, ()
-
-    async def _open(self, capacity: int) -> SequenceId:
-        """A new sequence, in order of arrival."""
-        if self._waiting >= self.config.waiting_max:
-            raise Overloaded(f"{self._waiting} steps wait for KV memory")
-        self._waiting += 1
-        try:
-            async with self._admission:
-                while (sequence := self._try_open(capacity)) is None:
-                    self._room.clear()
-                    await self._room.wait()
-                return sequence
-        finally:
-            self._waiting -= 1
+        sequence = self._try_open(capacity) if self._line.is_first(arrival) else None
+        return None if sequence is None else (sequence, 0, ())
 
     def _try_open(self, capacity: int) -> SequenceId | None:
         while (sequence := self.engine.open(capacity)) is None:

@@ -1,6 +1,7 @@
 """The iteration loop: one continuous batch over one engine."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +9,9 @@ from dataclasses import dataclass, field
 from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
 from tracehaul.runtime import clock
-from tracehaul.wire.errors import ClusterError, InvalidRequest, Overloaded
+from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
+from worker.pressure import PATIENCE_S, Pressure
 from worker.rates import RateMeter
 from worker.scheduler import Grant, Scheduler
 
@@ -50,19 +52,26 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Suspended:
+    """The job left the loop because others need its memory: it may come back when there is some."""
+
+
+@dataclass(frozen=True)
 class Failed:
     """The job left the loop without finishing."""
 
     error: ClusterError
 
 
-Event = Computed | Sampled | Scored | Published | Failed
+Event = Computed | Sampled | Scored | Published | Suspended | Failed
 
 
 @dataclass
 class Job:
     """A sequence being extended. ``tokens`` grows with each sampled one; KV is held for the first ``computed``."""
 
+    arrival: int
+    """Its step's place in the order of arrival, which no other job in the loop has."""
     sequence: SequenceId
     tokens: list[int]
     sampling: Sampling
@@ -108,7 +117,8 @@ def usable_context(info: EngineInfo) -> int:
 class IterationLoop:
     """Runs iterations while there are jobs; sleeps without them.
 
-    ``make_room(sequence, capacity)`` grows a sequence's memory at whatever cost to idle ones, or returns False.
+    ``make_room(sequence, capacity)`` grows a sequence's memory at whatever cost to idle ones, or returns False. Then
+    a job is suspended, and whoever owns its sequence says when that is idle (:meth:`freed`).
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, make_room: Callable[[SequenceId, int], bool]) -> None:
@@ -117,6 +127,7 @@ class IterationLoop:
         self._make_room = make_room
         self.meter = RateMeter()
         self._context_max = usable_context(engine.info)
+        self._pressure = Pressure()
         self._jobs: dict[int, Job] = {}
         self._next_key = 0
         self._wake = asyncio.Event()
@@ -127,6 +138,16 @@ class IterationLoop:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    @property
+    def lacks_memory(self) -> bool:
+        """A job waits to grow: what becomes free or idle is for it."""
+        return self._pressure.high
+
+    def freed(self, arrival: int) -> None:
+        """That step's sequence is idle or closed."""
+        self._pressure.left(arrival)
+        self._wake.set()
 
     def start(self, job: Job) -> int:
         """Add a job; returns its key. There must be a pending token."""
@@ -160,14 +181,21 @@ class IterationLoop:
     async def run(self) -> None:
         """For ever; cancel to stop."""
         while True:
-            if not self._jobs:
+            while not self._jobs:
                 self._wake.clear()
                 await self._wake.wait()
-            await self._iterate()
+            self._wake.clear()
+            if not await self._iterate() and self._jobs:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE_S):
+                        await self._wake.wait()
 
     def _drop(self, key: int) -> None:
-        self._jobs.pop(key, None)
+        job = self._jobs.pop(key, None)
         self._scheduler.remove(key)
+        if job is not None:
+            self._pressure.has(job.arrival)
+            self._wake.set()
 
     def _fail(self, key: int, error: ClusterError) -> None:
         job = self._jobs.get(key)
@@ -175,7 +203,8 @@ class IterationLoop:
         if job is not None:
             job.events.put_nowait(Failed(error))
 
-    async def _iterate(self) -> None:
+    async def _iterate(self) -> bool:
+        """Whether anything was computed."""
         self._iteration_ended.clear()
         try:
             computed = await self._compute()
@@ -184,34 +213,14 @@ class IterationLoop:
         self.iterations += bool(computed)
         for grant, job, result in computed:
             self._settle(grant, job, result)
+        return bool(computed)
 
     async def _compute(self) -> list[tuple[Grant, Job, Result]]:
-        grants: list[tuple[Grant, Job]] = []
-        work: list[Work] = []
-        for grant in self._scheduler.plan():
-            job = self._jobs.get(grant.key)
-            if job is None:
-                continue  # left while another waited to grow
-            end = job.computed + grant.tokens
-            if self._engine.capacity(job.sequence) < end:
-                async with job.copying:
-                    has_room = self._make_room(job.sequence, end)
-                if not has_room:
-                    self._fail(grant.key, Overloaded("out of KV memory while the sequence grew"))
-                    continue
-            samples = end == len(job.tokens) and job.samples_max > 0
-            grants.append((grant, job))
-            work.append(
-                Work(
-                    sequence=job.sequence,
-                    tokens=job.tokens[job.computed : end],
-                    sampling=job.sampling if samples else None,
-                    emitted=job.emitted,
-                    history=job.history,
-                    scoring=job.scoring(end),
-                    guide=job.guide if samples else None,
-                )
-            )
+        fitting = await self._fitting(self._scheduler.plan())
+        self._relieve()
+        # Some may have left while another grew, or for it.
+        grants = [(grant, job) for grant, job in fitting if grant.key in self._jobs]
+        work = [self._work(grant, job) for grant, job in grants]
         if not work:
             return []
         started_s = clock.now_s()
@@ -228,6 +237,47 @@ class IterationLoop:
             return []
         self.meter.iterated([(job.computed, grant.tokens) for grant, job in grants], clock.now_s() - started_s)
         return [(grant, job, result) for (grant, job), result in zip(grants, results, strict=True)]
+
+    async def _fitting(self, grants: list[Grant]) -> list[tuple[Grant, Job]]:
+        """Those whose sequences have room for what is granted, or could be given it."""
+        fitting: list[tuple[Grant, Job]] = []
+        for grant in grants:
+            job = self._jobs.get(grant.key)
+            if job is None:
+                continue  # left while another waited to grow
+            end = job.computed + grant.tokens
+            fits = self._engine.capacity(job.sequence) >= end
+            if not fits:
+                async with job.copying:
+                    fits = self._make_room(job.sequence, end)
+            if fits:
+                self._pressure.has(job.arrival)
+                fitting.append((grant, job))
+            elif grant.key in self._jobs:
+                self._pressure.lacks(job.arrival)
+        return fitting
+
+    def _relieve(self) -> None:
+        """If a job lacks memory, let one leave."""
+        keys = {job.arrival: key for key, job in self._jobs.items()}
+        arrival = self._pressure.suspend(keys, clock.now_s())
+        if arrival is not None:
+            job = self._jobs[keys[arrival]]
+            self._drop(keys[arrival])
+            job.events.put_nowait(Suspended())
+
+    def _work(self, grant: Grant, job: Job) -> Work:
+        end = job.computed + grant.tokens
+        samples = end == len(job.tokens) and job.samples_max > 0
+        return Work(
+            sequence=job.sequence,
+            tokens=job.tokens[job.computed : end],
+            sampling=job.sampling if samples else None,
+            emitted=job.emitted,
+            history=job.history,
+            scoring=job.scoring(end),
+            guide=job.guide if samples else None,
+        )
 
     def _settle(self, grant: Grant, job: Job, result: Result) -> None:
         job.computed += grant.tokens

@@ -68,9 +68,10 @@ class BlockWriter:
         self._task.cancel()
         await finish(asyncio.wait([self._task]))
 
-    def computed(self, length: int) -> None:
-        """KV of the first ``length`` tokens is in place and will not change."""
+    def computed(self, length: int, *, last: bool = False) -> None:
+        """KV of the first ``length`` tokens is in place and will not change; after ``last`` there will be no more."""
         self._computed = max(self._computed, length)
+        self._closing = self._closing or last
         self._wake.set()
 
     async def finish(self) -> None:
@@ -81,13 +82,13 @@ class BlockWriter:
         await asyncio.wait([self._task])
 
     async def _run(self) -> None:
+        size = self._layout.block_tokens
         try:
             while not self.refused:
-                full = self._computed // self._layout.block_tokens
-                if self._next_block < full:
-                    await self._write_group(full)
+                ready = self._computed if self._closing else self._computed // size * size
+                if self._next_block * size < ready:
+                    await self._write_group(ready)
                 elif self._closing:
-                    await self._write_tail()
                     return
                 else:
                     self._wake.clear()
@@ -113,25 +114,23 @@ class BlockWriter:
             self._hashes.append(next_hash(parent, pack_tokens(self._tokens[index * size : (index + 1) * size])))
         return self._hashes[block]
 
-    async def _write_group(self, full: int) -> None:
-        """Write the next run of blocks that the store lacks, at most one group of them."""
-        first = self._next_block
-        while first < full and first < len(self._held) and self._held[first]:
+    async def _write_group(self, ready: int) -> None:
+        """Write the next run of blocks that the store lacks, at most one group of them, up to ``ready`` tokens."""
+        size = self._layout.block_tokens
+        first, last = self._next_block, -(-ready // size)
+        while first < last and self._is_held(first):
             first += 1
         end = first
-        while (
-            end < full and end - first < self._config.group_blocks and not (end < len(self._held) and self._held[end])
-        ):
+        while end < last and end - first < self._config.group_blocks and not self._is_held(end):
             end += 1
-        if end > first and not await self._put(first, (end - first) * self._layout.block_tokens):
+        tokens = min(end * size, ready)
+        if end > first and not await self._put(first, tokens - first * size):
             return
         self._next_block = end
-        self._progress(end * self._layout.block_tokens)
+        self._progress(tokens)
 
-    async def _write_tail(self) -> None:
-        start = self._next_block * self._layout.block_tokens
-        if self._computed > start and await self._put(self._next_block, self._computed - start):
-            self._progress(self._computed)
+    def _is_held(self, block: int) -> bool:
+        return block < len(self._held) and self._held[block]
 
     async def _put(self, block: int, tokens: int) -> bool:
         """Write ``tokens`` tokens from block index ``block`` on; False if the store did not take all of them."""

@@ -33,8 +33,6 @@ from tracehaul.engine.cpu.products import (
     gather_3,
     gather_6,
     gather_narrow_1,
-    gather_narrow_3,
-    gather_narrow_6,
     interleave,
     scores_1,
     scores_3,
@@ -51,6 +49,7 @@ from tracehaul.engine.cpu.vectors import (
     expect,
     first_lanes,
     fma,
+    inner,
     larger,
     largest,
     load,
@@ -90,7 +89,7 @@ def plan_attention(segments: Any, tasks: Any) -> int:
     return count
 
 
-@compiled
+@inner
 def arrange_keys(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
     """Keys ``[tokens, head_dim]`` into cells ``[head_dim * size / 4, KEY_TOKENS]``; reads up to 15 keys further."""
     stride = head_dim * size_of(like)
@@ -99,7 +98,7 @@ def arrange_keys(source: int, tokens: int, head_dim: int, target: int, like: Any
             transpose(source + token * stride + at, stride, target + at * KEY_TOKENS + token * 4, KEY_TOKENS * 4)
 
 
-@compiled
+@inner
 def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
     """Values into rows of cells, one for a token, or a pair of them in bfloat16."""
     stride = head_dim * size_of(like)
@@ -121,14 +120,14 @@ def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: A
                 interleave(source + token * stride + at, zeros + at, row + 2 * at)
 
 
-@compiled
+@inner
 def expect_run(start: int, size: int) -> None:
     """A run of memory will be read soon."""
     for at in range(0, size, LINE_BYTES):
         expect(start + at)
 
 
-@compiled
+@inner
 def score(group: int, q: int, q_stride: int, keys: int, steps: int, out: int, out_stride: int, like: Any) -> None:
     """Scores of 6, 3 or 1 rows with 64 keys."""
     if group == 6:
@@ -139,7 +138,7 @@ def score(group: int, q: int, q_stride: int, keys: int, steps: int, out: int, ou
         scores_1(q, q_stride, keys, KEY_TOKENS * 4, steps, out, out_stride, like)
 
 
-@compiled
+@inner
 def gather(group: int, p: int, values: int, steps: int, head_dim: int, out: int, like: Any) -> None:
     """Add the weighted values of 6, 3 or 1 rows to ``out``."""
     p_stride, stride = KEY_TOKENS * size_of(like), head_dim * 4
@@ -153,15 +152,13 @@ def gather(group: int, p: int, values: int, steps: int, head_dim: int, out: int,
             gather_1(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
         at += 64
     if at < head_dim:
-        if group == 6:
-            gather_narrow_6(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
-        elif group == 3:
-            gather_narrow_3(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
-        else:
-            gather_narrow_1(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
+        for row in range(group):
+            gather_narrow_1(
+                p + row * p_stride, p_stride, values + at * 4, stride, steps, out + row * stride + at * 4, stride, like
+            )
 
 
-@compiled
+@inner
 def weigh(
     scores: int, tokens: int, visible: int, scale: float, state: int, out: int, head_dim: int, p: int, like: Any
 ) -> None:
@@ -195,7 +192,7 @@ def weigh(
             store(out + at, mul(load(out + at, FULL), shrink), FULL)
 
 
-@compiled
+@inner
 def attend_span(
     shape: Shape,
     q: int,
@@ -278,7 +275,7 @@ def attend_span(
             row += together
 
 
-@compiled
+@inner
 def merge_span(rows: int, head_dim: int, into: int, more: int) -> None:
     """Add the result of the next span, row by row; rows that saw nothing of it stay as they are."""
     for row in range(rows):
@@ -296,7 +293,7 @@ def merge_span(rows: int, head_dim: int, into: int, more: int) -> None:
             store(into + place, value, FULL)
 
 
-@compiled
+@inner
 def write_attended(shape: Shape, b: Buffers, result: int, first_row: int, rows: int, kv_head: int, like: Any) -> None:
     """The sums over the weights' sum, where the output layer reads them."""
     head_dim, group = shape.head_dim, shape.heads // shape.kv_heads
@@ -309,7 +306,7 @@ def write_attended(shape: Shape, b: Buffers, result: int, first_row: int, rows: 
             store(target + at * size_of(like), value, like)
 
 
-@compiled
+@inner
 def attend_phase(
     shape: Shape, b: Buffers, index: int, segments: Any, tasks: Any, count: int, scratch: int, phase: int, like: Any
 ) -> None:

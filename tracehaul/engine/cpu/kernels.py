@@ -47,6 +47,7 @@ from tracehaul.engine.cpu.vectors import (
     exp2,
     expect,
     fma,
+    inner,
     load,
     mul,
     size_of,
@@ -67,7 +68,7 @@ LAYER_PARTS = (
 ) = range(13)  # fmt: skip
 
 
-@compiled
+@inner
 def product(
     w: int, x: int, x_stride: int, rows: int, outputs: int, length: int, out: int, out_stride: int, like: Any
 ) -> None:
@@ -100,7 +101,7 @@ def product(
             store(column + paired * out_stride, sums, FULL)
 
 
-@compiled
+@inner
 def normalize(source: int, weight: int, size: int, eps: float, target: int, like: Any) -> None:
     """One row's root mean square norm, from float32; ``target`` may be ``source``."""
     squares = splat(np.float32(0))
@@ -113,7 +114,7 @@ def normalize(source: int, weight: int, size: int, eps: float, target: int, like
         store(target + at * size_of(like), value, like)
 
 
-@compiled
+@inner
 def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int, phase: int, like: Any) -> None:
     """Norm of the hidden rows that ``rows`` names, or of the first ``count`` where it names none."""
     tasks = (count + 7) // 8
@@ -130,7 +131,7 @@ def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) -> None:
     """Embeddings as float32."""
     tasks = (len(tokens) + 31) // 32
@@ -148,14 +149,14 @@ def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) ->
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def add_bias(row: int, bias: int, size: int, like: Any) -> None:
     """A linear layer's bias onto one row of its float32 output."""
     for at in range(0, size, LANES):
         store(row + at * 4, add(load(row + at * 4, FULL), load(bias + at * size_of(like), like)), FULL)
 
 
-@compiled
+@inner
 def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> None:
     """Rotary embedding of one head's float32 at ``head``."""
     half = shape.head_dim // 2
@@ -167,7 +168,7 @@ def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> No
         store(target + (half + at) * size_of(like), add(mul(second, cos), mul(first, sin)), like)
 
 
-@compiled
+@inner
 def qkv_phase(
     shape: Shape, b: Buffers, layer: Any, index: int, positions: Any, slots: Any, scratch: int, phase: int, like: Any
 ) -> None:
@@ -213,7 +214,7 @@ def qkv_phase(
     finish(b.sync, phase, mine, heads * blocks)
 
 
-@compiled
+@inner
 def add_phase(
     shape: Shape, b: Buffers, w: int, bias: int, x: int, length: int, count: int, scratch: int, phase: int, like: Any
 ) -> None:
@@ -240,7 +241,7 @@ def add_phase(
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch: int, phase: int, like: Any) -> None:
     """``silu(gate) * up`` of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
@@ -272,7 +273,7 @@ def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch:
     finish(b.sync, phase, mine, tasks)
 
 
-@compiled
+@inner
 def head_phase(shape: Shape, b: Buffers, count: int, phase: int, like: Any) -> None:
     """Logits of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from tracehaul.engine.cpu.vectors import claim, compiled, peek
+from tracehaul.engine.cpu.vectors import claim, inner, peek
 
 SPAN_TOKENS = 512
 """Attention sums over runs of this many keys, then merges the runs in order: short segments' in parallel."""
@@ -85,7 +85,7 @@ def scratch_bytes(shape: Shape) -> int:
     return 4 * max(attention, 2 * ROW_BLOCK * max(OUTPUT_BLOCK, shape.head_dim)) + 4096
 
 
-@compiled
+@inner
 def finish(sync: int, phase: int, mine: int, tasks: int) -> None:
     """Say that ``mine`` tasks are done and wait for all."""
     done = sync + phase * PHASE_BYTES + PHASE_BYTES // 2

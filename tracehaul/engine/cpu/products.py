@@ -226,8 +226,8 @@ scores_6, scores_3, scores_1 = (_make_tile(rows, 4, fresh=True) for rows in (6, 
 """Fresh sums in 64 columns, for that many rows."""
 gather_6, gather_3, gather_1 = (_make_tile(rows, 4, fresh=False) for rows in (6, 3, 1))
 """Adding to what is there, in 64 columns."""
-gather_narrow_6, gather_narrow_3, gather_narrow_1 = (_make_tile(rows, 2, fresh=False) for rows in (6, 3, 1))
-"""The same in 32 columns."""
+gather_narrow_1 = _make_tile(1, 2, fresh=False)
+"""Adding to what is there, for one row in 32 columns."""
 
 
 @word

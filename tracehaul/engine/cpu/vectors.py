@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import llvmlite.binding as llvm
 from blake3 import blake3
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
@@ -26,18 +26,33 @@ F = TypeVar("F", bound=Callable[..., Any])
 LANES = 16
 
 
+# Vectors are written out here: to let LLVM look for more only costs a third of the time that compiling takes.
+_settings: Any = config
+_settings.LOOP_VECTORIZE = _settings.SLP_VECTORIZE = 0
+
+
+def _jit(**options: Any) -> Any:
+    untyped: Any = njit
+    return untyped(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)
+
+
 def compiled(function: F) -> F:
     """Compile on first use, for the machine at hand; runs without the interpreter's lock.
 
     What was compiled is kept on disk, beside the source or in the user's cache folder, if one of them can be written.
     """
     try:
-        dispatcher: Any = njit(nogil=True, cache=True, error_model="numpy")(function)
+        dispatcher = _jit(cache=True)(function)
     except RuntimeError:  # numba's word for no place to write to
-        return cast(F, njit(nogil=True, error_model="numpy")(function))
+        return cast(F, _jit()(function))
     # By itself numba looks at the function's own file only, and these functions call others' in other files.
     dispatcher._cache._cache_file._source_stamp = _SOURCES
     return cast(F, dispatcher)
+
+
+def inner(function: F) -> F:
+    """Compile as a part of the compiled functions that call it, to which alone it is known."""
+    return cast(F, _jit(no_cpython_wrapper=True)(function))
 
 
 _SOURCES = blake3(
