@@ -43,6 +43,7 @@ from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+from worker.config import WorkerConfig
 
 BLOCKS = 1_000_000
 PROMPT_BLOCKS = 3125
@@ -221,6 +222,7 @@ def _replayed(traces: list[Trace], pacing: Pacing, dispatch: DispatchConfig, kv_
         kv_tokens=kv_tokens,
         store_bytes=STORE_BYTES,
         dispatch=dispatch,
+        worker=WorkerConfig(use_store=dispatch.use_store),
     )
     with fleet(config, console) as running:
         return asyncio.run(replay(traces, pacing, Target(running.url)))

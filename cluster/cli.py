@@ -166,6 +166,7 @@ def up(
         "worker.chunk_tokens": chunk_tokens,
         "dispatch.policy": policy,
         "dispatch.use_store": False if without_store else None,
+        "worker.use_store": False if without_store else None,
     }
     chosen = load_config(config, overrides)
     run = RunDir(run_dir)
