@@ -4,14 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
-from kvstore.eviction import LeastRecent
+from kvstore.eviction import LeastRecent, Policy
 from tracehaul.wire.ids import BlockHash
 
 FREQUENCY_MAX = 3
 SMALL_SHARE = 0.1
 
 
-class S3Fifo:
+class S3Fifo(Policy):
     """Two queues and a memory of what was evicted (Yang et al., SOSP 2023): new blocks enter a small queue; those used
     again move on to the main one, where a use is another round. One group."""
 
@@ -78,7 +78,7 @@ class S3Fifo:
         return [*self._small, *self._main]
 
 
-class GreedyDual:
+class GreedyDual(Policy):
     """Lowest credit first (Cao and Irani, 1997): a use sets a block's credit to the credit last evicted plus its value,
     a function of its uses so far and its hash. One group."""
 

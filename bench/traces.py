@@ -43,6 +43,7 @@ from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+from worker.config import WorkerConfig
 
 BLOCKS = 1_000_000
 PROMPT_BLOCKS = 3125
@@ -64,6 +65,8 @@ STORE_BYTES = 2 << 30
 FULL = Limits(traces_max=12, skip_steps=6, steps_min=8, steps_max=8, context_min=3500)
 QUICK = Limits(traces_max=8, skip_steps=1, steps_min=4, steps_max=4, context_min=1500, context_max=2600, output_max=32)
 PACING = Pacing(concurrency=12, time_scale=8.0, gap_max_s=8.0, stagger_s=1.0)
+QUICK_PACING = Pacing(concurrency=12, time_scale=30.0, gap_max_s=1.0, stagger_s=0.3)
+"""So few short steps keep nobody busy through longer gaps, and every policy would look the same."""
 CONTENDERS = {
     "cost": DispatchConfig(),
     "sticky": DispatchConfig(policy="sticky", use_store=False),
@@ -179,7 +182,7 @@ def _milliseconds(name: str, took_s: list[float]) -> list[Result]:
     ]
 
 
-def replay_results(traces: list[Trace], rounds: int, config: dict[str, Any]) -> list[Result]:
+def replay_results(traces: list[Trace], pacing: Pacing, rounds: int, config: dict[str, Any]) -> list[Result]:
     """All contenders in turn, ``rounds`` times, each round beginning with another."""
     need = sum(max(step.prompt.tokens + step.output_tokens for step in trace.steps) for trace in traces)
     longest = max(step.prompt.tokens + step.output_tokens for trace in traces for _, step in trace.walk())
@@ -189,7 +192,7 @@ def replay_results(traces: list[Trace], rounds: int, config: dict[str, Any]) -> 
     names = list(CONTENDERS)
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            outcomes[name].append(_replayed(traces, CONTENDERS[name], kv_tokens))
+            outcomes[name].append(_replayed(traces, pacing, CONTENDERS[name], kv_tokens))
             rate = _rate(outcomes[name][-1:])
             console.print(f"round {number + 1}, {name}: {rate:.0f} steps/h", highlight=False)
     results: list[Result] = []
@@ -212,16 +215,17 @@ def replay_results(traces: list[Trace], rounds: int, config: dict[str, Any]) -> 
     return results
 
 
-def _replayed(traces: list[Trace], dispatch: DispatchConfig, kv_tokens: int) -> Outcome:
+def _replayed(traces: list[Trace], pacing: Pacing, dispatch: DispatchConfig, kv_tokens: int) -> Outcome:
     config = ClusterConfig(
         port=free_port(),
         nodes=NodeCounts(prefill=1, decode=2, store=1),
         kv_tokens=kv_tokens,
         store_bytes=STORE_BYTES,
         dispatch=dispatch,
+        worker=WorkerConfig(use_store=dispatch.use_store),
     )
     with fleet(config, console) as running:
-        return asyncio.run(replay(traces, PACING, Target(running.url)))
+        return asyncio.run(replay(traces, pacing, Target(running.url)))
 
 
 def _rate(runs: list[Outcome]) -> float:
@@ -241,7 +245,7 @@ def main(
 ) -> None:
     """Measure the router's decisions and what they give."""
     parts = only or ["index", "placement", "replay"]
-    limits = QUICK if quick else FULL
+    limits, pacing = (QUICK, QUICK_PACING) if quick else (FULL, PACING)
     config: dict[str, Any] = {"workload": workload, "rounds": rounds, "quick": quick}
     results: list[Result] = []
     if "index" in parts:
@@ -250,8 +254,8 @@ def main(
         results += placement_results()
     if "replay" in parts and recordings is not None:
         traces = choose(read_traces(recordings, workload), limits, seed=1)
-        config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(PACING)}
-        results += replay_results(traces, rounds, config)
+        config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(pacing)}
+        results += replay_results(traces, pacing, rounds, config)
     finish(config, results, json, console)
 
 

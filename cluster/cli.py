@@ -103,7 +103,7 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the HTTP API.")] = None,
     host: Annotated[str | None, typer.Option(help="Address that the HTTP API listens on.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
     transport: Annotated[
         str | None, typer.Option(help="shm, tcp, nixl or ucxx: how KV moves between processes.")
     ] = None,
@@ -166,6 +166,7 @@ def up(
         "worker.chunk_tokens": chunk_tokens,
         "dispatch.policy": policy,
         "dispatch.use_store": False if without_store else None,
+        "worker.use_store": False if without_store else None,
     }
     chosen = load_config(config, overrides)
     run = RunDir(run_dir)

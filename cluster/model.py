@@ -7,7 +7,7 @@ from cluster.rundir import ClusterFault
 from tracehaul.engine.source import ModelSource, SourceError, read_config
 from tracehaul.wire.hashing import KVLayout
 
-_ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
+_ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def kv_layout(source: ModelSource, dtype: str) -> KVLayout:

@@ -109,7 +109,6 @@ def _retained(retained: Retained) -> str:
     keep = f"{_s(plan.keep_s)} of its worker's memory" if plan.keep_s else "no claim on its worker's memory"
     pin = f"{_s(plan.pin_s)} in the store" if plan.pin_s else "no claim on the store's"
     back = "when asked for" if plan.recall_s is None else f"after {_s(plan.recall_s)}"
-    )
     return (
         f"{what}: {_s(retained.median_s)} expected, at most {_s(retained.longest_s)} (seen "
         f"{_count(retained.seen, 'time')}). {_count(now.tokens, 'token')} that take {_s(now.reload_s)} to pull and "

@@ -11,6 +11,10 @@ import httpx
 import pytest
 from hypothesis import settings
 
+# Triton decides when it is first imported, by whomever, whether its kernels are interpreted.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A deadline per example measures the machine's load, not the code. The suite must say the same twice about the same
 # tree, so its examples are fixed; `--hypothesis-profile=explore` draws new ones, and more of them.
 settings.register_profile("tracehaul", deadline=None, print_blob=True, derandomize=True)

@@ -22,6 +22,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Room for output reserved with the prompt, and the step in which it grows."""
     local_prefill_tokens: Annotated[int, Meta(ge=0)] = 256
     """A decode worker computes up to this many missing tokens itself instead of asking a prefill worker."""
+    use_store: bool = True
+    """Without it nothing is read from the store or left there, to compare with; together with the router's."""
     staging_blocks: Count = 64
     """Buffers between the engine and the transports."""
     group_blocks: Count = 16

@@ -80,7 +80,8 @@ class WorkerHost:
 
     def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """Membership changed."""
-        self.client.set_nodes([node for node in nodes if node.role == "store"], draining)
+        stores = [node for node in nodes if node.role == "store"] if self.config.use_store else []
+        self.client.set_nodes(stores, draining)
 
     def load(self) -> NodeLoad:
         """For the heartbeat."""

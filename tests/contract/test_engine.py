@@ -13,11 +13,17 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tracehaul.engine import torch_engine
 from tracehaul.engine.base import Engine, Result, Scoring, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.engine.history import History
+from tracehaul.engine.paged import PagedModel
+from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
+from tracehaul.engine.weights import Weights
 from tracehaul.wire.errors import InvalidRequest
+from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint, Sampling, TokenLogprobs
 
 GREEDY = Sampling(max_tokens=100, temperature=0.0)
@@ -70,8 +76,22 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(params=["fake", "torch", "compiled", pytest.param("cuda", marks=pytest.mark.gpu)])
-def make_engine(request: pytest.FixtureRequest, tiny_model: Path, wider_model: Path) -> MakeEngine:
+def paged_on_cpu(
+    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device, _: int
+) -> tuple[PagedModel, PagedPool]:
+    """What a GPU runs, with the kernel interpreted and without graphs."""
+    pool = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
+    return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, None), pool
+
+
+@pytest.fixture(params=["fake", "torch", "compiled", "paged", pytest.param("cuda", marks=pytest.mark.gpu)])
+def make_engine(
+    request: pytest.FixtureRequest, tiny_model: Path, wider_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> MakeEngine:
+    if request.param == "paged":
+        monkeypatch.setattr(torch_engine, "_model_and_pool", paged_on_cpu)
+        monkeypatch.setattr(torch_engine, "WARM_UP_TOKENS", 8)  # an interpreted kernel is slow
+
     async def make() -> Engine:
         if request.param == "fake":
             return FakeEngine()

@@ -91,13 +91,23 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama-wide-heads": lambda: llama(head_dim=32, num_attention_heads=4),
     "llama-dynamic": lambda: llama(rope_parameters=DYNAMIC),
     "mistral": lambda: mistral(head_dim=32, num_attention_heads=4),
+    "mistral-window": lambda: mistral(sliding_window=17),
+    "mistral-window-1": lambda: mistral(sliding_window=1, tie_word_embeddings=True),
+    "mistral-window-untouched": lambda: mistral(sliding_window=4096),
     "qwen2": lambda: qwen2(),
+    "qwen2-window": lambda: qwen2(use_sliding_window=True, sliding_window=30, max_window_layers=1),
     "qwen2-tied": lambda: qwen2(tie_word_embeddings=True),
     "qwen2.5-yarn": lambda: qwen2(rope_parameters=YARN),
     "yarn-mscale": lambda: llama(rope_parameters={**YARN, "mscale": 0.8, "mscale_all_dim": 1.2, "truncate": False}),
     "yarn-betas": lambda: llama(rope_parameters={**YARN, "attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0}),
     "qwen3": lambda: qwen3(),
     "qwen3-biases": lambda: qwen3(attention_bias=True, tie_word_embeddings=True),
+    "qwen3-window": lambda: qwen3(
+        use_sliding_window=True,
+        sliding_window=40,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "smollm3-window": lambda: smollm3(num_hidden_layers=4, use_sliding_window=True, sliding_window=25),
     "smollm3": lambda: smollm3(num_hidden_layers=4),
     "smollm3-listed": lambda: smollm3(no_rope_layers=[0, 1, 0], attention_bias=True, tie_word_embeddings=False),
 }
@@ -123,7 +133,9 @@ def expected_logits(oracle: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 def logits_of(weights: Weights, tokens: list[int], cuts: list[int]) -> torch.Tensor:
     """Logits after every token, in chunks; the sequence does not start at the pool's start."""
     shape, model = weights.config, Model(weights)
-    pool = torch.full((shape.layers, 2, shape.kv_heads, len(tokens) + 9, shape.head_dim), float("nan"))
+    pool = torch.full(
+        (shape.layers, 2, shape.kv_heads, len(tokens) + 9, shape.head_dim), float("nan"), dtype=weights.embedding.dtype
+    )
     rows: list[torch.Tensor] = []
     with torch.inference_mode():
         for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
@@ -154,6 +166,16 @@ def test_a_half_precision_checkpoint_is_its_own_values_in_float32(dtype: torch.d
     tokens = torch.randint(0, 300, (TOKENS,)).tolist()
     weights = load_weights(resolve(str(tmp_path)), torch.float32, CPU)
     assert_close(logits_of(weights, tokens, [50]), expected_logits(oracle, tokens))
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-window", "qwen3-biases", "smollm3"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+def test_half_precision_stays_near_float32(name: str, dtype: torch.dtype, bound: float, tmp_path: Path) -> None:
+    oracle = saved(MODELS[name], tmp_path)
+    tokens = torch.randint(0, 300, (TOKENS,)).tolist()
+    got = logits_of(load_weights(resolve(str(tmp_path)), dtype, CPU), tokens, [40, *range(90, TOKENS)])
+    expected = expected_logits(oracle, tokens)
+    assert (got - expected).abs().mean() < bound * expected.abs().mean()
 
 
 def test_dynamic_ntk_past_the_trained_context_decodes_as_transformers_does(tmp_path: Path) -> None:
@@ -198,6 +220,10 @@ def test_older_configs_say_the_same(rope: dict[str, Any], tmp_path: Path) -> Non
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "layer_types": ["chunked_attention"]},
+            "layer type chunked_attention is not supported",
+        ),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
         ({"num_attention_heads": "many"}, "does not make sense"),
         ({"num_attention_heads": 5}, "heads"),

@@ -41,14 +41,15 @@ def test_the_revision_follows_the_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("tokens", "context"), [(1, 1), (1, 700), (40, 40), (300, 300), (300, 1100), (17, 5000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_ways_to_attend_agree(tokens: int, context: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 1, 50, 400])
+def test_the_ways_to_attend_agree(tokens: int, context: int, dtype: torch.dtype, window: int | None) -> None:
     torch.manual_seed(2)
     keys, values = torch.randn(2, 3, context + 50, 64, dtype=dtype)[:, :, 20 : context + 20].unbind(0)
     queries = torch.randn(tokens, 12, 64, dtype=dtype)[:, :9]
-    expected = attend_fused(queries.float(), keys.float(), values.float())
+    expected = attend_fused(queries.float(), keys.float(), values.float(), window)
     bound = 1e-5 if dtype == torch.float32 else 0.05
-    assert (TiledAttention(dtype)(queries, keys, values) - expected).abs().max() < bound
-    assert (attend_one(queries[-1:], keys, values) - expected[-1:]).abs().max() < bound
+    assert (TiledAttention(dtype)(queries, keys, values, window) - expected).abs().max() < bound
+    assert (attend_one(queries[-1:], keys, values, window) - expected[-1:]).abs().max() < bound
 
 
 def oracle_of(weights: Weights) -> LlamaForCausalLM:

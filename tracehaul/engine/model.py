@@ -82,18 +82,20 @@ class Model:
         queries = turned[:, : c.heads]
         kv[0].index_copy_(1, slots, turned[:, c.heads :].transpose(0, 1))
         kv[1].index_copy_(1, slots, qkv[:, c.heads + c.kv_heads :].transpose(0, 1))
-        attended = self._attention(queries, kv, segments).reshape(rows, c.heads * c.head_dim)
+        attended = self._attention(queries, kv, segments, layer.window).reshape(rows, c.heads * c.head_dim)
         hidden.add_(linear(attended, layer.out, layer.out_bias))
         gate_up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
         gate, up = gate_up.split(c.intermediate, dim=1)
         hidden.add_(linear(silu(gate).mul_(up), layer.down, layer.down_bias))
 
-    def _attention(self, queries: torch.Tensor, kv: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+    def _attention(
+        self, queries: torch.Tensor, kv: torch.Tensor, segments: Sequence[Segment], window: int | None
+    ) -> torch.Tensor:
         parts: list[torch.Tensor] = []
         for row, tokens, base, past in segments:
             keys, values = kv[:, :, base : base + past + tokens].unbind(0)
             attend = attend_one if tokens == 1 else self._attend
-            parts.append(attend(queries[row : row + tokens], keys, values))
+            parts.append(attend(queries[row : row + tokens], keys, values, window))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import ctypes
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,15 +18,18 @@ from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import KVPool, make_pool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
-from tracehaul.engine.ranges import RangeAllocator, Space
+from tracehaul.engine.paged import PagedModel, cuda_capture
+from tracehaul.engine.paged_pool import PagedPool
+from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
 from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
 from tracehaul.engine.text import Text
-from tracehaul.engine.weights import load_weights
+from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
 
 T = TypeVar("T")
+AnyModel = Model | HostModel | PagedModel
 
 WARM_UP_TOKENS = 512
 """Tokens of the first forward pass, at load."""
@@ -66,14 +70,15 @@ class _Sequence:
 class TorchEngine:
     """Implements :class:`tracehaul.engine.base.Engine`; made by :meth:`load`.
 
-    A sequence's memory is one contiguous range of the pool. Growing takes the neighbouring blocks if they are free,
-    otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is foreseen.
+    On the CPU a sequence's memory is one contiguous range of the pool. Growing takes the neighbouring blocks if they
+    are free, otherwise the sequence moves, which copies its KV on the caller's thread: open with the capacity that is
+    foreseen. On a CUDA device it is any blocks, by a table.
     """
 
     def __init__(
         self,
         info: EngineInfo,
-        model: Model | HostModel,
+        model: AnyModel,
         pool: KVPool,
         grammars: Grammars,
         compute: ThreadPoolExecutor,
@@ -87,7 +92,8 @@ class TorchEngine:
         self._masker = Masker()
         self._compute = compute
         self._copy = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
-        self._space: Space = RangeAllocator(info.kv_tokens_max // self._block_tokens)
+        allocator = BlockAllocator if isinstance(model, PagedModel) else RangeAllocator
+        self._space: Space = allocator(info.kv_tokens_max // self._block_tokens)
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 0
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -182,7 +188,8 @@ class TorchEngine:
                 )
                 assert it.length + len(item.tokens) <= self._info.context_max, "over the model's window"
             segments = self._segments(items, work)
-            result = await self._on(self._compute, partial(self._iterate, segments, work))
+            tables = [it.table for it in items]
+            result = await self._on(self._compute, partial(self._iterate, segments, tables, work))
             for it, item in zip(items, work, strict=True):
                 it.length += len(item.tokens)
             return result
@@ -195,7 +202,7 @@ class TorchEngine:
             row += len(item.tokens)
         return segments
 
-    def _iterate(self, segments: list[Segment], work: list[Work]) -> list[Result]:
+    def _iterate(self, segments: list[Segment], tables: list[Sequence[int]], work: list[Work]) -> list[Result]:
         """On the compute thread."""
         tokens = [token for item in work for token in item.tokens]
         sampled = [at for at, item in enumerate(work) if item.sampling is not None]
@@ -209,7 +216,7 @@ class TorchEngine:
         ends = [segments[at].past + segments[at].tokens for at in sampled]
         masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
-            logits = self._model.forward(tokens, segments, self._pool.tensor, rows + scored_rows)
+            logits = _forward(self._model, self._pool, tokens, segments, tables, rows + scored_rows)
             result = [Result()] * len(work)
             chosen = self._choose(logits[: len(rows)], [work[at] for at in sampled], ends, masks())
             for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
@@ -317,9 +324,7 @@ def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[
 # --- loading ------------------------------------------------------------------------------------------------
 
 
-def _load(
-    config: TorchEngineConfig, progress: Progress | None
-) -> tuple[EngineInfo, Model | HostModel, KVPool, Grammars]:
+def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, AnyModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
@@ -341,24 +346,49 @@ def _load(
         tokens_max = config.kv_tokens_max // config.block_tokens * config.block_tokens
         info = _info(source.name, layout, shape, tokens_max)
         try:
-            pool = make_pool(layout, tokens_max, dtype, device)
+            model, pool = _model_and_pool(weights, layout, tokens_max, dtype, device, config.threads)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        compiled = device.type == "cpu" and is_supported(shape, dtype)
-        model = HostModel(weights, config.threads) if compiled else Model(weights)
-        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max))
+        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), config.block_tokens)
         # Read only when a step needs it: most need no grammar.
         grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
         return info, model, pool, grammars
 
 
-def _warm_up(model: Model | HostModel, pool: KVPool, tokens: int) -> None:
+def _model_and_pool(
+    weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device, threads: int
+) -> tuple[AnyModel, KVPool]:
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+
+        paged = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
+        return PagedModel(weights, paged.tensor, attend_paged, tokens_per_tile, cuda_capture()), paged
+    pool = make_pool(layout, tokens_max, dtype, device)
+    compiled = device.type == "cpu" and is_supported(weights.config, dtype)
+    return HostModel(weights, threads) if compiled else Model(weights), pool
+
+
+def _forward(
+    model: AnyModel,
+    pool: KVPool,
+    tokens: Sequence[int],
+    segments: Sequence[Segment],
+    tables: Sequence[Sequence[int]],
+    rows: Sequence[int],
+) -> torch.Tensor:
+    if isinstance(model, PagedModel):
+        return model.forward(tokens, segments, tables, rows)
+    return model.forward(tokens, segments, pool.tensor, rows)
+
+
+def _warm_up(model: AnyModel, pool: KVPool, tokens: int, block_tokens: int) -> None:
     """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
     not in the first request."""
+    tables = [range(-(-tokens // block_tokens))]
     chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
-    model.forward([0] * chunk.tokens, [chunk], pool.tensor, [chunk.tokens - 1])
-    model.forward([0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], pool.tensor, [0])
+    _forward(model, pool, [0] * chunk.tokens, [chunk], tables, [chunk.tokens - 1])
+    _forward(model, pool, [0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], tables, [0])
 
 
 def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> EngineInfo:

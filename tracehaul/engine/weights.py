@@ -62,8 +62,6 @@ def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device) 
     """
     try:
         config = read_config(source)
-        if any(kind.window is not None for kind in config.kinds):
-            raise SourceError(f"{source.name}: a sliding window in attention is not supported yet")
         reader = _GGUFReader(source.path, config) if source.kind == "gguf" else _FolderReader(source.path)
         if not reader.has("lm_head.weight"):
             config = msgspec.structs.replace(config, tied=True)

@@ -1,0 +1,227 @@
+"""The forward pass over paged KV memory: what a GPU runs, with its decode batches captured in CUDA graphs."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import linear, rms_norm, silu
+
+from tracehaul.engine.model import Segment
+from tracehaul.engine.rope import rope_tables, rotate
+from tracehaul.engine.weights import LayerWeights, Weights
+
+GRAPH_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Sizes of the captured decode batches; a smaller one is padded to the next, a larger one runs without a graph."""
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
+"""Turns a computation on fixed memory into one that is replayed, and the memory of its result."""
+
+
+class Attention(Protocol):
+    """:func:`tracehaul.engine.paged_attention.attend_paged`."""
+
+    def __call__(
+        self,
+        queries: torch.Tensor,
+        kv: torch.Tensor,
+        tables: torch.Tensor,
+        spans: torch.Tensor,
+        tiles: torch.Tensor,
+        tile_tokens: int,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See there."""
+        ...
+
+
+class _Inputs(NamedTuple):
+    """All that an iteration reads beside weights and KV, on the device."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    blocks: torch.Tensor
+    """Where each token's KV goes: the block, and the token in it."""
+    offsets: torch.Tensor
+    tables: torch.Tensor
+    spans: torch.Tensor
+    tiles: torch.Tensor
+    sampled: torch.Tensor
+
+
+class PagedModel:
+    """Weights, tables, and the pool's memory. Used from one thread.
+
+    ``pool`` is :class:`tracehaul.engine.paged_pool.PagedPool`'s tensor; ``tile_tokens(group, decode)`` is
+    :func:`tracehaul.engine.paged_attention.tokens_per_tile`. With ``capture``, decode batches are captured here and
+    now, the largest first, so that the smaller ones share its memory.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        pool: torch.Tensor,
+        attend: Attention,
+        tile_tokens: Callable[[int, bool], int],
+        capture: Capture | None,
+    ) -> None:
+        self._weights = weights
+        self._config = weights.config
+        self._pool = pool
+        self._device = pool.device
+        self._attend = attend
+        group = self._config.heads // self._config.kv_heads
+        self._chunk_tile, self._decode_tile = tile_tokens(group, False), tile_tokens(group, True)
+        self._block_tokens = pool.shape[4]
+        self._cos, self._sin = rope_tables(weights.config, weights.embedding.dtype, self._device)
+        self._graphs: dict[int, _Graph] = {}
+        if capture is not None:
+            for batch in reversed(GRAPH_BATCHES):
+                self._graphs[batch] = self._captured(batch, capture)
+
+    def forward(
+        self, tokens: Sequence[int], segments: Sequence[Segment], tables: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Append every segment's tokens to its KV; float32 logits ``[len(rows), vocab]`` of those rows, on the device.
+
+        ``tables`` are the sequences' blocks, one table per segment; ``Segment.base`` is not looked at. What is
+        returned is overwritten by the next call. Runs under ``inference_mode``.
+
+        Raises:
+            IndexError: a token is outside the vocabulary. On the device that would end the process's use of it.
+        """
+        if not 0 <= min(tokens) <= max(tokens) < self._config.vocab_size:
+            raise IndexError("a token is outside the vocabulary")
+        every_row = len(rows) == len(tokens) == len(segments)
+        batch = next((size for size in GRAPH_BATCHES if size >= len(segments)), None)
+        if every_row and batch is not None and self._graphs:
+            return self._graphs[batch].run(self._inputs(tokens, segments, tables, rows))
+        decode = len(tokens) == len(segments)
+        inputs = self._inputs(tokens, segments, tables, rows)
+        return self._compute(inputs, self._decode_tile if decode else self._chunk_tile)
+
+    # --- inputs -------------------------------------------------------------------------------------------
+
+    def _inputs(
+        self, tokens: Sequence[int], segments: Sequence[Segment], tables: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> _Inputs:
+        size = self._block_tokens
+        used = [-(-(s.past + s.tokens) // size) for s in segments]
+        table = np.zeros((len(segments), max(used)), np.int32)
+        for at, (blocks, held) in enumerate(zip(used, tables, strict=True)):
+            table[at, :blocks] = held[:blocks]
+        positions = np.concatenate([np.arange(s.past, s.past + s.tokens) for s in segments])
+        owners = np.repeat(np.arange(len(segments)), [s.tokens for s in segments])
+        tile = self._decode_tile if len(tokens) == len(segments) else self._chunk_tile
+        tiles = [(at, first) for at, s in enumerate(segments) for first in range(0, s.tokens, tile)]
+        return _Inputs(
+            tokens=self._placed(tokens, np.int64),
+            positions=self._placed(positions, np.int64),
+            blocks=self._placed(table[owners, positions // size], np.int64),
+            offsets=self._placed(positions % size, np.int64),
+            tables=self._placed(table, np.int32),
+            spans=self._placed([(s.row, s.tokens, s.past) for s in segments], np.int32),
+            tiles=self._placed(tiles, np.int32),
+            sampled=self._placed(rows, np.int64),
+        )
+
+    def _placed(self, values: object, dtype: type[np.integer]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values, dtype)).to(self._device)
+
+    def _captured(self, batch: int, capture: Capture) -> "_Graph":
+        """A graph for ``batch`` sequences, each of which is for now the padding: one token in nobody's block."""
+        nobody = len(self._pool) - 1
+        padding = [Segment(row, 1, 0, 0) for row in range(batch)]
+        blocks_max = min(nobody, -(-self._config.context_max // self._block_tokens))
+        inputs = self._inputs([0] * batch, padding, [[nobody]] * batch, range(batch))
+        wide = inputs.tables.new_full((batch, blocks_max), nobody)
+        return _Graph(inputs._replace(tables=wide), capture, self._compute_decode)
+
+    # --- the layers ---------------------------------------------------------------------------------------
+
+    def _compute_decode(self, inputs: _Inputs) -> torch.Tensor:
+        return self._compute(inputs, self._decode_tile)
+
+    def _compute(self, inputs: _Inputs, tile_tokens: int) -> torch.Tensor:
+        cos, sin = self._cos[inputs.positions, None], self._sin[inputs.positions, None]
+        hidden = self._weights.embedding[inputs.tokens].float()
+        for at, layer in enumerate(self._weights.layers):
+            self._layer(layer, self._pool[:, at], hidden, cos, sin, inputs, tile_tokens)
+        last = self._norm(hidden[inputs.sampled], self._weights.norm)
+        return linear(last, self._weights.head).float()
+
+    def _layer(
+        self,
+        layer: LayerWeights,
+        kv: torch.Tensor,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        inputs: _Inputs,
+        tile_tokens: int,
+    ) -> None:
+        """One decoder layer, added onto the float32 ``hidden`` in place; ``kv`` is its part of the pool."""
+        c = self._config
+        rows = len(hidden)
+        qkv = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        queries, keys, values = qkv.view(rows, -1, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            queries, keys = self._norm(queries, layer.q_norm), self._norm(keys, layer.k_norm)
+        if layer.rope:
+            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
+        key_blocks, value_blocks = kv.unbind(1)
+        key_blocks[inputs.blocks, :, inputs.offsets] = keys
+        value_blocks[inputs.blocks, :, inputs.offsets] = values
+        attended = self._attend(
+            queries.contiguous(), kv, inputs.tables, inputs.spans, inputs.tiles, tile_tokens, layer.window
+        )
+        hidden.add_(linear(attended.view(rows, -1), layer.out, layer.out_bias))
+        gate_up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
+        gate, up = gate_up.chunk(2, dim=1)
+        hidden.add_(linear(silu(gate).mul_(up), layer.down, layer.down_bias))
+
+    def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = rms_norm(values.float(), (values.shape[-1],), weight, self._config.norm_eps)
+        return normed.to(self._cos.dtype)
+
+
+class _Graph:
+    """A decode batch of fixed size on fixed memory: filled in, replayed, read."""
+
+    def __init__(self, inputs: _Inputs, capture: Capture, compute: Callable[[_Inputs], torch.Tensor]) -> None:
+        self._inputs = inputs
+        self._padding = _Inputs(*(tensor.clone() for tensor in inputs))
+        self._replay, self._logits = capture(lambda: compute(inputs))
+
+    def run(self, inputs: _Inputs) -> torch.Tensor:
+        """Logits of the first rows; the rest of the batch is padding again."""
+        count = len(inputs.tokens)
+        for fixed, padding, given in zip(self._inputs, self._padding, inputs, strict=True):
+            if fixed is self._inputs.tables:
+                fixed[:count, : given.shape[1]] = given
+                fixed[count:, 0] = padding[count:, 0]
+            else:
+                fixed[:count] = given
+                fixed[count:] = padding[count:]
+        self._replay()
+        return self._logits[:count]
+
+
+def cuda_capture() -> Capture:
+    """Captures in CUDA graphs that share one memory pool. To be used while nothing else runs on the device."""
+    shared = torch.cuda.graph_pool_handle()
+
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[Replay, torch.Tensor]:
+        # Once before, on a stream of its own: kernels are compiled and workspaces allocated outside of the graph.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=shared):
+            result = run()
+        return graph.replay, result
+
+    return capture
