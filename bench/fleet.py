@@ -1,11 +1,13 @@
 """A cluster of real processes to measure, and a client that times it."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import httpx
 import msgspec
@@ -132,7 +134,8 @@ class Fleet:
 
 @contextmanager
 def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, None]:
-    """Starts a cluster in a temporary run directory; stops it at the end, whatever happened."""
+    """Starts a cluster in a temporary run directory; stops it at the end, also where that is a SIGTERM."""
+    signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
         run = RunDir(Path(folder))
         model = up(config, run, console)
@@ -142,6 +145,10 @@ def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, Non
             running.close()
         finally:
             down(run)
+
+
+def _leave(signum: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
 
 
 def _cpu_s(pid: int) -> float:
