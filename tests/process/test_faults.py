@@ -19,6 +19,7 @@ from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from cluster.rundir import alive as runs
 from kvstore.client import BREAK_S
+from router.dispatch import DispatchConfig
 from tracehaul.runtime import clock
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
@@ -45,6 +46,7 @@ def config() -> ClusterConfig:
         dtype="float32",
         port=free_port(),
         nodes=NodeCounts(decode=2),
+        dispatch=DispatchConfig(policy="sticky"),  # prices depend on the machine: what is long is prefilled elsewhere
         kv_tokens=2048,
         store_bytes=64 << 20,
         # Small groups and chunks: there is a middle to be hit. Much headroom: two long answers do not fit one worker.

@@ -11,6 +11,7 @@ from openai.types import CompletionUsage
 from bench.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
+from router.dispatch import DispatchConfig
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 
@@ -43,6 +44,7 @@ def config(request: pytest.FixtureRequest) -> ClusterConfig:
         transport=transport,
         port=free_port(),
         nodes=NodeCounts(decode=2),
+        dispatch=DispatchConfig(policy="sticky"),  # prices depend on the machine: what is long is prefilled elsewhere
         kv_tokens=4096,
         store_bytes=64 << 20,
         worker=WorkerConfig(chunk_tokens=256, local_prefill_tokens=LOCAL_TOKENS),

@@ -106,6 +106,11 @@ def test_nodes_are_pinged_and_described(cluster: Fleet):
         assert "store-1" in shown.stdout or command == "pins"
 
 
+def pins_of(cluster: Fleet, trace: str) -> list[dict[str, Any]]:
+    """Beside the router's own."""
+    return [pin for node in answer(cluster, "pins").values() for pin in node["pins"] if pin["trace"] == trace]
+
+
 def test_blocks_are_found_and_pinned_by_hand(cluster: Fleet, tokens: Path):
     held = best(cluster, tokens)
     assert (held["run"], held["blocks"], held["tiers"]) == (10, 10, {"memory": 10, "disk": 10})
@@ -116,10 +121,10 @@ def test_blocks_are_found_and_pinned_by_hand(cluster: Fleet, tokens: Path):
     assert {node["held"] for node in salted.values()} == {0}
     pinned = store(cluster, "pin", "by-hand", "--tokens", tokens, "--hard", "--ttl", 60)
     assert "10 blocks, 10 of them held" in pinned.stdout, pinned.stderr
-    (pin,) = [pin for node in answer(cluster, "pins").values() for pin in node["pins"]]
-    assert (pin["trace"], pin["kind"], pin["held"]) == ("by-hand", "hard", 10)
+    (pin,) = pins_of(cluster, "by-hand")
+    assert (pin["kind"], pin["held"]) == ("hard", 10)
     assert store(cluster, "unpin", "by-hand").returncode == 0
-    assert not [pin for node in answer(cluster, "pins").values() for pin in node["pins"]]
+    assert not pins_of(cluster, "by-hand")
 
 
 def test_a_text_is_tokenized_as_the_api_does(cluster: Fleet, tmp_path: Path):

@@ -11,6 +11,7 @@ from decode.worker import _Step as DecodeRun
 from kvstore.arena import Arena
 from kvstore.node import StoreNode
 from kvstore.reader import Reader
+from kvstore.slot_table import SlotTable
 from kvstore.staging import Staging
 from router.dispatch import Dispatch
 from router.index import Index
@@ -98,30 +99,31 @@ def test_output_is_not_sampled_anew(monkeypatch):
     real = FakeEngine._compute
 
     def restless(self, item, state):
-        token = real(self, item, state)
-        return token if token is None or self.computed_tokens % 50 else (token + 1) % 256
+        result = real(self, item, state)
+        if result.token is None or self.computed_tokens % 50:
+            return result
+        return result._replace(token=(result.token + 1) % 256)
 
     monkeypatch.setattr(FakeEngine, "_compute", restless)
     assert "output" in rules()
 
 
 def test_no_eviction_under_a_lease(monkeypatch):
-    take, remove = Arena._take_slot, Arena._remove
+    take, remove = SlotTable.take, SlotTable.remove
 
-    def choose(self, group):
-        leased = next((slot for slot in self._published.values() if self._lease_count[slot]), None)
-        if self._free or leased is None:
-            return take(self, group)
-        self._remove(leased)
-        return self._free.pop()
+    def choose(self, count, group):
+        leased = next((slot for slot in self.published.values() if self.lease_count[slot]), None)
+        if not self.free and leased is not None:
+            self.remove(leased)
+        return take(self, count, group)
 
     def forget(self, slot):
-        self._lease_count[slot] = 0
+        self.lease_count[slot] = 0
         remove(self, slot)
 
-    monkeypatch.setattr(Arena, "_take_slot", choose)
-    monkeypatch.setattr(Arena, "_remove", forget)
-    monkeypatch.setattr(Arena, "_end_protection", lambda self, slots: None)
+    monkeypatch.setattr(SlotTable, "take", choose)
+    monkeypatch.setattr(SlotTable, "remove", forget)
+    monkeypatch.setattr(SlotTable, "unprotect", lambda self, slots: None)
     slow = msgspec.structs.replace(CALM, copy_delay_s=0.5)
     assert "lease" in rules(slow, arena_bytes=24 * 4096, lease_ttl_max_s=6.0, store_timeout_s=5.0)
 
@@ -131,20 +133,25 @@ def test_no_late_write_into_anothers_slot():
 
 
 def test_publish_before_read(monkeypatch):
-    lease, exists = Arena._lease_block, Arena.exists
+    lease, exists = Arena.lease, Arena.exists
 
-    def eager(self, block_hash, slots):
+    def peek(self, block_hash):
         reservation = self._reservations.get(block_hash)
         if reservation is None:
-            return lease(self, block_hash, slots)
-        slot = reservation.slot
-        return LeasedBlock(slot * self._config.slot_bytes, self._size[slot], self._generation[slot], 0)
+            return None
+        slot, table = reservation.slot, self.table
+        return LeasedBlock(slot * self._config.slot_bytes, table.size[slot], table.generation[slot], 0)
+
+    def eager(self, hashes, *arguments):
+        leased = lease(self, hashes, *arguments)
+        blocks = tuple(block or peek(self, h) for block, h in zip(leased.blocks, hashes, strict=True))
+        return msgspec.structs.replace(leased, blocks=blocks)
 
     def reserved_too(self, hashes):
         held = exists(self, hashes)
         return bytes(one or self._reservations.get(h) is not None for one, h in zip(held, hashes, strict=True))
 
-    monkeypatch.setattr(Arena, "_lease_block", eager)
+    monkeypatch.setattr(Arena, "lease", eager)
     monkeypatch.setattr(Arena, "exists", reserved_too)
     slow = msgspec.structs.replace(CALM, copy_delay_s=2.0)
     assert "publish" in rules(slow, seed=5, local_prefill_tokens=0)
@@ -228,7 +235,7 @@ def test_progress_after_healing(monkeypatch):
     monkeypatch.setattr(DecodeService, "stream", tired)
     monkeypatch.setattr(world_module, "PROGRESS_TIMEOUT_S", 60.0)
     late = msgspec.structs.replace(STORM, faults=(Storm(0.0, FAULTS_END_S, 0.0, 0.0, 0.0, 1.0),))
-    assert "progress" in rules(late, seed=5)
+    assert "progress" in rules(late, seed=0)
 
 
 def test_a_step_that_hangs_is_no_progress(monkeypatch):
