@@ -5,7 +5,8 @@ configs leave out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import msgspec
@@ -122,12 +123,19 @@ def hub_config(architecture: Architecture, raw: Mapping[str, Any]) -> ModelConfi
     Raises:
         ConfigError: see there.
     """
-    try:
+    with _reading("config"):
         return _checked(_hub_config(architecture, raw))
+
+
+@contextmanager
+def _reading(what: str) -> Generator[None]:
+    """What is missing, or is not what it should be, becomes a sentence about ``what``."""
+    try:
+        yield
     except KeyError as error:
-        raise ConfigError(f"its config lacks {error}") from error
+        raise ConfigError(f"its {what} lacks {error}") from error
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"its config does not make sense: {error}") from error
+        raise ConfigError(f"its {what} does not make sense: {error}") from error
 
 
 def _hub_config(architecture: Architecture, raw: Mapping[str, Any]) -> ModelConfig:
@@ -277,12 +285,8 @@ def gguf_config(architecture: Architecture, file: GGUFFile) -> ModelConfig:
     Raises:
         ConfigError: see there.
     """
-    try:
+    with _reading("header"):
         return _checked(_gguf_config(architecture, file))
-    except KeyError as error:
-        raise ConfigError(f"its header lacks {error}") from error
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"its header does not make sense: {error}") from error
 
 
 def _gguf_config(architecture: Architecture, file: GGUFFile) -> ModelConfig:
