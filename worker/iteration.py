@@ -52,6 +52,11 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Written:
+    """Nothing more will be published."""
+
+
+@dataclass(frozen=True)
 class Suspended:
     """The job left the loop because others need its memory: it may come back when there is some."""
 
@@ -63,7 +68,7 @@ class Failed:
     error: ClusterError
 
 
-Event = Computed | Sampled | Scored | Published | Suspended | Failed
+Event = Computed | Sampled | Scored | Published | Written | Suspended | Failed
 
 
 @dataclass
