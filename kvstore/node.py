@@ -19,7 +19,7 @@ from kvstore.operations import Operations
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
-from kvstore.tiers.base import Change, Tier, readable
+from kvstore.tiers.base import Tier, readable
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
@@ -37,6 +37,7 @@ from tracehaul.wire.blocks import (
     Await,
     Awaited,
     AwaitState,
+    Change,
     Drain,
     Existing,
     Exists,
@@ -256,7 +257,7 @@ class StoreNode:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, Subscribe):
             raise InvalidRequest(f"a store node does not stream {type(request).__name__}")
-        follower = self.feed.follow((self.tiering or self.arena).published())
+        follower = self.feed.follow([self.arena.published()] if self.tiering is None else self.tiering.by_tier())
         try:
             async for part in follower:
                 yield part
