@@ -195,6 +195,7 @@ LOAD: dict[str, Metric] = {
     "disk_blocks": Metric("disk_blocks", "blocks", "Blocks on a store node's disk."),
     "disk_bytes_used": Metric("disk_used_bytes", "bytes", "Bytes of those blocks."),
     "disk_bytes_max": Metric("disk_max_bytes", "bytes", "The most that it can be."),
+    "disk_block_s": Metric("disk_block_seconds", "seconds", "How long a block takes to come into memory from there."),
     "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
     "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
     "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody can take one."),
@@ -208,6 +209,7 @@ LOAD: dict[str, Metric] = {
     "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
     "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
     "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),
+    "s3_block_s": Metric("s3_block_seconds", "seconds", "How long a block takes to come into memory from there."),
 }
 """Gauges of every node but the router, ``tracehaul_node_…``: the fields of its heartbeat."""
 

@@ -172,11 +172,12 @@ class StoreNode:
             load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
-        below: dict[str, int] = {}
-        for tier in self.tiering.tier.parts:
+        below: dict[str, float] = {}
+        for tier, block_s in zip(self.tiering.tier.parts, self.tiering.raise_block_s, strict=True):
             below[f"{tier.name}_blocks"] = len(tier)
             below[f"{tier.name}_bytes_used"] = tier.bytes_used
             below[f"{tier.name}_bytes_max"] = tier.bytes_max
+            below[f"{tier.name}_block_s"] = block_s
         return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:

@@ -21,7 +21,8 @@ from itertools import chain, islice
 import msgspec
 
 from kvstore.arena import Arena
-from kvstore.tiers.base import Tier, TierBlock, readable, told_above, told_below
+from kvstore.tiers.base import Tier, TierBlock, part_of, readable, told_above, told_below
+from kvstore.tiers.meter import RaiseMeter
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
@@ -119,6 +120,7 @@ class Tiering:
         self._unflushed = asyncio.Event()
         self._coming: dict[BlockHash, _Promotion] = {}
         self._promotions: set[_Promotion] = set()
+        self._meter = RaiseMeter(len(tier.parts))
         self._closed = False
         self._scrubbing = asyncio.Event()
         """Set when the scrubber's rate may have become other than 0."""
@@ -135,6 +137,11 @@ class Tiering:
         """Other limits from now on."""
         self._config = config
         self._scrubbing.set()
+
+    @property
+    def raise_block_s(self) -> tuple[float, ...]:
+        """How long a block of each part of the tier takes to come into memory."""
+        return tuple(self._meter.block_s)
 
     @property
     def behind(self) -> int:
@@ -283,9 +290,14 @@ class Tiering:
     async def _promote(self, promotion: _Promotion, batch: Sequence[tuple[TierBlock, Slot]]) -> None:
         hashes = [block.hash for block, _ in batch]
         views = [self._slot_view(slot.offset, block.size_bytes) for block, slot in batch]
+        deepest = max(part_of(self.tier, block_hash) or 0 for block_hash in hashes)
+        self._meter.began(deepest, clock.now_s())
+        loaded = 0
         try:
             outcomes = await self.tier.load(hashes, views)
+            loaded = outcomes.count("loaded")
         finally:
+            self._meter.ended(deepest, loaded, clock.now_s())
             for block_hash in hashes:
                 del self._coming[block_hash]
             self._promotions.discard(promotion)
