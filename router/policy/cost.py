@@ -66,10 +66,13 @@ def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> t
     return prefills.queue_s(now_s) + fetch_s(prefills, 0.0, float(need.stored)) + own, own
 
 
-def decode_costs(decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: float | None, now_s: float) -> Costs:
+def decode_costs(
+    decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: float | None, helper_work_s: float, now_s: float
+) -> Costs:
     """Of the step on each decode worker.
 
     ``prefilled_s``: when the best prefill worker would be done; None if there is none that could help.
+    ``helper_work_s``: what that would compute for this step alone.
     """
     have = np.zeros(len(decodes))
     if warm_row is not None:
@@ -83,7 +86,8 @@ def decode_costs(decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: 
     local = np.ones(len(decodes), dtype=np.bool_)
     if prefilled_s is not None:
         remote = np.maximum(prefilled_s, fetch) + (prompt - reach) * decodes.pull_token_s
-        local = (prompt - reach <= need.local_max) | (seconds < LOCAL_MARGIN * remote)
+        again = np.maximum(own - helper_work_s, 0.0)  # a prefix that is computed there for others already
+        local = (prompt - reach <= need.local_max) | (seconds + again < LOCAL_MARGIN * remote)
         seconds = np.where(local, seconds, remote)
     decoding = OUTPUT_TOKENS * decodes.decode_s * (1 + CROWD_SHARE * decodes.decoding)
     gives_way = np.maximum(prompt - have - decodes.free_tokens, 0.0) * decodes.pull_token_s
