@@ -149,6 +149,9 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "recalls_vain": Metric("vain_recalls", "requests", "Recalls that brought nothing: no memory, or not stored."),
         "recalls_cut": Metric("cut_recalls", "requests", "Recalls that the step did not wait for."),
         "prefetches": Metric("prefetches", "requests", "Contexts asked up from below a store's memory."),
+        "prefetches_cut": Metric(
+            "cut_prefetches", "requests", "Of these, called off: no room for them, or nobody who waits for them."
+        ),
         "undone": Metric("undone", "requests", "Left undone: too much was under way."),
     },
 }

@@ -106,10 +106,13 @@ def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> t
     return prefills.queue_s(now_s) + need.stored * prefills.pull_token_s + need.raise_s(0) + own, own
 
 
-def decode_costs(decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: float | None, now_s: float) -> Costs:
+def decode_costs(
+    decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: float | None, helper_work_s: float, now_s: float
+) -> Costs:
     """Of the step on each decode worker.
 
     ``prefilled_s``: when the best prefill worker would be done; None if there is none that could help.
+    ``helper_work_s``: what that would compute for this step alone.
     """
     have = np.zeros(len(decodes))
     if warm_row is not None:
@@ -126,7 +129,9 @@ def decode_costs(decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: 
         reach = np.maximum(have, float(need.stored))
         remote = np.maximum(prefilled_s, _fetch_s(decodes, need, have, warm_row, need.stored))
         remote += (need.prompt - reach) * decodes.pull_token_s
-        local = (need.prompt - costs.reach <= need.local_max) | (seconds < LOCAL_MARGIN * remote)
+        # A prefix that is computed there for others already.
+        again = np.maximum(compute_s(decodes, reach, float(need.prompt)) - helper_work_s, 0.0)
+        local = (need.prompt - costs.reach <= need.local_max) | (seconds + again < LOCAL_MARGIN * remote)
         seconds = np.where(local, seconds, remote)
         costs = costs._replace(
             local=local, reach=np.where(local, costs.reach, reach), pull=np.where(local, costs.pull, need.stored)

@@ -96,7 +96,7 @@ def place(
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
     helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, now_s)
-    costs = decode_costs(decodes, need, warm_row, prefilled_s, now_s)
+    costs = decode_costs(decodes, need, warm_row, prefilled_s, helper_work_s, now_s)
     row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
     reach = float(costs.reach[row])
     short = need.prompt - reach <= need.local_max
@@ -138,7 +138,8 @@ def _best_prefill(
         for row, (node, _) in enumerate(prefills.keys) if ask.predicted else ():
             predicted[row] = min(ask.predicted.get(node, 0), need.prompt)
     done_s, own_s = prefill_s(prefills, need, predicted, now_s)
-    by = done_s if policy == "cost" else prefills.running_steps
+    # What is computed twice is lost to all others: a prefix that will soon be there is worth as long a wait again.
+    by = done_s + own_s if policy == "cost" else prefills.running_steps
     row = _lowest(by, np.arange(len(prefills)), ask.trace)
     return prefills.keys[row], float(done_s[row]), float(own_s[row])
 

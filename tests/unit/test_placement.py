@@ -183,6 +183,22 @@ def test_siblings_go_to_the_prefill_worker_that_computes_their_prefix() -> None:
     assert other.helper != first.helper
 
 
+def test_eight_siblings_wait_for_one_computation_of_their_prefix() -> None:
+    prefills = fleet("prefill", {}, {})
+    chosen: list[Key | None] = []
+    for child in range(8):
+        predicted = {chosen[0].node: 4096} if chosen and chosen[0] is not None else {}
+        placed = choose(
+            fleet("decode", {}, {}), prefills, trace=TraceId(f"t{child}"), prompt_tokens=4144, predicted=predicted
+        )
+        assert placed.helper is not None
+        prefills.sent(placed.helper, placed.prefill_work_s, 0.0)
+        chosen.append(placed.helper)
+    assert len(set(chosen)) == 1
+    busy_there = choose(fleet("decode", {}, {}), prefills, predicted={chosen[0].node: 512} if chosen[0] else {})
+    assert busy_there.helper not in chosen, "a short prefix is not worth that"
+
+
 def test_the_rules_to_compare_with() -> None:
     decodes = busy(fleet("decode", {}, {}, {}), 1, decoding=5)
     turns = [choose(decodes, policy="round-robin", warm=warm(0), turn=n).decode for n in range(4)]
