@@ -35,6 +35,7 @@ from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from router.dispatch import DispatchConfig
 from router.index import Index
+from router.policy.cost import StoredRun
 from router.policy.fleet import Fleet
 from router.policy.placement import Ask, place
 from router.traces import Warm
@@ -126,7 +127,8 @@ def placement_results() -> list[Result]:
     took_s: list[float] = []
     for number in range(PLACEMENTS):
         warm = Warm(NodeId(f"decode-{chance.randrange(WORKERS)}"), G, 90_000)
-        ask = Ask(TraceId(f"t{number}"), 100_000, chance.randrange(100_000), warm, stores[0])
+        stored = [StoredRun(50_000, 0.0), StoredRun(50_000 + chance.randrange(50_000), 1e-4)]
+        ask = Ask(TraceId(f"t{number}"), 100_000, stored, warm, stores[0])
         now_s = number / 100
         began_s = clock.perf_s()
         for of, infos, loads in (decodes, prefills):

@@ -193,7 +193,8 @@ class _Step:
 
     async def _assemble(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Bring in what others have of the context, or are computing."""
-        await here.pull(len(here.tokens) - 1)
+        limit, wanted = self._request.pull_tokens, len(here.tokens) - 1
+        await here.pull(wanted if limit is None else min(limit, wanted))
         if len(here.tokens) - here.length > self._host.config.local_prefill_tokens:
             async with aclosing(self._hand_off(here)) as replies:
                 async for reply in replies:

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from router.policy.cost import Costs, Need, decode_costs, prefill_s
+from router.policy.cost import Costs, Need, StoredRun, decode_costs, prefill_s
 from router.policy.fleet import Column, Fleet, Key
 from router.traces import Warm
 from tracehaul.wire.hashing import weight
@@ -30,7 +30,7 @@ class Ask(msgspec.Struct, frozen=True):
 
     trace: TraceId
     prompt_tokens: int
-    stored_tokens: int
+    stored: Sequence[StoredRun]
     """The prompt's leading run in the store."""
     warm: Warm | None
     """Who ran the trace's last step, and what it kept of this prompt."""
@@ -55,7 +55,9 @@ class Placement(msgspec.Struct, frozen=True):
     """The prefill worker that computes what is missing, if that is more than the decode worker computes itself."""
     home: NodeId | None
     expected_tokens: int
-    """Leading tokens of the prompt that are expected to be warm there or in the store."""
+    """Leading tokens of the prompt that are expected to be warm there or pulled from the store."""
+    pull_tokens: int | None
+    """Leading tokens of the store that are worth pulling; None for all that it has by then."""
     reason: str
     cost_s: float
     """Of the step there, all in all."""
@@ -88,13 +90,13 @@ def place(
     helpers = prefills if len(prefills) and stores else None
     need = Need(
         prompt=ask.prompt_tokens,
-        stored=ask.stored_tokens if stores else 0,
+        runs=ask.stored if stores else (),
         warm=min(ask.warm.retained_tokens, ask.prompt_tokens) if ask.warm is not None else 0,
         local_max=ask.local_max,
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
     helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, now_s)
-    costs = decode_costs(decodes, need, warm_row, prefilled_s, now_s)
+    costs = decode_costs(decodes, need, warm_row, prefilled_s, helper_work_s, now_s)
     row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
     reach = float(costs.reach[row])
     short = need.prompt - reach <= need.local_max
@@ -106,6 +108,7 @@ def place(
         helper=helper,
         home=choose_home(stores, ask.trace, ask.home),
         expected_tokens=int(reach),
+        pull_tokens=None if costs.pull[row] == need.stored else int(costs.pull[row]),
         reason=reason,
         cost_s=float(costs.seconds[row]),
         warm_cost_s=float(costs.seconds[warm_row]) if warm_row is not None else None,
@@ -135,7 +138,8 @@ def _best_prefill(
         for row, (node, _) in enumerate(prefills.keys) if ask.predicted else ():
             predicted[row] = min(ask.predicted.get(node, 0), need.prompt)
     done_s, own_s = prefill_s(prefills, need, predicted, now_s)
-    by = done_s if policy == "cost" else prefills.running_steps
+    # What is computed twice is lost to all others: a prefix that will soon be there is worth as long a wait again.
+    by = done_s + own_s if policy == "cost" else prefills.running_steps
     row = _lowest(by, np.arange(len(prefills)), ask.trace)
     return prefills.keys[row], float(done_s[row]), float(own_s[row])
 

@@ -140,6 +140,8 @@ class DecodeStep(Message, frozen=True):
     prefill: NodeId | None
     """Who computes the missing part of the prompt; None: the decode worker itself."""
     sampling: Sampling
+    pull_tokens: int | None = None
+    """The store's leading tokens beyond these are to be computed: bringing them up would take longer. None: none."""
     prompt_logprobs: int | None = None
     """Tell the logprobs of the prompt's tokens too, with so many of the likeliest. Such a prompt is computed anew, all
     of it and on the decode worker: KV that is there already gives no logits."""
