@@ -432,7 +432,7 @@ def _keep_heap() -> None:
 
 
 def _trim_heap() -> None:
-    """Return to the system what reading the weights has left between them: tens of megabytes that no iteration needs."""
+    """Return to the system what reading the weights has left between them: megabytes that no iteration needs."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
