@@ -26,11 +26,13 @@ from rich.console import Console
 from bench.fleet import fleet
 from bench.replay.choose import Limits, choose
 from bench.replay.command import RECORDINGS_VARIABLE, read_traces
+from bench.replay.progress import watched
 from bench.replay.recording import Trace
 from bench.replay.records import summary
 from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
 from bench.report import Result, finish, percentile
+from bench.traces_peers import peers_results
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from router.dispatch import DispatchConfig
@@ -59,6 +61,7 @@ WORKERS = 1000
 PLACEMENTS = 500
 G = Generation(1)
 
+PEERS = Path(__file__).parent.parent / ".peers"
 WORKLOAD = "weka_scaled16"
 CAPACITY_SHARE = 3
 """The traces' contexts are that many times what the decode workers hold."""
@@ -226,8 +229,8 @@ def _replayed(traces: list[Trace], pacing: Pacing, dispatch: DispatchConfig, kv_
         dispatch=dispatch,
         worker=WorkerConfig(use_store=dispatch.use_store),
     )
-    with fleet(config, console) as running:
-        return asyncio.run(replay(traces, pacing, Target(running.url)))
+    with fleet(config, console) as running, watched(console) as observe:
+        return asyncio.run(replay(traces, pacing, Target(running.url), observe))
 
 
 def _rate(runs: list[Outcome]) -> float:
@@ -241,12 +244,15 @@ def main(
     ] = None,
     workload: Annotated[str, typer.Option(help="Which of them.")] = WORKLOAD,
     rounds: Annotated[int, typer.Option(min=1, help="Replays of each kind.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="index, placement or replay; all if not given.")] = None,
+    peers: Annotated[
+        Path, typer.Option(help="Where ./scripts/peers installed vllm and lmcache, to replay beside them.")
+    ] = PEERS,
+    only: Annotated[list[str] | None, typer.Option(help="index, placement, replay or peers; all if not given.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer blocks, fewer and shorter traces.")] = False,
 ) -> None:
     """Measure the router's decisions and what they give."""
-    parts = only or ["index", "placement", "replay"]
+    parts = only or ["index", "placement", "replay", "peers"]
     limits, pacing = (QUICK, QUICK_PACING) if quick else (FULL, PACING)
     config: dict[str, Any] = {"workload": workload, "rounds": rounds, "quick": quick}
     results: list[Result] = []
@@ -254,10 +260,15 @@ def main(
         results += index_results(BLOCKS // 10 if quick else BLOCKS)
     if "placement" in parts:
         results += placement_results()
-    if "replay" in parts and recordings is not None:
+    if {"replay", "peers"} & set(parts) and recordings is not None:
         traces = choose(read_traces(recordings, workload), limits, seed=1)
         config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(pacing)}
-        results += replay_results(traces, pacing, rounds, config)
+        if "replay" in parts:
+            results += replay_results(traces, pacing, rounds, config)
+        if "peers" in parts and (peers / "vllm").is_dir():
+            results += peers_results(traces, pacing, peers, rounds, config, console)
+        elif "peers" in parts:
+            console.print("Peers are left out: ./scripts/peers vllm lmcache installs them")
     finish(config, results, json, console)
 
 
