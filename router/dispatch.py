@@ -246,6 +246,9 @@ class Dispatch:
         assert placement is not None
         lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
         run.placed(placement, stored_tokens, warm_lives=lives)
+        taken = run.takes(placement)
+        if taken is not None:
+            self.traces.take(trace, taken)
         if placement.prefill_work_s and placement.prefill is not None:
             self._predicted.add(run.hashes, [placement.prefill], now_s)
         self._log_placed(run, placement, stored_tokens)

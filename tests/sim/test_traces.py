@@ -215,6 +215,9 @@ def test_children_at_once_compute_nothing_of_what_their_parent_left(nodes):
         own = len(prompts[0]) - left + 4
         assert cluster.computed - before <= 8 * (own + BLOCK)
         assert len(cluster.trace("parent").children) == 8
+        warm = [cluster.dispatch.decisions.of(("", TraceId(f"c{child}")))[0].decision.warm for child in range(8)]
+        assert sum(worker is not None for worker in warm) == 1, "one of them has the parent's memory"
+        assert cluster.trace("parent").lefts[-1].warm is None
 
     run(use, nodes=nodes)
 
