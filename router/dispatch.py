@@ -249,8 +249,8 @@ class Dispatch:
         taken = run.takes(placement)
         if taken is not None:
             self.traces.take(trace, taken)
-        if placement.prefill_work_s and placement.prefill is not None:
-            self._predicted.add(run.hashes, [placement.prefill], now_s)
+        if placement.computes is not None:
+            self._predicted.add(run.hashes, [placement.computes], now_s)
         self._log_placed(run, placement, stored_tokens)
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
