@@ -3,7 +3,7 @@
 import asyncio
 import lzma
 import tarfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +117,7 @@ def replay_command(
     pacing = Pacing(concurrency=concurrency, time_scale=time_scale, gap_max_s=gap_max, stagger_s=stagger)
     target = Target(url, model, prompts, salt, affinity, timeout, api_key, block)
     console = Console()
-    with _progress(console) as observe:
+    with shown(console) as observe:
         try:
             outcome = asyncio.run(replay(chosen, pacing, target, observe))
         except NoEndpoint as error:
@@ -193,7 +193,8 @@ class _Observer:
 
 
 @contextmanager
-def _progress(console: Console) -> Generator[_Observer, None, None]:
+def shown(console: Console) -> Generator[Callable[[Progress], None], None, None]:
+    """Shows how far a replay is: what is to observe it."""
     if not console.is_terminal:
         yield _Observer(console, None)
         return
