@@ -31,7 +31,7 @@ from tracehaul.wire.steps import (
 from worker.context import Context
 from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, usable_context
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written, usable_context
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ class _Step:
                             suspended = True
                         case Failed(failed):
                             pass
-                        case Published():
+                        case Published() | Written():
                             raise AssertionError("nobody publishes into a decode job's events")
             # Also where the step has to leave: another worker, or this one later, pulls what was computed.
             await writer.finish()

@@ -196,7 +196,7 @@ class StoreNode:
         match request:
             case Exists(hashes=hashes):
                 check_count(hashes)
-                return Existing((self.tiering or self.arena).exists(hashes))
+                return Existing((self.tiering or self.arena).exists(hashes), self.arena.leases)
             case Lease():
                 if self.tiering is None:
                     return self._lease(request, context.peer)

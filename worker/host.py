@@ -247,10 +247,10 @@ class WorkerHost:
         here: Context,
         home: NodeId | None,
         on_published: Callable[[int], None] | None = None,
-        on_refused: Callable[[], None] | None = None,
+        on_ended: Callable[[], None] | None = None,
     ) -> AsyncGenerator[BlockWriter]:
         """Writes a context's blocks back to the store; see there."""
-        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published, on_refused) as writer:
+        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published, on_ended) as writer:
             try:
                 yield writer
             finally:
