@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench.engine_model import hub_folder
 from bench.fleet import fleet
-from bench.replay.progress import watched
+from bench.replay.progress import shown
 from bench.replay.recording import Trace
 from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
@@ -80,12 +80,12 @@ def _run(
     console: Console,
 ) -> Outcome:
     if name == "ours":
-        with fleet(ours, console) as running, watched(console) as observe:
+        with fleet(ours, console) as running, shown(console) as observe:
             return asyncio.run(replay(traces, pacing, Target(running.url), observe))
     lmcache_bytes = STORE_BYTES if name == "lmcache" else 0
     kv_bytes = KV_BYTES if name == "lmcache" else KV_BYTES + STORE_BYTES
     server = vllm_server(peers, model, kv_bytes=kv_bytes, context_max=CONTEXT_MAX, lmcache_bytes=lmcache_bytes)
-    with server as url, watched(console) as observe:
+    with server as url, shown(console) as observe:
         return asyncio.run(replay(traces, pacing, Target(url), observe))
 
 

@@ -14,7 +14,7 @@ from bench.recordings import documents, find
 from bench.replay.choose import Forks, Limits, choose, forks
 from bench.replay.endpoint import Affinity, NoEndpoint, Prompts
 from bench.replay.parse import parse
-from bench.replay.progress import watched
+from bench.replay.progress import shown
 from bench.replay.recording import Trace
 from bench.replay.records import summary
 from bench.replay.run import Outcome, Target, replay
@@ -112,7 +112,7 @@ def replay_command(
     pacing = Pacing(concurrency=concurrency, time_scale=time_scale, gap_max_s=gap_max, stagger_s=stagger)
     target = Target(url, model, prompts, salt, affinity, timeout, api_key, block)
     console = Console()
-    with watched(console) as observe:
+    with shown(console) as observe:
         try:
             outcome = asyncio.run(replay(chosen, pacing, target, observe))
         except NoEndpoint as error:

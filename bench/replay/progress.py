@@ -49,7 +49,7 @@ class _Observer:
 
 
 @contextmanager
-def watched(console: Console) -> Generator[Callable[[Progress], None], None, None]:
+def shown(console: Console) -> Generator[Callable[[Progress], None], None, None]:
     """What a replay tells how far it is."""
     if not console.is_terminal:
         yield _Observer(console, None)

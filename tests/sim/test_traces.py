@@ -215,20 +215,21 @@ def test_children_at_once_compute_nothing_of_what_their_parent_left(nodes):
         own = len(prompts[0]) - left + 4
         assert cluster.computed - before <= 8 * (own + BLOCK)
         assert len(cluster.trace("parent").children) == 8
+        warm = [cluster.dispatch.decisions.of(("", TraceId(f"c{child}")))[0].decision.warm for child in range(8)]
+        assert sum(worker is not None for worker in warm) == 1, "one of them has the parent's memory"
+        assert cluster.trace("parent").lefts[-1].warm is None
 
     run(use, nodes=nodes)
 
 
-@pytest.mark.parametrize(("nodes", "times"), [(ALL_NODES, 1), (NO_PREFILL, 2)])
-def test_siblings_at_once_compute_what_they_share_once(nodes, times):
-    """Once where prefill workers do it; without them each decode worker computes for its own steps."""
-
+@pytest.mark.parametrize("nodes", [ALL_NODES, NO_PREFILL])
+def test_siblings_at_once_compute_what_they_share_once(nodes):
     async def use(cluster):
         await asyncio.sleep(2.0)
         before = cluster.computed
         prompts = [[*PREFIX, 200 + child, *range(20)] for child in range(8)]
         await asyncio.gather(*(cluster.step(f"c{i}", prompt) for i, prompt in enumerate(prompts)))
         own = 21 + 4 + BLOCK
-        assert cluster.computed - before <= times * len(PREFIX) + 8 * own
+        assert cluster.computed - before <= len(PREFIX) + 8 * own
 
     run(use, nodes=nodes)
