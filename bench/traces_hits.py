@@ -23,8 +23,8 @@ from rich.console import Console
 
 from bench.fleet import Fleet, fleet
 from bench.replay.choose import Limits, choose, shrink, whole_groups
-from bench.replay.command import shown
 from bench.replay.hits import Bound
+from bench.replay.progress import shown
 from bench.replay.recording import Trace
 from bench.replay.records import StepRecord
 from bench.replay.run import Outcome, Progress, Target, replay

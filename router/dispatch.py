@@ -311,6 +311,7 @@ class Dispatch:
             home=placement.home,
             prefill=placement.prefill,
             sampling=request.sampling,
+            family=run.trace.parent or request.trace,
             pull_tokens=placement.pull_tokens,
             prompt_logprobs=run.prompt_logprobs,
         )
