@@ -2,10 +2,10 @@
 
 Times to first token of steps with 64 new tokens, against the trace's own first step (``resume.cold_s``: all of it is
 computed): ``resume.warm`` where nobody else came in between; ``resume.memory`` from the store's memory; ``resume.disk``
-from the disk of a store whose memory the others have filled. ``resume.prefetched`` is against the warm step: the client
-has said ``resume`` before it, with ``.disk`` on that store; ``.told``: it had said when it would be back, and nothing
-since. ``.resident`` and ``.pulled`` are the tokens that were there and that were brought in those steps, as the workers
-tell; ``.loaded`` the blocks that the disk had to give meanwhile.
+from the disk of a store whose memory the others have filled, without the router's pins. ``resume.prefetched`` is
+against the warm step: the client has said ``resume`` before it, with ``.disk`` on that store; ``.told``: it had said
+when it would be back, and nothing since. ``.resident`` and ``.pulled`` are the tokens that were there and that were
+brought in those steps, as the workers tell; ``.loaded`` the blocks that the disk had to give meanwhile.
 """
 
 import asyncio
@@ -21,6 +21,8 @@ from bench.fleet import Fleet, Step, fleet
 from bench.report import Result
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
+from router.dispatch import DispatchConfig
+from router.policy.retention import RetentionConfig
 from tracehaul.runtime import clock
 
 CONTEXT_TOKENS = 7168
@@ -58,7 +60,14 @@ def resume_results(config: dict[str, Any], console: Console, *, quick: bool) -> 
         bench = _Bench(cluster, size, console)
         bench.run(("memory", "prefetched", "told"), 1 if quick else TIMES)
         results += bench.results("")
-    below = msgspec.structs.replace(shape, port=free_port(), store_bytes=_arena_bytes(size), disk_bytes=DISK_BYTES)
+    below = msgspec.structs.replace(
+        shape,
+        port=free_port(),
+        store_bytes=_arena_bytes(size),
+        disk_bytes=DISK_BYTES,
+        # Else its pin keeps an idle trace in memory, and the others' blocks leave.
+        dispatch=DispatchConfig(retention=RetentionConfig(pins=False)),
+    )
     with fleet(below, console) as cluster:
         bench = _Bench(cluster, size, console)
         bench.run(("disk", "prefetched"), 1 if quick else TIMES)
@@ -98,14 +107,14 @@ class _Bench:
         self._loaded: defaultdict[str, list[float]] = defaultdict(list)
 
     def run(self, kinds: tuple[str, ...], times: int) -> None:
-        """The trace's first steps, cold and warm, and then its returns, one kind after the other."""
+        """The trace's first steps, cold and warm, and then its returns of each kind."""
         for number in range(DECODES):
             _Trace(f"warm-up-{number}", 600).step(self._cluster, f"decode-{number}")
         self._step("cold")
         for _ in range(times):
             self._step("warm")
-        for _ in range(times):
-            for kind in kinds:
+        for kind in kinds:  # those that nothing is done for come first: later it is learned when the trace comes back
+            for _ in range(times):
                 self._back(kind)
 
     def _back(self, kind: str) -> None:
