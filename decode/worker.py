@@ -134,7 +134,7 @@ class _Step:
         suspended: Context | None = None
         while True:
             room = len(tokens) + min(self._left(tokens), self._host.config.headroom_tokens)
-            async with self._host.context(request.trace, request.salt, tokens, room, suspended) as here:
+            async with self._host.context(request.trace, request.family, request.salt, tokens, room, suspended) as here:
                 async with aclosing(self._run_on(here)) as replies:
                     async for reply in replies:
                         yield reply
@@ -222,6 +222,7 @@ class _Step:
             home=request.home,
             sampling=request.sampling,
             emitted=emitted,
+            family=request.family,
         )
         try:
             prefill = self._prefills.get(request.prefill)
@@ -261,6 +262,7 @@ class _Step:
         guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
         job = Job(
             arrival=here.arrival,
+            rank=here.rank,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=self._request.sampling,

@@ -34,7 +34,7 @@ class PrefillService:
             raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
         tokens = unpack_tokens(request.tokens)
-        async with self._host.context(request.trace, request.salt, tokens, len(tokens)) as here:
+        async with self._host.context(request.trace, request.family, request.salt, tokens, len(tokens)) as here:
             await here.locate()
             await here.pull(len(tokens) - 1)
             await self.flights.join(here)
@@ -53,6 +53,7 @@ class PrefillService:
         guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
             arrival=here.arrival,
+            rank=here.rank,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=request.sampling,

@@ -246,8 +246,11 @@ class Dispatch:
         assert placement is not None
         lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
         run.placed(placement, stored_tokens, warm_lives=lives)
-        if placement.prefill_work_s and placement.prefill is not None:
-            self._predicted.add(run.hashes, [placement.prefill], now_s)
+        taken = run.takes(placement)
+        if taken is not None:
+            self.traces.take(trace, taken)
+        if placement.computes is not None:
+            self._predicted.add(run.hashes, [placement.computes], now_s)
         self._log_placed(run, placement, stored_tokens)
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
@@ -308,6 +311,7 @@ class Dispatch:
             home=placement.home,
             prefill=placement.prefill,
             sampling=request.sampling,
+            family=run.trace.parent or request.trace,
             pull_tokens=placement.pull_tokens,
             prompt_logprobs=run.prompt_logprobs,
         )

@@ -16,7 +16,7 @@ from router.contexts import Left, Warm
 from router.decisions import Decisions, Recalled, Retained
 from router.members import MemberRegistry
 from router.policy.gaps import Gap, Gaps, Tools, certain
-from router.policy.retention import Retention, RetentionConfig, decide, mean_wait, progress, situation
+from router.policy.retention import RECALLED_KEEP_S, Retention, RetentionConfig, decide, mean_wait, progress, situation
 from router.traces import PinWish, Step, Suspension, Trace, TraceKey, Traces
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
@@ -270,16 +270,16 @@ class Retainer:
     async def _recall(self, trace: Trace, left: Left, why: str) -> None:
         """Bring a context back to the worker that had it, or to the one with the least to do."""
         worker = self._worker(trace, left)
-        keep_s = trace.retention.keep_s if trace.retention is not None else 0.0
+        keep_s = max(trace.retention.keep_s if trace.retention is not None else 0.0, RECALLED_KEEP_S)
         if worker is None:
             return
-        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], max(keep_s, 1.0)), Resident)
+        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], keep_s), Resident)
         if here is None or here.tokens >= left.tokens:
             return
         self.stats.recalls += 1
         began_s = clock.now_s()
         self._start_prefetch(trace, left)
-        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], max(keep_s, 1.0))
+        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], keep_s)
         now_there = await self._try(worker, recall, Resident, RECALL_TIMEOUT_S)
         tokens = now_there.tokens if now_there is not None else 0
         gained = max(0, tokens - here.tokens)

@@ -77,6 +77,8 @@ class Job:
 
     arrival: int
     """Its step's place in the order of arrival, which no other job in the loop has."""
+    rank: int
+    """The place in that order that its prompt is computed at."""
     sequence: SequenceId
     tokens: list[int]
     sampling: Sampling
@@ -162,7 +164,7 @@ class IterationLoop:
         self._next_key += 1
         self._jobs[key] = job
         at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
-        self._scheduler.add(key, len(job.tokens) - job.computed, at_most)
+        self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.rank)
         self._wake.set()
         return key
 

@@ -49,6 +49,8 @@ class Need(NamedTuple):
     """What the warm worker kept of it."""
     local_max: int
     """A decode worker computes up to this many missing tokens itself in any case."""
+    under_way: int = 0
+    """The prompt's leading tokens that some worker is about to have computed for other steps."""
 
     @property
     def stored(self) -> int:
@@ -97,30 +99,51 @@ def pull_ends(runs: Sequence[StoredRun]) -> list[int]:
     return [runs[-1].end, *reversed(ends[: PULL_ENDS_MAX - 2]), 0]
 
 
-def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> tuple[Column, Column]:
-    """Until each prefill worker has all of the prompt, and how much of that is its own computing.
+class Prefilled(NamedTuple):
+    """Per prefill worker."""
+
+    done_s: Column
+    """Until it has all of the prompt."""
+    own_s: Column
+    """How much of that is its own computing."""
+    again_s: Column
+    """How much of that is under way elsewhere: what is computed twice is lost to all."""
+
+
+def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> Prefilled:
+    """What it takes on each prefill worker.
 
     ``predicted``: leading tokens that each is about to have computed for another step.
     """
-    own = compute_s(prefills, np.maximum(predicted, float(need.stored)), float(need.prompt))
-    return prefills.queue_s(now_s) + need.stored * prefills.pull_token_s + need.raise_s(0) + own, own
+    start = np.maximum(predicted, float(need.stored))
+    own = compute_s(prefills, start, float(need.prompt))
+    done_s = prefills.queue_s(now_s) + need.stored * prefills.pull_token_s + need.raise_s(0) + own
+    return Prefilled(done_s, own, again_s(prefills, need, start))
+
+
+def again_s(fleet: Fleet, need: Need, start: Column) -> Column:
+    """Computing from ``start`` on what is under way elsewhere, on each worker."""
+    if not need.under_way:
+        return np.zeros(len(fleet))
+    return compute_s(fleet, start, np.maximum(start, float(need.under_way)))
 
 
 def decode_costs(
-    decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: float | None, helper_work_s: float, now_s: float
+    decodes: Fleet, need: Need, warm_row: int | None, predicted: Column, prefilled_s: float | None, now_s: float
 ) -> Costs:
     """Of the step on each decode worker.
 
-    ``prefilled_s``: when the best prefill worker would be done; None if there is none that could help.
-    ``helper_work_s``: what that would compute for this step alone.
+    ``predicted``: leading tokens that each is about to have computed for another step.
+    ``prefilled_s``: when the best prefill worker would be done, and what it computes again; None if there is none that
+    could help.
     """
     have = np.zeros(len(decodes))
     if warm_row is not None:
         have[warm_row] = need.warm
     farthest, *nearer = pull_ends(need.runs)
-    costs = _costs_here(decodes, need, have, warm_row, farthest, now_s)
+    costs = _costs_here(decodes, need, have, warm_row, predicted, farthest, now_s)
     for end in nearer:
-        other = _costs_here(decodes, need, have, warm_row, end, now_s)
+        other = _costs_here(decodes, need, have, warm_row, predicted, end, now_s)
         worth = other.seconds < PULL_MARGIN * costs.seconds
         if worth.any():
             costs = Costs(*[np.where(worth, new, old) for new, old in zip(other, costs, strict=True)])
@@ -129,9 +152,7 @@ def decode_costs(
         reach = np.maximum(have, float(need.stored))
         remote = np.maximum(prefilled_s, _fetch_s(decodes, need, have, warm_row, need.stored))
         remote += (need.prompt - reach) * decodes.pull_token_s
-        # A prefix that is computed there for others already.
-        again = np.maximum(compute_s(decodes, reach, float(need.prompt)) - helper_work_s, 0.0)
-        local = (need.prompt - costs.reach <= need.local_max) | (seconds + again < LOCAL_MARGIN * remote)
+        local = (need.prompt - costs.reach <= need.local_max) | (seconds < LOCAL_MARGIN * remote)
         seconds = np.where(local, seconds, remote)
         costs = costs._replace(
             local=local, reach=np.where(local, costs.reach, reach), pull=np.where(local, costs.pull, need.stored)
@@ -149,9 +170,13 @@ def _fetch_s(decodes: Fleet, need: Need, have: Column, warm_row: int | None, end
     return np.maximum(end - have, 0.0) * decodes.pull_token_s + raised_s
 
 
-def _costs_here(decodes: Fleet, need: Need, have: Column, warm_row: int | None, end: int, now_s: float) -> Costs:
+def _costs_here(
+    decodes: Fleet, need: Need, have: Column, warm_row: int | None, predicted: Column, end: int, now_s: float
+) -> Costs:
     """Pulling up to ``end`` and computing the rest on the decode worker, decoding left out."""
     reach = np.maximum(have, float(end))
-    own = compute_s(decodes, reach, float(need.prompt))
-    seconds = _fetch_s(decodes, need, have, warm_row, end) + decodes.queue_s(now_s) + own * (1 + decodes.decoding)
+    start = np.maximum(reach, predicted)
+    own = compute_s(decodes, start, float(need.prompt))
+    seconds = _fetch_s(decodes, need, have, warm_row, end) + (start - reach) * decodes.pull_token_s
+    seconds += decodes.queue_s(now_s) + own * (1 + decodes.decoding) + again_s(decodes, need, start)
     return Costs(seconds, own, np.ones(len(decodes), dtype=np.bool_), reach, np.full(len(decodes), float(end)))

@@ -29,7 +29,7 @@ class Bed:
         sequence = self.engine.open(128)
         assert sequence is not None
         sampling = Sampling(max_tokens=samples, temperature=0.0)
-        return Job(int(sequence), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
+        return Job(int(sequence), int(sequence), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
 
 
 def play(case: Coroutine[Any, Any, None], bed: Bed) -> None:

@@ -199,6 +199,20 @@ def test_eight_siblings_wait_for_one_computation_of_their_prefix() -> None:
     assert busy_there.helper not in chosen, "a short prefix is not worth that"
 
 
+def test_siblings_go_where_a_decode_worker_computes_their_prefix() -> None:
+    decodes, prefills = fleet("decode", {"token_s": 5e-4}, {"token_s": 1.2e-3}), fleet("prefill", {})
+    first = choose(decodes, prefills, prompt_tokens=4144)
+    assert (first.decode, first.computes) == (decode(0), "decode-0"), "it is twice as fast"
+    decodes.sent(first.decode, first.decode_work_s, 0.0)
+    for child in range(7):
+        placed = choose(
+            decodes, prefills, trace=TraceId(f"t{child}"), prompt_tokens=4144, predicted={first.decode.node: 4096}
+        )
+        assert (placed.decode, placed.computes) == (decode(0), "decode-0")
+        assert placed.decode_work_s == pytest.approx(48 * 5e-4)
+        decodes.sent(placed.decode, placed.decode_work_s, 0.0)
+
+
 def test_the_rules_to_compare_with() -> None:
     decodes = busy(fleet("decode", {}, {}, {}), 1, decoding=5)
     turns = [choose(decodes, policy="round-robin", warm=warm(0), turn=n).decode for n in range(4)]
