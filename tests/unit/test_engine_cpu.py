@@ -81,7 +81,7 @@ def in_chunks(
     with torch.inference_mode():
         for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
             part = tokens[start:end]
-            rows.append(model.forward(part, [Segment(0, len(part), base, start)], pool, range(len(part))))
+            rows.append(model.forward(part, [Segment(0, len(part), base, start)], pool, range(len(part))).clone())
     return torch.cat(rows)
 
 
