@@ -22,7 +22,7 @@ from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
-from tracehaul.engine.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, resolve
+from tracehaul.engine.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, read_config, resolve
 from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
@@ -44,6 +44,8 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     cache_dir: str | None = None
     """Where a fetched default model is kept; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    weights: Literal["int8"] | None = None
+    """Matrices rounded to int8, each row with a scale, on the CPU; None: of ``dtype``, as KV and activations are."""
     device: str = "auto"
     """``cpu``, or a CUDA device as torch names it; ``auto``: CUDA where there is one."""
     threads: int = 2
@@ -330,8 +332,11 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
     torch.set_num_threads(config.threads)
     if device.type == "cpu":
         _keep_heap()
+    int8 = config.weights == "int8"
+    if int8 and not (device.type == "cpu" and is_supported(read_config(source), dtype)):
+        raise SourceError(f"{source.name}: int8 weights need the CPU's compiled kernels, which do not run this")
     with torch.inference_mode():
-        weights = load_weights(source, dtype, device)
+        weights = load_weights(source, dtype, device, int8=int8)
         shape = weights.config
         layout = KVLayout(
             model=f"{source.architecture}@{weights.revision}",

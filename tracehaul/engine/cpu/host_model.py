@@ -37,10 +37,11 @@ class HostModel:
     """Weights, tables and an iteration's memory. Used from one thread, with helpers of its own."""
 
     def __init__(self, weights: Weights, threads: int) -> None:
-        c, dtype = weights.config, weights.embedding.dtype
+        c, dtype = weights.config, weights.dtype
         assert is_supported(c, dtype)
         self._dtype = dtype
         self._like = _KINDS[dtype]
+        self._kind = self._like if weights.embedding_scales is None else np.int8(0)
         self._cos, self._sin = rope_tables(c, torch.float32, torch.device("cpu"))
         self._weights = weights
         self._shape = Shape(
@@ -53,13 +54,16 @@ class HostModel:
             vocab=c.vocab_size,
             eps=c.norm_eps,
             embedding=weights.embedding.data_ptr(),
+            embedding_scales=_address(weights.embedding_scales),
             norm=weights.norm.data_ptr(),
             head=weights.head.data_ptr(),
+            head_scales=_address(weights.head_scales),
             cos=self._cos.data_ptr(),
             sin=self._sin.data_ptr(),
+            panel=phases.work_bytes(c.heads, c.kv_heads, c.head_dim),
         )
         self._layers = np.array([_addresses(layer) for layer in weights.layers], np.int64)
-        self._team = Team(threads, phases.scratch_bytes(self._shape))
+        self._team = Team(threads, self._shape.panel + phases.panel_bytes(self._shape))
         self._rows = _Rows(self._shape, dtype, 0)
         self._partials = _pages(0)
         self._logits = torch.empty(0, c.vocab_size)
@@ -111,7 +115,7 @@ class HostModel:
         )
         # Late helpers still look at them after this returns.
         self._arguments = (*arguments, sync)
-        self._team.run(lambda scratch: kernels.forward(*arguments, scratch, self._like))
+        self._team.run(lambda scratch: kernels.forward(*arguments, scratch, self._like, self._kind))
         return logits
 
     def close(self) -> None:
@@ -171,8 +175,11 @@ def _pages(nbytes: int) -> NDArray[np.uint8]:
 
 
 def _addresses(layer: LayerWeights) -> list[int]:
-    parts = [getattr(layer, name) for name in kernels.LAYER_PARTS]
-    return [0 if part is None else part.data_ptr() for part in parts] + [int(layer.rope)]
+    return [_address(getattr(layer, name)) for name in kernels.LAYER_PARTS] + [int(layer.rope)]
+
+
+def _address(part: torch.Tensor | None) -> int:
+    return 0 if part is None else part.data_ptr()
 
 
 def _sync_bytes(shape: Shape, segments: int) -> int:
