@@ -51,6 +51,8 @@ from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, SlotGeneration
 
+COUNT = 10_000
+QUICK_COUNT = 400
 KINDS = ("memory", "slots", "records", "put", "get", "objects", "tier")
 SHARES = (0.2, 0.2, 0.15, 0.15, 0.15, 0.1, 0.05)
 SLOT = 8192
@@ -382,18 +384,22 @@ def results_of(counts: dict[str, Count]) -> list[Result]:
 
 
 def main(
-    count: Annotated[int, typer.Option(help="Corruptions in all, at least.")] = 10_000,
+    count: Annotated[int, typer.Option(help="Corruptions in all, at least.")] = COUNT,
     seed: Annotated[int, typer.Option(help="Of where they strike.")] = 1,
     folder: Annotated[Path | None, typer.Option(help="Where the file is; a temporary folder if not given.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few hundred only.")] = False,
 ) -> None:
     """Change bytes and see who notices."""
+    count = min(count, QUICK_COUNT) if quick else count
     wanted = {kind: round(count * share) for kind, share in zip(KINDS, SHARES, strict=True)}
     logging.getLogger("kvstore.tiers").setLevel(logging.ERROR)  # a line for each of thousands says nothing more
     with tempfile.TemporaryDirectory(dir=folder, prefix="tracehaul-corruption-") as place:
         injector = Injector(Path(place), seed)
         asyncio.run(injector.run(wanted))
-    finish({"count": count, "seed": seed, "slot_bytes": SLOT}, results_of(injector.counts), json, console)
+    finish(
+        {"count": count, "seed": seed, "slot_bytes": SLOT, "quick": quick}, results_of(injector.counts), json, console
+    )
     if any(c.found != c.injected or c.served or c.refused for c in injector.counts.values()):
         raise typer.Exit(1)
 

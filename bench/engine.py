@@ -342,7 +342,7 @@ def main(
     if only is not Part.HANDOFF:
         results += compare(only, quick, vllm)
     if only in (None, Part.HANDOFF):
-        results += handoff(2 if quick else 5, console)
+        results += handoff(quick, console)
     finish(config, results, json, console)
     if png is not None:
         from bench.engine_plot import plot  # needs the extra "bench"

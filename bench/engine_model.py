@@ -7,16 +7,21 @@ import torch
 from safetensors.torch import save_file
 
 from tracehaul.engine.source import default_cache_dir, resolve
+from tracehaul.engine.text import Text
 from tracehaul.engine.weights import ModelConfig, Weights, load_weights
 
 
 def hub_folder() -> Path:
     """The folder, in the user's cache; written once per revision of the weights."""
-    weights = load_weights(resolve(), torch.bfloat16, torch.device("cpu"))
-    folder = default_cache_dir() / f"hub-{weights.revision}"
+    source = resolve()
+    weights = load_weights(source, torch.bfloat16, torch.device("cpu"))
+    folder = default_cache_dir() / f"hub-{weights.revision}-1"
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_tensors(weights), folder / "model.safetensors", metadata={"format": "pt"})
+        text = Text.load(source)
+        (folder / "tokenizer.json").write_text(text.serialized())
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
         # Last, and in one step: a folder with a config is complete.
         (folder / "config.json.part").write_text(json.dumps(_config(weights.config), indent=1))
         (folder / "config.json.part").replace(folder / "config.json")

@@ -53,14 +53,22 @@ class Fleet:
         self._http = httpx.Client(base_url=self.url, timeout=STEP_TIMEOUT_S, trust_env=False)
 
     def chunks(
-        self, trace: str, prompt: list[int], max_tokens: int, decode: str | None = None, **body: Any
+        self,
+        trace: str,
+        prompt: list[int],
+        max_tokens: int,
+        decode: str | None = None,
+        parent: str | None = None,
+        **body: Any,
     ) -> Generator[dict[str, Any], None, None]:
-        """The stream of one step of ``trace``, chunk by chunk; on decode worker ``decode`` if it is named.
+        """The stream of one step of ``trace``, chunk by chunk; on decode worker ``decode`` if it is named. ``parent``:
+        the trace that it was forked from.
 
         Raises:
             RuntimeError: the cluster answered with an error.
         """
         headers = {"X-Trace-Id": trace} | ({"X-Decode-Worker": decode} if decode else {})
+        headers |= {"X-Parent-Trace-Id": parent} if parent else {}
         request: dict[str, Any] = {
             "model": self.model,
             "prompt": prompt,
@@ -82,14 +90,22 @@ class Fleet:
                     raise RuntimeError(str(chunk["error"]))
                 yield chunk
 
-    def step(self, trace: str, prompt: list[int], max_tokens: int, decode: str | None = None, **body: Any) -> Step:
+    def step(
+        self,
+        trace: str,
+        prompt: list[int],
+        max_tokens: int,
+        decode: str | None = None,
+        parent: str | None = None,
+        **body: Any,
+    ) -> Step:
         """One step, timed; arguments and errors are those of :meth:`chunks`."""
         started_s = clock.perf_s()
         first_s = 0.0
         tokens: list[int] = []
         usage: dict[str, Any] = {}
         reason: str | None = None
-        for chunk in self.chunks(trace, prompt, max_tokens, decode, **body):
+        for chunk in self.chunks(trace, prompt, max_tokens, decode, parent, **body):
             for choice in chunk["choices"]:
                 if choice.get("token_ids") and not tokens:
                     first_s = clock.perf_s() - started_s
@@ -97,6 +113,16 @@ class Fleet:
                 reason = choice.get("finish_reason") or reason
             usage = chunk.get("usage") or usage
         return Step(first_s, clock.perf_s() - started_s, tokens, usage, reason)
+
+    def post(self, path: str, body: dict[str, Any]) -> None:
+        """Ask the router for something that is not a step.
+
+        Raises:
+            RuntimeError: it answered with an error.
+        """
+        response = self._http.post(path, json=body)
+        if not response.is_success:
+            raise RuntimeError(f"{response.status_code}: {response.text}")
 
     def metrics(self) -> str:
         """The router's metrics page."""
@@ -148,6 +174,7 @@ def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, Non
 
 
 def _leave(signum: int, _: FrameType | None) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)  # told once more, it would leave the cluster half stopped
     raise SystemExit(128 + signum)
 
 

@@ -273,7 +273,7 @@ class Lane:
         while clock.now_s() < deadline_s:
             before = self._index.held(info.node)
             truth = frozenset(hash_of(number) for number in await self._exist(peers, info, everything))
-            if before == truth:
+            if before.keys() == truth:
                 return True
             await asyncio.sleep(0.02)
         return False

@@ -31,6 +31,9 @@ from tracehaul.wire.hashing import checksum
 
 FILE_SLOTS = (48, 200, 1000)
 """Of the lanes in turn: a tier that evicts all the time, one that does later, one that only grows."""
+CYCLES = 500
+QUICK_CYCLES = 24
+RESTART_BLOCKS = 100_000
 RESTART_SLOT = 4096
 RESTART_ROUNDS = 3
 
@@ -127,12 +130,14 @@ async def _watch(tally: Tally, cycles: int) -> None:
 
 
 def main(
-    cycles: Annotated[int, typer.Option(help="Kills in all.")] = 500,
+    cycles: Annotated[int, typer.Option(help="Kills in all.")] = CYCLES,
     lanes: Annotated[int, typer.Option(help="Nodes at a time.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where the files are; a temporary folder if not given.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
+    quick: Annotated[bool, typer.Option(help="A few kills, and no large file to come back with.")] = False,
 ) -> None:
     """Kill store nodes and see what is left."""
+    cycles = min(cycles, QUICK_CYCLES) if quick else cycles
     tally = Tally()
 
     async def run(place: Path) -> list[float]:
@@ -143,13 +148,13 @@ def main(
             progress.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await progress
-        return await restart_s(place, 100_000)
+        return [] if quick else await restart_s(place, RESTART_BLOCKS)
 
     with tempfile.TemporaryDirectory(dir=folder, prefix="tracehaul-kill-") as place:
         back_s = asyncio.run(run(Path(place)))
     for line in tally.complaints:
         console.print(line)
-    config = {"cycles": cycles, "lanes": lanes, "file_slots": FILE_SLOTS, "slot_bytes": kill_lane.SLOT}
+    config = {"cycles": cycles, "lanes": lanes, "quick": quick, "file_slots": FILE_SLOTS, "slot_bytes": kill_lane.SLOT}
     finish(config, results_of(tally, back_s), json, console)
     if tally.violations:
         raise typer.Exit(1)

@@ -30,6 +30,7 @@ from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint, Sampling
 
 BATCH = 16
+QUICK_SHARE = 10
 OUTPUT_TOKENS = 128
 PROMPT_CHARACTERS = 400
 KV_TOKENS = 16_384
@@ -171,8 +172,11 @@ def main(
     by_model: Annotated[int, typer.Option(help="Answered by the model.")] = 96,
     seed: Annotated[int, typer.Option(help="Of the schemas and of sampling.")] = 1,
     report: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    quick: Annotated[bool, typer.Option(help="A tenth of the answers.")] = False,
 ) -> None:
     """Answer random schemas, and check every answer that ends."""
+    if quick:
+        schemas, by_model = schemas // QUICK_SHARE, by_model // QUICK_SHARE
 
     async def run() -> list[Result]:
         with Progress(console=console) as progress:
@@ -187,6 +191,7 @@ def main(
         "seed": seed,
         "output_tokens": OUTPUT_TOKENS,
         "batch": BATCH,
+        "quick": quick,
     }
     finish(config, results, report, console)
     if any(result.value for result in results if result.name.endswith(".wrong")):

@@ -9,6 +9,8 @@ With recordings, ``replay.*``: the same traces on fresh clusters of one prefill 
 workers together hold a third of the traces' contexts: placement by cost with the store, a trace bound to its worker
 without, and round-robin without. ``replay.steps.sticky`` and ``replay.steps.round_robin`` are steps per hour of the
 first, divided by the others'; ``replay.hits`` is its delivered hits, divided by those of an infinite shared cache.
+More parts: :mod:`bench.traces_fork`, :mod:`bench.traces_resume`, :mod:`bench.traces_hits`,
+:mod:`bench.traces_ablation`.
 """
 
 import asyncio
@@ -26,15 +28,22 @@ from rich.console import Console
 from bench.fleet import fleet
 from bench.replay.choose import Limits, choose
 from bench.replay.command import RECORDINGS_VARIABLE, read_traces
+from bench.replay.progress import shown
 from bench.replay.recording import Trace
 from bench.replay.records import summary
 from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
 from bench.report import Result, finish, percentile
+from bench.traces_ablation import ablation_results
+from bench.traces_fork import fork_results
+from bench.traces_hits import kill_results, mooncake_results
+from bench.traces_peers import peers_results
+from bench.traces_resume import resume_results
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from router.dispatch import DispatchConfig
 from router.index import Index
+from router.policy.cost import StoredRun
 from router.policy.fleet import Fleet
 from router.policy.placement import Ask, place
 from router.traces import Warm
@@ -58,6 +67,7 @@ WORKERS = 1000
 PLACEMENTS = 500
 G = Generation(1)
 
+PEERS = Path(__file__).parent.parent / ".peers"
 WORKLOAD = "weka_scaled16"
 CAPACITY_SHARE = 3
 """The traces' contexts are that many times what the decode workers hold."""
@@ -72,6 +82,8 @@ CONTENDERS = {
     "sticky": DispatchConfig(policy="sticky", use_store=False),
     "round_robin": DispatchConfig(policy="round-robin", use_store=False),
 }
+
+PARTS = ("index", "placement", "fork", "resume", "replay", "peers", "kill", "mooncake", "ablation")
 
 console = Console()
 
@@ -126,7 +138,8 @@ def placement_results() -> list[Result]:
     took_s: list[float] = []
     for number in range(PLACEMENTS):
         warm = Warm(NodeId(f"decode-{chance.randrange(WORKERS)}"), G, 90_000)
-        ask = Ask(TraceId(f"t{number}"), 100_000, chance.randrange(100_000), warm, stores[0])
+        stored = [StoredRun(50_000, 0.0), StoredRun(50_000 + chance.randrange(50_000), 1e-4)]
+        ask = Ask(TraceId(f"t{number}"), 100_000, stored, warm, stores[0])
         now_s = number / 100
         began_s = clock.perf_s()
         for of, infos, loads in (decodes, prefills):
@@ -224,8 +237,8 @@ def _replayed(traces: list[Trace], pacing: Pacing, dispatch: DispatchConfig, kv_
         dispatch=dispatch,
         worker=WorkerConfig(use_store=dispatch.use_store),
     )
-    with fleet(config, console) as running:
-        return asyncio.run(replay(traces, pacing, Target(running.url)))
+    with fleet(config, console) as running, shown(console) as observe:
+        return asyncio.run(replay(traces, pacing, Target(running.url), observe))
 
 
 def _rate(runs: list[Outcome]) -> float:
@@ -239,23 +252,42 @@ def main(
     ] = None,
     workload: Annotated[str, typer.Option(help="Which of them.")] = WORKLOAD,
     rounds: Annotated[int, typer.Option(min=1, help="Replays of each kind.")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="index, placement or replay; all if not given.")] = None,
+    peers: Annotated[
+        Path, typer.Option(help="Where ./scripts/peers installed vllm and lmcache, to replay beside them.")
+    ] = PEERS,
+    only: Annotated[list[str] | None, typer.Option(help=f"{', '.join(PARTS)}; all if not given.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer blocks, fewer and shorter traces.")] = False,
 ) -> None:
     """Measure the router's decisions and what they give."""
-    parts = only or ["index", "placement", "replay"]
+    parts = only or PARTS
     limits, pacing = (QUICK, QUICK_PACING) if quick else (FULL, PACING)
-    config: dict[str, Any] = {"workload": workload, "rounds": rounds, "quick": quick}
+    config: dict[str, Any] = {"parts": list(parts), "workload": workload, "rounds": rounds, "quick": quick}
     results: list[Result] = []
     if "index" in parts:
         results += index_results(BLOCKS // 10 if quick else BLOCKS)
     if "placement" in parts:
         results += placement_results()
-    if "replay" in parts and recordings is not None:
-        traces = choose(read_traces(recordings, workload), limits, seed=1)
-        config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(pacing)}
-        results += replay_results(traces, pacing, rounds, config)
+    if "fork" in parts:
+        results += fork_results(rounds, config, console, quick=quick)
+    if "resume" in parts:
+        results += resume_results(config, console, quick=quick)
+    if recordings is not None:
+        if {"replay", "peers"} & set(parts):
+            traces = choose(read_traces(recordings, workload), limits, seed=1)
+            config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(pacing)}
+            if "replay" in parts:
+                results += replay_results(traces, pacing, rounds, config)
+            if "peers" in parts and (peers / "vllm").is_dir():
+                results += peers_results(traces, pacing, peers, rounds, config, console)
+            elif "peers" in parts:
+                console.print("Peers are left out: ./scripts/peers vllm lmcache installs them")
+        if "kill" in parts:
+            results += kill_results(read_traces(recordings, workload), config, console, quick=quick)
+        if "ablation" in parts:
+            results += ablation_results(read_traces(recordings, workload), rounds, config, console, quick=quick)
+        if "mooncake" in parts:
+            results += mooncake_results(read_traces(recordings, "mooncake"), config, console, quick=quick)
     finish(config, results, json, console)
 
 

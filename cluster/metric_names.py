@@ -149,6 +149,9 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "recalls_vain": Metric("vain_recalls", "requests", "Recalls that brought nothing: no memory, or not stored."),
         "recalls_cut": Metric("cut_recalls", "requests", "Recalls that the step did not wait for."),
         "prefetches": Metric("prefetches", "requests", "Contexts asked up from below a store's memory."),
+        "prefetches_cut": Metric(
+            "cut_prefetches", "requests", "Of these, called off: no room for them, or nobody who waits for them."
+        ),
         "undone": Metric("undone", "requests", "Left undone: too much was under way."),
     },
 }
@@ -195,6 +198,7 @@ LOAD: dict[str, Metric] = {
     "disk_blocks": Metric("disk_blocks", "blocks", "Blocks on a store node's disk."),
     "disk_bytes_used": Metric("disk_used_bytes", "bytes", "Bytes of those blocks."),
     "disk_bytes_max": Metric("disk_max_bytes", "bytes", "The most that it can be."),
+    "disk_block_s": Metric("disk_block_seconds", "seconds", "How long a block takes to come into memory from there."),
     "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
     "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
     "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody can take one."),
@@ -208,6 +212,7 @@ LOAD: dict[str, Metric] = {
     "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
     "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
     "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),
+    "s3_block_s": Metric("s3_block_seconds", "seconds", "How long a block takes to come into memory from there."),
 }
 """Gauges of every node but the router, ``tracehaul_node_…``: the fields of its heartbeat."""
 

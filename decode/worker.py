@@ -31,7 +31,7 @@ from tracehaul.wire.steps import (
 from worker.context import Context
 from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, usable_context
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written, usable_context
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class _Step:
         suspended: Context | None = None
         while True:
             room = len(tokens) + min(self._left(tokens), self._host.config.headroom_tokens)
-            async with self._host.context(request.trace, request.salt, tokens, room, suspended) as here:
+            async with self._host.context(request.trace, request.family, request.salt, tokens, room, suspended) as here:
                 async with aclosing(self._run_on(here)) as replies:
                     async for reply in replies:
                         yield reply
@@ -193,7 +193,8 @@ class _Step:
 
     async def _assemble(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Bring in what others have of the context, or are computing."""
-        await here.pull(len(here.tokens) - 1)
+        limit, wanted = self._request.pull_tokens, len(here.tokens) - 1
+        await here.pull(wanted if limit is None else min(limit, wanted))
         if len(here.tokens) - here.length > self._host.config.local_prefill_tokens:
             async with aclosing(self._hand_off(here)) as replies:
                 async for reply in replies:
@@ -221,6 +222,7 @@ class _Step:
             home=request.home,
             sampling=request.sampling,
             emitted=emitted,
+            family=request.family,
         )
         try:
             prefill = self._prefills.get(request.prefill)
@@ -260,6 +262,7 @@ class _Step:
         guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
         job = Job(
             arrival=here.arrival,
+            rank=here.rank,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=self._request.sampling,
@@ -292,7 +295,7 @@ class _Step:
                             suspended = True
                         case Failed(failed):
                             pass
-                        case Published():
+                        case Published() | Written():
                             raise AssertionError("nobody publishes into a decode job's events")
             # Also where the step has to leave: another worker, or this one later, pulls what was computed.
             await writer.finish()

@@ -5,7 +5,8 @@ Bytes that are reported as got were read under a live lease and match their chec
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from math import log
 
 import msgspec
 
@@ -22,12 +23,15 @@ from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Await, Awaited, AwaitState, Pin, Pinned
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.hashing import weight
 from tracehaul.wire.ids import BlockHash, NodeId
 
 __all__ = ["ClientStats", "OutgoingBlock", "PutOutcome", "StoreClient"]
 
 BREAK_S = 1.0
 """How long a node that failed is left alone."""
+RUN_SHARE = 0.75
+"""Of the longest run that a node holds, what another must hold to be asked instead: fewer nodes to ask."""
 
 
 class ClientStats(msgspec.Struct):
@@ -65,6 +69,7 @@ class StoreClient:
     ) -> None:
         self.staging = staging
         self.stats = ClientStats()
+        self._name = planes[0].region.descriptor.owner if planes else ""
         self._nodes = StoreNodes(peers, planes, BREAK_S)
         self._looks = Looks(self._nodes)
         self._holders = Holders()
@@ -81,13 +86,13 @@ class StoreClient:
     async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
         """Per hash a node that holds it, or None. A hint; takes at most half a second.
 
-        Among several holders the one with the longest run from there on is named: fewer nodes to ask later.
+        Among several holders one with a long run from there on is named, and with little to do: see :func:`assign`.
         """
         if not hashes:
             return []
         held = await self._looks.look(hashes, (), LOOK_TIMEOUT_S)
         self._holders.saw(hashes, held)
-        return assign(held, len(hashes))
+        return assign(held, len(hashes), self._looks.reading, f"{self._name} {hashes[0].hex()}")
 
     async def holdings(self, hashes: Sequence[BlockHash]) -> dict[NodeId, bytes]:
         """What each live node says that it holds of these: a byte per block, none where it does not say."""
@@ -188,23 +193,41 @@ class StoreClient:
         return sizes
 
 
-def assign(held: dict[NodeId, bytes], count: int) -> list[NodeId | None]:
-    """Per block the node to ask, from what each holds (a byte per block): longest runs first, ties by name.
+def assign(
+    held: Mapping[NodeId, bytes], count: int, reading: Mapping[NodeId, int] | None = None, reader: str = ""
+) -> list[NodeId | None]:
+    """Per block the node to ask, from what each holds (a byte per block; none where it did not answer).
 
-    A node without an answer has an empty ``held``.
+    Of those that hold nearly the longest run from a block on, one is drawn for that run: the longer its own and the
+    fewer reads are under way there (``reading``), the likelier. Drawn and not ranked, so that readers who know the same
+    do not all go to the same; by ``reader``, so that one and the same reader is not sent to and fro.
     """
     answers = {node: flags for node, flags in sorted(held.items()) if flags}
     if len(answers) == 1:
         ((only, flags),) = answers.items()
         return [only if flag else None for flag in flags]
+    reading = reading or {}
     where: list[NodeId | None] = []
     while len(where) < count:
         at = len(where)
-        runs = [(_run(flags, at), node) for node, flags in answers.items()]
-        longest = max((run for run, _ in runs), default=0)
-        node = min((node for run, node in runs if run == longest), default=None)
-        where += [node] * longest if longest else [None]
+        runs = {node: _run(flags, at) for node, flags in answers.items()}
+        longest = max(runs.values(), default=0)
+        if not longest:
+            where.append(None)
+            continue
+        drawn = [
+            (-log(_draw(node, reader)) * (1 + reading.get(node, 0)) / run, run, node)
+            for node, run in runs.items()
+            if run >= RUN_SHARE * longest
+        ]
+        _, run, node = min(drawn)
+        where += [node] * run
     return where
+
+
+def _draw(node: NodeId, reader: str) -> float:
+    """Between 0 and 1, without them; the least ``-log(draw) / weight`` draws by weight."""
+    return (int.from_bytes(weight(node, reader), "big") + 1) / (2**64 + 2)
 
 
 def _run(flags: bytes, at: int) -> int:

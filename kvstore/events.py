@@ -5,13 +5,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 
 from tracehaul.runtime.log import Log, Seldom
-from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
+from tracehaul.wire.blocks import Change, Events, Snapshot
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.ids import BlockHash, Generation
 
 seldom = Seldom(Log(__name__))
-
-Change = Stored | Removed
 
 SNAPSHOT_PART_HASHES = 4096
 EVENTS_MAX = 4096
@@ -43,11 +41,11 @@ class Feed:
                 self.overflows += 1
                 seldom.warning("cut off a subscriber that fell too far behind", changes=self.changes_max)
 
-    async def follow(self, held: tuple[BlockHash, ...]) -> AsyncGenerator[Snapshot | Events, None]:
+    async def follow(self, held: Sequence[tuple[BlockHash, ...]]) -> AsyncGenerator[Snapshot | Events, None]:
         """The snapshot ``held``, in parts, then changes for ever.
 
-        ``held`` must be what is visible as of the last :meth:`append`, and the generator's first step must follow
-        without an await in between.
+        ``held``, by tier, must be what is visible as of the last :meth:`append`, and the generator's first step must
+        follow without an await in between.
 
         Raises:
             Overloaded: there are too many subscribers, or this one fell too far behind: subscribe again.
@@ -60,10 +58,17 @@ class Feed:
         subscriber = self._subscribers[key] = _Subscriber(self.changes_max)
         try:
             # At least one part, so that an empty node is known to be empty.
-            for start in range(0, max(1, len(held)), SNAPSHOT_PART_HASHES):
-                end = start + SNAPSHOT_PART_HASHES
-                yield Snapshot(self._generation, sequence, held[start:end], last=end >= len(held))
-            del held  # a subscription lives long
+            parts = deque(
+                (tier, hashes[start : start + SNAPSHOT_PART_HASHES])
+                for tier, hashes in enumerate(held)
+                for start in range(0, len(hashes), SNAPSHOT_PART_HASHES)
+            )
+            del held
+            if not parts:
+                parts.append((0, ()))
+            while parts:  # none is kept: a subscription lives long
+                tier, hashes = parts.popleft()
+                yield Snapshot(self._generation, sequence, hashes, last=not parts, tier=tier)
             while True:
                 changes = await subscriber.take()
                 yield Events(self._generation, sequence + 1, changes)

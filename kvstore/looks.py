@@ -21,6 +21,8 @@ class Looks:
 
     def __init__(self, nodes: StoreNodes) -> None:
         self._nodes = nodes
+        self.reading: dict[NodeId, int] = {}
+        """Reads under way on each node, as it said last."""
         self._late: set[asyncio.Task[bytes]] = set()
 
     async def look(self, hashes: Sequence[BlockHash], but: Collection[NodeId], timeout_s: float) -> dict[NodeId, bytes]:
@@ -64,9 +66,12 @@ class Looks:
 
     async def _ask(self, view: StoreNodeView, request: Exists, timeout_s: float) -> bytes:
         try:
-            held = (await self._nodes.call(view, request, Existing, timeout_s)).held
+            answer = await self._nodes.call(view, request, Existing, timeout_s)
         except ClusterError:
+            self.reading.pop(view.node, None)
             return b""
+        held = answer.held
+        self.reading[view.node] = answer.reading
         return held if len(held) == len(request.hashes) else b""
 
 

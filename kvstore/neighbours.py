@@ -12,12 +12,11 @@ from kvstore.nodes import StoreNodes
 from kvstore.pins import HeldPin, PinKey
 from kvstore.rate import Rate
 from kvstore.replicator import Replicator
-from kvstore.tiers.base import Change
 from kvstore.writer import Writer
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.blocks import Drain, DrainState, Pin, PinInfo, Removed, Stored
+from tracehaul.wire.blocks import Change, Drain, DrainState, Pin, PinInfo, Removed, Stored
 from tracehaul.wire.cluster import Members, NodeLoad
 from tracehaul.wire.ids import NodeId
 

@@ -19,7 +19,7 @@ from kvstore.operations import Operations
 from kvstore.pin_journal import PinJournal
 from kvstore.pin_keeper import PinKeeper
 from kvstore.pins import PRIORITY_MAX
-from kvstore.tiers.base import Change, Tier, readable
+from kvstore.tiers.base import Tier, readable
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from kvstore.waiting import Waiters
 from tracehaul.rpc.base import CallContext
@@ -37,6 +37,7 @@ from tracehaul.wire.blocks import (
     Await,
     Awaited,
     AwaitState,
+    Change,
     Drain,
     Existing,
     Exists,
@@ -171,11 +172,12 @@ class StoreNode:
             load = self.neighbours.fill_in(load)
         if self.tiering is None:
             return load
-        below: dict[str, int] = {}
-        for tier in self.tiering.tier.parts:
+        below: dict[str, float] = {}
+        for tier, block_s in zip(self.tiering.tier.parts, self.tiering.raise_block_s, strict=True):
             below[f"{tier.name}_blocks"] = len(tier)
             below[f"{tier.name}_bytes_used"] = tier.bytes_used
             below[f"{tier.name}_bytes_max"] = tier.bytes_max
+            below[f"{tier.name}_block_s"] = block_s
         return msgspec.structs.replace(load, **below)
 
     async def run(self) -> None:
@@ -194,7 +196,7 @@ class StoreNode:
         match request:
             case Exists(hashes=hashes):
                 check_count(hashes)
-                return Existing((self.tiering or self.arena).exists(hashes))
+                return Existing((self.tiering or self.arena).exists(hashes), self.arena.leases)
             case Lease():
                 if self.tiering is None:
                     return self._lease(request, context.peer)
@@ -256,7 +258,7 @@ class StoreNode:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, Subscribe):
             raise InvalidRequest(f"a store node does not stream {type(request).__name__}")
-        follower = self.feed.follow((self.tiering or self.arena).published())
+        follower = self.feed.follow([self.arena.published()] if self.tiering is None else self.tiering.by_tier())
         try:
             async for part in follower:
                 yield part

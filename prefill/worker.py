@@ -12,7 +12,7 @@ from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, Pref
 from worker.context import Context
 from worker.flights import Flight, Flights
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended
+from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written
 
 
 class PrefillService:
@@ -34,7 +34,7 @@ class PrefillService:
             raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
         tokens = unpack_tokens(request.tokens)
-        async with self._host.context(request.trace, request.salt, tokens, len(tokens)) as here:
+        async with self._host.context(request.trace, request.family, request.salt, tokens, len(tokens)) as here:
             await here.locate()
             await here.pull(len(tokens) - 1)
             await self.flights.join(here)
@@ -53,6 +53,7 @@ class PrefillService:
         guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
             arrival=here.arrival,
+            rank=here.rank,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=request.sampling,
@@ -67,9 +68,14 @@ class PrefillService:
             flight.published(tokens)
             job.events.put_nowait(Published(tokens))
 
-        async with self._host.writer(here, request.home, published, flight.end) as writer:
+        def written() -> None:
+            flight.end()
+            job.events.put_nowait(Written())
+
+        sampled = ended = False
+        async with self._host.writer(here, request.home, published, written) as writer:
             async with self._host.job(job):
-                while True:
+                while not (sampled and ended):
                     match await job.events.get():
                         case Computed(length):
                             writer.computed(length, last=length == end)  # the tail travels with the last blocks
@@ -77,12 +83,13 @@ class PrefillService:
                             yield PrefillProgress(length)
                         case Sampled(token, _, logprobs):
                             yield PrefillToken(token, computed_from, logprobs)
-                            break
+                            sampled = True
+                        case Written():
+                            ended = True
                         case Failed(error):
                             raise error
                         case Suspended():
                             raise AssertionError("a prompt's memory is all there before it is computed")
                         case Scored():
                             raise AssertionError("prompts are scored where they are decoded")
-            await writer.finish()
             yield PrefillDone(writer.published_tokens)

@@ -38,6 +38,8 @@ class Placed(msgspec.Struct, frozen=True, tag="placed"):
     """What the step was expected to cost there, delays of others included."""
     warm_cost_s: float | None = None
     """And at ``warm``, if that lives."""
+    pull_tokens: int | None = None
+    """Up to where the store's tokens are pulled, where the rest would come up more slowly than it is computed."""
 
 
 class Moved(msgspec.Struct, frozen=True, tag="moved"):

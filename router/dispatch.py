@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import zip_longest
 from typing import Annotated
 
 import msgspec
@@ -12,9 +13,10 @@ from msgspec import Meta
 from router.book import Book
 from router.decisions import NODES_MAX, Decisions, Ended, Moved, Placed
 from router.hits import Hits
-from router.index import Index
+from router.index import Index, TierRun
 from router.inflight import InFlight
 from router.members import MemberRegistry
+from router.policy.cost import StoredRun
 from router.policy.fleet import Fleet
 from router.policy.placement import Ask, Placement, Policy, place
 from router.policy.retention import RetentionConfig
@@ -225,11 +227,12 @@ class Dispatch:
         self.decodes.sync(decodes, self.members.loads(decodes))
         self.prefills.sync(prefills, self.members.loads(prefills))
         expected = self._predicted.match(run.hashes, now_s)
-        warm, stored_tokens = run.warm, self.index.match(run.hashes).blocks * run.block_tokens
+        found = self.index.match(run.hashes)
+        warm, stored_tokens = run.warm, found.blocks * run.block_tokens
         ask = Ask(
             trace=request.trace,
             prompt_tokens=tokens,
-            stored_tokens=stored_tokens,
+            stored=self._stored(found.runs, run.block_tokens),
             warm=warm,
             home=trace.home,
             predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
@@ -243,8 +246,11 @@ class Dispatch:
         assert placement is not None
         lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
         run.placed(placement, stored_tokens, warm_lives=lives)
-        if placement.prefill_work_s and placement.prefill is not None:
-            self._predicted.add(run.hashes, [placement.prefill], now_s)
+        taken = run.takes(placement)
+        if taken is not None:
+            self.traces.take(trace, taken)
+        if placement.computes is not None:
+            self._predicted.add(run.hashes, [placement.computes], now_s)
         self._log_placed(run, placement, stored_tokens)
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
@@ -258,6 +264,17 @@ class Dispatch:
             placement.expected_tokens,
         )
         return placement
+
+    def _stored(self, runs: Sequence[TierRun], block_tokens: int) -> list[StoredRun]:
+        """With what it takes to bring each up: on the slowest node, as it may be on any."""
+        if all(run.tier == 0 for run in runs):
+            return [StoredRun(run.end * block_tokens, 0.0) for run in runs]
+        block_s = [0.0]
+        for load in self.members.loads(self.members.live("store")):
+            below = [0.0, *(seconds for seconds in (load.disk_block_s, load.s3_block_s) if seconds)]
+            block_s = [max(pair) for pair in zip_longest(block_s, below, fillvalue=0.0)]
+        depth = len(block_s) - 1
+        return [StoredRun(run.end * block_tokens, block_s[min(run.tier, depth)] / block_tokens) for run in runs]
 
     def _log_placed(self, run: Run, placement: Placement, stored_tokens: int) -> None:
         warm = run.warm
@@ -275,6 +292,7 @@ class Dispatch:
             running={key.node: self.decodes.running(key) for key in self.decodes.keys[:NODES_MAX]},
             cost_s=placement.cost_s,
             warm_cost_s=placement.warm_cost_s,
+            pull_tokens=placement.pull_tokens,
         )
         self.decisions.add(run.trace.key, clock.now_s(), placed)
 
@@ -293,6 +311,8 @@ class Dispatch:
             home=placement.home,
             prefill=placement.prefill,
             sampling=request.sampling,
+            family=run.trace.parent or request.trace,
+            pull_tokens=placement.pull_tokens,
             prompt_logprobs=run.prompt_logprobs,
         )
         context = CallContext(trace=request.trace, step=request.step)

@@ -16,14 +16,14 @@ from router.contexts import Left, Warm
 from router.decisions import Decisions, Recalled, Retained
 from router.members import MemberRegistry
 from router.policy.gaps import Gap, Gaps, Tools, certain
-from router.policy.retention import Retention, RetentionConfig, decide, mean_wait, progress, situation
+from router.policy.retention import RECALLED_KEEP_S, Retention, RetentionConfig, decide, mean_wait, progress, situation
 from router.traces import PinWish, Step, Suspension, Trace, TraceKey, Traces
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.base import Ok
-from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchState, Unpin
+from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchCancel, PrefetchPoll, PrefetchState, Unpin
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import salted
@@ -38,6 +38,7 @@ ACTS_MAX = 512
 """Calls to stores and workers under way; what would be more is left undone."""
 CALL_TIMEOUT_S = 2.0
 RECALL_TIMEOUT_S = 30.0
+PREFETCH_POLL_S = 0.2
 LENGTHS_MAX = 64
 """Ended traces from whose lengths it is learned what progress tells."""
 
@@ -55,6 +56,7 @@ class RetentionStats(msgspec.Struct):
     recalls_vain: int = 0
     recalls_cut: int = 0
     prefetches: int = 0
+    prefetches_cut: int = 0
     undone: int = 0
 
 
@@ -79,6 +81,7 @@ class Retainer:
         self._tasks = Tasks("retention")
         self._timers: dict[TraceKey, list[asyncio.TimerHandle]] = {}
         self._recalls: dict[TraceKey, asyncio.Task[None]] = {}
+        self._prefetches: dict[TraceKey, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Do nothing more."""
@@ -173,6 +176,7 @@ class Retainer:
 
     def _retain(self, trace: Trace, gap: Gap, tools: Tools, *, told_s: float | None = None) -> None:
         self._stop_timers(trace.key)
+        self._stop_prefetch(trace.key)
         now = situation(trace.context_tokens, self._rates(trace), self._wait_s, self._eta)
         plan = trace.retention = decide(gap, now, self._config, told_s=told_s)
         median_s, longest_s = gap.quantile(0.5), gap.quantile(0.99)
@@ -199,6 +203,7 @@ class Retainer:
 
     def _release(self, trace: Trace, lefts: list[Left]) -> None:
         self._stop_timers(trace.key)
+        self._stop_prefetch(trace.key)
         trace.retention = None
         home = self._node("store", trace.home)
         if home is not None and (self._config.pins or trace.pin is not None):
@@ -265,16 +270,16 @@ class Retainer:
     async def _recall(self, trace: Trace, left: Left, why: str) -> None:
         """Bring a context back to the worker that had it, or to the one with the least to do."""
         worker = self._worker(trace, left)
-        keep_s = trace.retention.keep_s if trace.retention is not None else 0.0
+        keep_s = max(trace.retention.keep_s if trace.retention is not None else 0.0, RECALLED_KEEP_S)
         if worker is None:
             return
-        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], max(keep_s, 1.0)), Resident)
+        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], keep_s), Resident)
         if here is None or here.tokens >= left.tokens:
             return
         self.stats.recalls += 1
         began_s = clock.now_s()
-        await self._prefetch(trace, left)
-        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], max(keep_s, 1.0))
+        self._start_prefetch(trace, left)
+        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], keep_s)
         now_there = await self._try(worker, recall, Resident, RECALL_TIMEOUT_S)
         tokens = now_there.tokens if now_there is not None else 0
         gained = max(0, tokens - here.tokens)
@@ -285,13 +290,39 @@ class Retainer:
         now_s = clock.now_s()
         self._decisions.add(trace.key, now_s, Recalled(worker.node, why, gained, tokens, now_s - began_s))
 
-    async def _prefetch(self, trace: Trace, left: Left) -> None:
-        """Let the store bring it up from what is below its memory: ahead of the worker, or in its stead."""
+    def _start_prefetch(self, trace: Trace, left: Left) -> None:
         home = self._node("store", trace.home)
         if home is None or not self._members.has_tiers(home.node) or not left.hashes:
             return
+        self._stop_prefetch(trace.key)
+        task = self._start(self._prefetch(trace.key, home, left), f"prefetch {trace.trace}")
+        if task is not None:
+            self._prefetches[trace.key] = task
+
+    async def _prefetch(self, key: TraceKey, home: NodeInfo, left: Left) -> None:
+        """Let the store bring it up from what is below its memory: ahead of the worker, or in its stead.
+
+        A step that begins meanwhile reads what is brought. Where the store lacks room for a block, or the block, what
+        follows is not brought either.
+        """
         self.stats.prefetches += 1
-        await self._try(home, Prefetch(tuple(left.hashes)), PrefetchState)
+        state = await self._try(home, Prefetch(tuple(left.hashes)), PrefetchState)
+        try:
+            while state is not None and state.state == "running" and not state.missed:
+                await asyncio.sleep(PREFETCH_POLL_S)
+                state = await self._try(home, PrefetchPoll(state.job), PrefetchState)
+        finally:
+            if state is not None and state.state == "running":
+                self.stats.prefetches_cut += 1
+                self._start(self._try(home, PrefetchCancel(state.job), PrefetchState), "cancel a prefetch")
+            if self._prefetches.get(key) is asyncio.current_task():
+                del self._prefetches[key]
+
+    def _stop_prefetch(self, key: TraceKey) -> None:
+        """Nobody waits for it."""
+        task = self._prefetches.pop(key, None)
+        if task is not None:
+            task.cancel()
 
     def _worker(self, trace: Trace, left: Left) -> NodeInfo | None:
         workers = [w for w in self._members.live("decode") if salted(w.root, trace.key[0]) == left.root]

@@ -54,6 +54,11 @@ class Run:
         """Of the prompt's full blocks, once it was cut."""
         return self._cut.hashes
 
+    @property
+    def forks(self) -> bool:
+        """Whether the context that it continues is its parent's."""
+        return self._cut.left is not None and not any(own is self._cut.left for own in self.trace.lefts)
+
     def cut(self, worker: NodeInfo) -> None:
         """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
         root = salted(worker.root, self.request.salt)
@@ -67,7 +72,15 @@ class Run:
         self.step.parent = left.step
         if left.warm is not None and self.warm is None:
             kept = min(left.warm.retained_tokens, self._cut.shared_tokens)
-            self.warm = Warm(left.warm.node, left.warm.generation, kept)
+            # A worker gives another trace's context only to who continues all of it.
+            if not self.forks or kept == left.warm.retained_tokens:
+                self.warm = Warm(left.warm.node, left.warm.generation, kept)
+
+    def takes(self, placement: Placement) -> Left | None:
+        """The parent's context, if this step continues it there on the worker that kept it: nobody else can then."""
+        warm = self.warm
+        there = warm is not None and (warm.node, warm.generation) == placement.decode
+        return self._cut.left if there and self.forks else None
 
     def placed(self, placement: Placement, stored_tokens: int, *, warm_lives: bool) -> None:
         """It was given a place. What counts for its hits is what was known before the first attempt."""

@@ -86,13 +86,16 @@ def _placed(placed: Placed, step: StepView | None) -> str:
     cost = f", {_s(placed.cost_s)} of work and waiting" if placed.cost_s else ""
     if placed.warm_cost_s is not None and placed.decode != placed.warm:
         cost += f", {_s(placed.warm_cost_s)} at {placed.warm}"
+    slow = ""
+    if placed.pull_tokens is not None:
+        slow = f" (what the store has after token {placed.pull_tokens} comes up too slowly)"
     prefill = (
         f"what is missing is computed by {placed.prefill}" if placed.prefill else "what is missing is computed there"
     )
     return (
         f"Step {placed.step}{before}: {_count(placed.prompt_tokens, 'token')}, of which the stores held "
         f"{placed.indexed_tokens} and {warm}. Put on {placed.decode} ({placed.reason}{cost}; running: {load}), "
-        f"expecting {placed.expected_tokens} cached; {prefill}, new blocks go to {placed.home or 'no store'}."
+        f"expecting {placed.expected_tokens} cached{slow}; {prefill}, new blocks go to {placed.home or 'no store'}."
     )
 
 

@@ -3,7 +3,7 @@ cost of time only."""
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -250,6 +250,12 @@ class Traces:
     def rewarm(self, trace: Trace, left: Left, again: Left) -> None:
         """A context is on a worker again; nothing happens if a step has continued it meanwhile."""
         trace.lefts = [again if known is left else known for known in trace.lefts]
+
+    def take(self, trace: Trace, left: Left) -> None:
+        """A fork continues its parent's context on the worker that kept it: there it is the fork's from now on."""
+        parent = self._parent(trace)
+        if parent is not None:
+            self.rewarm(parent, left, replace(left, warm=None))
 
     def expire(self, trace: Trace) -> None:
         """Nobody comes back to it."""

@@ -7,7 +7,7 @@ trusts the code under test for what it can know itself.
 import asyncio
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvstore.node import StoreNode
@@ -369,10 +369,12 @@ class IndexChecker:
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
 
-    def compare(self, store: str, indexed: frozenset[BlockHash], held: frozenset[BlockHash]) -> None:
-        """One node."""
+    def compare(self, store: str, indexed: Mapping[BlockHash, int], held: Mapping[BlockHash, int]) -> None:
+        """One node: blocks, and the tier of each."""
         if indexed != held:
-            text = f"{len(indexed - held)} blocks too many, {len(held - indexed)} missing"
+            more, fewer = indexed.keys() - held.keys(), held.keys() - indexed.keys()
+            moved = sum(indexed[block] != held[block] for block in indexed.keys() & held.keys())
+            text = f"{len(more)} blocks too many, {len(fewer)} missing, {moved} in another tier"
             self._findings.add("index", f"{store}: the router has {text}")
 
 

@@ -28,9 +28,11 @@ class Gateway:
     def __init__(self) -> None:
         self.router: Life | None = None
         self._open: dict[asyncio.Task[None], asyncio.Queue[_Event]] = {}
+        self._heard: set[StepId] = set()
+        self._left: set[StepId] = set()
 
     def ask(self, request: StepRequest) -> tuple[asyncio.Task[None], "asyncio.Queue[_Event]"]:
-        """Make a request; cancelling the task is hanging up.
+        """Make a request, until :meth:`leave`.
 
         Raises:
             PeerLost: nobody listens.
@@ -39,10 +41,17 @@ class Gateway:
         if life is None or not life.alive or not life.ready.is_set():
             raise PeerLost("connection refused")
         answer: asyncio.Queue[_Event] = asyncio.Queue()
-        task = asyncio.get_running_loop().create_task(_serve(life, request, answer), context=life.context())
+        task = asyncio.get_running_loop().create_task(self._serve(life, request, answer), context=life.context())
         self._open[task] = answer
         task.add_done_callback(lambda _: self._open.pop(task, None))
         return task, answer
+
+    def leave(self, request: StepRequest, task: "asyncio.Task[None]") -> None:
+        """Hang up, or end. A router that is frozen hears first of the request, and then of that."""
+        if request.step in self._heard:
+            task.cancel()
+        else:
+            self._left.add(request.step)
 
     def lost(self) -> None:
         """The router's process is gone, and all connections to it."""
@@ -50,16 +59,20 @@ class Gateway:
             answer.put_nowait(PeerLost("connection reset"))
         self._open.clear()
 
-
-async def _serve(life: Life, request: StepRequest, answer: "asyncio.Queue[_Event]") -> None:
-    assert life.dispatch is not None
-    try:
-        async with aclosing(life.dispatch.run(request)) as events:
-            async for event in events:
-                answer.put_nowait(event)
-        answer.put_nowait(None)
-    except ClusterError as error:
-        answer.put_nowait(error)
+    async def _serve(self, life: Life, request: StepRequest, answer: "asyncio.Queue[_Event]") -> None:
+        assert life.dispatch is not None
+        self._heard.add(request.step)
+        if request.step in self._left:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()  # takes effect where the router first waits
+        try:
+            async with aclosing(life.dispatch.run(request)) as events:
+                async for event in events:
+                    answer.put_nowait(event)
+            answer.put_nowait(None)
+        except ClusterError as error:
+            answer.put_nowait(error)
 
 
 class Books:
@@ -180,7 +193,7 @@ class Agents:
                 return received
         finally:
             terminal.ended(key, cut_off=cut_off)
-            task.cancel()
+            self._gateway.leave(request, task)
 
     async def _hang_up(
         self, request: StepRequest, answer: "asyncio.Queue[_Event]", received: list[int], expected: list[int]

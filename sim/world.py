@@ -435,7 +435,9 @@ class World:
                 if life.store.tiering is not None:
                     integrity.check(life.process, life.store.tiering.tier.check)
                 check_store(references, life)
-                held = frozenset((life.store.tiering or life.store.arena).published())
+                tiering = life.store.tiering
+                tiers = [life.store.arena.published()] if tiering is None else tiering.by_tier()
+                held = {block: tier for tier, blocks in enumerate(tiers) for block in blocks}
                 index.compare(life.process, router.index.held(node), held)
             elif life.host is not None and life.engine is not None:
                 integrity.check(life.process, life.engine.check)

@@ -40,6 +40,7 @@ class Context:
         config: WorkerConfig,
         *,
         arrival: int,
+        rank: int,
         salt: str,
         tokens: list[int],
         packed: bytes,
@@ -52,6 +53,8 @@ class Context:
         self._config = config
         self.arrival = arrival
         """Its step's place in the order of arrival on this worker."""
+        self.rank = rank
+        """The place in that order that its prompt is computed at: its family's."""
         self.salt = salt
         self.tokens = tokens
         self.packed = packed

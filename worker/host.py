@@ -19,6 +19,7 @@ from tracehaul.wire.ids import BlockHash, NodeId, TraceId
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
+from worker.families import Families
 from worker.iteration import IterationLoop, Job, usable_context
 from worker.pressure import Line
 from worker.residency import Residency, Resident
@@ -64,6 +65,7 @@ class WorkerHost:
         self.loop = IterationLoop(engine, Scheduler(config.chunk_tokens, config.sequences_max), self._make_room)
         self._residency = Residency()
         self._line = Line()
+        self._families = Families()
         self._room = asyncio.Event()
         """Set when there may be memory for somebody in the line."""
         self._arrivals = count()
@@ -97,7 +99,13 @@ class WorkerHost:
 
     @asynccontextmanager
     async def context(
-        self, trace: TraceId, salt: str, tokens: list[int], capacity: int, suspended: Context | None = None
+        self,
+        trace: TraceId,
+        family: TraceId,
+        salt: str,
+        tokens: list[int],
+        capacity: int,
+        suspended: Context | None = None,
     ) -> AsyncGenerator[Context]:
         """A context with room for ``capacity`` tokens, starting from what is resident; waits for memory.
 
@@ -124,11 +132,13 @@ class WorkerHost:
             arrival, trace, salt, packed, capacity, may_refuse=suspended is None
         )
         self._running += 1
-        context = self._context(arrival, salt, tokens, packed, known, sequence, resident_tokens)
+        rank = self._families.join((salt, family), arrival)
+        context = self._context(arrival, salt, tokens, packed, known, sequence, resident_tokens, rank)
         try:
             yield context
         finally:
             self._running -= 1
+            self._families.leave((salt, family))
             self._count(context)
             self._retire(trace, context)
             self.loop.freed(arrival)
@@ -210,12 +220,14 @@ class WorkerHost:
         known: Sequence[BlockHash],
         sequence: SequenceId,
         resident_tokens: int,
+        rank: int | None = None,
     ) -> Context:
         return Context(
             self.engine,
             self.client,
             self.config,
             arrival=arrival,
+            rank=arrival if rank is None else rank,
             salt=salt,
             tokens=tokens,
             packed=packed,
@@ -247,10 +259,10 @@ class WorkerHost:
         here: Context,
         home: NodeId | None,
         on_published: Callable[[int], None] | None = None,
-        on_refused: Callable[[], None] | None = None,
+        on_ended: Callable[[], None] | None = None,
     ) -> AsyncGenerator[BlockWriter]:
         """Writes a context's blocks back to the store; see there."""
-        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published, on_refused) as writer:
+        async with BlockWriter(self.engine, self.client, self.config, here, home, on_published, on_ended) as writer:
             try:
                 yield writer
             finally:

@@ -52,6 +52,11 @@ class Published:
 
 
 @dataclass(frozen=True)
+class Written:
+    """Nothing more will be published."""
+
+
+@dataclass(frozen=True)
 class Suspended:
     """The job left the loop because others need its memory: it may come back when there is some."""
 
@@ -63,7 +68,7 @@ class Failed:
     error: ClusterError
 
 
-Event = Computed | Sampled | Scored | Published | Suspended | Failed
+Event = Computed | Sampled | Scored | Published | Written | Suspended | Failed
 
 
 @dataclass
@@ -72,6 +77,8 @@ class Job:
 
     arrival: int
     """Its step's place in the order of arrival, which no other job in the loop has."""
+    rank: int
+    """The place in that order that its prompt is computed at."""
     sequence: SequenceId
     tokens: list[int]
     sampling: Sampling
@@ -131,6 +138,8 @@ class IterationLoop:
         self._jobs: dict[int, Job] = {}
         self._next_key = 0
         self._wake = asyncio.Event()
+        self._planned: frozenset[int] = frozenset()
+        """Jobs that the iteration under way may touch, also those that left."""
         self._iteration_ended = asyncio.Event()
         self._iteration_ended.set()
         self.iterations = 0
@@ -155,14 +164,15 @@ class IterationLoop:
         self._next_key += 1
         self._jobs[key] = job
         at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
-        self._scheduler.add(key, len(job.tokens) - job.computed, at_most)
+        self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.rank)
         self._wake.set()
         return key
 
     async def stop(self, key: int) -> None:
         """Remove a job, ended or not. On return no iteration touches its sequence."""
         self._drop(key)
-        await self._iteration_ended.wait()
+        if key in self._planned:
+            await self._iteration_ended.wait()
 
     async def calibrate(self, tokens_max: int) -> None:
         """Measure the engine on a prompt of no meaning. Not while :meth:`run` runs."""
@@ -209,6 +219,7 @@ class IterationLoop:
         try:
             computed = await self._compute()
         finally:
+            self._planned = frozenset()
             self._iteration_ended.set()
         self.iterations += bool(computed)
         for grant, job, result in computed:
@@ -216,7 +227,9 @@ class IterationLoop:
         return bool(computed)
 
     async def _compute(self) -> list[tuple[Grant, Job, Result]]:
-        fitting = await self._fitting(self._scheduler.plan())
+        plan = self._scheduler.plan()
+        self._planned = frozenset(grant.key for grant in plan)
+        fitting = await self._fitting(plan)
         self._relieve()
         # Some may have left while another grew, or for it.
         grants = [(grant, job) for grant, job in fitting if grant.key in self._jobs]

@@ -2,7 +2,7 @@
 
 Each job has a number of *pending* tokens: known, but without KV yet. One pending token is a decode step, several are
 a prompt (or what is left of it). Decode steps go first, since a token costs them one pass whatever shares it; prompts
-fill the rest of the budget in order of arrival, in chunks.
+fill the rest of the budget in order of their ranks, in chunks.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ class Grant(NamedTuple):
 
 
 class Scheduler:
-    """Order of arrival within each kind; no job starves while others come and go."""
+    """Decode steps in turn, prompts by rank; no job starves while others come and go, if ranks grow with time."""
 
     def __init__(self, chunk_tokens: int, sequences_max: int) -> None:
         assert chunk_tokens > 0
@@ -25,28 +25,34 @@ class Scheduler:
         self._sequences_max = sequences_max
         self._pending: dict[int, int] = {}
         self._at_most: dict[int, int] = {}
+        self._ranks: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def add(self, key: int, pending: int, at_most: int | None = None) -> None:
-        """A job with ``pending`` tokens to compute joins; no more than ``at_most`` of them in one iteration."""
+    def add(self, key: int, pending: int, at_most: int | None = None, *, rank: int) -> None:
+        """A job with ``pending`` tokens to compute joins; no more than ``at_most`` of them in one iteration.
+
+        Prompts of a lower ``rank`` come first; of the same rank, the one in progress, then the one that came first.
+        """
         assert key not in self._pending
         assert pending > 0
         assert at_most is None or at_most > 0
         self._pending[key] = pending
         if at_most is not None:
             self._at_most[key] = at_most
+        self._ranks[key] = rank
 
     def remove(self, key: int) -> None:
         """A job leaves: ended or aborted. Removing it twice is harmless."""
         self._pending.pop(key, None)
         self._at_most.pop(key, None)
+        self._ranks.pop(key, None)
 
     def plan(self) -> list[Grant]:
         """Grants for the next iteration, decode steps first; at most ``sequences_max``, ``chunk_tokens`` in sum."""
         decodes = [key for key, pending in self._pending.items() if pending == 1]
-        prompts = [key for key, pending in self._pending.items() if pending > 1]
+        prompts = sorted([key for key, pending in self._pending.items() if pending > 1], key=self._ranks.__getitem__)
         # However many decode, the first prompt gets on.
         places = max(1, min(self._sequences_max, self._chunk_tokens) - bool(prompts))
         grants = [Grant(key, 1) for key in decodes[:places]]

@@ -32,7 +32,7 @@ class BlockWriter:
         context: Context,
         home: NodeId | None,
         on_published: Callable[[int], None] | None = None,
-        on_refused: Callable[[], None] | None = None,
+        on_ended: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
         self._client = client
@@ -47,7 +47,7 @@ class BlockWriter:
         self._held = [holder is not None for holder in context.holders]
         self._home = home
         self._on_published = on_published
-        self._on_refused = on_refused
+        self._on_ended = on_ended
         self._computed = context.length
         self._next_block = 0
         self._closing = False
@@ -89,7 +89,7 @@ class BlockWriter:
                 if self._next_block * size < ready:
                     await self._write_group(ready)
                 elif self._closing:
-                    return
+                    break
                 else:
                     self._wake.clear()
                     await self._wake.wait()
@@ -102,8 +102,8 @@ class BlockWriter:
             log.warning(
                 "write-back of sequence %s ended at block %s: %s", self._sequence, self._next_block, self.refused
             )
-            if self._on_refused is not None:
-                self._on_refused()
+        if self._on_ended is not None:
+            self._on_ended()
 
     def _hash_of(self, block: int) -> BlockHash:
         """The chain goes on over output tokens as their blocks fill."""

@@ -56,6 +56,36 @@ def choose(traces: Sequence[Trace], limits: Limits, seed: int) -> list[Trace]:
     return chosen
 
 
+def shrink(trace: Trace, divisor: int) -> Trace:
+    """The same with every length divided: prompts, their blocks and outputs. What is shared stays shared, block by
+    block; ``divisor`` divides the length of the blocks."""
+    steps: list[Step] = []
+    for step in trace.steps:
+        assert isinstance(step.prompt, Blocks)
+        assert step.prompt.block_tokens % divisor == 0
+        prompt = msgspec.structs.replace(
+            step.prompt,
+            block_tokens=step.prompt.block_tokens // divisor,
+            tokens=-(-step.prompt.tokens // divisor),
+        )
+        children = tuple(shrink(child, divisor) for child in step.children)
+        steps.append(Step(prompt, max(1, step.output_tokens // divisor), step.gap_s, children))
+    return msgspec.structs.replace(trace, steps=tuple(steps))
+
+
+def whole_groups(traces: Sequence[Trace], one_in: int, seed: int) -> list[Trace]:
+    """Of all traces that begin with the same block either all or none, one group in so many; in their order.
+
+    A part of a recording has about the sharing of the whole only if what shares stays together: in the first requests
+    there is nothing yet to be shared.
+    """
+    firsts = [prompt.ids[:1] for trace in traces if isinstance(prompt := trace.steps[0].prompt, Blocks)]
+    assert len(firsts) == len(traces)
+    groups = list(dict.fromkeys(firsts))
+    chosen = set(random.Random(seed).sample(groups, -(-len(groups) // one_in)))
+    return [trace for trace, first in zip(traces, firsts, strict=True) if first in chosen]
+
+
 def _cut(trace: Trace, limits: Limits, skip: int) -> Trace:
     steps: list[Step] = []
     for step in trace.steps[skip : skip + limits.steps_max]:

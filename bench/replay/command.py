@@ -3,31 +3,26 @@
 import asyncio
 import lzma
 import tarfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from bench.recordings import documents, find
 from bench.replay.choose import Forks, Limits, choose, forks
 from bench.replay.endpoint import Affinity, NoEndpoint, Prompts
 from bench.replay.parse import parse
+from bench.replay.progress import shown
 from bench.replay.recording import Trace
 from bench.replay.records import summary
-from bench.replay.run import Outcome, Progress, Target, replay
+from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
-from bench.report import finish, percentile
+from bench.report import finish
 from cluster.rundir import ClusterFault
 
 RECORDINGS_VARIABLE = "TRACEHAUL_RECORDINGS"
-LINE_EVERY_S = 10.0
-"""Of progress, where there is no terminal."""
 
 
 def read_traces(recordings: Path, workload: str | None) -> list[Trace]:
@@ -117,7 +112,7 @@ def replay_command(
     pacing = Pacing(concurrency=concurrency, time_scale=time_scale, gap_max_s=gap_max, stagger_s=stagger)
     target = Target(url, model, prompts, salt, affinity, timeout, api_key, block)
     console = Console()
-    with _progress(console) as observe:
+    with shown(console) as observe:
         try:
             outcome = asyncio.run(replay(chosen, pacing, target, observe))
         except NoEndpoint as error:
@@ -156,46 +151,3 @@ def _tell(
         title = f"{config['traces']} traces, {len(records)} steps, {config['target']['url']}"
         plot(records, outcome.hits, title, png)
         console.print(f"drawn to {png}")
-
-
-class _Observer:
-    """Shows how far a replay is: one live line on a terminal, else a line now and then."""
-
-    def __init__(self, console: Console, live: Live | None) -> None:
-        self._console = console
-        self._live = live
-        self._told_s = 0.0
-
-    def __call__(self, progress: Progress) -> None:
-        if self._live is None and progress.elapsed_s < self._told_s + LINE_EVERY_S:
-            return
-        self._told_s = progress.elapsed_s
-        good = [record for record in progress.records if record.error is None]
-        known = [record for record in good if record.cached_tokens is not None]
-        cached = sum(record.cached_tokens or 0 for record in known)
-        prompts = sum(record.prompt_tokens or 0 for record in known)
-        first = [record.ttft_s for record in good if record.ttft_s is not None]
-        parts = (
-            f"{progress.elapsed_s:6.0f}s",
-            f"{len(progress.records)}/{progress.steps} steps",
-            f"{progress.running} running",
-            f"{sum(trace.parent is None for trace in progress.completed)} traces done",
-            f"{len(progress.records) - len(good)} errors",
-            f"hits {cached / prompts:.3f}" if prompts else "",
-            f"TTFT p50 {percentile(first, 0.5):.2f}s" if first else "",
-        )
-        if self._live is None:
-            self._console.print("  ".join(part for part in parts if part), highlight=False, soft_wrap=True)
-            return
-        table = Table.grid(padding=(0, 2))
-        table.add_row(*parts)
-        self._live.update(table)
-
-
-@contextmanager
-def _progress(console: Console) -> Generator[_Observer, None, None]:
-    if not console.is_terminal:
-        yield _Observer(console, None)
-        return
-    with Live(console=console, refresh_per_second=4, transient=True) as live:
-        yield _Observer(console, live)

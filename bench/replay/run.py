@@ -8,7 +8,7 @@ import httpx
 import msgspec
 
 from bench.replay.endpoint import Affinity, Endpoint, Form, Prompts, candidate_forms, probe, served_model
-from bench.replay.hits import theoretical
+from bench.replay.hits import Bound, theoretical
 from bench.replay.recording import Trace
 from bench.replay.records import Hits, StepRecord, hits
 from bench.replay.schedule import Completed, Pacing, Scheduler, Sending
@@ -57,6 +57,8 @@ class Outcome(NamedTuple):
     records: list[StepRecord]
     """In the order in which they were sent."""
     completed: list[Completed]
+    bounds: list[Bound]
+    """Of hits, for each record."""
     hits: Hits | None
 
 
@@ -96,7 +98,7 @@ async def replay(
     prompts = [(sending.trace.trace, packed_prompt(sending.step.prompt, target.salt)) for sending, _ in sent]
     bounds = theoretical(prompts, target.block_tokens)
     found = hits(records, bounds, [len(packed) // 4 for _, packed in prompts])
-    return Outcome(form, wall_s, records, schedule.completed, found)
+    return Outcome(form, wall_s, records, schedule.completed, bounds, found)
 
 
 async def _send_all(

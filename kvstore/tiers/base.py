@@ -6,10 +6,8 @@ from typing import Literal, NamedTuple, Protocol
 import msgspec
 
 from kvstore.tenants import TenantKey
-from tracehaul.wire.blocks import Removed, Stored
+from tracehaul.wire.blocks import Change, Moved, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
-
-Change = Stored | Removed
 
 StoreOutcome = Literal["stored", "present", "full", "failed"]
 """``full``: nothing in the tier may make room for it. ``failed``: its device did not take the bytes."""
@@ -94,7 +92,7 @@ class Tier(Protocol):
         ...
 
     def listen(self, listener: Callable[[Sequence[Change]], None]) -> None:
-        """Tell ``listener`` of every change from now on."""
+        """Tell ``listener`` of every change from now on. Tiers are counted from this one's first part."""
         ...
 
     def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
@@ -164,6 +162,29 @@ class Tier(Protocol):
 def readable(tier: Tier, block_hash: BlockHash) -> bool:
     """Whether a load may succeed now: some part that is available holds the block."""
     return any(part.available and part.find(block_hash) is not None for part in tier.parts)
+
+
+def part_of(tier: Tier, block_hash: BlockHash) -> int | None:
+    """Which of its parts is the fastest that holds the block."""
+    return next((place for place, part in enumerate(tier.parts) if part.find(block_hash) is not None), None)
+
+
+def told_above(change: Change, lower: Tier, tiers_above: int) -> Change:
+    """What a listener to both hears of a change in what lies above ``lower``."""
+    if isinstance(change, Moved) or (below := part_of(lower, change.hash)) is None:
+        return change
+    return Moved(change.hash, change.tier if isinstance(change, Stored) else tiers_above + below)
+
+
+def told_below(change: Change, tiers_above: int) -> Change:
+    """What a listener to both hears of a lower tier's change in a block that nothing above holds."""
+    match change:
+        case Stored(block_hash, tier):
+            return Stored(block_hash, tiers_above + tier)
+        case Moved(block_hash, tier):
+            return Moved(block_hash, tiers_above + tier)
+        case _:
+            return change
 
 
 class SlotDevice(Protocol):

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from kvstore.tiers.base import Change, TierBlock
+from kvstore.tiers.base import TierBlock
 from kvstore.tiers.slots import SlotIndex
+from tracehaul.wire.blocks import Change
 from tracehaul.wire.ids import BlockHash
 
 

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 from kvstore.eviction import LeastRecent
 from kvstore.tenants import TenantKey, Tenants
-from kvstore.tiers.base import Change, TierBlock
+from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import Record
 from kvstore.victims import Victims
-from tracehaul.wire.blocks import Removed, Stored
+from tracehaul.wire.blocks import Change, Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
 FREE, WRITING, HELD, DOOMED, CLEARING = range(5)

@@ -18,9 +18,9 @@ from itertools import islice
 
 import msgspec
 
-from kvstore.tiers.base import Change, LoadOutcome, StoreOutcome, Tier, TierBlock, TierStats
+from kvstore.tiers.base import LoadOutcome, StoreOutcome, Tier, TierBlock, TierStats, told_above, told_below
 from tracehaul.runtime.log import Log
-from tracehaul.wire.blocks import Stored
+from tracehaul.wire.blocks import Change, Removed, Stored
 from tracehaul.wire.ids import BlockHash
 
 log = Log(__name__)
@@ -124,26 +124,26 @@ class Stack:
         for change in changes:
             if isinstance(change, Stored):
                 self._fall_behind(change.hash)
-            elif change.hash in self._behind:
+            elif isinstance(change, Removed) and change.hash in self._behind:
                 del self._behind[change.hash]
                 self.moves.evicted_uncopied += 1
-        self._tell(changes, self._lower)
+        self._tell([told_above(change, self._lower, len(self._upper.parts)) for change in changes])
 
     def _on_lower(self, changes: Sequence[Change]) -> None:
         for change in changes:
             if isinstance(change, Stored):
                 self._behind.pop(change.hash, None)
-        self._tell(changes, self._upper)
+        above = len(self._upper.parts)
+        self._tell([told_below(change, above) for change in changes if self._upper.find(change.hash) is None])
 
     def _fall_behind(self, block_hash: BlockHash) -> None:
         if self._lower.find(block_hash) is None and block_hash not in self._copying:
             self._behind[block_hash] = None
             self._waiting.set()
 
-    def _tell(self, changes: Sequence[Change], other: Tier) -> None:
-        told = [change for change in changes if other.find(change.hash) is None]
-        if told and self._listener is not None:
-            self._listener(told)
+    def _tell(self, changes: Sequence[Change]) -> None:
+        if changes and self._listener is not None:
+            self._listener(changes)
 
     # --- moves --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ end of the order; one that is evicted before its turn is gone, and counted.
 Up: a lease of blocks that only the tier has waits for them to come into the arena, for a bounded time, and readers
 read memory under a lease as ever. The tier keeps its copy.
 
-A block is visible as long as either has it: subscribers hear of the first arrival and of the last loss.
+A block is visible as long as either has it: subscribers hear of the first arrival, of moves, and of the last loss.
 """
 
 import asyncio
@@ -16,16 +16,17 @@ import contextlib
 import mmap
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import msgspec
 
 from kvstore.arena import Arena
-from kvstore.tiers.base import Change, Tier, TierBlock, readable
+from kvstore.tiers.base import Tier, TierBlock, part_of, readable, told_above, told_below
+from kvstore.tiers.meter import RaiseMeter
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
-from tracehaul.wire.blocks import BlockSpec, Publication, Slot, Stored
+from tracehaul.wire.blocks import BlockSpec, Change, Publication, Slot, Stored
 from tracehaul.wire.ids import BlockHash, LeaseId
 
 seldom = Seldom(Log(__name__))
@@ -119,6 +120,7 @@ class Tiering:
         self._unflushed = asyncio.Event()
         self._coming: dict[BlockHash, _Promotion] = {}
         self._promotions: set[_Promotion] = set()
+        self._meter = RaiseMeter(len(tier.parts))
         self._closed = False
         self._scrubbing = asyncio.Event()
         """Set when the scrubber's rate may have become other than 0."""
@@ -135,6 +137,11 @@ class Tiering:
         """Other limits from now on."""
         self._config = config
         self._scrubbing.set()
+
+    @property
+    def raise_block_s(self) -> tuple[float, ...]:
+        """How long a block of each part of the tier takes to come into memory."""
+        return tuple(self._meter.block_s)
 
     @property
     def behind(self) -> int:
@@ -160,12 +167,12 @@ class Tiering:
         """What subscribers must hear of the arena's changes."""
         told: list[Change] = []
         for change in changes:
-            below = self.tier.find(change.hash) is not None
+            told.append(told_above(change, self.tier, 1))
+            below = told[-1] is not change
             if isinstance(change, Stored):
                 if not below:
                     self._behind[change.hash] = None
                     self._waiting.set()
-                    told.append(change)
                 continue
             waited = change.hash in self._behind
             self._behind.pop(change.hash, None)
@@ -176,12 +183,11 @@ class Tiering:
                 self.stats.evicted_unwritten += waited
                 if waited:
                     seldom.warning("blocks leave memory before they are written: the tier is slow", tier=self.tier.name)
-                told.append(change)
         return told
 
     def _on_tier(self, changes: Sequence[Change]) -> None:
         above = self._arena.exists([change.hash for change in changes])
-        told = [change for change, in_memory in zip(changes, above, strict=True) if not in_memory]
+        told = [told_below(change, 1) for change, in_memory in zip(changes, above, strict=True) if not in_memory]
         if told:
             self._announce(told)
 
@@ -199,10 +205,17 @@ class Tiering:
 
     def published(self) -> tuple[BlockHash, ...]:
         """All that is visible."""
+        return tuple(chain.from_iterable(self.by_tier()))
+
+    def by_tier(self) -> list[tuple[BlockHash, ...]]:
+        """All that is visible, by the fastest tier that has it."""
         above = self._arena.published()
-        below = self.tier.held()
-        held = self._arena.exists(below)
-        return above + tuple([h for h, in_memory in zip(below, held, strict=True) if not in_memory])
+        seen = set(above)
+        tiers = [above]
+        for part in self.tier.parts:
+            tiers.append(tuple([block_hash for block_hash in part.held() if block_hash not in seen]))
+            seen.update(tiers[-1])
+        return tiers
 
     # --- up -----------------------------------------------------------------------------------------------
 
@@ -277,9 +290,14 @@ class Tiering:
     async def _promote(self, promotion: _Promotion, batch: Sequence[tuple[TierBlock, Slot]]) -> None:
         hashes = [block.hash for block, _ in batch]
         views = [self._slot_view(slot.offset, block.size_bytes) for block, slot in batch]
+        deepest = max(part_of(self.tier, block_hash) or 0 for block_hash in hashes)
+        self._meter.began(deepest, clock.now_s())
+        loaded = 0
         try:
             outcomes = await self.tier.load(hashes, views)
+            loaded = outcomes.count("loaded")
         finally:
+            self._meter.ended(deepest, loaded, clock.now_s())
             for block_hash in hashes:
                 del self._coming[block_hash]
             self._promotions.discard(promotion)

@@ -1,10 +1,13 @@
 """What a step costs on each worker, in seconds. Pure; vectors over workers throughout.
 
-``cost = fetch + compute + queue + interference + decoding + what gives way``. Fetching is pulling from the store, or
-computing where that is faster. A prompt's missing rest is computed either on the decode worker, where it delays every
-step that decodes there, or on a prefill worker, from where it is pulled.
+``cost = fetch + compute + queue + interference + decoding + what gives way``. Fetching is pulling from the store, as
+far as that is faster than computing: blocks of a slow tier may not be worth it. A prompt's missing rest is computed
+either on the decode worker, where it delays every step that decodes there, or on a prefill worker, from where it is
+pulled; then all that the store has is pulled, since what it has in a slow tier is not written to it anew.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -21,16 +24,42 @@ LOCAL_MARGIN = 0.7
 that nobody knows of yet, too."""
 
 
+PULL_MARGIN = 0.85
+"""Share of the cost at most at which computing is chosen over pulling: estimates are no better."""
+PULL_ENDS_MAX = 4
+"""Points considered at which pulling may end."""
+
+
+class StoredRun(NamedTuple):
+    """A stretch of a prompt that the store has; the first begins with the prompt, each other where one ends."""
+
+    end: int
+    """In tokens."""
+    raise_token_s: float
+    """What each of its tokens takes to come into the store's memory."""
+
+
 class Need(NamedTuple):
     """A step, in tokens, as far as its costs go."""
 
     prompt: int
-    stored: int
-    """The prompt's leading run in the store."""
+    runs: Sequence[StoredRun]
+    """The prompt's leading run in the store, and what it is made of."""
     warm: int
     """What the warm worker kept of it."""
     local_max: int
     """A decode worker computes up to this many missing tokens itself in any case."""
+    under_way: int = 0
+    """The prompt's leading tokens that some worker is about to have computed for other steps."""
+
+    @property
+    def stored(self) -> int:
+        """All of them."""
+        return self.runs[-1].end if self.runs else 0
+
+    def raise_s(self, start: int) -> float:
+        """Bringing up all tokens from ``start`` on."""
+        return raise_s(self.runs, start, self.stored)
 
 
 class Costs(NamedTuple):
@@ -44,6 +73,8 @@ class Costs(NamedTuple):
     """Whether it computes what is missing itself."""
     reach: Column
     """Leading tokens that nobody computes."""
+    pull: Column
+    """Leading tokens of the store that are worth pulling."""
 
 
 def compute_s(fleet: Fleet, start: Column | float, end: Column | float) -> Column:
@@ -51,40 +82,101 @@ def compute_s(fleet: Fleet, start: Column | float, end: Column | float) -> Colum
     return (end - start) * fleet.token_s + (end * end - start * start) / 2 * fleet.pair_s
 
 
-def fetch_s(fleet: Fleet, start: Column | float, end: Column | float) -> Column:
-    """Getting tokens that the store has: pulled, or computed where that takes less."""
-    return np.minimum((end - start) * fleet.pull_token_s, compute_s(fleet, start, end))
+def raise_s(runs: Sequence[StoredRun], start: int, end: int) -> float:
+    """Bringing the tokens from ``start`` to ``end`` into the store's memory."""
+    seconds, begin = 0.0, 0
+    for run in runs:
+        seconds += max(0, min(end, run.end) - max(start, begin)) * run.raise_token_s
+        begin = run.end
+    return seconds
 
 
-def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> tuple[Column, Column]:
-    """Until each prefill worker has all of the prompt, and how much of that is its own computing.
+def pull_ends(runs: Sequence[StoredRun]) -> list[int]:
+    """Where pulling may end, in tokens, the farthest first: after all of it, before what is slower, or before any."""
+    if not runs:
+        return [0]
+    ends = [run.end for run, after in pairwise(runs) if after.raise_token_s > run.raise_token_s]
+    return [runs[-1].end, *reversed(ends[: PULL_ENDS_MAX - 2]), 0]
+
+
+class Prefilled(NamedTuple):
+    """Per prefill worker."""
+
+    done_s: Column
+    """Until it has all of the prompt."""
+    own_s: Column
+    """How much of that is its own computing."""
+    again_s: Column
+    """How much of that is under way elsewhere: what is computed twice is lost to all."""
+
+
+def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> Prefilled:
+    """What it takes on each prefill worker.
 
     ``predicted``: leading tokens that each is about to have computed for another step.
     """
     start = np.maximum(predicted, float(need.stored))
     own = compute_s(prefills, start, float(need.prompt))
-    return prefills.queue_s(now_s) + fetch_s(prefills, 0.0, float(need.stored)) + own, own
+    done_s = prefills.queue_s(now_s) + need.stored * prefills.pull_token_s + need.raise_s(0) + own
+    return Prefilled(done_s, own, again_s(prefills, need, start))
 
 
-def decode_costs(decodes: Fleet, need: Need, warm_row: int | None, prefilled_s: float | None, now_s: float) -> Costs:
+def again_s(fleet: Fleet, need: Need, start: Column) -> Column:
+    """Computing from ``start`` on what is under way elsewhere, on each worker."""
+    if not need.under_way:
+        return np.zeros(len(fleet))
+    return compute_s(fleet, start, np.maximum(start, float(need.under_way)))
+
+
+def decode_costs(
+    decodes: Fleet, need: Need, warm_row: int | None, predicted: Column, prefilled_s: float | None, now_s: float
+) -> Costs:
     """Of the step on each decode worker.
 
-    ``prefilled_s``: when the best prefill worker would be done; None if there is none that could help.
+    ``predicted``: leading tokens that each is about to have computed for another step.
+    ``prefilled_s``: when the best prefill worker would be done, and what it computes again; None if there is none that
+    could help.
     """
     have = np.zeros(len(decodes))
     if warm_row is not None:
         have[warm_row] = need.warm
-    prompt = float(need.prompt)
-    reach = np.maximum(have, float(need.stored))
-    fetch = fetch_s(decodes, have, reach)
-    own = compute_s(decodes, reach, prompt)
-    waited = fetch + decodes.queue_s(now_s) + own
-    seconds = waited + own * decodes.decoding
-    local = np.ones(len(decodes), dtype=np.bool_)
+    farthest, *nearer = pull_ends(need.runs)
+    costs = _costs_here(decodes, need, have, warm_row, predicted, farthest, now_s)
+    for end in nearer:
+        other = _costs_here(decodes, need, have, warm_row, predicted, end, now_s)
+        worth = other.seconds < PULL_MARGIN * costs.seconds
+        if worth.any():
+            costs = Costs(*[np.where(worth, new, old) for new, old in zip(other, costs, strict=True)])
+    seconds = costs.seconds
     if prefilled_s is not None:
-        remote = np.maximum(prefilled_s, fetch) + (prompt - reach) * decodes.pull_token_s
-        local = (prompt - reach <= need.local_max) | (seconds < LOCAL_MARGIN * remote)
+        reach = np.maximum(have, float(need.stored))
+        remote = np.maximum(prefilled_s, _fetch_s(decodes, need, have, warm_row, need.stored))
+        remote += (need.prompt - reach) * decodes.pull_token_s
+        local = (need.prompt - costs.reach <= need.local_max) | (seconds < LOCAL_MARGIN * remote)
         seconds = np.where(local, seconds, remote)
+        costs = costs._replace(
+            local=local, reach=np.where(local, costs.reach, reach), pull=np.where(local, costs.pull, need.stored)
+        )
     decoding = OUTPUT_TOKENS * decodes.decode_s * (1 + CROWD_SHARE * decodes.decoding)
-    gives_way = np.maximum(prompt - have - decodes.free_tokens, 0.0) * decodes.pull_token_s
-    return Costs(seconds + decoding + gives_way, own, local, reach)
+    gives_way = np.maximum(need.prompt - have - decodes.free_tokens, 0.0) * decodes.pull_token_s
+    return costs._replace(seconds=seconds + decoding + gives_way)
+
+
+def _fetch_s(decodes: Fleet, need: Need, have: Column, warm_row: int | None, end: int) -> Column:
+    """Pulling what the store has up to ``end``."""
+    raised_s = np.full(len(decodes), raise_s(need.runs, 0, end))
+    if warm_row is not None:
+        raised_s[warm_row] = raise_s(need.runs, need.warm, end)
+    return np.maximum(end - have, 0.0) * decodes.pull_token_s + raised_s
+
+
+def _costs_here(
+    decodes: Fleet, need: Need, have: Column, warm_row: int | None, predicted: Column, end: int, now_s: float
+) -> Costs:
+    """Pulling up to ``end`` and computing the rest on the decode worker, decoding left out."""
+    reach = np.maximum(have, float(end))
+    start = np.maximum(reach, predicted)
+    own = compute_s(decodes, start, float(need.prompt))
+    seconds = _fetch_s(decodes, need, have, warm_row, end) + (start - reach) * decodes.pull_token_s
+    seconds += decodes.queue_s(now_s) + own * (1 + decodes.decoding) + again_s(decodes, need, start)
+    return Costs(seconds, own, np.ones(len(decodes), dtype=np.bool_), reach, np.full(len(decodes), float(end)))

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from router.policy.cost import Costs, Need, decode_costs, prefill_s
+from router.policy.cost import Costs, Need, StoredRun, decode_costs, prefill_s
 from router.policy.fleet import Column, Fleet, Key
 from router.traces import Warm
 from tracehaul.wire.hashing import weight
@@ -30,13 +30,13 @@ class Ask(msgspec.Struct, frozen=True):
 
     trace: TraceId
     prompt_tokens: int
-    stored_tokens: int
+    stored: Sequence[StoredRun]
     """The prompt's leading run in the store."""
     warm: Warm | None
     """Who ran the trace's last step, and what it kept of this prompt."""
     home: NodeId | None
     predicted: Mapping[NodeId, int] = {}
-    """Leading tokens that prefill workers are about to have computed for other steps."""
+    """Leading tokens that workers are about to have computed for other steps."""
     local_max: int = 256
     """Missing tokens that a decode worker computes itself in any case."""
     avoided: frozenset[Key] = frozenset()
@@ -55,7 +55,9 @@ class Placement(msgspec.Struct, frozen=True):
     """The prefill worker that computes what is missing, if that is more than the decode worker computes itself."""
     home: NodeId | None
     expected_tokens: int
-    """Leading tokens of the prompt that are expected to be warm there or in the store."""
+    """Leading tokens of the prompt that are expected to be warm there or pulled from the store."""
+    pull_tokens: int | None
+    """Leading tokens of the store that are worth pulling; None for all that it has by then."""
     reason: str
     cost_s: float
     """Of the step there, all in all."""
@@ -69,6 +71,13 @@ class Placement(msgspec.Struct, frozen=True):
     def prefill(self) -> NodeId | None:
         """The helper's name."""
         return None if self.helper is None else self.helper.node
+
+    @property
+    def computes(self) -> NodeId | None:
+        """Who computes what is missing; None if that is next to nothing."""
+        if self.prefill_work_s:
+            return self.prefill
+        return self.decode.node if self.decode_work_s and self.helper is None else None
 
 
 def choose_home(stores: Sequence[NodeId], trace: TraceId, current: NodeId | None) -> NodeId | None:
@@ -88,13 +97,14 @@ def place(
     helpers = prefills if len(prefills) and stores else None
     need = Need(
         prompt=ask.prompt_tokens,
-        stored=ask.stored_tokens if stores else 0,
+        runs=ask.stored if stores else (),
         warm=min(ask.warm.retained_tokens, ask.prompt_tokens) if ask.warm is not None else 0,
         local_max=ask.local_max,
+        under_way=min(max(ask.predicted.values(), default=0), ask.prompt_tokens),
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
     helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, now_s)
-    costs = decode_costs(decodes, need, warm_row, prefilled_s, now_s)
+    costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s)
     row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
     reach = float(costs.reach[row])
     short = need.prompt - reach <= need.local_max
@@ -106,6 +116,7 @@ def place(
         helper=helper,
         home=choose_home(stores, ask.trace, ask.home),
         expected_tokens=int(reach),
+        pull_tokens=None if costs.pull[row] == need.stored else int(costs.pull[row]),
         reason=reason,
         cost_s=float(costs.seconds[row]),
         warm_cost_s=float(costs.seconds[warm_row]) if warm_row is not None else None,
@@ -124,20 +135,24 @@ def _allowed(ask: Ask, decodes: Fleet) -> list[int]:
     return list(rows)
 
 
+def _predicted(ask: Ask, workers: Fleet) -> Column:
+    """Leading tokens of the prompt that each of them is about to have."""
+    predicted = np.zeros(len(workers))
+    for row, (node, _) in enumerate(workers.keys) if ask.predicted else ():
+        predicted[row] = min(ask.predicted.get(node, 0), ask.prompt_tokens)
+    return predicted
+
+
 def _best_prefill(
     policy: Policy, ask: Ask, need: Need, prefills: Fleet | None, now_s: float
 ) -> tuple[Key | None, float | None, float]:
-    """Who would compute what is missing, when it would be done, and what it would compute."""
+    """Who would compute what is missing; its cost: until it is done, and what it computes again; and its computing."""
     if prefills is None:
         return None, None, 0.0
-    predicted = np.zeros(len(prefills))
-    if policy == "cost":
-        for row, (node, _) in enumerate(prefills.keys) if ask.predicted else ():
-            predicted[row] = min(ask.predicted.get(node, 0), need.prompt)
-    done_s, own_s = prefill_s(prefills, need, predicted, now_s)
-    by = done_s if policy == "cost" else prefills.running_steps
-    row = _lowest(by, np.arange(len(prefills)), ask.trace)
-    return prefills.keys[row], float(done_s[row]), float(own_s[row])
+    there = prefill_s(prefills, need, _predicted(ask, prefills), now_s)
+    cost_s = there.done_s + there.again_s
+    row = _lowest(cost_s if policy == "cost" else prefills.running_steps, np.arange(len(prefills)), ask.trace)
+    return prefills.keys[row], float(cost_s[row]), float(there.own_s[row])
 
 
 def _choose(

@@ -25,6 +25,9 @@ OCTAVES_TOLD_MAX = 32
 RETURN_SHARE = 0.4
 """The context is to be back when that share of gaps has ended."""
 CERTAIN_MARGIN_S = 0.2
+RECALLED_KEEP_S = 15.0
+"""How long a context that came back is worth its worker's memory at least: what comes back for others must not push it
+out again just before its step. Steps still do."""
 SHORT_TOKENS = 64
 WAIT_WEIGHT = 0.1
 

@@ -22,7 +22,7 @@ from tracehaul.runtime.offload import InlineOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import FileMemory, allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.blocks import Events, Lease, Leased, Snapshot, Stored, Subscribe, TierList, Tiers
+from tracehaul.wire.blocks import Events, Lease, Leased, Removed, Snapshot, Subscribe, TierList, Tiers
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
@@ -324,10 +324,10 @@ async def heard(life: Life, hashes: set[BlockHash]) -> None:
                 hashes |= set(reply.hashes)
             case Events():
                 for change in reply.changes:
-                    if isinstance(change, Stored):
-                        hashes.add(change.hash)
-                    else:
+                    if isinstance(change, Removed):
                         hashes.discard(change.hash)
+                    else:
+                        hashes.add(change.hash)
             case _:
                 raise AssertionError(reply)
 

@@ -41,6 +41,7 @@ from tracehaul.wire.blocks import (
     Lease,
     Leased,
     ListPins,
+    Moved,
     Pin,
     PinList,
     Pinned,
@@ -49,10 +50,10 @@ from tracehaul.wire.blocks import (
     PrefetchPoll,
     PrefetchState,
     Present,
+    Removed,
     Reserve,
     Reserved,
     Snapshot,
-    Stored,
     Subscribe,
     TierList,
     Tiers,
@@ -102,7 +103,7 @@ class Life:
 
     def __init__(self, node: StoreNode, tier: Tier, client: StoreClient, raw: Connection) -> None:
         self.node, self.tier, self.client, self.raw = node, tier, client, raw
-        self.index: set[BlockHash] = set()
+        self.index: dict[BlockHash, int] = {}
 
     @property
     def tiering(self) -> Tiering:
@@ -144,19 +145,24 @@ class Life:
         """Be a subscriber: ``index`` is what it knows."""
         async for reply in self.raw.stream(Subscribe(), idle_timeout_s=10.0):
             if isinstance(reply, Snapshot):
-                assert not self.index & set(reply.hashes)
-                self.index.update(reply.hashes)
+                assert not self.index.keys() & set(reply.hashes)
+                self.index.update(dict.fromkeys(reply.hashes, reply.tier))
             else:
                 assert isinstance(reply, Events)
                 for change in reply.changes:
-                    if isinstance(change, Stored):
-                        assert change.hash not in self.index, "told twice"
-                        self.index.add(change.hash)
-                    else:
-                        self.index.remove(change.hash)
+                    if isinstance(change, Removed):
+                        del self.index[change.hash]
+                        continue
+                    assert (change.hash in self.index) == isinstance(change, Moved), "told twice"
+                    self.index[change.hash] = change.tier
 
-    def visible(self) -> set[BlockHash]:
-        return set(self.node.arena.published()) | set(self.tier.held())
+    def visible(self) -> dict[BlockHash, int]:
+        """The fastest tier that has each."""
+        visible: dict[BlockHash, int] = {}
+        for tier, held in enumerate([self.node.arena.published(), *(part.held() for part in self.tier.parts)]):
+            for block_hash in held:
+                visible.setdefault(block_hash, tier)
+        return visible
 
     async def check(self) -> None:
         for _ in range(20):
@@ -272,7 +278,7 @@ def test_another_life_serves_what_the_last_one_wrote(play: Callable[[Case], None
             await put_all(life)
         async with live(bed) as life:
             await life.check()
-            assert life.index == {h(name) for name in NAMES}
+            assert life.index.keys() == {h(name) for name in NAMES}
             assert await life.get(NAMES[:4]) == [True] * 4
             assert await life.get(NAMES[8:]) == [True] * 4
 

@@ -1,20 +1,32 @@
 """The index against a naive model, and what was dispatched a moment ago."""
 
 import random
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from router.index import Index, Match
+from router.index import Index, Match, TierRun
 from router.predicted import PROMPTS_MAX, SIBLINGS_MAX, TTL_S, Predicted, shared_blocks
-from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
+from tracehaul.wire.blocks import Change, Events, Moved, Removed, Snapshot, Stored
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
 
 NODES = [NodeId(f"store-{n}") for n in range(3)]
 BLOCKS = [BlockHash(n.to_bytes(16, "big")) for n in range(12)]
 some_node = st.sampled_from(NODES)
+TIERS = 3
+some_tier = st.integers(0, TIERS - 1)
 some_blocks = st.lists(st.sampled_from(BLOCKS), max_size=6)
+
+
+def spans(runs: Sequence[TierRun]) -> Iterator[tuple[TierRun, int]]:
+    """Each with its length."""
+    begin = 0
+    for run in runs:
+        yield run, run.end - begin
+        begin = run.end
 
 
 class Store:
@@ -23,8 +35,8 @@ class Store:
     def __init__(self) -> None:
         self.generation = Generation(1)
         self.sequence = 0
-        self.held: set[BlockHash] = set()
-        self.unsent: list[Stored | Removed] = []
+        self.held: dict[BlockHash, int] = {}
+        self.unsent: list[Change] = []
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -34,14 +46,25 @@ class IndexMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.index = Index()
         self.stores = {node: Store() for node in NODES}
-        self.known: dict[NodeId, set[BlockHash]] = {}
+        self.known: dict[NodeId, dict[BlockHash, int]] = {}
 
-    @rule(node=some_node, blocks=some_blocks)
-    def change(self, node: NodeId, blocks: list[BlockHash]) -> None:
+    @rule(node=some_node, blocks=some_blocks, tier=some_tier)
+    def change(self, node: NodeId, blocks: list[BlockHash], tier: int) -> None:
         store = self.stores[node]
         for block in blocks:
-            store.unsent.append(Removed(block) if block in store.held else Stored(block))
-            store.held ^= {block}
+            if block in store.held:
+                store.unsent.append(Removed(block))
+                del store.held[block]
+            else:
+                store.unsent.append(Stored(block, tier))
+                store.held[block] = tier
+
+    @rule(node=some_node, blocks=some_blocks, tier=some_tier)
+    def move(self, node: NodeId, blocks: list[BlockHash], tier: int) -> None:
+        store = self.stores[node]
+        for block in store.held.keys() & set(blocks):
+            store.unsent.append(Moved(block, tier))
+            store.held[block] = tier
 
     @rule(node=some_node, repeat=st.integers(0, 3))
     def tell(self, node: NodeId, repeat: int) -> None:
@@ -56,18 +79,21 @@ class IndexMachine(RuleBasedStateMachine):
         store.sequence += len(store.unsent)
         store.unsent = []
         if taken:
-            self.known[node] = set(store.held)
+            self.known[node] = dict(store.held)
 
     @rule(node=some_node, parts=st.integers(1, 3))
     def subscribe(self, node: NodeId, parts: int) -> None:
         store = self.stores[node]
         store.sequence += len(store.unsent)
         store.unsent = []
-        held = sorted(store.held)
-        for part in range(parts):
-            last = part == parts - 1
-            self.index.snapshot(node, Snapshot(store.generation, store.sequence, tuple(held[part::parts]), last=last))
-        self.known[node] = set(held)
+        told: list[tuple[int, tuple[BlockHash, ...]]] = []
+        for tier in range(TIERS):
+            held = sorted(block for block, where in store.held.items() if where == tier)
+            told += [(tier, tuple(held[part::parts])) for part in range(parts)]
+        for place, (tier, blocks) in enumerate(told):
+            last = place == len(told) - 1
+            self.index.snapshot(node, Snapshot(store.generation, store.sequence, blocks, last, tier))
+        self.known[node] = dict(store.held)
 
     @rule(node=some_node, block=st.sampled_from(BLOCKS))
     def hole(self, node: NodeId, block: BlockHash) -> None:
@@ -95,18 +121,22 @@ class IndexMachine(RuleBasedStateMachine):
     def match(self, hashes: list[BlockHash], length: int) -> None:
         asked = hashes[:length]
 
-        def run(*held: set[BlockHash]) -> int:
+        def run(*held: dict[BlockHash, int]) -> int:
             return next((i for i, block in enumerate(asked) if not any(block in h for h in held)), len(asked))
 
         alone = {node: run(held) for node, held in self.known.items()}
         together = run(*self.known.values())
-        assert self.index.match(asked) == Match(together, {node: n for node, n in alone.items() if n})
+        match = self.index.match(asked)
+        assert (match.blocks, match.by_node) == (together, {node: n for node, n in alone.items() if n})
+        best = [min(held[block] for held in self.known.values() if block in held) for block in asked[:together]]
+        assert [run.tier for run, length in spans(match.runs) for _ in range(length)] == best
+        assert all(one.tier != other.tier for one, other in pairwise(match.runs))
 
     @invariant()
     def agrees(self) -> None:
         self.index.check()
         for node in NODES:
-            assert self.index.held(node) == self.known.get(node, set())
+            assert self.index.held(node) == self.known.get(node, {})
 
 
 TestIndexModel = IndexMachine.TestCase
@@ -118,11 +148,12 @@ def test_nothing_of_a_lost_node_is_left_after_the_sweep() -> None:
     for node in NODES[:2]:
         index.snapshot(node, Snapshot(Generation(1), 0, tuple(BLOCKS), last=True))
     index.forget(NODES[0])
-    assert index.match(BLOCKS) == Match(12, {NODES[1]: 12}), "at once"
+    assert index.match(BLOCKS) == Match(12, {NODES[1]: 12}, (TierRun(12, 0),)), "at once"
     index.snapshot(NODES[0], Snapshot(Generation(1), 4, tuple(BLOCKS[:5]), last=True))
     assert index.sweep(7)
     assert not index.sweep(7)
-    assert index.match(BLOCKS) == Match(12, {NODES[1]: 12, NODES[0]: 5}), "its next subscription has a bit of its own"
+    by_node = {NODES[1]: 12, NODES[0]: 5}
+    assert index.match(BLOCKS) == Match(12, by_node, (TierRun(12, 0),)), "its next subscription has a bit of its own"
     index.check()
 
 

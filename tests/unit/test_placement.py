@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from router.inflight import InFlight
+from router.policy.cost import StoredRun
 from router.policy.fleet import Fleet, Key
 from router.policy.placement import Ask, Placement, Policy, place
 from router.traces import Warm
@@ -53,7 +54,7 @@ def choose(
     stores: list[NodeId] = STORES,
     **ask: Any,
 ) -> Placement:
-    step = Ask(TraceId("t"), prompt_tokens=4100, stored_tokens=0, warm=None, home=None)
+    step = Ask(TraceId("t"), prompt_tokens=4100, stored=(), warm=None, home=None)
     placed = place(policy, msgspec.structs.replace(step, **ask), decodes, prefills or fleet("prefill"), stores, 0.0)
     assert placed is not None
     return placed
@@ -69,7 +70,7 @@ def busy(decodes: Fleet, n: int, *, decoding: int = 0, work_s: float = 0.0) -> F
 
 
 def test_no_decode_worker_no_placement() -> None:
-    ask = Ask(TraceId("t"), 10, 0, None, None)
+    ask = Ask(TraceId("t"), 10, (), None, None)
     assert place("cost", ask, fleet("decode"), fleet("prefill", {}), STORES, 0.0) is None
 
 
@@ -78,12 +79,12 @@ def test_no_decode_worker_no_placement() -> None:
     [
         ({"warm": warm(1)}, {}, 1, "warm"),
         # 100 tokens at 1 ms are to be computed: a little waiting is worth the pull that it saves.
-        ({"warm": warm(1), "stored_tokens": 4000}, {"work_s": 0.03}, 1, "warm"),
-        ({"warm": warm(1), "stored_tokens": 4000}, {"work_s": 2.0}, 0, "cheaper than its own worker"),
+        ({"warm": warm(1), "stored": [StoredRun(4000, 0.0)]}, {"work_s": 0.03}, 1, "warm"),
+        ({"warm": warm(1), "stored": [StoredRun(4000, 0.0)]}, {"work_s": 2.0}, 0, "cheaper than its own worker"),
         # What is in no store costs 4 s elsewhere.
         ({"warm": warm(1)}, {"work_s": 2.0}, 1, "warm"),
         ({"warm": warm(1)}, {"work_s": 9.0}, 0, "cheaper than its own worker"),
-        ({"warm": warm(1), "stored_tokens": 4000}, {"decoding": 3}, 0, "cheaper than its own worker"),
+        ({"warm": warm(1), "stored": [StoredRun(4000, 0.0)]}, {"decoding": 3}, 0, "cheaper than its own worker"),
         ({"warm": warm(1, generation=Generation(1))}, {"work_s": 1.0}, 0, "its worker is gone"),
         ({"warm": warm(1), "avoided": frozenset([decode(1)])}, {}, 0, "its worker failed it"),
         ({"avoided": frozenset([decode(0), decode(1)])}, {"work_s": 1.0}, 0, "cheapest"),
@@ -103,12 +104,12 @@ def test_nodes_of_different_speed_get_what_they_do_best() -> None:
     assert choose(fleet("decode", slow, fast)).decode == decode(1)
     assert choose(busy(fleet("decode", slow, fast), 1, work_s=60.0)).decode == decode(0)
     poor_link = {"pull_token_s": 1e-3}
-    assert choose(fleet("decode", poor_link, {}), stored_tokens=4064).decode == decode(1)
+    assert choose(fleet("decode", poor_link, {}), stored=[StoredRun(4064, 0.0)]).decode == decode(1)
 
 
 def test_who_would_push_others_out_is_charged_for_it() -> None:
     full, roomy = {"free": 100, "pull_token_s": 1e-4}, {"pull_token_s": 1e-4}
-    assert choose(fleet("decode", full, roomy), stored_tokens=4064).decode == decode(1)
+    assert choose(fleet("decode", full, roomy), stored=[StoredRun(4064, 0.0)]).decode == decode(1)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,13 @@ def test_who_would_push_others_out_is_charged_for_it() -> None:
         ({}, 0.0, 0, True, True),  # 4 s of computing: a prefill worker is for that
         ({}, 9.0, 0, False, False),  # it would begin too late
         ({}, 9.0, 8, True, True),  # but here eight streams would stand still
-        ({"stored_tokens": 4064}, 0.0, 0, True, False),  # the decode worker's own rule: a short rest is its own
+        (
+            {"stored": [StoredRun(4064, 0.0)]},
+            0.0,
+            0,
+            True,
+            False,
+        ),  # the decode worker's own rule: a short rest is its own
         ({"warm": warm(0, 4090)}, 0.0, 8, True, False),
     ],
 )
@@ -132,8 +139,34 @@ def test_what_is_missing_is_computed_where_it_costs_least(
     assert (placed.decode_work_s > 0) != computed_there
 
 
+@pytest.mark.parametrize(
+    ("stored", "ask", "pulled", "computed_s"),
+    [
+        ([StoredRun(4064, 0.0)], {}, None, 0.036),  # 40 ms of pulling instead of 4 s of computing
+        ([StoredRun(4064, 2e-3)], {}, 0, 4.1),  # it would come up at half the speed of computing it
+        ([StoredRun(2048, 0.0), StoredRun(4064, 2e-3)], {}, 2048, 2.052),
+        ([StoredRun(2048, 0.0), StoredRun(4064, 5e-4)], {}, None, 0.036),
+        ([StoredRun(2048, 2e-3), StoredRun(4064, 0.0)], {}, None, 0.036),  # of what follows nothing is of use alone
+        ([StoredRun(3000, 5e-3), StoredRun(4064, 0.0)], {"warm": warm(0, 3200)}, None, 0.036),
+        ([StoredRun(4064, 9e-4)], {}, None, 0.036),  # hardly slower than pulling: the estimate may be wrong
+    ],
+)
+def test_blocks_that_come_up_slower_than_they_are_computed_are_computed(
+    stored: list[StoredRun], ask: dict[str, Any], pulled: int | None, computed_s: float
+) -> None:
+    placed = choose(fleet("decode", {}), stored=stored, **ask)
+    assert (placed.pull_tokens, placed.decode_work_s) == (pulled, pytest.approx(computed_s))
+    assert placed.expected_tokens == (4064 if pulled is None else pulled)
+
+
+def test_what_a_prefill_worker_computes_follows_all_that_is_stored() -> None:
+    slow = [StoredRun(2048, 1e-4)]
+    placed = choose(fleet("decode", {}), fleet("prefill", {}), stored=slow)
+    assert (placed.pull_tokens, placed.prefill_work_s) == (None, pytest.approx(2.052))
+
+
 def test_without_a_store_no_prefill_worker_is_asked_and_nothing_stored_counts() -> None:
-    placed = choose(fleet("decode", {}), fleet("prefill", {}), stores=[], stored_tokens=4064)
+    placed = choose(fleet("decode", {}), fleet("prefill", {}), stores=[], stored=[StoredRun(4064, 0.0)])
     assert (placed.prefill, placed.home, placed.expected_tokens) == (None, None, 0)
     assert placed.decode_work_s == pytest.approx(4.1)
 
@@ -150,11 +183,41 @@ def test_siblings_go_to_the_prefill_worker_that_computes_their_prefix() -> None:
     assert other.helper != first.helper
 
 
+def test_eight_siblings_wait_for_one_computation_of_their_prefix() -> None:
+    prefills = fleet("prefill", {}, {})
+    chosen: list[Key | None] = []
+    for child in range(8):
+        predicted = {chosen[0].node: 4096} if chosen and chosen[0] is not None else {}
+        placed = choose(
+            fleet("decode", {}, {}), prefills, trace=TraceId(f"t{child}"), prompt_tokens=4144, predicted=predicted
+        )
+        assert placed.helper is not None
+        prefills.sent(placed.helper, placed.prefill_work_s, 0.0)
+        chosen.append(placed.helper)
+    assert len(set(chosen)) == 1
+    busy_there = choose(fleet("decode", {}, {}), prefills, predicted={chosen[0].node: 512} if chosen[0] else {})
+    assert busy_there.helper not in chosen, "a short prefix is not worth that"
+
+
+def test_siblings_go_where_a_decode_worker_computes_their_prefix() -> None:
+    decodes, prefills = fleet("decode", {"token_s": 5e-4}, {"token_s": 1.2e-3}), fleet("prefill", {})
+    first = choose(decodes, prefills, prompt_tokens=4144)
+    assert (first.decode, first.computes) == (decode(0), "decode-0"), "it is twice as fast"
+    decodes.sent(first.decode, first.decode_work_s, 0.0)
+    for child in range(7):
+        placed = choose(
+            decodes, prefills, trace=TraceId(f"t{child}"), prompt_tokens=4144, predicted={first.decode.node: 4096}
+        )
+        assert (placed.decode, placed.computes) == (decode(0), "decode-0")
+        assert placed.decode_work_s == pytest.approx(48 * 5e-4)
+        decodes.sent(placed.decode, placed.decode_work_s, 0.0)
+
+
 def test_the_rules_to_compare_with() -> None:
     decodes = busy(fleet("decode", {}, {}, {}), 1, decoding=5)
     turns = [choose(decodes, policy="round-robin", warm=warm(0), turn=n).decode for n in range(4)]
     assert turns == [decode(0), decode(1), decode(2), decode(0)]
-    sticky = choose(decodes, policy="sticky", warm=warm(1), stored_tokens=4064)
+    sticky = choose(decodes, policy="sticky", warm=warm(1), stored=[StoredRun(4064, 0.0)])
     assert (sticky.decode, sticky.reason) == (decode(1), "warm")
     fresh = {choose(decodes, policy="sticky", trace=TraceId(f"t{n}")).decode for n in range(20)}
     assert fresh == {decode(0), decode(2)}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.recordings import documents, find
-from bench.replay.choose import Forks, Limits, choose, forks
+from bench.replay.choose import Forks, Limits, choose, forks, shrink, whole_groups
 from bench.replay.hits import theoretical
 from bench.replay.parse import parse
 from bench.replay.recording import Blocks, Messages, Step, Trace
@@ -188,3 +188,26 @@ def test_messages_count_four_bytes_as_a_token() -> None:
     sent = [("t", packed_prompt(Messages(messages, 1), "")) for messages in (first, then)]
     assert len(sent[0][1]) == 100
     assert theoretical(sent, 8)[1].shared == 24
+
+
+def request(n: int, ids: tuple[int, ...], tokens: int) -> Trace:
+    return Trace(f"r{n}", (Step(Blocks("recording", ids, 512, tokens), 100, 0.0),), start_s=float(n))
+
+
+def test_a_shrunk_recording_shares_block_by_block_what_it_shared() -> None:
+    whole = [request(0, (1, 2, 3), 1500), request(1, (1, 2, 4), 1030), request(2, (5,), 3)]
+    small = [shrink(trace, 16) for trace in whole]
+    assert [trace.steps[0].prompt.tokens for trace in small] == [94, 65, 1]
+    assert [trace.steps[0].output_tokens for trace in small] == [6, 6, 6]
+    assert [trace.start_s for trace in small] == [0.0, 1.0, 2.0]
+    bounds = theoretical([(trace.trace, packed_prompt(trace.steps[0].prompt, "")) for trace in small], 32)
+    assert [bound.shared for bound in bounds] == [0, 64, 0]
+
+
+def test_groups_that_begin_alike_are_taken_whole_and_in_order() -> None:
+    whole = [request(n, (n % 10, n), 1024) for n in range(40)]
+    part = whole_groups(whole, 5, seed=3)
+    assert len(part) == 8
+    assert len({trace.steps[0].prompt.ids[0] for trace in part if isinstance(trace.steps[0].prompt, Blocks)}) == 2
+    assert part == [trace for trace in whole if trace in part]
+    assert whole_groups(whole, 1, seed=3) == whole

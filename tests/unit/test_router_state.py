@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from router.index import Index, Match
+from router.index import Index, Match, TierRun
 from router.members import MemberRegistry
 from router.policy.placement import choose_home
 from tracehaul.rpc.base import NO_CONTEXT
@@ -26,7 +26,7 @@ def test_index_follows_a_snapshot_in_parts_and_the_events_after_it() -> None:
     assert not index.events(A, Events(G, 6, (Stored(block(9)),))), "events before the snapshot's end do not count"
     index.snapshot(A, Snapshot(G, 5, (block(2),), last=True))
     assert index.events(A, Events(G, 5, (Removed(block(1)), Stored(block(3)), Removed(block(2)))))
-    assert index.held(A) == {block(1), block(3)}, "event 5 was part of the snapshot already"
+    assert index.held(A) == {block(1): 0, block(3): 0}, "event 5 was part of the snapshot already"
 
 
 def test_index_refuses_a_hole_and_another_generation() -> None:
@@ -35,16 +35,16 @@ def test_index_refuses_a_hole_and_another_generation() -> None:
     assert not index.events(A, Events(G, 7, (Stored(block(2)),)))
     assert not index.events(A, Events(Generation(8), 6, (Stored(block(2)),)))
     index.snapshot(A, Snapshot(Generation(8), 0, (block(4),), last=True))
-    assert index.held(A) == {block(4)}
+    assert index.held(A) == {block(4): 0}
 
 
 def test_index_matches_the_leading_run_over_all_nodes() -> None:
     index = Index()
     index.snapshot(A, Snapshot(G, 0, (block(1), block(3)), last=True))
     index.snapshot(B, Snapshot(G, 0, (block(2), block(5)), last=True))
-    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == Match(3, {A: 1})
+    assert index.match([block(n) for n in (1, 2, 3, 4, 5)]) == Match(3, {A: 1}, (TierRun(3, 0),))
     index.forget(B)
-    assert index.match([block(n) for n in (1, 2, 3)]) == Match(1, {A: 1})
+    assert index.match([block(n) for n in (1, 2, 3)]) == Match(1, {A: 1}, (TierRun(1, 0),))
     assert index.match([]) == Match(0, {})
 
 

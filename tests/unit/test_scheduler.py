@@ -1,21 +1,23 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tracehaul.wire.ids import TraceId
+from worker.families import AHEAD_MAX, Families
 from worker.scheduler import Grant, Scheduler
 
 
 def test_decode_steps_go_first_and_prompts_fill_the_budget() -> None:
     scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
-    scheduler.add(1, 100)
-    scheduler.add(2, 1)
-    scheduler.add(3, 5)
+    scheduler.add(1, 100, rank=1)
+    scheduler.add(2, 1, rank=2)
+    scheduler.add(3, 5, rank=3)
     assert scheduler.plan() == [Grant(2, 1), Grant(1, 9)]
 
 
 def test_a_prompt_in_progress_finishes_before_the_next_one_starts() -> None:
     scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
-    scheduler.add(1, 15)
-    scheduler.add(2, 15)
+    scheduler.add(1, 15, rank=1)
+    scheduler.add(2, 15, rank=2)
     (grant,) = scheduler.plan()
     scheduler.computed(grant, sampled=False)
     assert scheduler.plan() == [Grant(1, 5), Grant(2, 5)]
@@ -24,7 +26,7 @@ def test_a_prompt_in_progress_finishes_before_the_next_one_starts() -> None:
 def test_a_budget_smaller_than_the_batch_is_shared_in_turn() -> None:
     scheduler = Scheduler(chunk_tokens=2, sequences_max=8)
     for key in range(3):
-        scheduler.add(key, 1)
+        scheduler.add(key, 1, rank=key)
     seen: list[int] = []
     for _ in range(3):
         for grant in scheduler.plan():
@@ -35,7 +37,7 @@ def test_a_budget_smaller_than_the_batch_is_shared_in_turn() -> None:
 
 def test_a_job_that_left_during_the_iteration_stays_away() -> None:
     scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
-    scheduler.add(1, 15)
+    scheduler.add(1, 15, rank=1)
     (grant,) = scheduler.plan()
     scheduler.remove(1)
     scheduler.computed(grant, sampled=False)
@@ -47,7 +49,7 @@ def test_every_prompt_is_computed_once_within_the_limits(pending: list[int], chu
     scheduler = Scheduler(chunk_tokens=chunk, sequences_max=sequences)
     left = dict(enumerate(pending))
     for key, tokens in left.items():
-        scheduler.add(key, tokens)
+        scheduler.add(key, tokens, rank=key)
     for _ in range(sum(pending) + 1):
         grants = scheduler.plan()
         assert sum(grant.tokens for grant in grants) <= chunk
@@ -65,15 +67,43 @@ def test_every_prompt_is_computed_once_within_the_limits(pending: list[int], chu
 def test_a_prompt_gets_on_however_many_decode() -> None:
     scheduler = Scheduler(chunk_tokens=64, sequences_max=4)
     for key in range(10):
-        scheduler.add(key, 1)
-    scheduler.add(99, 100)
+        scheduler.add(key, 1, rank=key)
+    scheduler.add(99, 100, rank=99)
     assert scheduler.plan() == [Grant(0, 1), Grant(1, 1), Grant(2, 1), Grant(99, 61)]
 
 
 def test_a_job_may_want_little_of_each_iteration() -> None:
     scheduler = Scheduler(chunk_tokens=64, sequences_max=4)
-    scheduler.add(1, 100, at_most=10)
-    scheduler.add(2, 100)
+    scheduler.add(1, 100, at_most=10, rank=1)
+    scheduler.add(2, 100, rank=2)
     assert scheduler.plan() == [Grant(1, 10), Grant(2, 54)]
     scheduler.computed(Grant(1, 10), sampled=False)
     assert scheduler.plan() == [Grant(1, 10), Grant(2, 54)]
+
+
+def test_prompts_come_by_rank_whenever_they_joined() -> None:
+    scheduler = Scheduler(chunk_tokens=10, sequences_max=8)
+    scheduler.add(1, 15, rank=4)
+    (grant,) = scheduler.plan()
+    scheduler.computed(grant, sampled=False)
+    scheduler.add(2, 12, rank=5)
+    scheduler.add(3, 12, rank=2)
+    assert scheduler.plan() == [Grant(3, 10)]
+    scheduler.computed(Grant(3, 10), sampled=False)
+    assert scheduler.plan() == [Grant(3, 2), Grant(1, 5), Grant(2, 3)]
+
+
+def test_a_family_is_served_as_one_from_when_its_first_came() -> None:
+    families = Families()
+    one, other = ("", TraceId("one")), ("", TraceId("other"))
+    assert [families.join(one, 5), families.join(other, 6), families.join(one, 7)] == [5, 6, 5]
+    assert families.join(("salt", TraceId("one")), 8) == 8, "another tenant's"
+    families.leave(one)
+    assert families.join(one, 9) == 5
+    families.leave(one)
+    families.leave(one)
+    assert families.join(one, 10) == 10, "nobody was left"
+    assert families.join(one, 10 + AHEAD_MAX + 3) == 13, "no latecomer passes everybody"
+    for family in (one, one, other, ("salt", TraceId("one"))):
+        families.leave(family)
+    assert len(families) == 0

@@ -149,9 +149,24 @@ A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
         ({}, [None, None, None, None]),
         ({A: b"", B: b"\1\0\0\1"}, [B, None, None, B]),
         ({A: b"\1\1\0\1", B: b"\1\1\1\0"}, [B, B, B, A]),
-        ({A: b"\1\1\0\0", B: b"\1\1\0\0"}, [A, A, None, None]),
         ({B: b"\1\1\0\0", C: b"\0\1\1\1", A: b"\1\0\0\0"}, [B, B, C, C]),
     ],
 )
 def test_the_longest_run_is_asked(held: dict[NodeId, bytes], expected: list[NodeId | None]) -> None:
     assert assign(held, 4) == expected
+
+
+def test_equal_holders_share_the_readers_by_what_they_have_to_do() -> None:
+    both = {A: b"\1\1\1\1", B: b"\1\1\1\1"}
+
+    def asked(reading: dict[NodeId, int], held: dict[NodeId, bytes]) -> int:
+        """Readers of 1000 that are sent to A."""
+        drawn = [assign(held, 4, reading, f"reader {n}") for n in range(1000)]
+        assert all(len(set(where)) <= 2 and None not in where for where in drawn)
+        return sum(where[0] == A for where in drawn)
+
+    assert 450 < asked({}, both) < 550
+    assert 200 < asked({A: 2}, both) < 300
+    assert asked({A: 0, B: 99}, both) > 950
+    assert assign(both, 4, {}, "one") == assign(both, 4, {}, "one"), "the same reader is sent to the same"
+    assert 380 < asked({}, both | {A: b"\1\1\1\0"}) < 480, "three blocks of four, then one from the other"

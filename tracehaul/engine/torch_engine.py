@@ -333,6 +333,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         _keep_heap()
     with torch.inference_mode():
         weights = load_weights(source, dtype, device)
+        _trim_heap()
         shape = weights.config
         layout = KVLayout(
             model=f"{source.architecture}@{weights.revision}",
@@ -428,3 +429,10 @@ def _keep_heap() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, 32 << 20)
         mallopt(m_trim_threshold, 1 << 30)
+
+
+def _trim_heap() -> None:
+    """Return to the system what reading the weights has left between them: megabytes that no iteration needs."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

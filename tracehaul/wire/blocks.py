@@ -146,6 +146,8 @@ class Existing(Message, frozen=True):
     """``held[i]`` is 1 where ``hashes[i]`` is published here, else 0."""
 
     held: bytes
+    reading: int = 0
+    """Leases that are open on the node: reads that a further one would share its memory with."""
 
 
 class Revoke(Message, frozen=True):
@@ -282,18 +284,22 @@ class Subscribe(Message, frozen=True):
 
 
 class Snapshot(Message, frozen=True):
-    """A part of what the node holds as of event ``sequence``; ``last`` marks the final part."""
+    """A part of what the node holds as of event ``sequence``, all in one tier; ``last`` marks the final part."""
 
     generation: Generation
     sequence: int
     hashes: tuple[BlockHash, ...]
     last: bool
+    tier: int = 0
+    """As in :class:`Stored`."""
 
 
 class Stored(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """A block became visible."""
 
     hash: BlockHash
+    tier: int = 0
+    """The fastest that has it: 0 is memory, 1 what is below, and so on down."""
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -302,12 +308,23 @@ class Removed(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     hash: BlockHash
 
 
+class Moved(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """A visible block's fastest tier is another one now."""
+
+    hash: BlockHash
+    tier: int
+    """As in :class:`Stored`."""
+
+
+Change = Stored | Removed | Moved
+
+
 class Events(Message, frozen=True):
     """Changes numbered ``first, first+1, …``; a hole in the numbers means: subscribe again."""
 
     generation: Generation
     first: int
-    changes: tuple[Stored | Removed, ...]
+    changes: tuple[Change, ...]
 
 
 class Tiers(Message, frozen=True):

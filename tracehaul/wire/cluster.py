@@ -42,10 +42,14 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """Blocks on the node's disk; most of those in memory are there too."""
     disk_bytes_used: int = 0
     disk_bytes_max: int = 0
+    disk_block_s: float = 0.0
+    """How long a block takes to come into memory from there."""
     s3_blocks: int = 0
     """Blocks of the node in its bucket; most of those above are there too."""
     s3_bytes_used: int = 0
     s3_bytes_max: int = 0
+    s3_block_s: float = 0.0
+    """How long a block takes to come into memory from there."""
     draining: bool = False
     """It moves what it holds to others and takes nothing new (store); it is still read from."""
     copies_waiting: int = 0

@@ -101,6 +101,8 @@ class PrefillStep(Message, frozen=True):
     sampling: Sampling
     emitted: int
     """How many of ``tokens`` are output of this step."""
+    family: TraceId
+    """As in :class:`DecodeStep`."""
 
 
 class PrefillProgress(Message, frozen=True):
@@ -140,6 +142,10 @@ class DecodeStep(Message, frozen=True):
     prefill: NodeId | None
     """Who computes the missing part of the prompt; None: the decode worker itself."""
     sampling: Sampling
+    family: TraceId
+    """The trace that started this one, and waits for it and its siblings; itself if none did."""
+    pull_tokens: int | None = None
+    """The store's leading tokens beyond these are to be computed: bringing them up would take longer. None: none."""
     prompt_logprobs: int | None = None
     """Tell the logprobs of the prompt's tokens too, with so many of the likeliest. Such a prompt is computed anew, all
     of it and on the decode worker: KV that is there already gives no logits."""

@@ -1,0 +1,82 @@
+"""The iteration loop: whom it keeps waiting."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from sim import loop as virtual
+from tracehaul.engine.base import SequenceId
+from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
+from tracehaul.runtime import clock
+from tracehaul.wire.steps import Sampling
+from worker.iteration import Computed, IterationLoop, Job, Sampled
+from worker.scheduler import Scheduler
+
+ITERATION_S = 1.0
+
+
+class Bed:
+    """A loop over a fake engine, each of whose iterations takes a second."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngine(fake_info(), EngineCost(iteration_s=ITERATION_S))
+        self.loop = IterationLoop(self.engine, Scheduler(64, 8), self.engine.grow)
+
+    def job(self, tokens: int, samples: int) -> Job:
+        """A prompt of that many tokens."""
+        sequence = self.engine.open(128)
+        assert sequence is not None
+        sampling = Sampling(max_tokens=samples, temperature=0.0)
+        return Job(int(sequence), int(sequence), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
+
+
+def play(case: Coroutine[Any, Any, None], bed: Bed) -> None:
+    async def main() -> None:
+        running = asyncio.create_task(bed.loop.run())
+        try:
+            await case
+        finally:
+            running.cancel()
+
+    virtual.run(main)
+
+
+async def sampled(job: Job) -> None:
+    while not isinstance(await job.events.get(), Sampled):
+        pass
+
+
+def test_a_job_that_has_ended_does_not_wait_for_the_iteration_of_others() -> None:
+    bed = Bed()
+
+    async def case() -> None:
+        ends, stays = bed.job(8, 1), bed.job(8, 5)
+        key, other = bed.loop.start(ends), bed.loop.start(stays)
+        await sampled(ends)
+        await asyncio.sleep(0.5 * ITERATION_S)  # the other's next token is being computed
+        before_s = clock.now_s()
+        await bed.loop.stop(key)
+        assert clock.now_s() == before_s
+        bed.engine.close(ends.sequence)
+        await bed.loop.stop(other)
+
+    play(case(), bed)
+
+
+@pytest.mark.parametrize("tokens", [8, 100])
+def test_a_job_that_is_being_computed_is_waited_for(tokens: int) -> None:
+    bed = Bed()
+
+    async def case() -> None:
+        job = bed.job(tokens, 3)
+        key = bed.loop.start(job)
+        assert isinstance(await job.events.get(), Computed)
+        await asyncio.sleep(0.25 * ITERATION_S)
+        before_s = clock.now_s()
+        await bed.loop.stop(key)
+        assert clock.now_s() - before_s == pytest.approx(0.75 * ITERATION_S)
+        bed.engine.close(job.sequence)  # the fake engine would not allow it under an iteration
+
+    play(case(), bed)
