@@ -7,7 +7,7 @@ memory   in the arena, after publish
 slots    in the file, of a block that only the file has
 records  in the file's table of contents, between two lives of the node
 put      on the way from the client to the arena, by a transport that leaves checking to the node, and just after one
-         that has read back what it wrote
+         that sums what it stores
 get      on the way back, by a transport that sums what lands, and by one that does not
 objects  in a bucket: cut off, garbage, another block's, one bit
 tier     in a remote tier that does not check what it returns: cut off, garbage, another block's, one bit
