@@ -5,15 +5,10 @@ stores announce them: each trace's blocks in groups, others' between. ``index.ma
 blocks are anywhere in memory. ``index.events``: blocks per second that one core takes in, decoding included.
 ``placement.1000``: one placement among a thousand decode and a thousand prefill workers, the books kept.
 
-With recordings, ``replay.*``: the same traces on fresh clusters of one prefill and two decode workers, whose decode
-workers together hold a third of the traces' contexts: placement by cost with the store, a trace bound to its worker
-without, and round-robin without. ``replay.steps.sticky`` and ``replay.steps.round_robin`` are steps per hour of the
-first, divided by the others'; ``replay.hits`` is its delivered hits, divided by those of an infinite shared cache.
-More parts: :mod:`bench.traces_fork`, :mod:`bench.traces_resume`, :mod:`bench.traces_hits`,
-:mod:`bench.traces_ablation`.
+More parts, most of them on recorded agents: :mod:`bench.traces_replay`, :mod:`bench.traces_peers`,
+:mod:`bench.traces_fork`, :mod:`bench.traces_resume`, :mod:`bench.traces_hits`, :mod:`bench.traces_ablation`.
 """
 
-import asyncio
 import os
 import random
 from collections.abc import Callable
@@ -25,23 +20,16 @@ import msgspec
 import typer
 from rich.console import Console
 
-from bench.fleet import fleet
 from bench.replay.choose import Limits, choose
 from bench.replay.command import RECORDINGS_VARIABLE, read_traces
-from bench.replay.progress import shown
-from bench.replay.recording import Trace
-from bench.replay.records import summary
-from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
 from bench.report import Result, finish, percentile
 from bench.traces_ablation import ablation_results
 from bench.traces_fork import fork_results
 from bench.traces_hits import kill_results, mooncake_results
 from bench.traces_peers import peers_results
+from bench.traces_replay import replay_results
 from bench.traces_resume import resume_results
-from cluster.config import ClusterConfig, NodeCounts
-from cluster.launch import free_port
-from router.dispatch import DispatchConfig
 from router.index import Index
 from router.policy.cost import StoredRun
 from router.policy.fleet import Fleet
@@ -52,7 +40,6 @@ from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
-from worker.config import WorkerConfig
 
 BLOCKS = 1_000_000
 PROMPT_BLOCKS = 3125
@@ -69,21 +56,13 @@ G = Generation(1)
 
 PEERS = Path(__file__).parent.parent / ".peers"
 WORKLOAD = "weka_scaled16"
-CAPACITY_SHARE = 3
-"""The traces' contexts are that many times what the decode workers hold."""
-STORE_BYTES = 2 << 30
 FULL = Limits(traces_max=12, skip_steps=6, steps_min=8, steps_max=8, context_min=3500)
 QUICK = Limits(traces_max=8, skip_steps=1, steps_min=4, steps_max=4, context_min=1500, context_max=2600, output_max=32)
 PACING = Pacing(concurrency=12, time_scale=8.0, gap_max_s=8.0, stagger_s=1.0)
 QUICK_PACING = Pacing(concurrency=12, time_scale=30.0, gap_max_s=1.0, stagger_s=0.3)
 """So few short steps keep nobody busy through longer gaps, and every policy would look the same."""
-CONTENDERS = {
-    "cost": DispatchConfig(),
-    "sticky": DispatchConfig(policy="sticky", use_store=False),
-    "round_robin": DispatchConfig(policy="round-robin", use_store=False),
-}
 
-PARTS = ("index", "placement", "fork", "resume", "replay", "peers", "kill", "mooncake", "ablation")
+PARTS = ("index", "placement", "fork", "resume", "replay", "ample", "peers", "kill", "mooncake", "ablation")
 
 console = Console()
 
@@ -195,57 +174,6 @@ def _milliseconds(name: str, took_s: list[float]) -> list[Result]:
     ]
 
 
-def replay_results(traces: list[Trace], pacing: Pacing, rounds: int, config: dict[str, Any]) -> list[Result]:
-    """All contenders in turn, ``rounds`` times, each round beginning with another."""
-    need = sum(max(step.prompt.tokens + step.output_tokens for step in trace.steps) for trace in traces)
-    longest = max(step.prompt.tokens + step.output_tokens for trace in traces for _, step in trace.walk())
-    kv_tokens = -(-max(need // (2 * CAPACITY_SHARE), longest + 64) // 32) * 32
-    config |= {"kv_tokens": kv_tokens, "contexts_tokens": need, "store_bytes": STORE_BYTES}
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in CONTENDERS}
-    names = list(CONTENDERS)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            outcomes[name].append(_replayed(traces, pacing, CONTENDERS[name], kv_tokens))
-            rate = _rate(outcomes[name][-1:])
-            console.print(f"round {number + 1}, {name}: {rate:.0f} steps/h", highlight=False)
-    results: list[Result] = []
-    for name, runs in outcomes.items():
-        for result in summary(
-            [record for run in runs for record in run.records],
-            [trace for run in runs for trace in run.completed],
-            sum(run.wall_s for run in runs),
-            runs[-1].hits,
-        ):
-            results.append(msgspec.structs.replace(result, name=f"{result.name}.{name}", versus=None, ratio=None))
-    ours = _rate(outcomes["cost"])
-    for name in ("sticky", "round_robin"):
-        ratio = ours / _rate(outcomes[name])
-        results.append(Result(f"replay.steps.{name}", ratio, "1", f"replay.steps_per_h.{name}", ratio))
-    found = outcomes["cost"][-1].hits
-    if found is not None:
-        ratio = found.delivered / found.shared
-        results.append(Result("replay.hits", ratio, "1", "replay.hits.shared.cost", ratio))
-    return results
-
-
-def _replayed(traces: list[Trace], pacing: Pacing, dispatch: DispatchConfig, kv_tokens: int) -> Outcome:
-    config = ClusterConfig(
-        port=free_port(),
-        nodes=NodeCounts(prefill=1, decode=2, store=1),
-        kv_tokens=kv_tokens,
-        store_bytes=STORE_BYTES,
-        dispatch=dispatch,
-        worker=WorkerConfig(use_store=dispatch.use_store),
-    )
-    with fleet(config, console) as running, shown(console) as observe:
-        return asyncio.run(replay(traces, pacing, Target(running.url), observe))
-
-
-def _rate(runs: list[Outcome]) -> float:
-    good = sum(record.error is None for run in runs for record in run.records)
-    return 3600 * good / sum(run.wall_s for run in runs)
-
-
 def main(
     recordings: Annotated[
         Path | None, typer.Option(envvar=RECORDINGS_VARIABLE, help="Where the recordings are; none: no replays.")
@@ -273,11 +201,13 @@ def main(
     if "resume" in parts:
         results += resume_results(config, console, quick=quick)
     if recordings is not None:
-        if {"replay", "peers"} & set(parts):
+        if {"replay", "ample", "peers"} & set(parts):
             traces = choose(read_traces(recordings, workload), limits, seed=1)
             config |= {"limits": msgspec.to_builtins(limits), "pacing": msgspec.to_builtins(pacing)}
             if "replay" in parts:
-                results += replay_results(traces, pacing, rounds, config)
+                results += replay_results(traces, pacing, rounds, config, console)
+            if "ample" in parts:
+                results += replay_results(traces, pacing, rounds, config, console, ample=True)
             if "peers" in parts and (peers / "vllm").is_dir():
                 results += peers_results(traces, pacing, peers, rounds, config, console)
             elif "peers" in parts:

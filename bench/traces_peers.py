@@ -19,13 +19,13 @@ from bench.replay.recording import Trace
 from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
 from bench.report import Result
+from bench.traces_replay import STORE_BYTES, steps_per_h
 from bench.vllm_server import Peers, vllm_server
 from cluster.config import ClusterConfig, NodeCounts
 from router.dispatch import DispatchConfig
 
 KV_BYTES = 422 << 20
 """Of all workers together: a third of the contexts that live at once."""
-STORE_BYTES = 2 << 30
 TOKEN_BYTES = 23_040
 """KV of a token of the default model."""
 CONTEXT_MAX = 8192
@@ -53,12 +53,12 @@ def peers_results(
     for _ in range(rounds):
         for name, runs in outcomes.items():
             runs.append(_run(name, traces, pacing, peers, model, ours, console))
-            console.print(f"{name}: {_rate(runs[-1:]):.0f} steps/h", highlight=False)
-    rate = _rate(outcomes["ours"])
+            console.print(f"{name}: {steps_per_h(runs[-1:]):.0f} steps/h", highlight=False)
+    rate = steps_per_h(outcomes["ours"])
     results = [Result("replay.steps_per_h.ours", rate, "1/h")]
     for name in ("lmcache", "vllm"):
         if name in outcomes:
-            theirs = _rate(outcomes[name])
+            theirs = steps_per_h(outcomes[name])
             results.append(Result(f"replay.steps_per_h.{name}", theirs, "1/h"))
             results.append(
                 Result(f"replay.peers.{name}", rate / theirs, "1", f"replay.steps_per_h.{name}", rate / theirs)
@@ -87,8 +87,3 @@ def _run(
     server = vllm_server(peers, model, kv_bytes=kv_bytes, context_max=CONTEXT_MAX, lmcache_bytes=lmcache_bytes)
     with server as url, shown(console) as observe:
         return asyncio.run(replay(traces, pacing, Target(url), observe))
-
-
-def _rate(runs: Sequence[Outcome]) -> float:
-    good = sum(record.error is None for run in runs for record in run.records)
-    return 3600 * good / sum(run.wall_s for run in runs)

@@ -58,9 +58,9 @@ class DecodeService:
                 return Resident(self._host.keep(trace, salt, for_s))
             case ForgetContext(trace, salt):
                 return Resident(await self._host.forget(trace, salt))
-            case RecallContext(trace, root, tokens, salt, keep_s):
+            case RecallContext(trace, root, tokens, salt, keep_s, told):
                 self._check_root(root)
-                return Resident(await self._host.recall(trace, salt, unpack_tokens(tokens), keep_s))
+                return Resident(await self._host.recall(trace, salt, unpack_tokens(tokens), keep_s, told=told))
             case _:
                 raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
 

@@ -135,7 +135,7 @@ class Retainer:
         """The client says that its next step comes soon."""
         self._stop_timers(trace.key)
         trace.suspension = None
-        self._start_recall(trace, "the client resumes it")
+        self._start_recall(trace, "the client resumes it", told=True)
 
     def forget(self, trace: Trace) -> None:
         """It is no longer remembered."""
@@ -186,7 +186,8 @@ class Retainer:
         if plan.pin_s > 0 or trace.pin is not None:
             self._start(self._pin(trace, plan), f"pin {trace.trace}")
         if plan.recall_s is not None:
-            self._after(trace, plan.recall_s, lambda: self._start_recall(trace, "its next step is expected"))
+            told = told_s is not None
+            self._after(trace, plan.recall_s, lambda: self._start_recall(trace, "its next step is expected", told=told))
 
     def _rates(self, trace: Trace) -> Rates:
         """Of the worker that has its context."""
@@ -259,15 +260,15 @@ class Retainer:
         kind, replicas = ("soft", 1) if wish is None else (wish.kind, wish.replicas)
         return home, Pin(name, last, ttl_s, kind, priority, tenant=trace.key[0], replicas=replicas)
 
-    def _start_recall(self, trace: Trace, why: str) -> None:
+    def _start_recall(self, trace: Trace, why: str, *, told: bool) -> None:
         if not self._config.recall or trace.running or not trace.lefts or trace.key in self._recalls:
             return
-        task = self._start(self._recall(trace, trace.lefts[-1], why), f"recall {trace.trace}")
+        task = self._start(self._recall(trace, trace.lefts[-1], why, told=told), f"recall {trace.trace}")
         if task is not None:
             self._recalls[trace.key] = task
             task.add_done_callback(lambda _: self._recalls.pop(trace.key, None))
 
-    async def _recall(self, trace: Trace, left: Left, why: str) -> None:
+    async def _recall(self, trace: Trace, left: Left, why: str, *, told: bool) -> None:
         """Bring a context back to the worker that had it, or to the one with the least to do."""
         worker = self._worker(trace, left)
         keep_s = max(trace.retention.keep_s if trace.retention is not None else 0.0, RECALLED_KEEP_S)
@@ -279,7 +280,7 @@ class Retainer:
         self.stats.recalls += 1
         began_s = clock.now_s()
         self._start_prefetch(trace, left)
-        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], keep_s)
+        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], keep_s, told)
         now_there = await self._try(worker, recall, Resident, RECALL_TIMEOUT_S)
         tokens = now_there.tokens if now_there is not None else 0
         gained = max(0, tokens - here.tokens)

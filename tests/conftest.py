@@ -11,6 +11,8 @@ import httpx
 import pytest
 from hypothesis import settings
 
+TESTS = Path(__file__).parent
+
 # Triton decides when it is first imported, by whomever, whether its kernels are interpreted.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -23,7 +25,10 @@ settings.load_profile("tracehaul")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where there is none, with the reason in the report."""
+    """Whole clusters are slow, simulated ones too. What is marked ``gpu`` is skipped where there is none, aloud."""
+    for item in items:
+        if {"process", "sim"} & set(item.path.relative_to(TESTS).parts):
+            item.add_marker(pytest.mark.slow)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return

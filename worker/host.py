@@ -156,15 +156,18 @@ class WorkerHost:
         self._room.set()
         return 0
 
-    async def recall(self, trace: TraceId, salt: str, tokens: list[int], keep_s: float) -> int:
+    async def recall(self, trace: TraceId, salt: str, tokens: list[int], keep_s: float, *, told: bool) -> int:
         """Bring a trace's context back from the store while no step asks for it; returns the tokens that are here then.
 
-        It takes what memory is free or past its time, and gives way to whoever waits for memory. Fewer tokens than
-        there are: the store does not have more, or there is no memory, or it gave way.
+        It takes what memory is free or past its time, that of any idle context if ``told``, and gives way to whoever
+        waits for memory. Fewer tokens than there are: the store does not have more, or there is no memory, or it gave
+        way.
         """
         key = (salt, trace)
         if key not in self._recalls and len(tokens) < usable_context(self.engine.info):
-            task = self._recalls[key] = asyncio.create_task(self._recall(trace, salt, tokens), name=f"recall {trace}")
+            task = self._recalls[key] = asyncio.create_task(
+                self._recall(trace, salt, tokens, worthless=not told), name=f"recall {trace}"
+            )
             task.add_done_callback(lambda _: self._recalls.pop(key, None))
             try:
                 await asyncio.wait([task])
@@ -174,13 +177,13 @@ class WorkerHost:
                 task.result()
         return self.keep(trace, salt, keep_s)
 
-    async def _recall(self, trace: TraceId, salt: str, tokens: list[int]) -> None:
+    async def _recall(self, trace: TraceId, salt: str, tokens: list[int], *, worthless: bool) -> None:
         packed = pack_tokens(tokens)
         taken = self._residency.take_own(trace, salt, packed)
         known: Sequence[BlockHash] = ()
         if taken is not None:
             resident, shared = taken
-            if shared == len(tokens) or not self._make_room(resident.sequence, len(tokens), worthless=True):
+            if shared == len(tokens) or not self._make_room(resident.sequence, len(tokens), worthless=worthless):
                 self._residency.keep(resident)
                 return
             sequence, known = resident.sequence, resident.hashes
@@ -188,7 +191,7 @@ class WorkerHost:
         elif self.loop.lacks_memory or len(self._line):
             return
         else:
-            shared, sequence = 0, self._try_open(len(tokens), worthless=True)
+            shared, sequence = 0, self._try_open(len(tokens), worthless=worthless)
             if sequence is None:
                 return
         context = self._context(next(self._arrivals), salt, tokens, packed, known, sequence, shared)

@@ -14,6 +14,7 @@ from bench.replay.schedule import Sending
 from bench.replay.tokens import prompt_text, prompt_tokens
 from tracehaul.runtime import clock
 
+JSON = {"Content-Type": "application/json"}
 PROBE_TIMEOUT_S = 120.0
 PROBE = Blocks("probe", (0,), 64, 64)
 WARM_UP = Blocks("warm-up", tuple(range(10)), 60, 600)
@@ -72,7 +73,7 @@ async def probe(http: httpx.AsyncClient, model: str, forms: Sequence[Form]) -> F
     for form in forms:
         try:
             path, body = _request(PROBE, model, form, 1, f"probe {clock.wall_ns()}")
-            answer = await http.post(path, content=msgspec.json.encode(body), timeout=PROBE_TIMEOUT_S)
+            answer = await http.post(path, content=msgspec.json.encode(body), headers=JSON, timeout=PROBE_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise NoEndpoint(f"{http.base_url} does not answer: {error or type(error).__name__}") from error
         if answer.is_success:
@@ -119,7 +120,7 @@ class Endpoint:
         try:
             answers = await asyncio.gather(
                 *(
-                    self._http.post(path, content=msgspec.json.encode(body), timeout=self._timeout_s)
+                    self._http.post(path, content=msgspec.json.encode(body), headers=JSON, timeout=self._timeout_s)
                     for path, body in calls
                 )
             )
@@ -159,7 +160,7 @@ class Endpoint:
         return record
 
     def _headers(self, sending: Sending) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "X-Trace-Id": self._name(sending.trace.trace)}
+        headers = JSON | {"X-Trace-Id": self._name(sending.trace.trace)}
         if sending.trace.parent is not None:
             headers["X-Parent-Trace-Id"] = self._name(sending.trace.parent)
         session = self._name(sending.root if self._affinity == "root" else sending.trace.trace)

@@ -84,7 +84,14 @@ def paged_on_cpu(
     return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, None), pool
 
 
-@pytest.fixture(params=["fake", "torch", "compiled", "paged", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        "fake",
+        "torch",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("compiled", "paged")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
 def make_engine(
     request: pytest.FixtureRequest, tiny_model: Path, wider_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> MakeEngine:

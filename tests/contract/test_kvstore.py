@@ -162,7 +162,10 @@ class World:
 Case = Callable[[World], Awaitable[None]]
 
 
-@pytest.fixture(params=["local", "tcp", "local in parts", "tcp in parts"])
+MORE = ["tcp", "local in parts", "tcp in parts"]
+
+
+@pytest.fixture(params=["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE)])
 def play(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], None]:
     """In parts: every block is a part of its own, as those of a large put or get are."""
     kind, _, parts = request.param.partition(" ")

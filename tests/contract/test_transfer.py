@@ -38,7 +38,6 @@ KINDS = [
     "tcp",
     *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nixl-request", "nixl-read", "ucxx")),
 ]
-PAIR_KINDS = ["local", "shm", "tcp", "nixl-request", "ucxx", pytest.param("nixl-read", marks=pytest.mark.slow)]
 NBYTES = 48 << 20
 
 
@@ -164,7 +163,7 @@ def start(request: pytest.FixtureRequest) -> Iterator[Start]:
     yield from starter(request.param)
 
 
-@pytest.fixture(scope="module", params=PAIR_KINDS)
+@pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
     """Two nodes for tests that leave them as they were."""
     generator = starter(request.param)

@@ -58,7 +58,6 @@ def ask(port: int) -> str:
     return answer.json()["choices"][0]["message"]["content"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_cluster_from_start_to_end(run: RunDir):
     port = free_port()
@@ -104,7 +103,6 @@ def test_a_cluster_from_start_to_end(run: RunDir):
         bystander.wait()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_node_that_dies_while_starting_takes_the_launch_back(run: RunDir):
     """Also what a launch does when it is interrupted: the same way back."""
@@ -122,7 +120,6 @@ def test_a_node_that_dies_while_starting_takes_the_launch_back(run: RunDir):
     assert run.records() == []
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("how", ["ctrl-c", "down"])
 def test_an_interrupted_launch_leaves_nothing(run: RunDir, how: str):

@@ -37,7 +37,7 @@ HEARTBEAT_S = 1.2
 PATIENCE_S = 20.0
 ATTEMPTS = 5
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
 
 
 @pytest.fixture(scope="module")

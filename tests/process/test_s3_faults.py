@@ -27,8 +27,6 @@ BUDGET = 16 * SLOT
 ROOT = BlockHash(b"\xff" * 16)
 TIMEOUT_S = 2.0
 
-pytestmark = [pytest.mark.slow]
-
 
 class Proxy:
     """Between the tier and the server, one TCP connection for one. ``fault`` holds for what passes from now on."""

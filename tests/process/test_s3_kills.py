@@ -17,7 +17,7 @@ SLOT = 16 << 10
 SLOTS = 24
 CYCLES = 12
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(60 + 10 * CYCLES)]
+pytestmark = [pytest.mark.timeout(60 + 10 * CYCLES)]
 
 
 async def life(url: str, seed: int, dice: random.Random, held: set[int]) -> int:

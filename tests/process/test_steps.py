@@ -29,7 +29,7 @@ STEPS = (
 )
 """New tokens of each step, and where it runs."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.timeout(180)]
 
 
 def on(transport: str) -> Any:

@@ -25,7 +25,7 @@ BLOCK_TOKENS = 32
 PROMPT = [random.Random(7).randrange(1000, 20000) for _ in range(10 * BLOCK_TOKENS + 5)]
 PATIENCE_S = 20.0
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180), pytest.mark.xdist_group("store-cli")]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("store-cli")]
 
 
 @pytest.fixture(scope="module")

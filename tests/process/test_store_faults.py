@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.config import StoreConfig
@@ -29,8 +28,6 @@ BLOCK = 250_000
 CONFIG = StoreConfig(arena_bytes=64 * SLOT, slot_bytes=SLOT)
 ROOT = BlockHash(b"\xff" * 16)
 POOL = random.Random(1).randbytes(2 * BLOCK)
-
-pytestmark = pytest.mark.slow
 
 
 class Node:

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from bench.kill_lane import content, hash_of
 from kvstore.client import OutgoingBlock, StoreClient
@@ -29,8 +28,6 @@ ROOT = BlockHash(b"\xff" * 16)
 START_S = 30.0
 BACK_S = 3.0
 """In which a node that goes on has tried to join again, several times."""
-
-pytestmark = pytest.mark.slow
 
 
 @contextlib.asynccontextmanager

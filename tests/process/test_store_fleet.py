@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
-import pytest
 
 from kvstore.client import OutgoingBlock, StoreClient
 from kvstore.staging import Staging
@@ -36,8 +35,6 @@ TIMEOUT_S = 5.0
 GRACE_S = 1.0
 BLOCKS = 24
 """Of one trace."""
-
-pytestmark = pytest.mark.slow
 
 
 class Fleet:

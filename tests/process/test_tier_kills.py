@@ -12,8 +12,6 @@ from bench.killcycles import restart_s
 CYCLES = 10
 BLOCKS = 100_000
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize("file_slots", [48, 1000], ids=["evicting", "roomy"])
 def test_killed_at_random_moments(file_slots: int, tmp_path: Path) -> None:

@@ -58,7 +58,6 @@ def outcome(call: Any) -> str:
     return "ok"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nixl", "ucxx"])
 def test_a_silent_link_costs_deadlines_and_what_was_on_it_settles_when_it_is_back(kind: str) -> None:
     with two_hosts(kind) as (us, peer, silence):

@@ -33,7 +33,6 @@ sys.exit(run_node("store-0", RunDir(Path(sys.argv[1]))))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["nixl", "ucxx"])
 def test_a_node_ends_with_its_data_plane(tmp_path: Path, transport: str) -> None:
     run = RunDir(tmp_path)

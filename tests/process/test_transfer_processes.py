@@ -75,7 +75,6 @@ def test_shm_unmaps_a_dead_peer_without_being_asked(peers: list[Any]) -> None:
     raise AssertionError("still mapped")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nixl", "ucxx"])
 def test_idle_agents_cost_next_to_nothing(peers: list[Any], kind: str) -> None:
     us, peer = transfer_peer.Peer(kind, "us#1", 1 << 20), transfer_peer.Peer(kind, "peer#1", 1 << 20)
@@ -90,7 +89,6 @@ def test_idle_agents_cost_next_to_nothing(peers: list[Any], kind: str) -> None:
         assert (end_s - start_s) / 2.0 < 0.01
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nixl", "ucxx"])
 def test_a_quiet_owner_notices_a_request_at_once(peers: list[Any], kind: str) -> None:
     us, peer = transfer_peer.Peer(kind, "us#1", 1 << 20), transfer_peer.Peer(kind, "peer#1", 1 << 20)
@@ -104,7 +102,6 @@ def test_a_quiet_owner_notices_a_request_at_once(peers: list[Any], kind: str) ->
     assert min(took) < 0.05  # its longest nap is 100 ms: it was woken
 
 
-@pytest.mark.slow
 def test_the_nixl_agent_is_made_by_the_rules() -> None:
     program = """
 import resource, sys
@@ -124,7 +121,6 @@ print("ok", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert done.stdout.startswith("ok"), done.stderr
 
 
-@pytest.mark.slow
 def test_ucxx_leaves_the_environment_alone_and_needs_no_torch() -> None:
     program = """
 import os, sys

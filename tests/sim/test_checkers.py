@@ -27,7 +27,6 @@ from tracehaul.wire.steps import StepDone
 from worker.host import WorkerHost
 from worker.iteration import IterationLoop
 
-pytestmark = pytest.mark.slow
 SMALL = msgspec.structs.replace(MIX, traces=8, hang_up_share=0.3)
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
 

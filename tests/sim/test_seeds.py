@@ -24,7 +24,6 @@ def quiet():
     root.setLevel(level)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(20))
 def test_nothing_is_violated_under_faults(chunk):
     for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
@@ -33,7 +32,6 @@ def test_nothing_is_violated_under_faults(chunk):
         assert result.finished + result.hung_up >= TRACES * MIX.steps_min
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [16, 32, 342, 319, 467])
 def test_seeds_that_found_bugs(seed):
     """16: a moved step's own work counted as cached; 32: a lost last message; the others: a sequence grew while its
@@ -51,7 +49,6 @@ def test_a_calm_run_fails_nothing_and_reuses_most_of_its_prompts():
     assert result.counts["store.published"] > 0
 
 
-@pytest.mark.slow
 def test_the_faults_reach_every_way_of_coping():
     """A simulator that never gets anywhere near trouble passes everything."""
     total: dict[str, int] = {}

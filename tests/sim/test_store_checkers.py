@@ -21,7 +21,6 @@ from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members, NodeLoad
 
-pytestmark = pytest.mark.slow
 SMALL = msgspec.structs.replace(MIX, traces=10)
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
 BELOW = Below(400, 0.005, TieringConfig(scrub_bytes_s=0), pin_share=1.0, prefetch_share=0.5, quotas=False)

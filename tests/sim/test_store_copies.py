@@ -13,7 +13,6 @@ from sim.faults import FaultPlan, HostLoss, Retire
 from sim.storage import Below
 from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 
-pytestmark = pytest.mark.slow
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
 SMALL = msgspec.structs.replace(MIX, traces=10)
 BELOW = Below(

@@ -10,7 +10,6 @@ from sim.faults import Crash, FaultPlan, PowerLoss, Zombie
 from sim.storage import make_below
 from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 
-pytestmark = pytest.mark.slow
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
 SMALL = msgspec.structs.replace(MIX, traces=10)
 TIERED = next(make_below(seed, 100) for seed in range(100) if make_below(seed, 100) is not None)

@@ -172,7 +172,8 @@ def test_a_context_that_gave_way_comes_back_at_the_clients_word():
     run(use, kv_tokens_max=1024)
 
 
-def test_what_comes_back_for_one_trace_does_not_push_out_what_came_back_for_another():
+@pytest.mark.parametrize("told", [False, True])
+def test_what_comes_back_on_a_guess_does_not_push_out_what_came_back_and_at_the_clients_word_it_does(told):
     async def use(cluster):
         outputs = {}
         for name, first in (("a", 1), ("b", 2)):
@@ -180,13 +181,13 @@ def test_what_comes_back_for_one_trace_does_not_push_out_what_came_back_for_anot
             assert cluster.dispatch.book.suspend("", TraceId(name), 1000.0, 5000.0, "make") is not None
         assert cluster.dispatch.book.resume("", TraceId("a")) is not None
         await asyncio.sleep(2.0)
-        assert cluster.dispatch.book.resume("", TraceId("b")) is not None
+        cluster.dispatch.retainer._start_recall(cluster.trace("b"), "so it is", told=told)
         await asyncio.sleep(2.0)
-        _, done = await cluster.step("a", [1, *PREFIX, *PREFIX, *outputs["a"], 5])
-        assert done.usage.resident_tokens == 2 * len(PREFIX) + len(outputs["a"])
+        back, first = ("b", 2) if told else ("a", 1)
+        _, done = await cluster.step(back, [first, *PREFIX, *PREFIX, *outputs[back], 5])
+        assert done.usage.resident_tokens == 2 * len(PREFIX) + len(outputs[back])
 
-    one_worker = [node for node in ROLES if node not in ("decode-1",)]
-    run(use, kv_tokens_max=1024, nodes=one_worker)
+    run(use, kv_tokens_max=1024, nodes=[node for node in ROLES if node != "decode-1"])
 
 
 def test_a_trace_that_is_not_back_by_its_deadline_has_ended():

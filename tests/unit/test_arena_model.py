@@ -25,6 +25,8 @@ from tracehaul.wire.blocks import (
 )
 from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, SlotGeneration, TraceId
 
+pytestmark = pytest.mark.slow
+
 SLOT = 4096
 RESERVATION_TTL_S, LEASE_TTL_MAX_S, LATE_WRITE_S = 8.0, 12.0, 16.0
 QUIET_S = 3.0

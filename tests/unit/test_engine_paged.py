@@ -20,6 +20,8 @@ from tracehaul.engine.source import resolve
 from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.wire.hashing import KVLayout
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

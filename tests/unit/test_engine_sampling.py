@@ -153,6 +153,7 @@ def test_the_rules_are_those_of_the_reference(
     "rules", [{}, {"top_p": 0.999999}, {"top_p": 0.9}, {"top_k": 900}, {"top_k": 40}, {"min_p": 0.001}]
 )
 @pytest.mark.parametrize("spread", [1.0, 6.0])
+@pytest.mark.slow
 def test_the_short_cut_changes_nothing(rules: dict[str, Any], spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
     # Coarse logits, so that ties lie across the cut; nearly flat, so that it is often not enough.
     logits = np.round(np.random.default_rng(1).normal(0, spread, 40_000), 1).astype(np.float32)

@@ -207,7 +207,7 @@ class KeepContext(Message, frozen=True):
 class RecallContext(Message, frozen=True):
     """Router -> decode worker: bring a trace's context back from the store, before its next step asks for it.
 
-    It takes only memory that is free, or that of contexts past their time, and gives way to any step that waits for
+    It takes memory that is free, or that of contexts past their time, and gives way to any step that waits for
     memory and to the trace's own next step. Answered with :class:`Resident` when it has ended, however far it came.
     """
 
@@ -218,6 +218,9 @@ class RecallContext(Message, frozen=True):
     salt: str
     keep_s: float
     """As in :class:`KeepContext`, from when it is there."""
+    told: bool = False
+    """Its client has said that the step comes, so that it may take the memory of any idle context: the others' are
+    kept on a guess."""
 
 
 class ForgetContext(Message, frozen=True):
