@@ -84,7 +84,7 @@ class FlippingTransfer:
             return sums
         for copy in self._choose(copies):
             flip(self._arena[copy.remote_offset :][: copy.nbytes], self._dice)
-        return None if self.fault == "put" else sums  # a moment too late for one that has read back what it wrote
+        return None if self.fault == "put" else sums  # a moment too late for one that sums what it stores
 
     async def broken(self) -> None:
         await self._inner.broken()

@@ -42,6 +42,7 @@ DECODE = {
     "b8.6k": [6144] * 8,
     "ragged": [256 + 448 * i + i % 2 * 32 for i in range(16)],
 }
+INT8_DECODE = ("decode.b1.1k", "decode.b4.2k", "decode.b16.2k")
 STRUCTURED = [1024] * 16
 QUICK_LEAVES_OUT = {"engine.prefill.4096", "engine.decode.b1.6k", "engine.decode.b8.6k"}
 WARM_UP_ITERATIONS = 2
@@ -70,6 +71,7 @@ class Part(StrEnum):
     STRUCTURED = "structured"
     THROUGHPUT = "throughput"
     HANDOFF = "handoff"
+    INT8 = "int8"
 
 
 class Task(NamedTuple):
@@ -201,12 +203,14 @@ def _results(task: Task, took_s: dict[str, list[float]]) -> list[Result]:
     def value(seconds: list[float]) -> float:
         return 1000 * median(seconds) if task.milliseconds else task.tokens / median(seconds)
 
-    if THEIRS not in took_s:
-        return [Result(f"{OURS}.{task.name}", value(took_s[OURS]), unit)]
-    ratio = median(theirs / ours for ours, theirs in zip(took_s[OURS], took_s[THEIRS], strict=True))
+    ours, *others = took_s
+    if not others:
+        return [Result(f"{ours}.{task.name}", value(took_s[ours]), unit)]
+    theirs = others[0]
+    ratio = median(slow / fast for fast, slow in zip(took_s[ours], took_s[theirs], strict=True))
     return [
-        Result(f"{OURS}.{task.name}", value(took_s[OURS]), unit, THEIRS, ratio),
-        Result(f"{THEIRS}.{task.name}", value(took_s[THEIRS]), unit),
+        Result(f"{ours}.{task.name}", value(took_s[ours]), unit, theirs, ratio),
+        Result(f"{theirs}.{task.name}", value(took_s[theirs]), unit),
     ]
 
 
@@ -276,6 +280,26 @@ def start(python: Path | None, quick: bool, stack: ExitStack) -> tuple[Engines, 
     return Engines(processes), results
 
 
+def int8(quick: bool) -> list[Result]:
+    """Our engine with its weights in int8, beside itself with them in bfloat16."""
+    rounds, iterations = (2, 8) if quick else (3, 16)
+    processes: dict[str, Process] = {}
+    with ExitStack() as stack:
+        for name, words in ((f"{OURS}.int8", ["int8"]), (f"{OURS}.bfloat16", [])):
+            place, words = Place("127.0.0.1"), [DEFAULT_MODEL, str(KV_TOKENS), str(THREADS), *words]
+            with console.status(f"starting {name}"):
+                processes[name] = Process(place, *words, module="bench.engine_process")
+                stack.enter_context(running(processes[name]))
+                processes[name].hear()
+        engines = Engines(processes)
+        progress = stack.enter_context(Progress(console=console))
+        results: list[Result] = []
+        for task in prefill_tasks()[:2] + [t for t in decode_tasks(iterations) if t.name in INT8_DECODE]:
+            results += engines.measure(task, rounds, 1, progress)
+        resident = [engines.usage(name)["rss"] / 1e6 for name in processes]
+        return [*results, Result(f"{OURS}.int8.rss", resident[0], "MB", f"{OURS}.bfloat16", resident[0] / resident[1])]
+
+
 def memory(engines: Engines) -> list[Result]:
     """Resident memory at the end against weights and KV memory."""
     weights = (hub_folder() / "model.safetensors").stat().st_size
@@ -339,8 +363,10 @@ def main(
     if vllm is None:
         console.print("vLLM is left out: ./scripts/peers vllm installs it")
     results: list[Result] = []
-    if only is not Part.HANDOFF:
+    if only not in (Part.HANDOFF, Part.INT8):
         results += compare(only, quick, vllm)
+    if only in (None, Part.INT8):
+        results += int8(quick)
     if only in (None, Part.HANDOFF):
         results += handoff(quick, console)
     finish(config, results, json, console)

@@ -183,9 +183,15 @@ async def _token(job: Job) -> int:
                 pass
 
 
-async def main(model: str, kv_tokens: str, threads: str) -> None:
+async def main(model: str, kv_tokens: str, threads: str, weights: str | None = None) -> None:
     """Load, say what it took, answer commands until the input ends."""
-    config = TorchEngineConfig(model=model, device="cpu", threads=int(threads), kv_tokens_max=int(kv_tokens))
+    config = TorchEngineConfig(
+        model=model,
+        weights="int8" if weights == "int8" else None,
+        device="cpu",
+        threads=int(threads),
+        kv_tokens_max=int(kv_tokens),
+    )
     engine = await TorchEngine.load(config)
     driver = Driver(engine)
     say(driver.usage() | {"kv_bytes": engine.info.kv_tokens_max * engine.info.layout.token_bytes})

@@ -161,10 +161,10 @@ class Fleet:
 @contextmanager
 def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, None]:
     """Starts a cluster in a temporary run directory; stops it at the end, also where that is a SIGTERM."""
-    signal.signal(signal.SIGTERM, _leave)
     with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
         run = RunDir(Path(folder))
         model = up(config, run, console)
+        signal.signal(signal.SIGTERM, _leave)  # after it: launching handles signals itself, and puts back the default
         try:
             running = Fleet(config, run, model, console)
             yield running

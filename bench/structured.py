@@ -80,7 +80,7 @@ class Scribbler:
 
     def __init__(self, text: Text, seed: int) -> None:
         self._text = text
-        self._grammars = Grammars(lambda: vocabulary(text, text.vocab_size))
+        self._grammars = Grammars(lambda: vocabulary(text.serialized(), text.eos_tokens, text.vocab_size))
         self._source = np.random.default_rng(seed)
         self._lean: NDArray[np.float32] = np.zeros(text.vocab_size, dtype=np.float32)
         closing = [token for end in CLOSING for token in text.encode(end)]

@@ -23,9 +23,9 @@ from bench.traces_hits import cluster_of, replayed
 from router.dispatch import DispatchConfig
 from router.policy.retention import RetentionConfig
 
-LIMITS = Limits(traces_max=8, skip_steps=2, steps_min=6, steps_max=6, context_min=1500, context_max=3200, output_max=16)
+LIMITS = Limits(traces_max=8, skip_steps=2, steps_min=5, steps_max=5, context_min=1500, context_max=3200, output_max=16)
 QUICK_LIMITS = msgspec.structs.replace(LIMITS, traces_max=6, steps_min=3, steps_max=3)
-PACING = Pacing(concurrency=8, time_scale=8.0, gap_max_s=6.0, stagger_s=0.5)
+PACING = Pacing(concurrency=8, time_scale=12.0, gap_max_s=3.0, stagger_s=0.5)
 WORKER_SHARE, STORE_SHARE = 4, 2
 TOKEN_BYTES = 23_040
 DISK_BYTES = 2 << 30

@@ -104,6 +104,9 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address that the HTTP API listens on.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or auto.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="int8: round the weights, on the CPU. Default: of the dtype.")
+    ] = None,
     transport: Annotated[
         str | None, typer.Option(help="shm, tcp, nixl or ucxx: how KV moves between processes.")
     ] = None,
@@ -154,6 +157,7 @@ def up(
         "host": host,
         "device": device,
         "dtype": dtype,
+        "weights": weights,
         "transport": transport,
         "threads": threads,
         "kv_tokens": kv_tokens,

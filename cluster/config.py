@@ -54,6 +54,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: str = DEFAULT_MODEL
     """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    weights: Literal["int8"] | None = None
+    """Matrices rounded to int8, on the CPU; None: of ``dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transport: Literal["shm", "tcp", "nixl", "ucxx"] = "shm"
     host: str = "127.0.0.1"

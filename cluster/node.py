@@ -263,6 +263,7 @@ class _Node:
             TorchEngineConfig(
                 model=config.model,
                 dtype=config.dtype,
+                weights=config.weights,
                 device=config.device,
                 threads=self._plan.threads,
                 kv_tokens_max=config.kv_tokens,

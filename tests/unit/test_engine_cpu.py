@@ -28,7 +28,7 @@ from tracehaul.engine.weights import Weights, load_weights
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
-    "vocab_size": 300,
+    "vocab_size": 266,
     "hidden_size": 96,
     "intermediate_size": 160,
     "num_hidden_layers": 3,
@@ -52,25 +52,27 @@ TOKENS = 1100
 """Over two spans of keys and into the third."""
 
 
-def loaded(make: Callable[[], PreTrainedModel], folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Weights]:
+def loaded(
+    make: Callable[[], PreTrainedModel], folder: Path, dtype: torch.dtype, *, int8: bool = False
+) -> tuple[PreTrainedModel, Weights]:
     torch.manual_seed(11)
     oracle = make().eval()
     for name, parameter in oracle.named_parameters():
         if name.endswith(("norm.weight", ".bias")):  # not their neutral initial values
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     oracle.save_pretrained(folder)
-    return oracle, load_weights(resolve(str(folder)), dtype, CPU)
+    return oracle, load_weights(resolve(str(folder)), dtype, CPU, int8=int8)
 
 
 def empty_pool(weights: Weights, tokens: int) -> torch.Tensor:
     """Whatever is read before it is written shows."""
     c = weights.config
     shape = (c.layers, 2, c.kv_heads, tokens, c.head_dim)
-    return torch.full(shape, float("nan"), dtype=weights.embedding.dtype)
+    return torch.full(shape, float("nan"), dtype=weights.dtype)
 
 
 def some_tokens(count: int) -> list[int]:
-    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+    return torch.randint(0, SHAPE["vocab_size"], (count,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def in_chunks(
@@ -81,7 +83,7 @@ def in_chunks(
     with torch.inference_mode():
         for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
             part = tokens[start:end]
-            rows.append(model.forward(part, [Segment(0, len(part), base, start)], pool, range(len(part))))
+            rows.append(model.forward(part, [Segment(0, len(part), base, start)], pool, range(len(part))).clone())
     return torch.cat(rows)
 
 
@@ -97,9 +99,48 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def round_matrices(model: PreTrainedModel) -> None:
+    """To what int8 with a scale for each row can say."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                # The row of a padding token is all zeros.
+                step = parameter.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
+                parameter.copy_((parameter / step).round() * step)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_with_int8_weights_logits_equal_those_of_transformers_with_the_same_numbers(name: str, tmp_path: Path) -> None:
+    oracle, weights = loaded(MODELS[name], tmp_path, torch.float32, int8=True)
+    assert {weights.embedding.dtype, weights.head.dtype, weights.layers[0].down.dtype} == {torch.int8}
+    round_matrices(oracle)
+    tokens = some_tokens(TOKENS)
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([tokens])).logits[0]
+    with closing(HostModel(weights, 2)) as model:
+        got = in_chunks(model, tokens, [TOKENS - 20], empty_pool(weights, TOKENS + 40), 9)
+    assert (got - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_weights_to_int8_leaves_the_logits_near(dtype: torch.dtype, tmp_path: Path) -> None:
+    oracle, weights = loaded(MODELS["groups-of-3"], tmp_path, dtype, int8=True)
+    tokens = some_tokens(200)
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([tokens])).logits[0]
+    with closing(HostModel(weights, 2)) as model:
+        error = in_chunks(model, tokens, [100], empty_pool(weights, 200), 0) - expected
+    # Random weights make a chaos of small changes: here the rounding of weights alone comes to a tenth.
+    assert error.square().mean() < 0.15**2 * expected.square().mean()
+
+
+KINDS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=("float32", "bfloat16", "int8"))
 def weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    _, found = loaded(MODELS["groups-of-3"], tmp_path_factory.mktemp("model"), request.param)
+    dtype, int8 = request.param
+    _, found = loaded(MODELS["groups-of-3"], tmp_path_factory.mktemp("model"), dtype, int8=int8)
     return found
 
 
@@ -153,7 +194,7 @@ def test_bfloat16_is_as_close_to_float32_as_torch_is(tmp_path: Path) -> None:
 
 def test_a_token_outside_the_vocabulary_is_refused(weights: Weights) -> None:
     with closing(HostModel(weights, 1)) as model:
-        for token in (-1, 300):
+        for token in (-1, SHAPE["vocab_size"]):
             with pytest.raises(IndexError, match="vocabulary"):
                 model.forward([token], [Segment(0, 1, 0, 0)], empty_pool(weights, 32), [0])
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tracehaul.engine.attention import TiledAttention, attend_fused, attend_one
 from tracehaul.engine.base import Work
-from tracehaul.engine.source import resolve
+from tracehaul.engine.source import SourceError, resolve
 from tracehaul.engine.text import Text
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.engine.weights import Weights, load_weights
@@ -30,13 +30,21 @@ SHAPE: dict[str, Any] = {
 
 
 def test_the_revision_follows_the_weights(tmp_path: Path) -> None:
-    def revision(seed: int, folder: str) -> str:
+    def revision(seed: int, folder: str, *, int8: bool = False) -> str:
         torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path / folder)
-        return load_weights(resolve(str(tmp_path / folder)), torch.bfloat16, CPU).revision
+        return load_weights(resolve(str(tmp_path / folder)), torch.bfloat16, CPU, int8=int8).revision
 
     assert revision(1, "a") == revision(1, "b")
     assert revision(1, "a") != revision(2, "c")
+    assert revision(1, "a") != revision(1, "a", int8=True)
+
+
+def test_int8_weights_are_refused_where_no_kernel_reads_them(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(tmp_path)
+    config = TorchEngineConfig(model=str(tmp_path), dtype="float16", device="cpu", weights="int8", kv_tokens_max=64)
+    with pytest.raises(SourceError, match="int8"):
+        asyncio.run(TorchEngine.load(config))
 
 
 @pytest.mark.parametrize(("tokens", "context"), [(1, 1), (1, 700), (40, 40), (300, 300), (300, 1100), (17, 5000)])

@@ -22,8 +22,7 @@ from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
-from tracehaul.engine.source import DEFAULT_MODEL, Progress, SourceError, resolve
-from tracehaul.engine.text import Text
+from tracehaul.engine.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, read_config, resolve
 from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
@@ -31,8 +30,8 @@ from tracehaul.wire.steps import Constraint
 T = TypeVar("T")
 AnyModel = Model | HostModel | PagedModel
 
-WARM_UP_TOKENS = 512
-"""Tokens of the first forward pass, at load."""
+WARM_UP_TOKENS = 513
+"""Tokens of the first sequence, at load: a worker's whole chunk, whose memory is kept, and one more."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -45,6 +44,8 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     cache_dir: str | None = None
     """Where a fetched default model is kept; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    weights: Literal["int8"] | None = None
+    """Matrices rounded to int8, each row with a scale, on the CPU; None: of ``dtype``, as KV and activations are."""
     device: str = "auto"
     """``cpu``, or a CUDA device as torch names it; ``auto``: CUDA where there is one."""
     threads: int = 2
@@ -331,9 +332,11 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
     torch.set_num_threads(config.threads)
     if device.type == "cpu":
         _keep_heap()
+    int8 = config.weights == "int8"
+    if int8 and not (device.type == "cpu" and is_supported(read_config(source), dtype)):
+        raise SourceError(f"{source.name}: int8 weights need the CPU's compiled kernels, which do not run this")
     with torch.inference_mode():
-        weights = load_weights(source, dtype, device)
-        _trim_heap()
+        weights = load_weights(source, dtype, device, int8=int8)
         shape = weights.config
         layout = KVLayout(
             model=f"{source.architecture}@{weights.revision}",
@@ -352,8 +355,9 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
         _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), config.block_tokens)
+        _trim_heap()
         # Read only when a step needs it: most need no grammar.
-        grammars = Grammars(lambda: vocabulary(Text.load(source), info.vocab_size))
+        grammars = Grammars(lambda: vocabulary(*_tokenizer(source), info.vocab_size))
         return info, model, pool, grammars
 
 
@@ -390,6 +394,14 @@ def _warm_up(model: AnyModel, pool: KVPool, tokens: int, block_tokens: int) -> N
     chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
     _forward(model, pool, [0] * chunk.tokens, [chunk], tables, [chunk.tokens - 1])
     _forward(model, pool, [0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], tables, [0])
+
+
+def _tokenizer(source: ModelSource) -> tuple[str, Sequence[int]]:
+    """As ``tokenizer.json`` has it, and its end tokens."""
+    from tracehaul.engine.text import Text  # 5 MB of libraries that a worker without grammars does not use
+
+    text = Text.load(source)
+    return text.serialized(), text.eos_tokens
 
 
 def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> EngineInfo:
@@ -432,7 +444,7 @@ def _keep_heap() -> None:
 
 
 def _trim_heap() -> None:
-    """Return to the system what reading the weights has left between them: megabytes that no iteration needs."""
+    """Return to the system what loading has left between the weights: megabytes that no iteration needs."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

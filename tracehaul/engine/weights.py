@@ -1,9 +1,9 @@
 """Reading a model's shape and weights: safetensors in the hub's layout, or GGUF, into fused matrices."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import msgspec
@@ -21,7 +21,10 @@ _REVISION_BYTES = 12
 
 
 class LayerWeights(msgspec.Struct):
-    """One decoder layer; matrices are ``[out, in]``."""
+    """One decoder layer; matrices are ``[out, in]``.
+
+    Where they are int8 there are scales, float32 ``[out]``: a row is its numbers times its scale.
+    """
 
     attention_norm: torch.Tensor
     qkv: torch.Tensor
@@ -39,6 +42,10 @@ class LayerWeights(msgspec.Struct):
     window: int | None
     """See :class:`tracehaul.engine.model_config.LayerKind`."""
     rope: bool
+    qkv_scales: torch.Tensor | None
+    out_scales: torch.Tensor | None
+    gate_up_scales: torch.Tensor | None
+    down_scales: torch.Tensor | None
 
 
 class Weights(msgspec.Struct):
@@ -46,16 +53,34 @@ class Weights(msgspec.Struct):
 
     config: ModelConfig
     revision: str
-    """Hash of the shape and of the weight files' bytes: equal strings mean equal weights."""
+    """Hash of the shape, of the weight files' bytes and of rounding to int8: equal strings mean equal weights."""
+    dtype: torch.dtype
+    """Of activations and KV, and of matrices that are not int8."""
     embedding: torch.Tensor
     layers: list[LayerWeights]
     norm: torch.Tensor
     head: torch.Tensor
     """Output layer ``[vocab, hidden]``; the embedding itself where they are tied."""
+    embedding_scales: torch.Tensor | None
+    head_scales: torch.Tensor | None
 
 
-def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read a model. Peak memory beyond the weights is a few tensors.
+class Matrix(NamedTuple):
+    """Weights ``[out, in]``, and their rows' scales where they are int8."""
+
+    rows: torch.Tensor
+    scales: torch.Tensor | None
+
+
+def rounded(matrix: torch.Tensor) -> Matrix:
+    """Each row as int8 between -127 and 127, and what one of these is worth there (float32)."""
+    matrix = matrix.float()
+    scales = matrix.abs().amax(dim=1).clamp(min=1e-30) / 127
+    return Matrix((matrix / scales[:, None]).round_().to(torch.int8), scales)
+
+
+def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device, *, int8: bool = False) -> Weights:
+    """Read a model, with ``int8`` its matrices rounded to that. Peak memory beyond the weights is a few tensors.
 
     Raises:
         SourceError: a file is missing or damaged, or the model has a feature that this engine does not run.
@@ -70,12 +95,25 @@ def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device) 
             # Normalization weights are vectors, small and applied in float32.
             return tensor.to(device=device, dtype=dtype if tensor.dim() > 1 else torch.float32).contiguous()
 
-        embedding = place(reader.tensor("model.embed_tokens.weight"))
-        layers = [_layer(reader, config, at, place) for at in range(config.layers)]
-        head = embedding if config.tied else place(reader.tensor("lm_head.weight"))
+        def matrix(tensor: torch.Tensor) -> Matrix:
+            return rounded(tensor.to(device)) if int8 else Matrix(place(tensor), None)
+
+        embedding = matrix(reader.tensor("model.embed_tokens.weight"))
+        layers = [_layer(reader, config, at, dtype, place, matrix) for at in range(config.layers)]
+        head = embedding if config.tied else matrix(reader.tensor("lm_head.weight"))
         norm = place(reader.tensor("model.norm.weight"))
-        _check_shapes(config, embedding, layers, head)
-        return Weights(config, _revision(config, reader.files()), embedding, layers, norm, head)
+        _check_shapes(config, embedding.rows, layers, head.rows)
+        return Weights(
+            config,
+            _revision(config, reader.files(), int8=int8),
+            dtype,
+            embedding.rows,
+            layers,
+            norm,
+            head.rows,
+            embedding.scales,
+            head.scales,
+        )
     except (OSError, GGUFError, SafetensorError) as error:
         raise SourceError(f"{source.name}: cannot read the weights: {error}") from error
     except KeyError as error:
@@ -86,35 +124,42 @@ def _layer(
     reader: "_GGUFReader | _FolderReader",
     config: ModelConfig,
     at: int,
+    dtype: torch.dtype,
     place: Callable[[torch.Tensor], torch.Tensor],
+    matrix: Callable[[torch.Tensor], Matrix],
 ) -> LayerWeights:
     def get(name: str) -> torch.Tensor:
         return reader.tensor(f"model.layers.{at}.{name}")
 
-    def fused(*names: str) -> torch.Tensor:
-        return place(torch.cat([get(name) for name in names]))
+    def fused(names: Sequence[str]) -> Matrix:
+        return matrix(torch.cat([get(f"{name}.weight") for name in names]))
 
-    def bias(present: bool, like: torch.Tensor, *names: str) -> torch.Tensor | None:
+    def bias(present: bool, *names: str) -> torch.Tensor | None:
         # Added to a matrix product, in its dtype.
-        return fused(*(f"{name}.bias" for name in names)).to(like.dtype) if present else None
+        return place(torch.cat([get(f"{name}.bias") for name in names])).to(dtype) if present else None
 
-    qkv, gate_up = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
-    matrix = fused(*(f"{name}.weight" for name in qkv))
+    heads, halves = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    qkv, gate_up = fused(heads), fused(halves)
+    out, down = matrix(get("self_attn.o_proj.weight")), matrix(get("mlp.down_proj.weight"))
     return LayerWeights(
         attention_norm=place(get("input_layernorm.weight")),
-        qkv=matrix,
-        qkv_bias=bias(config.qkv_bias, matrix, *qkv),
+        qkv=qkv.rows,
+        qkv_bias=bias(config.qkv_bias, *heads),
         q_norm=place(get("self_attn.q_norm.weight")) if config.qk_norm else None,
         k_norm=place(get("self_attn.k_norm.weight")) if config.qk_norm else None,
-        out=place(get("self_attn.o_proj.weight")),
-        out_bias=bias(config.out_bias, matrix, "self_attn.o_proj"),
+        out=out.rows,
+        out_bias=bias(config.out_bias, "self_attn.o_proj"),
         mlp_norm=place(get("post_attention_layernorm.weight")),
-        gate_up=fused(*(f"{name}.weight" for name in gate_up)),
-        gate_up_bias=bias(config.mlp_bias, matrix, *gate_up),
-        down=place(get("mlp.down_proj.weight")),
-        down_bias=bias(config.mlp_bias, matrix, "mlp.down_proj"),
+        gate_up=gate_up.rows,
+        gate_up_bias=bias(config.mlp_bias, *halves),
+        down=down.rows,
+        down_bias=bias(config.mlp_bias, "mlp.down_proj"),
         window=config.kinds[at].window,
         rope=config.kinds[at].rope,
+        qkv_scales=qkv.scales,
+        out_scales=out.scales,
+        gate_up_scales=gate_up.scales,
+        down_scales=down.scales,
     )
 
 
@@ -130,8 +175,8 @@ def _check_shapes(config: ModelConfig, embedding: torch.Tensor, layers: list[Lay
             raise SourceError(f"a weight has shape {tuple(tensor.shape)} where the config says {shape}")
 
 
-def _revision(config: ModelConfig, files: list[Path]) -> str:
-    digest = blake3(msgspec.json.encode(config), max_threads=blake3.AUTO)
+def _revision(config: ModelConfig, files: list[Path], *, int8: bool) -> str:
+    digest = blake3(msgspec.json.encode(config) + (b"int8" if int8 else b""), max_threads=blake3.AUTO)
     for file in files:
         digest.update_mmap(file)
     return digest.hexdigest()[: 2 * _REVISION_BYTES]

@@ -88,8 +88,8 @@ class Transfer(Protocol):
     ) -> Sequence[Checksum] | None:
         """Copy bytes of a peer's region into ours. On return they have landed.
 
-        Returns the checksum of our bytes of each copy, as they are after landing, from a transport that touches
-        them anyway; None from one that does not: whoever needs checksums then computes them.
+        Returns the checksum of our bytes of each copy, of all bytes as they were stored there, from a transport that
+        touches them anyway; None from one that does not: whoever needs checksums then computes them.
 
         Raises:
             TransferTimedOut: see there. The peer may be frozen or cut off.
@@ -103,11 +103,12 @@ class Transfer(Protocol):
     ) -> Sequence[Checksum] | None:
         """Copy our bytes into a peer's region. On return they have landed there.
 
-        Returns the checksum of each copy's bytes, from a transport that has read them back from the peer's region and
-        found them equal to ours; None from one that cannot: whoever takes the bytes then has to verify them.
+        Returns the checksum of each copy's bytes as they were stored in the peer's region, from a transport that
+        stores them itself or is told by who does; None from one that cannot: whoever takes the bytes then has to
+        verify them.
 
         Raises:
-            TransferError: also where what was read back is not what was sent. Otherwise as :meth:`read`.
+            TransferError: also where what was stored is not what was sent. Otherwise as :meth:`read`.
         """
         ...
 

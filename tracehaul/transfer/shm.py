@@ -9,18 +9,18 @@ import contextlib
 import mmap
 import os
 import select
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
 from tracehaul.runtime.offload import Offload, yield_core
 from tracehaul.transfer.base import Copy, Memory, Region
+from tracehaul.transfer.copying import ROW, SUMMED_BYTES_MIN, compiled, rows_of
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import is_memory_file, populate
 from tracehaul.transfer.region import Registered
@@ -29,11 +29,12 @@ from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.ids import Checksum
 
 STEP_BYTES = 512 << 10
-"""Copied, then summed while it is still in the core's cache: the sum costs a tenth of what it costs from memory."""
+"""Copied without a pause."""
 TURN_BYTES = 2 << 20
-"""Copied before others that wait for a thread have their turn: some tenths of a millisecond."""
-TURN_COPY_BYTES = 16 << 10
-"""A copy counts for at least so much of a turn: tiny ones cost time, too."""
+"""Copied before others that wait for a thread have their turn: some tenths of a millisecond. A transfer of no more is
+left in the caches for who asked for it; a longer one would only drive out of them what others left there."""
+SHORT_BYTES = 4 << 10
+"""A copy counts for at least so much of a step: a short one costs time, too."""
 THREADS = 2
 """That share a transfer, if the offload has so many: one does not fill a memory bus."""
 SHARED_BYTES = 1 << 20
@@ -102,8 +103,9 @@ class ShmTransfer:
         self._owner = owner
         self._offload = offload
         self._host = host_identity()
+        compiled()  # now, rather than while somebody waits for the first transfer
         self._mappings: dict[RegionDescriptor, asyncio.Future[_Mapping]] = {}
-        self._jobs: dict[asyncio.Task[list[Checksum]], _Job] = {}
+        self._jobs: dict[asyncio.Task[list[Checksum]], Job] = {}
         self._closed = False
 
     @property
@@ -152,21 +154,21 @@ class ShmTransfer:
         if remote.kind != self.kind:
             raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
         nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
-        job = _Job(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), nbytes, inward)
+        job = Job(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), nbytes, inward=inward)
         work = asyncio.create_task(self._run(remote, job))
         self._jobs[work] = job
         work.add_done_callback(self._jobs.pop)
         return await land(work, timeout_s, f"{nbytes} bytes {'from' if inward else 'to'} {remote.owner}", job.stop)
 
-    async def _run(self, remote: RegionDescriptor, job: "_Job") -> list[Checksum]:
+    async def _run(self, remote: RegionDescriptor, job: "Job") -> list[Checksum]:
         mapping = await self._mapping(remote)
         mapping.check_alive()
-        await self._offload.turns(*[job.turns(mapping.array) for _ in range(job.threads)])
+        await self._offload.turns(*job.work(mapping.array))
         if job.stopped:
             raise TransferLost(f"transfer with {remote.owner} was given up")
         # A read that outlived its owner is not a read: nobody vouches for the bytes.
         mapping.check_alive()
-        return job.sums
+        return job.sums()
 
     async def _mapping(self, remote: RegionDescriptor) -> _Mapping:
         """The mapping of a region, made by the first that asks and awaited by the others."""
@@ -210,19 +212,17 @@ class ShmTransfer:
             self._forget(remote)
 
 
-class _Job:
+class Job:
     """One transfer, done in turns by one or more threads; it can be stopped after any step."""
 
-    def __init__(self, ours: Bytes, copies: tuple[Copy, ...], nbytes: int, inward: bool) -> None:
+    def __init__(self, ours: Bytes, copies: Sequence[Copy], nbytes: int, *, inward: bool) -> None:
         self._ours = ours
         self._copies = copies
         self._inward = inward
-        self._next = count()
-        self._stopped = False
-        self.threads = THREADS if nbytes >= SHARED_BYTES and len(copies) > 1 else 1
+        self._threads = THREADS if nbytes >= SHARED_BYTES and len(copies) > 1 else 1
         self._is_long = nbytes > TURN_BYTES
-        self.sums = [Checksum(0)] * len(copies)
-        """Of the bytes where they landed, one per copy that is done."""
+        self._advance = compiled()
+        self._stopped = False
 
     @property
     def stopped(self) -> bool:
@@ -233,56 +233,61 @@ class _Job:
         """Start no further step."""
         self._stopped = True
 
-    def turns(self, theirs: Bytes) -> Iterator[None]:
-        """Copy and sum what no other has begun; yields after each turn.
+    def work(self, theirs: Bytes) -> list[Iterator[None]]:
+        """What is to be done, for each thread: it yields after each turn. To be advanced in the offload."""
+        self._theirs = theirs  # not unmapped while rows name addresses in it
+        columns = np.array(self._copies, dtype=np.uint64).reshape(-1, 3)
+        here, there, sizes = columns[:, 0] + self._ours.ctypes.data, columns[:, 1] + theirs.ctypes.data, columns[:, 2]
+        sources, targets = (there, here) if self._inward else (here, there)
+        self._is_row = sizes >= SUMMED_BYTES_MIN
+        self._rows = rows_of(sources[self._is_row], targets[self._is_row], sizes[self._is_row])
+        self._short = np.flatnonzero(~self._is_row).tolist()
+        self._short_sums: dict[int, int] = {}
+        steps, short = iter(steps_of(self._rows["nbytes"])), iter(self._short)
+        return [self._turns(steps, short) for _ in range(self._threads)]
 
-        Advanced in the offload: numpy and xxhash let go of the interpreter lock.
-        """
-        ours, copies, inward = self._ours, self._copies, self._inward
-        room, step_room = TURN_BYTES, STEP_BYTES if self._is_long else TURN_BYTES
-        while (index := next(self._next)) < len(copies):
-            local_offset, remote_offset, nbytes = copies[index]
-            mine = ours[local_offset : local_offset + nbytes]
-            other = theirs[remote_offset : remote_offset + nbytes]
-            source, target = (other, mine) if inward else (mine, other)
-            if nbytes > STEP_BYTES:
-                sent, landed = yield from self._in_steps(source, target)
-            else:
+    def sums(self) -> list[Checksum]:
+        """Of the bytes of each copy as they were stored; when all turns are over."""
+        sums = np.empty(len(self._copies), dtype=np.uint64)
+        sums[self._is_row] = self._rows["sums"][:, 0]
+        sums[self._short] = [self._short_sums[index] for index in self._short]
+        return list(map(Checksum, sums.tolist()))
+
+    def _turns(self, steps: Iterator[tuple[int, int]], short: Iterator[int]) -> Iterator[None]:
+        """Do what no other thread has begun."""
+        rows, room = self._rows.ctypes.data, TURN_BYTES
+        for at, end in steps:
+            while at < end:
                 if room <= 0:
                     yield
                     room = TURN_BYTES
-                if step_room <= 0:
+                elif self._is_long:
                     yield_core()
-                    step_room = STEP_BYTES
-                if not self._stopped:
-                    np.copyto(target, source)
-                landed = xxh3_64_intdigest(target.data)
-                sent = landed if inward else xxh3_64_intdigest(source.data)
-                room -= nbytes if nbytes > TURN_COPY_BYTES else TURN_COPY_BYTES
-                step_room -= nbytes
+                if self._stopped:
+                    return
+                at += self._advance(rows + at * ROW.itemsize, end - at, STEP_BYTES, self._is_long)
+                room -= STEP_BYTES
+        for index in short:
+            if room <= 0:
+                yield
+                room = TURN_BYTES
             if self._stopped:
                 return
-            if sent != landed:
-                raise TransferError(f"{nbytes} bytes written at {remote_offset} are not there")
-            self.sums[index] = Checksum(landed)
+            local_offset, remote_offset, nbytes = self._copies[index]
+            mine = self._ours[local_offset : local_offset + nbytes]
+            other = self._theirs[remote_offset : remote_offset + nbytes]
+            source, target = (other, mine) if self._inward else (mine, other)
+            np.copyto(target, source)
+            self._short_sums[index] = xxh3_64_intdigest(target.data)
+            room -= SHORT_BYTES
 
-    def _in_steps(self, source: Bytes, target: Bytes) -> Generator[None, None, tuple[int, int]]:
-        """Copy what is longer than a step; the checksums of what was sent, if we write, and of what landed."""
-        sending, landing = xxh3_64(), xxh3_64()
-        for start in range(0, target.nbytes, STEP_BYTES):
-            if start % TURN_BYTES == 0:
-                yield
-            elif self._is_long:
-                yield_core()
-            if self._stopped:
-                break
-            there, here = source[start : start + STEP_BYTES], target[start : start + STEP_BYTES]
-            np.copyto(here, there)
-            landing.update(here.data)
-            if not self._inward:
-                sending.update(there.data)
-        landed = landing.intdigest()
-        return landed if self._inward else sending.intdigest(), landed
+
+def steps_of(sizes: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Runs of neighbouring rows, from and to, each of a step's bytes or one row's."""
+    costs = np.maximum(sizes.astype(np.int64), SHORT_BYTES)
+    before = costs.cumsum() - costs
+    starts = np.flatnonzero(np.diff(before // STEP_BYTES, prepend=-1)).tolist()
+    return list(zip(starts, [*starts[1:], len(sizes)], strict=False))
 
 
 def host_identity() -> str:

@@ -76,7 +76,8 @@ class Publish(Message, frozen=True):
 
     blocks: tuple[Publication, ...]
     verified: bool = False
-    """The writer's transport has read the bytes back where they landed, and they match: the node need not."""
+    """The checksums are of the bytes as they were stored here, by the word of who stored them: the node need not look
+    again."""
 
 
 PublishOutcome = Literal["published", "fenced", "corrupt"]

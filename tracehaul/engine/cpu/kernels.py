@@ -5,8 +5,8 @@ computed, so a thread that the system keeps off its core is not waited for unles
 late finds the rest. A row's result depends on that row alone: on no other row of the batch, not on how a prompt was
 cut into chunks, not on the number of threads. Every sum runs in one order whatever shares the iteration.
 
-Addresses are integers; ``like`` says what weights, activations and KV hold (see :mod:`tracehaul.engine.cpu.vectors`).
-Sums, norms, residuals and softmax are float32.
+Addresses are integers; ``like`` says what activations and KV hold, ``kind`` what weights do: the same, or int8 with a
+scale for each row (see :mod:`tracehaul.engine.cpu.vectors`). Sums, norms, residuals and softmax are float32.
 """
 
 # numba types these functions, from their arguments.
@@ -49,40 +49,64 @@ from tracehaul.engine.cpu.vectors import (
     fma,
     inner,
     load,
+    load_one,
     mul,
     size_of,
     splat,
     store,
     sub,
     total,
+    widen,
 )
 
 LAYER_PARTS = (
     "attention_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias",
     "mlp_norm", "gate_up", "gate_up_bias", "down", "down_bias",
+    "qkv_scales", "out_scales", "gate_up_scales", "down_scales",
 )  # fmt: skip
 """Columns of the layer table: addresses, 0 for what a model has not. One more says whether positions count."""
 (
     _ATTENTION_NORM, _QKV, _QKV_BIAS, _Q_NORM, _K_NORM, _OUT, _OUT_BIAS,
-    _MLP_NORM, _GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS, _ROPE,
-) = range(13)  # fmt: skip
+    _MLP_NORM, _GATE_UP, _GATE_UP_BIAS, _DOWN, _DOWN_BIAS,
+    _QKV_SCALES, _OUT_SCALES, _GATE_UP_SCALES, _DOWN_SCALES, _ROPE,
+) = range(17)  # fmt: skip
+
+
+@inner
+def unpack_run(source: int, count: int, target: int, like: Any) -> None:
+    """A run of int8 weights into the panel; the next run is expected meanwhile."""
+    for at in range(0, count, 2 * LANES):
+        expect(source + count + at)
+        widen(source + at, target + at * size_of(like), like)
+
+
+@inner
+def scale_run(column: int, stride: int, rows: int, scales: int) -> None:
+    """A run of sums, each by its weights' scale."""
+    factors = load(scales, FULL)
+    for row in range(rows):
+        store(column + row * stride, mul(load(column + row * stride, FULL), factors), FULL)
 
 
 @inner
 def product(
-    w: int, x: int, x_stride: int, rows: int, outputs: int, length: int, out: int, out_stride: int, like: Any
-) -> None:
+    w: int, scales: int, x: int, x_stride: int, rows: int, outputs: int, length: int,
+    out: int, out_stride: int, panel: int, like: Any, kind: Any,
+) -> None:  # fmt: skip
     """``out[row, n] = x[row] . w[n]``, float32; at least 16 outputs."""
     w_stride = length * size_of(like)
     for start in range(0, outputs, LANES):
         # The last run of a number that 16 does not divide begins earlier, and computes some again.
         n = min(start, outputs - LANES)
-        run, column = w + n * w_stride, out + n * 4
+        run, column = w + n * length * size_of(kind), out + n * 4
+        if size_of(kind) == 1:
+            unpack_run(run, LANES * length, panel, like)
+            run = panel
         paired = rows // 4 * 4
         # Rows inside: four rows of weights stay in the nearest cache while all rows are multiplied by them.
         for part in range(0, LANES, 4):
             w_part, cell = run + part * w_stride, column + part * 4
-            if 0 < paired <= LANES:
+            if 0 < paired <= LANES and size_of(kind) > 1:
                 # The next four come while these are computed; what lies past the last is not touched, only expected.
                 # More rows find theirs in a cache: another block of rows was there before.
                 for at in range(4 * w_stride, 8 * w_stride, LINE_BYTES):
@@ -99,6 +123,8 @@ def product(
         if paired < rows:
             sums = dot_16x1(run, w_stride, x + paired * x_stride, x_stride, length, like)
             store(column + paired * out_stride, sums, FULL)
+        if size_of(kind) == 1:
+            scale_run(column, out_stride, rows, scales + n * 4)
 
 
 @inner
@@ -132,7 +158,7 @@ def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int
 
 
 @inner
-def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) -> None:
+def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, kind: Any) -> None:
     """Embeddings as float32."""
     tasks = (len(tokens) + 31) // 32
     mine = 0
@@ -141,10 +167,14 @@ def embed_phase(shape: Shape, b: Buffers, tokens: Any, phase: int, like: Any) ->
         if task >= tasks:
             break
         for row in range(task * 32, min(task * 32 + 32, len(tokens))):
-            source = shape.embedding + tokens[row] * shape.hidden * size_of(like)
+            source = shape.embedding + tokens[row] * shape.hidden * size_of(kind)
             target = b.hidden + row * shape.hidden * 4
             for at in range(0, shape.hidden, LANES):
-                store(target + at * 4, load(source + at * size_of(like), like), FULL)
+                store(target + at * 4, load(source + at * size_of(kind), kind), FULL)
+            if size_of(kind) == 1:
+                scale = splat(load_one(shape.embedding_scales + tokens[row] * 4))
+                for at in range(target, target + shape.hidden * 4, LANES * 4):
+                    store(at, mul(load(at, FULL), scale), FULL)
         mine += 1
     finish(b.sync, phase, mine, tasks)
 
@@ -170,8 +200,9 @@ def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> No
 
 @inner
 def qkv_phase(
-    shape: Shape, b: Buffers, layer: Any, index: int, positions: Any, slots: Any, scratch: int, phase: int, like: Any
-) -> None:
+    shape: Shape, b: Buffers, layer: Any, index: int, positions: Any, slots: Any,
+    scratch: int, phase: int, like: Any, kind: Any,
+) -> None:  # fmt: skip
     """Queries, rotated; keys, rotated, and values into the pool. A task is one head of a block of rows."""
     count, size = len(positions), size_of(like)
     heads = shape.heads + 2 * shape.kv_heads
@@ -184,9 +215,13 @@ def qkv_phase(
             break
         head, first = task // blocks, task % blocks * ROW_BLOCK
         rows = min(ROW_BLOCK, count - first)
-        w = layer[_QKV] + head * shape.head_dim * shape.hidden * size
+        w = layer[_QKV] + head * shape.head_dim * shape.hidden * size_of(kind)
+        scales = layer[_QKV_SCALES] + head * stride
         x = b.normed + first * shape.hidden * size
-        product(w, x, shape.hidden * size, rows, shape.head_dim, shape.hidden, scratch, stride, like)
+        product(
+            w, scales, x, shape.hidden * size, rows, shape.head_dim, shape.hidden,
+            scratch, stride, scratch + shape.panel, like, kind,
+        )  # fmt: skip
         norm = layer[_Q_NORM] if head < shape.heads else layer[_K_NORM]
         kv = head - shape.heads  # key heads, then value heads, as in the pool
         plane = b.pool + (index * 2 * shape.kv_heads + kv) * b.pool_tokens * head_bytes
@@ -216,8 +251,9 @@ def qkv_phase(
 
 @inner
 def add_phase(
-    shape: Shape, b: Buffers, w: int, bias: int, x: int, length: int, count: int, scratch: int, phase: int, like: Any
-) -> None:
+    shape: Shape, b: Buffers, w: int, scales: int, bias: int, x: int, length: int, count: int,
+    scratch: int, phase: int, like: Any, kind: Any,
+) -> None:  # fmt: skip
     """A linear layer's output added to the hidden rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
     tasks = (shape.hidden + NARROW_BLOCK - 1) // NARROW_BLOCK * blocks
@@ -230,7 +266,10 @@ def add_phase(
         n, first = task // blocks * NARROW_BLOCK, task % blocks * ROW_BLOCK
         rows, outputs = min(ROW_BLOCK, count - first), min(NARROW_BLOCK, shape.hidden - n)
         source = x + first * length * size
-        product(w + n * length * size, source, length * size, rows, outputs, length, scratch, NARROW_BLOCK * 4, like)
+        product(
+            w + n * length * size_of(kind), scales + n * 4, source, length * size, rows, outputs, length,
+            scratch, NARROW_BLOCK * 4, scratch + shape.panel, like, kind,
+        )  # fmt: skip
         for row in range(rows):
             target, piece = b.hidden + ((first + row) * shape.hidden + n) * 4, scratch + row * NARROW_BLOCK * 4
             if bias != 0:
@@ -242,7 +281,10 @@ def add_phase(
 
 
 @inner
-def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch: int, phase: int, like: Any) -> None:
+def gate_phase(
+    shape: Shape, b: Buffers, w: int, scales: int, bias: int, count: int,
+    scratch: int, phase: int, like: Any, kind: Any,
+) -> None:  # fmt: skip
     """``silu(gate) * up`` of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
     tasks = (shape.intermediate + OUTPUT_BLOCK - 1) // OUTPUT_BLOCK * blocks
@@ -257,9 +299,11 @@ def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch:
         n, first = task // blocks * OUTPUT_BLOCK, task % blocks * ROW_BLOCK
         rows, outputs = min(ROW_BLOCK, count - first), min(OUTPUT_BLOCK, shape.intermediate - n)
         x = b.normed + first * length * size
-        product(w + n * length * size, x, length * size, rows, outputs, length, scratch, stride, like)
-        up = w + (shape.intermediate + n) * length * size
-        product(up, x, length * size, rows, outputs, length, ups, stride, like)
+        for part, out in ((n, scratch), (shape.intermediate + n, ups)):
+            product(
+                w + part * length * size_of(kind), scales + part * 4, x, length * size, rows, outputs, length,
+                out, stride, scratch + shape.panel, like, kind,
+            )  # fmt: skip
         for row in range(rows):
             target = b.activated + ((first + row) * shape.intermediate + n) * size
             if bias != 0:
@@ -274,22 +318,27 @@ def gate_phase(shape: Shape, b: Buffers, w: int, bias: int, count: int, scratch:
 
 
 @inner
-def head_phase(shape: Shape, b: Buffers, count: int, phase: int, like: Any) -> None:
+def head_phase(shape: Shape, b: Buffers, count: int, scratch: int, phase: int, like: Any, kind: Any) -> None:
     """Logits of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
-    tasks = (shape.vocab + HEAD_BLOCK - 1) // HEAD_BLOCK * blocks
+    # The last part is longer by what is too little for one of its own: no two threads write the same logits.
+    parts = (shape.vocab + HEAD_BLOCK - LANES) // HEAD_BLOCK
+    tasks = parts * blocks
     size, stride = size_of(like), shape.vocab * 4
     mine = 0
     while True:
         task = claim(b.sync + phase * PHASE_BYTES, 1)
         if task >= tasks:
             break
-        first, n = task % blocks * ROW_BLOCK, task // blocks * HEAD_BLOCK
-        n = min(n, max(0, shape.vocab - LANES))
-        rows, outputs = min(ROW_BLOCK, count - first), min(HEAD_BLOCK, shape.vocab - n)
-        w, x = shape.head + n * shape.hidden * size, b.normed + first * shape.hidden * size
+        first, part = task % blocks * ROW_BLOCK, task // blocks
+        n, rows = part * HEAD_BLOCK, min(ROW_BLOCK, count - first)
+        outputs = shape.vocab - n if part == parts - 1 else HEAD_BLOCK
+        w, x = shape.head + n * shape.hidden * size_of(kind), b.normed + first * shape.hidden * size
         target = b.logits + first * stride + n * 4
-        product(w, x, shape.hidden * size, rows, outputs, shape.hidden, target, stride, like)
+        product(
+            w, shape.head_scales + n * 4, x, shape.hidden * size, rows, outputs, shape.hidden,
+            target, stride, scratch + shape.panel, like, kind,
+        )  # fmt: skip
         mine += 1
     finish(b.sync, phase, mine, tasks)
 
@@ -311,22 +360,31 @@ def forward(
     sampled: Any,
     scratch: int,
     like: Any,
+    kind: Any,
 ) -> None:
     """Append every segment's tokens to its KV, and leave logits of the ``sampled`` rows. Called by every thread."""
     count, everything = len(tokens), sampled[:0]
-    embed_phase(shape, b, tokens, 0, like)
+    embed_phase(shape, b, tokens, 0, kind)
     for index in range(shape.layers):
         layer, phase = layers[index], 1 + LAYER_PHASES * index
         normalize_phase(shape, b, everything, count, layer[_ATTENTION_NORM], phase, like)
-        qkv_phase(shape, b, layer, index, positions, slots, scratch, phase + 1, like)
+        qkv_phase(shape, b, layer, index, positions, slots, scratch, phase + 1, like, kind)
         attend_phase(shape, b, index, segments, tasks, task_count, scratch, phase + 2, like)
         width = shape.heads * shape.head_dim
-        add_phase(shape, b, layer[_OUT], layer[_OUT_BIAS], b.attended, width, count, scratch, phase + 3, like)
+        add_phase(
+            shape, b, layer[_OUT], layer[_OUT_SCALES], layer[_OUT_BIAS], b.attended, width, count,
+            scratch, phase + 3, like, kind,
+        )  # fmt: skip
         normalize_phase(shape, b, everything, count, layer[_MLP_NORM], phase + 4, like)
-        gate_phase(shape, b, layer[_GATE_UP], layer[_GATE_UP_BIAS], count, scratch, phase + 5, like)
-        inner = shape.intermediate
-        add_phase(shape, b, layer[_DOWN], layer[_DOWN_BIAS], b.activated, inner, count, scratch, phase + 6, like)
+        gate_phase(
+            shape, b, layer[_GATE_UP], layer[_GATE_UP_SCALES], layer[_GATE_UP_BIAS], count,
+            scratch, phase + 5, like, kind,
+        )  # fmt: skip
+        add_phase(
+            shape, b, layer[_DOWN], layer[_DOWN_SCALES], layer[_DOWN_BIAS], b.activated, shape.intermediate, count,
+            scratch, phase + 6, like, kind,
+        )  # fmt: skip
     if len(sampled) > 0:
         phase = 1 + LAYER_PHASES * shape.layers
         normalize_phase(shape, b, sampled, len(sampled), shape.norm, phase, like)
-        head_phase(shape, b, len(sampled), phase + 1, like)
+        head_phase(shape, b, len(sampled), scratch, phase + 1, like, kind)

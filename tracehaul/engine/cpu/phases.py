@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from tracehaul.engine.cpu.vectors import claim, inner, peek
+from tracehaul.engine.cpu.vectors import LANES, claim, inner, peek
 
 SPAN_TOKENS = 512
 """Attention sums over runs of this many keys, then merges the runs in order: short segments' in parallel."""
@@ -48,11 +48,16 @@ class Shape(NamedTuple):
     vocab: int
     eps: float
     embedding: int
+    embedding_scales: int
+    """Of int8 rows, as those of all matrices: float32, one for each row; otherwise unused."""
     norm: int
     head: int
+    head_scales: int
     cos: int
     """float32 ``[context_max, head_dim / 2]``, as ``sin``."""
     sin: int
+    panel: int
+    """Where in a thread's scratch memory its panel is: see :func:`panel_bytes`."""
 
 
 class Buffers(NamedTuple):
@@ -78,11 +83,16 @@ def partial_floats(shape: Shape) -> int:
     return SPLIT_TOKENS_MAX * (shape.heads // shape.kv_heads) * (shape.head_dim + 2)
 
 
-def scratch_bytes(shape: Shape) -> int:
-    """Memory of its own that each thread needs."""
-    rows = QUERY_TOKENS * (shape.heads // shape.kv_heads)
-    attention = 3 * rows * (shape.head_dim + 2) + 12 * KEY_TOKENS + 2 * KEY_TOKENS * shape.head_dim
-    return 4 * max(attention, 2 * ROW_BLOCK * max(OUTPUT_BLOCK, shape.head_dim)) + 4096
+def work_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
+    """Memory of its own in which each thread computes; before its panel of weights."""
+    rows = QUERY_TOKENS * (heads // kv_heads)
+    attention = 3 * rows * (head_dim + 2) + 12 * KEY_TOKENS + 2 * KEY_TOKENS * head_dim
+    return 4 * max(attention, 2 * ROW_BLOCK * max(OUTPUT_BLOCK, head_dim)) + 4096
+
+
+def panel_bytes(shape: Shape) -> int:
+    """Room for int8 weights as what they are multiplied with: a vector's lanes of the longest rows."""
+    return 4 * LANES * max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
 
 
 @inner

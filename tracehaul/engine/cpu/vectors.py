@@ -1,8 +1,8 @@
 """Vectors of 16 floats for functions compiled at run time: what :mod:`tracehaul.engine.cpu.kernels` is written in.
 
 Every name with a lower-case signature below works inside compiled functions only. Addresses are plain integers:
-nothing checks them. ``like`` is a number whose type says what memory holds: ``float32``, or ``uint16`` for bfloat16,
-which numpy does not know.
+nothing checks them. ``like`` is a number whose type says what memory holds: ``float32``, ``int8``, or ``uint16`` for
+bfloat16, which numpy does not know.
 """
 
 # Code generators have the signatures that numba prescribes and work on values that it does not type.
@@ -76,7 +76,7 @@ class _VectorType(types.Type):
 
 vector = _VectorType()
 
-I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I8, I16, I32, I64, F32 = *(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType()
 FLOATS = ir.VectorType(F32, LANES)
 INTS = ir.VectorType(I32, LANES)
 
@@ -172,12 +172,14 @@ def ir_shuffle(builder, a, b, lanes):
 
 # --- memory -------------------------------------------------------------------------------------------------
 
-KIND_BYTES = {types.float32: 4, types.uint16: 2}
+KIND_BYTES = {types.float32: 4, types.uint16: 2, types.int8: 1}
 
 
 def _wide_load(builder, address, like, lanes=LANES):
     if like == types.uint16:
         return _widen(builder, ir_load(builder, address, ir.VectorType(I16, lanes), 2))
+    if like == types.int8:
+        return builder.sitofp(ir_load(builder, address, ir.VectorType(I8, lanes), 1), ir.VectorType(F32, lanes))
     return ir_load(builder, address, ir.VectorType(F32, lanes), 4)
 
 
@@ -203,7 +205,7 @@ def load(context, address, like):
 
 @word
 def store(context, address, value, like):
-    """``store(address, vector, like)``, rounded to what memory holds."""
+    """``store(address, vector, like)``, rounded to what memory holds: float32 or bfloat16."""
 
     def generate(context, builder, signature, arguments):
         address, value, _ = arguments
@@ -212,6 +214,23 @@ def store(context, address, value, like):
         return context.get_dummy_value()
 
     return types.void(types.int64, vector, like), generate
+
+
+@word
+def widen(context, source, target, like):
+    """``widen(source, target, like)``: 32 int8 as what ``like`` says, exactly."""
+
+    def generate(context, builder, signature, arguments):
+        source, target, _ = arguments
+        numbers = _wide_load(builder, source, types.int8, 2 * LANES)
+        if signature.args[2] == types.uint16:  # seven bits and a sign: bfloat16 has room for them
+            bits = builder.bitcast(numbers, ir.VectorType(I32, 2 * LANES))
+            upper = builder.lshr(bits, ir.Constant(bits.type, [16] * (2 * LANES)))
+            numbers = builder.trunc(upper, ir.VectorType(I16, 2 * LANES))
+        builder.store(numbers, ir_pointer(builder, target, numbers.type), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, like), generate
 
 
 @word
