@@ -365,6 +365,7 @@ class Liar:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("service", [Mute, Liar])
 def test_a_silent_or_lying_node_delays_no_one_for_long(play: Callable[[Case], None], service: type) -> None:
     async def case(world: World) -> None:
@@ -806,6 +807,7 @@ def test_a_dead_owners_block_passes_on_within_a_second(play: Callable[[Case], No
     play(case)
 
 
+@pytest.mark.slow
 def test_a_frozen_owners_block_passes_on_within_a_second(play: Callable[[Case], None]) -> None:
     """Its connection stands and it says nothing. What it publishes after all is fenced."""
 
@@ -829,6 +831,7 @@ def test_a_frozen_owners_block_passes_on_within_a_second(play: Callable[[Case], 
     play(case)
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_slow_and_alive_keeps_its_block() -> None:
     """A copy over a thin link takes longer than a silence that ends a reservation."""
 

@@ -283,6 +283,7 @@ def test_a_cancelled_store_ends_with_its_views_let_go() -> None:
     play(case())
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_objects_come_back_in_seconds() -> None:
     async def case() -> None:
         objects = MemoryObjects()

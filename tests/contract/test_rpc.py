@@ -324,6 +324,7 @@ def test_leaving_a_stream_stops_its_handler(kind: str, leave: str) -> None:
 
 
 @every_kind
+@pytest.mark.slow
 def test_a_slow_handler_is_not_taken_for_a_frozen_peer(kind: str) -> None:
     async def test(bench: Bench) -> None:
         bench.service.on_stream = count_to(1, then=lambda: asyncio.sleep(0.8))
@@ -758,6 +759,7 @@ def test_a_stopped_process_is_silent_and_a_killed_one_is_lost(kind: str) -> None
 
 
 @every_tcp
+@pytest.mark.slow
 def test_a_burst_does_not_overload_a_consumer_that_keeps_up(kind: str) -> None:
     async def test(bench: Bench) -> None:
         with child() as (_, address):

@@ -539,6 +539,7 @@ def test_a_bucket_is_not_read_unless_somebody_wants_a_block(tmp_path: Path, monk
     asyncio.run(main())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["objects", "stack"])
 def test_blocks_of_a_service_that_is_gone_are_misses_that_can_be_computed_again(kind: str, tmp_path: Path) -> None:
     async def main() -> None:

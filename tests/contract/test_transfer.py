@@ -34,9 +34,7 @@ Failed = transfer_peer.Failed
 # Each test with processes of its own starts up to three, and UCX takes its time to look at the machine.
 KINDS = [
     "local",
-    "shm",
-    "tcp",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nixl-request", "nixl-read", "ucxx")),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shm", "tcp", "nixl-request", "nixl-read", "ucxx")),
 ]
 NBYTES = 48 << 20
 
