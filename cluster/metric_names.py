@@ -59,7 +59,7 @@ COUNTERS: dict[str, dict[str, Metric]] = {
             "promote_failed_blocks", "blocks", "Blocks asked for that were bad or lost their slot."
         ),
         "promote_refused": Metric(
-            "promote_refused_blocks", "blocks", "Blocks not brought up: no slot, or too many coming."
+            "promote_refused_blocks", "blocks", "Blocks not brought up: no slot, too many coming, or no answer."
         ),
         "promote_late": Metric("promote_late_leases", "requests", "Leases that did not wait for all their blocks."),
     },

@@ -72,7 +72,8 @@ class TieringStats(msgspec.Struct):
     promote_failed: int = 0
     """Blocks that were asked for and turned out bad, or lost their slot meanwhile."""
     promote_refused: int = 0
-    """Blocks not promoted because memory had no slot to give, or too many were on their way."""
+    """Blocks not promoted because memory had no slot to give, too many were on their way, or what has them does not
+    answer."""
     promote_late: int = 0
     """Leases that did not wait for all their blocks."""
 
@@ -261,8 +262,12 @@ class Tiering:
                 continue
             if (promotion := self._coming.get(block_hash)) is not None:
                 joined[promotion] = None
-            elif (block := self.tier.find(block_hash)) is not None and readable(self.tier, block_hash):
+            elif (block := self.tier.find(block_hash)) is None:
+                continue
+            elif readable(self.tier, block_hash):
                 wanted[block_hash] = block
+            else:
+                self.stats.promote_refused += 1
         joined.update(dict.fromkeys(self._start(list(wanted.values()))))
         for promotion in joined:
             promotion.waiters += 1
