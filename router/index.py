@@ -160,16 +160,21 @@ class Index:
         if not any(self._below):
             return (TierRun(blocks, 0),) if blocks else ()
         live = self._live
+        in_memory = (None,) * len(self._below)
+        leading = hashes[:blocks]
         runs: list[TierRun] = []
-        for place in range(blocks):
-            block, here = hashes[place], (found[place] or 0) & live
-            below = [holders.get(block, 0) & here for holders in self._below]
-            in_memory = here & ~sum(below)
-            tier = 0 if in_memory else next(number for number, nodes in enumerate(below, 1) if nodes)
-            if runs and runs[-1].tier == tier:
-                runs[-1] = TierRun(place + 1, tier)
-            else:
-                runs.append(TierRun(place + 1, tier))
+        last = 0
+        columns = zip(*(map(holders.get, leading) for holders in self._below), strict=True)
+        for place, below in enumerate(columns):
+            tier = 0
+            if below != in_memory:
+                tier = _fastest((found[place] or 0) & live, below)
+            if tier != last:
+                if place:
+                    runs.append(TierRun(place, last))
+                last = tier
+        if blocks:
+            runs.append(TierRun(blocks, last))
         return tuple(runs)
 
     def check(self) -> None:
@@ -211,6 +216,12 @@ class Index:
         _drop(self._holders, block, bit)
         for holders in self._below:
             _drop(holders, block, bit)
+
+
+def _fastest(here: int, below: Sequence[int | None]) -> int:
+    """The tier from which live holders have a block at best; ``below``: who has it in each tier below memory."""
+    low = [(nodes or 0) & here for nodes in below]
+    return 0 if here & ~sum(low) else next(number for number, nodes in enumerate(low, 1) if nodes)
 
 
 def _drop(holders: dict[BlockHash, int], block: BlockHash, bit: int) -> None:
