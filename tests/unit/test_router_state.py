@@ -1,13 +1,14 @@
 import asyncio
 import logging
 
+import msgspec
 import pytest
 
 from router.index import Index, Match, TierRun
 from router.members import MemberRegistry
 from router.policy.placement import choose_home
 from tracehaul.rpc.base import NO_CONTEXT
-from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
+from tracehaul.wire.blocks import Events, Moved, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
@@ -84,3 +85,12 @@ def test_a_member_that_falls_silent_is_told_once_and_when_it_is_heard_again(
         "store-0 is heard again, after 10.0 s",
         "store-0 left",
     ]
+
+
+@pytest.mark.parametrize("tier", [-1, 8, 10**9])
+def test_a_tier_that_no_node_has_is_refused_where_it_arrives(tier: int) -> None:
+    for change in (Stored(block(1), tier), Moved(block(1), tier)):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.msgpack.decode(msgspec.msgpack.encode(Events(G, 1, (change,))), type=Events)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(Snapshot(G, 1, (), last=True, tier=tier)), type=Snapshot)

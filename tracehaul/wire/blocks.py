@@ -1,6 +1,6 @@
 """Messages of the store: block by hash, slots, leases, pins, tiers, events."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -283,6 +283,10 @@ class Subscribe(Message, frozen=True):
     """Router -> store, as a stream: one :class:`Snapshot` in one or more parts, then :class:`Events` for ever."""
 
 
+Tier = Annotated[int, msgspec.Meta(ge=0, le=7)]
+"""Of a store node, counted down from memory: whoever listens keeps books for each, so there are few."""
+
+
 class Snapshot(Message, frozen=True):
     """A part of what the node holds as of event ``sequence``, all in one tier; ``last`` marks the final part."""
 
@@ -290,7 +294,7 @@ class Snapshot(Message, frozen=True):
     sequence: int
     hashes: tuple[BlockHash, ...]
     last: bool
-    tier: int = 0
+    tier: Tier = 0
     """As in :class:`Stored`."""
 
 
@@ -298,7 +302,7 @@ class Stored(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """A block became visible."""
 
     hash: BlockHash
-    tier: int = 0
+    tier: Tier = 0
     """The fastest that has it: 0 is memory, 1 what is below, and so on down."""
 
 
@@ -312,7 +316,7 @@ class Moved(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """A visible block's fastest tier is another one now."""
 
     hash: BlockHash
-    tier: int
+    tier: Tier
     """As in :class:`Stored`."""
 
 
