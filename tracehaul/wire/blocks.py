@@ -146,7 +146,7 @@ class Existing(Message, frozen=True):
     """``held[i]`` is 1 where ``hashes[i]`` is published here, else 0."""
 
     held: bytes
-    reading: int = 0
+    reading: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Leases that are open on the node: reads that a further one would share its memory with."""
 
 
