@@ -155,7 +155,7 @@ class Driver:
     ) -> tuple[Job, int]:
         job = Job(
             arrival=sequence,
-            rank=sequence,
+            came_s=0.0,
             sequence=sequence,
             tokens=tokens,
             sampling=Sampling(max_tokens=outputs, temperature=0.0),

@@ -262,7 +262,7 @@ class _Step:
         guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
         job = Job(
             arrival=here.arrival,
-            rank=here.rank,
+            came_s=here.came_s,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=self._request.sampling,

@@ -53,7 +53,7 @@ class PrefillService:
         guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
         job = Job(
             arrival=here.arrival,
-            rank=here.rank,
+            came_s=here.came_s,
             sequence=here.sequence,
             tokens=here.tokens,
             sampling=request.sampling,

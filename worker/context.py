@@ -40,7 +40,7 @@ class Context:
         config: WorkerConfig,
         *,
         arrival: int,
-        rank: int,
+        came_s: float,
         salt: str,
         tokens: list[int],
         packed: bytes,
@@ -53,8 +53,8 @@ class Context:
         self._config = config
         self.arrival = arrival
         """Its step's place in the order of arrival on this worker."""
-        self.rank = rank
-        """The place in that order that its prompt is computed at: its family's."""
+        self.came_s = came_s
+        """When its step counts as having come: the first of its family did."""
         self.salt = salt
         self.tokens = tokens
         self.packed = packed

@@ -7,8 +7,8 @@ delays only what it must.
 
 from tracehaul.wire.ids import TraceId
 
-AHEAD_MAX = 64
-"""Arrivals that a latecomer passes at most: a family that never ends must not hold up others for ever."""
+AHEAD_MAX_S = 60.0
+"""By how much a latecomer is ahead of its time at most: a family that never ends must not hold up others for ever."""
 
 Family = tuple[str, TraceId]
 """A salt and the trace that started them; a trace that nobody started is its own."""
@@ -18,21 +18,21 @@ class Families:
     """Families with steps on this worker."""
 
     def __init__(self) -> None:
-        self._members: dict[Family, tuple[int, int]] = {}
+        self._members: dict[Family, tuple[float, int]] = {}
 
     def __len__(self) -> int:
         return len(self._members)
 
-    def join(self, family: Family, arrival: int) -> int:
-        """A step came as the ``arrival``-th; returns the place in the order of arrival that it is served at."""
-        first, count = self._members.get(family, (arrival, 0))
-        self._members[family] = (first, count + 1)
-        return max(first, arrival - AHEAD_MAX)
+    def join(self, family: Family, now_s: float) -> float:
+        """A step came; returns when it counts as having come."""
+        first_s, count = self._members.get(family, (now_s, 0))
+        self._members[family] = (first_s, count + 1)
+        return max(first_s, now_s - AHEAD_MAX_S)
 
     def leave(self, family: Family) -> None:
         """One of its steps ended."""
-        first, count = self._members[family]
+        first_s, count = self._members[family]
         if count > 1:
-            self._members[family] = (first, count - 1)
+            self._members[family] = (first_s, count - 1)
         else:
             del self._members[family]

@@ -54,9 +54,9 @@ class WorkerStats(msgspec.Struct):
 
 
 class WorkerHost:
-    """What prefill and decode services share. One per process."""
+    """What prefill and decode services share. One per process. ``shared`` as in :class:`NodeLoad`."""
 
-    def __init__(self, engine: Engine, client: StoreClient, config: WorkerConfig) -> None:
+    def __init__(self, engine: Engine, client: StoreClient, config: WorkerConfig, shared: float = 0.0) -> None:
         self.engine = engine
         self.client = client
         self.config = config
@@ -69,6 +69,7 @@ class WorkerHost:
         self._room = asyncio.Event()
         """Set when there may be memory for somebody in the line."""
         self._arrivals = count()
+        self._shared = shared
         self._running = 0
         self._recalls: dict[tuple[str, TraceId], asyncio.Task[None]] = {}
 
@@ -94,6 +95,7 @@ class WorkerHost:
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
             **self.loop.meter.rates._asdict(),
+            shared=self._shared,
             free_tokens=self.engine.free_tokens,
         )
 
@@ -132,8 +134,8 @@ class WorkerHost:
             arrival, trace, salt, packed, capacity, may_refuse=suspended is None
         )
         self._running += 1
-        rank = self._families.join((salt, family), arrival)
-        context = self._context(arrival, salt, tokens, packed, known, sequence, resident_tokens, rank)
+        came_s = self._families.join((salt, family), clock.now_s() if suspended is None else suspended.came_s)
+        context = self._context(arrival, salt, tokens, packed, known, sequence, resident_tokens, came_s)
         try:
             yield context
         finally:
@@ -223,14 +225,14 @@ class WorkerHost:
         known: Sequence[BlockHash],
         sequence: SequenceId,
         resident_tokens: int,
-        rank: int | None = None,
+        came_s: float = 0.0,
     ) -> Context:
         return Context(
             self.engine,
             self.client,
             self.config,
             arrival=arrival,
-            rank=arrival if rank is None else rank,
+            came_s=came_s,
             salt=salt,
             tokens=tokens,
             packed=packed,

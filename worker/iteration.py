@@ -12,7 +12,7 @@ from tracehaul.runtime import clock
 from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.pressure import PATIENCE_S, Pressure
-from worker.rates import RateMeter
+from worker.rates import STRETCH, RateMeter, compute_s
 from worker.scheduler import Grant, Scheduler
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,8 @@ class Job:
 
     arrival: int
     """Its step's place in the order of arrival, which no other job in the loop has."""
-    rank: int
-    """The place in that order that its prompt is computed at."""
+    came_s: float
+    """When it counts as having come."""
     sequence: SequenceId
     tokens: list[int]
     sampling: Sampling
@@ -164,7 +164,8 @@ class IterationLoop:
         self._next_key += 1
         self._jobs[key] = job
         at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
-        self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.rank)
+        own_s = compute_s(self.meter.rates, job.computed, len(job.tokens))
+        self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.came_s + STRETCH * own_s)
         self._wake.set()
         return key
 

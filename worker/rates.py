@@ -28,6 +28,9 @@ KEEP = 0.9
 """Weight of what was known, at each observation."""
 PRIOR = 0.03
 """Weight of what was assumed, in observations."""
+STRETCH = 5.0
+"""A prompt lets others go first until it has waited for so many times what it takes itself: a running trace's next few
+tokens do not wait for a new trace's thousands, and those do not wait for ever."""
 FACTOR_MIN = 1e-3
 NOTHING = 1e-12
 

@@ -25,12 +25,12 @@ class Scheduler:
         self._sequences_max = sequences_max
         self._pending: dict[int, int] = {}
         self._at_most: dict[int, int] = {}
-        self._ranks: dict[int, int] = {}
+        self._ranks: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def add(self, key: int, pending: int, at_most: int | None = None, *, rank: int) -> None:
+    def add(self, key: int, pending: int, at_most: int | None = None, *, rank: float) -> None:
         """A job with ``pending`` tokens to compute joins; no more than ``at_most`` of them in one iteration.
 
         Prompts of a lower ``rank`` come first; of the same rank, the one in progress, then the one that came first.

@@ -12,6 +12,7 @@ from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.runtime import clock
 from tracehaul.wire.steps import Sampling
 from worker.iteration import Computed, IterationLoop, Job, Sampled
+from worker.rates import ASSUMED, RateMeter
 from worker.scheduler import Scheduler
 
 ITERATION_S = 1.0
@@ -26,10 +27,10 @@ class Bed:
 
     def job(self, tokens: int, samples: int) -> Job:
         """A prompt of that many tokens."""
-        sequence = self.engine.open(128)
+        sequence = self.engine.open(256)
         assert sequence is not None
         sampling = Sampling(max_tokens=samples, temperature=0.0)
-        return Job(int(sequence), int(sequence), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
+        return Job(int(sequence), clock.now_s(), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
 
 
 def play(case: Coroutine[Any, Any, None], bed: Bed) -> None:
@@ -78,5 +79,31 @@ def test_a_job_that_is_being_computed_is_waited_for(tokens: int) -> None:
         await bed.loop.stop(key)
         assert clock.now_s() - before_s == pytest.approx(0.75 * ITERATION_S)
         bed.engine.close(job.sequence)  # the fake engine would not allow it under an iteration
+
+    play(case(), bed)
+
+
+@pytest.mark.parametrize(("waited_s", "first"), [(0.0, "short"), (10.0, "long")])
+def test_a_short_prompt_goes_first_unless_a_long_one_has_waited_for_long(waited_s: float, first: str) -> None:
+    bed = Bed()
+    bed.loop.meter = RateMeter(ASSUMED._replace(token_s=4e-3, pair_s=0.0))  # 1.0 and 0.03 s: due after 5 and 0.16
+
+    async def case() -> None:
+        await asyncio.sleep(20.0)
+        jobs = {"long": bed.job(250, 1), "short": bed.job(8, 1)}
+        jobs["long"].came_s -= waited_s
+        keys = [bed.loop.start(job) for job in jobs.values()]
+        ended: list[str] = []
+
+        async def end(name: str) -> None:
+            await sampled(jobs[name])
+            ended.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for name in jobs:
+                group.create_task(end(name))
+        assert ended[0] == first
+        for key in keys:
+            await bed.loop.stop(key)
 
     play(case(), bed)

@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracehaul.wire.ids import TraceId
-from worker.families import AHEAD_MAX, Families
+from worker.families import AHEAD_MAX_S, Families
 from worker.scheduler import Grant, Scheduler
 
 
@@ -103,7 +103,7 @@ def test_a_family_is_served_as_one_from_when_its_first_came() -> None:
     families.leave(one)
     families.leave(one)
     assert families.join(one, 10) == 10, "nobody was left"
-    assert families.join(one, 10 + AHEAD_MAX + 3) == 13, "no latecomer passes everybody"
+    assert families.join(one, 10 + AHEAD_MAX_S + 3) == 13, "no latecomer passes everybody"
     for family in (one, one, other, ("salt", TraceId("one"))):
         families.leave(family)
     assert len(families) == 0

@@ -65,6 +65,8 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """For an iteration that only decodes, with as many sequences as there are now."""
     pull_token_s: float = 0.0
     """For pulling the KV of one token from a store node."""
+    shared: float = 0.0
+    """How much of a worker's computing is at the cost of others on the same cores, while they compute, too: 0 to 1."""
     free_tokens: int = 0
     """KV memory of a worker that nothing is in, not even what is kept for later; in tokens."""
 
