@@ -190,6 +190,12 @@ def threads_of(config: ClusterConfig, cores: int) -> int:
     return max(min(cores, 2), cores // workers)
 
 
+def shared_cores(config: ClusterConfig, threads: int, cores: int) -> float:
+    """The share of a worker's ``threads`` that have no core of their own where all workers compute."""
+    workers = config.nodes.prefill + config.nodes.decode
+    return min(1.0, max(0.0, (workers * threads - cores) / threads))
+
+
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -125,6 +125,9 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "steps_failed": Metric("steps_failed", "steps", "Steps that ended with an error."),
         "steps_aborted": Metric("steps_aborted", "steps", "Steps that the client, or a stop string, ended."),
         "steps_moved": Metric("steps_moved", "attempts", "Attempts that failed and were followed by another worker's."),
+        "steps_replaced": Metric(
+            "steps_replaced", "attempts", "Attempts that left a prefill worker's queue for a better place."
+        ),
         "prompt_tokens": Metric("prompt_tokens", "tokens", "Tokens of finished steps' prompts."),
         "cached_tokens": Metric("cached_tokens", "tokens", "Of these, those that nobody computed again."),
         "output_tokens": Metric("output_tokens", "tokens", "Tokens of finished steps' answers."),
@@ -208,6 +211,11 @@ LOAD: dict[str, Metric] = {
     "pair_s": Metric("pair_seconds", "seconds", "What each token before it adds to that (worker)."),
     "decode_s": Metric("decode_seconds", "seconds", "An iteration that only decodes (worker)."),
     "pull_token_s": Metric("pull_token_seconds", "seconds", "Pulling the KV of one token from a store node (worker)."),
+    "shared": Metric(
+        "shared_share",
+        "1",
+        "Computing of a worker that is at the cost of others on the same cores, while they compute.",
+    ),
     "free_tokens": Metric("free_tokens", "tokens", "KV memory of a worker that nothing is in."),
     "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
     "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),

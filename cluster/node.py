@@ -16,7 +16,7 @@ import msgspec
 import uvloop
 from prometheus_client.metrics_core import Metric
 
-from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of
+from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of, shared_cores, usable_cores
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_tiers
@@ -239,7 +239,7 @@ class _Node:
         planes = await self._planes(stack, memory, offload)
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
         stack.push_async_callback(client.aclose)
-        host = WorkerHost(engine, client, config.worker)
+        host = WorkerHost(engine, client, config.worker, shared_cores(config, self._plan.threads, usable_cores()))
         await host.calibrate()
         stats = {"worker": host.stats, "store_client": client.stats}
         metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))

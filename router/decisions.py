@@ -52,6 +52,17 @@ class Moved(msgspec.Struct, frozen=True, tag="moved"):
     """What the client has; never sampled again."""
 
 
+class Replaced(msgspec.Struct, frozen=True, tag="replaced"):
+    """A step leaves the prefill worker where it waits for another place."""
+
+    step: StepId
+    prefill: NodeId | None
+    wait_s: float
+    """Until its prompt would have been computed there."""
+    cost_s: float
+    """Of all of the step elsewhere."""
+
+
 class Ended(msgspec.Struct, frozen=True, tag="ended"):
     """A step ended."""
 
@@ -97,7 +108,7 @@ class Asked(msgspec.Struct, frozen=True, tag="asked"):
     inputs: dict[str, float | str | None]
 
 
-Decision = Placed | Moved | Ended | Retained | Recalled | Asked
+Decision = Placed | Moved | Replaced | Ended | Retained | Recalled | Asked
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -11,18 +11,19 @@ import msgspec
 from msgspec import Meta
 
 from router.book import Book
-from router.decisions import NODES_MAX, Decisions, Ended, Moved, Placed
+from router.decisions import NODES_MAX, Decisions, Ended, Moved, Placed, Replaced
 from router.hits import Hits
 from router.index import Index, TierRun
 from router.inflight import InFlight
 from router.members import MemberRegistry
 from router.policy.cost import StoredRun
-from router.policy.fleet import Fleet
+from router.policy.fleet import Fleet, Key
 from router.policy.placement import Ask, Placement, Policy, place
 from router.policy.retention import RetentionConfig
 from router.predicted import Predicted
+from router.relief import Relief
 from router.retainer import Retainer
-from router.run import Run
+from router.run import BetterPlace, Run
 from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
 from router.traces import Trace, Traces, Warm
 from router.watch import StoreWatch
@@ -68,6 +69,7 @@ class DispatchStats(msgspec.Struct):
     steps_failed: int = 0
     steps_aborted: int = 0
     steps_moved: int = 0
+    steps_replaced: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -98,6 +100,7 @@ class Dispatch:
         self.decodes = Fleet()
         self.prefills = Fleet()
         self._predicted = Predicted()
+        self._relief = Relief(self.prefills, self._elsewhere)
         self._turn = 0
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
@@ -107,6 +110,7 @@ class Dispatch:
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
+        self._relief.close()
         await self.retainer.close()
         await self._watch.close()
 
@@ -190,6 +194,12 @@ class Dispatch:
                     async for event in events:
                         yield event
                 return
+            except BetterPlace as better:
+                assert placement is not None
+                self.stats.steps_replaced += 1
+                left = Replaced(run.request.step, placement.prefill, better.wait_s, better.cost_s)
+                self.decisions.add(run.trace.key, clock.now_s(), left)
+                continue
             except ClusterError as error:
                 reason = run.ended()
                 if reason is not None and run.usage is not None:  # only the terminal message was lost
@@ -212,50 +222,30 @@ class Dispatch:
             await asyncio.sleep(self._config.retry_pause_s * failures)
 
     def _place(self, run: Run) -> Placement:
-        request, trace = run.request, run.trace
         decodes = self.members.live("decode")
         if not decodes:
             raise Unavailable("no decode worker is ready")
-        tokens = len(request.prompt) + len(run.emitted)
+        tokens = len(run.request.prompt) + len(run.emitted)
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
         run.cut(decodes[0])
-        # Blocks of another layout, or another model, are of no use to this step.
-        decodes = [worker for worker in decodes if worker.root == decodes[0].root]
-        prefills = [worker for worker in self.members.live("prefill") if worker.root == decodes[0].root]
-        now_s = clock.now_s()
-        self.decodes.sync(decodes, self.members.loads(decodes))
-        self.prefills.sync(prefills, self.members.loads(prefills))
-        expected = self._predicted.match(run.hashes, now_s)
         found = self.index.match(run.hashes)
-        warm, stored_tokens = run.warm, found.blocks * run.block_tokens
-        ask = Ask(
-            trace=request.trace,
-            prompt_tokens=tokens,
-            stored=self._stored(found.runs, run.block_tokens),
-            warm=warm,
-            home=trace.home,
-            predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
-            avoided=frozenset(run.avoid),
-            asked=request.decode,
-            turn=self._turn,
-        )
-        self._turn += 1
-        stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
-        placement = place(self._config.policy, ask, self.decodes, self.prefills, stores, now_s)
+        placement = self._price(run, found.runs, run.leaves)
         assert placement is not None
-        lives = warm is not None and any((d.node, d.generation) == (warm.node, warm.generation) for d in decodes)
+        warm, stored_tokens = run.warm, found.blocks * run.block_tokens
+        lives = warm is not None and Key(warm.node, warm.generation) in self.decodes.rows
         run.placed(placement, stored_tokens, warm_lives=lives)
         taken = run.takes(placement)
         if taken is not None:
-            self.traces.take(trace, taken)
+            self.traces.take(run.trace, taken)
         if placement.computes is not None:
-            self._predicted.add(run.hashes, [placement.computes], now_s)
+            self._predicted.add(run.hashes, [placement.computes], clock.now_s())
+        self._turn += 1
         self._log_placed(run, placement, stored_tokens)
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
-            request.step,
-            request.trace,
+            run.request.step,
+            run.request.trace,
             tokens,
             placement.decode.node,
             placement.reason,
@@ -264,6 +254,34 @@ class Dispatch:
             placement.expected_tokens,
         )
         return placement
+
+    def _elsewhere(self, run: Run, prefill: Key) -> Placement | None:
+        """Where a step would be placed now if not by that prefill worker; None if nowhere."""
+        return self._price(run, self.index.match(run.hashes).runs, run.leaves | {prefill})
+
+    def _price(self, run: Run, stored: Sequence[TierRun], leaves: set[Key]) -> Placement | None:
+        decodes = self.members.live("decode")
+        # Blocks of another layout, or another model, are of no use to this step.
+        decodes = [worker for worker in decodes if worker.root == decodes[0].root]
+        prefills = [worker for worker in self.members.live("prefill") if decodes and worker.root == decodes[0].root]
+        now_s = clock.now_s()
+        self.decodes.sync(decodes, self.members.loads(decodes))
+        self.prefills.sync(prefills, self.members.loads(prefills))
+        expected = self._predicted.match(run.hashes, now_s)
+        ask = Ask(
+            trace=run.request.trace,
+            prompt_tokens=len(run.request.prompt) + len(run.emitted),
+            stored=self._stored(stored, run.block_tokens),
+            warm=run.warm,
+            home=run.trace.home,
+            predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
+            avoided=frozenset(run.avoid),
+            left=frozenset(leaves),
+            asked=run.request.decode,
+            turn=self._turn,
+        )
+        stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
+        return place(self._config.policy, ask, self.decodes, self.prefills, stores, now_s)
 
     def _stored(self, runs: Sequence[TierRun], block_tokens: int) -> list[StoredRun]:
         """With what it takes to bring each up: on the slowest node, as it may be on any."""
@@ -319,6 +337,8 @@ class Dispatch:
         run.context_max = info.context_max
         retained, scored = 0, 0
         sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
+        if self._config.policy == "cost" and run.prompt_logprobs is None:
+            self._relief.enter(run, placement)
         replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
         try:
             while (reply := await run.next(replies)) is not None:
@@ -328,6 +348,7 @@ class Dispatch:
                         scored += len(scores)
                     case Tokens(ids, usage, logprobs):
                         sent.token(clock.now_s())
+                        self._relief.leave(run, placement)
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
                         retained = len(request.prompt) + len(run.emitted) - 1
@@ -345,7 +366,8 @@ class Dispatch:
                         raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
             raise ProtocolError(f"{node} ended a step without a terminal message")
         finally:
-            sent.ended(clock.now_s())
+            sent.ended()
+            self._relief.leave(run, placement)
             if retained:
                 run.warm = Warm(node, placement.decode.generation, retained)
             await replies.aclose()

@@ -18,19 +18,17 @@ class InFlight:
 
     def token(self, now_s: float) -> None:
         """The worker has told of tokens; with the first of them the prompt is computed."""
+        placement = self._placement
         if not self._computed:
             self._computed = True
-            self._decodes.computed(self._placement.decode, self._placement.decode_work_s, now_s)
-            self._end_prefill(now_s)
+            self._decodes.computed(placement.decode, placement.decode_work_s, now_s)
+            if placement.helper is not None and placement.prefill_work_s:
+                self._prefills.computed(placement.helper, placement.prefill_work_s, now_s)
+                self._prefills.ended(placement.helper, placement.prefill_work_s, computed=True)
 
-    def ended(self, now_s: float) -> None:
+    def ended(self) -> None:
         """It is over. To be called once."""
         placement = self._placement
-        self._decodes.ended(placement.decode, placement.decode_work_s, now_s, computed=self._computed)
-        if not self._computed:
-            self._end_prefill(now_s)
-
-    def _end_prefill(self, now_s: float) -> None:
-        placement = self._placement
-        if placement.prefill_work_s and placement.helper is not None:
-            self._prefills.ended(placement.helper, placement.prefill_work_s, now_s, computed=False)
+        self._decodes.ended(placement.decode, placement.decode_work_s, computed=self._computed)
+        if not self._computed and placement.helper is not None and placement.prefill_work_s:
+            self._prefills.ended(placement.helper, placement.prefill_work_s, computed=False)

@@ -55,7 +55,10 @@ class Predicted:
             self._drop_empty(next(iter(self._by_first)))
 
     def match(self, hashes: Sequence[BlockHash], now_s: float) -> dict[NodeId, int]:
-        """Leading blocks of a prompt that each node is about to have; those with none are left out."""
+        """Leading blocks of a prompt that each node is about to have for others; those with none are left out.
+
+        What was added as this very list is left out, too: it is the prompt's own, from an earlier attempt.
+        """
         siblings = self._by_first.get(hashes[0]) if hashes else None
         if siblings is None:
             return {}
@@ -64,6 +67,8 @@ class Predicted:
             self._count -= 1
         found: dict[NodeId, int] = {}
         for dispatched in siblings:
+            if dispatched.hashes is hashes:
+                continue
             shared = shared_blocks(dispatched.hashes, hashes)
             for node in dispatched.nodes:
                 found[node] = max(shared, found.get(node, 0))

@@ -19,6 +19,17 @@ from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 
 
+class BetterPlace(Exception):
+    """An attempt ends: the step has a better place."""
+
+    def __init__(self, wait_s: float, cost_s: float) -> None:
+        super().__init__()
+        self.wait_s = wait_s
+        """What it had to go where it was."""
+        self.cost_s = cost_s
+        """What all of it costs at the better place."""
+
+
 class Run:
     """One step, from its request to its end. ``lefts`` are the contexts that it may continue."""
 
@@ -37,6 +48,8 @@ class Run:
         """Of the worker that ran the last attempt."""
         self.avoid: set[Key] = set()
         """Workers that failed it, while there are others."""
+        self.leaves: set[Key] = set()
+        """Prefill workers that it does not wait for any more."""
         self.home_lost = False
         self.warm: Warm | None = None
         """Who holds how much of the prompt, as far as a worker told."""
@@ -47,7 +60,9 @@ class Run:
         self._cut = Cut(b"", (), None, 0)
         self._expected: Expected | None = None
         self._warm_gone = False
+        self._attempts = 0
         self._waiting: asyncio.Timeout | None = None
+        self._better: BetterPlace | None = None
 
     @property
     def hashes(self) -> Sequence[BlockHash]:
@@ -84,6 +99,7 @@ class Run:
 
     def placed(self, placement: Placement, stored_tokens: int, *, warm_lives: bool) -> None:
         """It was given a place. What counts for its hits is what was known before the first attempt."""
+        self._attempts += 1
         self.home_lost = self.home_lost or (self.trace.home is not None and self.trace.home != placement.home)
         self.trace.home = placement.home
         self.step.decode, self.step.prefill = placement.decode.node, placement.prefill
@@ -103,9 +119,12 @@ class Run:
 
     def account(self, usage: StepUsage) -> StepUsage:
         """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
+        before = len(self.request.prompt)
         if self.usage is not None:
-            computed_from = min(usage.computed_from, self.usage.computed_from)
-            usage = msgspec.structs.replace(usage, computed_from=computed_from)
+            before = self.usage.computed_from
+        elif self._attempts > 1 and self._expected is not None:
+            before = max(self._expected.indexed, self._expected.warm)
+        usage = msgspec.structs.replace(usage, computed_from=min(usage.computed_from, before))
         self.usage = usage
         return usage
 
@@ -153,13 +172,14 @@ class Run:
         hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, len(self.request.prompt))
         return Left(self.step.step, self._root, self.block_tokens, packed, hashes, self.published_tokens, self.warm)
 
-    # --- its client's will ------------------------------------------------------------------------------------
+    # --- what others decide -----------------------------------------------------------------------------------
 
     async def next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
         """The next of a worker's replies; None if there is none.
 
         Raises:
             TraceDeleted: :meth:`stop` was called, before or meanwhile.
+            BetterPlace: :meth:`move` was called meanwhile.
             ClusterError: what ``replies`` raises.
         """
         deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
@@ -169,11 +189,18 @@ class Run:
             async with asyncio.timeout(None) as self._waiting:
                 return await anext(replies, None)
         except TimeoutError:
-            raise deleted from None
+            raise (deleted if self.trace.deleted else self._better or deleted) from None
         finally:
-            self._waiting = None
+            self._waiting = self._better = None
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""
         if self._waiting is not None:
+            self._waiting.reschedule(0.0)
+
+    def move(self, prefill: Key, wait_s: float, cost_s: float) -> None:
+        """Place it anew, from another task, if it waits for that worker: see :class:`BetterPlace`."""
+        if self._waiting is not None:
+            self.leaves.add(prefill)
+            self._better = BetterPlace(wait_s, cost_s)
             self._waiting.reschedule(0.0)

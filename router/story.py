@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from router.decisions import Asked, Decision, Ended, Moved, Placed, Recalled, Retained
+from router.decisions import Asked, Decision, Ended, Moved, Placed, Recalled, Replaced, Retained
 from router.hits import Hits
 from router.views import DecisionView, StepView, TraceView
 from tracehaul.wire.ids import StepId
@@ -65,6 +65,11 @@ def _event(entry: DecisionView, steps: Mapping[StepId, StepView]) -> str:
         case Moved(step, decode, error, emitted):
             kept = f", the {emitted} tokens that the client has are kept" if emitted else ""
             return f"Step {step}: {decode or 'finding a worker'} failed ({error}); it goes on elsewhere{kept}."
+        case Replaced(step, prefill, wait_s, cost_s):
+            return (
+                f"Step {step} would wait {_s(wait_s)} more at {prefill}, and another place has become free: all of it "
+                f"is expected to take {_s(cost_s)} there."
+            )
         case Ended():
             return _ended(decision)
         case Retained():

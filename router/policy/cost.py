@@ -106,19 +106,20 @@ class Prefilled(NamedTuple):
     """Until it has all of the prompt."""
     own_s: Column
     """How much of that is its own computing."""
-    again_s: Column
-    """How much of that is under way elsewhere: what is computed twice is lost to all."""
+    lost_s: Column
+    """What others lose by it: what is computed twice is lost to all, and who shares cores waits for them."""
 
 
-def prefill_s(prefills: Fleet, need: Need, predicted: Column, now_s: float) -> Prefilled:
+def prefill_s(prefills: Fleet, need: Need, predicted: Column, busy: float, now_s: float) -> Prefilled:
     """What it takes on each prefill worker.
 
-    ``predicted``: leading tokens that each is about to have computed for another step.
+    ``predicted``: leading tokens that each is about to have computed for another step. ``busy``: the share of the
+    decode workers that have something to do.
     """
     start = np.maximum(predicted, float(need.stored))
     own = compute_s(prefills, start, float(need.prompt))
     done_s = prefills.queue_s(now_s) + need.stored * prefills.pull_token_s + need.raise_s(0) + own
-    return Prefilled(done_s, own, again_s(prefills, need, start))
+    return Prefilled(done_s, own, again_s(prefills, need, start) + busy * prefills.shared * own)
 
 
 def again_s(fleet: Fleet, need: Need, start: Column) -> Column:
@@ -134,7 +135,7 @@ def decode_costs(
     """Of the step on each decode worker.
 
     ``predicted``: leading tokens that each is about to have computed for another step.
-    ``prefilled_s``: when the best prefill worker would be done, and what it computes again; None if there is none that
+    ``prefilled_s``: when the best prefill worker would be done, and what others lose by it; None if there is none that
     could help.
     """
     have = np.zeros(len(decodes))

@@ -51,7 +51,7 @@ class Fleet:
         self._accounts: dict[Key, _Account] = {}
         self.keys: list[Key] = []
         self.rows: dict[Key, int] = {}
-        self._columns = np.zeros((5, 0))
+        self._columns = np.zeros((6, 0))
         self._sent = np.zeros((4, 0))
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Fleet:
             self._infos, self._loads = list(infos), list(loads)
             self.keys = [Key(info.node, info.generation) for info in infos]
             self.rows = {key: row for row, key in enumerate(self.keys)}
-            self._columns = np.array([_figures(load) for load in loads], dtype=np.float64).reshape(-1, 5).T.copy()
+            self._columns = np.array([_figures(load) for load in loads], dtype=np.float64).reshape(-1, 6).T.copy()
             self._sent = np.zeros((4, len(infos)))
             for row, key in enumerate(self.keys):
                 self._write(row, self._accounts.get(key))
@@ -86,10 +86,12 @@ class Fleet:
         """A step's prompt is computed, and its first token has come."""
         account = self._accounts[key]
         account.decoding += 1
-        self._done(account, work_s, now_s)
+        self._less(account, work_s)
+        if work_s:  # what was estimated too high or too low has shown by now: the rest starts from here
+            account.until_s = now_s + account.work_s
         self._tell(key, account)
 
-    def ended(self, key: Key, work_s: float, now_s: float, *, computed: bool) -> None:
+    def ended(self, key: Key, work_s: float, *, computed: bool) -> None:
         """A step ended there, before its first token if not ``computed``."""
         account = self._accounts[key]
         account.running -= 1
@@ -97,7 +99,8 @@ class Fleet:
         if computed:
             account.decoding -= 1
         else:
-            self._done(account, work_s, now_s)
+            self._less(account, work_s)
+            account.until_s -= work_s
         if account.running == 0:
             del self._accounts[key]
         self._tell(key, account)
@@ -152,12 +155,13 @@ class Fleet:
         """KV memory with nothing in it."""
         return self._columns[4]
 
-    def _done(self, account: _Account, work_s: float, now_s: float) -> None:
-        account.work_s = max(0.0, account.work_s - work_s)
-        if account.running == account.decoding:
-            account.work_s = 0.0
-        # What was estimated too high or too low has shown by now: the rest starts from here.
-        account.until_s = now_s + account.work_s
+    @property
+    def shared(self) -> Column:
+        """As in :class:`tracehaul.wire.cluster.NodeLoad`."""
+        return self._columns[5]
+
+    def _less(self, account: _Account, work_s: float) -> None:
+        account.work_s = max(0.0, account.work_s - work_s) if account.running > account.decoding else 0.0
 
     def _tell(self, key: Key, account: _Account) -> None:
         row = self.rows.get(key)
@@ -171,4 +175,4 @@ class Fleet:
 
 def _figures(load: NodeLoad) -> tuple[float, ...]:
     rates = Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s) if load.token_s else ASSUMED
-    return *rates, float(load.free_tokens)
+    return *rates, float(load.free_tokens), load.shared

@@ -21,6 +21,11 @@ Policy = Literal["cost", "sticky", "round-robin"]
 
 STICKY_MARGIN = 0.15
 """Share of its cost that another worker must save before a trace leaves the one that has its context."""
+MOVE_MARGIN = 0.7
+"""A prompt that waits is taken elsewhere if that costs at most this share of its waiting, past and to come: what it has
+waited shows how far the estimates can be trusted, and bounds what waiting on can lose."""
+SOON_SHARE = 0.5
+"""It stays if it is expected to wait for less than this share of that cost."""
 TIE_SHARE = 0.02
 """Costs that are this close count as equal: estimates are no better."""
 
@@ -41,6 +46,8 @@ class Ask(msgspec.Struct, frozen=True):
     """Missing tokens that a decode worker computes itself in any case."""
     avoided: frozenset[Key] = frozenset()
     """Workers that failed this step: chosen if there is no other."""
+    left: frozenset[Key] = frozenset()
+    """Prefill workers that it does not wait for any more."""
     asked: NodeId | None = None
     """The worker that the caller wants."""
     turn: int = 0
@@ -103,7 +110,8 @@ def place(
         under_way=min(max(ask.predicted.values(), default=0), ask.prompt_tokens),
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
-    helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, now_s)
+    busy = float(np.mean(decodes.running_steps > 0))
+    helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, busy, now_s)
     costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s)
     row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
     reach = float(costs.reach[row])
@@ -125,6 +133,11 @@ def place(
     )
 
 
+def relieves(other: Placement, wait_s: float, waited_s: float) -> bool:
+    """Whether a step that has waited, and still waits for so long until its prompt is computed, should go elsewhere."""
+    return other.cost_s < min(MOVE_MARGIN * (wait_s + waited_s), wait_s / SOON_SHARE)
+
+
 def _allowed(ask: Ask, decodes: Fleet) -> list[int]:
     """Rows that may be chosen: never none."""
     rows = range(len(decodes))
@@ -144,14 +157,17 @@ def _predicted(ask: Ask, workers: Fleet) -> Column:
 
 
 def _best_prefill(
-    policy: Policy, ask: Ask, need: Need, prefills: Fleet | None, now_s: float
+    policy: Policy, ask: Ask, need: Need, prefills: Fleet | None, busy: float, now_s: float
 ) -> tuple[Key | None, float | None, float]:
-    """Who would compute what is missing; its cost: until it is done, and what it computes again; and its computing."""
-    if prefills is None:
+    """Who would compute what is missing; its cost: until it is done, and what others lose; and its computing."""
+    rows = np.arange(len(prefills) if prefills is not None else 0)
+    if ask.left and prefills is not None:
+        rows = rows[[key not in ask.left for key in prefills.keys]]
+    if prefills is None or not len(rows):
         return None, None, 0.0
-    there = prefill_s(prefills, need, _predicted(ask, prefills), now_s)
-    cost_s = there.done_s + there.again_s
-    row = _lowest(cost_s if policy == "cost" else prefills.running_steps, np.arange(len(prefills)), ask.trace)
+    there = prefill_s(prefills, need, _predicted(ask, prefills), busy, now_s)
+    cost_s = there.done_s + there.lost_s
+    row = _lowest(cost_s if policy == "cost" else prefills.running_steps, rows, ask.trace)
     return prefills.keys[row], float(cost_s[row]), float(there.own_s[row])
 
 

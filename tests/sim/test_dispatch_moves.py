@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from router.decisions import Replaced
 from router.dispatch import Dispatch, DispatchConfig
 from router.steps import Finished, StepRequest
 from sim import loop as virtual
@@ -18,6 +19,7 @@ from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
 from tracehaul.wire.steps import Sampling, StepDone, StepUsage, Tokens
 
 STOP = 9
+ROOT = BlockHash(b"r" * 16)
 
 
 class Script:
@@ -50,7 +52,7 @@ def run_step(attempts, **sampling):
         dispatch = Dispatch(Peers(network.at("router:1")), DispatchConfig())
         await network.listen("router:1", dispatch.members)
         await network.listen("decode-0:1", script)
-        info = NodeInfo(NodeId("decode-0"), Generation(1), "decode", "decode-0:1", "m", BlockHash(b"r" * 16), 8, 100)
+        info = NodeInfo(NodeId("decode-0"), Generation(1), "decode", "decode-0:1", "m", ROOT, 8, 100)
         member = Membership(Peers(network.at("decode-0:1")), "router:1", info, NodeLoad, lambda members: None)
         asyncio.get_running_loop().create_task(member.run())
         await member.joined.wait()
@@ -79,3 +81,69 @@ def test_a_moved_step_does_not_count_its_own_work_as_cached(later):
     output, [done], asked = run_step([([5], 1, True), ([6], later, False)], max_tokens=2)
     assert (output, asked) == ([5, 6], [[], [5]])
     assert done.usage.computed_from == 1
+
+
+class Queues:
+    """A decode worker whose steps wait as long as told, by who computes their prompts."""
+
+    def __init__(self):
+        self.seen = []
+
+    async def stream(self, request, context):
+        self.seen.append((request.trace, request.prefill))
+        await asyncio.sleep(2.0 if request.prefill is None else 1000.0)
+        usage = StepUsage(prompt_tokens=3, output_tokens=1, computed_from=64)
+        yield Tokens(pack_tokens([5]), usage)
+        yield StepDone("length", usage, 0)
+
+    async def call(self, request, context):
+        return Ok()
+
+    def disconnected(self, peer):
+        pass
+
+
+def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
+    async def main():
+        network, worker = LocalNetwork(), Queues()
+        dispatch = Dispatch(Peers(network.at("router:1")), DispatchConfig(idle_timeout_s=2000.0))
+        await network.listen("router:1", dispatch.members)
+        await network.listen("decode-0:1", worker)
+        rates = NodeLoad(token_s=1e-3, decode_s=0.02, pull_token_s=1e-6, free_tokens=100_000)
+        for role in ("decode", "prefill", "store"):
+            info = NodeInfo(NodeId(f"{role}-0"), Generation(1), role, f"{role}-0:1", "m", ROOT, 8, 100_000)
+            member = Membership(Peers(network.at(info.address)), "router:1", info, lambda: rates, lambda members: None)
+            asyncio.get_running_loop().create_task(member.run())
+            await member.joined.wait()
+
+        async def step(trace, tokens):
+            request = StepRequest(StepId(f"{trace}-1"), TraceId(trace), None, [ord(trace)] * tokens, Sampling(1))
+            return [event async for event in dispatch.run(request)]
+
+        steps = []
+        for trace, tokens in (("a", 8000), ("b", 12000), ("c", 8000), ("d", 8000)):
+            steps.append(asyncio.create_task(step(trace, tokens)))
+            await asyncio.sleep(0.01)
+        await asyncio.wait(steps, timeout=10.0)
+        replaced = [
+            entry.decision
+            for entry in dispatch.decisions.of(("", TraceId("d")))
+            if isinstance(entry.decision, Replaced)
+        ]
+        cached = [task.result()[-1].usage.computed_from if task.done() else None for task in steps]
+        for task in steps:
+            task.cancel()
+        await asyncio.gather(*steps, return_exceptions=True)
+        await dispatch.close()
+        return worker.seen, replaced, cached, dispatch.prefills.total, dispatch.decodes.total
+
+    seen, [replaced], cached, *left = virtual.run(main)
+    # b is done in 2 of the 12 seconds that it was expected to take, and decode-0 has nothing to do: it takes d, and
+    # after it c. Only a is left, which prefill-0 is thought to compute.
+    assert seen[:4] == [("a", "prefill-0"), ("b", None), ("c", "prefill-0"), ("d", "prefill-0")]
+    assert seen[4:] == [("d", None), ("c", None)]
+    assert replaced.prefill == "prefill-0"
+    assert replaced.cost_s < replaced.wait_s
+    # What is found after a move may be what the attempt before it has left; b was given one place only.
+    assert cached == [None, 64, 0, 0]
+    assert left == [0, 0]

@@ -12,7 +12,7 @@ from router.api.conversation import called, conversation
 from router.api.fakes import FakeDispatcher, FakeText, say
 from router.api.requests import ChatRequest, parse
 from router.contexts import Left
-from router.decisions import Asked, Ended, Moved, Placed
+from router.decisions import Asked, Ended, Moved, Placed, Replaced
 from router.hits import Hits
 from router.story import story
 from router.views import TraceView
@@ -140,6 +140,7 @@ def test_a_trace_is_told_in_plain_words() -> None:
     )
     dispatcher.decisions.add(key, 0.0, placed)
     dispatcher.decisions.add(key, 0.5, Moved(step, NodeId("decode-0"), "peer_lost", 2))
+    dispatcher.decisions.add(key, 0.7, Replaced(step, NodeId("prefill-0"), 20.0, 5.5))
     hits = Hits(39, 32, 38, 32, {"evicted": 7})
     dispatcher.decisions.add(key, 1.5, Ended(step, "stop", 40, 3, 1.5, hits))
     dispatcher.decisions.add(key, 2.0, Asked("suspend", {"expected_s": 5.0, "tool": None}))
@@ -157,6 +158,8 @@ def test_a_trace_is_told_in_plain_words() -> None:
         "250 ms of work and waiting; running: decode-0 1), expecting 38 cached; what is missing is computed there, "
         "new blocks go to no store.",
         "Step a-1: decode-0 failed (peer_lost); it goes on elsewhere, the 2 tokens that the client has are kept.",
+        "Step a-1 would wait 20.0 s more at prefill-0, and another place has become free: all of it is expected to "
+        "take 5.5 s there.",
         "Step a-1 ended (stop) after 1.5 s with 3 tokens. Cached: 32 of the 39 tokens that its trace had. "
         "7 had been evicted.",
         "The client asked to suspend (expected_s 5.0).",

@@ -167,10 +167,14 @@ def test_siblings_are_expected_where_the_first_was_sent_until_that_is_stale() ->
     predicted.add(hashes(0, 1, 2, 3), [a], now_s=10)
     predicted.add(hashes(0, 1, 5), [a, b], now_s=12)
     assert predicted.match(hashes(0, 1, 2, 7), now_s=12) == {a: 3, b: 2}
-    assert predicted.match(hashes(9, 1), now_s=12) == {}
+    own = hashes(9, 2)
+    predicted.add(own, [a], now_s=12)
+    assert (predicted.match(own, now_s=12), predicted.match(list(own), now_s=12)) == ({}, {a: 2})
+    assert predicted.match(hashes(9, 1), now_s=12) == {a: 1}
+    assert predicted.match(hashes(8, 1), now_s=12) == {}
     assert predicted.match([], now_s=12) == {}
     assert predicted.match(hashes(0, 1, 2, 7), now_s=10 + TTL_S) == {a: 2, b: 2}
-    assert predicted.match(hashes(0), now_s=12 + TTL_S) == {}
+    assert predicted.match(hashes(0), now_s=12 + TTL_S) == predicted.match(own, now_s=12 + TTL_S) == {}
     assert len(predicted) == 0
 
 

@@ -9,7 +9,7 @@ import pytest
 from router.inflight import InFlight
 from router.policy.cost import StoredRun
 from router.policy.fleet import Fleet, Key
-from router.policy.placement import Ask, Placement, Policy, place
+from router.policy.placement import Ask, Placement, Policy, place, relieves
 from router.traces import Warm
 from sim import loop as virtual
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
@@ -245,10 +245,10 @@ def test_a_fleet_keeps_its_books_while_members_come_and_go() -> None:
         if chance.random() < 0.5:
             flights[chance.randrange(len(flights))].token(float(n))
         if chance.random() < 0.3:
-            flights.pop(chance.randrange(len(flights))).ended(float(n))
+            flights.pop(chance.randrange(len(flights))).ended()
         assert sum(decodes.running(key) for key in decodes.keys) == len(flights) == decodes.running_steps.sum()
     for flight in flights:
-        flight.ended(50.0)
+        flight.ended()
     assert decodes.running_steps.sum() == decodes.decoding.sum() == 0
     assert decodes.queue_s(50.0).sum() == 0
 
@@ -262,8 +262,43 @@ def test_a_queue_empties_as_time_passes_and_what_is_overdue_is_not_done() -> Non
     assert decodes.queue_s(30.0)[0] == pytest.approx(3.0)
     decodes.computed(decode(0), 4.0, now_s=31.0)
     assert decodes.queue_s(31.0)[0] == pytest.approx(6.0), "only now the second one began"
-    decodes.ended(decode(0), 6.0, now_s=32.0, computed=False)
+    decodes.ended(decode(0), 6.0, computed=False)
     assert decodes.queue_s(32.0)[0] == 0
+
+
+def test_what_ends_without_having_computed_says_nothing_of_what_is_under_way() -> None:
+    decodes = fleet("decode", {})
+    for work_s in (8.0, 6.0, 0.0):
+        decodes.sent(decode(0), work_s, now_s=0.0)
+    decodes.computed(decode(0), 0.0, now_s=5.0)  # another worker's prompt
+    assert decodes.queue_s(5.0)[0] == pytest.approx(9.0)
+    decodes.ended(decode(0), 6.0, computed=False)
+    assert decodes.queue_s(5.0)[0] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "waited_s", "moves"), [(4.5, 0.0, False), (6.0, 0.0, True), (4.5, 2.0, True), (1.5, 60.0, False)]
+)
+def test_a_step_leaves_its_queue_for_a_clearly_cheaper_place(wait_s: float, waited_s: float, moves: bool) -> None:
+    other = choose(fleet("decode", {}), prompt_tokens=2700)
+    assert round(other.cost_s, 1) == 4.0
+    assert relieves(other, wait_s, waited_s) == moves
+
+
+def test_a_prefill_worker_that_a_step_has_left_is_not_chosen() -> None:
+    decodes, prefills = busy(fleet("decode", {}), 0, work_s=10.0), fleet("prefill", {}, {})
+    helpers = [Key(NodeId(f"prefill-{n}"), G) for n in range(2)]
+    assert choose(decodes, prefills, left=frozenset(helpers[:1])).helper == helpers[1]
+    assert choose(decodes, prefills, left=frozenset(helpers)).helper is None
+
+
+@pytest.mark.parametrize(("shared", "running", "helped"), [(0.0, 1, True), (1.0, 0, True), (1.0, 1, False)])
+def test_who_shares_cores_with_busy_workers_helps_only_if_that_is_worth_it(
+    shared: float, running: int, helped: bool
+) -> None:
+    prefills = fleet("prefill", {"shared": shared})
+    decodes = busy(fleet("decode", {}, {}), 0, decoding=running)
+    assert (choose(decodes if running == 0 else busy(decodes, 1, work_s=1.0), prefills).helper is not None) == helped
 
 
 def iterate(meter: RateMeter, true: Rates, contexts: list[int], times: int, noise: float = 0.0) -> None:

@@ -1,0 +1,82 @@
+"""Prompts that wait at prefill workers are placed anew where others have become idle.
+
+What was the cheapest place when a step came need not be it any more: what came after it has delayed it, or another
+worker is done. The last of the longest queue is looked at first: it waits longest.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from router.policy.fleet import Fleet, Key
+from router.policy.placement import Placement, relieves
+from router.run import Run
+from tracehaul.runtime import clock
+from worker.rates import STRETCH
+
+LOOK_S = 0.5
+LOOKS_MAX = 8
+"""Steps looked at each time."""
+
+
+class _Waiting(NamedTuple):
+    since_s: float
+    due_s: float
+    """When its turn comes, about: in that order workers compute prompts."""
+    work_s: float
+    """Of the prefill worker."""
+
+
+class Relief:
+    """One router's. ``price`` says where a step would be placed now if not by that prefill worker."""
+
+    def __init__(self, prefills: Fleet, price: Callable[[Run, Key], Placement | None]) -> None:
+        self._prefills = prefills
+        self._price = price
+        self._queues: dict[Key, dict[Run, _Waiting]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def close(self) -> None:
+        """Look at nothing more."""
+        self._queues.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def enter(self, run: Run, placement: Placement) -> None:
+        """A step was sent to where its prompt may have to wait."""
+        if placement.helper is not None and placement.prefill_work_s:
+            now_s = clock.now_s()
+            work_s = placement.prefill_work_s
+            self._queues.setdefault(placement.helper, {})[run] = _Waiting(now_s, now_s + STRETCH * work_s, work_s)
+            self._plan()
+
+    def leave(self, run: Run, placement: Placement) -> None:
+        """Its prompt is computed, or it ended. Leaving twice is harmless."""
+        queue = self._queues.get(placement.helper) if placement.helper is not None else None
+        if queue is not None and placement.helper is not None:
+            queue.pop(run, None)
+            if not queue:
+                del self._queues[placement.helper]
+
+    def _plan(self) -> None:
+        if self._timer is None and any(len(queue) > 1 for queue in self._queues.values()):
+            self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now_s = clock.now_s()
+        waits_s = self._prefills.queue_s(now_s)
+        rows = self._prefills.rows
+        looks = LOOKS_MAX
+        longest = sorted(((float(waits_s[rows[key]]), key) for key in self._queues if key in rows), reverse=True)
+        for wait_s, key in longest:
+            queue = sorted(self._queues[key].items(), key=lambda item: item[1].due_s)
+            while looks and len(queue) > 1:  # nothing is gained for the first: it is computed now
+                looks -= 1
+                run, waiting = queue.pop()
+                other = self._price(run, key)
+                if other is not None and relieves(other, wait_s, now_s - waiting.since_s):
+                    run.move(key, wait_s, other.cost_s)
+                    break
+                wait_s -= waiting.work_s
+        self._plan()
