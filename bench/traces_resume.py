@@ -4,8 +4,9 @@ Times to first token of steps with 64 new tokens, against the trace's own first 
 computed): ``resume.warm`` where nobody else came in between; ``resume.memory`` from the store's memory; ``resume.disk``
 from the disk of a store whose memory the others have filled, without the router's pins. ``resume.prefetched`` is
 against the warm step: the client has said ``resume`` before it, with ``.disk`` on that store; ``.told``: it had said
-when it would be back, and nothing since. ``.resident`` and ``.pulled`` are the tokens that were there and that were
-brought in those steps, as the workers tell; ``.loaded`` the blocks that the disk had to give meanwhile.
+when it would be back, and nothing since. ``resume.learned``, too, is against a warm step: the client has said nothing,
+but other traces of its kind have come back after as long. ``.resident`` and ``.pulled`` are the tokens that were there
+and that were brought in those steps, as the workers tell; ``.loaded`` the blocks that the disk had to give meanwhile.
 """
 
 import asyncio
@@ -41,7 +42,11 @@ DISK_BYTES = 4 << 30
 LEAD_S = 1.5
 """Between ``resume`` and the step."""
 AWAY_S = 8.0
-"""Said in ``suspend``: longer than filling the workers takes."""
+"""Said in ``suspend``, and learned: longer than filling the workers takes."""
+LIKE = 12
+"""Traces whose gaps are learned from."""
+LIKE_TOKENS = 64
+LIKE_GAPS = 4
 LOADED = "tracehaul_disk_loaded_blocks_total"
 
 
@@ -72,6 +77,11 @@ def resume_results(config: dict[str, Any], console: Console, *, quick: bool) -> 
         bench = _Bench(cluster, size, console)
         bench.run(("disk", "prefetched"), 1 if quick else TIMES)
         results += bench.results(".disk")
+    with fleet(msgspec.structs.replace(shape, port=free_port()), console) as cluster:
+        bench = _Bench(cluster, size, console)
+        bench.learn(AWAY_S)
+        bench.run(("learned",), 1 if quick else TIMES)
+        results += bench.results(".like")
     return results
 
 
@@ -102,9 +112,26 @@ class _Bench:
         self._cluster = cluster
         self._console = console
         self._own = _Trace("own", size)
-        self._others = [(f"decode-{n % DECODES}", _Trace(f"other-{n}", size // 3)) for n in range(OTHERS * DECODES)]
+        self._size = size
+        self._others = self._some()
         self._steps: defaultdict[str, list[Step]] = defaultdict(list)
         self._loaded: defaultdict[str, list[float]] = defaultdict(list)
+
+    def _some(self, called: str = "other") -> list[tuple[str, _Trace]]:
+        count = OTHERS * DECODES
+        return [(f"decode-{n % DECODES}", _Trace(f"{called}-{n}", self._size // 3)) for n in range(count)]
+
+    def learn(self, gap_s: float) -> None:
+        """Short traces, each of whose steps comes that long after the one before it."""
+        self._console.print(f"{LIKE} traces make {LIKE_GAPS} gaps of {gap_s:.0f} s each", highlight=False)
+        ended_s = [0.0] * LIKE
+        traces = [_Trace(f"like-{n}", LIKE_TOKENS) for n in range(LIKE)]
+        for turn in range(LIKE_GAPS + 1):
+            for n, trace in enumerate(traces):
+                if turn:
+                    _sleep(ended_s[n] + gap_s - clock.perf_s())
+                trace.step(self._cluster)
+                ended_s[n] = clock.perf_s()
 
     def run(self, kinds: tuple[str, ...], times: int) -> None:
         """The trace's first steps, cold and warm, and then its returns of each kind."""
@@ -114,7 +141,9 @@ class _Bench:
         for _ in range(times):
             self._step("warm")
         for kind in kinds:  # those that nothing is done for come first: later it is learned when the trace comes back
-            for _ in range(times):
+            for number in range(times):
+                if kind == "learned":  # no gap of theirs is to be learned
+                    self._others = self._some(f"other-{number}")
                 self._back(kind)
 
     def _back(self, kind: str) -> None:
@@ -124,7 +153,7 @@ class _Bench:
             self._cluster.post(f"{path}/suspend", {"expected_s": AWAY_S})
         for decode, other in self._others:
             other.step(self._cluster, decode)
-        if kind == "told":
+        if kind in ("told", "learned"):
             _sleep(AWAY_S - (clock.perf_s() - began_s))
         if kind == "prefetched":
             self._cluster.post(f"{path}/resume", {})
@@ -148,7 +177,7 @@ class _Bench:
         """Medians; ``suffix`` tells the kinds that both clusters have apart."""
         results: list[Result] = []
         for kind, steps in self._steps.items():
-            name = f"resume.{kind}{'' if kind == 'disk' else suffix}"
+            name = f"resume.{kind}{'' if kind in ('disk', 'learned') else suffix}"
             ttft_s = median(step.ttft_s for step in steps)
             results.append(Result(f"{name}_s", ttft_s, "s"))
             if kind != "cold":
