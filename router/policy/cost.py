@@ -114,7 +114,7 @@ def prefill_s(prefills: Fleet, need: Need, predicted: Column, busy: float, now_s
     """What it takes on each prefill worker.
 
     ``predicted``: leading tokens that each is about to have computed for another step. ``busy``: the share of the
-    decode workers that have something to do.
+    decode workers that have something to do, and room for the step.
     """
     start = np.maximum(predicted, float(need.stored))
     own = compute_s(prefills, start, float(need.prompt))

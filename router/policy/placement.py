@@ -110,7 +110,8 @@ def place(
         under_way=min(max(ask.predicted.values(), default=0), ask.prompt_tokens),
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
-    busy = float(np.mean(decodes.running_steps > 0))
+    # Where memory is short, what is decoded sooner frees it sooner: that is worth what sharing cores costs.
+    busy = float(np.mean((decodes.running_steps > 0) & (decodes.free_tokens >= need.prompt)))
     helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, busy, now_s)
     costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s)
     row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)

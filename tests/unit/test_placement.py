@@ -292,12 +292,15 @@ def test_a_prefill_worker_that_a_step_has_left_is_not_chosen() -> None:
     assert choose(decodes, prefills, left=frozenset(helpers)).helper is None
 
 
-@pytest.mark.parametrize(("shared", "running", "helped"), [(0.0, 1, True), (1.0, 0, True), (1.0, 1, False)])
+@pytest.mark.parametrize(
+    ("shared", "running", "free", "helped"),
+    [(0.0, 1, MUCH, True), (1.0, 0, MUCH, True), (1.0, 1, MUCH, False), (1.0, 1, 1000, True)],
+)
 def test_who_shares_cores_with_busy_workers_helps_only_if_that_is_worth_it(
-    shared: float, running: int, helped: bool
+    shared: float, running: int, free: int, helped: bool
 ) -> None:
     prefills = fleet("prefill", {"shared": shared})
-    decodes = busy(fleet("decode", {}, {}), 0, decoding=running)
+    decodes = busy(fleet("decode", {"free": free}, {"free": free}), 0, decoding=running)
     assert (choose(decodes if running == 0 else busy(decodes, 1, work_s=1.0), prefills).helper is not None) == helped
 
 
