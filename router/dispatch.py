@@ -100,7 +100,7 @@ class Dispatch:
         self.decodes = Fleet()
         self.prefills = Fleet()
         self._predicted = Predicted()
-        self._relief = Relief(self.prefills, self._elsewhere)
+        self._relief = Relief(self.prefills, self._predicted, self._elsewhere)
         self._turn = 0
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)

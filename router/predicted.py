@@ -27,7 +27,7 @@ class _Dispatched(NamedTuple):
 
 
 class Predicted:
-    """Prompts sent to nodes within the last :data:`TTL_S`; bounded, the oldest are forgotten first."""
+    """Prompts sent to nodes, or renewed, within the last :data:`TTL_S`; bounded, the oldest are forgotten first."""
 
     def __init__(self) -> None:
         self._by_first: OrderedDict[BlockHash, deque[_Dispatched]] = OrderedDict()
@@ -54,6 +54,13 @@ class Predicted:
             self._count -= 1
             self._drop_empty(next(iter(self._by_first)))
 
+    def renew(self, hashes: Sequence[BlockHash], now_s: float) -> None:
+        """What was added as this very list is still waited for."""
+        siblings = self._by_first.get(hashes[0]) if hashes else None
+        for at, dispatched in enumerate(siblings or ()):
+            if dispatched.hashes is hashes and siblings is not None:
+                siblings[at] = dispatched._replace(until_s=now_s + TTL_S)
+
     def match(self, hashes: Sequence[BlockHash], now_s: float) -> dict[NodeId, int]:
         """Leading blocks of a prompt that each node is about to have for others; those with none are left out.
 
@@ -67,7 +74,7 @@ class Predicted:
             self._count -= 1
         found: dict[NodeId, int] = {}
         for dispatched in siblings:
-            if dispatched.hashes is hashes:
+            if dispatched.hashes is hashes or dispatched.until_s <= now_s:
                 continue
             shared = shared_blocks(dispatched.hashes, hashes)
             for node in dispatched.nodes:

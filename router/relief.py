@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from router.policy.fleet import Fleet, Key
 from router.policy.placement import Placement, relieves
+from router.predicted import Predicted
 from router.run import Run
 from tracehaul.runtime import clock
 from worker.rates import STRETCH
@@ -28,10 +29,13 @@ class _Waiting(NamedTuple):
 
 
 class Relief:
-    """One router's. ``price`` says where a step would be placed now if not by that prefill worker."""
+    """One router's. ``price`` says where a step would be placed now if not by that prefill worker. While it waits,
+    ``predicted`` says who is about to have its blocks.
+    """
 
-    def __init__(self, prefills: Fleet, price: Callable[[Run, Key], Placement | None]) -> None:
+    def __init__(self, prefills: Fleet, predicted: Predicted, price: Callable[[Run, Key], Placement | None]) -> None:
         self._prefills = prefills
+        self._predicted = predicted
         self._price = price
         self._queues: dict[Key, dict[Run, _Waiting]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -59,12 +63,15 @@ class Relief:
                 del self._queues[placement.helper]
 
     def _plan(self) -> None:
-        if self._timer is None and any(len(queue) > 1 for queue in self._queues.values()):
+        if self._timer is None and self._queues:
             self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
 
     def _look(self) -> None:
         self._timer = None
         now_s = clock.now_s()
+        for queue in self._queues.values():
+            for run in queue:
+                self._predicted.renew(run.hashes, now_s)
         waits_s = self._prefills.queue_s(now_s)
         rows = self._prefills.rows
         looks = LOOKS_MAX

@@ -172,6 +172,9 @@ def test_siblings_are_expected_where_the_first_was_sent_until_that_is_stale() ->
     assert (predicted.match(own, now_s=12), predicted.match(list(own), now_s=12)) == ({}, {a: 2})
     assert predicted.match(hashes(9, 1), now_s=12) == {a: 1}
     assert predicted.match(hashes(8, 1), now_s=12) == {}
+    predicted.renew(own, now_s=12 + TTL_S)
+    assert predicted.match(hashes(9, 1), now_s=12 + TTL_S) == {a: 1}
+    assert predicted.match(hashes(9, 1), now_s=12 + 2 * TTL_S) == {}
     assert predicted.match([], now_s=12) == {}
     assert predicted.match(hashes(0, 1, 2, 7), now_s=10 + TTL_S) == {a: 2, b: 2}
     assert predicted.match(hashes(0), now_s=12 + TTL_S) == predicted.match(own, now_s=12 + TTL_S) == {}
