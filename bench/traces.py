@@ -215,7 +215,7 @@ def main(
         if "kill" in parts:
             results += kill_results(read_traces(recordings, workload), config, console, quick=quick)
         if "ablation" in parts:
-            results += ablation_results(read_traces(recordings, workload), rounds, config, console, quick=quick)
+            results += ablation_results(read_traces(recordings, workload), config, console, quick=quick)
         if "mooncake" in parts:
             results += mooncake_results(read_traces(recordings, "mooncake"), config, console, quick=quick)
     finish(config, results, json, console)

@@ -1,34 +1,52 @@
 """``ablation.*``: what each mechanism of retention gives, by what is lost without it.
 
-The same recorded agents on fresh clusters whose workers hold a quarter of their contexts and whose store has half of
-them in memory and all on disk: with everything, and with each mechanism switched off in turn, each round beginning with
-another. ``ablation.steps.keep`` is steps per hour with everything, divided by those without ``keep``; above 1 it helps.
-``ablation.ttft.keep`` is the same of the mean time to first token: below 1 it helps.
+Recorded agents, every length divided by four, in the simulator: the router's and the workers' own code under virtual
+time, so that nothing but the mechanism differs between two runs. Costs are in about the proportion that a long context
+has on a GPU: computing it takes thirty times as long as copying it from a store's memory. The workers hold a quarter of
+the contexts, the stores a half in memory and all on disk. ``ablation.step_s`` is how long a step takes with everything,
+the first of each trace left out, mean over all runs; ``ablation.step_s.without_keep`` without ``keep``;
+``ablation.step.keep`` the first divided by the second: below 1 it helps. ``ablation.runs.keep`` is the share of runs in
+which it did, those in which it made no difference left out.
 """
 
+import logging
 from collections.abc import Sequence
+from multiprocessing import get_context
 from statistics import mean
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from bench.fleet import fleet
 from bench.replay.choose import Limits, choose
 from bench.replay.recording import Trace
-from bench.replay.run import Outcome
-from bench.replay.schedule import Pacing
 from bench.report import Result
-from bench.traces_hits import cluster_of, replayed
+from kvstore.tiers.tiering import TieringConfig
+from router.decisions import Ended
 from router.dispatch import DispatchConfig
 from router.policy.retention import RetentionConfig
+from sim.faults import FaultPlan
+from sim.storage import Below
+from sim.traces import StepPlan, TracePlan
+from sim.world import ROUTER, VOCAB, World, simulate
+from tracehaul.engine.fake import EngineCost, fake_info
+from tracehaul.wire.ids import TraceId
+from tracehaul.wire.steps import Sampling
+from worker.config import WorkerConfig
 
-LIMITS = Limits(traces_max=8, skip_steps=2, steps_min=5, steps_max=5, context_min=1500, context_max=3200, output_max=16)
-QUICK_LIMITS = msgspec.structs.replace(LIMITS, traces_max=6, steps_min=3, steps_max=3)
-PACING = Pacing(concurrency=8, time_scale=12.0, gap_max_s=3.0, stagger_s=0.5)
+RUNS, QUICK_RUNS = 8, 2
+LIMITS = Limits(traces_max=16, skip_steps=4, steps_min=8, steps_max=8, context_min=3500, output_max=64)
+DIVISOR = 4
+GAP_MAX_S = 20.0
+STAGGER_S = 1.0
+CONTEXT_MAX = 2100
 WORKER_SHARE, STORE_SHARE = 4, 2
-TOKEN_BYTES = 23_040
-DISK_BYTES = 2 << 30
+WORKERS, STORES = 2, 3
+BLOCK_TOKENS, SLOT_BYTES = 8, 4096
+COST = EngineCost(iteration_s=0.02, prefill_token_s=3e-3, copy_token_s=1e-4)
+DISK_S = 0.5
+"""A call of the disk takes up to this long, half of it in the mean."""
+CALM = FaultPlan(faults=(), end_s=1.0, frame_delay_s=0.0005, copy_delay_s=0.0005)
 VARIANTS = {
     "all": RetentionConfig(),
     "keep": RetentionConfig(keep=False),
@@ -37,47 +55,80 @@ VARIANTS = {
 }
 
 
-def ablation_results(
-    traces: Sequence[Trace], rounds: int, config: dict[str, Any], console: Console, *, quick: bool
-) -> list[Result]:
-    """All variants in turn."""
-    chosen = choose(traces, QUICK_LIMITS if quick else LIMITS, seed=1)
-    need = sum(max(step.prompt.tokens + step.output_tokens for step in trace.steps) for trace in chosen)
-    longest = max(step.prompt.tokens + step.output_tokens for trace in chosen for _, step in trace.walk())
-    kv_tokens, store_bytes = max(need // (2 * WORKER_SHARE), longest + 320), need * TOKEN_BYTES // STORE_SHARE
-    config["ablation"] = {"traces": len(chosen), "contexts_tokens": need, "kv_tokens": kv_tokens}
-    config["ablation"] |= {"store_bytes": store_bytes, "pacing": msgspec.to_builtins(PACING)}
-    runs: dict[str, list[Outcome]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            shape = cluster_of(kv_tokens, DispatchConfig(retention=VARIANTS[name]))
-            shape = msgspec.structs.replace(shape, store_bytes=store_bytes, disk_bytes=DISK_BYTES)
-            console.print(f"round {number + 1}, {'all' if name == 'all' else f'without {name}'}", highlight=False)
-            with fleet(shape, console) as running:
-                runs[name].append(replayed(running, chosen, PACING, console))
-    results: list[Result] = []
-    rates = {name: 3600 * _good(of) / sum(run.wall_s for run in of) for name, of in runs.items()}
-    first_s = {name: mean(_firsts(of)) for name, of in runs.items()}
-    for name, of in runs.items():
-        suffix = "" if name == "all" else f".without_{name}"
-        hits = [run.hits.delivered for run in of if run.hits is not None]
-        results += [
-            Result(f"ablation.steps_per_h{suffix}", rates[name], "1/h"),
-            Result(f"ablation.ttft_s{suffix}", first_s[name], "s"),
-            Result(f"ablation.hits{suffix}", mean(hits), "1"),
-        ]
-    for name in names[1:]:
-        steps, ttft = rates["all"] / rates[name], first_s["all"] / first_s[name]
-        results.append(Result(f"ablation.steps.{name}", steps, "1", f"ablation.steps_per_h.without_{name}", steps))
-        results.append(Result(f"ablation.ttft.{name}", ttft, "1", f"ablation.ttft_s.without_{name}", ttft))
+def ablation_results(traces: Sequence[Trace], config: dict[str, Any], console: Console, *, quick: bool) -> list[Result]:
+    """All variants on the same agents, some others in each run."""
+    runs = QUICK_RUNS if quick else RUNS
+    config["ablation"] = {"runs": runs, "limits": msgspec.to_builtins(LIMITS), "divisor": DIVISOR}
+    config["ablation"] |= {"cost": msgspec.to_builtins(COST), "disk_s": DISK_S, "gap_max_s": GAP_MAX_S}
+    step_s: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a simulated cluster leaves much memory behind
+        for run in range(runs):
+            plans = [_plan(trace, at) for at, trace in enumerate(choose(traces, LIMITS, seed=run))]
+            for name in VARIANTS:
+                step_s[name].append(pool.apply(_run, (run, plans, name)))
+            told = ", ".join(f"{name} {of[-1]:.3f}" for name, of in step_s.items())
+            console.print(f"run {run + 1} of {runs}, seconds a step without: {told}", highlight=False)
+    everything = step_s.pop("all")
+    results = [Result("ablation.step_s", mean(everything), "s")]
+    for name, without in step_s.items():
+        other, ratio = f"ablation.step_s.without_{name}", mean(everything) / mean(without)
+        results += [Result(other, mean(without), "s"), Result(f"ablation.step.{name}", ratio, "1", other, ratio)]
+        differ = [a < b for a, b in zip(everything, without, strict=True) if a != b]
+        if differ:
+            results.append(Result(f"ablation.runs.{name}", mean(differ), "1"))
     return results
 
 
-def _good(runs: Sequence[Outcome]) -> int:
-    return sum(record.error is None for run in runs for record in run.records)
+def _plan(trace: Trace, at: int) -> TracePlan:
+    """The same lengths and gaps, of tokens that no other trace has."""
+    steps: list[StepPlan] = []
+    length = 0
+    for number, step in enumerate(trace.steps):
+        new = max(1, step.prompt.tokens // DIVISOR - length)
+        output = max(1, step.output_tokens // DIVISOR)
+        tokens = tuple((at * 31 + (length + n) * (at + 7)) % VOCAB for n in range(new))
+        sampling = Sampling(max_tokens=output, temperature=0.0)
+        steps.append(StepPlan(tokens, min(step.gap_s, GAP_MAX_S) if number else 0.0, sampling))
+        length += new + output
+    return TracePlan(TraceId(f"agent-{at}"), "", at * STAGGER_S, None, 0, tuple(steps))
 
 
-def _firsts(runs: Sequence[Outcome]) -> list[float]:
-    """Times to first token, those of each trace's first step left out: nothing could be kept for it."""
-    return [r.ttft_s for run in runs for r in run.records if r.ttft_s is not None and r.index > 0]
+def _run(seed: int, plans: Sequence[TracePlan], variant: str) -> float:
+    """Mean seconds of a step."""
+    logging.basicConfig(level=logging.ERROR, handlers=[logging.NullHandler()])
+    need = sum(sum(len(step.new_tokens) + step.sampling.max_tokens for step in plan.steps) for plan in plans)
+    worlds: list[World] = []
+
+    def prepare(world: World) -> None:
+        slots = need // BLOCK_TOKENS
+        tiering = TieringConfig(scrub_bytes_s=0)
+        world.shape = msgspec.structs.replace(
+            world.shape,
+            engine=fake_info(
+                context_max=CONTEXT_MAX,
+                kv_tokens_max=max(CONTEXT_MAX + 100, need // WORKER_SHARE // WORKERS),
+                vocab_size=VOCAB,
+            ),
+            cost=COST,
+            store=msgspec.structs.replace(
+                world.shape.store,
+                arena_bytes=slots // STORE_SHARE // STORES * SLOT_BYTES,
+                quota_bytes={},
+                lease_ttl_max_s=6.0,
+                reservation_ttl_s=5.0,
+            ),
+            worker=WorkerConfig(local_prefill_tokens=256 // DIVISOR, group_blocks=8),
+            dispatch=DispatchConfig(retention=VARIANTS[variant]),
+            below=Below(2 * slots, DISK_S, tiering, pin_share=0.0, prefetch_share=0.0, quotas=False),
+        )
+        worlds.append(world)
+
+    result = simulate(seed, plan=CALM, prepare=prepare, traces=plans)
+    assert result.failed == 0, result.findings
+    dispatch = worlds[0].lives[ROUTER].dispatch
+    assert dispatch is not None
+    step_s: list[float] = []
+    for trace in dispatch.traces.all():
+        ended = [entry.decision for entry in dispatch.decisions.of(trace.key) if isinstance(entry.decision, Ended)]
+        step_s += [one.seconds for one in ended[1:]]
+    return mean(step_s)

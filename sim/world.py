@@ -531,11 +531,17 @@ def check_router(references: ReferenceChecker, router: Dispatch) -> None:
 
 
 def simulate(
-    seed: int, *, mix: Mix = MIX, plan: FaultPlan | None = None, prepare: Callable[[World], None] | None = None
+    seed: int,
+    *,
+    mix: Mix = MIX,
+    traces: Sequence[TracePlan] | None = None,
+    plan: FaultPlan | None = None,
+    prepare: Callable[[World], None] | None = None,
 ) -> Result:
     """One run of everything.
 
-    ``plan`` replaces the seed's own faults; ``prepare`` may tamper with the world before it starts.
+    ``traces`` and ``plan`` replace the seed's own traces and faults; ``prepare`` may tamper with the world before it
+    starts.
     """
 
     async def main() -> Result:
@@ -545,7 +551,7 @@ def simulate(
         root = logging.getLogger()
         root.addHandler(world.bugs)
         try:
-            agents = await world.run(make_traces(seed, mix, VOCAB))
+            agents = await world.run(traces or make_traces(seed, mix, VOCAB))
         finally:
             root.removeHandler(world.bugs)
         return Result(
