@@ -56,8 +56,8 @@ class Relief:
 
     def leave(self, run: Run, placement: Placement) -> None:
         """Its prompt is computed, or it ended. Leaving twice is harmless."""
-        queue = self._queues.get(placement.helper) if placement.helper is not None else None
-        if queue is not None and placement.helper is not None:
+        if placement.helper is not None and placement.helper in self._queues:
+            queue = self._queues[placement.helper]
             queue.pop(run, None)
             if not queue:
                 del self._queues[placement.helper]
