@@ -104,9 +104,9 @@ def test_choices_share_a_prompt_that_is_computed_once(client: OpenAI, cluster: F
     prompt_tokens = answer.usage.prompt_tokens
     assert prompt_tokens > 500
     assert len(answer.choices) == 4
-    # Each has it from the store, but for a part of a block.
+    # One worker computes it, a decode worker where prefill is busy; all others have it but for a part of a block.
     moved = (answer.usage.model_extra or {})["tracehaul"]
-    assert moved["pulled_tokens"] + moved["resident_tokens"] > 4 * (prompt_tokens - 32)
+    assert moved["pulled_tokens"] + moved["resident_tokens"] > 3 * (prompt_tokens - 32)
     assert moved["missed_blocks"] == 0
 
 
