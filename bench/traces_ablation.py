@@ -4,8 +4,8 @@ Recorded agents, every length divided by four, in the simulator: the router's an
 time, so that nothing but the mechanism differs between two runs. Costs are in about the proportion that a long context
 has on a GPU: computing it takes thirty times as long as copying it from a store's memory. The workers hold a quarter of
 the contexts, the stores a half in memory and all on disk. ``ablation.step_s`` is how long a step takes with everything,
-the first of each trace left out, mean over all runs; ``ablation.step_s.without_keep`` without ``keep``;
-``ablation.step.keep`` the first divided by the second: below 1 it helps. ``ablation.runs.keep`` is the share of runs in
+the first of each trace left out, mean over all runs; ``ablation.step_s.without_pins`` without ``pins``;
+``ablation.step.pins`` the first divided by the second: below 1 it helps. ``ablation.runs.pins`` is the share of runs in
 which it did, those in which it made no difference left out.
 """
 
@@ -49,7 +49,6 @@ DISK_S = 0.5
 CALM = FaultPlan(faults=(), end_s=1.0, frame_delay_s=0.0005, copy_delay_s=0.0005)
 VARIANTS = {
     "all": RetentionConfig(),
-    "keep": RetentionConfig(keep=False),
     "pins": RetentionConfig(pins=False),
     "recall": RetentionConfig(recall=False),
 }

@@ -146,7 +146,6 @@ COUNTERS: dict[str, dict[str, Metric]] = {
     "RetentionStats": {
         "pins": Metric("pins", "requests", "Pins asked of stores for traces between two steps."),
         "pins_refused": Metric("refused_pins", "requests", "Of these, those refused or not answered."),
-        "keeps": Metric("keeps", "requests", "Workers told what an idle context is worth."),
         "recalls": Metric("recalls", "requests", "Contexts to be brought back to a worker before their step."),
         "recalled_tokens": Metric("recalled_tokens", "tokens", "Tokens that came back so."),
         "recalls_vain": Metric("vain_recalls", "requests", "Recalls that brought nothing: no memory, or not stored."),

@@ -356,7 +356,6 @@ class Dispatch:
                             yield Output(tokens, logprobs=logprobs)
                         else:
                             run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
-                            self.retainer.saw(usage, clock.now_s() - run.step.began_s)
                             yield Output(tokens, run.account(usage), run.hits(), logprobs)
                     case StepDone(reason, usage, retained_tokens, published_tokens):
                         retained, run.published_tokens = retained_tokens, published_tokens

@@ -5,7 +5,6 @@ outlive the router.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,7 +15,7 @@ from router.contexts import Left, Warm
 from router.decisions import Decisions, Recalled, Retained
 from router.members import MemberRegistry
 from router.policy.gaps import Gap, Gaps, Tools, certain
-from router.policy.retention import RECALLED_KEEP_S, Retention, RetentionConfig, decide, mean_wait, progress, situation
+from router.policy.retention import RECALLED_KEEP_S, Retention, RetentionConfig, Situation, decide
 from router.traces import PinWish, Step, Suspension, Trace, TraceKey, Traces
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
@@ -29,8 +28,8 @@ from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import salted
 from tracehaul.wire.ids import NodeId, TraceId
 from tracehaul.wire.messages import Reply, Request
-from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resident, StepUsage
-from worker.rates import ASSUMED, Rates
+from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resident
+from worker.rates import ASSUMED
 
 seldom = Seldom(Log(__name__))
 
@@ -39,8 +38,6 @@ ACTS_MAX = 512
 CALL_TIMEOUT_S = 2.0
 RECALL_TIMEOUT_S = 30.0
 PREFETCH_POLL_S = 0.2
-LENGTHS_MAX = 64
-"""Ended traces from whose lengths it is learned what progress tells."""
 
 R = TypeVar("R", bound=Reply)
 
@@ -50,7 +47,6 @@ class RetentionStats(msgspec.Struct):
 
     pins: int = 0
     pins_refused: int = 0
-    keeps: int = 0
     recalls: int = 0
     recalled_tokens: int = 0
     recalls_vain: int = 0
@@ -73,11 +69,7 @@ class Retainer:
         self._decisions = decisions
         self._config = config
         self._gaps = Gaps()
-        self._wait_s = 0.0
         self._closed = False
-        self._lengths: deque[int] = deque(maxlen=LENGTHS_MAX)
-        self._lengths_new = 0
-        self._eta = 0.0
         self._tasks = Tasks("retention")
         self._timers: dict[TraceKey, list[asyncio.TimerHandle]] = {}
         self._recalls: dict[TraceKey, asyncio.Task[None]] = {}
@@ -101,17 +93,12 @@ class Retainer:
         if step.gap is not None:
             self._gaps.saw(trace.agent, step.gap.tools, step.gap.seconds)
 
-    def saw(self, usage: StepUsage, first_s: float) -> None:
-        """A step had its first token after that long."""
-        computed = usage.prompt_tokens - usage.computed_from
-        self._wait_s = mean_wait(self._wait_s, computed, first_s, usage.pull_s)
-
     def ended(self, trace: Trace) -> None:
         """A step of it ended."""
         if trace.running:
             return
         if trace.ended:
-            self._over(trace)
+            self._release(trace, [])
         elif trace.lefts:
             self._retain(trace, self._gaps.expect(trace.agent, trace.calls), trace.calls)
 
@@ -140,8 +127,6 @@ class Retainer:
     def forget(self, trace: Trace) -> None:
         """It is no longer remembered."""
         self._stop_timers(trace.key)
-        if not trace.ended:
-            self._learn_length(trace)
 
     def delete(self, trace: Trace, lefts: list[Left]) -> None:
         """The client has deleted it, with what it had left: what only it held is freed."""
@@ -177,30 +162,21 @@ class Retainer:
     def _retain(self, trace: Trace, gap: Gap, tools: Tools, *, told_s: float | None = None) -> None:
         self._stop_timers(trace.key)
         self._stop_prefetch(trace.key)
-        now = situation(trace.context_tokens, self._rates(trace), self._wait_s, self._eta)
+        now = Situation(trace.context_tokens, trace.context_tokens * self._pull_token_s(trace))
         plan = trace.retention = decide(gap, now, self._config, told_s=told_s)
         median_s, longest_s = gap.quantile(0.5), gap.quantile(0.99)
         self._decisions.add(trace.key, clock.now_s(), Retained(tools, gap.seen, median_s, longest_s, now, plan))
-        if self._config.keep and (plan.keep_s > 0 or told_s is not None):
-            self._start(self._keep(trace, plan.keep_s), f"keep {trace.trace}")
         if plan.pin_s > 0 or trace.pin is not None:
             self._start(self._pin(trace, plan), f"pin {trace.trace}")
         if plan.recall_s is not None:
             told = told_s is not None
             self._after(trace, plan.recall_s, lambda: self._start_recall(trace, "its next step is expected", told=told))
 
-    def _rates(self, trace: Trace) -> Rates:
+    def _pull_token_s(self, trace: Trace) -> float:
         """Of the worker that has its context."""
         warm = trace.lefts[-1].warm if trace.lefts else None
         load = self._members.load(warm.node) if warm is not None else NodeLoad()
-        if not load.token_s:
-            return ASSUMED
-        return Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s)
-
-    def _over(self, trace: Trace) -> None:
-        """Nothing follows."""
-        self._learn_length(trace)
-        self._release(trace, [])
+        return load.pull_token_s if load.token_s else ASSUMED.pull_token_s
 
     def _release(self, trace: Trace, lefts: list[Left]) -> None:
         self._stop_timers(trace.key)
@@ -222,23 +198,9 @@ class Retainer:
         """It was not back by its deadline."""
         if trace.state == "suspended":
             self._traces.expire(trace)
-            self._over(trace)
-
-    def _learn_length(self, trace: Trace) -> None:
-        self._lengths.append(min(trace.steps_count, 256))
-        self._lengths_new += 1
-        if self._lengths_new >= LENGTHS_MAX // 4:
-            self._lengths_new = 0
-            self._eta = progress(list(self._lengths))
+            self._release(trace, [])
 
     # --- acting -------------------------------------------------------------------------------------------
-
-    async def _keep(self, trace: Trace, for_s: float) -> None:
-        warm = trace.lefts[-1].warm if trace.lefts else None
-        worker = self._node("decode", warm.node) if warm is not None else None
-        if worker is not None:
-            self.stats.keeps += 1
-            await self._try(worker, KeepContext(trace.trace, trace.key[0], for_s), Resident)
 
     async def _pin(self, trace: Trace, plan: Retention) -> None:
         wish, now_s = trace.pin, clock.now_s()
@@ -271,16 +233,15 @@ class Retainer:
     async def _recall(self, trace: Trace, left: Left, why: str, *, told: bool) -> None:
         """Bring a context back to the worker that had it, or to the one with the least to do."""
         worker = self._worker(trace, left)
-        keep_s = max(trace.retention.keep_s if trace.retention is not None else 0.0, RECALLED_KEEP_S)
         if worker is None:
             return
-        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], keep_s), Resident)
+        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], RECALLED_KEEP_S), Resident)
         if here is None or here.tokens >= left.tokens:
             return
         self.stats.recalls += 1
         began_s = clock.now_s()
         self._start_prefetch(trace, left)
-        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], keep_s, told)
+        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], RECALLED_KEEP_S, told)
         now_there = await self._try(worker, recall, Resident, RECALL_TIMEOUT_S)
         tokens = now_there.tokens if now_there is not None else 0
         gained = max(0, tokens - here.tokens)

@@ -114,13 +114,12 @@ def _ended(ended: Ended) -> str:
 def _retained(retained: Retained) -> str:
     tools, plan, now = retained.tools, retained.retention, retained.situation
     what = "It waits" if tools is None else f"It runs {', '.join(tools)}" if tools else "It waits for an answer"
-    keep = f"{_s(plan.keep_s)} of its worker's memory" if plan.keep_s else "no claim on its worker's memory"
-    pin = f"{_s(plan.pin_s)} in the store" if plan.pin_s else "no claim on the store's"
+    pin = f"{_s(plan.pin_s)} in the store" if plan.pin_s else "no claim on the store's memory"
     back = "when asked for" if plan.recall_s is None else f"after {_s(plan.recall_s)}"
     return (
         f"{what}: {_s(retained.median_s)} expected, at most {_s(retained.longest_s)} (seen "
-        f"{_count(retained.seen, 'time')}). {_count(now.tokens, 'token')} that take {_s(now.reload_s)} to pull and "
-        f"{_s(now.recompute_s)} to compute are worth {keep} and {pin}; it comes back {back}."
+        f"{_count(retained.seen, 'time')}). {_count(now.tokens, 'token')} that take {_s(now.reload_s)} to pull are "
+        f"worth {pin}; it comes back {back}."
     )
 
 

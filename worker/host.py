@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
-from math import inf
 
 import msgspec
 
@@ -146,9 +145,8 @@ class WorkerHost:
             self.loop.freed(arrival)
 
     def keep(self, trace: TraceId, salt: str, for_s: float) -> int:
-        """What is idle here of a trace is worth its memory for so long, if at all; returns its longest context's
-        tokens."""
-        return self._residency.value(trace, salt, clock.now_s() + for_s if for_s > 0 else -inf)
+        """What is idle here of a trace is worth its memory for so long; returns its longest context's tokens."""
+        return self._residency.value(trace, salt, clock.now_s() + for_s)
 
     async def forget(self, trace: TraceId, salt: str) -> int:
         """Free what is idle here of a trace; returns what is left of it."""

@@ -6,7 +6,6 @@ a recomputation.
 """
 
 from dataclasses import dataclass
-from math import inf
 
 from tracehaul.engine.base import SequenceId
 from tracehaul.wire.hashing import TOKEN_BYTES, common_prefix
@@ -45,16 +44,13 @@ class Residency:
         """Tokens of KV held by idle sequences."""
         return sum(resident.length for resident in self._idle.values())
 
-    def keep(self, resident: Resident, until_s: float | None = None) -> None:
+    def keep(self, resident: Resident) -> None:
         """A step ended: its sequence is idle and the most recently used."""
         assert resident.sequence not in self._idle
         self._idle[resident.sequence] = resident
-        if until_s is not None:
-            self._until_s[resident.sequence] = until_s
 
     def value(self, trace: TraceId, salt: str, until_s: float) -> int:
-        """A trace's sequences are worth their memory until then, those of -inf less than any others'; returns the
-        length of the longest."""
+        """A trace's sequences are worth their memory until then; returns the length of the longest."""
         own = self._of(trace, salt)
         for resident in own:
             self._until_s[resident.sequence] = until_s
@@ -106,8 +102,7 @@ class Residency:
 
         ``worthless``: only of those past their time.
         """
-        past = [r for r in self._idle.values() if self._until_s.get(r.sequence, now_s) <= now_s]
-        least = next((r for r in past if self._until_s.get(r.sequence) == -inf), None)
-        if least is None:
-            least = next(iter(past if past or worthless else self._idle.values()), None)
+        least = next((r for r in self._idle.values() if self._until_s.get(r.sequence, now_s) <= now_s), None)
+        if least is None and not worthless:
+            least = next(iter(self._idle.values()), None)
         return None if least is None else self._remove(least)

@@ -5,7 +5,6 @@ known of more gaps: those of any agent's use of these tools, those of this agent
 :data:`ENOUGH` samples of its own a kind of gap is judged by these alone.
 """
 
-from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from itertools import pairwise
@@ -34,17 +33,8 @@ class Gap:
         self.seen = seen
         """Gaps of this very kind that it rests on."""
 
-    @property
-    def candidates(self) -> Sequence[float]:
-        """Lengths at which the share of gaps that have ended grows."""
-        return self._samples
-
-    def ended(self, after_s: float) -> float:
-        """The share of gaps that have ended by then."""
-        return bisect_right(self._samples, after_s) / len(self._samples)
-
     def quantile(self, share: float) -> float:
-        """When that share of them has ended."""
+        """When that share of gaps has ended."""
         return self._samples[min(len(self._samples) - 1, int(share * len(self._samples)))]
 
 

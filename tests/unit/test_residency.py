@@ -1,5 +1,3 @@
-from math import inf
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,7 +6,7 @@ from tracehaul.wire.hashing import common_prefix, pack_tokens
 from tracehaul.wire.ids import TraceId
 from worker.residency import Residency, Resident
 
-TRACE, OTHER = TraceId("a"), TraceId("b")
+TRACE, OTHER, THIRD = TraceId("a"), TraceId("b"), TraceId("c")
 
 
 def resident(sequence: int, tokens: list[int], trace: TraceId = TRACE, salt: str = "") -> Resident:
@@ -65,25 +63,17 @@ def test_eviction_takes_the_least_recently_used() -> None:
 
 def test_what_is_past_its_time_gives_way_first() -> None:
     residency = Residency()
-    residency.keep(resident(1, [1]), until_s=10.0)
-    residency.keep(resident(2, [2], OTHER), until_s=5.0)
-    residency.keep(resident(3, [3], TraceId("c")), until_s=7.0)
+    for one, until_s in ((resident(1, [1]), 10.0), (resident(2, [2], OTHER), 5.0), (resident(3, [3], THIRD), 7.0)):
+        residency.keep(one)
+        residency.value(one.trace, "", until_s)
     assert residency.evict(4.0, worthless=True) is None
     assert residency.value(OTHER, "", 9.0) == 1
     assert residency.value(OTHER, "red", 0.0) == 0
     assert [residency.evict(8.0), residency.evict(8.0), residency.evict(8.0)] == [
-        resident(3, [3], TraceId("c")),
+        resident(3, [3], THIRD),
         resident(1, [1]),
         resident(2, [2], OTHER),
     ]
-
-
-def test_what_is_worth_nothing_gives_way_before_what_is_older() -> None:
-    residency = Residency()
-    residency.keep(resident(1, [1]))
-    residency.keep(resident(2, [2], OTHER))
-    residency.value(OTHER, "", -inf)
-    assert [residency.evict(8.0), residency.evict(8.0)] == [resident(2, [2], OTHER), resident(1, [1])]
 
 
 def test_a_recall_takes_its_own_sequence_only_and_an_end_all_of_them() -> None:
@@ -92,6 +82,6 @@ def test_a_recall_takes_its_own_sequence_only_and_an_end_all_of_them() -> None:
     residency.keep(resident(2, [1, 2, 3], OTHER))
     residency.keep(resident(3, [1, 9]))
     assert residency.take_own(TRACE, "", pack_tokens([1, 2, 3])) == (resident(1, [1, 2]), 2)
-    assert residency.take_own(TraceId("c"), "", pack_tokens([1])) is None
+    assert residency.take_own(THIRD, "", pack_tokens([1])) is None
     assert residency.forget(TRACE, "") == [resident(3, [1, 9])]
     assert len(residency) == 1

@@ -195,13 +195,12 @@ class StepDone(Message, frozen=True):
 
 
 class KeepContext(Message, frozen=True):
-    """Router -> decode worker: a trace's context, idle there, is worth its memory for so long; after that it gives way
-    before others. Answered with :class:`Resident`."""
+    """Router -> decode worker: a trace's context, idle there, is worth its memory for so long; until then others give
+    way first. Answered with :class:`Resident`."""
 
     trace: TraceId
     salt: str
     for_s: float
-    """0: it is of less worth than any other."""
 
 
 class RecallContext(Message, frozen=True):
