@@ -236,6 +236,7 @@ class _Node:
         if engine.info.layout.block_bytes > buffer_bytes:
             raise ClusterFault(f"{config.model} is not the model that this cluster was launched with: start it anew")
         memory = self._memory(stack, config.worker.staging_blocks * buffer_bytes)
+        engine.attach(memory.buffer)
         planes = await self._planes(stack, memory, offload)
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
         stack.push_async_callback(client.aclose)

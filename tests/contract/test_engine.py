@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tracehaul.engine import torch_engine
+from tracehaul.engine import paged_attention, torch_engine
 from tracehaul.engine.base import Engine, Result, Scoring, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.engine.history import History
@@ -97,7 +97,8 @@ def make_engine(
 ) -> MakeEngine:
     if request.param == "paged":
         monkeypatch.setattr(torch_engine, "_model_and_pool", paged_on_cpu)
-        monkeypatch.setattr(torch_engine, "WARM_UP_TOKENS", 8)  # an interpreted kernel is slow
+        monkeypatch.setattr(torch_engine, "WARM_UP_TOKENS", 2)  # an interpreted kernel is slow
+        monkeypatch.setattr(paged_attention, "SPLITS_MAX", 1)
 
     async def make() -> Engine:
         if request.param == "fake":
@@ -233,7 +234,7 @@ def test_wrong_bytes_change_the_output(make_engine: MakeEngine) -> None:
         await engine.run([Work(source, OTHER[:16])])
         blocks = await packed(engine, source, 0, 16)
         expected = await generate(engine, source, OTHER[16:], 12)
-        wrong = [memoryview(bytes(len(block))) for block in blocks]
+        wrong = [memoryview(bytearray(len(block))) for block in blocks]
         target = opened(engine, 64)
         await engine.unpack(target, 0, 16, wrong)
         assert await generate(engine, target, OTHER[16:], 12) != expected

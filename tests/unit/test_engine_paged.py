@@ -1,5 +1,6 @@
 """Paged memory: the Triton kernel (interpreted where there is no GPU), the model over it, its pool, its graphs."""
 
+import mmap
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from tracehaul.engine import paged as paged_module
+from tracehaul.engine import paged_attention
+from tracehaul.engine.kvpool import Cut
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
@@ -49,13 +52,23 @@ def expected_attention(
         pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
     ],
 )
+@pytest.mark.parametrize("splits_max", [1, 4])
 @pytest.mark.parametrize("window", [None, 1, 20, 500])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "block_tokens"), [(9, 3, 64, 8), (4, 4, 24, 32), (8, 1, 16, 12)]
 )
 def test_the_kernel_attends_by_the_definition(
-    device: str, dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, head_dim: int, block_tokens: int
+    device: str,
+    dtype: torch.dtype,
+    window: int | None,
+    splits_max: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    block_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(paged_attention, "SPLITS_MAX", splits_max)
     torch.manual_seed(3)
     spans = [(0, 1, 75), (1, 37, 0), (38, 19, 50), (57, 1, 0)]  # first row, new tokens, tokens before them
     rows = 58
@@ -80,26 +93,30 @@ def test_the_kernel_attends_by_the_definition(
     assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)
 
 
+@pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_the_kernel_compiles_for_a_gpu_that_is_not_here(architecture: int, tmp_path: Path) -> None:
+def test_the_kernels_compile_for_a_gpu_that_is_not_here(architecture: int, splits: int, tmp_path: Path) -> None:
     program = f"""
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from tracehaul.engine.paged_attention import _attend
-sizes = dict(WINDOW=0, HEADS=9, GROUP=3, GROUP_PADDED=4, HEAD_DIM=64, HEAD_DIM_PADDED=64)
-sizes |= dict(BLOCK_TOKENS=32, TILE_TOKENS=4, ROWS=16, KEYS=32)
-kinds = dict.fromkeys(("queries", "kv", "out"), "*bf16") | dict.fromkeys(("tables", "spans", "tiles"), "*i32")
-kinds["scale"] = "fp32"
+from tracehaul.engine.paged_attention import _attend, _combine
+target = GPUTarget("cuda", {architecture}, 32)
+sizes = dict(HEADS=9, HEAD_DIM=64, HEAD_DIM_PADDED=64, SPLITS={splits})
+partial = dict.fromkeys(("shares", "sums"), "*fp32" if {splits} > 1 else "*bf16")
+kinds = dict(out="*bf16", rows_count="i32", **partial, **dict.fromkeys(sizes, "constexpr"))
+if {splits} > 1:
+    print(sorted(compile(ASTSource(fn=_combine, signature=kinds, constexprs=sizes), target=target).asm))
+sizes |= dict(WINDOW=0, GROUP=3, GROUP_PADDED=4, BLOCK_TOKENS=32, TILE_TOKENS=4, ROWS=16, KEYS=32)
+kinds |= dict.fromkeys(("queries", "kv"), "*bf16") | dict.fromkeys(("tables", "spans", "tiles"), "*i32")
 kinds |= dict.fromkeys(("table_stride", "block_stride", "value_stride", "head_stride"), "i32")
-kinds |= dict.fromkeys(sizes, "constexpr")
-source = ASTSource(fn=_attend, signature=kinds, constexprs=sizes)
-print(sorted(compile(source, target=GPUTarget("cuda", {architecture}, 32)).asm))
+kinds |= dict(scale="fp32", **dict.fromkeys(sizes, "constexpr"))
+print(sorted(compile(ASTSource(fn=_attend, signature=kinds, constexprs=sizes), target=target).asm))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100, check=False
     )
-    assert "cubin" in done.stdout, done.stderr[-2000:]
+    assert done.stdout.count("cubin") == (1 if splits == 1 else 2), done.stderr[-2000:]
 
 
 # --- the model ----------------------------------------------------------------------------------------------
@@ -158,6 +175,7 @@ def test_logits_over_scattered_blocks_equal_those_over_a_range(
     name: str, graphs: bool, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paged_module, "GRAPH_BATCHES", (1, 2, 4))
+    monkeypatch.setattr(paged_attention, "SPLITS_MAX", 2)  # an interpreted kernel is slow
     weights = tiny(name, tmp_path)
     c = weights.config
     place = torch.device(device)
@@ -196,18 +214,31 @@ def test_logits_over_scattered_blocks_equal_those_over_a_range(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_come_back_as_they_were_and_a_full_one_is_contiguous(device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("attached", [False, True])
+def test_blocks_come_back_as_they_were_and_a_full_one_is_contiguous(
+    attached: bool, device: str, dtype: torch.dtype
+) -> None:
     layout = KVLayout("m", str(dtype), layers=3, kv_heads=2, head_dim=4, element_bytes=dtype.itemsize, block_tokens=8)
     pool = PagedPool(layout, 5, dtype, torch.device(device))
     pool.tensor.copy_(torch.randn(pool.tensor.shape))
-    for tokens in (8, 3):
-        packed = bytearray(tokens * layout.token_bytes)
-        pool.pack(16, tokens, memoryview(packed))
-        assert (
-            pool.tensor[2, :, :, :, :tokens].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() == packed
-        )
-        pool.unpack(32, tokens, memoryview(packed))
-        assert torch.equal(pool.tensor[4, :, :, :, :tokens], pool.tensor[2, :, :, :, :tokens])
+    before = pool.tensor.cpu().clone()
+    with mmap.mmap(-1, 4 * layout.block_bytes) as memory:
+        buffers = [memoryview(memory)[at * layout.block_bytes :][: layout.block_bytes] for at in range(3)]
+        if attached:
+            pool.attach(memoryview(memory))
+        cuts = [Cut(16, 8, buffers[0]), Cut(0, 3, buffers[1][: 3 * layout.token_bytes]), Cut(8, 8, buffers[2])]
+        pool.pack(cuts)
+        for start, tokens, packed in cuts:
+            block = before[start // 8, :, :, :, :tokens].contiguous()
+            assert block.view(-1).view(torch.uint8).numpy().tobytes() == packed
+        pool.unpack([Cut(32, 8, cuts[0].packed), Cut(24, 3, cuts[1].packed), Cut(0, 8, cuts[2].packed)])
+        after = pool.tensor.cpu()
+        del buffers, cuts, packed
+    assert torch.equal(after[4], before[2])
+    assert torch.equal(after[3, :, :, :, :3], before[0, :, :, :, :3])
+    assert torch.equal(after[3, :, :, :, 3:], before[3, :, :, :, 3:])
+    assert torch.equal(after[0], before[1])
+    assert torch.equal(after[[1, 2]], before[[1, 2]])
     pool.move(8, 24, 8)
     assert torch.equal(pool.tensor[1], pool.tensor[3])
     assert pool.tensor[2].is_contiguous()

@@ -155,6 +155,10 @@ class Engine(Protocol):
         """
         ...
 
+    def attach(self, memory: memoryview) -> None:
+        """Most packed blocks will lie in this memory, which outlives the engine: a device may be shown it."""
+        ...
+
     async def pack(self, sequence: SequenceId, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         """Copy KV of ``[start, start + tokens)`` out as blocks in the layout's packed form.
 

@@ -170,6 +170,9 @@ class FakeEngine:
         finally:
             self._awaited = False
 
+    def attach(self, memory: memoryview) -> None:
+        pass
+
     async def pack(self, sequence: SequenceId, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         state = self._sequences[sequence]
         self._check_blocks(start, tokens, outs)

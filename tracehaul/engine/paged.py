@@ -1,7 +1,7 @@
 """The forward pass over paged KV memory: what a GPU runs, with its decode batches captured in CUDA graphs."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -44,10 +44,14 @@ class _Inputs(NamedTuple):
     blocks: torch.Tensor
     """Where each token's KV goes: the block, and the token in it."""
     offsets: torch.Tensor
-    tables: torch.Tensor
+    sampled: torch.Tensor
     spans: torch.Tensor
     tiles: torch.Tensor
-    sampled: torch.Tensor
+    tables: torch.Tensor
+
+
+Arrays = list["np.ndarray[Any, np.dtype[Any]]"]
+"""Inputs on the host, in the order of :class:`_Inputs`."""
 
 
 class PagedModel:
@@ -95,17 +99,17 @@ class PagedModel:
             raise IndexError("a token is outside the vocabulary")
         every_row = len(rows) == len(tokens) == len(segments)
         batch = next((size for size in GRAPH_BATCHES if size >= len(segments)), None)
+        arrays = self._arrays(tokens, segments, tables, rows)
         if every_row and batch is not None and self._graphs:
-            return self._graphs[batch].run(self._inputs(tokens, segments, tables, rows))
+            return self._graphs[batch].run(arrays)
         decode = len(tokens) == len(segments)
-        inputs = self._inputs(tokens, segments, tables, rows)
-        return self._compute(inputs, self._decode_tile if decode else self._chunk_tile)
+        return self._compute(_placed(arrays, self._device), self._decode_tile if decode else self._chunk_tile)
 
     # --- inputs -------------------------------------------------------------------------------------------
 
-    def _inputs(
+    def _arrays(
         self, tokens: Sequence[int], segments: Sequence[Segment], tables: Sequence[Sequence[int]], rows: Sequence[int]
-    ) -> _Inputs:
+    ) -> Arrays:
         size = self._block_tokens
         used = [-(-(s.past + s.tokens) // size) for s in segments]
         table = np.zeros((len(segments), max(used)), np.int32)
@@ -115,28 +119,26 @@ class PagedModel:
         owners = np.repeat(np.arange(len(segments)), [s.tokens for s in segments])
         tile = self._decode_tile if len(tokens) == len(segments) else self._chunk_tile
         tiles = [(at, first) for at, s in enumerate(segments) for first in range(0, s.tokens, tile)]
-        return _Inputs(
-            tokens=self._placed(tokens, np.int64),
-            positions=self._placed(positions, np.int64),
-            blocks=self._placed(table[owners, positions // size], np.int64),
-            offsets=self._placed(positions % size, np.int64),
-            tables=self._placed(table, np.int32),
-            spans=self._placed([(s.row, s.tokens, s.past) for s in segments], np.int32),
-            tiles=self._placed(tiles, np.int32),
-            sampled=self._placed(rows, np.int64),
-        )
-
-    def _placed(self, values: object, dtype: type[np.integer]) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype)).to(self._device)
+        return [
+            np.asarray(tokens, np.int64),
+            positions.astype(np.int64),
+            table[owners, positions // size].astype(np.int64),
+            (positions % size).astype(np.int64),
+            np.asarray(rows, np.int64),
+            np.asarray([(s.row, s.tokens, s.past) for s in segments], np.int32),
+            np.asarray(tiles, np.int32),
+            table,
+        ]
 
     def _captured(self, batch: int, capture: Capture) -> "_Graph":
         """A graph for ``batch`` sequences, each of which is for now the padding: one token in nobody's block."""
         nobody = len(self._pool) - 1
-        padding = [Segment(row, 1, 0, 0) for row in range(batch)]
+        padding = self._arrays(
+            [0] * batch, [Segment(row, 1, 0, 0) for row in range(batch)], [[nobody]] * batch, range(batch)
+        )
         blocks_max = min(nobody, -(-self._config.context_max // self._block_tokens))
-        inputs = self._inputs([0] * batch, padding, [[nobody]] * batch, range(batch))
-        wide = inputs.tables.new_full((batch, blocks_max), nobody)
-        return _Graph(inputs._replace(tables=wide), capture, self._compute_decode)
+        tables = torch.full((batch, blocks_max), nobody, dtype=torch.int32, device=self._device)
+        return _Graph(padding[:-1], tables, capture, self._compute_decode)
 
     # --- the layers ---------------------------------------------------------------------------------------
 
@@ -187,25 +189,49 @@ class PagedModel:
 
 
 class _Graph:
-    """A decode batch of fixed size on fixed memory: filled in, replayed, read."""
+    """A decode batch of fixed size on fixed memory: filled in, replayed, read. ``padding`` is all but the tables."""
 
-    def __init__(self, inputs: _Inputs, capture: Capture, compute: Callable[[_Inputs], torch.Tensor]) -> None:
-        self._inputs = inputs
-        self._padding = _Inputs(*(tensor.clone() for tensor in inputs))
+    def __init__(
+        self, padding: Arrays, tables: torch.Tensor, capture: Capture, compute: Callable[[_Inputs], torch.Tensor]
+    ) -> None:
+        self._padding = padding
+        self._tables = tables
+        self._nobody = int(tables[0, 0])
+        self._fixed = _packed(padding, tables.device).to(tables.device)
+        inputs = _Inputs._make([*_unpacked(self._fixed, padding), tables])
         self._replay, self._logits = capture(lambda: compute(inputs))
 
-    def run(self, inputs: _Inputs) -> torch.Tensor:
+    def run(self, arrays: Arrays) -> torch.Tensor:
         """Logits of the first rows; the rest of the batch is padding again."""
-        count = len(inputs.tokens)
-        for fixed, padding, given in zip(self._inputs, self._padding, inputs, strict=True):
-            if fixed is self._inputs.tables:
-                fixed[:count, : given.shape[1]] = given
-                fixed[count:, 0] = padding[count:, 0]
-            else:
-                fixed[:count] = given
-                fixed[count:] = padding[count:]
+        *given, table = arrays
+        count, width = table.shape
+        whole = [np.concatenate([some, fill[len(some) :]]) for some, fill in zip(given, self._padding, strict=True)]
+        self._fixed.copy_(_packed(whole, self._fixed.device), non_blocking=True)
+        placed = _packed([table], self._tables.device).to(self._tables.device, non_blocking=True)
+        self._tables[:count, :width] = _unpacked(placed, [table])[0]
+        self._tables[count:, 0] = self._nobody
         self._replay()
         return self._logits[:count]
+
+
+def _packed(arrays: Arrays, device: torch.device) -> torch.Tensor:
+    """Their bytes one after the other, where one copy takes them to ``device``."""
+    packed = torch.empty(sum(array.nbytes for array in arrays), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays], out=packed.numpy())
+    return packed
+
+
+def _unpacked(packed: torch.Tensor, like: Arrays) -> list[torch.Tensor]:
+    """Views of the packed arrays."""
+    pieces = packed.split([array.nbytes for array in like])
+    return [
+        piece.view(torch.int64 if array.dtype == np.int64 else torch.int32).view(array.shape)
+        for piece, array in zip(pieces, like, strict=True)
+    ]
+
+
+def _placed(arrays: Arrays, device: torch.device) -> _Inputs:
+    return _Inputs._make(_unpacked(_packed(arrays, device).to(device, non_blocking=True), arrays))
 
 
 def cuda_capture() -> Capture:

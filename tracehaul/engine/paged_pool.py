@@ -4,11 +4,12 @@ A full block is contiguous and in the very form that the stores keep, so moving 
 plane that is shown this memory needs one descriptor per block.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 
+from tracehaul.engine.kvpool import Cut
 from tracehaul.wire.hashing import KVLayout
 
 
@@ -18,9 +19,9 @@ class PagedPool:
     Token ``t`` of the pool is token ``t % block_tokens`` of block ``t // block_tokens``; copies begin at a block's
     start. Its last block belongs to nobody: padding is written there.
 
-    On a CUDA device blocks pass through one pinned staging buffer on a stream of their own. A copy must not start
-    before the compute stream has written what it reads: the engine's ``run`` ends with a synchronization, and
-    callers pack only tokens whose ``run`` has returned.
+    On a CUDA device blocks are copied on a stream of their own: to and from attached memory directly, all at once,
+    others through one pinned staging buffer. A copy must not start before the compute stream has written what it
+    reads: the engine's ``run`` ends with a synchronization, and callers pack only tokens whose ``run`` has returned.
     """
 
     def __init__(self, layout: KVLayout, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,7 +29,7 @@ class PagedPool:
         self._tensor = torch.zeros((blocks + 1, *self._shape), dtype=dtype, device=device)
         cuda = device.type == "cuda"
         self._staging = torch.empty(layout.block_bytes, dtype=torch.uint8, pin_memory=cuda)
-        self._staging_bytes = self._staging.numpy()
+        self._attached = range(0)
         self._stream = torch.cuda.Stream(device) if cuda else None
         if cuda:
             torch.cuda.synchronize(device)
@@ -37,21 +38,36 @@ class PagedPool:
     def tensor(self) -> torch.Tensor:
         return self._tensor
 
-    def pack(self, start: int, tokens: int, out: memoryview) -> None:
-        size = len(out)
-        with torch.inference_mode(), self._copying():
-            packed = self._block(start, tokens).contiguous()  # a full block already is
-            self._staging[:size].copy_(packed.view(-1).view(torch.uint8), non_blocking=True)
-            self._settle()
-        np.copyto(np.frombuffer(out, np.uint8), self._staging_bytes[:size])
+    def attach(self, memory: memoryview) -> None:
+        """The device may then read and write it by itself. Where its driver refuses, blocks go through the staging."""
+        start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        runtime = torch.cuda.cudart() if self._stream is not None else None
+        if runtime is not None and int(runtime.cudaHostRegister(start, len(memory), 0)) == 0:
+            self._attached = range(start, start + len(memory))
 
-    def unpack(self, start: int, tokens: int, block: memoryview) -> None:
-        size = len(block)
-        np.copyto(self._staging_bytes[:size], np.frombuffer(block, np.uint8))
+    def pack(self, cuts: Sequence[Cut]) -> None:
         with torch.inference_mode(), self._copying():
-            target = self._block(start, tokens)
-            packed = self._staging[:size].to(self._tensor.device, non_blocking=True).view(self._tensor.dtype)
-            target.copy_(packed.view(target.shape))
+            for start, tokens, packed in cuts:
+                held = self._block(start, tokens).contiguous()  # a full block already is
+                out = torch.frombuffer(packed, dtype=torch.uint8)
+                direct = out.data_ptr() in self._attached
+                target = out if direct else self._staging[: len(packed)]
+                target.copy_(held.view(-1).view(torch.uint8), non_blocking=True)
+                if not direct:
+                    self._settle()
+                    out.copy_(target)
+            self._settle()
+
+    def unpack(self, cuts: Sequence[Cut]) -> None:
+        with torch.inference_mode(), self._copying():
+            for start, tokens, packed in cuts:
+                source = torch.frombuffer(packed, dtype=torch.uint8)
+                if source.data_ptr() not in self._attached:
+                    self._settle()  # the last block may still be on its way from there
+                    source = self._staging[: len(packed)].copy_(source)
+                target = self._block(start, tokens)
+                placed = source.to(self._tensor.device, non_blocking=True).view(self._tensor.dtype)
+                target.copy_(placed.view(target.shape))
             self._settle()
 
     def move(self, source: int, target: int, tokens: int) -> None:

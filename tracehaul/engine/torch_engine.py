@@ -15,7 +15,7 @@ import torch
 from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
 from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
-from tracehaul.engine.kvpool import KVPool, make_pool
+from tracehaul.engine.kvpool import Cut, HostPool, KVPool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.paged import PagedModel, cuda_capture
@@ -244,11 +244,14 @@ class TorchEngine:
 
     # --- blocks -------------------------------------------------------------------------------------------
 
+    def attach(self, memory: memoryview) -> None:
+        self._pool.attach(memory)
+
     async def pack(self, sequence: SequenceId, start: int, tokens: int, outs: Sequence[memoryview]) -> None:
         it = self._sequences[sequence]
         assert start + tokens <= it.length, "packing tokens that are not there"
         cuts = self._cuts(it, start, tokens, outs)
-        await self._detached(self._on(self._copy, partial(_copy_blocks, self._pool.pack, cuts)), [it])
+        await self._detached(self._on(self._copy, partial(self._pool.pack, cuts)), [it])
 
     async def unpack(self, sequence: SequenceId, start: int, tokens: int, blocks: Sequence[memoryview]) -> None:
         it = self._sequences[sequence]
@@ -257,24 +260,21 @@ class TorchEngine:
         cuts = self._cuts(it, start, tokens, blocks)
 
         async def copy() -> None:
-            await self._on(self._copy, partial(_copy_blocks, self._pool.unpack, cuts))
+            await self._on(self._copy, partial(self._pool.unpack, cuts))
             it.length = start + tokens
 
         await self._detached(copy(), [it])
 
-    def _cuts(
-        self, it: _Sequence, start: int, tokens: int, views: Sequence[memoryview]
-    ) -> list[tuple[int, int, memoryview]]:
-        """Per block: its first token in the pool, its tokens, its bytes."""
+    def _cuts(self, it: _Sequence, start: int, tokens: int, views: Sequence[memoryview]) -> list[Cut]:
         assert start % self._block_tokens == 0
         assert tokens > 0
-        cuts: list[tuple[int, int, memoryview]] = []
+        cuts: list[Cut] = []
         for offset, view in zip(range(0, tokens, self._block_tokens), views, strict=True):
             block = it.table[(start + offset) // self._block_tokens]
             count = min(self._block_tokens, tokens - offset)
             view = view.cast("B")
             assert len(view) == count * self._info.layout.token_bytes, "a view is not as long as its block"
-            cuts.append((block * self._block_tokens, count, view))
+            cuts.append(Cut(block * self._block_tokens, count, view))
         return cuts
 
     # --- threads ------------------------------------------------------------------------------------------
@@ -315,11 +315,6 @@ class TorchEngine:
     def _blocks(self, tokens: int) -> int:
         assert tokens >= 0
         return max(1, -(-tokens // self._block_tokens))
-
-
-def _copy_blocks(copy: Callable[[int, int, memoryview], None], cuts: list[tuple[int, int, memoryview]]) -> None:
-    for start, tokens, view in cuts:
-        copy(start, tokens, view)
 
 
 # --- loading ------------------------------------------------------------------------------------------------
@@ -364,14 +359,15 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
 def _model_and_pool(
     weights: Weights, layout: KVLayout, tokens_max: int, dtype: torch.dtype, device: torch.device, threads: int
 ) -> tuple[AnyModel, KVPool]:
-    if device.type == "cuda" and find_spec("triton") is not None:
+    if device.type == "cuda":
+        if find_spec("triton") is None:
+            raise SourceError("a CUDA device needs Triton: pip install triton")
         from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
 
         paged = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
         return PagedModel(weights, paged.tensor, attend_paged, tokens_per_tile, cuda_capture()), paged
-    pool = make_pool(layout, tokens_max, dtype, device)
-    compiled = device.type == "cpu" and is_supported(weights.config, dtype)
-    return HostModel(weights, threads) if compiled else Model(weights), pool
+    compiled = is_supported(weights.config, dtype)
+    return HostModel(weights, threads) if compiled else Model(weights), HostPool(layout, tokens_max, dtype)
 
 
 def _forward(
@@ -391,9 +387,12 @@ def _warm_up(model: AnyModel, pool: KVPool, tokens: int, block_tokens: int) -> N
     """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
     not in the first request."""
     tables = [range(-(-tokens // block_tokens))]
-    chunk = Segment(row=0, tokens=tokens - 1, base=0, past=0)
-    _forward(model, pool, [0] * chunk.tokens, [chunk], tables, [chunk.tokens - 1])
-    _forward(model, pool, [0], [Segment(row=0, tokens=1, base=0, past=chunk.tokens)], tables, [0])
+    chunk = tokens - 1
+    while chunk:
+        _forward(model, pool, [0] * chunk, [Segment(row=0, tokens=chunk, base=0, past=0)], tables, [chunk - 1])
+        # The fewer tokens, the more parts a GPU splits the context into, each number by a kernel of its own.
+        chunk = chunk // 2 if isinstance(model, PagedModel) else 0
+    _forward(model, pool, [0], [Segment(row=0, tokens=1, base=0, past=tokens - 1)], tables, [0])
 
 
 def _tokenizer(source: ModelSource) -> tuple[str, Sequence[int]]:
