@@ -26,6 +26,7 @@ from tracehaul.engine.model import Segment
 from tracehaul.engine.model_config import LayerKind, ModelConfig
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+from tracehaul.engine.paged_kernels import KERNELS
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.weights import LayerWeights, Weights
 from tracehaul.runtime import clock
@@ -153,7 +154,7 @@ class Bench:
         self._pool = PagedPool(self._layout, KV_TOKENS // BLOCK_TOKENS, torch.bfloat16, DEVICE)
         for block in self._pool.tensor.split(64):
             block.normal_(std=VALUE)
-        self._model = PagedModel(random_weights(c), self._pool.tensor, attend_paged, tokens_per_tile, cuda_capture())
+        self._model = PagedModel(random_weights(c), self._pool.tensor, KERNELS, cuda_capture())
         self._random = random.Random(1)
 
     def decode(self, name: str, batch: int, context: int) -> None:

@@ -18,7 +18,7 @@ from tracehaul.engine.base import Engine, Result, Scoring, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.engine.history import History
 from tracehaul.engine.paged import PagedModel
-from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+from tracehaul.engine.paged_kernels import KERNELS
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.engine.weights import Weights
@@ -81,7 +81,7 @@ def paged_on_cpu(
 ) -> tuple[PagedModel, PagedPool]:
     """What a GPU runs, with the kernel interpreted and without graphs."""
     pool = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
-    return PagedModel(weights, pool.tensor, attend_paged, tokens_per_tile, None), pool
+    return PagedModel(weights, pool.tensor, KERNELS, None), pool
 
 
 @pytest.fixture(

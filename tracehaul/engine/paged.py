@@ -5,10 +5,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear
 
 from tracehaul.engine.model import Segment
-from tracehaul.engine.rope import rope_tables, rotate
+from tracehaul.engine.rope import rope_tables
 from tracehaul.engine.weights import LayerWeights, Weights
 
 GRAPH_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -36,6 +36,47 @@ class Attention(Protocol):
         ...
 
 
+class AddNorm(Protocol):
+    """:func:`tracehaul.engine.paged_kernels.add_norm`."""
+
+    def __call__(
+        self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor, eps: float, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See there."""
+        ...
+
+
+class Place(Protocol):
+    """:func:`tracehaul.engine.paged_kernels.place`."""
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        norms: torch.Tensor | None,
+        eps: float,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: torch.Tensor,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        kv: torch.Tensor,
+        heads: int,
+    ) -> torch.Tensor:
+        """See there."""
+        ...
+
+
+class Kernels(NamedTuple):
+    """What is computed between a layer's products."""
+
+    attend: Attention
+    tile_tokens: Callable[[int, bool], int]
+    """:func:`tracehaul.engine.paged_attention.tokens_per_tile`"""
+    add_norm: AddNorm
+    place: Place
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    """:func:`tracehaul.engine.paged_kernels.gate`"""
+
+
 class _Inputs(NamedTuple):
     """All that an iteration reads beside weights and KV, on the device."""
 
@@ -57,28 +98,24 @@ Arrays = list["np.ndarray[Any, np.dtype[Any]]"]
 class PagedModel:
     """Weights, tables, and the pool's memory. Used from one thread.
 
-    ``pool`` is :class:`tracehaul.engine.paged_pool.PagedPool`'s tensor; ``tile_tokens(group, decode)`` is
-    :func:`tracehaul.engine.paged_attention.tokens_per_tile`. With ``capture``, decode batches are captured here and
-    now, the largest first, so that the smaller ones share its memory.
+    ``pool`` is :class:`tracehaul.engine.paged_pool.PagedPool`'s tensor. With ``capture``, decode batches are captured
+    here and now, the largest first, so that the smaller ones share its memory.
     """
 
-    def __init__(
-        self,
-        weights: Weights,
-        pool: torch.Tensor,
-        attend: Attention,
-        tile_tokens: Callable[[int, bool], int],
-        capture: Capture | None,
-    ) -> None:
+    def __init__(self, weights: Weights, pool: torch.Tensor, kernels: Kernels, capture: Capture | None) -> None:
         self._weights = weights
         self._config = weights.config
         self._pool = pool
         self._device = pool.device
-        self._attend = attend
+        self._kernels = kernels
         group = self._config.heads // self._config.kv_heads
-        self._chunk_tile, self._decode_tile = tile_tokens(group, False), tile_tokens(group, True)
+        self._chunk_tile, self._decode_tile = kernels.tile_tokens(group, False), kernels.tile_tokens(group, True)
         self._block_tokens = pool.shape[4]
-        self._cos, self._sin = rope_tables(weights.config, weights.embedding.dtype, self._device)
+        self._rope = rope_tables(weights.config, weights.embedding.dtype, self._device)
+        self._norms = [
+            None if layer.q_norm is None or layer.k_norm is None else torch.stack([layer.q_norm, layer.k_norm])
+            for layer in weights.layers
+        ]
         self._graphs: dict[int, _Graph] = {}
         if capture is not None:
             for batch in reversed(GRAPH_BATCHES):
@@ -146,46 +183,39 @@ class PagedModel:
         return self._compute(inputs, self._decode_tile)
 
     def _compute(self, inputs: _Inputs, tile_tokens: int) -> torch.Tensor:
-        cos, sin = self._cos[inputs.positions, None], self._sin[inputs.positions, None]
         hidden = self._weights.embedding[inputs.tokens].float()
+        added = None
         for at, layer in enumerate(self._weights.layers):
-            self._layer(layer, self._pool[:, at], hidden, cos, sin, inputs, tile_tokens)
-        last = self._norm(hidden[inputs.sampled], self._weights.norm)
-        return linear(last, self._weights.head).float()
+            added = self._layer(layer, self._norms[at], self._pool[:, at], hidden, added, inputs, tile_tokens)
+        if added is not None:
+            hidden.add_(added)
+        return linear(self._norm(hidden[inputs.sampled], None, self._weights.norm), self._weights.head).float()
 
     def _layer(
         self,
         layer: LayerWeights,
+        norms: torch.Tensor | None,
         kv: torch.Tensor,
         hidden: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        added: torch.Tensor | None,
         inputs: _Inputs,
         tile_tokens: int,
-    ) -> None:
-        """One decoder layer, added onto the float32 ``hidden`` in place; ``kv`` is its part of the pool."""
-        c = self._config
-        rows = len(hidden)
-        qkv = linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
-        queries, keys, values = qkv.view(rows, -1, c.head_dim).split([c.heads, c.kv_heads, c.kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys = self._norm(queries, layer.q_norm), self._norm(keys, layer.k_norm)
-        if layer.rope:
-            queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
-        key_blocks, value_blocks = kv.unbind(1)
-        key_blocks[inputs.blocks, :, inputs.offsets] = keys
-        value_blocks[inputs.blocks, :, inputs.offsets] = values
-        attended = self._attend(
-            queries.contiguous(), kv, inputs.tables, inputs.spans, inputs.tiles, tile_tokens, layer.window
-        )
-        hidden.add_(linear(attended.view(rows, -1), layer.out, layer.out_bias))
-        gate_up = linear(self._norm(hidden, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
-        gate, up = gate_up.chunk(2, dim=1)
-        hidden.add_(linear(silu(gate).mul_(up), layer.down, layer.down_bias))
+    ) -> torch.Tensor:
+        """One decoder layer over ``hidden`` and what is to be added to it; returns what is then to be added.
 
-    def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = rms_norm(values.float(), (values.shape[-1],), weight, self._config.norm_eps)
-        return normed.to(self._cos.dtype)
+        ``kv`` is the layer's part of the pool.
+        """
+        c, do = self._config, self._kernels
+        qkv = linear(self._norm(hidden, added, layer.attention_norm), layer.qkv, layer.qkv_bias)
+        rope = self._rope if layer.rope else None
+        queries = do.place(qkv, norms, c.norm_eps, rope, inputs.positions, inputs.blocks, inputs.offsets, kv, c.heads)
+        attended = do.attend(queries, kv, inputs.tables, inputs.spans, inputs.tiles, tile_tokens, layer.window)
+        attended = linear(attended.view(len(hidden), -1), layer.out, layer.out_bias)
+        gate_up = linear(self._norm(hidden, attended, layer.mlp_norm), layer.gate_up, layer.gate_up_bias)
+        return linear(do.gate(gate_up), layer.down, layer.down_bias)
+
+    def _norm(self, hidden: torch.Tensor, added: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        return self._kernels.add_norm(hidden, added, weight, self._config.norm_eps, self._weights.dtype)
 
 
 class _Graph:

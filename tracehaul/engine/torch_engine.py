@@ -362,10 +362,10 @@ def _model_and_pool(
     if device.type == "cuda":
         if find_spec("triton") is None:
             raise SourceError("a CUDA device needs Triton: pip install triton")
-        from tracehaul.engine.paged_attention import attend_paged, tokens_per_tile
+        from tracehaul.engine.paged_kernels import KERNELS
 
         paged = PagedPool(layout, tokens_max // layout.block_tokens, dtype, device)
-        return PagedModel(weights, paged.tensor, attend_paged, tokens_per_tile, cuda_capture()), paged
+        return PagedModel(weights, paged.tensor, KERNELS, cuda_capture()), paged
     compiled = is_supported(weights.config, dtype)
     return HostModel(weights, threads) if compiled else Model(weights), HostPool(layout, tokens_max, dtype)
 
