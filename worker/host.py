@@ -93,7 +93,7 @@ class WorkerHost:
             waiting=len(self._line),
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
-            **self.loop.meter.rates._asdict(),
+            **self.loop.meter.rates(clock.now_s())._asdict(),
             shared=self._shared,
             free_tokens=self.engine.free_tokens,
         )
@@ -278,7 +278,7 @@ class WorkerHost:
         self.stats.pulled_bytes += here.pulled.nbytes
         self.stats.pull_s += here.pulled.seconds
         self.stats.missed_blocks += here.pulled.missed_blocks
-        self.loop.meter.pulled(here.pulled.tokens, here.pulled.seconds)
+        self.loop.meter.pulled(here.pulled.tokens, here.pulled.seconds, clock.now_s())
 
     def _retire(self, trace: TraceId, context: Context) -> None:
         sequence, length = context.sequence, self.engine.length(context.sequence)

@@ -24,6 +24,9 @@ TOKENS_MIN = 16
 """Smaller prompts take as long as an iteration takes anyhow."""
 PULL_PRIOR_TOKENS = 1024
 """For so many what is assumed of pulls counts: the first ones map memory, too."""
+PULL_HALF_LIFE_S = 20.0
+"""What pulls took is worth half after so long. Nobody pulls where it is thought to be slow: without that, one slow pull
+would be the last."""
 KEEP = 0.9
 """Weight of what was known, at each observation."""
 PRIOR = 0.03
@@ -44,15 +47,17 @@ class RateMeter:
         self._aa = self._ab = self._bb = self._a = self._b = 0.0
         self._decode_s = assumed.decode_s
         self._decodes = 0
-        self._pull_tokens = float(PULL_PRIOR_TOKENS)
-        self._pull_s = PULL_PRIOR_TOKENS * assumed.pull_token_s
+        self._pull_tokens = self._pull_s = self._pulled_at_s = 0.0
+        self._pull_prior = 1.0
 
-    @property
-    def rates(self) -> Rates:
+    def rates(self, now_s: float) -> Rates:
         """As of now."""
         token, pair = self._factors()
         assumed = self._assumed
-        return Rates(assumed.token_s * token, assumed.pair_s * pair, self._decode_s, self._pull_s / self._pull_tokens)
+        prior, pull_tokens, pull_s = self._pulls(now_s)
+        prior *= PULL_PRIOR_TOKENS
+        pull_token_s = (prior * assumed.pull_token_s + pull_s) / (prior + pull_tokens)
+        return Rates(assumed.token_s * token, assumed.pair_s * pair, self._decode_s, pull_token_s)
 
     def iterated(self, work: Sequence[tuple[int, int]], seconds: float) -> None:
         """An iteration took so long. ``work``: per sequence, the tokens that it had and those that were computed."""
@@ -71,11 +76,19 @@ class RateMeter:
             self._a = KEEP * self._a + a
             self._b = KEEP * self._b + b
 
-    def pulled(self, tokens: int, seconds: float) -> None:
+    def pulled(self, tokens: int, seconds: float, now_s: float) -> None:
         """A pull took so long. Long ones count for more: what a short one costs is hardly its tokens."""
         if tokens > 0 and seconds > 0:
-            self._pull_tokens = KEEP * self._pull_tokens + tokens
-            self._pull_s = KEEP * self._pull_s + seconds
+            prior, pull_tokens, pull_s = self._pulls(now_s)
+            self._pull_prior = KEEP * prior
+            self._pull_tokens = KEEP * pull_tokens + tokens
+            self._pull_s = KEEP * pull_s + seconds
+            self._pulled_at_s = now_s
+
+    def _pulls(self, now_s: float) -> tuple[float, float, float]:
+        """The weight of what was assumed, 1 at most; tokens and seconds of the pulls that still count."""
+        left = 0.5 ** ((now_s - self._pulled_at_s) / PULL_HALF_LIFE_S)
+        return 1 - left * (1 - self._pull_prior), left * self._pull_tokens, left * self._pull_s
 
     def _factors(self) -> tuple[float, float]:
         """By how much each assumption was wrong: least squares, with both drawn to the same factor, and that to 1."""

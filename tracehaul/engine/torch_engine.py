@@ -349,7 +349,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), config.block_tokens)
+        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), layout)
         _trim_heap()
         # Read only when a step needs it: most need no grammar.
         grammars = Grammars(lambda: vocabulary(*_tokenizer(source), info.vocab_size))
@@ -383,16 +383,20 @@ def _forward(
     return model.forward(tokens, segments, pool.tensor, rows)
 
 
-def _warm_up(model: AnyModel, pool: KVPool, tokens: int, block_tokens: int) -> None:
-    """A chunk and a decode step on memory that nobody has yet: kernels are chosen and scratch memory is touched now,
-    not in the first request."""
-    tables = [range(-(-tokens // block_tokens))]
+def _warm_up(model: AnyModel, pool: KVPool, tokens: int, layout: KVLayout) -> None:
+    """A chunk, a decode step and copies on memory that nobody has yet: kernels are chosen and scratch memory is touched
+    now, not in the first request."""
+    tables = [range(-(-tokens // layout.block_tokens))]
     chunk = tokens - 1
     while chunk:
         _forward(model, pool, [0] * chunk, [Segment(row=0, tokens=chunk, base=0, past=0)], tables, [chunk - 1])
         # The fewer tokens, the more parts a GPU splits the context into, each number by a kernel of its own.
         chunk = chunk // 2 if isinstance(model, PagedModel) else 0
     _forward(model, pool, [0], [Segment(row=0, tokens=1, base=0, past=tokens - 1)], tables, [0])
+    for part in {layout.block_tokens, max(1, layout.block_tokens - 1)}:
+        cuts = [Cut(0, part, memoryview(bytearray(part * layout.token_bytes)))]
+        pool.pack(cuts)
+        pool.unpack(cuts)
 
 
 def _tokenizer(source: ModelSource) -> tuple[str, Sequence[int]]:
