@@ -23,7 +23,7 @@ ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
 TOKENS_MIN = 16
 """Smaller prompts take as long as an iteration takes anyhow."""
 PULL_PRIOR_TOKENS = 1024
-"""For so many what is assumed of pulls counts: the first ones map memory, too."""
+"""For so many what is assumed of pulls counts."""
 PULL_HALF_LIFE_S = 20.0
 """What pulls took is worth half after so long. Nobody pulls where it is thought to be slow: without that, one slow pull
 would be the last."""
@@ -49,6 +49,7 @@ class RateMeter:
         self._decodes = 0
         self._pull_tokens = self._pull_s = self._pulled_at_s = 0.0
         self._pull_prior = 1.0
+        self._has_pulled = False
 
     def rates(self, now_s: float) -> Rates:
         """As of now."""
@@ -77,13 +78,17 @@ class RateMeter:
             self._b = KEEP * self._b + b
 
     def pulled(self, tokens: int, seconds: float, now_s: float) -> None:
-        """A pull took so long. Long ones count for more: what a short one costs is hardly its tokens."""
-        if tokens > 0 and seconds > 0:
+        """A pull took so long. Long ones count for more: what a short one costs is hardly its tokens. The first counts
+        for nothing: it maps the store's memory, too."""
+        if tokens <= 0 or seconds <= 0:
+            return
+        if self._has_pulled:
             prior, pull_tokens, pull_s = self._pulls(now_s)
             self._pull_prior = KEEP * prior
             self._pull_tokens = KEEP * pull_tokens + tokens
             self._pull_s = KEEP * pull_s + seconds
             self._pulled_at_s = now_s
+        self._has_pulled = True
 
     def _pulls(self, now_s: float) -> tuple[float, float, float]:
         """The weight of what was assumed, 1 at most; tokens and seconds of the pulls that still count."""

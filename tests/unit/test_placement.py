@@ -356,6 +356,8 @@ def test_decoding_and_pulling_are_means_that_forget() -> None:
 
 def test_a_slow_pull_is_not_the_last_and_many_are_believed_for_longer() -> None:
     once, always = RateMeter(), RateMeter()
+    once.pulled(600, 9.0, 99.0)  # maps memory
+    assert once.rates(99.0).pull_token_s == ASSUMED.pull_token_s
     once.pulled(600, 0.3, 100.0)
     for at in range(10):
         always.pulled(20_000, 10.0, 91.0 + at)

@@ -31,7 +31,8 @@ T = TypeVar("T")
 AnyModel = Model | HostModel | PagedModel
 
 WARM_UP_TOKENS = 513
-"""Tokens of the first sequence, at load: a worker's whole chunk, whose memory is kept, and one more."""
+"""Tokens of the first sequence, at load: a worker's whole chunk, whose memory is kept, and one more. Four times as many
+on a GPU: enough of them to fill it."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -349,7 +350,8 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        _warm_up(model, pool, min(WARM_UP_TOKENS, tokens_max, shape.context_max), layout)
+        warm_up = WARM_UP_TOKENS * (4 if isinstance(model, PagedModel) else 1)
+        _warm_up(model, pool, min(warm_up, tokens_max, shape.context_max), layout)
         _trim_heap()
         # Read only when a step needs it: most need no grammar.
         grammars = Grammars(lambda: vocabulary(*_tokenizer(source), info.vocab_size))
