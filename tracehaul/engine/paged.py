@@ -14,6 +14,8 @@ from tracehaul.engine.weights import LayerWeights, Weights
 GRAPH_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes of the captured decode batches; a smaller one is padded to the next, a larger one runs without a graph."""
 
+ALIGNED_BYTES = 16
+
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Replay, torch.Tensor]]
 """Turns a computation on fixed memory into one that is replayed, and the memory of its result."""
@@ -245,19 +247,28 @@ class _Graph:
 
 
 def _packed(arrays: Arrays, device: torch.device) -> torch.Tensor:
-    """Their bytes one after the other, where one copy takes them to ``device``."""
-    packed = torch.empty(sum(array.nbytes for array in arrays), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    np.concatenate([array.reshape(-1).view(np.uint8) for array in arrays], out=packed.numpy())
+    """Their bytes, each at a multiple of ``ALIGNED_BYTES``, where one copy takes them to ``device``.
+
+    A kernel is compiled anew for a pointer that is not aligned as the last one was.
+    """
+    sizes = [_aligned(array.nbytes) for array in arrays]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for piece, array in zip(packed.split(sizes), arrays, strict=True):
+        piece.numpy()[: array.nbytes] = array.reshape(-1).view(np.uint8)
     return packed
 
 
 def _unpacked(packed: torch.Tensor, like: Arrays) -> list[torch.Tensor]:
     """Views of the packed arrays."""
-    pieces = packed.split([array.nbytes for array in like])
+    pieces = packed.split([_aligned(array.nbytes) for array in like])
     return [
-        piece.view(torch.int64 if array.dtype == np.int64 else torch.int32).view(array.shape)
+        piece[: array.nbytes].view(torch.int64 if array.dtype == np.int64 else torch.int32).view(array.shape)
         for piece, array in zip(pieces, like, strict=True)
     ]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED_BYTES) * ALIGNED_BYTES
 
 
 def _placed(arrays: Arrays, device: torch.device) -> _Inputs:
