@@ -13,8 +13,8 @@ class InFlight:
         self._placement = placement
         self._computed = False
         decodes.sent(placement.decode, placement.decode_work_s, now_s)
-        if placement.prefill_work_s and placement.helper is not None:
-            prefills.sent(placement.helper, placement.prefill_work_s, now_s)
+        if placement.queued is not None:
+            prefills.sent(placement.queued, placement.prefill_work_s, now_s)
 
     def token(self, now_s: float) -> None:
         """The worker has told of tokens; with the first of them the prompt is computed."""
@@ -22,13 +22,13 @@ class InFlight:
         if not self._computed:
             self._computed = True
             self._decodes.computed(placement.decode, placement.decode_work_s, now_s)
-            if placement.helper is not None and placement.prefill_work_s:
-                self._prefills.computed(placement.helper, placement.prefill_work_s, now_s)
-                self._prefills.ended(placement.helper, placement.prefill_work_s, computed=True)
+            if placement.queued is not None:
+                self._prefills.computed(placement.queued, placement.prefill_work_s, now_s)
+                self._prefills.ended(placement.queued, placement.prefill_work_s, computed=True)
 
     def ended(self) -> None:
         """It is over. To be called once."""
         placement = self._placement
         self._decodes.ended(placement.decode, placement.decode_work_s, computed=self._computed)
-        if not self._computed and placement.helper is not None and placement.prefill_work_s:
-            self._prefills.ended(placement.helper, placement.prefill_work_s, computed=False)
+        if not self._computed and placement.queued is not None:
+            self._prefills.ended(placement.queued, placement.prefill_work_s, computed=False)

@@ -39,28 +39,30 @@ class Relief:
         self._price = price
         self._queues: dict[Key, dict[Run, _Waiting]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def close(self) -> None:
         """Look at nothing more."""
+        self._closed = True
         self._queues.clear()
         if self._timer is not None:
             self._timer.cancel()
 
     def enter(self, run: Run, placement: Placement) -> None:
         """A step was sent to where its prompt may have to wait."""
-        if placement.helper is not None and placement.prefill_work_s:
+        if placement.queued is not None and not self._closed:
             now_s = clock.now_s()
             work_s = placement.prefill_work_s
-            self._queues.setdefault(placement.helper, {})[run] = _Waiting(now_s, now_s + STRETCH * work_s, work_s)
+            self._queues.setdefault(placement.queued, {})[run] = _Waiting(now_s, now_s + STRETCH * work_s, work_s)
             self._plan()
 
     def leave(self, run: Run, placement: Placement) -> None:
         """Its prompt is computed, or it ended. Leaving twice is harmless."""
-        if placement.helper is not None and placement.helper in self._queues:
-            queue = self._queues[placement.helper]
-            queue.pop(run, None)
-            if not queue:
-                del self._queues[placement.helper]
+        at = placement.queued
+        if at is not None and at in self._queues:
+            self._queues[at].pop(run, None)
+            if not self._queues[at]:
+                del self._queues[at]
 
     def _plan(self) -> None:
         if self._timer is None and self._queues:

@@ -80,6 +80,11 @@ class Placement(msgspec.Struct, frozen=True):
         return None if self.helper is None else self.helper.node
 
     @property
+    def queued(self) -> Key | None:
+        """The helper, if it has more than next to nothing to compute: there the prompt may wait for others."""
+        return self.helper if self.prefill_work_s else None
+
+    @property
     def computes(self) -> NodeId | None:
         """Who computes what is missing; None if that is next to nothing."""
         if self.prefill_work_s:
