@@ -268,7 +268,7 @@ class Weather:
         return self._rng.uniform(0, self._plan.frame_delay_s) + self._slow_s(a, b)
 
     def copy_delay_s(self, a: NodeId, b: NodeId) -> float:
-        """How long a copy from ``a`` to ``b`` travels: less than a store lets a slot rest, however many storms there are."""
+        """How long a copy from ``a`` to ``b`` travels: less than a store lets a slot rest, however many storms."""
         delay_s = self._rng.uniform(0, self._plan.copy_delay_s) + self._slow_s(a, b)
         late = [self._rng.uniform(0, storm.late_s) for storm in self._storms() if self._rng.random() < storm.late_share]
         return delay_s + max(late, default=0.0)
