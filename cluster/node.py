@@ -76,6 +76,8 @@ class Room(NamedTuple):
     """Runs for as long as the node serves; its failure is the node's."""
     metrics: tuple[Callable[[], Iterable[Metric]], ...] = ()
     """Beside those of ``stats`` and ``load``."""
+    heartbeat: Callable[[], NodeLoad] | None = None
+    """What the router is told instead of ``load``, which metrics read from their own thread."""
 
 
 class _Node:
@@ -125,7 +127,9 @@ class _Node:
             stack.callback(close_metrics)
             self._tell(phase="joining", address=server.address, metrics=metrics)
             info = self._info(role, server.address, room.info)
-            membership = Membership(peers, self._plan.router_address, info, room.load, room.on_members)
+            membership = Membership(
+                peers, self._plan.router_address, info, room.heartbeat or room.load, room.on_members
+            )
             async with asyncio.TaskGroup() as group:
                 watches = [transfer.broken() for transfer in self._transfers]
                 background = [group.create_task(work) for work in (*room.background, *watches)]
@@ -251,10 +255,12 @@ class _Node:
                 def on_members(members: Members) -> None:
                     host.set_nodes(members.nodes, members.draining)
 
-                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),), metrics)
+                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),), metrics, host.heartbeat)
             case "decode":
                 decode = DecodeService(host, peers)
-                return Room(decode, stats, host.load, decode.set_members, engine.info, (host.run(),), metrics)
+                return Room(
+                    decode, stats, host.load, decode.set_members, engine.info, (host.run(),), metrics, host.heartbeat
+                )
 
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig

@@ -219,7 +219,7 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
         load, on_members = life.store.load, life.store.set_members
     else:
         host = life.host = _host(life, transfer, peers, around)
-        load = host.load
+        load = host.heartbeat
         if role == "prefill":
             service = PrefillService(host)
             life.flights = service.flights

@@ -85,15 +85,20 @@ class WorkerHost:
         stores = [node for node in nodes if node.role == "store"] if self.config.use_store else []
         self.client.set_nodes(stores, draining)
 
+    def heartbeat(self) -> NodeLoad:
+        """For the router."""
+        self.loop.meter.aged(clock.now_s())
+        return self.load()
+
     def load(self) -> NodeLoad:
-        """For the heartbeat."""
+        """What is so now; may be read from any thread."""
         info = self.engine.info
         return NodeLoad(
             running=self._running,
             waiting=len(self._line),
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
-            **self.loop.meter.rates(clock.now_s())._asdict(),
+            **self.loop.meter.rates._asdict(),
             shared=self._shared,
             free_tokens=self.engine.free_tokens,
         )

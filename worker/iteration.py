@@ -164,7 +164,7 @@ class IterationLoop:
         self._next_key += 1
         self._jobs[key] = job
         at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
-        own_s = compute_s(self.meter.rates(clock.now_s()), job.computed, len(job.tokens))
+        own_s = compute_s(self.meter.rates, job.computed, len(job.tokens))
         self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.came_s + STRETCH * own_s)
         self._wake.set()
         return key

@@ -47,17 +47,18 @@ class RateMeter:
         self._aa = self._ab = self._bb = self._a = self._b = 0.0
         self._decode_s = assumed.decode_s
         self._decodes = 0
-        self._pull_tokens = self._pull_s = self._pulled_at_s = 0.0
+        self._pull_tokens = self._pull_s = 0.0
         self._pull_prior = 1.0
+        self._pulls_as_of_s = 0.0
         self._has_pulled = False
 
-    def rates(self, now_s: float) -> Rates:
-        """As of now."""
+    @property
+    def rates(self) -> Rates:
+        """As far as is known; may be read from any thread."""
         token, pair = self._factors()
         assumed = self._assumed
-        prior, pull_tokens, pull_s = self._pulls(now_s)
-        prior *= PULL_PRIOR_TOKENS
-        pull_token_s = (prior * assumed.pull_token_s + pull_s) / (prior + pull_tokens)
+        prior = self._pull_prior * PULL_PRIOR_TOKENS
+        pull_token_s = (prior * assumed.pull_token_s + self._pull_s) / (prior + self._pull_tokens)
         return Rates(assumed.token_s * token, assumed.pair_s * pair, self._decode_s, pull_token_s)
 
     def iterated(self, work: Sequence[tuple[int, int]], seconds: float) -> None:
@@ -83,17 +84,19 @@ class RateMeter:
         if tokens <= 0 or seconds <= 0:
             return
         if self._has_pulled:
-            prior, pull_tokens, pull_s = self._pulls(now_s)
-            self._pull_prior = KEEP * prior
-            self._pull_tokens = KEEP * pull_tokens + tokens
-            self._pull_s = KEEP * pull_s + seconds
-            self._pulled_at_s = now_s
+            self.aged(now_s)
+            self._pull_prior *= KEEP
+            self._pull_tokens = KEEP * self._pull_tokens + tokens
+            self._pull_s = KEEP * self._pull_s + seconds
         self._has_pulled = True
 
-    def _pulls(self, now_s: float) -> tuple[float, float, float]:
-        """The weight of what was assumed, 1 at most; tokens and seconds of the pulls that still count."""
-        left = 0.5 ** ((now_s - self._pulled_at_s) / PULL_HALF_LIFE_S)
-        return 1 - left * (1 - self._pull_prior), left * self._pull_tokens, left * self._pull_s
+    def aged(self, now_s: float) -> None:
+        """Time has passed; to be called now and then."""
+        left = 0.5 ** ((now_s - self._pulls_as_of_s) / PULL_HALF_LIFE_S)
+        self._pulls_as_of_s = now_s
+        self._pull_prior = 1 - left * (1 - self._pull_prior)
+        self._pull_tokens *= left
+        self._pull_s *= left
 
     def _factors(self) -> tuple[float, float]:
         """By how much each assumption was wrong: least squares, with both drawn to the same factor, and that to 1."""

@@ -318,23 +318,23 @@ def test_rates_are_learned_from_what_is_done(speed: float) -> None:
     meter = RateMeter()
     iterate(meter, true, [0, 512, 4096, 16384], 60, noise=0.1)
     for start, end in ((0, 2000), (3000, 3100), (0, 16000)):
-        assert compute_s(meter.rates(0.0), start, end) == pytest.approx(compute_s(true, start, end), rel=0.2)
+        assert compute_s(meter.rates, start, end) == pytest.approx(compute_s(true, start, end), rel=0.2)
 
 
 def test_a_worker_that_saw_no_long_context_scales_what_was_assumed() -> None:
     true = Rates(ASSUMED.token_s / 10, ASSUMED.pair_s / 10, 0.005, 1e-6)
     meter = RateMeter()
     iterate(meter, true, [0], 30)
-    assert meter.rates(0.0).pair_s == pytest.approx(true.pair_s, rel=0.3)
+    assert meter.rates.pair_s == pytest.approx(true.pair_s, rel=0.3)
 
 
 def test_rates_follow_a_worker_that_became_slower_and_never_turn_negative() -> None:
     meter = RateMeter()
     fast, slow = Rates(1e-4, 0.0, 0.01, 1e-6), Rates(1e-3, 0.0, 0.01, 1e-6)
     iterate(meter, fast, [0, 2048], 100)
-    assert 0 < meter.rates(0.0).pair_s < 1e-7
+    assert 0 < meter.rates.pair_s < 1e-7
     iterate(meter, slow, [0, 2048], 100)
-    assert compute_s(meter.rates(0.0), 0, 1000) == pytest.approx(1.0, rel=0.2)
+    assert compute_s(meter.rates, 0, 1000) == pytest.approx(1.0, rel=0.2)
 
 
 def test_decoding_and_pulling_are_means_that_forget() -> None:
@@ -342,29 +342,33 @@ def test_decoding_and_pulling_are_means_that_forget() -> None:
     for _ in range(100):
         meter.iterated([(100, 1), (50, 1)], 0.004)
         meter.pulled(1000, 0.002, 0.0)
-    assert meter.rates(0.0).decode_s == pytest.approx(0.004)
-    assert meter.rates(0.0).pull_token_s == pytest.approx(2e-6, rel=0.01)
+    assert meter.rates.decode_s == pytest.approx(0.004)
+    assert meter.rates.pull_token_s == pytest.approx(2e-6, rel=0.01)
     for _ in range(100):
         meter.pulled(1000, 0.02, 0.0)
-    assert meter.rates(0.0).pull_token_s == pytest.approx(2e-5, rel=0.05)
-    before = meter.rates(0.0)
+    assert meter.rates.pull_token_s == pytest.approx(2e-5, rel=0.05)
+    before = meter.rates
     meter.pulled(0, 9.0, 0.0)
     meter.iterated([], 1.0)
     meter.iterated([(0, 1), (0, 3)], 1.0)
-    assert meter.rates(0.0) == before, "too little to learn from"
+    assert meter.rates == before, "too little to learn from"
 
 
 def test_a_slow_pull_is_not_the_last_and_many_are_believed_for_longer() -> None:
     once, always = RateMeter(), RateMeter()
     once.pulled(600, 9.0, 99.0)  # maps memory
-    assert once.rates(99.0).pull_token_s == ASSUMED.pull_token_s
+    assert once.rates.pull_token_s == ASSUMED.pull_token_s
     once.pulled(600, 0.3, 100.0)
+    assert once.rates.pull_token_s > 1e-4
     for at in range(10):
         always.pulled(20_000, 10.0, 91.0 + at)
-    assert once.rates(100.0).pull_token_s > 1e-4
-    assert once.rates(200.0).pull_token_s < 2 * ASSUMED.pull_token_s
-    assert always.rates(200.0).pull_token_s > 2e-4
-    assert always.rates(500.0).pull_token_s < 2 * ASSUMED.pull_token_s
+    for now_s in range(100, 201):
+        once.aged(now_s)
+        always.aged(now_s)
+    assert once.rates.pull_token_s < 2 * ASSUMED.pull_token_s
+    assert always.rates.pull_token_s > 2e-4
+    always.aged(500.0)
+    assert always.rates.pull_token_s < 2 * ASSUMED.pull_token_s
 
 
 @pytest.mark.parametrize("kv_tokens", [4, 600, 4096])
@@ -377,5 +381,5 @@ def test_a_worker_measures_its_engine_at_its_start(kv_tokens: int) -> None:
     engine.check()
     assert engine.free_tokens == kv_tokens
     if kv_tokens > 4:
-        assert compute_s(loop.meter.rates(0.0), 0, 512) == pytest.approx(0.52, rel=0.2)
-        assert loop.meter.rates(0.0).decode_s == pytest.approx(0.004)
+        assert compute_s(loop.meter.rates, 0, 512) == pytest.approx(0.52, rel=0.2)
+        assert loop.meter.rates.decode_s == pytest.approx(0.004)
