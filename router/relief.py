@@ -83,9 +83,17 @@ class Relief:
             while looks and len(queue) > 1:  # nothing is gained for the first: it is computed now
                 looks -= 1
                 run, waiting = queue.pop()
-                other = self._price(run, key)
+                # Who computes what others wait for stays.
+                alone = not any(_continues(sibling, run) for sibling, _ in queue)
+                other = self._price(run, key) if alone else None
                 if other is not None and relieves(other, wait_s, now_s - waiting.since_s):
                     run.move(key, wait_s, other.cost_s)
                     break
                 wait_s -= waiting.work_s
         self._plan()
+
+
+def _continues(other: Run, run: Run) -> bool:
+    """Whether most of what ``run`` computes is of use to the other: block hashes include all that comes before."""
+    most = len(run.hashes) // 2
+    return 0 < most < len(other.hashes) and other.hashes[most] == run.hashes[most]
