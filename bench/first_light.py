@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.fleet import Fleet, Step, fleet
-from bench.report import Result, finish
+from bench.common.fleet import Fleet, Step, fleet
+from bench.common.report import Result, finish
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 

@@ -19,7 +19,7 @@ from cluster.config import base_url, load_config, load_plan, parse_bytes, parse_
 from cluster.members import ask_router
 from cluster.rundir import ClusterFault, RunDir, alive
 from cluster.store_cli import app as store_app
-from router.steps import NodeStatus
+from router.fleet.members import NodeStatus
 from tracehaul import __version__
 
 err = Console(stderr=True)

@@ -15,13 +15,13 @@ from msgspec import Meta
 
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
-from kvstore.copies import ReplicationConfig
+from kvstore.copies.copier import ReplicationConfig
 from kvstore.tiers.objects import parse_url
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
 from router.api.config import ApiConfig
-from router.dispatch import DispatchConfig
-from tracehaul.engine.source import DEFAULT_MODEL, ModelSource
+from router.dispatch.dispatch import DispatchConfig
+from tracehaul.model.source import DEFAULT_MODEL, ModelSource
 from tracehaul.wire.hashing import KVLayout
 from worker.config import WorkerConfig
 

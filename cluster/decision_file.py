@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from router.decisions import Decision, Entry
+from router.traces.decisions import Decision, Entry
 from tracehaul.runtime.clock import wall_s
 from tracehaul.wire.ids import TraceId
 

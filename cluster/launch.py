@@ -35,7 +35,7 @@ from cluster.config import (
 )
 from cluster.model import kv_layout
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
-from tracehaul.engine.source import SourceError, resolve
+from tracehaul.model.source import SourceError, resolve
 from tracehaul.runtime import clock
 from tracehaul.transfer.memory import available_bytes
 from tracehaul.wire.hashing import KVLayout

@@ -24,7 +24,7 @@ from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine, EngineInfo
-from tracehaul.engine.source import SourceError
+from tracehaul.model.source import SourceError
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -192,9 +192,9 @@ class _Node:
 
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
         from cluster.store_metrics import store_metrics, transfer_metrics
-        from kvstore.neighbours import Others
-        from kvstore.node import StoreNode
-        from kvstore.pin_journal import PinJournal, open_journal
+        from kvstore.copies.neighbours import Others
+        from kvstore.node.node import StoreNode
+        from kvstore.node.pin_journal import PinJournal, open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
@@ -226,8 +226,8 @@ class _Node:
     ) -> Room:
         from cluster.store_metrics import client_metrics, transfer_metrics
         from decode.worker import DecodeService
-        from kvstore.client import StoreClient
-        from kvstore.staging import Staging
+        from kvstore.client.client import StoreClient
+        from kvstore.client.staging import Staging
         from prefill.worker import PrefillService
         from worker.host import WorkerHost
 
@@ -284,8 +284,8 @@ class _Node:
         from cluster.decision_file import DecisionFile
         from router.api.app import create_app
         from router.api.server import serve
-        from router.dispatch import Dispatch
-        from tracehaul.engine.text import Text
+        from router.dispatch.dispatch import Dispatch
+        from tracehaul.model.text import Text
 
         config = self._plan.config
         async with AsyncExitStack() as stack:

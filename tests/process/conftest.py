@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 import pytest
 from rich.console import Console
 
-from bench.fleet import Fleet
+from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig
 from cluster.launch import down, up
 from cluster.rundir import RunDir

@@ -17,13 +17,13 @@ from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.kvpool import Cut, HostPool, KVPool
 from tracehaul.engine.model import Model, Segment
-from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
-from tracehaul.engine.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, read_config, resolve
 from tracehaul.engine.weights import Weights, load_weights
+from tracehaul.model.model_config import ModelConfig
+from tracehaul.model.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, read_config, resolve
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
 
@@ -41,7 +41,7 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """What to run and on what."""
 
     model: str = DEFAULT_MODEL
-    """As :func:`tracehaul.engine.source.resolve` takes it."""
+    """As :func:`tracehaul.model.source.resolve` takes it."""
     cache_dir: str | None = None
     """Where a fetched default model is kept; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -403,7 +403,7 @@ def _warm_up(model: AnyModel, pool: KVPool, tokens: int, layout: KVLayout) -> No
 
 def _tokenizer(source: ModelSource) -> tuple[str, Sequence[int]]:
     """As ``tokenizer.json`` has it, and its end tokens."""
-    from tracehaul.engine.text import Text  # 5 MB of libraries that a worker without grammars does not use
+    from tracehaul.model.text import Text  # 5 MB of libraries that a worker without grammars does not use
 
     text = Text.load(source)
     return text.serialized(), text.eos_tokens
