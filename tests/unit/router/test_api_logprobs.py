@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
+from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 
 from router.api.echo import Echo
 from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script
