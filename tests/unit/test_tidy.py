@@ -39,7 +39,7 @@ LONG_FILES = {
 LONG_FUNCTIONS = {
     "bench/replay/command.py:replay_command": "a list of options",
     "cluster/cli.py:up": "a list of options",
-    "tracehaul/engine/cpu/attending.py:attend_span": "a kernel: calls would be inlined anyway, and registers are counted",
+    "tracehaul/engine/cpu/attending.py:attend_span": "a kernel, whose registers are counted",
     "tracehaul/engine/paged_attention.py:_attend": "a kernel of Triton, whose loops share what they hold in registers",
 }
 
