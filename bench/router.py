@@ -263,12 +263,12 @@ def stall(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
 def refused(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     """What calls that are far too long leave behind."""
     client = fleet.client()
-    text = prompts.characters(REFUSED_CHARACTERS)
     took_s: list[float] = []
-    before_mb = 0.0
-    for number in range(3 + scale.refused_calls):
-        if number == 3:
-            before_mb = fleet.rss_mb()
+    for tokens in [STEP_TOKENS] * 20 + [100 * STEP_TOKENS] * 2:  # what calls that are served need is not counted
+        must(client.ask(fleet.request(conversation(fleet, prompts, tokens), ANSWER_TOKENS)))
+    before_mb = fleet.rss_mb()
+    for _ in range(scale.refused_calls):
+        text = prompts.characters(REFUSED_CHARACTERS)
         answer = must(client.ask(fleet.request(fleet.opening(fleet.name(), text), ANSWER_TOKENS)), 400)
         took_s.append(answer.ended_s - answer.sent_s)
     client.poll(timeout_s=1.0)
