@@ -6,7 +6,7 @@ worker's own answer to the same step, asked without a router in the same run, is
 
 import os
 from collections.abc import Callable, Sequence
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Any
@@ -16,22 +16,25 @@ import typer
 from rich.console import Console
 
 from bench.report import Result, finish, percentile
-from bench.router_client import Answer, Client
+from bench.router_client import Answer, Client, Connection
 from bench.router_fleet import CONTEXT_MAX, WORD, Fleet, Prompts, http, router_alone
 from tracehaul.engine.source import resolve
 from tracehaul.engine.text import Text
 from tracehaul.runtime import clock
 
 ANSWER_TOKENS = 16
+WARM_UP = 20
+"""Calls that do not count."""
 REST_S = 0.05
 """After each call: what the router does once it has answered counts, too."""
 LONG_TOKENS = 90_000
-"""Where the long conversation begins; each step adds a thousandth part of 100k ten times over, so that it passes 100k
-in mid-measurement."""
+"""Where the long conversation begins: it passes 100k in the middle of what is measured."""
 STEP_TOKENS = 1000
 CONNECTIONS = 16
 STREAMS = 2000
 STREAM_PER_S = 20
+STREAM_ENDS = 10
+"""Tokens of each stream after those that count, as all end at once."""
 TOLD_WITHIN_S = 0.1
 STALL_PER_S = 50
 STALL_SIZES = {"400k": 400_000, "1m": 1_000_000, "4m": 4_000_000}
@@ -113,13 +116,8 @@ def ttft(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     """1k tokens; 100k tokens, of which the last step had 99 %; 100k tokens that nobody knows."""
     client = fleet.client()
     short, long, cold = (Cost(fleet, client) for _ in range(3))
-    for number in range(20 + scale.short_calls):
-        call = must if number < 20 else None
-        request = fleet.request(fleet.opening(fleet.name(), prompts.take(STEP_TOKENS - 50)), ANSWER_TOKENS)
-        if call is not None:
-            call(client.ask(request))
-        else:
-            short.call(request)
+    for cost in [Cost(fleet, client)] * WARM_UP + [short] * scale.short_calls:
+        cost.call(fleet.request(fleet.opening(fleet.name(), prompts.take(STEP_TOKENS - 50)), ANSWER_TOKENS))
     results = short.results("1k", fleet.trips(STEP_TOKENS, scale.short_calls))
 
     trace, messages = fleet.name(), conversation(fleet, prompts, LONG_TOKENS)
@@ -155,8 +153,6 @@ def rate(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     fleet.pin()
     client = fleet.client(CONNECTIONS)
     ended: list[float] = []
-    texts = [prompts.take(STEP_TOKENS - 50) for _ in range(100)]
-    numbers = count()
     ends_s = clock.perf_s() + 1.0
 
     def following(_: int, last: Answer | None) -> bytes | None:
@@ -164,7 +160,7 @@ def rate(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
             ended.append(must(last).ended_s)
         if clock.perf_s() > ends_s:
             return None
-        return fleet.request(fleet.opening(fleet.name(), texts[next(numbers) % len(texts)]), ANSWER_TOKENS)
+        return fleet.request(fleet.opening(fleet.name(), prompts.take(STEP_TOKENS - 50)), ANSWER_TOKENS)
 
     client.each(following)  # to warm up
     ended.clear()
@@ -186,14 +182,14 @@ def streams(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     fleet.worker.ask(do="pace", per_s=STREAM_PER_S)
     names = [fleet.name() for _ in client.connections]
     text = prompts.take(100)
-    opening = list(client.connections[:0])
+    opening: list[Connection] = []
     for name, connection in zip(names, client.connections, strict=True):
-        client.send(connection, fleet.request(fleet.opening(name, text), 1 + each, name))
+        client.send(connection, fleet.request(fleet.opening(name, text), 1 + each + STREAM_ENDS, name))
         opening.append(connection)
         while len(opening) > CONNECTIONS:
             client.poll()
             opening = [connection for connection in opening if not connection.answer.told_s]
-    while any(not connection.answer.told_s for connection in client.connections):
+    while any(not connection.answer.told_s for connection in opening):
         client.poll()
     before_s = fleet.cpu_s()
     fleet.worker.ask(do="go")
@@ -204,7 +200,7 @@ def streams(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     times = fleet.worker.ask(do="times")
     for name, connection in zip(names, client.connections, strict=True):
         due_s, sent_s = times[name]
-        told_s = must(connection.answer).told_s[1:]
+        told_s = must(connection.answer).told_s[1 : 1 + each]
         after_sent += [told - sent for told, sent in zip(told_s, sent_s, strict=False)]
         after_due += [told - due for told, due in zip(told_s, due_s, strict=False)]
     planned = STREAMS * each
@@ -214,7 +210,7 @@ def streams(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
         Result("router.streams.p50", percentile(after_due, 0.5) * 1e3, "ms"),
         Result("router.streams.p99", percentile(after_due, 0.99) * 1e3, "ms"),
         Result("router.streams.told", len(after_sent) / planned, "1"),
-        Result("router.cpu.token", cpu_s / planned * 1e6, "us"),
+        Result("router.cpu.token", cpu_s / (STREAMS * (each + STREAM_ENDS)) * 1e6, "us"),
     ]
 
 
@@ -264,7 +260,7 @@ def refused(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     """What calls that are far too long leave behind."""
     client = fleet.client()
     took_s: list[float] = []
-    for tokens in [STEP_TOKENS] * 20 + [100 * STEP_TOKENS] * 2:  # what calls that are served need is not counted
+    for tokens in [STEP_TOKENS] * WARM_UP + [100 * STEP_TOKENS] * 2:  # what calls that are served need is not counted
         must(client.ask(fleet.request(conversation(fleet, prompts, tokens), ANSWER_TOKENS)))
     before_mb = fleet.rss_mb()
     for _ in range(scale.refused_calls):
@@ -342,7 +338,7 @@ def forget(client: Client, names: Sequence[str]) -> None:
 
 FIGURES: dict[str, tuple[Callable[[Fleet, Prompts, Scale], list[Result]], int]] = {
     "ttft": (ttft, 400_000),
-    "rate": (rate, 110_000),
+    "rate": (rate, 400_000),
     "streams": (streams, 10_000),
     "stall": (stall, 1_100_000),
     "refused": (refused, 1_100_000),
