@@ -2,16 +2,17 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from router.fleet.pools import Pool, pools_of, refusal
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import WrongNode
+from tracehaul.wire.errors import WrongNode, WrongPool
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 
@@ -44,12 +45,18 @@ class _Member:
 
 
 class MemberRegistry:
-    """The router's rpc service. ``on_change`` is called with the full list after each join and leave."""
+    """The router's rpc service. ``on_change`` is called with the full list after each join and leave.
 
-    def __init__(self, on_change: Callable[[tuple[NodeInfo, ...]], None]) -> None:
+    ``models``: what each pool serves, by the pool's name; empty: whatever its first worker says.
+    """
+
+    def __init__(
+        self, on_change: Callable[[tuple[NodeInfo, ...]], None], models: Mapping[str, str] | None = None
+    ) -> None:
         self._members: dict[NodeId, _Member] = {}
         self._version = 0
         self._on_change = on_change
+        self._models = dict(models or {})
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -79,6 +86,10 @@ class MemberRegistry:
         before = self._members.get(info.node)
         if before is not None and before.info.generation > info.generation:
             raise WrongNode(f"{info.node} lives on as generation {before.info.generation}: this one is fenced")
+        why = refusal(info, self.infos(), self._models)
+        if why is not None:
+            log.error("%s", why)
+            raise WrongPool(why)
         member = _Member(info, NodeLoad(), clock.now_s())
         self._members[info.node] = member
         if before is not None:
@@ -107,8 +118,12 @@ class MemberRegistry:
         """Members that are about to leave, by name."""
         return tuple(node for node in sorted(self._members) if self._members[node].load.draining)
 
-    def live(self, role: str) -> list[NodeInfo]:
-        """Members of a role that may get new work, by name."""
+    def pools(self) -> dict[str, Pool]:
+        """Those with a decode worker that may get new work, by the name that clients call their models by."""
+        return pools_of(self.live("decode"))
+
+    def live(self, role: str, pool: str | None = None) -> list[NodeInfo]:
+        """Members of a role, and of a pool if one is named, that may get new work, by name."""
         now_s = clock.now_s()
         members = [self._members[node] for node in sorted(self._members)]
         for member in members:
@@ -118,7 +133,10 @@ class MemberRegistry:
         return [
             member.info
             for member in members
-            if member.info.role == role and now_s - member.heard_s < SUSPECT_AFTER_S and not member.load.draining
+            if member.info.role == role
+            and pool in (None, member.info.pool)
+            and now_s - member.heard_s < SUSPECT_AFTER_S
+            and not member.load.draining
         ]
 
     def load(self, node: NodeId) -> NodeLoad:
