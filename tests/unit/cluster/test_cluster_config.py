@@ -105,7 +105,7 @@ def test_a_slot_holds_a_block_in_whole_pages():
     assert store.slot_bytes % 4096 == 0
     assert LAYOUT.block_bytes <= store.slot_bytes < LAYOUT.block_bytes + 4096
     with pytest.raises(ClusterFault, match="--store-bytes"):
-        store_config(ClusterConfig(store_bytes=1 << 20), KVLayout("m", "float32", 80, 8, 128, 4, block_tokens=256))
+        store_config(ClusterConfig(store_bytes=1 << 20), [KVLayout("m", "float32", 80, 8, 128, 4, block_tokens=256)])
 
 
 def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_path: Path):
