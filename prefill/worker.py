@@ -6,7 +6,7 @@ from contextlib import aclosing
 from tracehaul.rpc.base import CallContext
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.errors import WrongNode
-from tracehaul.wire.hashing import unpack_tokens
+from tracehaul.wire.hashing import token_count
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
 from worker.context import Context
@@ -33,10 +33,10 @@ class PrefillService:
         if request.root != self._host.root:
             raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
-        tokens = unpack_tokens(request.tokens)
-        async with self._host.context(request.trace, request.family, request.salt, tokens, len(tokens)) as here:
+        packed, tokens = request.tokens, token_count(request.tokens)
+        async with self._host.context(request.trace, request.family, request.salt, packed, tokens) as here:
             await here.locate()
-            await here.pull(len(tokens) - 1)
+            await here.pull(tokens - 1)
             await self.flights.join(here)
             with self.flights.lead(here) as flight:
                 async with aclosing(self._compute(request, here, flight)) as replies:

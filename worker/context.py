@@ -1,6 +1,7 @@
 """One step's context on this worker: a sequence, what it holds, and where the rest of it comes from."""
 
 import asyncio
+from array import array
 from dataclasses import dataclass
 
 from kvstore.client.client import StoreClient
@@ -9,7 +10,7 @@ from tracehaul.engine.base import Engine, SequenceId
 from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, tail_candidates
+from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, tail_candidates, token_array
 from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
 
@@ -42,7 +43,6 @@ class Context:
         arrival: int,
         came_s: float,
         salt: str,
-        tokens: list[int],
         packed: bytes,
         hashes: list[BlockHash],
         sequence: SequenceId,
@@ -56,8 +56,10 @@ class Context:
         self.came_s = came_s
         """When its step counts as having come: the first of its family did."""
         self.salt = salt
-        self.tokens = tokens
+        self.tokens: array[int] = token_array(packed)
+        """Grows with the output."""
         self.packed = packed
+        """What it began with, as it came."""
         self.sequence = sequence
         self.resident_tokens = resident_tokens
         """What it held when it was opened."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,7 +81,7 @@ class Job:
     came_s: float
     """When it counts as having come."""
     sequence: SequenceId
-    tokens: list[int]
+    tokens: "array[int]"
     sampling: Sampling
     emitted: int
     """Output tokens at the end of ``tokens`` when the job starts, and since."""

@@ -233,6 +233,7 @@ class Generation:
             max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
             said = prompt.encoded.text if chat and prompt.encoded is not None else None
             constraint = self._forms.constraint(form, said)
+            packed = prompt.ids.tobytes()
             for k in range(opts.n):
                 reader = None if said is None else self._forms.reader(form, said, f"{head.id}-{len(steps)}")
                 readings.append((self._forms.stream(form), reader))
@@ -242,7 +243,7 @@ class Generation:
                         # Prompts that share nothing but a call are traces of their own.
                         trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
                         parent=identity.parent,
-                        prompt=prompt.ids,
+                        prompt=packed,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k), constraint),
                         # Once for all choices of a prompt.
                         prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
@@ -255,11 +256,12 @@ class Generation:
                 )
         echoes = [Echo(self._text, prompt, scored=opts.logprobs is not None) for prompt in prompts] if opts.echo else []
         if chat:
-            shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
+            shape = ChatShape(head, self._text, prompts[0].ids.tolist() if opts.return_token_ids else None)
         else:
-            ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
+            told = [prompt.ids.tolist() for prompt in prompts] if opts.return_token_ids else []
+            ids = [ids for ids in told for _ in range(opts.n)]
             each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
-            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
+            shape = TextShape(head, self._text, ids or None, each)
         memory = None if identity.final else (opts.salt, identity.trace)
         return Call(opts, prompts, steps, shape, readings, memory, echoes)
 

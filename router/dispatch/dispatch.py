@@ -129,7 +129,7 @@ class Dispatch:
             request.parent,
             request.step,
             clock.now_s(),
-            prompt_tokens=len(request.prompt),
+            prompt_tokens=request.prompt_tokens,
             tools=request.tools,
             agent=request.agent,
         )
@@ -225,7 +225,7 @@ class Dispatch:
         decodes = self.members.live("decode")
         if not decodes:
             raise Unavailable("no decode worker is ready")
-        tokens = len(run.request.prompt) + len(run.emitted)
+        tokens = run.request.prompt_tokens + len(run.emitted)
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
         run.cut(decodes[0])
@@ -270,7 +270,7 @@ class Dispatch:
         expected = self._predicted.match(run.hashes, now_s)
         ask = Ask(
             trace=run.request.trace,
-            prompt_tokens=len(run.request.prompt) + len(run.emitted),
+            prompt_tokens=run.request.prompt_tokens + len(run.emitted),
             stored=self._stored(stored, run.block_tokens),
             warm=run.warm,
             home=run.trace.home,
@@ -300,7 +300,7 @@ class Dispatch:
             step=run.request.step,
             decode=placement.decode.node,
             reason=placement.reason,
-            prompt_tokens=len(run.request.prompt),
+            prompt_tokens=run.request.prompt_tokens,
             indexed_tokens=stored_tokens,
             warm=warm.node if warm is not None else None,
             warm_tokens=warm.retained_tokens if warm is not None else 0,
@@ -323,7 +323,7 @@ class Dispatch:
             step=request.step,
             trace=request.trace,
             root=info.root,
-            prompt=run.packed,
+            prompt=request.prompt,
             emitted=pack_tokens(run.emitted),
             salt=request.salt,
             home=placement.home,
@@ -351,11 +351,11 @@ class Dispatch:
                         self._relief.leave(run, placement)
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
-                        retained = len(request.prompt) + len(run.emitted) - 1
+                        retained = request.prompt_tokens + len(run.emitted) - 1
                         if usage is None:
                             yield Output(tokens, logprobs=logprobs)
                         else:
-                            run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
+                            run.published_tokens = request.prompt_tokens  # before it is told, the prompt is written
                             yield Output(tokens, run.account(usage), run.hits(), logprobs)
                     case StepDone(reason, usage, retained_tokens, published_tokens):
                         retained, run.published_tokens = retained_tokens, published_tokens

@@ -37,8 +37,6 @@ class Run:
         self.request = request
         self.trace = trace
         self.step = step
-        self.packed = pack_tokens(request.prompt)
-        """The prompt in wire form."""
         self.emitted: list[int] = []
         self.scored_tokens = 0
         """Of the prompt, told in this or an earlier attempt."""
@@ -80,7 +78,7 @@ class Run:
         if root == self._root:
             return
         self._root, self.block_tokens = root, worker.block_tokens
-        self._cut = cut(root, self.packed, worker.block_tokens, self._lefts)
+        self._cut = cut(root, self.request.prompt, worker.block_tokens, self._lefts)
         left = self._cut.left
         if left is None:
             return
@@ -105,7 +103,7 @@ class Run:
         self.step.decode, self.step.prefill = placement.decode.node, placement.prefill
         if self._expected is not None:
             return
-        left, longest = self._cut.left, len(self.request.prompt) - 1  # the last token is always computed
+        left, longest = self._cut.left, self.request.prompt_tokens - 1  # the last token is always computed
         self._warm_gone = self.warm is not None and not warm_lives
         self._expected = Expected(
             # A prompt to be scored is computed whatever there is of it.
@@ -119,7 +117,7 @@ class Run:
 
     def account(self, usage: StepUsage) -> StepUsage:
         """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
-        before = len(self.request.prompt)
+        before = self.request.prompt_tokens
         if self.usage is not None:
             before = self.usage.computed_from
         elif self._attempts > 1 and self._expected is not None:
@@ -131,7 +129,7 @@ class Run:
     @property
     def prompt_logprobs(self) -> int | None:
         """What the next attempt has to tell of the prompt; None where all of it was told."""
-        return self.request.prompt_logprobs if self.scored_tokens < len(self.request.prompt) - 1 else None
+        return self.request.prompt_logprobs if self.scored_tokens < self.request.prompt_tokens - 1 else None
 
     def scored(self, before: int, scores: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
         """What is new in an attempt's ``scores``, which follow ``before`` others of it: it began anew."""
@@ -147,7 +145,7 @@ class Run:
         self.step.hits = attribute(
             self._expected,
             Outcome(
-                delivered=min(usage.computed_from, len(self.request.prompt)),
+                delivered=min(usage.computed_from, self.request.prompt_tokens),
                 missed_blocks=usage.missed_blocks,
                 prefill_failed=usage.prefill_fallback != "",
                 worker_failed=bool(self.avoid),
@@ -161,15 +159,15 @@ class Run:
         """Why nothing may follow what was emitted; None if something must."""
         if not self.emitted:
             return None
-        length = len(self.request.prompt) + len(self.emitted)
+        length = self.request.prompt_tokens + len(self.emitted)
         return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
 
     def left(self) -> Left | None:
         """The step ended: what it leaves to the next; None if it computed nothing."""
         if not self.emitted:
             return None
-        packed = self.packed + pack_tokens(self.emitted[:-1])
-        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, len(self.request.prompt))
+        packed = self.request.prompt + pack_tokens(self.emitted[:-1])
+        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, self.request.prompt_tokens)
         return Left(self.step.step, self._root, self.block_tokens, packed, hashes, self.published_tokens, self.warm)
 
     # --- what others decide -----------------------------------------------------------------------------------

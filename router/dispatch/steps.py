@@ -8,6 +8,7 @@ import msgspec
 from router.fleet.members import NodeStatus
 from router.traces.book import Book
 from router.traces.hits import Hits
+from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
 
@@ -20,7 +21,8 @@ class StepRequest(msgspec.Struct, frozen=True):
     """Given by the client, or made up by the API: one trace per unrelated call."""
     parent: TraceId | None
     """The trace this one was forked from, if the client says so."""
-    prompt: list[int]
+    prompt: bytes
+    """Packed, as it travels: see :func:`tracehaul.wire.hashing.pack_tokens`."""
     sampling: Sampling
     prompt_logprobs: int | None = None
     """Tell the prompt's logprobs, with so many of the likeliest tokens: nothing cached can be used for it."""
@@ -34,6 +36,11 @@ class StepRequest(msgspec.Struct, frozen=True):
     """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
     agent: str = ""
     """Names the kind of agent, as far as the call tells: see :class:`router.traces.registry.Trace`."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return token_count(self.prompt)
 
 
 class Output(msgspec.Struct, frozen=True):

@@ -7,7 +7,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 
 from router.api.echo import Echo
 from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script
@@ -15,6 +14,8 @@ from router.api.logprobs import Mark, chat_logprobs, text_logprobs
 from router.api.prompts import Prompt
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.traces.texts import Encoded
+from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage, TokenLogprobs
 
 USAGE = StepUsage()
@@ -31,7 +32,7 @@ def speak(tokens: Sequence[int], *, at_once: int = 1) -> Any:
     def script(request: StepRequest) -> Script:
         items: list[Any] = []
         if request.prompt_logprobs is not None:
-            scores = [told(token, request.prompt_logprobs) for token in request.prompt[1:]]
+            scores = [told(token, request.prompt_logprobs) for token in unpack_tokens(request.prompt)[1:]]
             items += [Output([], prompt_logprobs=scores[:2]), Output([], prompt_logprobs=scores[2:])]
         top = request.sampling.logprobs
         for start in range(0, len(tokens), at_once):

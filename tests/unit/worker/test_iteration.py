@@ -1,6 +1,7 @@
 """The iteration loop: whom it keeps waiting."""
 
 import asyncio
+from array import array
 from collections.abc import Coroutine
 from typing import Any
 
@@ -30,7 +31,9 @@ class Bed:
         sequence = self.engine.open(256)
         assert sequence is not None
         sampling = Sampling(max_tokens=samples, temperature=0.0)
-        return Job(int(sequence), clock.now_s(), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
+        return Job(
+            int(sequence), clock.now_s(), SequenceId(sequence), array("I", [1] * tokens), sampling, 0, samples, 0
+        )
 
 
 def play(case: Coroutine[Any, Any, None], bed: Bed) -> None:
