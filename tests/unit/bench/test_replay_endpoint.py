@@ -25,8 +25,8 @@ from router.api import ApiConfig, create_app
 from router.api.fakes import FakeDispatcher, FakeText, Script
 from router.dispatch.steps import Finished, Output, StepRequest
 from tracehaul.runtime.offload import InlineOffload
-from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.errors import Overloaded
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage
 
 TARGET = Target("http://test", block_tokens=4)

@@ -12,10 +12,10 @@ from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place, relieves
 from sim import loop as virtual
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import ASSUMED, NodeInfo, NodeLoad, Rates, WorkerLimits
 from tracehaul.wire.ids import Generation, NodeId, TraceId
 from worker.iteration import IterationLoop
-from worker.rates import ASSUMED, RateMeter, Rates, compute_s
+from worker.rates import RateMeter, compute_s
 from worker.scheduler import Scheduler
 
 G = Generation(7)
@@ -25,12 +25,16 @@ MUCH = 100_000
 
 
 def fleet(role: str, *changes: dict[str, Any]) -> Fleet:
-    """A worker for each entry: changed rates, ``free`` tokens."""
+    """A worker for each entry: changed rates, ``free`` tokens, missing tokens that are ``local`` in any case."""
     made = Fleet()
-    infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1") for n in range(len(changes))]
+    infos = [
+        NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=WorkerLimits(local_prefill_tokens=told))
+        for n, told in enumerate(change.get("local", 256) for change in changes)
+    ]
     loads = [
         NodeLoad(
-            **(RATES._asdict() | {k: v for k, v in change.items() if k != "free"}), free_tokens=change.get("free", MUCH)
+            **(RATES._asdict() | {k: v for k, v in change.items() if k not in ("free", "local")}),
+            free_tokens=change.get("free", MUCH),
         )
         for change in changes
     ]
@@ -222,6 +226,25 @@ def test_the_rules_to_compare_with() -> None:
     assert fresh == {decode(0), decode(2)}
     gone = choose(decodes, policy="sticky", warm=warm(9))
     assert gone.reason == "its worker is gone"
+
+
+def test_each_worker_computes_as_much_itself_as_it_announced() -> None:
+    prefills = fleet("prefill", {})
+    for node, local in ((0, 99), (1, 100)):
+        decodes = fleet("decode", {"local": 99}, {"local": 100})
+        placed = choose(decodes, prefills, prompt_tokens=100, asked=NodeId(f"decode-{node}"))
+        assert placed.decode == decode(node)
+        assert (placed.queued is None) == (local >= 100)
+        assert (placed.decode_work_s > 0) == (local >= 100)
+
+
+def test_what_a_worker_announced_counts_until_it_says_more() -> None:
+    told = NodeInfo(NodeId("decode-0"), G, "decode", "x:1", rates=RATES)
+    made = Fleet()
+    made.sync([told], [NodeLoad()])
+    assert made.token_s[0] == RATES.token_s
+    made.sync([told], [NodeLoad(token_s=5.0)])
+    assert made.token_s[0] == 5.0
 
 
 def test_idle_workers_share_traces() -> None:

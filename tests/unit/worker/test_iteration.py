@@ -11,9 +11,10 @@ from sim import loop as virtual
 from tracehaul.engine.base import SequenceId
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.runtime import clock
+from tracehaul.wire.cluster import ASSUMED
 from tracehaul.wire.steps import Sampling
 from worker.iteration import Computed, IterationLoop, Job, Sampled
-from worker.rates import ASSUMED, RateMeter
+from worker.rates import RateMeter
 from worker.scheduler import Scheduler
 
 ITERATION_S = 1.0
