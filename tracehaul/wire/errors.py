@@ -52,10 +52,10 @@ class PeerLost(ClusterError):
     retriable = True
 
 
-class DeadlineExceeded(ClusterError):
+class TimedOut(ClusterError):
     """A peer did not answer in time (slow, frozen, or cut off): try another node."""
 
-    code = "deadline_exceeded"
+    code = "timed_out"
     retriable = True
 
 
@@ -95,7 +95,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         Unavailable,
         Overloaded,
         PeerLost,
-        DeadlineExceeded,
+        TimedOut,
         WrongNode,
         ProtocolError,
         TransferError,
