@@ -6,9 +6,10 @@ from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.deadline import deadline_at, left_s, until
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Members, NodeInfo
-from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, ProtocolError, WrongNode
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest, PeerLost, ProtocolError, WrongNode
 from tracehaul.wire.hashing import pack_tokens, token_count
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
@@ -112,6 +113,7 @@ class _Step:
         self._call = call
         self._prompt_tokens = token_count(request.prompt)
         self._computed_from = self._prompt_tokens
+        self._deadline_s = deadline_at(request.deadline_in_s)
         self._first: Context | None = None
         """Where it began: what a suspended step pulls again is no part of its account."""
         self._scored = 0
@@ -134,7 +136,9 @@ class _Step:
         while True:
             length = token_count(packed)
             room = length + min(self._left(length), self._host.config.headroom_tokens)
-            async with self._host.context(request.trace, request.family, request.salt, packed, room, suspended) as here:
+            async with self._host.context(
+                request.trace, request.family, request.salt, packed, room, suspended, deadline_s=self._deadline_s
+            ) as here:
                 async with aclosing(self._run_on(here)) as replies:
                     async for reply in replies:
                         yield reply
@@ -223,6 +227,10 @@ class _Step:
             sampling=request.sampling,
             emitted=emitted,
             family=request.family,
+            tenant=request.tenant,
+            step_class=request.step_class,
+            priority=request.priority,
+            deadline_in_s=left_s(self._deadline_s),
         )
         try:
             prefill = self._prefills.get(request.prefill)
@@ -232,7 +240,7 @@ class _Step:
                 prefill.address, step, idle_timeout_s=self._host.config.prefill_idle_timeout_s, context=self._call
             )
             async with aclosing(replies):
-                async for reply in replies:
+                while (reply := await self._next(replies)) is not None:
                     match reply:
                         case PrefillProgress(published) | PrefillDone(published):
                             self._published_tokens = published
@@ -247,11 +255,17 @@ class _Step:
                             yield self._token(here, token, logprobs)
                         case _:
                             raise ProtocolError(f"{prefill.node} answered a prefill with {type(reply).__name__}")
+        except DeadlineExceeded:
+            raise
         except ClusterError as error:
             self._fallback = error.code
             self._computed_from = min(self._computed_from, before)
             self._host.stats.prefill_fallbacks += 1
             log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
+
+    async def _next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
+        async with until(self._deadline_s):
+            return await anext(replies, None)
 
     async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
         """Compute what is still missing, then one token after the other, until the step ends or is suspended."""
@@ -259,7 +273,7 @@ class _Step:
             self._host.engine.truncate(here.sequence, here.length - 1)
         self._computed_from = min(self._computed_from, here.length)
         emitted = len(here.tokens) - self._prompt_tokens
-        guide = await self._host.guide(self._request.sampling, here.tokens[self._prompt_tokens :])
+        guide = await self._host.guide(self._request.sampling, here.tokens[self._prompt_tokens :], self._deadline_s)
         job = Job(
             arrival=here.arrival,
             came_s=here.came_s,
@@ -269,6 +283,7 @@ class _Step:
             emitted=emitted,
             samples_max=self._request.sampling.max_tokens - emitted,
             computed=here.length,
+            deadline_s=self._deadline_s,
             guide=guide,
             copying=here.copying,
             scores_top=self._request.prompt_logprobs if self._scores else None,

@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
+from tracehaul.runtime.deadline import deadline_at
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.errors import WrongNode
 from tracehaul.wire.hashing import token_count
@@ -34,7 +35,10 @@ class PrefillService:
             raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
         packed, tokens = request.tokens, token_count(request.tokens)
-        async with self._host.context(request.trace, request.family, request.salt, packed, tokens) as here:
+        deadline_s = deadline_at(request.deadline_in_s)
+        async with self._host.context(
+            request.trace, request.family, request.salt, packed, tokens, deadline_s=deadline_s
+        ) as here:
             await here.locate()
             await here.pull(tokens - 1)
             await self.flights.join(here)
@@ -50,7 +54,7 @@ class PrefillService:
         self, request: PrefillStep, here: Context, flight: Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
         computed_from, end = here.length, len(here.tokens)
-        guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
+        guide = await self._host.guide(request.sampling, here.tokens[end - request.emitted :], here.deadline_s)
         job = Job(
             arrival=here.arrival,
             came_s=here.came_s,
@@ -60,6 +64,7 @@ class PrefillService:
             emitted=request.emitted,
             samples_max=1,
             computed=here.length,
+            deadline_s=here.deadline_s,
             guide=guide,
             copying=here.copying,
         )

@@ -9,7 +9,7 @@ import msgspec
 
 from kvstore.client.client import StoreClient
 from tracehaul.engine.base import Engine, Guide, SequenceId
-from tracehaul.runtime import clock
+from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
@@ -112,6 +112,8 @@ class WorkerHost:
         packed: bytes,
         capacity: int,
         suspended: Context | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[Context]:
         """A context with room for ``capacity`` tokens, starting from what is resident; waits for memory.
 
@@ -122,7 +124,9 @@ class WorkerHost:
         Raises:
             ContextTooLong: ``capacity`` can never fit.
             Overloaded: too many steps wait already.
+            DeadlineExceeded: the deadline has passed, before or while it waited.
         """
+        deadline.check(deadline_s)
         longest = usable_context(self.engine.info)
         if token_count(packed) >= longest:
             raise ContextTooLong(f"{token_count(packed)} tokens do not fit {longest}")
@@ -134,11 +138,11 @@ class WorkerHost:
             self.stats.suspended_steps += 1
         await self._end_recall(trace, salt)
         sequence, resident_tokens, known = await self._acquire(
-            arrival, trace, salt, packed, capacity, may_refuse=suspended is None
+            arrival, trace, salt, packed, capacity, deadline_s, may_refuse=suspended is None
         )
         self._running += 1
         came_s = self._families.join((salt, family), clock.now_s() if suspended is None else suspended.came_s)
-        context = self._context(arrival, salt, packed, known, sequence, resident_tokens, came_s)
+        context = self._context(arrival, salt, packed, known, sequence, resident_tokens, came_s, deadline_s)
         try:
             yield context
         finally:
@@ -227,6 +231,7 @@ class WorkerHost:
         sequence: SequenceId,
         resident_tokens: int,
         came_s: float = 0.0,
+        deadline_s: float | None = None,
     ) -> Context:
         return Context(
             self.engine,
@@ -234,6 +239,7 @@ class WorkerHost:
             self.config,
             arrival=arrival,
             came_s=came_s,
+            deadline_s=deadline_s,
             salt=salt,
             packed=packed,
             hashes=self._chain(salt, packed, known, resident_tokens),
@@ -241,13 +247,17 @@ class WorkerHost:
             resident_tokens=resident_tokens,
         )
 
-    async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
+    async def guide(self, sampling: Sampling, output: Sequence[int], deadline_s: float | None) -> Guide | None:
         """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
 
         Raises:
             InvalidRequest: the constraint cannot be used here.
+            DeadlineExceeded: the deadline has passed.
         """
-        return None if sampling.constraint is None else await self.engine.guide(sampling.constraint, output)
+        if sampling.constraint is None:
+            return None
+        async with deadline.until(deadline_s):
+            return await self.engine.guide(sampling.constraint, output)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
@@ -312,12 +322,21 @@ class WorkerHost:
         return True
 
     async def _acquire(
-        self, arrival: int, trace: TraceId, salt: str, packed: bytes, capacity: int, *, may_refuse: bool
+        self,
+        arrival: int,
+        trace: TraceId,
+        salt: str,
+        packed: bytes,
+        capacity: int,
+        deadline_s: float | None,
+        *,
+        may_refuse: bool,
     ) -> Acquired:
         """Wait for a sequence: what runs comes first, then who came first.
 
         Raises:
             Overloaded: ``may_refuse``, and too many wait already.
+            DeadlineExceeded: it has not got any by then.
         """
         acquired = self._try_acquire(arrival, trace, salt, packed, capacity)
         if acquired is not None:
@@ -326,10 +345,11 @@ class WorkerHost:
             raise Overloaded(f"{len(self._line)} steps wait for KV memory")
         self._line.join(arrival)
         try:
-            while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
-                self._cut_recalls()
-                self._room.clear()
-                await self._room.wait()
+            async with deadline.until(deadline_s):
+                while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
+                    self._cut_recalls()
+                    self._room.clear()
+                    await self._room.wait()
             return acquired
         finally:
             self._line.leave(arrival)

@@ -11,12 +11,13 @@ from router.policy.placement import Placement
 from router.traces.contexts import Cut, Left, cut
 from router.traces.hits import Expected, Hits, Outcome, attribute
 from router.traces.registry import Step, Trace
+from tracehaul.runtime import deadline
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash
 from tracehaul.wire.messages import Reply
-from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
+from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
 
 
 class BetterPlace(Exception):
@@ -88,6 +89,28 @@ class Run:
             # A worker gives another trace's context only to who continues all of it.
             if not self.forks or kept == left.warm.retained_tokens:
                 self.warm = Warm(left.warm.node, left.warm.generation, kept)
+
+    def message(self, worker: NodeInfo, placement: Placement) -> DecodeStep:
+        """What that worker is told."""
+        request = self.request
+        return DecodeStep(
+            step=request.step,
+            trace=request.trace,
+            root=worker.root,
+            prompt=request.prompt,
+            emitted=pack_tokens(self.emitted),
+            salt=request.salt,
+            home=placement.home,
+            prefill=placement.prefill,
+            sampling=request.sampling,
+            family=self.trace.parent or request.trace,
+            pull_tokens=placement.pull_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            tenant=request.tenant,
+            step_class=request.step_class,
+            priority=request.priority,
+            deadline_in_s=deadline.left_s(request.deadline_s),
+        )
 
     def takes(self, placement: Placement) -> Left | None:
         """The parent's context, if this step continues it there on the worker that kept it: nobody else can then."""
@@ -177,28 +200,30 @@ class Run:
 
         Raises:
             TraceDeleted: :meth:`stop` was called, before or meanwhile.
+            DeadlineExceeded: the step's deadline has passed, before or meanwhile.
             BetterPlace: :meth:`move` was called meanwhile.
             ClusterError: what ``replies`` raises.
         """
         deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
         if self.trace.deleted:
             raise deleted
+        deadline.check(self.request.deadline_s)
         try:
-            async with asyncio.timeout(None) as self._waiting:
+            async with asyncio.timeout_at(self.request.deadline_s) as self._waiting:
                 return await anext(replies, None)
         except TimeoutError:
-            raise (deleted if self.trace.deleted else self._better or deleted) from None
+            raise (deleted if self.trace.deleted else self._better or deadline.exceeded()) from None
         finally:
             self._waiting = self._better = None
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(0.0)
 
     def move(self, prefill: Key, wait_s: float, cost_s: float) -> None:
         """Place it anew, from another task, if it waits for that worker: see :class:`BetterPlace`."""
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():
             self.leaves.add(prefill)
             self._better = BetterPlace(wait_s, cost_s)
             self._waiting.reschedule(0.0)

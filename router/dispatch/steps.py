@@ -10,7 +10,7 @@ from router.traces.book import Book
 from router.traces.hits import Hits
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import NodeId, StepId, TraceId
-from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
+from tracehaul.wire.steps import FinishReason, Sampling, StepClass, StepUsage, TokenLogprobs
 
 
 class StepRequest(msgspec.Struct, frozen=True):
@@ -28,6 +28,13 @@ class StepRequest(msgspec.Struct, frozen=True):
     """Tell the prompt's logprobs, with so many of the likeliest tokens: nothing cached can be used for it."""
     salt: str = ""
     """Keeps tenants' blocks apart."""
+    tenant: str = ""
+    """Who asks, and whom it counts for."""
+    step_class: StepClass = "standard"
+    priority: int = 0
+    """Among steps of one class; higher goes first."""
+    deadline_s: float | None = None
+    """When it ends, by this process's clock, whatever it has: see :mod:`tracehaul.runtime.deadline`."""
     decode: NodeId | None = None
     """Run it on this worker if it is there: for operators and measurements."""
     final: bool = False
@@ -80,7 +87,7 @@ class Dispatcher(Protocol):
         """Output as it comes, then one :class:`Finished`. Closing the generator aborts the step everywhere.
 
         Raises (while iterating; before the first Output nothing was computed for good):
-            ContextTooLong, Unavailable, Overloaded, ClusterError.
+            ContextTooLong, Unavailable, Overloaded, DeadlineExceeded, ClusterError.
         """
         ...
 

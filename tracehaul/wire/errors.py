@@ -59,6 +59,12 @@ class TimedOut(ClusterError):
     retriable = True
 
 
+class DeadlineExceeded(ClusterError):
+    """The step's own deadline has passed: nobody may do anything more for it."""
+
+    code = "deadline_exceeded"
+
+
 class WrongNode(ClusterError):
     """The peer is not what the caller takes it for (other role, other generation): refresh membership."""
 
@@ -96,6 +102,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         Overloaded,
         PeerLost,
         TimedOut,
+        DeadlineExceeded,
         WrongNode,
         ProtocolError,
         TransferError,
