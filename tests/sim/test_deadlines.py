@@ -11,6 +11,7 @@ import pytest
 from prefill.worker import PrefillService
 from router.dispatch.dispatch import Dispatch
 from router.dispatch.steps import StepRequest
+from router.traces.decisions import Ended
 from sim import loop as virtual
 from sim.faults import FaultPlan
 from sim.nodes import Life
@@ -23,6 +24,7 @@ from tracehaul.wire.errors import DeadlineExceeded
 from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.steps import DecodeStep, PrefillStep, Sampling
+from worker.flights import Flights
 from worker.host import WorkerHost
 
 SEED = 3
@@ -98,6 +100,7 @@ def test_a_step_that_waits_for_memory_ends_and_leaves_the_line() -> None:
             await waiting
             assert (host.load().waiting, host.engine.free_tokens) == (0, free)
             await ends_at(0.0, wait(-1.0))
+        await ends_at(0.0, wait(-1.0))  # though there is memory now
         # What ended stands in nobody's way.
         async with host.context(trace, trace, "", pack_tokens(OTHER), 100):
             assert host.load().running == 1
@@ -110,7 +113,7 @@ def test_what_is_past_its_deadline_is_not_computed(local_tokens: int) -> None:
     async def test(world: World) -> None:
         await ends_at(0.0, ask(world, with_deadline(request("late", LONG), 0.0)))
         assert computed(world) == 0
-        assert dispatch_of(world).stats.steps_moved == 0
+        assert [type(entry.decision) for entry in dispatch_of(world).decisions.of(("", TraceId("t")))] == [Ended]
 
     in_world(test, local_tokens=local_tokens)
 
@@ -163,6 +166,27 @@ def test_everything_travels_to_both_workers_with_what_is_left_of_the_time(monkey
     in_world(test)
 
 
+async def play(world: World, in_s: float, prefill: str | None) -> None:
+    """A step straight to a decode worker, from a caller that leaves the deadline to it."""
+    life, root = life_of(world, "decode-0"), host_of(world, "decode-0").root
+    step = DecodeStep(
+        step=StepId("s"),
+        trace=TraceId("t"),
+        root=root,
+        prompt=pack_tokens(PROMPT),
+        emitted=b"",
+        salt="",
+        home=None,
+        prefill=None if prefill is None else NodeId(prefill),
+        sampling=LONG,
+        family=TraceId("t"),
+        deadline_in_s=in_s,
+    )
+    async with aclosing(Peers(world.network.at("test:1")).stream(life.address, step, idle_timeout_s=60)) as replies:
+        async for _ in replies:
+            pass
+
+
 def test_a_decode_worker_does_not_wait_for_a_frozen_prefill_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     async def freeze(self: PrefillService, told: Any, context: Any) -> AsyncGenerator[Any, None]:
         await asyncio.sleep(1000)
@@ -171,28 +195,79 @@ def test_a_decode_worker_does_not_wait_for_a_frozen_prefill_worker(monkeypatch: 
     monkeypatch.setattr(PrefillService, "stream", freeze)
 
     async def test(world: World) -> None:
-        life, host = life_of(world, "decode-0"), host_of(world, "decode-0")
-        step = DecodeStep(
-            step=StepId("s"),
-            trace=TraceId("t"),
-            root=host.root,
-            prompt=pack_tokens(PROMPT),
-            emitted=b"",
-            salt="",
-            home=None,
-            prefill=NodeId("prefill-0"),
-            sampling=LONG,
-            family=TraceId("t"),
-            deadline_in_s=2.0,
+        await ends_at(2.0, play(world, 2.0, "prefill-0"))
+        assert computed(world) == 0, "nothing is computed in its place"
+        assert host_of(world, "decode-0").stats.prefill_fallbacks == 0
+        idle(world)
+
+    in_world(test)
+
+
+@pytest.mark.parametrize("prefill", ["prefill-0", None])
+def test_workers_end_a_step_by_themselves(prefill: str | None) -> None:
+    async def test(world: World) -> None:
+        # Its prompt takes some 40 ms and each token 5, and what was computed is written back at the end.
+        with pytest.raises(DeadlineExceeded):
+            await play(world, 0.1, prefill)
+        idle(world)
+        assert computed(world) < len(PROMPT) + LONG.max_tokens - 10
+
+    in_world(test)
+
+
+def test_a_prefill_worker_ends_a_step_by_itself() -> None:
+    async def test(world: World) -> None:
+        life, host = life_of(world, "prefill-0"), host_of(world, "prefill-0")
+        trace = TraceId("t")
+        step = PrefillStep(
+            StepId("s"), trace, host.root, pack_tokens(PROMPT), "", None, LONG, 0, trace, deadline_in_s=0.01
         )
 
-        async def play() -> None:
-            async with aclosing(Peers(world.network.at("test:1")).stream(life.address, step, idle_timeout_s=60)) as got:
-                async for _ in got:
+        async def ask_it() -> None:
+            stream = Peers(world.network.at("test:1")).stream(life.address, step, idle_timeout_s=60)
+            async with aclosing(stream) as replies:
+                async for _ in replies:
                     pass
 
-        await ends_at(2.0, play())
-        assert computed(world) == 0, "nothing is computed in its place"
+        with pytest.raises(DeadlineExceeded):
+            await ask_it()
+        assert computed(world) == host.config.chunk_tokens, "the chunk that was under way, and no other"
         idle(world)
+
+    in_world(test)
+
+
+def test_a_step_waits_for_what_another_computes_no_longer_than_it_may() -> None:
+    async def test(world: World) -> None:
+        host, flights = host_of(world, "decode-0"), Flights()
+        one, two = TraceId("one"), TraceId("two")
+        async with host.context(one, one, "", pack_tokens(PROMPT), 100) as first:
+            with flights.lead(first):
+                end_s = clock.now_s() + 1.0
+                async with host.context(two, two, "", pack_tokens(PROMPT), 100, deadline_s=end_s) as second:
+                    await ends_at(1.0, flights.join(second))
+
+    in_world(test)
+
+
+@pytest.mark.parametrize("frozen", ["exists", "get"])
+def test_a_frozen_store_holds_a_step_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch, frozen: str) -> None:
+    async def freeze(*_: Any) -> None:
+        await asyncio.sleep(1000)
+
+    async def test(world: World) -> None:
+        await ask(world, request("one", LONG))  # on decode-0: the store has it now
+        host, trace = host_of(world, "decode-1"), TraceId("other")
+        end_s = clock.now_s() + 1.0
+        async with host.context(trace, trace, "", pack_tokens(PROMPT), 100, deadline_s=end_s) as here:
+            if frozen == "get":
+                await here.locate()
+                assert here.stored_tokens() > 0
+            with monkeypatch.context() as patch:
+                patch.setattr(host.client, frozen, freeze)
+                with pytest.raises(DeadlineExceeded):
+                    await (here.pull(len(PROMPT) - 1) if frozen == "get" else here.locate())
+            assert clock.now_s() == pytest.approx(end_s)
+        assert host.client.staging.free == world.shape.worker.staging_blocks
 
     in_world(test)
