@@ -173,9 +173,12 @@ def say(text: str, *, reason: str = "stop", delay_s: float = 0.0) -> Callable[[S
 
     def script(request: StepRequest) -> Script:
         usage = StepUsage(
-            prompt_tokens=len(request.prompt), computed_from=len(request.prompt) // 2, resident_tokens=3, pulled_bytes=7
+            prompt_tokens=request.prompt_tokens,
+            computed_from=request.prompt_tokens // 2,
+            resident_tokens=3,
+            pulled_bytes=7,
         )
-        half = len(request.prompt) // 2
+        half = request.prompt_tokens // 2
         hits = Hits(theoretical=half + 1, delivered=half, losses={"evicted": 1})
         tokens = list(text.encode()) + ([IM_END] if reason == "stop" else [])
         items: list[Output | Finished | Exception | float] = []

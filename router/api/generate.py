@@ -25,10 +25,12 @@ from router.api.responses import ClusterUsage, CompletionTokensDetails, PromptTo
 from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
 from router.api.text import Text, TextStream
+from router.api.urgency import Urgency, urgency
 from router.dispatch.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
 from router.traces.hits import together
 from router.traces.prefixes import Prefixes
-from tracehaul.runtime.clock import wall_s
+from tracehaul.runtime import clock
+from tracehaul.runtime.deadline import until
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Constraint, Sampling
@@ -174,6 +176,7 @@ class Generation:
         request = parse(body, kind)
         fresh = secrets.token_hex(16)
         identity = identify(headers, request.trace_fields, self._responses, fresh)
+        urgent = urgency(headers, clock.now_s())
         opts = options(request)
         if isinstance(request, ChatRequest):
             identity = self._recognise(request, opts, identity, fresh)
@@ -185,14 +188,15 @@ class Generation:
         if request.model != card.name:
             raise model_not_found(request.model)
 
-        form = await self._forms.of(request, opts)
         traces = [(opts.salt, trace) for trace in (identity.trace, identity.parent) if trace]
-        if isinstance(request, ChatRequest):
-            prompts = await self._prompts.chat(request, traces, body_bytes=len(body))
-        else:
-            prompts = await self._prompts.completion(request, traces)
-        head = Head(("chatcmpl-" if kind is ChatRequest else "cmpl-") + fresh, int(wall_s()), card.name)
-        call = self._call(request, opts, form, prompts, identity, card, head)
+        async with until(urgent.deadline_s):
+            form = await self._forms.of(request, opts)
+            if isinstance(request, ChatRequest):
+                prompts = await self._prompts.chat(request, traces, body_bytes=len(body))
+            else:
+                prompts = await self._prompts.completion(request, traces)
+        head = Head(("chatcmpl-" if kind is ChatRequest else "cmpl-") + fresh, int(clock.wall_s()), card.name)
+        call = self._call(request, opts, form, prompts, identity, urgent, card, head)
         self._responses.put(head.id, identity.trace)
         await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
 
@@ -220,6 +224,7 @@ class Generation:
         form: Form,
         prompts: Sequence[Prompt],
         identity: Identity,
+        urgent: Urgency,
         card: ModelCard,
         head: Head,
     ) -> Call:
@@ -233,6 +238,7 @@ class Generation:
             max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
             said = prompt.encoded.text if chat and prompt.encoded is not None else None
             constraint = self._forms.constraint(form, said)
+            packed = prompt.ids.tobytes()
             for k in range(opts.n):
                 reader = None if said is None else self._forms.reader(form, said, f"{head.id}-{len(steps)}")
                 readings.append((self._forms.stream(form), reader))
@@ -242,11 +248,15 @@ class Generation:
                         # Prompts that share nothing but a call are traces of their own.
                         trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
                         parent=identity.parent,
-                        prompt=prompt.ids,
+                        prompt=packed,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k), constraint),
                         # Once for all choices of a prompt.
                         prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
                         salt=opts.salt,
+                        tenant=opts.salt,
+                        step_class=urgent.step_class,
+                        priority=urgent.priority,
+                        deadline_s=urgent.deadline_s,
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
@@ -255,11 +265,12 @@ class Generation:
                 )
         echoes = [Echo(self._text, prompt, scored=opts.logprobs is not None) for prompt in prompts] if opts.echo else []
         if chat:
-            shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
+            shape = ChatShape(head, self._text, prompts[0].ids.tolist() if opts.return_token_ids else None)
         else:
-            ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
+            told = [prompt.ids.tolist() for prompt in prompts] if opts.return_token_ids else []
+            ids = [ids for ids in told for _ in range(opts.n)]
             each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
-            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
+            shape = TextShape(head, self._text, ids or None, each)
         memory = None if identity.final else (opts.salt, identity.trace)
         return Call(opts, prompts, steps, shape, readings, memory, echoes)
 

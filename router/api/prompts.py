@@ -1,8 +1,10 @@
 """From a request's text to token ids, off the event loop where that takes long."""
 
+from array import array
 from collections.abc import Hashable, Sequence
 
 import msgspec
+import numpy as np
 
 from router.api.answers import Answer
 from router.api.config import ApiConfig
@@ -21,7 +23,7 @@ OFFLOAD_CHARACTERS = 16384
 class Prompt(msgspec.Struct, frozen=True):
     """One prompt in tokens."""
 
-    ids: list[int]
+    ids: "array[int]"
     encoded: Encoded | None
     """Its text; None if the client sent ids."""
 
@@ -63,8 +65,7 @@ class Prompts:
             if isinstance(prompt, str):
                 prompts.append(await self._encode(prompt, traces, plain=True, param="prompt"))
             else:
-                check_ids(prompt, self._text.vocab_size, "prompt")
-                prompts.append(Prompt(prompt, None))
+                prompts.append(Prompt(check_ids(prompt, self._text.vocab_size, "prompt"), None))
         return prompts
 
     def remember(self, trace: Hashable, prompt: Prompt, answer: Answer) -> None:
@@ -89,7 +90,7 @@ class Prompts:
         encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if not encoded.packed:
             raise bad_request("the prompt is empty", param)
-        return Prompt(encoded.ids, encoded)
+        return Prompt(encoded.packed, encoded)
 
 
 def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -111,10 +112,16 @@ def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     return several
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises ApiError if one is not the model's: an engine would read outside its tables."""
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        raise bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> "array[int]":
+    """The ids, packed. Raises ApiError if one is not the model's: an engine would read outside its tables."""
+    wrong = bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+    try:
+        packed = array("I", ids)
+    except OverflowError:
+        raise wrong from None
+    if packed and int(np.asarray(packed).max()) >= vocab_size:
+        raise wrong
+    return packed
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:

@@ -29,12 +29,22 @@ from router.traces.hits import Hits
 from router.traces.registry import Trace, Traces
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
-from tracehaul.runtime import clock
-from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
-from tracehaul.wire.hashing import pack_tokens, unpack_tokens
-from tracehaul.wire.steps import DecodeStep, StepDone, StepUsage, Tokens
+from tracehaul.runtime import clock, deadline
+from tracehaul.wire.errors import (
+    ClusterError,
+    ContextTooLong,
+    DeadlineExceeded,
+    InvalidRequest,
+    ProtocolError,
+    Unavailable,
+)
+from tracehaul.wire.hashing import unpack_tokens
+from tracehaul.wire.steps import StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
+
+WORTH = ("aborted", "stop", "length", "deadline_exceeded")
+"""Endings after which what was computed is worth coming back to: the API aborts a step at a stop string, too."""
 
 
 class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,7 +139,7 @@ class Dispatch:
             request.parent,
             request.step,
             clock.now_s(),
-            prompt_tokens=len(request.prompt),
+            prompt_tokens=request.prompt_tokens,
             tools=request.tools,
             agent=request.agent,
         )
@@ -171,9 +181,8 @@ class Dispatch:
         self.stats.steps_aborted += step.ending == "aborted"
         if step.hits is not None:
             self._count_hits(run, step.hits)
-        # The API aborts a step at a stop string, too: what was computed is still worth coming back to.
         left = run.left()
-        if left is not None and step.ending in ("aborted", "stop", "length"):
+        if left is not None and step.ending in WORTH:
             self.traces.leave(run.trace, left)
         now_s = clock.now_s()
         self.traces.end(run.trace, step, now_s, final=run.request.final)
@@ -186,6 +195,7 @@ class Dispatch:
         """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
         failures = 0
         while True:
+            deadline.check(run.request.deadline_s)
             before = len(run.emitted)
             placement: Placement | None = None
             try:
@@ -209,7 +219,7 @@ class Dispatch:
                 failures = 1 if len(run.emitted) > before else failures + 1
                 # A worker's own bug may be that worker's alone: one other may try.
                 attempts_max = self._config.attempts_max if error.retriable else 2
-                if isinstance(error, InvalidRequest) or failures >= attempts_max:
+                if isinstance(error, InvalidRequest | DeadlineExceeded) or failures >= attempts_max:
                     raise
                 node = None
                 if placement is not None:
@@ -219,13 +229,14 @@ class Dispatch:
                 moved = Moved(run.request.step, node, error.code, len(run.emitted))
                 self.decisions.add(run.trace.key, clock.now_s(), moved)
                 log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
-            await asyncio.sleep(self._config.retry_pause_s * failures)
+            async with deadline.until(run.request.deadline_s):
+                await asyncio.sleep(self._config.retry_pause_s * failures)
 
     def _place(self, run: Run) -> Placement:
         decodes = self.members.live("decode")
         if not decodes:
             raise Unavailable("no decode worker is ready")
-        tokens = len(run.request.prompt) + len(run.emitted)
+        tokens = run.request.prompt_tokens + len(run.emitted)
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
         run.cut(decodes[0])
@@ -270,7 +281,7 @@ class Dispatch:
         expected = self._predicted.match(run.hashes, now_s)
         ask = Ask(
             trace=run.request.trace,
-            prompt_tokens=len(run.request.prompt) + len(run.emitted),
+            prompt_tokens=run.request.prompt_tokens + len(run.emitted),
             stored=self._stored(stored, run.block_tokens),
             warm=run.warm,
             home=run.trace.home,
@@ -300,7 +311,7 @@ class Dispatch:
             step=run.request.step,
             decode=placement.decode.node,
             reason=placement.reason,
-            prompt_tokens=len(run.request.prompt),
+            prompt_tokens=run.request.prompt_tokens,
             indexed_tokens=stored_tokens,
             warm=warm.node if warm is not None else None,
             warm_tokens=warm.retained_tokens if warm is not None else 0,
@@ -319,27 +330,15 @@ class Dispatch:
         request = run.request
         node = placement.decode.node
         info = next(info for info in self.members.live("decode") if info.node == node)
-        message = DecodeStep(
-            step=request.step,
-            trace=request.trace,
-            root=info.root,
-            prompt=run.packed,
-            emitted=pack_tokens(run.emitted),
-            salt=request.salt,
-            home=placement.home,
-            prefill=placement.prefill,
-            sampling=request.sampling,
-            family=run.trace.parent or request.trace,
-            pull_tokens=placement.pull_tokens,
-            prompt_logprobs=run.prompt_logprobs,
-        )
         context = CallContext(trace=request.trace, step=request.step)
         run.context_max = info.context_max
         retained, scored = 0, 0
         sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
         if self._config.policy == "cost" and run.prompt_logprobs is None:
             self._relief.enter(run, placement)
-        replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
+        replies = self._peers.stream(
+            info.address, run.message(info, placement), idle_timeout_s=self._config.idle_timeout_s, context=context
+        )
         try:
             while (reply := await run.next(replies)) is not None:
                 match reply:
@@ -351,11 +350,11 @@ class Dispatch:
                         self._relief.leave(run, placement)
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
-                        retained = len(request.prompt) + len(run.emitted) - 1
+                        retained = request.prompt_tokens + len(run.emitted) - 1
                         if usage is None:
                             yield Output(tokens, logprobs=logprobs)
                         else:
-                            run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
+                            run.published_tokens = request.prompt_tokens  # before it is told, the prompt is written
                             yield Output(tokens, run.account(usage), run.hits(), logprobs)
                     case StepDone(reason, usage, retained_tokens, published_tokens):
                         retained, run.published_tokens = retained_tokens, published_tokens

@@ -24,13 +24,12 @@ from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchCancel, PrefetchPoll, PrefetchState, Unpin
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import ASSUMED, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import salted
 from tracehaul.wire.ids import NodeId, TraceId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resident
-from worker.rates import ASSUMED
 
 seldom = Seldom(Log(__name__))
 

@@ -11,12 +11,13 @@ from router.policy.placement import Placement
 from router.traces.contexts import Cut, Left, cut
 from router.traces.hits import Expected, Hits, Outcome, attribute
 from router.traces.registry import Step, Trace
+from tracehaul.runtime import deadline
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash
 from tracehaul.wire.messages import Reply
-from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
+from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
 
 
 class BetterPlace(Exception):
@@ -37,8 +38,6 @@ class Run:
         self.request = request
         self.trace = trace
         self.step = step
-        self.packed = pack_tokens(request.prompt)
-        """The prompt in wire form."""
         self.emitted: list[int] = []
         self.scored_tokens = 0
         """Of the prompt, told in this or an earlier attempt."""
@@ -80,7 +79,7 @@ class Run:
         if root == self._root:
             return
         self._root, self.block_tokens = root, worker.block_tokens
-        self._cut = cut(root, self.packed, worker.block_tokens, self._lefts)
+        self._cut = cut(root, self.request.prompt, worker.block_tokens, self._lefts)
         left = self._cut.left
         if left is None:
             return
@@ -90,6 +89,28 @@ class Run:
             # A worker gives another trace's context only to who continues all of it.
             if not self.forks or kept == left.warm.retained_tokens:
                 self.warm = Warm(left.warm.node, left.warm.generation, kept)
+
+    def message(self, worker: NodeInfo, placement: Placement) -> DecodeStep:
+        """What that worker is told."""
+        request = self.request
+        return DecodeStep(
+            step=request.step,
+            trace=request.trace,
+            root=worker.root,
+            prompt=request.prompt,
+            emitted=pack_tokens(self.emitted),
+            salt=request.salt,
+            home=placement.home,
+            prefill=placement.prefill,
+            sampling=request.sampling,
+            family=self.trace.parent or request.trace,
+            pull_tokens=placement.pull_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            tenant=request.tenant,
+            step_class=request.step_class,
+            priority=request.priority,
+            deadline_in_s=deadline.left_s(request.deadline_s),
+        )
 
     def takes(self, placement: Placement) -> Left | None:
         """The parent's context, if this step continues it there on the worker that kept it: nobody else can then."""
@@ -105,7 +126,7 @@ class Run:
         self.step.decode, self.step.prefill = placement.decode.node, placement.prefill
         if self._expected is not None:
             return
-        left, longest = self._cut.left, len(self.request.prompt) - 1  # the last token is always computed
+        left, longest = self._cut.left, self.request.prompt_tokens - 1  # the last token is always computed
         self._warm_gone = self.warm is not None and not warm_lives
         self._expected = Expected(
             # A prompt to be scored is computed whatever there is of it.
@@ -119,7 +140,7 @@ class Run:
 
     def account(self, usage: StepUsage) -> StepUsage:
         """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
-        before = len(self.request.prompt)
+        before = self.request.prompt_tokens
         if self.usage is not None:
             before = self.usage.computed_from
         elif self._attempts > 1 and self._expected is not None:
@@ -131,7 +152,7 @@ class Run:
     @property
     def prompt_logprobs(self) -> int | None:
         """What the next attempt has to tell of the prompt; None where all of it was told."""
-        return self.request.prompt_logprobs if self.scored_tokens < len(self.request.prompt) - 1 else None
+        return self.request.prompt_logprobs if self.scored_tokens < self.request.prompt_tokens - 1 else None
 
     def scored(self, before: int, scores: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
         """What is new in an attempt's ``scores``, which follow ``before`` others of it: it began anew."""
@@ -147,7 +168,7 @@ class Run:
         self.step.hits = attribute(
             self._expected,
             Outcome(
-                delivered=min(usage.computed_from, len(self.request.prompt)),
+                delivered=min(usage.computed_from, self.request.prompt_tokens),
                 missed_blocks=usage.missed_blocks,
                 prefill_failed=usage.prefill_fallback != "",
                 worker_failed=bool(self.avoid),
@@ -161,15 +182,15 @@ class Run:
         """Why nothing may follow what was emitted; None if something must."""
         if not self.emitted:
             return None
-        length = len(self.request.prompt) + len(self.emitted)
+        length = self.request.prompt_tokens + len(self.emitted)
         return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
 
     def left(self) -> Left | None:
         """The step ended: what it leaves to the next; None if it computed nothing."""
         if not self.emitted:
             return None
-        packed = self.packed + pack_tokens(self.emitted[:-1])
-        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, len(self.request.prompt))
+        packed = self.request.prompt + pack_tokens(self.emitted[:-1])
+        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, self.request.prompt_tokens)
         return Left(self.step.step, self._root, self.block_tokens, packed, hashes, self.published_tokens, self.warm)
 
     # --- what others decide -----------------------------------------------------------------------------------
@@ -179,28 +200,30 @@ class Run:
 
         Raises:
             TraceDeleted: :meth:`stop` was called, before or meanwhile.
+            DeadlineExceeded: the step's deadline has passed, before or meanwhile.
             BetterPlace: :meth:`move` was called meanwhile.
             ClusterError: what ``replies`` raises.
         """
         deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
         if self.trace.deleted:
             raise deleted
+        deadline.check(self.request.deadline_s)
         try:
-            async with asyncio.timeout(None) as self._waiting:
+            async with asyncio.timeout_at(self.request.deadline_s) as self._waiting:
                 return await anext(replies, None)
         except TimeoutError:
-            raise (deleted if self.trace.deleted else self._better or deleted) from None
+            raise (deleted if self.trace.deleted else self._better or deadline.exceeded()) from None
         finally:
             self._waiting = self._better = None
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(0.0)
 
     def move(self, prefill: Key, wait_s: float, cost_s: float) -> None:
         """Place it anew, from another task, if it waits for that worker: see :class:`BetterPlace`."""
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():
             self.leaves.add(prefill)
             self._better = BetterPlace(wait_s, cost_s)
             self._waiting.reschedule(0.0)

@@ -13,6 +13,7 @@ from sim.faults import FaultPlan
 from sim.world import ROLES, ROUTER, World
 from tracehaul.engine.fake import fake_info
 from tracehaul.wire.errors import TraceDeleted
+from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Sampling
 
@@ -67,7 +68,7 @@ class Cluster:
             step=StepId(f"{trace}-{self.steps}"),
             trace=TraceId(trace),
             parent=None if parent is None else TraceId(parent),
-            prompt=list(prompt),
+            prompt=pack_tokens(prompt),
             sampling=Sampling(max_tokens=max_tokens, temperature=0.0),
             final=final,
         )

@@ -15,6 +15,7 @@ from router.api.prompts import Prompt
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.traces.texts import Encoded
 from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage, TokenLogprobs
 
 USAGE = StepUsage()
@@ -31,7 +32,7 @@ def speak(tokens: Sequence[int], *, at_once: int = 1) -> Any:
     def script(request: StepRequest) -> Script:
         items: list[Any] = []
         if request.prompt_logprobs is not None:
-            scores = [told(token, request.prompt_logprobs) for token in request.prompt[1:]]
+            scores = [told(token, request.prompt_logprobs) for token in unpack_tokens(request.prompt)[1:]]
             items += [Output([], prompt_logprobs=scores[:2]), Output([], prompt_logprobs=scores[2:])]
         top = request.sampling.logprobs
         for start in range(0, len(tokens), at_once):

@@ -21,6 +21,7 @@ from router.dispatch.steps import Finished, Output, StepRequest
 from router.traces.texts import CutTokens, TraceTexts, extend
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage
 
 TEMPLATE = (
@@ -92,7 +93,7 @@ def test_a_conversation_keeps_the_ids_that_were_generated() -> None:
                 messages = [*messages, answer.json()["choices"][0]["message"], {"role": "user", "content": "more"}]
 
     asyncio.run(main())
-    prompts = [request.prompt for request in dispatcher.requests]
+    prompts = [unpack_tokens(request.prompt) for request in dispatcher.requests]
     for earlier, later in pairwise(prompts):
         kept = [*earlier, *spoken, TEXT.eos_tokens[0]]
         assert later[: len(kept)] == kept
