@@ -230,7 +230,7 @@ def test_bytes_are_bounded_and_the_least_recently_used_go_whole() -> None:
     assert 40_000 < each < 43_000
     m = Machine(bytes_max=3 * each + 5000)
     for at, name in enumerate("abcdbe"):
-        m.step(name, 10.0 * at, [at] * 5000)
+        m.step(name, 10.0 * at, [ord(name)] * 5000)
         assert m.traces.nbytes <= 3 * each + 5000
     assert [trace.trace for trace in m.traces.of("")] == ["e", "b", "d"]
 
