@@ -33,6 +33,7 @@ from router.traces.trace import PinWish, Trace, TraceKey
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.memory import give_back
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchCancel, PrefetchPoll, PrefetchState, Unpin
@@ -51,6 +52,9 @@ ACTS_MAX = 512
 CALL_TIMEOUT_S = 2.0
 RECALL_TIMEOUT_S = 30.0
 PREFETCH_POLL_S = 0.2
+GIVE_BACK_BYTES = 32 * 2**20
+"""Of traces that are gone: worth the work of giving the memory back to the system, a little later."""
+GIVE_BACK_S = 2.0
 
 R = TypeVar("R", bound=Reply)
 
@@ -85,14 +89,18 @@ class Retainer:
         self._closed = False
         self._tasks = Tasks("retention")
         self._timer: asyncio.TimerHandle | None = None
+        self._most_bytes = 0
+        """Of the traces, since memory was given back."""
+        self._giving: asyncio.TimerHandle | None = None
         self._recalls: dict[TraceKey, asyncio.Task[None]] = {}
         self._prefetches: dict[TraceKey, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Do nothing more."""
         self._closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._giving):
+            if timer is not None:
+                timer.cancel()
         await self._tasks.close()
 
     def now_s(self) -> float:
@@ -104,6 +112,9 @@ class Retainer:
         for effect in self._traces.handle(event, clock.now_s()):
             self._do(effect)
         self._plan()
+        self._most_bytes = max(self._most_bytes, self._traces.nbytes)
+        if self._most_bytes - self._traces.nbytes > GIVE_BACK_BYTES and self._giving is None and not self._closed:
+            self._giving = asyncio.get_running_loop().call_later(GIVE_BACK_S, self._give_back)
 
     async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
         """Pin its context, and those of its next steps, as its client wishes.
@@ -174,6 +185,10 @@ class Retainer:
     def _tick(self) -> None:
         self._timer = None
         self.send(Tick())
+
+    def _give_back(self) -> None:
+        self._giving, self._most_bytes = None, self._traces.nbytes
+        self._start(asyncio.to_thread(give_back), "give memory back")
 
     async def _set_pin(self, pin: SetPin) -> None:
         home = self._node("store", pin.home)

@@ -24,9 +24,6 @@ class Alarms:
         self._sorted: list[Alarm] = []
         self._of: dict[TraceKey, list[Alarm]] = {}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Alarms) and self._sorted == other._sorted
-
     @property
     def next_s(self) -> float | None:
         """When the next one is due."""

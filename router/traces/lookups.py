@@ -16,9 +16,11 @@ class Lookups:
     def __init__(self) -> None:
         self._owners: dict[bytes, TraceKey] = {}
         self._responses: dict[str, TraceKey] = {}
+        self._most = 0
+        """Of both there were since the tables were made."""
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Lookups) and vars(self) == vars(other)
+    def __len__(self) -> int:
+        return len(self._owners) + len(self._responses)
 
     def response(self, salt: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response."""
@@ -46,6 +48,7 @@ class Lookups:
         self.drop_digests(both[:-DIGESTS_MAX])
         kept = both[-DIGESTS_MAX:]
         self._owners.update(dict.fromkeys(new, key))
+        self._most = max(self._most, len(self))
         return kept
 
     def gave(self, key: TraceKey, known: tuple[str, ...], response: str) -> tuple[str, ...]:
@@ -56,6 +59,7 @@ class Lookups:
         both = (*known, response)
         for gone in both[:-RESPONSES_MAX]:
             del self._responses[gone]
+        self._most = max(self._most, len(self))
         return both[-RESPONSES_MAX:]
 
     def drop(self, trace: Trace) -> None:
@@ -63,6 +67,8 @@ class Lookups:
         self.drop_digests(trace.digests)
         for response in trace.responses:
             del self._responses[response]
+        if len(self) < self._most // 4:  # a table never shrinks by itself
+            self._owners, self._responses, self._most = dict(self._owners), dict(self._responses), len(self)
 
     def drop_digests(self, digests: Iterable[bytes]) -> None:
         """Nobody is found by them."""

@@ -12,8 +12,9 @@ The end of what the model generated is used as a cut even elsewhere: its ids are
 import re
 import sys
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
@@ -24,12 +25,13 @@ TEXTS_MAX = 8
 
 
 class Encoded(msgspec.Struct, frozen=True, gc=False):
-    """A text in tokens, and where it may be cut: ``cuts[i]`` is (characters, tokens) before a cut token."""
+    """A text in tokens, and where it may be cut."""
 
     text: str
     packed: bytes
     """Its tokens in wire form."""
-    cuts: list[tuple[int, int]]
+    cuts: bytes = b""
+    """For each cut token, the characters and the tokens before it: unsigned integers of 32 bits."""
 
     @property
     def ids(self) -> list[int]:
@@ -48,12 +50,12 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     """The tokens that it came in (wire form), without the stop token."""
 
 
-def fresh(text: str, ids: Sequence[int], cuts: list[tuple[int, int]]) -> Encoded:
-    """A text with its tokens."""
-    return Encoded(text, pack_tokens(ids), cuts)
+def fresh(text: str, ids: Sequence[int], cuts: Iterable[tuple[int, int]] = ()) -> Encoded:
+    """A text with its tokens, and the cuts as (characters, tokens)."""
+    return Encoded(text, pack_tokens(ids), _packed_cuts(cuts))
 
 
-EMPTY = fresh("", (), [])
+EMPTY = Encoded("", b"")
 
 
 class CutTokens:
@@ -83,7 +85,7 @@ class CutTokens:
 def extend(known: Encoded, text: str, rest_ids: list[int], cut_tokens: CutTokens) -> Encoded:
     """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the tokens of what follows."""
     offset, index = len(known.text), len(known.packed) // TOKEN_BYTES
-    cuts = [(offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids)]
+    cuts = _packed_cuts((offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids))
     return Encoded(text, known.packed + pack_tokens(rest_ids), known.cuts + cuts)
 
 
@@ -102,9 +104,8 @@ class Text(msgspec.Struct, frozen=True, gc=False):
     """Characters and tokens of the prompt."""
     generated: bool
     """The text's end is the end of a model's output."""
-    cut_offsets: bytes
-    cut_indexes: bytes
-    """Of the cuts, as unsigned 32-bit integers."""
+    cuts: bytes
+    """As in :class:`Encoded`."""
 
     @property
     def tokens(self) -> int:
@@ -114,7 +115,7 @@ class Text(msgspec.Struct, frozen=True, gc=False):
     @property
     def nbytes(self) -> int:
         """Memory that it takes without ``packed``, about."""
-        return sys.getsizeof(self.text) + len(self.rest) + 2 * len(self.cut_offsets) + 400
+        return sys.getsizeof(self.text) + len(self.rest) + len(self.cuts) + 400
 
     def sharing(self, packed: bytes) -> "Text":
         """With its tokens in ``packed``, if they begin alike."""
@@ -136,24 +137,23 @@ class Text(msgspec.Struct, frozen=True, gc=False):
         prompt_end = self.prompt_end[0]
         if common >= prompt_end and (len(text) == prompt_end or cut_tokens.at(text, prompt_end)):
             return self.prompt_end
-        offsets = memoryview(self.cut_offsets).cast("I")
-        place = bisect_right(offsets, common)
+        cuts = memoryview(self.cuts).cast("I")
+        place = bisect_right(cuts[::2], common)
         # The cut token at the first difference may be part of that difference: then it is no cut in the new text.
         while place > 0:
             place -= 1
-            if cut_tokens.at(text, offsets[place]):
-                return offsets[place], memoryview(self.cut_indexes).cast("I")[place]
+            if cut_tokens.at(text, cuts[2 * place]):
+                return cuts[2 * place], cuts[2 * place + 1]
         return 0, 0
 
     def take(self, characters: int, tokens: int) -> Encoded:
         """The beginning."""
-        offsets, indexes = memoryview(self.cut_offsets).cast("I"), memoryview(self.cut_indexes).cast("I")
-        count = bisect_right(offsets, characters)
-        cuts = [(o, i) for o, i in zip(offsets[:count], indexes[:count], strict=True) if i < tokens]
+        cuts = memoryview(self.cuts).cast("I")
+        count = min(bisect_right(cuts[::2], characters), bisect_left(cuts[1::2], tokens))
         packed = self.packed[: min(tokens, self.shared) * TOKEN_BYTES]
         if tokens > self.shared:
             packed += self.rest[: (tokens - self.shared) * TOKEN_BYTES]
-        return Encoded(self.text[:characters], packed, cuts)
+        return Encoded(self.text[:characters], packed, self.cuts[: 2 * count * cuts.itemsize])
 
 
 def remember(texts: Sequence[Text], said: Said) -> tuple[Text, ...]:
@@ -166,8 +166,7 @@ def remember(texts: Sequence[Text], said: Said) -> tuple[Text, ...]:
         said.generated,
         (len(prompt.text), len(prompt.packed) // TOKEN_BYTES),
         bool(said.generated),
-        array("I", (offset for offset, _ in prompt.cuts)).tobytes(),
-        array("I", (index for _, index in prompt.cuts)).tobytes(),
+        prompt.cuts,
     )
     others = [known for known in texts if not new.text.startswith(known.text)]
     return (*others[-(TEXTS_MAX - 1) :], new)
@@ -182,6 +181,10 @@ def find(texts: Iterable[Text], text: str, cut_tokens: CutTokens) -> Encoded:
         if usable > best:
             best, source = usable, known
     return source.take(*best) if source else EMPTY
+
+
+def _packed_cuts(cuts: Iterable[tuple[int, int]]) -> bytes:
+    return array("I", chain.from_iterable(cuts)).tobytes()
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from router.dispatch import retainer as retainer_module
 from router.dispatch.retainer import PREFETCH_POLL_S, Retainer
 from router.fleet.load import Warm
 from router.policy.retention import RetentionConfig
@@ -14,9 +15,11 @@ from router.traces.decisions import Placed, Retained
 from router.traces.effects import StopSteps
 from router.traces.events import Answered, Deleted, Resumed, StepBegan, StepEnded, StepPlaced, Suspended
 from router.traces.machine import Traces
+from router.traces.texts import Said, fresh
 from router.traces.trace import TraceKey
 from sim import loop as virtual
 from tracehaul.runtime import clock
+from tracehaul.runtime.memory import give_back
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchCancel, PrefetchPoll, PrefetchState, Unpin
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
@@ -272,3 +275,25 @@ def test_a_deleted_trace_is_told_to_everybody_who_has_something_of_it() -> None:
     router = run(test, config=RetentionConfig(recall=False))
     assert router.nodes.asked == ["Pin", "Unpin", "ForgetContext"]
     assert isinstance(router.nodes.requests[-1], ForgetContext)
+
+
+def test_memory_is_given_back_once_much_of_it_is_free(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(retainer_module, "GIVE_BACK_BYTES", 10_000)
+
+    async def give(call):
+        given.append(call)
+
+    monkeypatch.setattr(retainer_module.asyncio, "to_thread", give)
+
+    async def test(router: Router) -> None:
+        for text in ("x" * 5_000, "x" * 20_000):
+            step = router.begin()
+            router.end(step)
+            router.retainer.send(Answered(KEY, step, said=Said(fresh(text, [1]))))
+            router.retainer.send(Deleted(KEY))
+            await asyncio.sleep(2 * retainer_module.GIVE_BACK_S)
+
+    run(test)
+    assert given == [give_back]
+    give_back()  # the real one, as far as a test can tell: it is there and comes back
