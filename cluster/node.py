@@ -287,7 +287,7 @@ class _Node:
             stack.push_async_callback(dispatch.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
-            dispatch.decisions.told = decisions.write
+            dispatch.retainer.told = decisions.write
             server = await network.listen(self._plan.router_address, dispatch.members)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
