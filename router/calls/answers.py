@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from router.api.logprobs import Mark
-from router.api.reading import ChatReader, Said, joined
-from router.api.text import TextStream
+from router.calls.events import Choice, Mark, Opening, Said, joined
+from router.calls.reading import AnswerReader
+from router.calls.text import TextStream
 from router.traces.hits import Hits
 from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 
@@ -49,7 +49,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-class Piece(msgspec.Struct, frozen=True):
+class Growth(msgspec.Struct, frozen=True):
     """What one output adds to a choice."""
 
     text: str
@@ -58,8 +58,8 @@ class Piece(msgspec.Struct, frozen=True):
     """A stop string ended the choice: tokens after it are not part of it."""
     marks: list[Mark]
     """One for each of ``tokens``, if logprobs are asked for."""
-    said: Said = Said()
-    """What the text says, where a reader reads it."""
+    said: Said
+    """What the text says."""
 
 
 class Answer:
@@ -68,15 +68,15 @@ class Answer:
     def __init__(
         self,
         stream: TextStream,
-        reader: ChatReader | None = None,
+        reader: AnswerReader | None = None,
         *,
         stops: Sequence[str],
         stop_tokens: Sequence[int],
         min_tokens: int,
     ) -> None:
         self._stream = stream
-        self.reader = reader
-        """Reads what it says, where it is a part of a conversation."""
+        self.reader = reader or AnswerReader()
+        """Reads what it says."""
         self._matcher = StopMatcher(stops)
         self._stop_tokens = frozenset(stop_tokens)
         self._min_tokens = min_tokens
@@ -101,7 +101,7 @@ class Answer:
         """The ids without the token that ended them: what the next prompt will quote."""
         return self.tokens[:-1] if self.tokens and self.tokens[-1] in self._stop_tokens else self.tokens
 
-    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Piece:
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Growth:
         """Take the next tokens, with their logprobs if they are to be told."""
         assert self.reason is None
         shown: list[str] = []
@@ -122,30 +122,33 @@ class Answer:
             if stopped:
                 self.reason, self.matched = "stop", True
                 break
-        return self._piece(shown, known)
+        return self._growth(shown, known)
 
-    def finish(self, reason: FinishReason, usage: StepUsage) -> Piece:
+    def finish(self, reason: FinishReason, usage: StepUsage) -> Growth:
         """The step ended: what is still held back."""
         assert self.reason is None
         text, stopped = self._matcher.push(self._stream.finish())
         self.reason, self.usage, self.matched = "stop" if stopped else reason, usage, stopped
-        return self._piece([text] if stopped else [text, self._matcher.flush()], len(self.tokens))
+        return self._growth([text] if stopped else [text, self._matcher.flush()], len(self.tokens))
 
-    def nothing(self, usage: StepUsage) -> Piece:
+    def nothing(self, usage: StepUsage) -> Growth:
         """No output is wanted: the choice ends before its first token."""
         assert self.reason is None
         self.reason, self.usage = "length", usage
-        return self._piece([], 0)
+        return self._growth([], 0)
 
-    def _piece(self, shown: list[str], known: int) -> Piece:
+    def _growth(self, shown: list[str], known: int) -> Growth:
         """What was added to the first ``known`` tokens."""
         text = "".join(shown)
         self._texts.append(text)
         added = self.tokens[known:]
-        return Piece(text, added, self.matched, self.marks[known:], self._said(text, len(added)))
+        return Growth(text, added, self.matched, self.marks[known:], self._said(text, len(added)))
 
     def _said(self, text: str, tokens: int) -> Said:
-        if self.reader is None:
-            return Said()
         said = self.reader.feed(text, tokens)
         return said if self.reason is None else joined(said, self.reader.finish())
+
+    def whole(self, opening: Opening) -> Choice:
+        """All of it, once it has ended."""
+        assert self.reason is not None
+        return Choice(opening, self.reader.whole, self.tokens, self.marks, self.reason, self.reader.called)

@@ -1,34 +1,25 @@
-"""``POST /v1/chat/completions`` and ``POST /v1/completions``: from a body to steps, from steps to an answer."""
+"""From a call to steps: whose it is, whether it can be done, and what the workers are asked."""
 
-import asyncio
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from blake3 import blake3
-from msgspec import UNSET
-from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
 
-from router.api.answers import Answer
-from router.api.asgi import ClientGone, Reply, disconnected, read_body
-from router.api.config import ApiConfig
-from router.api.conversation import conversation, names_of
-from router.api.echo import Echo
-from router.api.errors import ApiError, bad_request, translate, unavailable
-from router.api.forms import Form, Forms
-from router.api.identity import Identity, ResponseTraces, identify
-from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
-from router.api.reading import ChatReader
-from router.api.requests import ChatRequest, CompletionRequest, Options, options, parse
-from router.api.responses import ClusterUsage, CompletionTokensDetails, PromptTokensDetails, Usage
-from router.api.running import Event, Running
-from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
-from router.api.text import Text, TextStream
-from router.dispatch.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
-from router.traces.hits import together
-from router.traces.prefixes import Prefixes
-from tracehaul.runtime.clock import wall_s
+from router.calls.admission import Admission
+from router.calls.answers import Answer
+from router.calls.call import Call, Conversation, Options
+from router.calls.conversation import lineage
+from router.calls.echo import Echo
+from router.calls.errors import invalid, model_not_found, unavailable
+from router.calls.forms import Form, Forms
+from router.calls.identity import Identity, identify
+from router.calls.limits import CallLimits
+from router.calls.memory import Memory
+from router.calls.prompts import Prompt, Prompts, check_ids, output_budget
+from router.calls.run import Accepted, Run
+from router.calls.text import Text
+from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Constraint, Sampling
@@ -36,317 +27,128 @@ from tracehaul.wire.steps import Constraint, Sampling
 SEED_BITS = 63
 
 
-class Call:
-    """One accepted call: its steps, and its answers as they grow. Choice ``i`` belongs to prompt ``i // n``."""
+class Calls:
+    """Accepts calls and runs them, whatever dialect they came in."""
 
-    def __init__(
-        self,
-        opts: Options,
-        prompts: Sequence[Prompt],
-        steps: Sequence[StepRequest],
-        shape: Shape,
-        readings: Sequence[tuple[TextStream, ChatReader | None]],
-        memory: Hashable | None,
-        echoes: Sequence[Echo],
-    ) -> None:
-        assert len(steps) == len(prompts) * opts.n
-        self.options = opts
-        self.prompts = prompts
-        self.steps = steps
-        self.shape = shape
-        self.memory = memory
-        """Where its texts are remembered; None if no further step of the trace follows."""
-        self.echoes = echoes
-        """One for each prompt, where the client wants them."""
-        self.answers = [
-            Answer(
-                stream,
-                reader,
-                stops=opts.stops,
-                stop_tokens=step.sampling.stop_tokens,
-                min_tokens=opts.min_tokens,
-            )
-            for step, (stream, reader) in zip(steps, readings, strict=True)
-        ]
-
-    @property
-    def done(self) -> bool:
-        """Every choice has its finish reason."""
-        return all(answer.reason is not None for answer in self.answers)
-
-    def prompt(self, index: int) -> Prompt:
-        """The prompt of a choice."""
-        return self.prompts[index // self.options.n]
-
-    def usage(self) -> Usage:
-        """Tokens so far. A prompt counts once, and a position of it as cached if no choice computed it."""
-        n = self.options.n
-        prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
-        cached = 0
-        for index, prompt in enumerate(self.prompts):
-            computed_from = min(answer.usage.computed_from for answer in self.answers[index * n : (index + 1) * n])
-            cached += min(computed_from, len(prompt.ids))
-        output_tokens = sum(len(answer.tokens) for answer in self.answers)
-        parts = [answer.usage for answer in self.answers]
-        return Usage(
-            prompt_tokens,
-            output_tokens,
-            prompt_tokens + output_tokens,
-            PromptTokensDetails(cached),
-            CompletionTokensDetails(sum(a.reader.reasoning_tokens for a in self.answers if a.reader is not None)),
-            ClusterUsage(
-                resident_tokens=sum(part.resident_tokens for part in parts),
-                pulled_tokens=sum(part.pulled_tokens for part in parts),
-                pulled_bytes=sum(part.pulled_bytes for part in parts),
-                pull_s=sum(part.pull_s for part in parts),
-                missed_blocks=sum(part.missed_blocks for part in parts),
-                prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
-                hits=together([answer.hits for answer in self.answers]),
-            ),
-        )
-
-    def chunk_usage(self) -> UsageField:
-        """What chunks other than the last say of usage."""
-        if self.options.continuous_usage:
-            return self.usage()
-        return None if self.options.include_usage else UNSET
-
-
-class Generation:
-    """What both endpoints share: admission, prompts, running, and answering."""
-
-    def __init__(self, dispatcher: Dispatcher, text: Text, config: ApiConfig, offload: Offload) -> None:
+    def __init__(self, dispatcher: Dispatcher, text: Text, limits: CallLimits, offload: Offload) -> None:
         self._dispatcher = dispatcher
         self._text = text
-        self._config = config
-        self._prompts = Prompts(text, offload, config)
-        self._forms = Forms(text, None if config.tool_format == "auto" else config.tool_format)
-        self._responses = ResponseTraces()
-        self._prefixes = Prefixes(config.messages_max)
-        self.active = 0
-        """Calls in progress."""
+        self._limits = limits
+        cut_tokens = {text.token_text(token): token for token in text.eos_tokens}
+        self._memory = Memory(dispatcher.book, cut_tokens, limits)
+        self._prompts = Prompts(text, offload, self._memory)
+        self._forms = Forms(text, None if limits.tool_format == "auto" else limits.tool_format)
+        self.admission = Admission(limits.requests_max)
 
-    async def serve(
-        self, kind: type[ChatRequest] | type[CompletionRequest], scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        """Answer one call, whatever happens."""
-        reply = Reply(send, self._config.send_timeout_s)
-        try:
-            try:
-                await self._admit(kind, scope, receive, reply)
-            except asyncio.CancelledError:
-                # Only the server's end cancels this task, and it ends here anyway.
-                await reply.fail(unavailable("the server is stopping"))
-            except ClientGone:
-                pass
-            except Exception as error:
-                await reply.fail(translate(error))
-        except ClientGone:
-            pass
+    def identify(self, call: Call, headers: Mapping[str, str], fresh: str) -> Identity:
+        """The trace that a call belongs to. ``headers``: what came beside the body; ``fresh`` names a new trace.
 
-    async def _admit(
-        self, kind: type[ChatRequest] | type[CompletionRequest], scope: Scope, receive: Receive, reply: Reply
-    ) -> None:
-        if self.active >= self._config.requests_max:
-            raise unavailable("too many requests are in progress", "overloaded")
-        self.active += 1
-        try:
-            body = await read_body(
-                scope, receive, bytes_max=self._config.body_bytes_max, timeout_s=self._config.body_timeout_s
-            )
-            work = asyncio.create_task(self._answer(kind, Headers(scope=scope), body, reply))
-            watch = asyncio.create_task(disconnected(receive))
-            try:
-                await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
-                if not work.done():
-                    raise ClientGone
-                work.result()
-            finally:
-                work.cancel()
-                watch.cancel()
-                await asyncio.gather(work, watch, return_exceptions=True)
-        finally:
-            self.active -= 1
-
-    async def _answer(
-        self, kind: type[ChatRequest] | type[CompletionRequest], headers: Headers, body: bytes, reply: Reply
-    ) -> None:
-        request = parse(body, kind)
-        fresh = secrets.token_hex(16)
-        identity = identify(headers, request.trace_fields, self._responses, fresh)
-        opts = options(request)
-        if isinstance(request, ChatRequest):
-            identity = self._recognise(request, opts, identity, fresh)
-        reply.headers.append((b"x-trace-id", identity.trace.encode()))
-        self._check_size(request, opts)
-        card = self._dispatcher.model()
-        if card is None:
-            raise unavailable("no decode worker is ready")
-        if request.model != card.name:
-            raise model_not_found(request.model)
-
-        form = await self._forms.of(request, opts)
-        traces = [(opts.salt, trace) for trace in (identity.trace, identity.parent) if trace]
-        if isinstance(request, ChatRequest):
-            prompts = await self._prompts.chat(request, traces, body_bytes=len(body))
-        else:
-            prompts = await self._prompts.completion(request, traces)
-        head = Head(("chatcmpl-" if kind is ChatRequest else "cmpl-") + fresh, int(wall_s()), card.name)
-        call = self._call(request, opts, form, prompts, identity, card, head)
-        self._responses.put(head.id, identity.trace)
-        await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
-
-    def _recognise(self, request: ChatRequest, opts: Options, identity: Identity, fresh: str) -> Identity:
-        """What the messages add to what the client says of its trace."""
-        said = conversation(request, opts.salt)
+        Raises:
+            CallFailed: one of our own headers holds what is no id.
+        """
+        identity = identify(headers, call.trace, self._memory.answered, fresh)
+        asked = call.prompts[0]
+        if not isinstance(asked, Conversation):
+            return identity
+        said = lineage(asked, call.tenant)
         identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
         if identity.trace != fresh:
             return identity
-        place = self._prefixes.place(said.digests, said.opening, identity.trace)
+        place = self._memory.place(said.digests, said.opening, identity.trace)
         return msgspec.structs.replace(identity, trace=place.trace, parent=identity.parent or place.parent)
 
-    def _check_size(self, request: ChatRequest | CompletionRequest, opts: Options) -> None:
-        prompts = 1 if isinstance(request, ChatRequest) else len(split(request.prompt))
-        if prompts * opts.n > self._config.choices_max:
-            param = "n" if prompts == 1 else "prompt"
-            raise bad_request(f"at most {self._config.choices_max} choices are possible in one call", param)
-        check_ids(opts.stop_token_ids, self._text.vocab_size, "stop_token_ids")
-        check_ids([token for token, _ in opts.logit_bias], self._text.vocab_size, "logit_bias")
+    async def accept(self, call: Call, identity: Identity) -> Run:
+        """Make everything ready for a call's steps; the caller enters the run.
 
-    def _call(
-        self,
-        request: ChatRequest | CompletionRequest,
-        opts: Options,
-        form: Form,
-        prompts: Sequence[Prompt],
-        identity: Identity,
-        card: ModelCard,
-        head: Head,
-    ) -> Call:
-        chat = isinstance(request, ChatRequest)
+        Raises:
+            CallFailed, ClusterError: it cannot be done; nothing has run.
+        """
+        self._check(call)
+        card = self._dispatcher.model()
+        if card is None:
+            raise unavailable("no decode worker is ready")
+        if call.model != card.name:
+            raise model_not_found(call.model)
+        form = await self._forms.of(call)
+        traces = [(call.tenant, trace) for trace in (identity.trace, identity.parent) if trace]
+        prompts = await self._prompts.of(call, traces)
+        accepted = self._accepted(call, form, prompts, identity, card)
+        self._memory.answering(call.id, identity.trace)
+        return Run(accepted, self._dispatcher, self._memory)
+
+    def _check(self, call: Call) -> None:
+        prompts, options = len(call.prompts), call.options
+        if prompts * options.n > self._limits.choices_max:
+            param = "n" if prompts == 1 else call.where
+            raise invalid(f"at most {self._limits.choices_max} choices are possible in one call", param)
+        check_ids(options.stop_token_ids, self._text.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in options.logit_bias], self._text.vocab_size, "logit_bias")
+
+    def _accepted(
+        self, call: Call, form: Form, prompts: Sequence[Prompt], identity: Identity, card: ModelCard
+    ) -> Accepted:
+        options = call.options
         steps: list[StepRequest] = []
-        readings: list[tuple[TextStream, ChatReader | None]] = []
+        answers: list[Answer] = []
         for at, prompt in enumerate(prompts):
-            seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
+            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
-            wanted = None if opts.max_tokens is None else max(opts.max_tokens, 1)
-            max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
-            said = prompt.encoded.text if chat and prompt.encoded is not None else None
-            constraint = self._forms.constraint(form, said)
-            for k in range(opts.n):
-                reader = None if said is None else self._forms.reader(form, said, f"{head.id}-{len(steps)}")
-                readings.append((self._forms.stream(form), reader))
+            wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
+            max_tokens = output_budget(len(prompt.ids), wanted, card, call.where)
+            constraint = self._forms.constraint(form, prompt.rendered)
+            for k in range(options.n):
+                name = f"{call.id}-{len(steps)}"
+                sampling = self._sampling(options, max_tokens, choice_seed(seed, k), constraint)
+                answers.append(
+                    Answer(
+                        self._forms.stream(form),
+                        self._forms.reader(form, prompt.rendered, name),
+                        stops=options.stops,
+                        stop_tokens=sampling.stop_tokens,
+                        min_tokens=options.min_tokens,
+                    )
+                )
                 steps.append(
                     StepRequest(
-                        step=StepId(f"{head.id}-{len(steps)}"),
+                        step=StepId(name),
                         # Prompts that share nothing but a call are traces of their own.
                         trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
                         parent=identity.parent,
                         prompt=prompt.ids,
-                        sampling=self._sampling(opts, max_tokens, choice_seed(seed, k), constraint),
+                        sampling=sampling,
                         # Once for all choices of a prompt.
-                        prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
-                        salt=opts.salt,
+                        prompt_logprobs=options.logprobs if options.echo and k == 0 else None,
+                        salt=call.tenant,
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
                         agent=identity.agent,
                     )
                 )
-        echoes = [Echo(self._text, prompt, scored=opts.logprobs is not None) for prompt in prompts] if opts.echo else []
-        if chat:
-            shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
-        else:
-            ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
-            each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
-            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
-        memory = None if identity.final else (opts.salt, identity.trace)
-        return Call(opts, prompts, steps, shape, readings, memory, echoes)
-
-    def _sampling(self, opts: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
-        eos = () if opts.ignore_eos else self._text.eos_tokens
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=opts.temperature,
-            top_p=opts.top_p,
-            top_k=opts.top_k,
-            min_p=opts.min_p,
-            repetition_penalty=opts.repetition_penalty,
-            presence_penalty=opts.presence_penalty,
-            frequency_penalty=opts.frequency_penalty,
-            logit_bias=opts.logit_bias,
-            seed=seed,
-            stop_tokens=tuple(dict.fromkeys((*eos, *opts.stop_token_ids))),
-            min_tokens=min(opts.min_tokens, max_tokens),
-            logprobs=opts.logprobs,
-            constraint=constraint,
+        scored = options.logprobs is not None
+        echoes = [Echo(self._text, prompt, scored=scored) for prompt in prompts] if options.echo else []
+        return Accepted(
+            call, prompts, steps, answers, echoes, None if identity.final else (call.tenant, identity.trace)
         )
 
-    async def _collect(self, call: Call, reply: Reply) -> None:
-        async with Running(self._dispatcher, call.steps, call.options.n) as running:
-            while not call.done:
-                self._take(call, running, await running.next(None))
-            await reply.json(200, call.shape.whole(call.answers, call.usage()))
-
-    async def _stream(self, call: Call, reply: Reply) -> None:
-        async with Running(self._dispatcher, call.steps, call.options.n) as running:
-            while not call.done:
-                events = await running.next(self._config.keepalive_s)
-                chunks = self._take(call, running, events) if events else KEEPALIVE
-                if chunks:
-                    await reply.events(chunks)
-            usage = call.shape.usage(call.usage()) if call.options.include_usage else b""
-            await reply.events(usage + DONE, last=True)
-
-    def _take(self, call: Call, running: Running, events: Sequence[Event]) -> bytes:
-        """Let answers grow by what happened; returns what a stream tells of it."""
-        chunks: list[bytes] = []
-        for index, event in events:
-            answer = call.answers[index]
-            if isinstance(event, Output) and event.prompt_logprobs:
-                call.echoes[index // call.options.n].logprobs.extend(event.prompt_logprobs)
-                continue
-            if answer.reason is not None:
-                continue
-            if isinstance(event, Finished):
-                nothing = call.options.max_tokens == 0
-                piece = answer.nothing(event.usage) if nothing else answer.finish(event.reason, event.usage)
-                answer.hits = event.hits
-            elif call.options.max_tokens == 0:
-                continue
-            else:
-                piece = answer.push(event.tokens, event.logprobs)
-                answer.usage = event.usage or answer.usage
-                answer.hits = event.hits or answer.hits
-                if answer.reason is not None:
-                    running.end(index)
-            if call.options.stream:
-                usage = call.chunk_usage()
-                chunks.append(call.shape.piece(index, piece, usage))
-                if answer.reason is not None:
-                    chunks.append(call.shape.end(index, answer.reason, usage))
-            if answer.reason is not None and call.memory is not None:
-                self._prompts.remember(call.memory, call.prompt(index), answer)
-                if answer.reader is not None:
-                    step, names = call.steps[index], [said.name or "" for said in answer.reader.whole.calls]
-                    self._dispatcher.book.called(step.salt, step.trace, names_of(names))
-        return b"".join(chunks)
-
-
-class Endpoint:
-    """One path of the two, as an ASGI application."""
-
-    def __init__(self, generation: Generation, kind: type[ChatRequest] | type[CompletionRequest]) -> None:
-        self._generation = generation
-        self._kind = kind
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._generation.serve(self._kind, scope, receive, send)
-
-
-def model_not_found(name: str) -> ApiError:
-    """404: nobody serves it."""
-    return ApiError(404, f"the model {name[:128]!r} does not exist", param="model", code="model_not_found")
+    def _sampling(self, options: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
+        eos = () if options.ignore_eos else self._text.eos_tokens
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            logit_bias=options.logit_bias,
+            seed=seed,
+            stop_tokens=tuple(dict.fromkeys((*eos, *options.stop_token_ids))),
+            min_tokens=min(options.min_tokens, max_tokens),
+            logprobs=options.logprobs,
+            constraint=constraint,
+        )
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -1,11 +1,11 @@
-"""What a chat call's messages say of its trace: what it continues, what kind of agent it is, what ran before it."""
+"""What a conversation says of its trace: what it continues, what kind of agent it is, what ran before it. Pure."""
 
 from collections.abc import Sequence
 
 import msgspec
 from blake3 import blake3
 
-from router.api.requests import ChatMessage, ChatRequest
+from router.calls.call import Conversation, Message
 from router.traces.prefixes import digests
 
 TOOLS_MAX = 16
@@ -14,7 +14,7 @@ NAME_CHARACTERS_MAX = 64
 _encode = msgspec.json.Encoder().encode
 
 
-class Conversation(msgspec.Struct, frozen=True):
+class Lineage(msgspec.Struct, frozen=True):
     """One call's messages, seen as a part of its trace."""
 
     digests: list[bytes]
@@ -27,31 +27,20 @@ class Conversation(msgspec.Struct, frozen=True):
     """Names of the tools that the last answer in it called; empty: it called none."""
 
 
-def conversation(request: ChatRequest, salt: str) -> Conversation:
-    """What the request's messages say."""
-    messages = [_encode(message) for message in request.messages]
-    opening = next((i for i, m in enumerate(request.messages) if m.role not in ("system", "developer")), len(messages))
-    kind = blake3(b"|".join([_encode(_tool_names(request)), *messages[:opening]]))
-    return Conversation(digests(salt, messages), opening, kind.hexdigest(8), called(request.messages))
+def lineage(conversation: Conversation, tenant: str) -> Lineage:
+    """What the messages say."""
+    messages = [_encode(message) for message in conversation.messages]
+    opening = next((i for i, m in enumerate(conversation.messages) if m.role != "system"), len(messages))
+    kind = blake3(b"|".join([_encode(sorted(conversation.kit)), *messages[:opening]]))
+    return Lineage(digests(tenant, messages), opening, kind.hexdigest(8), called(conversation.messages))
 
 
-def called(messages: Sequence[ChatMessage]) -> tuple[str, ...]:
+def called(messages: Sequence[Message]) -> tuple[str, ...]:
     """Names of the tools that the last answer called."""
     answer = next((message for message in reversed(messages) if message.role == "assistant"), None)
-    calls = answer.tool_calls if answer is not None else None
-    return names_of([call.function.name for call in calls or ()])
+    return names_of([call.name for call in answer.tool_calls] if answer is not None else [])
 
 
 def names_of(calls: Sequence[str]) -> tuple[str, ...]:
     """The tools that a list of calls names, each once and cut to a size that can be remembered."""
     return tuple(dict.fromkeys(name[:NAME_CHARACTERS_MAX] for name in calls[:TOOLS_MAX]))
-
-
-def _tool_names(request: ChatRequest) -> list[str]:
-    names: list[str] = []
-    for tool in request.tools or ():
-        function = tool.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str):
-            names.append(name)
-    return sorted(names)

@@ -1,8 +1,8 @@
-"""A completion's prompt as its choices repeat it. Pure."""
+"""A prompt as its choices repeat it. Pure."""
 
-from router.api.logprobs import Mark
-from router.api.prompts import Prompt
-from router.api.text import Text
+from router.calls.events import Mark
+from router.calls.prompts import Prompt
+from router.calls.text import Text
 from tracehaul.wire.steps import TokenLogprobs
 
 

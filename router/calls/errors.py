@@ -1,85 +1,59 @@
-"""What a client is told when a call fails: OpenAI's error body, and one decided status per error of ours."""
+"""What a client is told when a call fails, before any dialect has put it in its form."""
 
 import logging
+from typing import Literal
 
-import msgspec
-
-from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest
+from tracehaul.wire.errors import ClusterError, InvalidRequest
 
 _log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+Cause = Literal["invalid", "not_found", "conflict", "too_large", "too_slow", "unavailable", "failed"]
+"""Whose doing it is: the client's, up to ``too_slow``; nobody's for now (``unavailable``: try again); ours."""
 
 
-class ErrorDetail(msgspec.Struct, frozen=True):
-    """The inside of OpenAI's error body."""
+class CallFailed(Exception):
+    """A call that ends with an error."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(msgspec.Struct, frozen=True):
-    """OpenAI's error body."""
-
-    error: ErrorDetail
-
-
-class ApiError(Exception):
-    """A call that ends with an HTTP status and an error body. ``retry`` adds ``Retry-After``."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        retry: bool = False,
-    ) -> None:
+    def __init__(self, cause: Cause, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
-        self.kind = kind
+        self.cause: Cause = cause
         self.param = param
+        """What in the client's words is at fault."""
         self.code = code
-        self.retry = retry
-
-    @property
-    def body(self) -> ErrorBody:
-        """What the client reads."""
-        return ErrorBody(ErrorDetail(str(self), self.kind, self.param, self.code))
+        """A name for programs; None: there is none."""
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The caller is wrong: 400."""
-    return ApiError(400, message, param=param, code=code)
+def invalid(message: str, param: str | None = None, code: str | None = None) -> CallFailed:
+    """The caller is wrong."""
+    return CallFailed("invalid", message, param=param, code=code)
 
 
-def unsupported(param: str, what: str) -> ApiError:
-    """The caller asks for something this endpoint cannot honour: 400, rather than an answer that ignores it."""
-    return ApiError(400, f"{what} is not supported yet", param=param, code="unsupported_parameter")
+def unsupported(param: str, what: str) -> CallFailed:
+    """The caller asks for something that cannot be honoured: an error, rather than an answer that ignores it."""
+    return invalid(f"{what} is not supported yet", param, "unsupported_parameter")
 
 
-def unavailable(message: str, code: str = "unavailable") -> ApiError:
-    """Nobody can do this now: 503, try again."""
-    return ApiError(503, message, kind="service_unavailable", code=code, retry=True)
+def unavailable(message: str, code: str = "unavailable") -> CallFailed:
+    """Nobody can do this now: try again."""
+    return CallFailed("unavailable", message, code=code)
 
 
-def translate(error: Exception) -> ApiError:
-    """The answer to any failure. What is not the caller's or the cluster's doing is a bug: logged, 500, no details."""
+def model_not_found(name: str) -> CallFailed:
+    """Nobody serves it."""
+    return CallFailed("not_found", f"the model {name[:128]!r} does not exist", param="model", code="model_not_found")
+
+
+def translate(error: Exception) -> CallFailed:
+    """The answer to any failure. What is not the caller's or the cluster's doing is a bug: logged, told no details."""
     match error:
-        case ApiError():
+        case CallFailed():
             return error
-        case ContextTooLong():
-            return bad_request(str(error), code=error.code)
         case InvalidRequest():
-            return bad_request(str(error), code=error.code)
+            return invalid(str(error), code=error.code)
         case ClusterError() if error.retriable:
             return unavailable(str(error) or error.code, error.code)
         case ClusterError():
-            return ApiError(500, str(error) or error.code, kind="server_error", code=error.code)
+            return CallFailed("failed", str(error) or error.code, code=error.code)
         case _:
             _log.error("unexpected failure in an API call", exc_info=error)
-            return ApiError(500, "internal error", kind="server_error", code="internal")
+            return CallFailed("failed", "internal error", code="internal")

@@ -5,14 +5,13 @@ import string
 import msgspec
 from blake3 import blake3
 
-from router.api.errors import bad_request
-from router.api.reading import ChatReader
-from router.api.reasoning import CLOSE, OPEN, ThinkReader
-from router.api.requests import ChatRequest, CompletionRequest, Options
-from router.api.structured import Wishes, constraint
-from router.api.text import Text, TextStream
-from router.api.tool_formats import MARKERS, ToolFormat, ToolReader
-from router.api.tools import Tools, answer_or_calls, calls_constraint, format_of, tools_of
+from router.calls.call import Call, Options, Wanted
+from router.calls.errors import invalid
+from router.calls.reading import AnswerReader
+from router.calls.reasoning import CLOSE, OPEN, ThinkReader
+from router.calls.text import Text, TextStream
+from router.calls.tool_formats import MARKERS, ToolFormat, ToolReader
+from router.calls.tools import Tools, answer_or_calls, calls_constraint, format_of
 from tracehaul.engine.grammar import GrammarCheck
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint
@@ -38,37 +37,29 @@ class Forms:
         self._thinks = CLOSE in (text.chat_template or "")
         self._grammars = GrammarCheck()
 
-    async def of(self, request: ChatRequest | CompletionRequest, opts: Options) -> Form:
-        """A request's form.
+    async def of(self, call: Call) -> Form:
+        """A call's form.
 
         Raises:
-            ApiError: it contradicts itself, or its schema, expression, grammar or tools cannot be used; says why.
+            CallFailed: it contradicts itself, or its schema, expression, grammar or tools cannot be used; says why.
         """
-        found = constraint(
-            Wishes(
-                request.response_format,
-                request.structured_outputs,
-                request.guided_json,
-                request.guided_regex,
-                request.guided_choice,
-                request.guided_grammar,
-            )
-        )
-        wanted, param = found or (None, "")
-        tools: Tools | None = None
-        if isinstance(request, ChatRequest):
-            tools = tools_of(request.tools, request.tool_choice, request.parallel_tool_calls)
+        tools, wanted = call.tools, call.wanted
         if tools is not None and tools.forced:
             if wanted is not None:
-                raise bad_request(f"{param} and a tool_choice that forces a call contradict each other", param)
-            wanted, param = calls_constraint(tools, self._format, self._text.special_token), "tools"
+                message = f"{wanted.param} and a tool_choice that forces a call contradict each other"
+                raise invalid(message, wanted.param)
+            wanted = Wanted(calls_constraint(tools, self._format, self._text.special_token), "tools")
         elif tools is not None and wanted is not None:
-            both = answer_or_calls(wanted, tools, self._format, self._text.special_token)
-            # Where a call could not be told from such an answer there is none.
-            wanted, tools = both or wanted, tools if both else None
-        if wanted is not None:
-            await self._check(wanted, param, opts)
-        return Form(wanted, tools)
+            both = answer_or_calls(wanted.constraint, tools, self._format, self._text.special_token)
+            if both is None:
+                # A call could not be told from such an answer, so there is none.
+                tools = None
+            else:
+                wanted = Wanted(both, wanted.param)
+        if wanted is None:
+            return Form(None, tools)
+        await self._check(wanted, call.options)
+        return Form(wanted.constraint, tools)
 
     def constraint(self, form: Form, prompt: str | None) -> Constraint | None:
         """What an answer is held to that follows ``prompt``, a rendered conversation (None: it is none)."""
@@ -83,26 +74,29 @@ class Forms:
         """Reads the text of an answer of that form."""
         return self._text.stream(MARKERS[self._format] if form.tools is not None else ())
 
-    def reader(self, form: Form, prompt: str, name: str) -> ChatReader:
-        """Reads what an answer says that follows ``prompt``; ``name`` tells it from all others."""
+    def reader(self, form: Form, prompt: str | None, name: str) -> AnswerReader:
+        """Reads what an answer says that follows ``prompt``, as above; ``name`` tells it from all others."""
+        if prompt is None:
+            return AnswerReader()
         think = ThinkReader(opened=prompt.rstrip().endswith(OPEN)) if self._thinks else None
         tools = None if form.tools is None else ToolReader(self._format, form.tools.names)
         parallel = form.tools is None or form.tools.parallel
-        return ChatReader(think, tools, parallel=parallel, call_id=lambda index: self._call_id(f"{name}-{index}"))
+        return AnswerReader(think, tools, parallel=parallel, call_id=lambda index: self._call_id(f"{name}-{index}"))
 
     def _call_id(self, name: str) -> str:
         digest = int.from_bytes(blake3(name.encode()).digest(24))
         letters = _base(digest, 24)
         return letters[:MISTRAL_ID_CHARACTERS] if self._format == "mistral" else f"call_{letters}"
 
-    async def _check(self, wanted: Constraint, param: str, opts: Options) -> None:
+    async def _check(self, wanted: Wanted, opts: Options) -> None:
+        param = wanted.param
         for name, given in (("min_tokens", opts.min_tokens > 0), ("ignore_eos", opts.ignore_eos)):
             if given:
-                raise bad_request(f"{name} contradicts {param}, which alone says where the answer ends", name)
+                raise invalid(f"{name} contradicts {param}, which alone says where the answer ends", name)
         try:
-            await self._grammars.check(wanted)
+            await self._grammars.check(wanted.constraint)
         except InvalidRequest as error:
-            raise bad_request(str(error), param, "invalid_grammar") from None
+            raise invalid(str(error), param, "invalid_grammar") from None
 
 
 def _base(number: int, length: int) -> str:

@@ -1,19 +1,17 @@
-"""Which trace a call belongs to, by what clients already send."""
+"""Which trace a call belongs to, by what clients already send. Pure."""
 
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import msgspec
 from blake3 import blake3
 
-from router.api.errors import bad_request
+from router.calls.call import TraceFields
+from router.calls.errors import invalid
 from tracehaul.wire.ids import NodeId, TraceId
 
 ID_CHARACTERS_MAX = 128
 _ID = re.compile(rf"[A-Za-z0-9._:/@+=-]{{1,{ID_CHARACTERS_MAX}}}", re.ASCII)
-_REQUEST_ID = re.compile(rf"[!-~]{{1,{ID_CHARACTERS_MAX}}}", re.ASCII)
 
 SESSION_HEADERS = (
     "x-dynamo-session-id",
@@ -36,50 +34,26 @@ class Identity(msgspec.Struct, frozen=True):
     """The decode worker that an operator asked for."""
     agent: str = ""
     tools: tuple[str, ...] = ()
-    """As in :class:`router.api.conversation.Conversation`."""
+    """As in :class:`router.calls.conversation.Lineage`."""
 
 
-class TraceFields(msgspec.Struct, frozen=True):
-    """What a body can say about its trace."""
-
-    metadata: Mapping[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    previous_response_id: str | None = None
-
-
-class ResponseTraces:
-    """Which trace a response was given in, for calls that name the response; the oldest are forgotten."""
-
-    def __init__(self, responses_max: int = 16384) -> None:
-        self._responses_max = responses_max
-        self._traces: OrderedDict[str, TraceId] = OrderedDict()
-
-    def get(self, response: str) -> TraceId | None:
-        """None if it is unknown or forgotten."""
-        return self._traces.get(response)
-
-    def put(self, response: str, trace: TraceId) -> None:
-        """Remember it."""
-        self._traces[response] = trace
-        if len(self._traces) > self._responses_max:
-            self._traces.popitem(last=False)
-
-
-def identify(headers: Mapping[str, str], fields: TraceFields, responses: ResponseTraces, fresh: str) -> Identity:
+def identify(
+    headers: Mapping[str, str], fields: TraceFields, answered: Callable[[str], TraceId | None], fresh: str
+) -> Identity:
     """The trace that a call belongs to: our own header first, then what is likeliest to mean one task.
 
     Args:
-        headers: looked up by lower-case name.
+        headers: what came beside the body; looked up by lower-case name.
         fields: the body's part.
-        responses: earlier responses.
+        answered: the trace that an earlier response was given in.
         fresh: the trace of a call that says nothing.
 
     Raises:
-        ApiError: one of our own headers holds what is no id.
+        CallFailed: one of our own headers holds what is no id.
     """
     trace = _own(headers, "x-trace-id") or _metadata(fields) or _session(headers)
     if trace is None and fields.previous_response_id:
-        trace = responses.get(fields.previous_response_id)
+        trace = answered(fields.previous_response_id)
     if trace is None and fields.prompt_cache_key:
         trace = foreign_id(fields.prompt_cache_key)
     parent = _own(headers, "x-parent-trace-id")
@@ -97,19 +71,12 @@ def foreign_id(value: str) -> TraceId:
     return TraceId("h-" + blake3(value.encode(errors="surrogatepass")).hexdigest(16))
 
 
-def request_id(sent: str | None, fresh: str) -> str:
-    """The client's own request id if it can be echoed, else ``fresh``."""
-    return sent if sent and _REQUEST_ID.fullmatch(sent) else fresh
-
-
 def _own(headers: Mapping[str, str], name: str) -> TraceId | None:
     value = headers.get(name)
     if value is None:
         return None
     if not _ID.fullmatch(value):
-        raise bad_request(
-            f"{name} must be 1 to {ID_CHARACTERS_MAX} letters, digits or any of . _ : / @ + = -", param=name
-        )
+        raise invalid(f"{name} must be 1 to {ID_CHARACTERS_MAX} letters, digits or any of . _ : / @ + = -", param=name)
     return TraceId(value)
 
 

@@ -1,17 +1,16 @@
-"""From a request's text to token ids, off the event loop where that takes long."""
+"""From what a client asked to token ids, off the event loop where that takes long."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
-from router.api.answers import Answer
-from router.api.config import ApiConfig
-from router.api.errors import bad_request
-from router.api.messages import template_messages, template_tools
-from router.api.requests import ChatRequest, CompletionRequest
-from router.api.text import Text
+from router.calls.call import Asked, Call, Conversation, Ids, Plain
+from router.calls.errors import invalid
+from router.calls.memory import Memory, TraceKey
+from router.calls.messages import template_messages
+from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import CutTokens, Encoded, TraceTexts, extend
+from router.traces.texts import Encoded
 from tracehaul.runtime.offload import Offload
 
 OFFLOAD_CHARACTERS = 16384
@@ -24,109 +23,87 @@ class Prompt(msgspec.Struct, frozen=True):
     ids: list[int]
     encoded: Encoded | None
     """Its text; None if the client sent ids."""
+    conversation: bool = False
+    """The chat template made it, so that its answer is a message."""
+
+    @property
+    def rendered(self) -> str | None:
+        """The text of a conversation; None where it is none."""
+        return self.encoded.text if self.conversation and self.encoded is not None else None
 
 
 class Prompts:
-    """Makes prompts, and remembers the texts of traces with their ids."""
+    """Makes prompts; what a trace has seen keeps the ids it had."""
 
-    def __init__(self, text: Text, offload: Offload, config: ApiConfig) -> None:
+    def __init__(self, text: Text, offload: Offload, memory: Memory) -> None:
         self._text = text
         self._offload = offload
-        self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens})
-        self._texts = TraceTexts(self._cut_tokens, traces_max=config.traces_max, bytes_max=config.texts_bytes_max)
+        self._memory = memory
 
-    async def chat(self, request: ChatRequest, traces: Sequence[Hashable], *, body_bytes: int) -> list[Prompt]:
-        """The one prompt of a conversation.
+    async def of(self, call: Call, traces: Sequence[TraceKey]) -> list[Prompt]:
+        """A call's prompts, in order. ``traces``: where their text may be known from.
 
         Raises:
-            ApiError, InvalidRequest: the messages cannot be rendered.
+            CallFailed, InvalidRequest: one cannot be rendered, is empty, or has ids that the model does not know.
         """
-        messages, tools = template_messages(request.messages), template_tools(request)
+        return [await self._prompt(asked, call, traces) for asked in call.prompts]
+
+    async def _prompt(self, asked: Asked, call: Call, traces: Sequence[TraceKey]) -> Prompt:
+        match asked:
+            case Ids(ids):
+                check_ids(ids, self._text.vocab_size, call.where)
+                return Prompt(ids, None)
+            case Plain(text):
+                encoded = await self._encode(text, traces, plain=True, where=call.where)
+                return Prompt(encoded.ids, encoded)
+            case Conversation():
+                text = await self._render(asked, call)
+                encoded = await self._encode(text, traces, plain=False, where=call.where)
+                return Prompt(encoded.ids, encoded, conversation=True)
+
+    async def _render(self, asked: Conversation, call: Call) -> str:
+        messages = template_messages(asked.messages)
+        tools = None if call.tools is None else call.tools.told
 
         def render() -> str:
             try:
                 return self._text.render(messages, tools)
             except RecursionError:
-                raise bad_request("the messages are nested too deeply", "messages") from None
+                raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 
-        text = render() if body_bytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
-        return [await self._encode(text, traces, plain=False, param="messages")]
+        return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
 
-    async def completion(self, request: CompletionRequest, traces: Sequence[Hashable]) -> list[Prompt]:
-        """The prompts of a completion, in order.
-
-        Raises:
-            ApiError: one is empty, or mixes kinds, or has ids that the model does not know.
-        """
-        prompts: list[Prompt] = []
-        for prompt in split(request.prompt):
-            if isinstance(prompt, str):
-                prompts.append(await self._encode(prompt, traces, plain=True, param="prompt"))
-            else:
-                check_ids(prompt, self._text.vocab_size, "prompt")
-                prompts.append(Prompt(prompt, None))
-        return prompts
-
-    def remember(self, trace: Hashable, prompt: Prompt, answer: Answer) -> None:
-        """Keep what was said in a step that ended."""
-        if prompt.encoded is None:
-            return
-        if answer.matched:
-            # The client has the text up to the stop string, which may end inside a token.
-            self._texts.remember(trace, prompt.encoded, "", ())
-        else:
-            self._texts.remember(trace, prompt.encoded, answer.text, answer.generated)
-
-    async def _encode(self, text: str, traces: Sequence[Hashable], *, plain: bool, param: str) -> Prompt:
-        known = self._texts.find(traces, text)
+    async def _encode(self, text: str, traces: Sequence[TraceKey], *, plain: bool, where: str) -> Encoded:
+        known = self._memory.known(traces, text)
         rest = text[len(known.text) :]
 
         def encode() -> Encoded:
             # What a plain prompt wants around it belongs to its beginning.
             ids = self._text.encode(rest, special=plain and not known.text) if rest else []
-            return extend(known, text, ids, self._cut_tokens)
+            return self._memory.extended(known, text, ids)
 
         encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if not encoded.packed:
-            raise bad_request("the prompt is empty", param)
-        return Prompt(encoded.ids, encoded)
-
-
-def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """The prompts in ``prompt``'s four forms: a string, strings, ids, lists of ids.
-
-    Raises:
-        ApiError: it mixes them, or is or holds an empty list.
-    """
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt or any(item == [] for item in prompt):
-        raise bad_request("the prompt is empty", "prompt")
-    ids = [item for item in prompt if isinstance(item, int)]
-    if ids and len(ids) == len(prompt):
-        return [ids]
-    several = [item for item in prompt if not isinstance(item, int)]
-    if len({type(item) for item in prompt}) > 1:
-        raise bad_request("prompt must be all strings, all token ids, or all lists of token ids", "prompt")
-    return several
+            raise invalid("the prompt is empty", where)
+        return encoded
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises ApiError if one is not the model's: an engine would read outside its tables."""
+    """Raises CallFailed if one is not the model's: an engine would read outside its tables."""
     if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        raise bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+        raise invalid(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
     """Output tokens that a step may have: what was asked for, or the rest of the window.
 
     Raises:
-        ApiError: it does not fit the window.
+        CallFailed: it does not fit the window.
     """
     left = card.context_max - prompt_tokens
     if left < (max_tokens or 1):
         wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
-        raise bad_request(
+        raise invalid(
             f"this model's context is {card.context_max} tokens; the prompt has {prompt_tokens}{wanted}",
             param,
             "context_length_exceeded",

@@ -4,45 +4,28 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from router.api.reasoning import ThinkReader
-from router.api.tool_formats import CallArguments, CallStart, Content, Event, ToolReader
+from router.calls.events import NOTHING, Said, SaidCall
+from router.calls.reasoning import ThinkReader
+from router.calls.tool_formats import CallArguments, CallStart, Content, Event, ToolReader
 
 
-class SaidCall(msgspec.Struct, frozen=True):
-    """What a piece of text adds to one call."""
-
-    index: int
-    id: str | None
-    """With the first piece of a call, as the name is."""
-    name: str | None
-    arguments: str
-
-
-class Said(msgspec.Struct, frozen=True):
-    """What a piece of text adds to a message."""
-
-    reasoning: str = ""
-    content: str = ""
-    calls: tuple[SaidCall, ...] = ()
-
-
-def joined(first: Said, then: Said) -> Said:
-    """Two pieces that follow each other, as one."""
-    return Said(first.reasoning + then.reasoning, first.content + then.content, first.calls + then.calls)
-
-
-class ChatReader:
-    """Reads one answer of a conversation as it grows.
+class AnswerReader:
+    """Reads one answer as it grows.
 
     Args:
-        think: takes reasoning out; None where the model does none.
+        think: takes reasoning out; None where there is none.
         tools: takes calls out; None where there are no tools to call.
         parallel: False: calls after the first are left out.
         call_id: the id of a call, by its number.
     """
 
     def __init__(
-        self, think: ThinkReader | None, tools: ToolReader | None, *, parallel: bool, call_id: Callable[[int], str]
+        self,
+        think: ThinkReader | None = None,
+        tools: ToolReader | None = None,
+        *,
+        parallel: bool = True,
+        call_id: Callable[[int], str] = str,
     ) -> None:
         self._think = think
         self._tools = tools
@@ -55,6 +38,8 @@ class ChatReader:
 
     def feed(self, text: str, tokens: int) -> Said:
         """The next ``tokens`` tokens, and the text that they complete."""
+        if self._think is None and self._tools is None:
+            return self._told(Said(content=text)) if text else NOTHING
         self._tokens += tokens
         reasoning = ""
         if self._think is not None:
@@ -107,7 +92,10 @@ class ChatReader:
                     calls.append(SaidCall(index, None, None, text))
                 case _:
                     pass
-        said = Said(reasoning, "".join(content), tuple(calls))
-        if said != Said():
-            self._parts.append(said)
+        if not (reasoning or content or calls):
+            return NOTHING
+        return self._told(Said(reasoning, "".join(content), tuple(calls)))
+
+    def _told(self, said: Said) -> Said:
+        self._parts.append(said)
         return said

@@ -14,8 +14,8 @@ from typing import Literal
 
 import msgspec
 
-from router.api.call_reader import CallReader, NoCall
-from router.api.reasoning import partial
+from router.calls.call_reader import CallReader, NoCall
+from router.calls.reasoning import partial
 
 ToolFormat = Literal["hermes", "mistral", "llama3"]
 

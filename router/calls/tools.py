@@ -1,22 +1,19 @@
-"""What a request says of tools: which there are, which may or must be called, and how the model writes a call. Pure."""
+"""The tools of a call: which there are, which must be called, and how the model writes a call. Pure."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from router.api.errors import ApiError, bad_request, unsupported
-from router.api.structured import SCHEMA_DEPTH_MAX, sized
-from router.api.tool_formats import BEGIN, END, ToolFormat
+from router.calls.errors import CallFailed, invalid
+from router.calls.structured import SCHEMA_DEPTH_MAX, sized
+from router.calls.tool_formats import BEGIN, END, ToolFormat
 from tracehaul.engine.grammar import inline_json
 from tracehaul.wire.steps import Constraint
 
-TOOLS_MAX = 512
 CALLS_MAX = 16
 """Calls in one answer that has to call: a model that has lost its way would otherwise never end."""
-NAME = re.compile(r"[\w.:/-]{1,256}")
 _OUTERMOST = ("$id", "$schema")
 _NEXT_LINE, _NEXT_ITEM, _NEXT_OBJECT = r'"\n" call', '", " object', '"; " object'
 SpecialToken = Callable[[str], int | None]
@@ -31,26 +28,6 @@ class Function(msgspec.Struct, frozen=True):
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct, frozen=True):
-    """One of ``tools``."""
-
-    function: Function
-    type: Literal["function"]
-
-
-class NamedFunction(msgspec.Struct, frozen=True):
-    """The inside of a :class:`NamedChoice`."""
-
-    name: str
-
-
-class NamedChoice(msgspec.Struct, frozen=True):
-    """A ``tool_choice`` that names one tool."""
-
-    function: NamedFunction
-    type: Literal["function"] = "function"
-
-
 class Tools(msgspec.Struct, frozen=True):
     """The tools of a call that may use them."""
 
@@ -60,59 +37,13 @@ class Tools(msgspec.Struct, frozen=True):
     """Those of which it has to call one; none: it calls what it likes, or nothing."""
     parallel: bool
     """Whether one answer may have several calls."""
+    told: list[dict[str, Any]]
+    """All of them as chat templates read them: ``{"type": "function", "function": {...}}``."""
 
     @property
     def names(self) -> frozenset[str]:
         """What can be called."""
         return frozenset(function.name for function in self.functions)
-
-
-def tools_of(
-    tools: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None, parallel: bool | None
-) -> Tools | None:
-    """The tools of a call; None if it has none or must not use them.
-
-    Raises:
-        ApiError: a tool is no function, or what is chosen is not among them.
-    """
-    if choice is not None and choice not in ("none", "auto") and not tools:
-        raise bad_request("tool_choice needs tools", "tool_choice")
-    if not tools or choice == "none":
-        return None
-    if len(tools) > TOOLS_MAX:
-        raise bad_request(f"at most {TOOLS_MAX} tools are possible", "tools")
-    functions = tuple(_function(tool, f"tools[{at}]") for at, tool in enumerate(tools))
-    return Tools(functions, _forced(functions, choice), parallel is not False)
-
-
-def _function(tool: dict[str, Any], where: str) -> Function:
-    try:
-        function = msgspec.convert(tool, Tool).function
-    except msgspec.ValidationError as error:
-        raise bad_request(f"{where}: {error}", where) from None
-    if not NAME.fullmatch(function.name):
-        rule = "a tool's name has 1 to 256 letters, digits and any of _ . : / -"
-        raise bad_request(f"{rule}, and not {function.name[:64]!r}", f"{where}.function.name")
-    return function
-
-
-def _forced(functions: tuple[Function, ...], choice: str | dict[str, Any] | None) -> tuple[Function, ...]:
-    if choice is None or choice == "auto":
-        return ()
-    if choice == "required":
-        return functions
-    if isinstance(choice, str):
-        raise bad_request("tool_choice is none, auto, required or names a function", "tool_choice", "invalid_value")
-    if choice.get("type") != "function":
-        raise unsupported("tool_choice", f"a tool_choice of type {str(choice.get('type'))[:64]!r}")
-    try:
-        name = msgspec.convert(choice, NamedChoice).function.name
-    except msgspec.ValidationError as error:
-        raise bad_request(f"tool_choice: {error}", "tool_choice") from None
-    named = tuple(function for function in functions if function.name == name)
-    if not named:
-        raise bad_request(f"tool_choice names {name[:64]!r}, which is not among the tools", "tool_choice")
-    return named[:1]
 
 
 def format_of(template: str | None) -> ToolFormat:
@@ -131,7 +62,7 @@ def calls_constraint(tools: Tools, form: ToolFormat, special: SpecialToken) -> C
     ``special`` tells the model's special token of a text.
 
     Raises:
-        ApiError: the functions' schemas are too large.
+        CallFailed: the functions' schemas are too large.
     """
     return sized(Constraint("grammar", "start: calls\n" + _calls(tools, tools.forced, form, special)), "tools")
 
@@ -204,5 +135,5 @@ def _moved(schema: Any, to: str, depth: int = 0) -> Any:
     return [_moved(item, to, depth + 1) for item in schema] if isinstance(schema, list) else schema
 
 
-def _too_deep() -> ApiError:
-    return bad_request("a tool's parameters are nested too deeply", "tools")
+def _too_deep() -> CallFailed:
+    return invalid("a tool's parameters are nested too deeply", "tools")

@@ -1,8 +1,7 @@
-"""HTTP surface: OpenAI-compatible endpoints."""
+"""HTTP surface: every dialect at its path, and pages to look at."""
 
-from router.api.app import create_app
-from router.api.config import ApiConfig
-from router.api.server import ApiServer, serve
-from router.api.text import Text
+from router.http.app import create_app
+from router.http.config import ApiConfig
+from router.http.server import ApiServer, serve
 
-__all__ = ["ApiConfig", "ApiServer", "Text", "create_app", "serve"]
+__all__ = ["ApiConfig", "ApiServer", "create_app", "serve"]

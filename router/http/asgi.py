@@ -2,13 +2,11 @@
 
 import asyncio
 
-import msgspec
 from starlette.types import Receive, Scope, Send
 
-from router.api.errors import RETRY_AFTER_S, ApiError
-from router.api.shapes import DONE, event
-
-REQUEST_TIMEOUT = 408
+from router.calls.errors import CallFailed
+from router.dialects.base import Dialect
+from router.http.errors import STATUS, headers_of
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -21,10 +19,10 @@ async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, timeout_s
     """The request's body.
 
     Raises:
-        ApiError: it is too long, or takes too long.
+        CallFailed: it is too long, or takes too long.
         ClientGone: the client left.
     """
-    too_long = ApiError(413, f"the body is longer than {bytes_max} bytes", code="body_too_large")
+    too_long = CallFailed("too_large", f"the body is longer than {bytes_max} bytes", code="body_too_large")
     announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if announced.isdigit() and int(announced[:20]) > bytes_max:
         raise too_long
@@ -43,7 +41,7 @@ async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, timeout_s
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError:
-        raise ApiError(REQUEST_TIMEOUT, f"the body did not arrive within {timeout_s} s", code="timeout") from None
+        raise CallFailed("too_slow", f"the body did not arrive within {timeout_s} s", code="timeout") from None
 
 
 async def disconnected(receive: Receive) -> None:
@@ -53,10 +51,11 @@ async def disconnected(receive: Receive) -> None:
 
 
 class Reply:
-    """One call's answer: a JSON body, or a stream that starts with its first event."""
+    """One call's answer: a JSON body, or a stream that starts with its first event. ``dialect``: says how it fails."""
 
-    def __init__(self, send: Send, timeout_s: float) -> None:
+    def __init__(self, send: Send, dialect: Dialect, timeout_s: float) -> None:
         self._send_message = send
+        self._dialect = dialect
         self._timeout_s = timeout_s
         self._started = False
         self._ended = False
@@ -76,17 +75,15 @@ class Reply:
             await self._start(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
         await self._body(data, last=last)
 
-    async def fail(self, error: ApiError) -> None:
-        """End with an error: a status if nothing was sent yet, else an event and the stream's end."""
+    async def fail(self, failure: CallFailed) -> None:
+        """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
         if self._ended:
             return
         if self._started:
-            await self._body(event(error.body) + DONE, last=True)
+            await self._body(self._dialect.broken(failure), last=True)
             return
-        headers: Headers = [(b"retry-after", str(RETRY_AFTER_S).encode())] if error.retry else []
-        if error.status == REQUEST_TIMEOUT:
-            headers.append((b"connection", b"close"))  # the rest of the body may come for ever
-        await self.json(error.status, msgspec.json.encode(error.body), headers)
+        headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
+        await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True

@@ -8,11 +8,13 @@ from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.api.asgi import ClientGone, read_body
-from router.api.conversation import NAME_CHARACTERS_MAX
-from router.api.errors import ApiError, bad_request
-from router.api.identity import ID_CHARACTERS_MAX
-from router.api.requests import SALT_CHARACTERS_MAX, parse
+from router.calls.conversation import NAME_CHARACTERS_MAX
+from router.calls.errors import CallFailed, invalid
+from router.calls.identity import ID_CHARACTERS_MAX
+from router.dialects.body import parse
+from router.dialects.openai.requests import SALT_CHARACTERS_MAX
+from router.http.asgi import ClientGone, read_body
+from router.http.pages import json_response
 from router.traces.book import Book, TraceBusy
 from router.traces.views import TraceDeleted, TraceView
 from tracehaul.wire.blocks import REPLICAS_MAX, PinKind
@@ -77,8 +79,8 @@ class TracePages:
         after = request.query_params.get("after")
         page = self._book.page(_salt(request), _limit(request), TraceId(after) if after is not None else None)
         if page is None:
-            raise bad_request(f"no trace {str(after)[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
-        return _json(page)
+            raise invalid(f"no trace {str(after)[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
+        return json_response(page)
 
     async def show(self, request: Request) -> Response:
         """``GET /v1/traces/{id}``."""
@@ -91,7 +93,7 @@ class TracePages:
         try:
             view = self._book.suspend(_salt(request), trace, body.expected_s, body.deadline_s, body.tool)
         except TraceBusy as busy:
-            raise ApiError(409, str(busy), param="id", code="trace_busy") from None
+            raise CallFailed("conflict", str(busy), param="id", code="trace_busy") from None
         return _answer(trace, view)
 
     async def resume(self, request: Request) -> Response:
@@ -100,7 +102,7 @@ class TracePages:
         try:
             view = self._book.resume(_salt(request), trace)
         except TraceBusy as busy:
-            raise ApiError(409, str(busy), param="id", code="trace_busy") from None
+            raise CallFailed("conflict", str(busy), param="id", code="trace_busy") from None
         return _answer(trace, view)
 
     async def pin(self, request: Request) -> Response:
@@ -109,20 +111,20 @@ class TracePages:
         pinned = await self._book.pin(_salt(request), trace, body.kind, body.ttl_s, body.priority, body.replicas)
         if pinned is None:
             raise not_found(trace)
-        return _json(PinAnswer(trace, pinned.blocks, pinned.held, pinned.remaining_s))
+        return json_response(PinAnswer(trace, pinned.blocks, pinned.held, pinned.remaining_s))
 
     async def delete(self, request: Request) -> Response:
         """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
         trace = _trace(request)
         if not self._book.delete(_salt(request), trace):
             raise not_found(trace)
-        return _json(TraceDeleted(trace))
+        return json_response(TraceDeleted(trace))
 
 
-def not_found(trace: TraceId) -> ApiError:
+def not_found(trace: TraceId) -> CallFailed:
     """404: nobody knows it, or it is another tenant's."""
     name = trace[:ID_CHARACTERS_MAX]
-    return ApiError(404, f"the trace {name!r} is not known", param="id", code="trace_not_found")
+    return CallFailed("not_found", f"the trace {name!r} is not known", param="id", code="trace_not_found")
 
 
 B = TypeVar("B", bound=msgspec.Struct)
@@ -132,20 +134,20 @@ async def _body(request: Request, kind: type[B]) -> B:
     """The body, which may be empty where nothing must be said.
 
     Raises:
-        ApiError: it is too long or too slow, or not what the endpoint takes; names the field.
+        CallFailed: it is too long or too slow, or not what the endpoint takes; names the field.
     """
     receive = request.receive
     try:
         body = await read_body(request.scope, receive, bytes_max=BODY_BYTES_MAX, timeout_s=BODY_TIMEOUT_S)
     except ClientGone:
-        raise bad_request("the client left", code="client_gone") from None
+        raise invalid("the client left", code="client_gone") from None
     return parse(body or b"{}", kind)
 
 
 def _answer(trace: TraceId, view: TraceView | None) -> Response:
     if view is None:
         raise not_found(trace)
-    return _json(view)
+    return json_response(view)
 
 
 def _trace(request: Request) -> TraceId:
@@ -155,16 +157,12 @@ def _trace(request: Request) -> TraceId:
 def _salt(request: Request) -> str:
     salt = request.query_params.get("cache_salt", "")
     if len(salt) > SALT_CHARACTERS_MAX:
-        raise bad_request(f"cache_salt must have at most {SALT_CHARACTERS_MAX} characters", "cache_salt")
+        raise invalid(f"cache_salt must have at most {SALT_CHARACTERS_MAX} characters", "cache_salt")
     return salt
 
 
 def _limit(request: Request) -> int:
     text = request.query_params.get("limit", str(LIMIT))
     if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= LIMIT_MAX:
-        raise bad_request(f"limit must be from 1 to {LIMIT_MAX}", "limit", "invalid_value")
+        raise invalid(f"limit must be from 1 to {LIMIT_MAX}", "limit", "invalid_value")
     return int(text)
-
-
-def _json(body: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json")

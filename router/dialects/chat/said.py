@@ -1,9 +1,9 @@
-"""What a reader made of an answer, as the API's messages and deltas have it. Pure."""
+"""What an answer says, as chat completions' messages and deltas have it. Pure."""
 
 from msgspec import UNSET
 
-from router.api.reading import Said, SaidCall
-from router.api.responses import AnswerMessage, CalledFunction, ChatFinishReason, Delta, ToolCall
+from router.calls.events import Said, SaidCall
+from router.dialects.chat.responses import AnswerMessage, CalledFunction, ChatFinishReason, Delta, ToolCall
 from tracehaul.wire.steps import FinishReason
 
 

@@ -1,13 +1,12 @@
-"""What clients send, and what of it is honoured: everything is checked here, before any work."""
+"""The fields that OpenAI's dialects share, and what of them is honoured: checked here, before any work. Pure."""
 
-import re
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import msgspec
 
-from router.api.errors import ApiError, bad_request, unsupported
-from router.api.identity import TraceFields
-from router.api.structured import ResponseFormat, StructuredOutputs
+from router.calls.call import Options, TraceFields
+from router.calls.errors import CallFailed, invalid, unsupported
+from router.dialects.openai.structured import Wishes
 
 STOPS_MAX = 4
 STOP_CHARACTERS_MAX = 1024
@@ -25,42 +24,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     continuous_usage_stats: bool | None = None
 
 
-class Part(msgspec.Struct, frozen=True):
-    """One part of a message's content; only text can be honoured."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-class FunctionCall(msgspec.Struct, frozen=True):
-    """What the assistant called, in an earlier turn."""
-
-    name: str
-    arguments: str = ""
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    """A call in an earlier turn."""
-
-    id: str
-    function: FunctionCall
-    type: Literal["function"] = "function"
-
-
-class ChatMessage(msgspec.Struct, frozen=True):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    name: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields that both endpoints share. Unknown ones are ignored."""
+class GenerationRequest(Wishes, frozen=True, kw_only=True):
+    """The fields that the dialects share. Unknown ones are ignored."""
 
     model: str
     stream: bool | None = None
@@ -81,13 +46,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: str | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    # What structured_outputs was called before.
-    guided_json: str | dict[str, Any] | bool | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -107,63 +65,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         """What the body says about its trace."""
         return TraceFields(self.metadata, self.prompt_cache_key, self.previous_response_id)
 
+    @property
+    def tenant(self) -> str:
+        """Whose call it is."""
+        return self.cache_salt or ""
 
-class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
-    """``POST /v1/chat/completions``."""
+    def output_limit(self) -> tuple[str, int | None, int]:
+        """The field that limits the output, its value, and the least that it may be."""
+        return "max_tokens", self.max_tokens, 1
 
-    messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    functions: list[dict[str, Any]] | None = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    audio: dict[str, Any] | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to tell; None: tell no logprobs. Raises CallFailed."""
+        return None
 
-
-class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    """``POST /v1/completions``."""
-
-    prompt: str | list[str | int | list[int]]
-    logprobs: int | bool | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-
-
-class Options(msgspec.Struct, frozen=True):
-    """A call's options, checked and with their defaults."""
-
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    max_tokens: int | None
-    """None: the rest of the window. 0: nothing but the echo of the prompt."""
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    logprobs: int | None
-    """How many of the likeliest tokens to tell beside each token's own logprob; None: tell neither."""
-    echo: bool
-    seed: int | None
-    stops: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    min_tokens: int
-    ignore_eos: bool
-    n: int
-    return_token_ids: bool
-    salt: str
+    def echoed(self) -> bool:
+        """Whether each choice begins with its prompt."""
+        return False
 
 
 _NO_OPS: dict[str, tuple[Any, ...]] = {
@@ -185,54 +102,25 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
 }
 """Fields that cannot be honoured yet, and the values of each that ask for nothing; null always does."""
 
-T = TypeVar("T", bound=msgspec.Struct)
 
-_PATH = re.compile(r" - at `\$\.?([^`]*)`$")
-_MISSING = re.compile(r"Object missing required field `([^`]*)`")
-
-
-def parse(body: bytes, kind: type[T]) -> T:
-    """The request in a body.
-
-    Raises:
-        ApiError: it is no JSON, or not what the API defines; names the field.
-    """
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        message = str(error)
-        found = _PATH.search(message)
-        path = found.group(1) if found else ""
-        message = message[: found.start()] if found else message
-        if missing := _MISSING.search(message):
-            param = f"{path}.{missing.group(1)}" if path else missing.group(1)
-            raise bad_request(f"missing required parameter: '{param}'", param, "missing_required_parameter") from None
-        where = f" for '{path}'" if path else ""
-        raise bad_request(f"invalid value{where}: {message}", path or None, "invalid_type") from None
-    except (msgspec.DecodeError, UnicodeError) as error:
-        raise bad_request(f"the body could not be parsed as JSON: {error}", code="invalid_json") from None
-    except RecursionError:
-        raise bad_request("the body is nested too deeply", code="invalid_json") from None
-
-
-def options(request: ChatRequest | CompletionRequest) -> Options:
+def options(request: GenerationRequest) -> Options:
     """The request's options.
 
     Raises:
-        ApiError: a value is out of range, a combination makes no sense, or a field cannot be honoured.
+        CallFailed: a value is out of range, a combination makes no sense, or a field cannot be honoured.
     """
     _check_supported(request)
     if request.stream_options is not None and not request.stream:
-        raise bad_request("stream_options needs stream to be true", "stream_options")
+        raise invalid("stream_options needs stream to be true", "stream_options")
     usage = request.stream_options or StreamOptions()
     max_tokens = _max_tokens(request)
-    min_tokens = _integer("min_tokens", request.min_tokens, 0, INTEGER_MAX, 0)
+    min_tokens = integer("min_tokens", request.min_tokens, 0, INTEGER_MAX, 0)
     if max_tokens is not None and min_tokens > max_tokens:
-        raise bad_request("min_tokens must not be greater than max_tokens", "min_tokens")
+        raise invalid("min_tokens must not be greater than max_tokens", "min_tokens")
     top_p = _number("top_p", request.top_p, 0.0, 1.0, 1.0)
     temperature = _number("temperature", request.temperature, 0.0, 2.0, 1.0)
     if request.cache_salt is not None and not 0 < len(request.cache_salt) <= SALT_CHARACTERS_MAX:
-        raise bad_request(f"cache_salt must have 1 to {SALT_CHARACTERS_MAX} characters", "cache_salt")
+        raise invalid(f"cache_salt must have 1 to {SALT_CHARACTERS_MAX} characters", "cache_salt")
     return Options(
         stream=bool(request.stream),
         include_usage=bool(usage.include_usage),
@@ -241,26 +129,25 @@ def options(request: ChatRequest | CompletionRequest) -> Options:
         # A top_p of 0 leaves the likeliest token only.
         temperature=temperature if top_p > 0 else 0.0,
         top_p=top_p if top_p > 0 else 1.0,
-        top_k=max(_integer("top_k", request.top_k, -1, INTEGER_MAX, 0), 0),
+        top_k=max(integer("top_k", request.top_k, -1, INTEGER_MAX, 0), 0),
         min_p=_number("min_p", request.min_p, 0.0, 1.0, 0.0),
         repetition_penalty=_number("repetition_penalty", request.repetition_penalty, 0.01, 100.0, 1.0),
         presence_penalty=_number("presence_penalty", request.presence_penalty, -2.0, 2.0, 0.0),
         frequency_penalty=_number("frequency_penalty", request.frequency_penalty, -2.0, 2.0, 0.0),
         logit_bias=_logit_bias(request.logit_bias),
-        logprobs=_logprobs(request),
-        echo=isinstance(request, CompletionRequest) and bool(request.echo),
-        seed=None if request.seed is None else _integer("seed", request.seed, -(2**63), 2**63 - 1, 0),
+        logprobs=request.likeliest(),
+        echo=request.echoed(),
+        seed=None if request.seed is None else integer("seed", request.seed, -(2**63), 2**63 - 1, 0),
         stops=_stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos),
-        n=_integer("n", request.n, 1, 128, 1),
+        n=integer("n", request.n, 1, 128, 1),
         return_token_ids=bool(request.return_token_ids),
-        salt=request.cache_salt or "",
     )
 
 
-def _check_supported(request: ChatRequest | CompletionRequest) -> None:
+def _check_supported(request: GenerationRequest) -> None:
     for name, accepted in _NO_OPS.items():
         value = getattr(request, name, None)
         if value is not None and value not in accepted:
@@ -268,36 +155,23 @@ def _check_supported(request: ChatRequest | CompletionRequest) -> None:
     if request.best_of not in (None, 1):
         raise unsupported("best_of", "choosing the best of several completions (ask for n of them instead)")
     if request.stop_token_ids is not None and len(request.stop_token_ids) > STOP_TOKENS_MAX:
-        raise bad_request(f"at most {STOP_TOKENS_MAX} stop tokens are possible", "stop_token_ids")
+        raise invalid(f"at most {STOP_TOKENS_MAX} stop tokens are possible", "stop_token_ids")
 
 
-def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
-    value, name = request.max_tokens, "max_tokens"
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-        value, name = request.max_completion_tokens, "max_completion_tokens"
-    lowest = 0 if isinstance(request, CompletionRequest) and request.echo else 1
-    return None if value is None else _integer(name, value, lowest, INTEGER_MAX, 1)
-
-
-def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:
-    if isinstance(request, CompletionRequest):
-        if request.logprobs is None or request.logprobs is False:
-            return None
-        return _integer("logprobs", int(request.logprobs), 0, TOP_LOGPROBS_MAX, 0)
-    if request.top_logprobs is not None and not request.logprobs:
-        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    return _integer("top_logprobs", request.top_logprobs, 0, TOP_LOGPROBS_MAX, 0) if request.logprobs else None
+def _max_tokens(request: GenerationRequest) -> int | None:
+    name, value, lowest = request.output_limit()
+    return None if value is None else integer(name, value, lowest, INTEGER_MAX, 1)
 
 
 def _logit_bias(wanted: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
     if wanted is None:
         return ()
     if len(wanted) > LOGIT_BIAS_MAX:
-        raise bad_request(f"at most {LOGIT_BIAS_MAX} tokens can have a bias", "logit_bias")
+        raise invalid(f"at most {LOGIT_BIAS_MAX} tokens can have a bias", "logit_bias")
     bias: dict[int, float] = {}
     for key, value in wanted.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
-            raise bad_request(f"logit_bias goes by token ids, and {_short(key)!r} is none", "logit_bias")
+            raise invalid(f"logit_bias goes by token ids, and {_short(key)!r} is none", "logit_bias")
         bias[int(key)] = _number("logit_bias", value, -100.0, 100.0, 0.0)
     return tuple(sorted(bias.items()))
 
@@ -305,13 +179,14 @@ def _logit_bias(wanted: dict[str, float] | None) -> tuple[tuple[int, float], ...
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(stops) > STOPS_MAX:
-        raise bad_request(f"at most {STOPS_MAX} stop strings are possible", "stop")
+        raise invalid(f"at most {STOPS_MAX} stop strings are possible", "stop")
     if not all(0 < len(s) <= STOP_CHARACTERS_MAX for s in stops):
-        raise bad_request(f"a stop string must have 1 to {STOP_CHARACTERS_MAX} characters", "stop")
+        raise invalid(f"a stop string must have 1 to {STOP_CHARACTERS_MAX} characters", "stop")
     return stops
 
 
-def _integer(name: str, value: int | None, low: int, high: int, default: int) -> int:
+def integer(name: str, value: int | None, low: int, high: int, default: int) -> int:
+    """``value``, or ``default`` where there is none. Raises CallFailed if it is not from ``low`` to ``high``."""
     if value is None:
         return default
     if not low <= value <= high:
@@ -327,8 +202,8 @@ def _number(name: str, value: float | None, low: float, high: float, default: fl
     return value
 
 
-def _out_of_range(name: str, value: float, low: float, high: float) -> ApiError:
-    return bad_request(f"{name} must be from {low} to {high}, and is {_short(value)}", name, "invalid_value")
+def _out_of_range(name: str, value: float, low: float, high: float) -> CallFailed:
+    return invalid(f"{name} must be from {low} to {high}, and is {_short(value)}", name, "invalid_value")
 
 
 def _short(value: object) -> str:

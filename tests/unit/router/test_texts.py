@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.api.fakes import IM_END, FakeText
+from router.calls.fakes import IM_END, FakeText
 from router.traces.texts import ENTRIES_PER_TRACE, CutTokens, Encoded, TraceTexts, extend, fresh
 
 CUTS = CutTokens({"<|im_end|>": IM_END})

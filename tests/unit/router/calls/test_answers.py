@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.api.answers import Answer, StopMatcher
-from router.api.fakes import IM_END, FakeText
+from router.calls.answers import Answer, StopMatcher
+from router.calls.fakes import IM_END, FakeText
 from tracehaul.wire.steps import StepUsage
 
 

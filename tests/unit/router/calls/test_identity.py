@@ -2,15 +2,19 @@
 
 import pytest
 
-from router.api.errors import ApiError
-from router.api.identity import Identity, ResponseTraces, TraceFields, foreign_id, identify, request_id
+from router.calls.call import TraceFields
+from router.calls.errors import CallFailed
+from router.calls.identity import Identity, foreign_id, identify
+from router.calls.memory import ResponseTraces
+from router.http.errors import STATUS
+from router.http.request_ids import request_id
 from tracehaul.wire.ids import TraceId
 
 NONE = TraceFields()
 
 
 def of(headers: dict[str, str], fields: TraceFields = NONE, responses: ResponseTraces | None = None) -> Identity:
-    return identify(headers, fields, responses or ResponseTraces(), "fresh")
+    return identify(headers, fields, (responses or ResponseTraces()).get, "fresh")
 
 
 def test_a_call_that_says_nothing_is_a_trace_of_its_own() -> None:
@@ -62,9 +66,9 @@ def test_parent_and_end() -> None:
 def test_our_own_headers_must_hold_ids() -> None:
     for name in ("x-trace-id", "x-parent-trace-id"):
         for value in ("", "with space", "a" * 129, "é", "a\nb"):
-            with pytest.raises(ApiError) as caught:
+            with pytest.raises(CallFailed) as caught:
                 of({name: value})
-            assert (caught.value.status, caught.value.param) == (400, name)
+            assert (STATUS[caught.value.cause], caught.value.param) == (400, name)
 
 
 def test_names_of_others_become_ids() -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.api.reasoning import ThinkReader
-from router.api.tool_formats import CallArguments, CallStart, Content, Event, ToolFormat, ToolReader
+from router.calls.reasoning import ThinkReader
+from router.calls.tool_formats import CallArguments, CallStart, Content, Event, ToolFormat, ToolReader
 
 NAMES = frozenset({"look_up", "add"})
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\"{"}}\n</tool_call>'

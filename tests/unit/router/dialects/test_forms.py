@@ -8,10 +8,11 @@ import httpx
 import msgspec
 import pytest
 
-from router.api import ApiConfig, create_app
-from router.api.fakes import FakeDispatcher, FakeText, say
-from router.api.tool_formats import ToolFormat
-from router.api.tools import calls_constraint, format_of, tools_of
+from router.calls.fakes import FakeDispatcher, FakeText, say
+from router.calls.tool_formats import ToolFormat
+from router.calls.tools import calls_constraint, format_of
+from router.dialects.openai.tools import tools_of
+from router.http import ApiConfig, create_app
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import InvalidRequest

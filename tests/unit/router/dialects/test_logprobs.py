@@ -7,14 +7,16 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 
-from router.api.echo import Echo
-from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script
-from router.api.logprobs import Mark, chat_logprobs, text_logprobs
-from router.api.prompts import Prompt
+from router.calls.echo import Echo
+from router.calls.events import Mark
+from router.calls.fakes import IM_END, FakeDispatcher, FakeText, Script
+from router.calls.prompts import Prompt
+from router.dialects.chat.logprobs import chat_logprobs
+from router.dialects.completions.logprobs import text_logprobs
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.traces.texts import Encoded
+from tests.unit.router.http.test_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 from tracehaul.wire.steps import StepUsage, TokenLogprobs
 
 USAGE = StepUsage()

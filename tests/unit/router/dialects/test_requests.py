@@ -5,11 +5,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from router.api.errors import ApiError
-from router.api.messages import template_messages, template_tools
-from router.api.prompts import output_budget, split
-from router.api.requests import ChatRequest, CompletionRequest, Options, options, parse
+from router.calls.call import Options
+from router.calls.errors import CallFailed
+from router.calls.messages import template_messages
+from router.calls.prompts import output_budget
+from router.dialects.body import parse
+from router.dialects.chat.messages import messages_of
+from router.dialects.chat.requests import ChatRequest
+from router.dialects.completions.requests import CompletionRequest, split
+from router.dialects.openai.errors import error_body
+from router.dialects.openai.requests import options
+from router.dialects.openai.tools import tools_of
 from router.dispatch.steps import ModelCard
+from router.http.errors import STATUS
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT: dict[str, Any] = {"model": "m", "prompt": "hi"}
@@ -23,12 +31,12 @@ def text(**fields: Any) -> CompletionRequest:
     return parse(msgspec.json.encode(TEXT | fields), CompletionRequest)
 
 
-def refused(call: Any) -> ApiError:
-    with pytest.raises(ApiError) as caught:
+def refused(call: Any) -> CallFailed:
+    with pytest.raises(CallFailed) as caught:
         call()
-    assert caught.value.status == 400
-    assert caught.value.body.error.type == "invalid_request_error"
-    assert caught.value.body.error.message
+    assert STATUS[caught.value.cause] == 400
+    assert error_body(caught.value).error.type == "invalid_request_error"
+    assert error_body(caught.value).error.message
     return caught.value
 
 
@@ -55,8 +63,8 @@ def test_defaults() -> None:
         ignore_eos=False,
         n=1,
         return_token_ids=False,
-        salt="",
     )
+    assert chat().tenant == ""
 
 
 def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
@@ -286,7 +294,7 @@ def test_messages_as_templates_read_them() -> None:
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         ]
     )
-    assert template_messages(request.messages) == [
+    assert template_messages(messages_of(request.messages)) == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab", "name": "u"},
         {
@@ -317,15 +325,17 @@ def test_messages_as_templates_read_them() -> None:
     ],
 )
 def test_messages_that_cannot_be_honoured(messages: list[Any], param: str, code: str | None) -> None:
-    error = refused(lambda: template_messages(chat(messages=messages).messages))
+    error = refused(lambda: messages_of(chat(messages=messages).messages))
     assert (error.param, error.code) == (param, code)
 
 
 def test_tools_are_told_unless_none_is_to_be_used() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    assert template_tools(chat(tools=tools)) == tools
-    assert template_tools(chat(tools=tools, tool_choice="none")) is None
-    assert template_tools(chat(tools=[])) is None
+    told = tools_of(tools, None, None)
+    assert told is not None
+    assert told.told == tools
+    assert tools_of(tools, "none", None) is None
+    assert tools_of([], None, None) is None
 
 
 def test_the_four_forms_of_a_prompt() -> None:

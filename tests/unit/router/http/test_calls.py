@@ -8,11 +8,11 @@ import httpx
 import msgspec
 import pytest
 
-from router.api import ApiConfig, create_app
-from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script, say
-from router.api.generate import choice_seed
+from router.calls.calls import choice_seed
+from router.calls.fakes import IM_END, FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.fleet.members import NodeStatus
+from router.http import ApiConfig, create_app
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, PeerLost, Unavailable

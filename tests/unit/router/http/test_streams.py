@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from router.api import ApiConfig, create_app
-from router.api.fakes import IM_END, FakeDispatcher, FakeText, say
+from router.calls.fakes import IM_END, FakeDispatcher, FakeText, say
 from router.dispatch.steps import Finished, Output
+from router.http import ApiConfig, create_app
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.steps import StepUsage

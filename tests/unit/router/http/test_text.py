@@ -14,10 +14,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-import router.api
-from router.api import ApiConfig, create_app
-from router.api.fakes import FakeDispatcher, Script
+from router.calls import text as router_text
+from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
+from router.http import ApiConfig, create_app
 from router.traces.texts import CutTokens, TraceTexts, extend
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload
@@ -51,7 +51,7 @@ PIECES = st.lists(
 )
 
 
-def conforms(text: router.api.Text) -> router.api.Text:
+def conforms(text: router_text.Text) -> router_text.Text:
     return text
 
 

@@ -7,10 +7,14 @@ from typing import Any
 import httpx
 import msgspec
 
-from router.api import ApiConfig, create_app
-from router.api.conversation import called, conversation
-from router.api.fakes import FakeDispatcher, FakeText, say
-from router.api.requests import ChatRequest, parse
+from router.calls.call import Conversation
+from router.calls.conversation import Lineage, called, lineage
+from router.calls.fakes import FakeDispatcher, FakeText, say
+from router.dialects.body import parse
+from router.dialects.chat.messages import messages_of
+from router.dialects.chat.requests import ChatRequest
+from router.dialects.openai.tools import names_of
+from router.http import ApiConfig, create_app
 from router.traces.contexts import Left
 from router.traces.decisions import Asked, Ended, Moved, Placed, Replaced
 from router.traces.hits import Hits
@@ -63,6 +67,10 @@ def test_a_conversation_without_a_name_keeps_its_trace_and_forks() -> None:
     assert len({request.agent for request in dispatcher.requests}) == 1
 
 
+def conversation(request: ChatRequest, tenant: str) -> Lineage:
+    return lineage(Conversation(messages_of(request.messages), names_of(request.tools)), tenant)
+
+
 def test_what_messages_say_of_agent_and_tools() -> None:
     def of(**fields: Any) -> ChatRequest:
         return parse(msgspec.json.encode(body(SYSTEM, TASK) | fields), ChatRequest)
@@ -75,8 +83,8 @@ def test_what_messages_say_of_agent_and_tools() -> None:
     assert conversation(of(tools=[{"function": 5}, {}]), "").agent == conversation(of(), "").agent
     calls = [{"id": str(i), "function": {"name": name}} for i, name in enumerate(("bash", "bash", "n" * 100))]
     messages = of(messages=[{"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "r"}]).messages
-    assert called(messages) == ("bash", "n" * 64)
-    assert called(of().messages) == ()
+    assert called(messages_of(messages)) == ("bash", "n" * 64)
+    assert called(messages_of(of().messages)) == ()
 
 
 def fill(dispatcher: FakeDispatcher, *names: str, salt: str = "") -> None:
