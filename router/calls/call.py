@@ -64,35 +64,35 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class Options(msgspec.Struct, frozen=True):
-    """A call's options, checked and with their defaults."""
+    """A call's options, checked. What a dialect has no word for keeps its default."""
 
-    stream: bool
-    include_usage: bool
+    stream: bool = False
+    include_usage: bool = False
     """At a stream's end."""
-    continuous_usage: bool
+    continuous_usage: bool = False
     """With each event of a stream."""
-    max_tokens: int | None
+    max_tokens: int | None = None
     """None: the rest of the window. 0: nothing but the echo of the prompt."""
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: tuple[tuple[int, float], ...]
-    logprobs: int | None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
     """How many of the likeliest tokens to tell beside each token's own logprob; None: tell neither."""
-    echo: bool
+    echo: bool = False
     """Each choice begins with its prompt."""
-    seed: int | None
-    stops: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    min_tokens: int
-    ignore_eos: bool
-    n: int
+    seed: int | None = None
+    stops: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    n: int = 1
     """Choices of each prompt."""
-    return_token_ids: bool
+    return_token_ids: bool = False
 
 
 class TraceFields(msgspec.Struct, frozen=True):
