@@ -1,7 +1,8 @@
 """From a call to steps: whose it is, whether it can be done, and what the workers are asked."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 
 import msgspec
 from blake3 import blake3
@@ -16,12 +17,12 @@ from router.calls.forms import Form, Forms
 from router.calls.identity import Identity, identify
 from router.calls.limits import CallLimits
 from router.calls.memory import Memory
-from router.calls.prompts import Prompt, Prompts, check_ids, output_budget
+from router.calls.prompts import Prompt, Prompts, check_ids, numbered, output_budget
 from router.calls.run import Accepted, Run
 from router.calls.text import Text
 from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
@@ -40,22 +41,31 @@ class Calls:
         self._forms = Forms(text, None if limits.tool_format == "auto" else limits.tool_format)
         self.admission = Admission(limits.requests_max)
 
-    def identify(self, call: Call, headers: Mapping[str, str], fresh: str) -> Identity:
-        """The trace that a call belongs to. ``headers``: what came beside the body; ``fresh`` names a new trace.
+    @contextmanager
+    def identified(self, call: Call, headers: Mapping[str, str], fresh: str) -> Generator[Identity, None, None]:
+        """The trace that a call belongs to, for as long as the call lasts.
+
+        Args:
+            call: the call.
+            headers: what came beside its body; looked up by lower-case name.
+            fresh: the name of a new trace.
 
         Raises:
             CallFailed: one of our own headers holds what is no id.
         """
-        identity = identify(headers, call.trace, self._memory.answered, fresh)
+        identity = identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
         asked = call.prompts[0]
         if not isinstance(asked, Conversation):
-            return identity
+            yield identity
+            return
         said = lineage(asked, call.tenant)
         identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
         if identity.trace != fresh:
-            return identity
-        place = self._memory.place(said.digests, said.opening, identity.trace)
-        return msgspec.structs.replace(identity, trace=place.trace, parent=identity.parent or place.parent)
+            yield identity
+            return
+        with self._memory.placed(call.tenant, said.digests, said.opening, identity.trace) as place:
+            parent = identity.parent or place.parent
+            yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
 
     async def accept(self, call: Call, identity: Identity) -> Run:
         """Make everything ready for a call's steps; the caller enters the run.
@@ -70,11 +80,8 @@ class Calls:
         if call.model != card.name:
             raise model_not_found(call.model)
         form = await self._forms.of(call)
-        traces = [(call.tenant, trace) for trace in (identity.trace, identity.parent) if trace]
-        prompts = await self._prompts.of(call, traces)
-        accepted = self._accepted(call, form, prompts, identity, card)
-        self._memory.answering(call.id, identity.trace)
-        return Run(accepted, self._dispatcher, self._memory)
+        prompts = await self._prompts.of(call, identity.trace, identity.parent, card)
+        return Run(self._accepted(call, form, prompts, identity, card), self._dispatcher, self._memory)
 
     def _check(self, call: Call) -> None:
         prompts, options = len(call.prompts), call.options
@@ -111,8 +118,7 @@ class Calls:
                 steps.append(
                     StepRequest(
                         step=StepId(name),
-                        # Prompts that share nothing but a call are traces of their own.
-                        trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
+                        trace=numbered(identity.trace, at),
                         parent=identity.parent,
                         prompt=prompt.ids,
                         sampling=sampling,
@@ -127,9 +133,7 @@ class Calls:
                 )
         scored = options.logprobs is not None
         echoes = [Echo(self._text, prompt, scored=scored) for prompt in prompts] if options.echo else []
-        return Accepted(
-            call, prompts, steps, answers, echoes, None if identity.final else (call.tenant, identity.trace)
-        )
+        return Accepted(call, prompts, steps, answers, echoes)
 
     def _sampling(self, options: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
         eos = () if options.ignore_eos else self._text.eos_tokens

@@ -1,4 +1,4 @@
-"""Both neighbours of the HTTP surface, small and scripted: for tests of it and of its clients."""
+"""Both neighbours of calls, small and scripted: for tests of it and of its clients."""
 
 import asyncio
 import codecs
@@ -19,6 +19,7 @@ from tracehaul.wire.steps import StepUsage
 IM_START, IM_END = 256, 257
 _SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END}
 _MERGED = {258 + i: text for i, text in enumerate(("\n\n", "th", "the", " the", "ab", "abc"))}
+TOKEN_CHARACTERS_MAX = max(map(len, [*_SPECIAL, *_MERGED.values()]))
 _READ = re.compile("|".join(re.escape(t) for t in [*_SPECIAL, *sorted(_MERGED.values(), key=len, reverse=True)]))
 _IDS = _SPECIAL | {text: token for token, text in _MERGED.items()}
 
@@ -62,6 +63,9 @@ class FakeText:
             ids.append(_IDS[match.group()])
             at = match.end()
         return ids + list(text[at:].encode())
+
+    def tokens_min(self, text: str) -> int:
+        return len(text) // TOKEN_CHARACTERS_MAX
 
     def special_token(self, text: str) -> int | None:
         return _SPECIAL.get(text)

@@ -1,13 +1,16 @@
 """What calls remember of traces, and look up in them: the one place that knows where it is kept."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+import msgspec
 
 from router.calls.limits import CallLimits
 from router.traces.book import Book
 from router.traces.prefixes import Place, Prefixes
 from router.traces.texts import CutTokens, Encoded, TraceTexts, extend
-from tracehaul.wire.ids import TraceId
+from tracehaul.wire.ids import StepId, TraceId
 
 TraceKey = tuple[str, TraceId]
 """Tenant and trace."""
@@ -31,6 +34,16 @@ class ResponseTraces:
             self._traces.popitem(last=False)
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """What a step that ended is remembered by."""
+
+    prompt: Encoded
+    text: str
+    """The answer as the client has it, so as the next prompt will quote it."""
+    ids: Sequence[int]
+    """What it was generated as, without a stop token."""
+
+
 class Memory:
     """One model's traces. ``cut_tokens``: its end tokens by their texts."""
 
@@ -41,9 +54,19 @@ class Memory:
         self._prefixes = Prefixes(limits.messages_max)
         self._responses = ResponseTraces()
 
-    def place(self, conversation: Sequence[bytes], opening: int, fresh: TraceId) -> Place:
-        """The trace of a call without a name, by what was said: see :meth:`router.traces.prefixes.Prefixes.place`."""
-        return self._prefixes.place(conversation, opening, fresh)
+    @contextmanager
+    def placed(
+        self, tenant: str, conversation: Sequence[bytes], opening: int, fresh: TraceId
+    ) -> Generator[Place, None, None]:
+        """The trace of a call without a name, by what was said, for as long as the call lasts.
+
+        Args:
+            tenant: whose call it is.
+            conversation: :func:`router.traces.prefixes.digests` of its messages.
+            opening: how many of the first messages many conversations share.
+            fresh: the trace's name if it is a new one.
+        """
+        yield self._prefixes.place(conversation, opening, fresh)
 
     def known(self, traces: Sequence[TraceKey], text: str) -> Encoded:
         """The longest beginning of ``text`` whose ids are known in one of ``traces``; empty if none is."""
@@ -53,19 +76,31 @@ class Memory:
         """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the ids of the rest. Pure."""
         return extend(known, text, rest_ids, self._cut_tokens)
 
-    def said(self, trace: TraceKey, prompt: Encoded, text: str, ids: Sequence[int]) -> None:
-        """A step of ``trace`` ended: the answer to ``prompt`` is ``text``, generated as ``ids``; a stop token is none
-        of them."""
-        self._texts.remember(trace, prompt, text, ids)
-
-    def called(self, trace: TraceKey, tools: tuple[str, ...]) -> None:
-        """What the answer of its last step calls, once that is known."""
-        self._book.called(*trace, tools)
-
-    def answering(self, response: str, trace: TraceId) -> None:
-        """A response is given in ``trace``."""
-        self._responses.put(response, trace)
-
-    def answered(self, response: str) -> TraceId | None:
-        """The trace that a response was given in; None if it is unknown or forgotten."""
+    def response(self, tenant: str, response: str) -> TraceId | None:
+        """The trace in which a tenant was given a response; None if it is unknown or forgotten."""
         return self._responses.get(response)
+
+    def answered(
+        self,
+        trace: TraceKey,
+        step: StepId,
+        *,
+        response: str | None,
+        tools: tuple[str, ...] | None,
+        heard: Heard | None,
+    ) -> None:
+        """A step is over for its client, in whatever way: once for each step.
+
+        Args:
+            trace: whose step it is.
+            step: which.
+            response: what later calls may name to go on from here.
+            tools: what the answer calls; None where that is not known, or nothing is to follow.
+            heard: what was said; None likewise.
+        """
+        if response is not None:
+            self._responses.put(response, trace[1])
+        if heard is not None:
+            self._texts.remember(trace, heard.prompt, heard.text, heard.ids)
+        if tools is not None:
+            self._book.called(*trace, tools)

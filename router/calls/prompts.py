@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import msgspec
 
 from router.calls.call import Asked, Call, Conversation, Ids, Plain
-from router.calls.errors import invalid
+from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory, TraceKey
 from router.calls.messages import template_messages
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
 from router.traces.texts import Encoded
 from tracehaul.runtime.offload import Offload
+from tracehaul.wire.ids import TraceId
 
 OFFLOAD_CHARACTERS = 16384
 """Text from which on rendering and tokenizing (about a millisecond) leave the event loop."""
@@ -40,25 +41,31 @@ class Prompts:
         self._offload = offload
         self._memory = memory
 
-    async def of(self, call: Call, traces: Sequence[TraceKey]) -> list[Prompt]:
-        """A call's prompts, in order. ``traces``: where their text may be known from.
+    async def of(self, call: Call, trace: TraceId, parent: TraceId | None, card: ModelCard) -> list[Prompt]:
+        """A call's prompts, in order. ``trace``, ``parent``: where their text may be known from.
 
         Raises:
-            CallFailed, InvalidRequest: one cannot be rendered, is empty, or has ids that the model does not know.
+            CallFailed, InvalidRequest: one cannot be rendered, is empty, cannot fit the window, or has ids that the
+                model does not know.
         """
-        return [await self._prompt(asked, call, traces) for asked in call.prompts]
+        prompts: list[Prompt] = []
+        for at, asked in enumerate(call.prompts):
+            own = dict.fromkeys((numbered(trace, at), trace))
+            known = [(call.tenant, name) for name in (*own, parent) if name is not None]
+            prompts.append(await self._prompt(asked, call, known, card))
+        return prompts
 
-    async def _prompt(self, asked: Asked, call: Call, traces: Sequence[TraceKey]) -> Prompt:
+    async def _prompt(self, asked: Asked, call: Call, traces: Sequence[TraceKey], card: ModelCard) -> Prompt:
         match asked:
             case Ids(ids):
                 check_ids(ids, self._text.vocab_size, call.where)
                 return Prompt(ids, None)
             case Plain(text):
-                encoded = await self._encode(text, traces, plain=True, where=call.where)
+                encoded = await self._encode(text, traces, card, plain=True, where=call.where)
                 return Prompt(encoded.ids, encoded)
             case Conversation():
                 text = await self._render(asked, call)
-                encoded = await self._encode(text, traces, plain=False, where=call.where)
+                encoded = await self._encode(text, traces, card, plain=False, where=call.where)
                 return Prompt(encoded.ids, encoded, conversation=True)
 
     async def _render(self, asked: Conversation, call: Call) -> str:
@@ -73,9 +80,15 @@ class Prompts:
 
         return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
 
-    async def _encode(self, text: str, traces: Sequence[TraceKey], *, plain: bool, where: str) -> Encoded:
+    async def _encode(
+        self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
+    ) -> Encoded:
         known = self._memory.known(traces, text)
         rest = text[len(known.text) :]
+        least = len(known.packed) + self._text.tokens_min(rest)
+        if least >= card.context_max:
+            # To learn by how much would take longer than all else that is done for a call.
+            raise _too_long(f"at least {least}", "", card, where)
 
         def encode() -> Encoded:
             # What a plain prompt wants around it belongs to its beginning.
@@ -103,9 +116,15 @@ def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, p
     left = card.context_max - prompt_tokens
     if left < (max_tokens or 1):
         wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
-        raise invalid(
-            f"this model's context is {card.context_max} tokens; the prompt has {prompt_tokens}{wanted}",
-            param,
-            "context_length_exceeded",
-        )
+        raise _too_long(str(prompt_tokens), wanted, card, param)
     return max_tokens or left
+
+
+def numbered(trace: TraceId, prompt: int) -> TraceId:
+    """The trace of a call's prompt: prompts that share nothing but a call are traces of their own."""
+    return trace if prompt == 0 else TraceId(f"{trace}.{prompt}")
+
+
+def _too_long(tokens: str, wanted: str, card: ModelCard, param: str) -> CallFailed:
+    message = f"this model's context is {card.context_max} tokens; the prompt has {tokens}{wanted}"
+    return invalid(message, param, "context_length_exceeded")

@@ -10,7 +10,7 @@ from router.calls.call import Call
 from router.calls.conversation import names_of
 from router.calls.echo import Echo
 from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece, Usage
-from router.calls.memory import Memory, TraceKey
+from router.calls.memory import Heard, Memory
 from router.calls.prompts import Prompt
 from router.calls.running import Running
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
@@ -28,8 +28,6 @@ class Accepted(msgspec.Struct, frozen=True):
     """One for each choice, all empty."""
     echoes: Sequence[Echo]
     """One for each prompt, where the client wants them."""
-    trace: TraceKey | None
-    """Where its texts are remembered; None if no further step of the trace follows."""
 
 
 class Run:
@@ -43,6 +41,8 @@ class Run:
         self._running = Running(dispatcher, accepted.steps, self._options.n)
         self._openings: list[Opening | None] = [None] * len(accepted.answers)
         """Of the choices that have begun."""
+        self._told = [False] * len(accepted.answers)
+        """The choices of which the traces know that they are over."""
 
     async def __aenter__(self) -> "Run":
         await self._running.__aenter__()
@@ -52,6 +52,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._running.__aexit__(kind, error, trace)
+        for index in range(len(self._answers)):
+            self._answered(index)
 
     @property
     def done(self) -> bool:
@@ -125,7 +127,7 @@ class Run:
         events.append(Piece(index, growth.said, growth.tokens, growth.marks, usage))
         if reason is not None:
             events.append(Ended(index, reason, answer.reader.called, usage))
-            self._remember(index, answer)
+            self._answered(index)
 
     def _grow(self, answer: Answer, event: Output | Finished) -> Growth | None:
         """None: nothing is wanted of it."""
@@ -147,14 +149,21 @@ class Run:
         echo = self._accepted.echoes[at]
         return Opening(echo.text, echo.marks, ids)
 
-    def _remember(self, index: int, answer: Answer) -> None:
-        trace, prompt = self._accepted.trace, self._accepted.prompts[index // self._options.n]
-        if trace is None:
+    def _answered(self, index: int) -> None:
+        """A choice is over: the trace is told once, with what is known of it by then."""
+        if self._told[index]:
             return
-        if prompt.encoded is not None:
-            # After a stop string the client has the text up to it, which may end inside a token.
-            text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
-            self._memory.said(trace, prompt.encoded, text, ids)
-        if prompt.conversation:
-            step = self._accepted.steps[index]
-            self._memory.called((step.salt, step.trace), names_of([c.name or "" for c in answer.reader.whole.calls]))
+        self._told[index] = True
+        n, call = self._options.n, self._accepted.call
+        step, answer, prompt = self._accepted.steps[index], self._answers[index], self._accepted.prompts[index // n]
+        heard, tools = None, None
+        if answer.reason is not None and not step.final:
+            if prompt.encoded is not None:
+                # After a stop string the client has the text up to it, which may end inside a token.
+                text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
+                heard = Heard(prompt.encoded, text, ids)
+            if prompt.conversation:
+                tools = names_of([made.name or "" for made in answer.reader.whole.calls])
+        # The prompts after the first are traces of their own: the response's name means the first.
+        response = call.id if index < n else None
+        self._memory.answered((step.salt, step.trace), step.step, response=response, tools=tools, heard=heard)

@@ -1,4 +1,4 @@
-"""What the HTTP surface asks of a model's tokenizer and chat template."""
+"""What calls ask of a model's tokenizer and chat template."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -39,6 +39,10 @@ class Text(Protocol):
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
+        ...
+
+    def tokens_min(self, text: str) -> int:
+        """So many tokens ``text`` has at least, told at once; 0 where that cannot be told."""
         ...
 
     @property

@@ -59,10 +59,10 @@ class Endpoint:
     async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
         fresh = secrets.token_hex(16)
         call, teller = self._dialect.read(body, fresh, int(wall_s()), self._text)
-        identity = self._calls.identify(call, headers, fresh)
-        reply.headers.append((b"x-trace-id", identity.trace.encode()))
-        async with await self._calls.accept(call, identity) as run:
-            await (self._stream(run, teller, reply) if call.options.stream else self._collect(run, teller, reply))
+        with self._calls.identified(call, headers, fresh) as identity:
+            reply.headers.append((b"x-trace-id", identity.trace.encode()))
+            async with await self._calls.accept(call, identity) as run:
+                await (self._stream(run, teller, reply) if call.options.stream else self._collect(run, teller, reply))
 
     async def _collect(self, run: Run, teller: Teller, reply: Reply) -> None:
         while not run.done:
