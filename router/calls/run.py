@@ -31,14 +31,15 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Run:
-    """Runs an accepted call inside a context, whose end aborts what still runs."""
+    """Runs an accepted call inside a context, whose end aborts what still runs. ``silence_s``: None: it waits for
+    ever."""
 
-    def __init__(self, accepted: Accepted, dispatcher: Dispatcher, memory: Memory) -> None:
+    def __init__(self, accepted: Accepted, dispatcher: Dispatcher, memory: Memory, silence_s: float | None) -> None:
         self._accepted = accepted
         self._options = accepted.call.options
         self._answers = accepted.answers
         self._memory = memory
-        self._running = Running(dispatcher, accepted.steps, self._options.n)
+        self._running = Running(dispatcher, accepted.steps, self._options.n, silence_s)
         self._openings: list[Opening | None] = [None] * len(accepted.answers)
         """Of the choices that have begun."""
         self._told = [False] * len(accepted.answers)
@@ -60,13 +61,13 @@ class Run:
         """Every choice has ended."""
         return all(answer.reason is not None for answer in self._answers)
 
-    async def next(self, silence_s: float | None) -> list[CallEvent] | None:
+    async def next(self) -> list[CallEvent] | None:
         """What happened since the last call, in order; None if nothing did for ``silence_s``.
 
         Raises:
             Exception: what the first step to fail raised, once everything before it was returned.
         """
-        happened = await self._running.next(silence_s)
+        happened = await self._running.next()
         if not happened:
             return None
         events: list[CallEvent] = []

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
 from types import TracebackType
 
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
+from tracehaul.runtime.patience import Patience
 from tracehaul.wire.errors import ClusterError
 
 _log = logging.getLogger(__name__)
@@ -23,13 +25,21 @@ class Running:
     """Runs one step per request, each in a task of its own; leaving the context aborts what still runs.
 
     Each run of ``forks`` requests has one prompt: the others of it start when the first has its first token, and find
-    the prompt's KV computed.
+    the prompt's KV computed. After ``silence_s`` in which nothing happened that is told; None: never.
     """
 
-    def __init__(self, dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int = 1) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int, silence_s: float | None
+    ) -> None:
         self._dispatcher = dispatcher
         self._requests = requests
-        self._queue: asyncio.Queue[tuple[int, Output | Finished | Exception]] = asyncio.Queue(EVENTS_MAX)
+        self._silence_s = silence_s
+        self._patience: Patience | None = None
+        self._happened: deque[tuple[int, Output | Finished | Exception]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the caller, where nothing has happened."""
+        self._room = asyncio.Event()
+        """Of the steps, where too much has."""
         self._tasks: list[asyncio.Task[None]] = []
         self._ended: set[int] = set()
         self._failure: Exception | None = None
@@ -37,12 +47,16 @@ class Running:
         self._prompts_computed = [asyncio.Event() for _ in range(0, len(requests), forks)]
 
     async def __aenter__(self) -> "Running":
+        self._patience = None if self._silence_s is None else Patience(self._silence_s)
         self._tasks = [asyncio.create_task(self._pump(i, request)) for i, request in enumerate(self._requests)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._patience is not None:
+            self._patience.close()
+        self._failure = None  # it leads to its traceback, and that back here
         for task in self._tasks:
             task.cancel()
         _, stuck = await asyncio.wait(self._tasks, timeout=ABORT_TIMEOUT_S)
@@ -54,35 +68,55 @@ class Running:
         self._ended.add(index)
         self._tasks[index].cancel()
 
-    async def next(self, silence_s: float | None) -> list[Event]:
-        """What happened since the last call, in order; waits for something, and returns nothing after ``silence_s``.
+    async def next(self) -> list[Event]:
+        """What happened since the last call, in order; waits for something, and returns nothing after silence.
 
         Raises:
             Exception: what the first step to fail raised, once everything before it was returned.
         """
-        if self._failure is not None:
-            raise self._failure
         events: list[Event] = []
-        try:
-            async with asyncio.timeout(silence_s):
-                while not events and self._failure is None:
-                    self._take(await self._queue.get(), events)
-        except TimeoutError:
-            return []
-        while self._failure is None and not self._queue.empty():
-            self._take(self._queue.get_nowait(), events)
+        while not events and self._failure is None:
+            if not self._happened and not await self._something():
+                return []
+            self._take_all(events)
         if self._failure is not None and not events:
             raise self._failure
         return events
 
-    def _take(self, item: tuple[int, Output | Finished | Exception], events: list[Event]) -> None:
-        index, event = item
-        if index in self._ended:
-            return
-        if isinstance(event, Exception):
-            self._failure = event
-        else:
-            events.append((index, event))
+    async def _something(self) -> bool:
+        """Wait until something happens; False: nothing did for too long."""
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            if self._patience is None:
+                await waiter
+            else:
+                with self._patience:
+                    await waiter
+        except TimeoutError:
+            return False
+        finally:
+            self._waiter = None
+        return True
+
+    def _take_all(self, events: list[Event]) -> None:
+        """What has happened, up to the first failure."""
+        while self._happened and self._failure is None:
+            index, event = self._happened.popleft()
+            if index in self._ended:
+                continue
+            if isinstance(event, Exception):
+                self._failure = event
+            else:
+                events.append((index, event))
+        self._room.set()
+
+    async def _put(self, index: int, event: Output | Finished | Exception) -> None:
+        while len(self._happened) >= EVENTS_MAX:
+            self._room.clear()
+            await self._room.wait()
+        self._happened.append((index, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def _pump(self, index: int, request: StepRequest) -> None:
         try:
@@ -93,7 +127,7 @@ class Running:
                 async for event in events:
                     if isinstance(event, Finished) or event.tokens:
                         computed.set()
-                    await self._queue.put((index, event))
+                    await self._put(index, event)
                     if isinstance(event, Finished):
                         return
             raise ClusterError(f"step {request.step} ended without a terminal event")
@@ -101,6 +135,6 @@ class Running:
             if self._tasks[index].cancelling():
                 raise
             # A wait inside the step was cancelled, and not by us: without an answer the client would wait for ever.
-            await self._queue.put((index, ClusterError(f"step {request.step} was cancelled")))
+            await self._put(index, ClusterError(f"step {request.step} was cancelled"))
         except Exception as error:
-            await self._queue.put((index, error))
+            await self._put(index, error)

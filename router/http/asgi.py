@@ -7,6 +7,7 @@ from starlette.types import Receive, Scope, Send
 from router.calls.errors import CallFailed
 from router.dialects.base import Dialect
 from router.http.errors import STATUS, headers_of
+from tracehaul.runtime.patience import Patience
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -56,7 +57,7 @@ class Reply:
     def __init__(self, send: Send, dialect: Dialect, timeout_s: float) -> None:
         self._send_message = send
         self._dialect = dialect
-        self._timeout_s = timeout_s
+        self._patience = Patience(timeout_s)
         self._started = False
         self._ended = False
         self.headers: Headers = []
@@ -85,6 +86,10 @@ class Reply:
         headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
         await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)
 
+    def close(self) -> None:
+        """Nothing more is sent."""
+        self._patience.close()
+
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
         await self._send({"type": "http.response.start", "status": status, "headers": headers + self.headers})
@@ -95,7 +100,7 @@ class Reply:
 
     async def _send(self, message: dict[str, object]) -> None:
         try:
-            async with asyncio.timeout(self._timeout_s):
+            with self._patience:
                 await self._send_message(message)
         except (TimeoutError, OSError) as error:
             self._ended = True

@@ -39,6 +39,8 @@ class Endpoint:
                 await reply.fail(translate(error))
         except ClientGone:
             pass
+        finally:
+            reply.close()
 
     async def _admit(self, scope: Scope, receive: Receive, reply: Reply) -> None:
         config = self._config
@@ -55,23 +57,25 @@ class Endpoint:
                 work.cancel()
                 watch.cancel()
                 await asyncio.gather(work, watch, return_exceptions=True)
+                del work  # its exception leads back to this frame, and would keep the body alive
 
     async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
         fresh = secrets.token_hex(16)
         call, teller = self._dialect.read(body, fresh, int(wall_s()), self._text)
+        silence_s = self._config.keepalive_s if call.options.stream else None
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))
-            async with await self._calls.accept(call, identity) as run:
+            async with await self._calls.accept(call, identity, silence_s) as run:
                 await (self._stream(run, teller, reply) if call.options.stream else self._collect(run, teller, reply))
 
     async def _collect(self, run: Run, teller: Teller, reply: Reply) -> None:
         while not run.done:
-            await run.next(None)
+            await run.next()
         await reply.json(200, teller.whole(run.choices(), run.usage()))
 
     async def _stream(self, run: Run, teller: Teller, reply: Reply) -> None:
         while not run.done:
-            events = await run.next(self._config.keepalive_s)
+            events = await run.next()
             data = self._dialect.keepalive if events is None else teller.events(events)
             if data:
                 await reply.events(data)
