@@ -6,9 +6,8 @@ from typing import Any, Literal
 import msgspec
 
 from router.calls.tools import Tools
+from router.calls.urgency import Urgency
 from tracehaul.wire.steps import Constraint
-
-ServiceClass = Literal["interactive", "standard", "background"]
 
 
 class ToolCall(msgspec.Struct, frozen=True):
@@ -103,16 +102,6 @@ class TraceFields(msgspec.Struct, frozen=True):
     previous_response_id: str | None = None
 
 
-class Service(msgspec.Struct, frozen=True):
-    """How a call is to be served beside others."""
-
-    service_class: ServiceClass = "standard"
-    priority: int = 0
-    """Within its class; more goes first."""
-    deadline_s: float | None = None
-    """From its arrival on; None: it has no end."""
-
-
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One call."""
 
@@ -130,6 +119,6 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     trace: TraceFields = TraceFields()
     tenant: str = ""
     """Keeps tenants' traces, texts and blocks apart."""
-    service: Service = Service()
+    urgency: Urgency = Urgency()
     nbytes: int = 0
     """Size of what the client sent: what it takes to render it goes by that."""
