@@ -202,6 +202,11 @@ async def _bench(session: Session) -> Answers[Any]:
     return answers
 
 
+def _show_benched(session: Session, answers: Answers[Any]) -> Shown:
+    if answers.got:
+        yield tables.bench_table({name: msgspec.structs.asdict(result) for name, result in answers.got.items()})
+
+
 COMMANDS = [
     Command(
         "ping",
@@ -311,7 +316,7 @@ COMMANDS = [
         "room.",
         ["bench store-0 --bytes 64MiB"],
         _bench,
-        lambda session, answers: [tables.bench_table(answers.got)] if answers.got else [],
+        _show_benched,
         ["node", "nbytes", "as_json"],
     ),
 ]

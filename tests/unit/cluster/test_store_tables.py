@@ -8,13 +8,16 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from cluster.members import Found, StoreRef
-from cluster.prompts import Source, blocks_of, parse_hash, parse_tokens
+from cluster.members import Answers, Found, StoreRef
+from cluster.prompts import Blocks, Source, blocks_of, parse_hash, parse_tokens
 from cluster.rundir import ClusterFault
-from cluster.store.command import Command, end
+from cluster.store.bench import BenchResult
+from cluster.store.command import Args, Command, Session, end
 from cluster.store.commands import COMMANDS, app
 from cluster.store.limits import Change, changes_for, parse_change
 from cluster.store.tables import duration, holding, limit, ping_table, pins_table, query_table, ranges, share, size
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.peers import Peers
 from tracehaul.wire.blocks import PinInfo, PinList
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import chain, pack_tokens, salted
@@ -23,6 +26,7 @@ from tracehaul.wire.operations import Located
 
 ROOT = BlockHash(b"r" * 16)
 S0, S1 = NodeId("store-0"), NodeId("store-1")
+SESSION = Session(Args(), [], Peers(LocalNetwork()), Blocks([], 0))
 
 
 def text(table: Table) -> list[str]:
@@ -151,6 +155,17 @@ def test_each_command_explains_itself_and_its_options(command: Command):
     assert ("--json" in told) == ("as_json" in command.options)
     assert ("--hash" in told) == ("hashes" in command.options)
     assert {"--url", "--run-dir"} <= set(told.split())
+
+
+def test_what_was_measured_is_shown_by_node():
+    result = BenchResult("shm", 8, 1 << 20, 1, 2.5, 3.25, 9.0, 0.5, 0.25, 0.125, 0.0625)
+    (bench,) = (command for command in COMMANDS if command.name == "bench")
+    (shown,) = bench.show(SESSION, Answers({S0: result, S1: result}, {}))
+    assert isinstance(shown, Table)
+    lines = text(shown)
+    assert lines[0].split() == ["store-0", "store-1"]
+    assert lines[3].split() == ["blocks", "8", "of", "1.0", "MiB", "8", "of", "1.0", "MiB"]
+    assert lines[5].split() == ["put", "GB/s", "2.50", "2.50"]
 
 
 def test_what_is_no_change_is_refused_before_a_cluster_is_looked_for(tmp_path: Path):
