@@ -4,7 +4,7 @@ import logging
 
 import msgspec
 
-from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest
+from tracehaul.wire.errors import ClusterError, ContextTooLong, DeadlineExceeded, InvalidRequest
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ def translate(error: Exception) -> ApiError:
             return bad_request(str(error), code=error.code)
         case InvalidRequest():
             return bad_request(str(error), code=error.code)
+        case DeadlineExceeded():
+            return ApiError(504, str(error) or error.code, kind="timeout", code=error.code)
         case ClusterError() if error.retriable:
             return unavailable(str(error) or error.code, error.code)
         case ClusterError():

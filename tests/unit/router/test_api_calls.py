@@ -16,6 +16,7 @@ from router.fleet.members import NodeStatus
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, PeerLost, Unavailable
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.steps import StepUsage
 
@@ -90,7 +91,7 @@ def test_a_chat_completion() -> None:
         },
     }
     (request,) = dispatcher.requests
-    assert request.prompt == prompt
+    assert unpack_tokens(request.prompt) == prompt
     assert (request.sampling.max_tokens, request.sampling.stop_tokens) == (50, (IM_END,))
     assert dispatcher.aborted == []
 
@@ -135,7 +136,7 @@ def test_options_reach_the_step() -> None:
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.9, 40, 7)
     assert (sampling.min_tokens, sampling.stop_tokens) == (2, (5, 6))
-    assert sampling.max_tokens == 4096 - len(request.prompt), "unset means the rest of the window"
+    assert sampling.max_tokens == 4096 - request.prompt_tokens, "unset means the rest of the window"
     assert (request.salt, request.parent, request.final) == ("tenant", "p", True)
 
 
@@ -150,7 +151,7 @@ def test_choices_have_their_own_seeds_and_the_first_is_what_one_alone_gives() ->
     assert seeds == [choice_seed(7, k) for k in range(3)]
     assert len({request.step for request in three.requests}) == 3
     assert len({request.trace for request in three.requests}) == 1
-    prompt_tokens = len(three.requests[0].prompt)
+    prompt_tokens = three.requests[0].prompt_tokens
     assert body["usage"]["prompt_tokens"] == prompt_tokens, "the prompt counts once"
     assert body["usage"]["completion_tokens"] == 6
 
@@ -183,16 +184,18 @@ def test_cached_tokens_are_never_more_than_the_prompt() -> None:
     ],
 )
 def test_all_forms_of_prompts(prompt: Any, expected: list[list[int]]) -> None:
-    dispatcher = FakeDispatcher(lambda r: [Output(list(b"p%d" % r.prompt[0])), Finished("length", StepUsage())])
+    dispatcher = FakeDispatcher(
+        lambda r: [Output(list(b"p%d" % unpack_tokens(r.prompt)[0])), Finished("length", StepUsage())]
+    )
     body = post(dispatcher, TEXT_PATH, TEXT | {"prompt": prompt}).json()
-    assert [request.prompt for request in dispatcher.requests] == expected
+    assert [unpack_tokens(request.prompt) for request in dispatcher.requests] == expected
     assert [choice["text"] for choice in body["choices"]] == [f"p{ids[0]}" for ids in expected]
     assert body["usage"]["prompt_tokens"] == sum(map(len, expected))
     assert len({request.trace for request in dispatcher.requests}) == len(expected)
 
 
 def test_choices_of_several_prompts_are_in_order() -> None:
-    dispatcher = FakeDispatcher(lambda r: [Output([r.prompt[0]]), Finished("length", StepUsage())])
+    dispatcher = FakeDispatcher(lambda r: [Output(unpack_tokens(r.prompt)[:1]), Finished("length", StepUsage())])
     body = post(dispatcher, TEXT_PATH, TEXT | {"prompt": ["a", "b"], "n": 2}).json()
     assert [(c["index"], c["text"]) for c in body["choices"]] == [(0, "a"), (1, "a"), (2, "b"), (3, "b")]
 
@@ -385,7 +388,7 @@ def test_the_next_step_keeps_the_ids_of_the_last() -> None:
         await client.post(CHAT_PATH, json=salted, headers=headers)
 
     served(use, dispatcher, text)
-    first, second, other = (request.prompt for request in dispatcher.requests)
+    first, second, other = (unpack_tokens(request.prompt) for request in dispatcher.requests)
     spoken = [*first, *b"the abc", IM_END]
     assert second[: len(spoken)] == spoken
     assert other == FakeText().encode(text.encoded[-1]), "tenants share no texts"
@@ -404,7 +407,7 @@ def test_after_a_stop_string_the_next_prompt_is_read_afresh() -> None:
 
     served(use, dispatcher, text)
     whole = FakeText().render([*CHAT["messages"], {"role": "assistant", "content": "the a"}])
-    assert dispatcher.requests[1].prompt == FakeText().encode(whole)
+    assert unpack_tokens(dispatcher.requests[1].prompt) == FakeText().encode(whole)
 
 
 def test_pages() -> None:

@@ -15,6 +15,7 @@ from router.api.tools import calls_constraint, format_of, tools_of
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import InvalidRequest
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import Constraint
 
 CHAT = "/v1/chat/completions"
@@ -321,7 +322,7 @@ def test_calls_and_their_results_come_back_in_the_next_prompt() -> None:
     ]
     response, dispatcher = ask("x", messages=messages, tools=[CLOCK])
     assert response.status_code == 200, response.text
-    assert "noon" in FakeText().stream().push(dispatcher.requests[0].prompt)
+    assert "noon" in FakeText().stream().push(unpack_tokens(dispatcher.requests[0].prompt))
 
 
 # --- reasoning --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script
 from router.api.logprobs import Mark, chat_logprobs, text_logprobs
 from router.api.prompts import Prompt
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.traces.texts import Encoded
+from router.traces.texts import fresh
 from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 from tracehaul.wire.steps import StepUsage, TokenLogprobs
 
@@ -201,7 +201,7 @@ class SpacedText(FakeText):
 
 
 def test_offsets_survive_what_a_tokenizer_adds() -> None:
-    prompt = Prompt([1001, 1000, 33], Encoded("hello!", [1001, 1000, 33], []))
+    prompt = Prompt([1001, 1000, 33], fresh("hello!", [1001, 1000, 33]))
     echo = Echo(SpacedText(), prompt, scored=True)
     echo.logprobs = [told(1, 0), told(2, 0)]
     assert [mark.offset for mark in echo.marks] == [0, 0, 5]
@@ -212,7 +212,7 @@ def test_offsets_are_where_tokens_start(text: str) -> None:
     fake = FakeText()
     text = text.encode(errors="replace").decode()
     ids = fake.encode(text)
-    echo = Echo(fake, Prompt(ids, Encoded(text, ids, [])), scored=True)
+    echo = Echo(fake, Prompt(ids, fresh(text, ids)), scored=True)
     echo.logprobs = [told(1, 0)] * (len(ids) - 1)
     data = b""
     for mark in echo.marks:
