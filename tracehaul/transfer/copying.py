@@ -90,7 +90,7 @@ def compiled_here() -> Advance | None:
         return compiled()
     except (ImportError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
-        log.info("shared memory is copied and summed in two passes: slower", why=why)
+        log.info("shared memory is copied and summed in two passes", why=why)
         return None
 
 
