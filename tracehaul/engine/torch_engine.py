@@ -15,6 +15,7 @@ import torch
 from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
 from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
+from tracehaul.engine.kept_weights import kept_weights
 from tracehaul.engine.kvpool import Cut, HostPool, KVPool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.model_config import ModelConfig
@@ -22,8 +23,8 @@ from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
-from tracehaul.engine.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, read_config, resolve
-from tracehaul.engine.weights import Weights, load_weights
+from tracehaul.engine.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, default_cache_dir, read_config, resolve
+from tracehaul.engine.weights import Weights
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
 
@@ -43,7 +44,7 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     model: str = DEFAULT_MODEL
     """As :func:`tracehaul.engine.source.resolve` takes it."""
     cache_dir: str | None = None
-    """Where a fetched default model is kept; None: the user's cache folder."""
+    """Where a fetched default model is kept, and weights that had to be made; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     weights: Literal["int8"] | None = None
     """Matrices rounded to int8, each row with a scale, on the CPU; None: of ``dtype``, as KV and activations are."""
@@ -323,7 +324,8 @@ class TorchEngine:
 
 def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, AnyModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
-    source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
+    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
+    source = resolve(config.model, cache_dir, progress)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
     torch.set_num_threads(config.threads)
     if device.type == "cpu":
@@ -332,7 +334,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
     if int8 and not (device.type == "cpu" and is_supported(read_config(source), dtype)):
         raise SourceError(f"{source.name}: int8 weights need the CPU's compiled kernels, which do not run this")
     with torch.inference_mode():
-        weights = load_weights(source, dtype, device, int8=int8)
+        weights = kept_weights(source, dtype, device, cache_dir / "kept", int8=int8)
         shape = weights.config
         layout = KVLayout(
             model=f"{source.architecture}@{weights.revision}",

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import llvmlite.binding as llvm
 from blake3 import blake3
 from llvmlite import ir
 from numba import config, njit, types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
+
+from tracehaul.engine.cpu.code_cache import CodeCache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,16 +39,10 @@ def _jit(**options: Any) -> Any:
 
 
 def compiled(function: F) -> F:
-    """Compile on first use, for the machine at hand; runs without the interpreter's lock.
-
-    What was compiled is kept on disk, beside the source or in the user's cache folder, if one of them can be written.
-    """
-    try:
-        dispatcher = _jit(cache=True)(function)
-    except RuntimeError:  # numba's word for no place to write to
-        return cast(F, _jit()(function))
-    # By itself numba looks at the function's own file only, and these functions call others' in other files.
-    dispatcher._cache._cache_file._source_stamp = _SOURCES
+    """Compile on first use, for the machine at hand; runs without the interpreter's lock."""
+    dispatcher = _jit()(function)
+    # numba's own looks for changes in the function's own file only, and these functions call others' in other files.
+    dispatcher._cache = CodeCache(function, _SOURCES)
     return cast(F, dispatcher)
 
 
@@ -101,8 +97,10 @@ class _BFloat(ir.Type):
 
 
 BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
-HAS_DOT = llvm.get_host_cpu_features().get("avx512bf16", False)
-"""The machine multiplies bfloat16 pairs into float32 sums in one instruction."""
+_features: str = config.CPU_FEATURES if config.CPU_FEATURES is not None else get_host_cpu_features()
+HAS_DOT = "+avx512bf16" in _features.split(",")
+"""The machine multiplies bfloat16 pairs into float32 sums in one instruction: this one, or the one that numba's own
+environment variables ``NUMBA_CPU_NAME`` and ``NUMBA_CPU_FEATURES`` name instead."""
 
 
 # --- helpers of the generators ------------------------------------------------------------------------------
