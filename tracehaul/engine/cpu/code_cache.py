@@ -21,7 +21,7 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from tracehaul.engine.source import default_cache_dir
+from tracehaul.engine.source import user_cache_dir
 from tracehaul.runtime import clock, kept
 from tracehaul.runtime.log import Log
 
@@ -111,9 +111,9 @@ _turn = _Turn()
 def _folder() -> Path | None:
     """Where compiled code is kept; None: nowhere."""
     try:
-        folder = default_cache_dir().parent / "kernels"
+        folder = user_cache_dir() / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # the latter: the user has no home
+    except OSError as error:
         log.warning("compiled code is not kept: each start compiles it", reason=error)
         return None
     return folder
