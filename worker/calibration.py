@@ -16,8 +16,8 @@ from worker.iteration import Measured
 
 log = Log(__name__)
 
-KEPT_S = 86_400.0
-"""Then it is measured anew: hosts change, and what else ran then slowed it down."""
+KEPT_S = 3600.0
+"""Then it is measured anew: whatever else ran at the time made it look slower."""
 FILES_MAX = 64
 WAIT_S = 30.0
 """For another worker that measures; after that this one does, too."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import torch
+from blake3 import blake3
 
 from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.source import ModelSource
@@ -26,6 +27,8 @@ FORMAT = 1
 """To be raised when the form changes, or which numbers are made of a model's files."""
 WAIT_S = 120.0
 """For another process that makes the same; after that this one makes them for itself."""
+FILES_MAX = 16
+"""Of all models."""
 ALIGNMENT = 64
 _SIZE_BYTES = 8
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -79,7 +82,7 @@ def kept_weights(
 @contextmanager
 def _turn(folder: Path, form: str) -> Generator[bool]:
     """Whether to keep what the caller makes: nobody else makes it now."""
-    lock = folder / f"{form}.lock"
+    lock = folder / f"lock-{blake3(form.encode()).hexdigest()[0]}"  # not one for each model that there ever was
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.touch()
@@ -110,7 +113,9 @@ def _write(path: Path, form: str, weights: Weights) -> bool:
         if shutil.disk_usage(path.parent).free < 2 * end:
             raise OSError(f"less than {2 * end / 1e6:.0f} MB of disk are free")
         kept.write(path, _file_parts(header, list(named.values())))
-        kept.forget_old(path.parent, f"{glob.escape(form)}.{'?' * len(weights.revision)}*", 1)
+        revision = "?" * len(weights.revision)
+        kept.forget_old(path.parent, f"{glob.escape(form)}.{revision}*", 1)
+        kept.forget_old(path.parent, f"*.{revision}", FILES_MAX)
     except OSError as error:
         log.warning("weights are not kept: each start makes them", path=path, reason=error)
         return False
