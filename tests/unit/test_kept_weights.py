@@ -177,7 +177,9 @@ def test_a_damaged_file_is_made_anew(harm: Callable[[Path], object], tmp_path: P
     assert made == ["tiny"]
 
 
-def test_where_nothing_can_be_kept_they_are_made(tmp_path: Path, made: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_where_nothing_can_be_kept_they_are_made(
+    tmp_path: Path, made: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     source = save_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "file").touch()
     for _ in range(2):
