@@ -22,12 +22,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.fleet import Fleet, Step, fleet
-from bench.report import Result, finish
+from bench.common.fleet import Fleet, Step, fleet
+from bench.common.report import Result, finish
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import down, free_port, up
 from cluster.rundir import RunDir
-from tracehaul.engine.source import resolve
+from tracehaul.model.source import resolve
 from tracehaul.runtime import clock
 
 SIZES = {"2k": 2048, "4k": 4096, "7k": 7168}

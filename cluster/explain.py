@@ -6,8 +6,8 @@ import httpx
 import msgspec
 
 from cluster.rundir import ClusterFault
-from router.story import story
-from router.views import TraceView
+from router.traces.story import story
+from router.traces.views import TraceView
 
 TIMEOUT_S = 5.0
 NOT_FOUND = 404

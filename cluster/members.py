@@ -9,7 +9,7 @@ import msgspec
 
 from cluster.config import Plan, base_url, load_plan, nodes_of
 from cluster.rundir import ClusterFault, RunDir, alive
-from router.steps import NodeStatus
+from router.fleet.members import NodeStatus
 from tracehaul.rpc.peers import Peers
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest, PeerLost

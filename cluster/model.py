@@ -4,7 +4,7 @@ Read from the files' headers alone, without torch, so that a launch stays quick.
 """
 
 from cluster.rundir import ClusterFault
-from tracehaul.engine.source import ModelSource, SourceError, read_config
+from tracehaul.model.source import ModelSource, SourceError, read_config
 from tracehaul.wire.hashing import KVLayout
 
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

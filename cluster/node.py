@@ -24,7 +24,7 @@ from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine, EngineInfo
-from tracehaul.engine.source import SourceError, user_cache_dir
+from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -154,6 +154,7 @@ class _Node:
         return msgspec.structs.replace(
             info,
             model=engine.model,
+            pool=self._spec.pool,
             root=engine.layout.root(),
             block_tokens=engine.layout.block_tokens,
             context_max=min(engine.context_max, engine.kv_tokens_max),
@@ -192,9 +193,9 @@ class _Node:
 
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
         from cluster.store_metrics import store_metrics, transfer_metrics
-        from kvstore.neighbours import Others
-        from kvstore.node import StoreNode
-        from kvstore.pin_journal import PinJournal, open_journal
+        from kvstore.copies.neighbours import Others
+        from kvstore.node.node import StoreNode
+        from kvstore.node.pin_journal import PinJournal, open_journal
 
         config = self._plan.store
         memory = self._memory(stack, config.arena_bytes)
@@ -226,8 +227,8 @@ class _Node:
     ) -> Room:
         from cluster.store_metrics import client_metrics, transfer_metrics
         from decode.worker import DecodeService
-        from kvstore.client import StoreClient
-        from kvstore.staging import Staging
+        from kvstore.client.client import StoreClient
+        from kvstore.client.staging import Staging
         from prefill.worker import PrefillService
         from worker.calibration import calibrate
         from worker.host import WorkerHost
@@ -266,15 +267,17 @@ class _Node:
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 
-        config = self._plan.config
+        config, pool = self._plan.config, self._plan.pool(self._spec.pool)
         return await TorchEngine.load(
             TorchEngineConfig(
-                model=config.model,
-                dtype=config.dtype,
-                weights=config.weights,
+                model=pool.config.model,
+                name=pool.model.name,
+                pool=pool.name,
+                dtype=pool.config.dtype or config.dtype,
+                weights=pool.config.weights,
                 device=config.device,
                 threads=self._plan.threads,
-                kv_tokens_max=config.kv_tokens,
+                kv_tokens_max=pool.config.kv_tokens or config.kv_tokens,
             )
         )
 
@@ -285,8 +288,8 @@ class _Node:
         from cluster.decision_file import DecisionFile
         from router.api.app import create_app
         from router.api.server import serve
-        from router.dispatch import Dispatch
-        from tracehaul.engine.text import Text
+        from router.dispatch.dispatch import Dispatch
+        from tracehaul.model.text import Text
 
         config = self._plan.config
         async with AsyncExitStack() as stack:
@@ -300,7 +303,7 @@ class _Node:
             server = await network.listen(self._plan.router_address, dispatch.members)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.model))
+            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
             metrics = NodeMetrics({"router": dispatch.stats, "retention": dispatch.retainer.stats}, None)
             app = create_app(dispatch, text, metrics.render, config.api, offload)
             grace_s = max(1, int(config.drain_timeout_s))

@@ -96,11 +96,11 @@ def _tokens(source: Source, found: Found) -> list[int]:
         raise ClusterFault(
             "the model's tokenizer is where the cluster was started: run this there, or give token ids with --tokens"
         )
-    from tracehaul.engine.source import SourceError
-    from tracehaul.engine.text import Text
+    from tracehaul.model.source import SourceError
+    from tracehaul.model.text import Text
 
     try:
-        text = Text.load(found.plan.model)
+        text = Text.load(found.plan.pools[0].model)
         if source.prompt is not None:
             return text.encode(_read(source.prompt), special=True)
         assert source.chat is not None

@@ -15,8 +15,8 @@ import msgspec
 
 from cluster.members import ASK_TIMEOUT_S, StoreRef
 from cluster.transports import open_transport
-from kvstore.client import OutgoingBlock, StoreClient
-from kvstore.staging import Staging, StagingBuffer
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock

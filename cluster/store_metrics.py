@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from prometheus_client.metrics_core import Metric
 
 from cluster.metrics import counter, gauge
-from kvstore.node import StoreNode
-from kvstore.staging import Staging
+from kvstore.client.staging import Staging
+from kvstore.node.node import StoreNode
 from tracehaul.transfer.plane import Plane
 
 

@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from kvstore.node import StoreNode
-from router.steps import Finished, Output
+from kvstore.node.node import StoreNode
+from router.dispatch.steps import Finished, Output
 from sim.loop import PROCESS
 from tracehaul.engine.fake import TrueState, pack_rows
 from tracehaul.runtime import clock

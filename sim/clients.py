@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import aclosing
 
-from router.steps import Finished, Output, StepRequest
+from router.dispatch.steps import Finished, Output, StepRequest
 from sim.checker import AbortChecker, CachedChecker, OutputChecker, ProgressChecker, TerminalChecker, Truth, is_terminal
 from sim.keeper import Keeper
 from sim.loop import VirtualLoop

@@ -10,19 +10,19 @@ from typing import Protocol
 import msgspec
 
 from decode.worker import DecodeService
-from kvstore.client import StoreClient
+from kvstore.client.client import StoreClient
+from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.neighbours import Others
-from kvstore.node import StoreNode
-from kvstore.pin_journal import PinJournal
-from kvstore.pin_records import Moment
-from kvstore.staging import Staging
+from kvstore.copies.neighbours import Others
+from kvstore.index.pin_records import Moment
+from kvstore.node.node import StoreNode
+from kvstore.node.pin_journal import PinJournal
 from kvstore.tiers.base import Tier
 from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
-from router.dispatch import Dispatch, DispatchConfig
+from router.dispatch.dispatch import Dispatch, DispatchConfig
 from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is_terminal
 from sim.links import SimMemory, WatchedTransfer
 from sim.loop import PROCESS

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from kvstore.copies import ReplicationConfig
+from kvstore.copies.copier import ReplicationConfig
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile, PowerCut
 from kvstore.tiers.fake_objects import MemoryObjects
 from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records
@@ -117,7 +117,7 @@ class _Calls:
 
 
 class SimPinFile(MemoryPinFile):
-    """A :class:`kvstore.pin_journal.PinFile` of one node, through all its lives."""
+    """A :class:`kvstore.node.pin_journal.PinFile` of one node, through all its lives."""
 
     def __init__(self, rng: random.Random, latency_s: float) -> None:
         super().__init__()

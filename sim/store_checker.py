@@ -5,7 +5,7 @@ import ctypes
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from kvstore.node import StoreNode
+from kvstore.node.node import StoreNode
 from sim.checker import Findings, Truth
 from sim.storage import SimDevice
 from tracehaul.rpc.base import CallContext

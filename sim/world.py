@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvstore.config import StoreConfig
-from router.dispatch import Dispatch, DispatchConfig
+from router.dispatch.dispatch import Dispatch, DispatchConfig
 from router.policy.retention import RetentionConfig
 from sim import loop as virtual
 from sim.checker import (

@@ -3,8 +3,8 @@
 import asyncio
 from dataclasses import dataclass
 
-from kvstore.client import StoreClient
-from kvstore.staging import StagingBuffer
+from kvstore.client.client import StoreClient
+from kvstore.client.staging import StagingBuffer
 from tracehaul.engine.base import Engine, SequenceId
 from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish

@@ -7,7 +7,7 @@ from itertools import count
 
 import msgspec
 
-from kvstore.client import StoreClient
+from kvstore.client.client import StoreClient
 from tracehaul.engine.base import Engine, Guide, SequenceId
 from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish

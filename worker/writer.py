@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from typing import Self
 
-from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.client.client import OutgoingBlock, StoreClient
 from tracehaul.engine.base import Engine
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ClusterError

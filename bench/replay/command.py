@@ -10,7 +10,8 @@ import msgspec
 import typer
 from rich.console import Console
 
-from bench.recordings import documents, find
+from bench.common.recordings import documents, find
+from bench.common.report import finish
 from bench.replay.choose import Forks, Limits, choose, forks
 from bench.replay.endpoint import Affinity, NoEndpoint, Prompts
 from bench.replay.parse import parse
@@ -19,7 +20,6 @@ from bench.replay.recording import Trace
 from bench.replay.records import summary
 from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
-from bench.report import finish
 from cluster.rundir import ClusterFault
 
 RECORDINGS_VARIABLE = "TRACEHAUL_RECORDINGS"

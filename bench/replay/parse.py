@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from bench.recordings import messages_of
+from bench.common.recordings import messages_of
 from bench.replay.recording import Blocks, Messages, Step, Trace
 
 MOONCAKE_BLOCK_TOKENS = 512

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from bench.common.report import percentile
 from bench.replay.run import Progress
-from bench.report import percentile
 
 LINE_EVERY_S = 10.0
 """Of progress, where there is no terminal."""

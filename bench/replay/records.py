@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import msgspec
 
+from bench.common.report import Result, percentile
 from bench.replay.hits import Bound
 from bench.replay.schedule import Completed
-from bench.report import Result, percentile
 
 LAG_DEGRADED_S = 0.1
 """Where one step in a hundred was sent that much later than it should have been, the figures say less of the server

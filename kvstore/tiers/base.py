@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
-from kvstore.tenants import TenantKey
+from kvstore.index.tenants import TenantKey
 from tracehaul.wire.blocks import Change, Moved, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 
@@ -96,8 +96,8 @@ class Tier(Protocol):
         ...
 
     def protect(self, rank: Callable[[BlockHash], float | None], shares: Mapping[str, float]) -> None:
-        """From now on ask ``rank`` what pins say of a block (:mod:`kvstore.pins`) before it is given up, and leave
-        each of these tenants its share of the tier. Called at most once, right after :meth:`listen`."""
+        """From now on ask ``rank`` what pins say of a block (:mod:`kvstore.index.pins`) before it is given up, and
+        leave each of these tenants its share of the tier. Called at most once, right after :meth:`listen`."""
         ...
 
     def reshare(self, shares: Mapping[str, float]) -> None:

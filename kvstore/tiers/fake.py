@@ -68,7 +68,7 @@ class MemoryDevice:
 
 
 class MemoryPinFile:
-    """A :class:`kvstore.pin_journal.PinFile`. ``bytes_left``, if set, is how many can be written before
+    """A :class:`kvstore.node.pin_journal.PinFile`. ``bytes_left``, if set, is how many can be written before
     :class:`PowerCut`."""
 
     def __init__(self) -> None:

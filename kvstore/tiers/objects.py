@@ -14,7 +14,7 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple, Protocol
 
-from kvstore.tenants import TenantKey
+from kvstore.index.tenants import TenantKey
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import Record
 from tracehaul.wire.hashing import HASH_BYTES

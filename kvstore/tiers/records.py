@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvstore.tenants import TenantKey
+from kvstore.index.tenants import TenantKey
 from kvstore.tiers.base import TierBlock
 from tracehaul.wire.hashing import HASH_BYTES, checksum
 from tracehaul.wire.ids import BlockHash, Checksum

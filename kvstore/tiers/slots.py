@@ -19,11 +19,11 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from kvstore.eviction import LeastRecent
-from kvstore.tenants import TenantKey, Tenants
+from kvstore.index.eviction import LeastRecent
+from kvstore.index.tenants import TenantKey, Tenants
+from kvstore.index.victims import Victims
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.records import Record
-from kvstore.victims import Victims
 from tracehaul.wire.blocks import Change, Removed, Stored
 from tracehaul.wire.ids import BlockHash, Checksum
 

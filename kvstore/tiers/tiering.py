@@ -20,7 +20,7 @@ from itertools import chain, islice
 
 import msgspec
 
-from kvstore.arena import Arena
+from kvstore.index.arena import Arena
 from kvstore.tiers.base import Tier, TierBlock, part_of, readable, told_above, told_below
 from kvstore.tiers.meter import RaiseMeter
 from kvstore.tiers.slot_tier import pages_bytes
@@ -150,16 +150,16 @@ class Tiering:
         return len(self._behind) + self._writing
 
     def is_behind(self, block_hash: BlockHash) -> bool:
-        """As :class:`kvstore.arena.Below` has it."""
+        """As :class:`kvstore.index.arena.Below` has it."""
         return block_hash in self._behind
 
     def size_of(self, block_hash: BlockHash) -> int:
-        """As :class:`kvstore.arena.Below` has it."""
+        """As :class:`kvstore.index.arena.Below` has it."""
         block = self.tier.find(block_hash)
         return 0 if block is None else block.size_bytes
 
     def repinned(self, hashes: Iterable[BlockHash]) -> None:
-        """As :class:`kvstore.arena.Below` has it."""
+        """As :class:`kvstore.index.arena.Below` has it."""
         self.tier.repinned(hashes)
 
     # --- what is visible ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import msgspec
 from router.api.logprobs import Mark
 from router.api.reading import ChatReader, Said, joined
 from router.api.text import TextStream
-from router.hits import Hits
+from router.traces.hits import Hits
 from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 
 

@@ -21,7 +21,7 @@ from router.api.requests import ChatRequest, CompletionRequest
 from router.api.responses import ModelEntry, ModelList
 from router.api.text import Text
 from router.api.traces import TracePages
-from router.steps import Dispatcher
+from router.dispatch.steps import Dispatcher
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import ClusterError

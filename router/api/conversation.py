@@ -6,7 +6,7 @@ import msgspec
 from blake3 import blake3
 
 from router.api.requests import ChatMessage, ChatRequest
-from router.prefixes import digests
+from router.traces.prefixes import digests
 
 TOOLS_MAX = 16
 NAME_CHARACTERS_MAX = 64
@@ -18,7 +18,7 @@ class Conversation(msgspec.Struct, frozen=True):
     """One call's messages, seen as a part of its trace."""
 
     digests: list[bytes]
-    """Of each beginning of them: see :mod:`router.prefixes`."""
+    """Of each beginning of them: see :mod:`router.traces.prefixes`."""
     opening: int
     """How many of the first messages are the system's, so that many traces share them."""
     agent: str

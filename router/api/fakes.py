@@ -6,11 +6,12 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from router.book import Book
-from router.decisions import Decisions
-from router.hits import Hits
-from router.steps import Finished, ModelCard, NodeStatus, Output, StepRequest
-from router.traces import PinWish, Trace, Traces
+from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
+from router.fleet.members import NodeStatus
+from router.traces.book import Book
+from router.traces.decisions import Decisions
+from router.traces.hits import Hits
+from router.traces.registry import PinWish, Trace, Traces
 from tracehaul.wire.blocks import Pinned
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.steps import StepUsage

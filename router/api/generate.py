@@ -25,9 +25,9 @@ from router.api.responses import ClusterUsage, CompletionTokensDetails, PromptTo
 from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
 from router.api.text import Text, TextStream
-from router.hits import together
-from router.prefixes import Prefixes
-from router.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
+from router.dispatch.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
+from router.traces.hits import together
+from router.traces.prefixes import Prefixes
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId, TraceId

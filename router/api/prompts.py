@@ -10,8 +10,8 @@ from router.api.errors import bad_request
 from router.api.messages import template_messages, template_tools
 from router.api.requests import ChatRequest, CompletionRequest
 from router.api.text import Text
-from router.steps import ModelCard
-from router.texts import CutTokens, Encoded, TraceTexts, extend
+from router.dispatch.steps import ModelCard
+from router.traces.texts import CutTokens, Encoded, TraceTexts, extend
 from tracehaul.runtime.offload import Offload
 
 OFFLOAD_CHARACTERS = 16384

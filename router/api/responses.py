@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from router.hits import Hits
+from router.traces.hits import Hits
 from tracehaul.wire.steps import FinishReason
 
 

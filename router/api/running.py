@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from types import TracebackType
 
-from router.steps import Dispatcher, Finished, Output, StepRequest
+from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
 from tracehaul.wire.errors import ClusterError
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from router.api.conversation import NAME_CHARACTERS_MAX
 from router.api.errors import ApiError, bad_request
 from router.api.identity import ID_CHARACTERS_MAX
 from router.api.requests import SALT_CHARACTERS_MAX, parse
-from router.book import Book, TraceBusy
-from router.views import TraceDeleted, TraceView
+from router.traces.book import Book, TraceBusy
+from router.traces.views import TraceDeleted, TraceView
 from tracehaul.wire.blocks import REPLICAS_MAX, PinKind
 from tracehaul.wire.ids import TraceId
 

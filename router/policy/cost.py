@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from router.policy.fleet import Column, Fleet
+from router.fleet.load import Column, Fleet
 
 OUTPUT_TOKENS = 64
 """What a step is expected to generate."""

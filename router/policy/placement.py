@@ -11,9 +11,8 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from router.fleet.load import Column, Fleet, Key, Warm
 from router.policy.cost import Costs, Need, StoredRun, decode_costs, prefill_s
-from router.policy.fleet import Column, Fleet, Key
-from router.traces import Warm
 from tracehaul.wire.hashing import weight
 from tracehaul.wire.ids import NodeId, TraceId
 

@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 import msgspec
 import pytest
 
-from kvstore import reader, writer
-from kvstore.client import OutgoingBlock, PutOutcome, StoreClient
+from kvstore.client import reader, writer
+from kvstore.client.client import OutgoingBlock, PutOutcome, StoreClient
+from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.node import StoreNode
-from kvstore.staging import Staging
+from kvstore.node.node import StoreNode
 from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network, Server
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.peers import Peers
@@ -702,7 +702,7 @@ def test_a_read_past_its_deadline_keeps_its_buffers_until_the_bytes_have_landed(
 
 
 def test_a_node_with_a_stuck_transfer_cannot_drain_the_staging_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvstore.client.BREAK_S", 0.0)
+    monkeypatch.setattr("kvstore.client.client.BREAK_S", 0.0)
 
     async def case(world: World) -> None:
         await world.start("s0")

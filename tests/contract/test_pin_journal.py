@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.arena import Arena
 from kvstore.config import StoreConfig
-from kvstore.pin_journal import DiskPinFile, PinFile, PinJournal, open_journal
-from kvstore.pin_keeper import PinKeeper
-from kvstore.pin_records import Moment, pack_journal
+from kvstore.index.arena import Arena
+from kvstore.index.pin_records import Moment, pack_journal
+from kvstore.node.pin_journal import DiskPinFile, PinFile, PinJournal, open_journal
+from kvstore.node.pin_keeper import PinKeeper
 from kvstore.tiers.fake import MemoryPinFile, PowerCut
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import InlineOffload
@@ -112,7 +112,7 @@ def test_time_passes_while_the_node_is_down(bed: Bed) -> None:
 
 
 def test_a_journal_stays_in_proportion_to_its_pins(bed: Bed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("kvstore.pin_journal.REWRITE_BYTES_MIN", 1000)
+    monkeypatch.setattr("kvstore.node.pin_journal.REWRITE_BYTES_MIN", 1000)
 
     async def main() -> None:
         life = bed.live()
@@ -175,7 +175,7 @@ def test_a_caller_that_leaves_takes_nothing_with_it() -> None:
 def test_killed_at_any_byte_nothing_answered_is_forgotten_and_nothing_ended_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kvstore.pin_journal.REWRITE_BYTES_MIN", 300)
+    monkeypatch.setattr("kvstore.node.pin_journal.REWRITE_BYTES_MIN", 300)
     answered: dict[str, tuple[str, list[int]]] = {}
 
     async def work(bed: Bed) -> None:

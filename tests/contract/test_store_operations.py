@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.node import StoreNode
-from kvstore.staging import Staging
+from kvstore.node.node import StoreNode
 from kvstore.tiers.fake import MemoryDevice
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.tiering import TieringConfig

@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.node import StoreNode
-from kvstore.pin_journal import DiskPinFile, PinJournal, moment
-from kvstore.staging import Staging
+from kvstore.node.node import StoreNode
+from kvstore.node.pin_journal import DiskPinFile, PinJournal, moment
 from kvstore.tiers import tiering
 from kvstore.tiers.base import StoreOutcome, Tier, TierBlock
 from kvstore.tiers.disk import DiskFile

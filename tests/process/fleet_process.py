@@ -8,9 +8,9 @@ import msgspec
 import uvloop
 
 from kvstore.config import StoreConfig
-from kvstore.copies import ReplicationConfig
-from kvstore.neighbours import Others
-from kvstore.node import StoreNode
+from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.neighbours import Others
+from kvstore.node.node import StoreNode
 from kvstore.tiers.disk import open_disk
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers

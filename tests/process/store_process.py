@@ -7,7 +7,7 @@ import msgspec
 import uvloop
 
 from kvstore.config import StoreConfig
-from kvstore.node import StoreNode
+from kvstore.node.node import StoreNode
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate

@@ -18,7 +18,7 @@ import uvloop
 
 from router.api import ApiConfig, create_app, serve
 from router.api.fakes import FakeDispatcher, FakeText, Script, say
-from router.steps import Output, StepRequest
+from router.dispatch.steps import Output, StepRequest
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.steps import StepUsage

@@ -1,13 +1,13 @@
-"""Corruptions of every kind through a real node, file and client: all found. ``python -m bench.corruption`` injects
-ten thousand."""
+"""Corruptions of every kind through a real node, file and client: all found. ``python -m bench.faults.corruption``
+injects ten thousand."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
-from bench.corruption import KINDS, Count, Injector
-from kvstore.reader import Reader
+from bench.faults.corruption import KINDS, Count, Injector
+from kvstore.client.reader import Reader
 from kvstore.tiers import slot_tier
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.fleet import Fleet, Step
+from bench.common.fleet import Fleet, Step
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from cluster.rundir import alive as runs
-from kvstore.client import BREAK_S
-from router.dispatch import DispatchConfig
+from kvstore.client.client import BREAK_S
+from router.dispatch.dispatch import DispatchConfig
 from tracehaul.runtime import clock
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig

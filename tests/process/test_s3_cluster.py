@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from bench.fleet import fleet
+from bench.common.fleet import fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from tracehaul.runtime import clock

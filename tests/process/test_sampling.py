@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
-from bench.fleet import Fleet
+from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig
 from cluster.launch import free_port
 from worker.config import WorkerConfig

@@ -8,10 +8,10 @@ import pytest
 from openai import OpenAI
 from openai.types import CompletionUsage
 
-from bench.fleet import Fleet
+from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.dispatch import DispatchConfig
+from router.dispatch.dispatch import DispatchConfig
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.staging import Staging
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from bench.kill_lane import content, hash_of
-from kvstore.client import OutgoingBlock, StoreClient
-from kvstore.staging import Staging
-from router.members import MemberRegistry
+from bench.faults.kill_lane import content, hash_of
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging
+from router.fleet.members import MemberRegistry
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime.offload import ThreadOffload

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from kvstore.client import OutgoingBlock, StoreClient
-from kvstore.staging import Staging
-from router.members import MemberRegistry
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging
+from router.fleet.members import MemberRegistry
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork

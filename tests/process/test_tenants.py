@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from bench.fleet import Fleet
+from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from worker.config import WorkerConfig

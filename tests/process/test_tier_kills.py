@@ -1,13 +1,13 @@
 """A store node with a disk tier, killed at random moments while it writes, reads and evicts: nothing that was
-published on disk is lost, nothing torn is found. ``python -m bench.killcycles`` does it five hundred times."""
+published on disk is lost, nothing torn is found. ``python -m bench.faults.killcycles`` does it five hundred times."""
 
 import asyncio
 from pathlib import Path
 
 import pytest
 
-from bench.kill_lane import Lane, Tally
-from bench.killcycles import restart_s
+from bench.faults.kill_lane import Lane, Tally
+from bench.faults.killcycles import restart_s
 
 CYCLES = 10
 BLOCKS = 100_000

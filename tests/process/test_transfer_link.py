@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.store_fleet import two_places
+from bench.common.processes import two_places
 from tracehaul.transfer.base import Copy
 
 _spec = importlib.util.spec_from_file_location("transfer_peer", Path(__file__).parent / "transfer_peer.py")

@@ -11,7 +11,7 @@ from cluster.config import ClusterConfig, Plan, save_plan
 from cluster.launch import free_port
 from cluster.rundir import RunDir
 from kvstore.config import StoreConfig
-from tracehaul.engine.source import ModelSource
+from tracehaul.model.source import ModelSource
 
 PROGRAM = """
 import sys

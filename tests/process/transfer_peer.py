@@ -50,7 +50,7 @@ class Peer:
     """The parent's handle on such a process."""
 
     def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request", place: Any = None) -> None:
-        """``place``, a ``bench.store_fleet.Place``, is where it runs; by default here."""
+        """``place``, a ``bench.common.processes.Place``, is where it runs; by default here."""
         before, environment = (place.command, place.environment) if place is not None else ((), {})
         self._numbers = itertools.count()
         self._replies: dict[int, Any] = {}

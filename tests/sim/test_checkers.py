@@ -8,13 +8,13 @@ import pytest
 
 from decode.worker import DecodeService
 from decode.worker import _Step as DecodeRun
-from kvstore.arena import Arena
-from kvstore.node import StoreNode
-from kvstore.reader import Reader
-from kvstore.slot_table import SlotTable
-from kvstore.staging import Staging
-from router.dispatch import Dispatch
-from router.index import Index
+from kvstore.client.reader import Reader
+from kvstore.client.staging import Staging
+from kvstore.index.arena import Arena
+from kvstore.index.slot_table import SlotTable
+from kvstore.node.node import StoreNode
+from router.dispatch.dispatch import Dispatch
+from router.fleet.index import Index
 from sim import world as world_module
 from sim.checker import Findings, OutputChecker, SlotChecker, TerminalChecker
 from sim.faults import Crash, FaultPlan, Storm

@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from router.decisions import Replaced
-from router.dispatch import Dispatch, DispatchConfig
-from router.steps import Finished, StepRequest
+from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.dispatch.steps import Finished, StepRequest
+from router.traces.decisions import Replaced
 from sim import loop as virtual
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.membership import Membership

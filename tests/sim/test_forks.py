@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
-from router.steps import Finished, Output, StepRequest
+from router.dispatch.steps import Finished, Output, StepRequest
 from sim import loop as virtual
 from sim.faults import FaultPlan
 from sim.world import ROLES, VOCAB, World

@@ -3,7 +3,7 @@
 import msgspec
 
 from kvstore.tiers.tiering import TieringConfig
-from router.decisions import Placed
+from router.traces.decisions import Placed
 from sim.storage import Below
 from sim.traces import Mix
 from sim.world import ROUTER, World, simulate

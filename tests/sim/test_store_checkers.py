@@ -6,15 +6,15 @@ import logging
 import msgspec
 import pytest
 
-from kvstore.node import StoreNode
-from kvstore.pin_journal import PinJournal
-from kvstore.pins import Pins
-from kvstore.slot_table import SlotTable
+from kvstore.index.pins import Pins
+from kvstore.index.slot_table import SlotTable
+from kvstore.node.node import StoreNode
+from kvstore.node.pin_journal import PinJournal
 from kvstore.tiers.records import Record, pack_record
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.slots import SlotIndex
 from kvstore.tiers.tiering import TIER_HOLDER, Tiering, TieringConfig
-from router.members import MemberRegistry, _Member
+from router.fleet.members import MemberRegistry, _Member
 from sim.faults import Crash, DiskRot, FaultPlan, Zombie
 from sim.storage import Below
 from sim.world import FAULTS_END_S, FLEET, MIX, simulate

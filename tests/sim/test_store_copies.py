@@ -6,8 +6,8 @@ import logging
 import msgspec
 import pytest
 
-from kvstore.copies import ReplicationConfig
-from kvstore.drain import Drainer
+from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.drain import Drainer
 from kvstore.tiers.tiering import TieringConfig
 from sim.faults import FaultPlan, HostLoss, Retire
 from sim.storage import Below

@@ -7,14 +7,14 @@ from collections.abc import Awaitable, Callable, Iterable
 import msgspec
 import pytest
 
-from kvstore.client import OutgoingBlock, StoreClient
+from kvstore.client.client import OutgoingBlock, StoreClient
+from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.copies import ReplicationConfig
-from kvstore.neighbours import Others
-from kvstore.node import StoreNode
-from kvstore.pin_journal import PinJournal
-from kvstore.pin_records import Moment
-from kvstore.staging import Staging
+from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.neighbours import Others
+from kvstore.index.pin_records import Moment
+from kvstore.node.node import StoreNode
+from kvstore.node.pin_journal import PinJournal
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile
 from kvstore.tiers.slot_tier import SlotTier
 from sim import loop as virtual

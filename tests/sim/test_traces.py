@@ -5,9 +5,9 @@ import asyncio
 import msgspec
 import pytest
 
+from router.dispatch.steps import Finished, Output, StepRequest
 from router.policy.retention import RetentionConfig
-from router.steps import Finished, Output, StepRequest
-from router.traces import Trace
+from router.traces.registry import Trace
 from sim import loop as virtual
 from sim.faults import FaultPlan
 from sim.world import ROLES, ROUTER, World

@@ -17,7 +17,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
 from tracehaul.engine.base import Guide, Mask
-from tracehaul.engine.source import SourceError
+from tracehaul.model.source import SourceError
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint
 

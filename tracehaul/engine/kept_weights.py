@@ -15,9 +15,9 @@ import msgspec
 import torch
 from blake3 import blake3
 
-from tracehaul.engine.model_config import ModelConfig
-from tracehaul.engine.source import ModelSource
 from tracehaul.engine.weights import LayerWeights, Weights, identify, load_weights
+from tracehaul.model.model_config import ModelConfig
+from tracehaul.model.source import ModelSource
 from tracehaul.runtime import clock, kept
 from tracehaul.runtime.log import Log
 
@@ -66,7 +66,7 @@ def kept_weights(
     if source.kind != "gguf" and not int8:
         return load_weights(source, dtype, device)
     config, revision = identify(source, int8=int8)
-    form = f"{source.name.replace('/', '--')}.{_NAMES[dtype]}{'.int8' if int8 else ''}"
+    form = f"{source.path.stem}.{_NAMES[dtype]}{'.int8' if int8 else ''}"
     path = folder / f"{form}.{revision}"
     found = _read(path, form, config, revision, dtype)
     if found is None:

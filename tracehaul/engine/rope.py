@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tracehaul.engine.model_config import DynamicRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
+from tracehaul.model.model_config import DynamicRope, LinearRope, Llama3Rope, ModelConfig, YarnRope
 
 
 def rope_tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

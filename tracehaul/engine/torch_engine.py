@@ -19,12 +19,13 @@ from tracehaul.engine.hardware import hardware
 from tracehaul.engine.kept_weights import kept_weights
 from tracehaul.engine.kvpool import Cut, HostPool, KVPool
 from tracehaul.engine.model import Model, Segment
-from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
-from tracehaul.engine.source import (
+from tracehaul.engine.weights import Weights
+from tracehaul.model.model_config import ModelConfig
+from tracehaul.model.source import (
     DEFAULT_MODEL,
     ModelSource,
     Progress,
@@ -33,7 +34,6 @@ from tracehaul.engine.source import (
     read_config,
     resolve,
 )
-from tracehaul.engine.weights import Weights
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
 
@@ -53,7 +53,11 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """What to run and on what."""
 
     model: str = DEFAULT_MODEL
-    """As :func:`tracehaul.engine.source.resolve` takes it."""
+    """As :func:`tracehaul.model.source.resolve` takes it."""
+    name: str = ""
+    """What clients call it by; empty: as its files do."""
+    pool: str = ""
+    """Blocks of one pool are of no use in another, whatever the weights are."""
     cache_dir: str | None = None
     """Where a fetched default model is kept, and weights that had to be made; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -337,6 +341,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
     """On the compute thread, so that torch's own threads are set up for it."""
     cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
     source = resolve(config.model, cache_dir, progress)
+    source = msgspec.structs.replace(source, name=config.name or source.name)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
     torch.set_num_threads(config.threads)
     if device.type == "cpu":
@@ -348,7 +353,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         weights = kept_weights(source, dtype, device, cache_dir / "kept", int8=int8)
         shape = weights.config
         layout = KVLayout(
-            model=f"{source.architecture}@{weights.revision}",
+            model=f"{config.pool and config.pool + ':'}{source.architecture}@{weights.revision}",
             dtype=config.dtype,
             layers=shape.layers,
             kv_heads=shape.kv_heads,
@@ -425,7 +430,7 @@ def _warm_up(model: AnyModel, pool: KVPool, tokens: int, layout: KVLayout) -> No
 
 def _tokenizer(source: ModelSource) -> tuple[str, Sequence[int]]:
     """As ``tokenizer.json`` has it, and its end tokens."""
-    from tracehaul.engine.text import Text  # 5 MB of libraries that a worker without grammars does not use
+    from tracehaul.model.text import Text  # 5 MB of libraries that a worker without grammars does not use
 
     text = Text.load(source)
     return text.serialized(), text.eos_tokens

@@ -14,9 +14,9 @@ from blake3 import blake3
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 
-from tracehaul.engine.gguf_file import GGUFError, GGUFFile, read_gguf
-from tracehaul.engine.model_config import ConfigError, ModelConfig, gguf_config
-from tracehaul.engine.source import ModelSource, SourceError, read_config
+from tracehaul.model.gguf_file import GGUFError, GGUFFile, read_gguf
+from tracehaul.model.model_config import ConfigError, ModelConfig, gguf_config
+from tracehaul.model.source import ModelSource, SourceError, read_config
 
 _REVISION_BYTES = 12
 
@@ -41,7 +41,7 @@ class LayerWeights(msgspec.Struct):
     down: torch.Tensor
     down_bias: torch.Tensor | None
     window: int | None
-    """See :class:`tracehaul.engine.model_config.LayerKind`."""
+    """See :class:`tracehaul.model.model_config.LayerKind`."""
     rope: bool
     qkv_scales: torch.Tensor | None
     out_scales: torch.Tensor | None

@@ -21,7 +21,7 @@ from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
-from tracehaul.engine.source import user_cache_dir
+from tracehaul.model.source import user_cache_dir
 from tracehaul.runtime import clock, kept
 from tracehaul.runtime.log import Log
 

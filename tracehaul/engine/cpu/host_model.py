@@ -13,9 +13,9 @@ from tracehaul.engine.cpu.phases import Buffers, Shape
 from tracehaul.engine.cpu.team import Team
 from tracehaul.engine.cpu.vectors import LANES
 from tracehaul.engine.model import Segment
-from tracehaul.engine.model_config import ModelConfig
 from tracehaul.engine.rope import rope_tables
 from tracehaul.engine.weights import LayerWeights, Weights
+from tracehaul.model.model_config import ModelConfig
 
 _KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 _KEPT_LOGITS = 64

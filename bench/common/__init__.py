@@ -1,0 +1,1 @@
+"""What measurements share: the form of a result, a fleet of real processes, recordings."""

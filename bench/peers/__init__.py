@@ -1,0 +1,1 @@
+"""Other servers, started to be compared with."""

@@ -1,0 +1,1 @@
+"""The store beside memcpy, raw TCP, other stores and disks."""

@@ -1,0 +1,1 @@
+"""Placement, retention and the index, on recorded agents."""

@@ -1,0 +1,1 @@
+"""Reading from and writing to every store node: what workers hold."""

@@ -1,0 +1,1 @@
+"""One store node: an index over memory, served."""

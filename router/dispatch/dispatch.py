@@ -1,0 +1,390 @@
+"""Runs steps on the fleet: places them, follows their tokens, moves them when a worker fails."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from itertools import zip_longest
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from router.dispatch.inflight import InFlight
+from router.dispatch.predicted import Predicted
+from router.dispatch.relief import Relief
+from router.dispatch.retainer import Retainer
+from router.dispatch.run import BetterPlace, Run
+from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
+from router.fleet.index import Index, TierRun
+from router.fleet.load import Fleet, Key, Warm
+from router.fleet.members import MemberRegistry, NodeStatus
+from router.fleet.watch import StoreWatch
+from router.policy.cost import StoredRun
+from router.policy.placement import Ask, Placement, Policy, place
+from router.policy.retention import RetentionConfig
+from router.traces.book import Book
+from router.traces.decisions import NODES_MAX, Decisions, Ended, Moved, Placed, Replaced
+from router.traces.hits import Hits
+from router.traces.registry import Trace, Traces
+from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
+from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
+from tracehaul.wire.hashing import pack_tokens, unpack_tokens
+from tracehaul.wire.steps import DecodeStep, StepDone, StepUsage, Tokens
+
+log = logging.getLogger(__name__)
+
+
+class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an operator may set on the router's dispatching."""
+
+    traces_max: Annotated[int, Meta(ge=1)] = 10_000
+    """Traces remembered."""
+    contexts_bytes_max: Annotated[int, Meta(ge=0)] = 512 * 2**20
+    """Memory for what their steps left: tokens and block hashes, 6 bytes a token. Without its context a trace's next
+    step is hashed anew, and nobody can say what was lost of it."""
+    decisions_max: Annotated[int, Meta(ge=1)] = 50_000
+    """Decisions remembered, of all traces; half a KiB each."""
+    policy: Policy = "cost"
+    """How decode workers are chosen; ``sticky`` and ``round-robin`` are there to compare with."""
+    use_store: bool = True
+    """Without it no step reads the store or leaves anything there, and decode workers compute all that they lack:
+    to compare with, too."""
+    attempts_max: Annotated[int, Meta(ge=1)] = 4
+    """Workers tried in a row without a new token before a step fails."""
+    retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
+    """Pause before the next attempt: membership needs a moment to notice a death."""
+    retention: RetentionConfig = RetentionConfig()
+    idle_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
+    """Longest silence of a decode worker (a living one proves itself every second)."""
+
+
+class DispatchStats(msgspec.Struct):
+    """Counters of the router's life, for metrics."""
+
+    steps: int = 0
+    steps_finished: int = 0
+    steps_failed: int = 0
+    steps_aborted: int = 0
+    steps_moved: int = 0
+    steps_replaced: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    missed_blocks: int = 0
+    """Blocks that the store was said to hold and that did not arrive."""
+    prefill_fallbacks: int = 0
+    theoretical_tokens: int = 0
+    """Of all steps that computed anything: what the trace had, as in :class:`router.traces.hits.Hits`."""
+    indexed_tokens: int = 0
+    chosen_tokens: int = 0
+    delivered_tokens: int = 0
+    recomputed_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """Tokens that the trace had, computed again, by :data:`router.traces.hits.LossReason`."""
+
+
+class Dispatch:
+    """The router without HTTP: implements :class:`router.dispatch.steps.Dispatcher`."""
+
+    def __init__(self, peers: Peers, config: DispatchConfig) -> None:
+        self._peers = peers
+        self._config = config
+        self.stats = DispatchStats()
+        self.index = Index()
+        self.traces = Traces(config.traces_max, config.contexts_bytes_max)
+        self.decisions = Decisions(config.decisions_max)
+        self._watch = StoreWatch(peers, self.index)
+        self.members = MemberRegistry(self._watch.set_nodes)
+        self.decodes = Fleet()
+        self.prefills = Fleet()
+        self._predicted = Predicted()
+        self._relief = Relief(self.prefills, self._predicted, self._elsewhere)
+        self._turn = 0
+        self._runs: dict[Run, None] = {}
+        retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
+        self.retainer = Retainer(peers, self.members, self.traces, self.decisions, retention)
+        self.traces.forgotten = self._forgotten
+        self.book = Book(self.traces, self.decisions, self.retainer, self._delete)
+
+    async def close(self) -> None:
+        """Stop following the stores, and do nothing more for traces."""
+        self._relief.close()
+        await self.retainer.close()
+        await self._watch.close()
+
+    def model(self) -> ModelCard | None:
+        workers = self.members.live("decode")
+        if not workers:
+            return None
+        return ModelCard(workers[0].model, min(worker.context_max for worker in workers))
+
+    def nodes(self) -> list[NodeStatus]:
+        return self.members.statuses()
+
+    async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+        trace, step = self.traces.start(
+            (request.salt, request.trace),
+            request.parent,
+            request.step,
+            clock.now_s(),
+            prompt_tokens=len(request.prompt),
+            tools=request.tools,
+            agent=request.agent,
+        )
+        self.stats.steps += 1
+        self.retainer.began(trace, step)
+        run = Run(request, trace, step, self.traces.lefts(trace))
+        self._runs[run] = None
+        try:
+            async with aclosing(self._attempts(run)) as events:
+                async for event in events:
+                    if isinstance(event, Finished):
+                        step.ending = event.reason
+                        self._count(event.usage)
+                    yield event
+        except ClusterError as error:
+            step.ending = error.code
+            self.stats.steps_failed += 1
+            raise
+        finally:
+            del self._runs[run]
+            self._end(run)
+
+    def _delete(self, trace: Trace) -> None:
+        lefts = list(trace.lefts)
+        self.traces.delete(trace.key)
+        self.retainer.delete(trace, lefts)
+        for run in self._runs:
+            if run.trace is trace:
+                run.stop()
+
+    def _forgotten(self, trace: Trace) -> None:
+        self.decisions.forget(trace.key)
+        self.retainer.forget(trace)
+
+    def _end(self, run: Run) -> None:
+        """A step ended, whatever way."""
+        step = run.step
+        step.output_tokens = len(run.emitted)
+        self.stats.steps_aborted += step.ending == "aborted"
+        if step.hits is not None:
+            self._count_hits(run, step.hits)
+        # The API aborts a step at a stop string, too: what was computed is still worth coming back to.
+        left = run.left()
+        if left is not None and step.ending in ("aborted", "stop", "length"):
+            self.traces.leave(run.trace, left)
+        now_s = clock.now_s()
+        self.traces.end(run.trace, step, now_s, final=run.request.final)
+        ended = Ended(step.step, step.ending, step.prompt_tokens, step.output_tokens, now_s - step.began_s, step.hits)
+        if not run.trace.deleted:
+            self.decisions.add(run.trace.key, now_s, ended)
+        self.retainer.ended(run.trace)
+
+    async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
+        """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
+        failures = 0
+        while True:
+            before = len(run.emitted)
+            placement: Placement | None = None
+            try:
+                placement = self._place(run)
+                async with aclosing(self._on_worker(run, placement)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except BetterPlace as better:
+                assert placement is not None
+                self.stats.steps_replaced += 1
+                left = Replaced(run.request.step, placement.prefill, better.wait_s, better.cost_s)
+                self.decisions.add(run.trace.key, clock.now_s(), left)
+                continue
+            except ClusterError as error:
+                reason = run.ended()
+                if reason is not None and run.usage is not None:  # only the terminal message was lost
+                    usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
+                    yield Finished(reason, usage, run.hits())
+                    return
+                failures = 1 if len(run.emitted) > before else failures + 1
+                # A worker's own bug may be that worker's alone: one other may try.
+                attempts_max = self._config.attempts_max if error.retriable else 2
+                if isinstance(error, InvalidRequest) or failures >= attempts_max:
+                    raise
+                node = None
+                if placement is not None:
+                    node = placement.decode.node
+                    run.avoid.add(placement.decode)
+                self.stats.steps_moved += 1
+                moved = Moved(run.request.step, node, error.code, len(run.emitted))
+                self.decisions.add(run.trace.key, clock.now_s(), moved)
+                log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
+            await asyncio.sleep(self._config.retry_pause_s * failures)
+
+    def _place(self, run: Run) -> Placement:
+        decodes = self.members.live("decode")
+        if not decodes:
+            raise Unavailable("no decode worker is ready")
+        tokens = len(run.request.prompt) + len(run.emitted)
+        if tokens >= max(worker.context_max for worker in decodes):
+            raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
+        run.cut(decodes[0])
+        found = self.index.match(run.hashes)
+        placement = self._price(run, found.runs, run.leaves)
+        assert placement is not None
+        warm, stored_tokens = run.warm, found.blocks * run.block_tokens
+        lives = warm is not None and Key(warm.node, warm.generation) in self.decodes.rows
+        run.placed(placement, stored_tokens, warm_lives=lives)
+        taken = run.takes(placement)
+        if taken is not None:
+            self.traces.take(run.trace, taken)
+        if placement.computes is not None:
+            self._predicted.add(run.hashes, [placement.computes], clock.now_s())
+        self._turn += 1
+        self._log_placed(run, placement, stored_tokens)
+        log.info(
+            "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
+            run.request.step,
+            run.request.trace,
+            tokens,
+            placement.decode.node,
+            placement.reason,
+            placement.prefill,
+            placement.home,
+            placement.expected_tokens,
+        )
+        return placement
+
+    def _elsewhere(self, run: Run, prefill: Key) -> Placement | None:
+        """Where a step would be placed now if not by that prefill worker; None if nowhere."""
+        return self._price(run, self.index.match(run.hashes).runs, run.leaves | {prefill})
+
+    def _price(self, run: Run, stored: Sequence[TierRun], leaves: set[Key]) -> Placement | None:
+        decodes = self.members.live("decode")
+        # Blocks of another layout, or another model, are of no use to this step.
+        decodes = [worker for worker in decodes if worker.root == decodes[0].root]
+        prefills = [worker for worker in self.members.live("prefill") if decodes and worker.root == decodes[0].root]
+        now_s = clock.now_s()
+        self.decodes.sync(decodes, self.members.loads(decodes))
+        self.prefills.sync(prefills, self.members.loads(prefills))
+        expected = self._predicted.match(run.hashes, now_s)
+        ask = Ask(
+            trace=run.request.trace,
+            prompt_tokens=len(run.request.prompt) + len(run.emitted),
+            stored=self._stored(stored, run.block_tokens),
+            warm=run.warm,
+            home=run.trace.home,
+            predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
+            avoided=frozenset(run.avoid),
+            left=frozenset(leaves),
+            asked=run.request.decode,
+            turn=self._turn,
+        )
+        stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
+        return place(self._config.policy, ask, self.decodes, self.prefills, stores, now_s)
+
+    def _stored(self, runs: Sequence[TierRun], block_tokens: int) -> list[StoredRun]:
+        """With what it takes to bring each up: on the slowest node, as it may be on any."""
+        if all(run.tier == 0 for run in runs):
+            return [StoredRun(run.end * block_tokens, 0.0) for run in runs]
+        block_s = [0.0]
+        for load in self.members.loads(self.members.live("store")):
+            below = [0.0, *(seconds for seconds in (load.disk_block_s, load.s3_block_s) if seconds)]
+            block_s = [max(pair) for pair in zip_longest(block_s, below, fillvalue=0.0)]
+        depth = len(block_s) - 1
+        return [StoredRun(run.end * block_tokens, block_s[min(run.tier, depth)] / block_tokens) for run in runs]
+
+    def _log_placed(self, run: Run, placement: Placement, stored_tokens: int) -> None:
+        warm = run.warm
+        placed = Placed(
+            step=run.request.step,
+            decode=placement.decode.node,
+            reason=placement.reason,
+            prompt_tokens=len(run.request.prompt),
+            indexed_tokens=stored_tokens,
+            warm=warm.node if warm is not None else None,
+            warm_tokens=warm.retained_tokens if warm is not None else 0,
+            expected_tokens=placement.expected_tokens,
+            prefill=placement.prefill,
+            home=placement.home,
+            running={key.node: self.decodes.running(key) for key in self.decodes.keys[:NODES_MAX]},
+            cost_s=placement.cost_s,
+            warm_cost_s=placement.warm_cost_s,
+            pull_tokens=placement.pull_tokens,
+        )
+        self.decisions.add(run.trace.key, clock.now_s(), placed)
+
+    async def _on_worker(self, run: Run, placement: Placement) -> AsyncGenerator[Output | Finished, None]:
+        """One attempt; appends to ``run.emitted`` what it yields."""
+        request = run.request
+        node = placement.decode.node
+        info = next(info for info in self.members.live("decode") if info.node == node)
+        message = DecodeStep(
+            step=request.step,
+            trace=request.trace,
+            root=info.root,
+            prompt=run.packed,
+            emitted=pack_tokens(run.emitted),
+            salt=request.salt,
+            home=placement.home,
+            prefill=placement.prefill,
+            sampling=request.sampling,
+            family=run.trace.parent or request.trace,
+            pull_tokens=placement.pull_tokens,
+            prompt_logprobs=run.prompt_logprobs,
+        )
+        context = CallContext(trace=request.trace, step=request.step)
+        run.context_max = info.context_max
+        retained, scored = 0, 0
+        sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
+        if self._config.policy == "cost" and run.prompt_logprobs is None:
+            self._relief.enter(run, placement)
+        replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
+        try:
+            while (reply := await run.next(replies)) is not None:
+                match reply:
+                    case Tokens(b"", prompt_logprobs=scores):
+                        yield Output([], prompt_logprobs=run.scored(scored, scores))
+                        scored += len(scores)
+                    case Tokens(ids, usage, logprobs):
+                        sent.token(clock.now_s())
+                        self._relief.leave(run, placement)
+                        tokens = unpack_tokens(ids)
+                        run.emitted.extend(tokens)
+                        retained = len(request.prompt) + len(run.emitted) - 1
+                        if usage is None:
+                            yield Output(tokens, logprobs=logprobs)
+                        else:
+                            run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
+                            yield Output(tokens, run.account(usage), run.hits(), logprobs)
+                    case StepDone(reason, usage, retained_tokens, published_tokens):
+                        retained, run.published_tokens = retained_tokens, published_tokens
+                        yield Finished(reason, run.account(usage), run.hits())
+                        return
+                    case _:
+                        raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
+            raise ProtocolError(f"{node} ended a step without a terminal message")
+        finally:
+            sent.ended()
+            self._relief.leave(run, placement)
+            if retained:
+                run.warm = Warm(node, placement.decode.generation, retained)
+            await replies.aclose()
+
+    def _count(self, usage: StepUsage) -> None:
+        self.stats.steps_finished += 1
+        self.stats.prompt_tokens += usage.prompt_tokens
+        self.stats.cached_tokens += usage.computed_from
+        self.stats.output_tokens += usage.output_tokens
+        self.stats.missed_blocks += usage.missed_blocks
+        self.stats.prefill_fallbacks += usage.prefill_fallback != ""
+
+    def _count_hits(self, run: Run, hits: Hits) -> None:
+        self.stats.theoretical_tokens += hits.theoretical
+        self.stats.indexed_tokens += hits.indexed
+        self.stats.chosen_tokens += hits.chosen
+        self.stats.delivered_tokens += hits.delivered
+        for reason, tokens in hits.losses.items():
+            self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
+        if sum(hits.losses.values()) >= run.block_tokens:
+            log.warning("step %s: tokens were computed again: %s", run.request.step, hits.losses)

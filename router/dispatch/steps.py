@@ -1,0 +1,91 @@
+"""What the HTTP surface asks of the rest of the router, and what it gets back."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+import msgspec
+
+from router.fleet.members import NodeStatus
+from router.traces.book import Book
+from router.traces.hits import Hits
+from tracehaul.wire.ids import NodeId, StepId, TraceId
+from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
+
+
+class StepRequest(msgspec.Struct, frozen=True):
+    """One model call, already in tokens."""
+
+    step: StepId
+    trace: TraceId
+    """Given by the client, or made up by the API: one trace per unrelated call."""
+    parent: TraceId | None
+    """The trace this one was forked from, if the client says so."""
+    prompt: list[int]
+    sampling: Sampling
+    prompt_logprobs: int | None = None
+    """Tell the prompt's logprobs, with so many of the likeliest tokens: nothing cached can be used for it."""
+    salt: str = ""
+    """Keeps tenants' blocks apart."""
+    decode: NodeId | None = None
+    """Run it on this worker if it is there: for operators and measurements."""
+    final: bool = False
+    """The client says that no further step of this trace follows."""
+    tools: tuple[str, ...] = ()
+    """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
+    agent: str = ""
+    """Names the kind of agent, as far as the call tells: see :class:`router.traces.registry.Trace`."""
+
+
+class Output(msgspec.Struct, frozen=True):
+    """The next output tokens."""
+
+    tokens: list[int]
+    usage: StepUsage | None = None
+    """On the first output, what is known by then: where the prompt came from. A step that the API ends at a stop
+    string has no :class:`Finished`, and its usage is answered from here."""
+    hits: Hits | None = None
+    """With ``usage``: where the prompt's KV could have come from."""
+    logprobs: Sequence[TokenLogprobs] | None = None
+    """One for each token if the sampling asks for them."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """The prompt's next ones, from its second token on; all come before the first token."""
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """The terminal event of a step: exactly one, and the last."""
+
+    reason: FinishReason
+    usage: StepUsage
+    hits: Hits = Hits()
+
+
+class ModelCard(msgspec.Struct, frozen=True):
+    """What the fleet serves, as its workers announced it."""
+
+    name: str
+    context_max: int
+
+
+class Dispatcher(Protocol):
+    """Runs steps on the fleet."""
+
+    def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+        """Output as it comes, then one :class:`Finished`. Closing the generator aborts the step everywhere.
+
+        Raises (while iterating; before the first Output nothing was computed for good):
+            ContextTooLong, Unavailable, Overloaded, ClusterError.
+        """
+        ...
+
+    def model(self) -> ModelCard | None:
+        """None while no decode worker is ready."""
+        ...
+
+    @property
+    def book(self) -> Book:
+        """Its traces."""
+        ...
+
+    def nodes(self) -> list[NodeStatus]:
+        """Every known node, by name."""
+        ...
