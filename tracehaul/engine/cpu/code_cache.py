@@ -48,14 +48,17 @@ class CodeCache(NullCache):
             return None
         path = self._path(folder, sig, target_context.codegen())
         found = _load(path, target_context)
-        if found is None and _turn.take(folder):
+        if found is not None:
+            return found
+        log.info("not compiled for this machine yet", function=self._name)
+        if _turn.take(folder):
             # Another may have compiled it while this one waited.
             found = _load(path, target_context)
             if found is not None:
                 _turn.end()
-        if found is None:
-            log.info("compiling for this machine", function=self._name)
-        return found
+                return found
+        log.info("compiling", function=self._name)
+        return None
 
     def save_overload(self, sig, data):
         """Keep what was compiled, if it was this process's turn."""
