@@ -70,7 +70,8 @@ class Arena:
     """
 
     def __init__(self, config: StoreConfig, policy: Policy | None = None) -> None:
-        self._config = config
+        self.config = config
+        """The limits in force; changed by :meth:`reconfigure`."""
         self._now_s = 0.0
         self._pins = Pins(config)
         tenants = Tenants(config.quota_bytes, config.slot_bytes, config.slots_max)
@@ -138,7 +139,7 @@ class Arena:
 
     def usage(self) -> list[TenantUsage]:
         """What each group of tenants takes of its quota, the shared one first."""
-        slot_bytes, tenants = self._config.slot_bytes, self.table.tenants  # metrics read this from another thread
+        slot_bytes, tenants = self.config.slot_bytes, self.table.tenants  # metrics read this from another thread
         return [
             TenantUsage(name, tenants.quota(group) * slot_bytes, tenants.used(group) * slot_bytes)
             for group, name in enumerate(tenants.names)
@@ -146,7 +147,7 @@ class Arena:
 
     def quota_shares(self) -> dict[str, float]:
         """The part of the arena that each tenant with a quota is sure of."""
-        return {tenant: quota / self._config.arena_bytes for tenant, quota in self._config.quota_bytes.items()}
+        return {tenant: quota / self.config.arena_bytes for tenant, quota in self.config.quota_bytes.items()}
 
     def rank(self, block_hash: BlockHash) -> float | None:
         """What pins say of a block, here or not: None where none covers it, else its rank in eviction."""
@@ -166,7 +167,7 @@ class Arena:
     def bytes_used(self, tenant: str) -> int:
         """What counts against a tenant's quota; tenants without one count together."""
         tenants = self.table.tenants
-        return tenants.used(tenants.group(tenant_key(tenant))) * self._config.slot_bytes
+        return tenants.used(tenants.group(tenant_key(tenant))) * self.config.slot_bytes
 
     def is_reserved(self, block_hash: BlockHash) -> bool:
         """Whether it has an open reservation."""
@@ -180,7 +181,7 @@ class Arena:
         reservation = self._reservations.get(block_hash)
         if reservation is None:
             return None
-        return self._reservations.heard_s(reservation) + self._config.reservation_quiet_s
+        return self._reservations.heard_s(reservation) + self.config.reservation_quiet_s
 
     def exists(self, hashes: Sequence[BlockHash]) -> bytes:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
@@ -240,16 +241,16 @@ class Arena:
 
     def _reserve(self, block: BlockSpec, grant: Grant, tenant: TenantKey, scratch: bool) -> ReserveOutcome:
         now_s, table = grant.since_s, self.table
-        if not 0 < block.size_bytes <= self._config.slot_bytes:
+        if not 0 < block.size_bytes <= self.config.slot_bytes:
             return _TOO_LARGE
         slot = table.published.get(block.hash)
         if slot is not None:
             table.touch(slot)
             return _PRESENT
         quiet = self._reservations.get(block.hash)
-        if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
+        if quiet is not None and self._reservations.heard_s(quiet) + self.config.reservation_quiet_s > now_s:
             return InFlight(now_s - quiet.grant.since_s, quiet.grant.owner)
-        if self._reservations.count(grant.owner) >= self._config.reservations_max:
+        if self._reservations.count(grant.owner) >= self.config.reservations_max:
             return _FULL
         parent = self._same_object(block.parent)
         if table.families.closes_cycle(block.hash, parent, self._reservations.parent_of):
@@ -273,13 +274,13 @@ class Arena:
 
         None otherwise: then they are looked at one by one.
         """
-        count = min(len(blocks), self._config.reservations_max - self._reservations.count(grant.owner))
+        count = min(len(blocks), self.config.reservations_max - self._reservations.count(grant.owner))
         if count < RUN_BLOCKS_MIN:
             return []
         table = self.table
         hashes, parents = [block.hash for block in blocks[:count]], [block.parent for block in blocks[:count]]
         sizes = [block.size_bytes for block in blocks[:count]]
-        if parents[1:] != hashes[:-1] or min(sizes) <= 0 or max(sizes) > self._config.slot_bytes:
+        if parents[1:] != hashes[:-1] or min(sizes) <= 0 or max(sizes) > self.config.slot_bytes:
             return []
         is_new = table.published.keys().isdisjoint(hashes) and self._reservations.has_none_of(hashes)
         if len(set(hashes)) < count or not is_new or not table.families.starts_run(hashes, parents[0]):
@@ -301,7 +302,7 @@ class Arena:
         reservation = self._find(block.hash, block.generation, owner)
         if reservation is None:
             return None
-        return reservation.slot * self._config.slot_bytes, self.table.size[reservation.slot]
+        return reservation.slot * self.config.slot_bytes, self.table.size[reservation.slot]
 
     def publish(self, blocks: Sequence[Publication], owner: str, now_s: float) -> list[PublishOutcome]:
         """Make blocks visible whose bytes the caller has verified. Repeating a publish is harmless."""
@@ -370,10 +371,10 @@ class Arena:
     def lease(self, hashes: Sequence[BlockHash], holder: str, ttl_s: float, now_s: float) -> Leased | None:
         """Protect what is published of ``hashes`` for ``ttl_s``, capped. None: the holder has too many leases."""
         self.expire(now_s)
-        if self._leases.count(holder) >= self._config.leases_max:
+        if self._leases.count(holder) >= self.config.leases_max:
             return None
         lease = self._leases.next_id()
-        ttl_s = min(ttl_s, self._config.lease_ttl_max_s)
+        ttl_s = min(ttl_s, self.config.lease_ttl_max_s)
         slots, blocks = self.table.protect(hashes)
         self.table.used(slots)
         if slots and ttl_s > 0:
@@ -480,14 +481,14 @@ class Arena:
         Linear in slots if quotas change: what a tenant wrote before counts on its new account from now on, and blocks
         of a tenant that loses its quota as more recently used than the others of the shared one.
         """
-        before = self._config
+        before = self.config
         assert (config.arena_bytes, config.slot_bytes) == (before.arena_bytes, before.slot_bytes)
         assert config.late_write_s >= before.late_write_s, "slots at rest were promised their time"
         self.expire(now_s)
         refusal = self._pins.reconfigure(config)
         if refusal is not None:
             return refusal
-        self._config = config
+        self.config = config
         if config.quota_bytes != before.quota_bytes:
             self.table.regroup(Tenants(config.quota_bytes, config.slot_bytes, config.slots_max))
         self._reservations.set_ttl(config.reservation_ttl_s)
@@ -549,7 +550,7 @@ class Arena:
         """The block may be reserved anew at once; its slot rests."""
         self._give_up(reservation)
         self.table.state[reservation.slot] = QUARANTINED
-        self._quarantine.append((now_s + self._config.late_write_s, reservation.slot))
+        self._quarantine.append((now_s + self.config.late_write_s, reservation.slot))
 
     def _same_object(self, parent: BlockHash) -> BlockHash:
         """The equal hash that is already held, if any: 64 bytes saved per block."""
@@ -569,7 +570,7 @@ class Arena:
         assert sorted(r.slot for r in reserved) == by_state[RESERVED]
         assert len(reserved) == len(self._reservations)
         assert not any(r.hash in table.published for r in reserved)
-        leases = [0] * self._config.slots_max
+        leases = [0] * self.config.slots_max
         for held in self._leases.all():
             for slot in held.slots:
                 leases[slot] += 1

@@ -11,6 +11,7 @@ import pytest
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.node import StoreNode
 from kvstore.tiers.fake import MemoryDevice
 from kvstore.tiers.slot_tier import SlotTier
@@ -103,9 +104,11 @@ async def live(tiered: bool, tiering: TieringConfig | None = None) -> AsyncItera
         transfer = LocalTransfer("s0#1", hub)
         planes = [Plane(transfer, transfer.register(memory))]
         device = MemoryDevice(32, SLOT) if tiered else None
-        tier = SlotTier("disk", device, InlineOffload(), InlineOffload()) if device is not None else None
-        tiering = tiering or TieringConfig(scrub_bytes_s=0)
-        node = StoreNode(config, Generation(1), planes, memory, InlineOffload(), tier, tiering)
+        backing: Backing | None = None
+        if device is not None:
+            tier = SlotTier("disk", device, InlineOffload(), InlineOffload())
+            backing = Backing(tier, tiering or TieringConfig(scrub_bytes_s=0))
+        node = assemble_store(config, Generation(1), planes, memory, InlineOffload(), backing)
         stack.push_async_callback(node.aclose)
         server = await network.listen("s0:1", node)
         stack.push_async_callback(server.close)
