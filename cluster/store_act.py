@@ -317,7 +317,7 @@ def bench(
 ) -> None:
     """Time puts, gets and lookups on each node in turn, in its free slots only: nothing stored gives way.
 
-    The blocks are thrown away, no tier or subscriber sees them, and they are the first to go if anybody needs room.
+    The blocks are a tenant's of their own, a few at a time, and are thrown away when they have been read.
 
     Example:
 

@@ -90,10 +90,9 @@ class _Filled(msgspec.Struct, frozen=True):
 class Writer:
     """Writes blocks to one node, or to a second if that fails; raises nothing for the world."""
 
-    def __init__(self, nodes: StoreNodes, offload: Offload, *, scratch: bool = False) -> None:
+    def __init__(self, nodes: StoreNodes, offload: Offload) -> None:
         self._nodes = nodes
         self._offload = offload
-        self._scratch = scratch
         self.failovers = 0
         """Nodes that failed in the middle of a put."""
 
@@ -200,7 +199,7 @@ class Writer:
         def undo(reserved: Reserved) -> Abandon:
             return _abandon(_fills(part, reserved))
 
-        request = Reserve(specs, tenant, scratch=self._scratch)
+        request = Reserve(specs, tenant)
         reserved = await self._nodes.acquire(view, request, Reserved, left_s(deadline_s), undo)
         if len(reserved.outcomes) != len(part):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")

@@ -195,9 +195,8 @@ class Arena:
         return None if slot is None else BlockSpec(block_hash, table.families.parent(slot), table.size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
-        """All visible hashes but scratch ones, oldest publish first: a snapshot as of the last change."""
-        published, scratch = self.table.published, self.table.scratch
-        return tuple([block_hash for block_hash in published if block_hash not in scratch] if scratch else published)
+        """All visible hashes, oldest publish first: a snapshot as of the last change."""
+        return tuple(self.table.published)
 
     def take_changes(self) -> list[Stored | Removed]:
         """The changes since the last call, in order."""
@@ -217,19 +216,16 @@ class Arena:
         owner: str,
         now_s: float,
         tenant: str | int = "",
-        *,
-        scratch: bool = False,
     ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
-        One outcome per block, same order. ``scratch`` blocks get free slots only, are the first to give way, are no
-        change that anybody is told of, and go with their owner's connection.
+        One outcome per block, same order.
         """
         self.expire(now_s)
         key, grant = tenant_key(tenant), Grant(owner, now_s)
-        outcomes = [] if scratch else self._reserve_run(blocks, grant, key)
+        outcomes = self._reserve_run(blocks, grant, key)
         rest = blocks[len(outcomes) :] if outcomes else blocks
-        return [*outcomes, *[self._reserve(block, grant, key, scratch) for block in rest]]
+        return [*outcomes, *[self._reserve(block, grant, key) for block in rest]]
 
     def readmit(
         self, blocks: Sequence[BlockSpec], tenants: Sequence[TenantKey], owner: str, now_s: float
@@ -237,9 +233,9 @@ class Arena:
         """As :meth:`reserve`, for blocks that come from a tier or another node: each on the account that it was on."""
         self.expire(now_s)
         grant = Grant(owner, now_s)
-        return [self._reserve(block, grant, key, False) for block, key in zip(blocks, tenants, strict=True)]
+        return [self._reserve(block, grant, key) for block, key in zip(blocks, tenants, strict=True)]
 
-    def _reserve(self, block: BlockSpec, grant: Grant, tenant: TenantKey, scratch: bool) -> ReserveOutcome:
+    def _reserve(self, block: BlockSpec, grant: Grant, tenant: TenantKey) -> ReserveOutcome:
         now_s, table = grant.since_s, self.table
         if not 0 < block.size_bytes <= self.config.slot_bytes:
             return _TOO_LARGE
@@ -257,15 +253,13 @@ class Arena:
             return _FULL
         table.families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
         group = table.tenants.group(tenant)
-        slots = table.take(1, group) if table.free or not scratch else None
+        slots = table.take(1, group)
         if not slots:
             table.forget_child(parent)
             return _FULL
         if quiet is not None:  # its owner may yet write, and is fenced
             self._quarantine_reservation(quiet, now_s)
             self.passed_on += 1
-        if scratch:
-            table.scratch[block.hash] = grant.owner
         self._reservations.add(grant, slots, (block.hash,), (parent,))
         return table.grant(slots, (block.size_bytes,), group, tenant)[0]
 
@@ -329,7 +323,7 @@ class Arena:
         one by one."""
         table = self.table
         found = [held for held in self._reservations.find([block.hash for block in blocks]) if held is not None]
-        if len(found) < len(blocks) or table.scratch:
+        if len(found) < len(blocks):
             return False
         grant = found[0].grant
         slots, hashes = [held.slot for held in found], [held.hash for held in found]
@@ -420,6 +414,18 @@ class Arena:
             return False
         self.table.remove(slot)
         return True
+
+    def discardable(self, hashes: Sequence[BlockHash], tenant: TenantKey) -> list[BlockHash]:
+        """Those of them that are published on this tenant's account, and that no pin covers."""
+        table = self.table
+        slots = zip(hashes, map(table.published.get, hashes), strict=True)
+        own = [block_hash for block_hash, slot in slots if slot is not None and table.tenant[slot] == tenant]
+        return [block_hash for block_hash in own if self._pins.rank(block_hash) is None]
+
+    def discard(self, hashes: Sequence[BlockHash], tenant: TenantKey) -> None:
+        """Drop what is :meth:`discardable` of these: invisible at once, its slots kept until its leases end."""
+        for block_hash in dict.fromkeys(self.discardable(hashes, tenant)):
+            self.table.remove(self.table.published[block_hash])
 
     # --- keeping ------------------------------------------------------------------------------------------
 
@@ -523,9 +529,6 @@ class Arena:
             self.table.unprotect(self._leases.end(lease))
         for reservation in self._reservations.of(owner):
             self._quarantine_reservation(reservation, now_s)
-        table = self.table
-        for block_hash in [block_hash for block_hash, by in table.scratch.items() if by == owner]:
-            table.remove(table.published[block_hash])  # reserved ones were ended just now
 
     # --- reservations -------------------------------------------------------------------------------------
 
@@ -542,7 +545,6 @@ class Arena:
     def _give_up(self, reservation: Reservation) -> None:
         """End one whose block is not published: its slot is nobody's."""
         self._end_reservation(reservation)
-        self.table.scratch.pop(reservation.hash, None)
         self.table.forget_child(reservation.parent)
         self.table.give_back(reservation.slot)
 
@@ -577,6 +579,5 @@ class Arena:
         assert leases == table.lease_count.tolist()
         table.families.check([(r.hash, r.parent) for r in reserved])
         self._pins.check()
-        assert all(h in table.published or self.is_reserved(h) for h in table.scratch)
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s

@@ -29,8 +29,7 @@ class SlotTable:
     """States, owners and contents of slots, the index of published blocks, and who gives way. A slot is always in one
     state; see :mod:`kvstore.index.arena` for what moves it to another.
 
-    ``changes`` are what became visible or invisible, in order. ``scratch`` names
-    blocks, reserved or published, that are first to give way and no change to anybody, and by whom.
+    ``changes`` are what became visible or invisible, in order.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class SlotTable:
         self.tenants = tenants
         self._pins = pins
         self.victims = Victims(tenants, policy or LeastRecent(slots, len(tenants)), self._rank, self._is_idle)
-        self.scratch: dict[BlockHash, str] = {}
         self.changes: list[Stored | Removed] = []
         self.evicted = 0
         self.bytes_published = 0
@@ -133,13 +131,12 @@ class SlotTable:
         self.published[block_hash] = slot
         self.victims.add(slot, self.group[slot], block_hash)
         self.bytes_published += self.size[slot]
-        if block_hash not in self.scratch:
-            self.changes.append(Stored(block_hash))
+        self.changes.append(Stored(block_hash))
 
     def publish_run(
         self, slots: Sequence[int], hashes: Sequence[BlockHash], parents: Sequence[BlockHash], sums: Sequence[Checksum]
     ) -> None:
-        """As :meth:`publish` for each, in one group and none of them scratch."""
+        """As :meth:`publish` for each, in one group."""
         at = column(slots)
         self._states[at] = PUBLISHED
         self._checksums[at] = np.frombuffer(array("Q", sums), dtype=np.uint64)
@@ -171,8 +168,7 @@ class SlotTable:
         self.hash[slot] = None
         if parent_slot is not None:
             self._unpark(parent_slot)
-        if self.scratch.pop(block_hash, None) is None:
-            self.changes.append(Removed(block_hash))
+        self.changes.append(Removed(block_hash))
         if self.lease_count[slot]:
             self.state[slot] = CONDEMNED
         else:
@@ -251,18 +247,16 @@ class SlotTable:
 
     def _evict(self, group: int) -> bool:
         """Evict one block for one of ``group``; returns whether one could go."""
-        victim = self._scratch_victim()
+        victim = self.victims.choose(group)
         if victim is None:
-            victim = self.victims.choose(group)
-            if victim is None:
-                return False
-            self.evicted += 1
+            return False
+        self.evicted += 1
         self.remove(victim)
         return True
 
     def _evict_run(self, count: int) -> int:
         """Evict up to ``count`` blocks that can go one right after the other; 0 where that takes a closer look."""
-        if count < RUN_BLOCKS_MIN or len(self.tenants) > 1 or self.scratch:
+        if count < RUN_BLOCKS_MIN or len(self.tenants) > 1:
             return 0
         slots = self._loose(self.victims.oldest(count))
         if len(slots) < RUN_BLOCKS_MIN:
@@ -300,13 +294,6 @@ class SlotTable:
     def _hashes(self, slots: Sequence[int]) -> list[BlockHash]:
         own = self.hash
         return [block_hash for slot in slots if (block_hash := own[slot]) is not None]
-
-    def _scratch_victim(self) -> int | None:
-        for block_hash in reversed(self.scratch):
-            slot = self.published.get(block_hash)
-            if slot is not None and self._is_idle(slot):
-                return slot
-        return None
 
     def _is_idle(self, slot: int) -> bool:
         return self.state[slot] == PUBLISHED and not self.lease_count[slot] and not self.families.is_parent(slot)

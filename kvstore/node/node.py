@@ -10,6 +10,7 @@ import msgspec
 
 from kvstore.copies.neighbours import Neighbours
 from kvstore.index.arena import ReserveOutcome
+from kvstore.index.tenants import tenant_key
 from kvstore.node.checks import check_count, check_name
 from kvstore.node.operations import Operations
 from kvstore.node.parts import Parts
@@ -57,6 +58,7 @@ from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.operations import Discard
 
 WAIT_HASHES_MAX = 4096
 """Blocks that one request waits for."""
@@ -189,6 +191,9 @@ class StoreNode:
                 return self.neighbours.drain(request)
             case Attach():
                 return Attached(self._parts.generation, tuple(plane.region.descriptor for plane in self._parts.planes))
+            case Discard():
+                await self._discard(request)
+                return Ok()
             case Ping():
                 return Ok()
             case _:
@@ -264,7 +269,7 @@ class StoreNode:
         self.stats.in_flight += kinds[InFlight]
         self.stats.passed_on = self.arena.passed_on
         self._settle()
-        if full and not request.scratch:
+        if full:
             self._tell_full(request.tenant)
         return Reserved(tuple(outcomes))
 
@@ -283,13 +288,13 @@ class StoreNode:
 
     def _reserve_missing(self, request: Reserve, peer: str) -> list[ReserveOutcome]:
         """What a tier can give needs no slot: it comes up when somebody reads it."""
-        blocks, tenant, scratch = request.blocks, request.tenant, request.scratch
+        blocks, tenant = request.blocks, request.tenant
         if self.tiering is None:
-            return self.arena.reserve(blocks, peer, clock.now_s(), tenant, scratch=scratch)
+            return self.arena.reserve(blocks, peer, clock.now_s(), tenant)
         tier = self.tiering.tier
         below = [readable(tier, block.hash) for block in blocks]
         missing = [block for block, there in zip(blocks, below, strict=True) if not there]
-        answers = iter(self.arena.reserve(missing, peer, clock.now_s(), tenant, scratch=scratch))
+        answers = iter(self.arena.reserve(missing, peer, clock.now_s(), tenant))
         return [Present() if there else next(answers) for there in below]
 
     async def _publish(self, blocks: Sequence[Publication], verified: bool, peer: str) -> list[PublishOutcome]:
@@ -302,6 +307,15 @@ class StoreNode:
         self.stats.corrupt_writes += outcomes.count("corrupt")
         self._settle()
         return outcomes
+
+    async def _discard(self, request: Discard) -> None:
+        check_count(request.hashes)
+        check_name(request.tenant)
+        key = tenant_key(request.tenant)
+        if self.tiering is not None:
+            await self.tiering.discard(request.hashes, key)
+        self.arena.discard(request.hashes, key)
+        self._settle()
 
     async def _await(self, request: Await) -> Awaited:
         if len(request.hashes) > WAIT_HASHES_MAX:

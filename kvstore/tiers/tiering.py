@@ -21,6 +21,7 @@ from itertools import chain, islice
 import msgspec
 
 from kvstore.index.arena import Arena
+from kvstore.index.tenants import TenantKey
 from kvstore.tiers.base import Tier, TierBlock, part_of, readable, told_above, told_below
 from kvstore.tiers.meter import RaiseMeter
 from kvstore.tiers.slot_tier import pages_bytes
@@ -346,6 +347,15 @@ class Tiering:
             pass
         await self.tier.flush()
 
+    async def discard(self, hashes: Sequence[BlockHash], tenant: TenantKey) -> None:
+        """A tenant gives up these blocks. The arena's copies go last, and as the caller says."""
+        for block_hash in self._arena.discardable(hashes, tenant):
+            self._behind.pop(block_hash, None)
+        for block_hash in hashes:
+            block = self.tier.find(block_hash)
+            if block is not None and block.tenant == tenant and self._arena.rank(block_hash) is None:
+                await self.tier.drop(block_hash)
+
     async def close(self) -> None:
         """Let promotions under way end; start none."""
         self._closed = True
@@ -385,6 +395,8 @@ class Tiering:
             if outcome == "failed" and self._arena.exists([block.hash])[0]:
                 self._behind[block.hash] = None  # its turn comes again
                 self._waiting.set()
+            if outcome == "stored" and not self._arena.exists([block.hash])[0]:
+                await self.tier.drop(block.hash)  # revoked or discarded meanwhile: nothing held gives way
         if "stored" in outcomes:
             self._unflushed.set()
         return "failed" not in outcomes

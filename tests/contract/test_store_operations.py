@@ -5,6 +5,7 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import pytest
 
@@ -12,6 +13,7 @@ from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.node.assemble import Backing, assemble_store
+from kvstore.node.checks import HASHES_MAX, NAME_CHARS_MAX
 from kvstore.node.node import StoreNode
 from kvstore.tiers.fake import MemoryDevice
 from kvstore.tiers.slot_tier import SlotTier
@@ -23,6 +25,7 @@ from tracehaul.runtime.offload import InlineOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import FileMemory, allocate
 from tracehaul.transfer.plane import Plane
+from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Events, Lease, Leased, Removed, Snapshot, Subscribe, TierList, Tiers
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import InvalidRequest, Overloaded
@@ -31,6 +34,7 @@ from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.operations import (
     Describe,
     Description,
+    Discard,
     Limits,
     Locate,
     Located,
@@ -46,6 +50,20 @@ SLOT = 8192
 SLOTS = 8
 ROOT = BlockHash(b"\xff" * 16)
 
+T = TypeVar("T")
+
+
+class GateOffload(InlineOffload):
+    """Works while the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def run(self, function: Callable[[], T]) -> T:
+        await self.gate.wait()
+        return await super().run(function)
+
 
 class Life:
     """One node with a tier or without, a raw connection, and clients."""
@@ -55,11 +73,12 @@ class Life:
         node: StoreNode,
         memory: FileMemory,
         device: MemoryDevice | None,
+        writes: GateOffload,
         raw: Connection,
         hub: LocalHub,
         network: LocalNetwork,
     ) -> None:
-        self.node, self.memory, self.device, self.raw = node, memory, device, raw
+        self.node, self.memory, self.device, self.writes, self.raw = node, memory, device, writes, raw
         self.hub, self.network = hub, network
 
     async def call(self, request: Request) -> Reply:
@@ -104,9 +123,10 @@ async def live(tiered: bool, tiering: TieringConfig | None = None) -> AsyncItera
         transfer = LocalTransfer("s0#1", hub)
         planes = [Plane(transfer, transfer.register(memory))]
         device = MemoryDevice(32, SLOT) if tiered else None
+        writes = GateOffload()
         backing: Backing | None = None
         if device is not None:
-            tier = SlotTier("disk", device, InlineOffload(), InlineOffload())
+            tier = SlotTier("disk", device, InlineOffload(), writes)
             backing = Backing(tier, tiering or TieringConfig(scrub_bytes_s=0))
         node = assemble_store(config, Generation(1), planes, memory, InlineOffload(), backing)
         stack.push_async_callback(node.aclose)
@@ -115,7 +135,7 @@ async def live(tiered: bool, tiering: TieringConfig | None = None) -> AsyncItera
         raw = await network.connect(server.address, timeout_s=5.0)
         stack.push_async_callback(raw.close)
         running = asyncio.create_task(node.run())
-        life = Life(node, memory, device, raw, hub, network)
+        life = Life(node, memory, device, writes, raw, hub, network)
         try:
             yield life
             node.arena.check()
@@ -125,7 +145,7 @@ async def live(tiered: bool, tiering: TieringConfig | None = None) -> AsyncItera
 
 
 @contextlib.asynccontextmanager
-async def client(life: Life, name: str = "c0", scratch: bool = False) -> AsyncIterator[Put]:
+async def client(life: Life, name: str = "c0", tenant: str = "") -> AsyncIterator[Put]:
     async with contextlib.AsyncExitStack() as stack:
         staging = allocate(8 * SLOT, name)
         stack.callback(staging.close)
@@ -133,7 +153,7 @@ async def client(life: Life, name: str = "c0", scratch: bool = False) -> AsyncIt
         peers = Peers(life.network)
         stack.push_async_callback(peers.close)
         planes = [Plane(transfer, transfer.register(staging))]
-        store = StoreClient(peers, planes, Staging(staging, SLOT), InlineOffload(), scratch=scratch)
+        store = StoreClient(peers, planes, Staging(staging, SLOT), InlineOffload())
         stack.push_async_callback(store.aclose)
         store.set_nodes([NodeInfo(NodeId("s0"), Generation(1), "store", "s0:1")])
 
@@ -144,7 +164,7 @@ async def client(life: Life, name: str = "c0", scratch: bool = False) -> AsyncIt
                 buffer.view(5000)[:] = random.Random(block).randbytes(5000)
                 blocks.append(OutgoingBlock(h(block), ROOT, buffer, 5000))
             try:
-                return list(await store.put(NodeId("s0"), blocks, 5.0))
+                return list(await store.put(NodeId("s0"), blocks, 5.0, tenant))
             finally:
                 store.staging.release(buffers)
 
@@ -336,31 +356,61 @@ async def heard(life: Life, hashes: set[BlockHash]) -> None:
 
 
 @both
-def test_a_measurement_disturbs_nothing(tiered: bool):
+def test_a_tenant_discards_what_it_put(tiered: bool):
     async def case(life: Life) -> None:
         index: set[BlockHash] = set()
         follower = asyncio.create_task(heard(life, index))
-        async with client(life, "c0") as put:
+        async with client(life, "c0") as put, client(life, "bench", tenant="bench") as measure:
             await put("abc")
+            assert await measure("pqrst") == ["published"] * 5
             await life.written()
-            async with client(life, "bench", scratch=True) as measure:
-                outcomes = await measure("pqrstuvw")
-                assert outcomes == ["published"] * 5 + ["full"] * 3
-                late: set[BlockHash] = set()
-                newcomer = asyncio.create_task(heard(life, late))
-                assert await put("de") == ["published"] * 2
-                await life.written()
-                found = await life.located("abcdepqrst")
-                assert found["memory"] == "abcdepqr"
-                assert found.get("disk") == ("abcde" if tiered else None)
-                await asyncio.sleep(0.02)
-                assert index == late == set(map(h, "abcde"))
-                newcomer.cancel()
+            assert (await life.located("ap")).get("disk") == ("ap" if tiered else None)
+            mine = tuple(map(h, "apqrst"))
+            assert await life.call(Discard(mine, "nobody")) == Ok()
+            assert (await life.located("apqrst"))["memory"] == "apqrst"
+            assert await life.call(Discard(mine, "bench")) == Ok()
+            assert set((await life.located("abcpqrst")).values()) == {"abc"}
             await asyncio.sleep(0.02)
+            assert index == set(map(h, "abc"))
             told = await life.describe()
-            assert (told.blocks, told.slots_free, told.slots_quarantined) == (5, 3, 0)
-            assert index == set(map(h, "abcde"))
+            assert (told.blocks, told.slots_free, told.tiers[0].counters["evicted"]) == (3, 5, 0)
         follower.cancel()
         await asyncio.gather(follower, return_exceptions=True)
 
     play(case, tiered)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_discarded_before_it_is_written_does_not_stay_below(begun: bool):
+    async def case(life: Life) -> None:
+        assert life.node.tiering is not None
+        async with client(life, "bench", tenant="bench") as measure:
+            life.writes.gate.clear()
+            await measure("p")
+            await asyncio.sleep(0.02)  # its write waits at the gate
+            assert life.node.tiering.behind == 1
+            if not begun:
+                await measure("q")
+                assert life.node.tiering.behind == 2
+            discarded = asyncio.create_task(life.call(Discard(tuple(map(h, "pq")), "bench")))
+            await asyncio.sleep(0.02)
+            life.writes.gate.set()
+            await discarded
+            await life.written()
+            await asyncio.sleep(0.02)
+            assert await life.located("pq") == {"memory": "", "disk": ""}
+            told = await life.describe()
+            assert told.slots_free == SLOTS
+            assert life.node.tiering.stats.evicted_unwritten == 0
+
+    play(case, tiered=True)
+
+
+def test_discards_are_bounded():
+    async def case(life: Life) -> None:
+        with pytest.raises(InvalidRequest):
+            await life.call(Discard((h("a"),) * (HASHES_MAX + 1), "bench"))
+        with pytest.raises(InvalidRequest):
+            await life.call(Discard((h("a"),), "x" * (NAME_CHARS_MAX + 1)))
+
+    play(case)

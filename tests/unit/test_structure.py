@@ -42,7 +42,8 @@ def imports(tree: ast.Module, modules: set[str]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in modules)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level and node.module is not None, "relative imports are not read here"
+            assert node.module is not None
+            assert not node.level, "relative imports are not read here"
             submodules = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name for name in submodules if name in modules)
             if node.module in modules and not all(name in modules for name in submodules):
