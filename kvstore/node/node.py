@@ -9,8 +9,8 @@ from operator import eq
 import msgspec
 
 from kvstore.copies.neighbours import Neighbours
-from kvstore.index.arena import ReserveOutcome
 from kvstore.index.tenants import tenant_key
+from kvstore.index.writing import ReserveOutcome
 from kvstore.node.checks import check_count, check_name
 from kvstore.node.operations import Operations
 from kvstore.node.parts import Parts

@@ -13,7 +13,6 @@ from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.node.assemble import Backing, assemble_store
-from kvstore.node.checks import HASHES_MAX, NAME_CHARS_MAX
 from kvstore.node.node import StoreNode
 from kvstore.tiers.fake import MemoryDevice
 from kvstore.tiers.slot_tier import SlotTier
@@ -25,8 +24,7 @@ from tracehaul.runtime.offload import InlineOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import FileMemory, allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.base import Ok
-from tracehaul.wire.blocks import Events, Lease, Leased, Removed, Snapshot, Subscribe, TierList, Tiers
+from tracehaul.wire.blocks import Lease, Leased, TierList, Tiers
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
@@ -34,7 +32,6 @@ from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.operations import (
     Describe,
     Description,
-    Discard,
     Limits,
     Locate,
     Located,
@@ -335,82 +332,5 @@ def test_a_second_scrub_is_the_first_until_that_one_has_ended():
             assert cancelled.state in ("cancelled", "done")
             assert (await life.scrubbed()).state == "done"
             assert await life.call(ScrubPoll(first.job)) == ScrubState(first.job, "unknown")
-
-    play(case)
-
-
-async def heard(life: Life, hashes: set[BlockHash]) -> None:
-    """Be a subscriber."""
-    async for reply in life.raw.stream(Subscribe(), idle_timeout_s=10.0):
-        match reply:
-            case Snapshot():
-                hashes |= set(reply.hashes)
-            case Events():
-                for change in reply.changes:
-                    if isinstance(change, Removed):
-                        hashes.discard(change.hash)
-                    else:
-                        hashes.add(change.hash)
-            case _:
-                raise AssertionError(reply)
-
-
-@both
-def test_a_tenant_discards_what_it_put(tiered: bool):
-    async def case(life: Life) -> None:
-        index: set[BlockHash] = set()
-        follower = asyncio.create_task(heard(life, index))
-        async with client(life, "c0") as put, client(life, "bench", tenant="bench") as measure:
-            await put("abc")
-            assert await measure("pqrst") == ["published"] * 5
-            await life.written()
-            assert (await life.located("ap")).get("disk") == ("ap" if tiered else None)
-            mine = tuple(map(h, "apqrst"))
-            assert await life.call(Discard(mine, "nobody")) == Ok()
-            assert (await life.located("apqrst"))["memory"] == "apqrst"
-            assert await life.call(Discard(mine, "bench")) == Ok()
-            assert set((await life.located("abcpqrst")).values()) == {"abc"}
-            await asyncio.sleep(0.02)
-            assert index == set(map(h, "abc"))
-            told = await life.describe()
-            assert (told.blocks, told.slots_free, told.tiers[0].counters["evicted"]) == (3, 5, 0)
-        follower.cancel()
-        await asyncio.gather(follower, return_exceptions=True)
-
-    play(case, tiered)
-
-
-@pytest.mark.parametrize("begun", [False, True])
-def test_what_is_discarded_before_it_is_written_does_not_stay_below(begun: bool):
-    async def case(life: Life) -> None:
-        assert life.node.tiering is not None
-        async with client(life, "bench", tenant="bench") as measure:
-            life.writes.gate.clear()
-            await measure("p")
-            await asyncio.sleep(0.02)  # its write waits at the gate
-            assert life.node.tiering.behind == 1
-            if not begun:
-                await measure("q")
-                assert life.node.tiering.behind == 2
-            discarded = asyncio.create_task(life.call(Discard(tuple(map(h, "pq")), "bench")))
-            await asyncio.sleep(0.02)
-            life.writes.gate.set()
-            await discarded
-            await life.written()
-            await asyncio.sleep(0.02)
-            assert await life.located("pq") == {"memory": "", "disk": ""}
-            told = await life.describe()
-            assert told.slots_free == SLOTS
-            assert life.node.tiering.stats.evicted_unwritten == 0
-
-    play(case, tiered=True)
-
-
-def test_discards_are_bounded():
-    async def case(life: Life) -> None:
-        with pytest.raises(InvalidRequest):
-            await life.call(Discard((h("a"),) * (HASHES_MAX + 1), "bench"))
-        with pytest.raises(InvalidRequest):
-            await life.call(Discard((h("a"),), "x" * (NAME_CHARS_MAX + 1)))
 
     play(case)

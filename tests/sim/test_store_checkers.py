@@ -141,7 +141,7 @@ def test_the_tier_writes_into_what_is_leased(monkeypatch):
     real = Tiering._slot_view
 
     def astray(self, offset, size_bytes):
-        held = [slot for lease in self._arena._leases.all() if lease.holder != TIER_HOLDER for slot in lease.slots]
+        held = [slot for lease in self._arena._reading.open() if lease.holder != TIER_HOLDER for slot in lease.slots]
         others = [slot * 4096 for slot in held if slot * 4096 != offset]
         return real(self, others[0] if others and self._coming else offset, size_bytes)
 

@@ -113,7 +113,7 @@ def test_a_shorter_reservation_ends_the_open_ones_that_are_older():
     arena.reserve([BlockSpec(h("a"), ROOT, 1)], "w", 0.0)
     arena.reserve([BlockSpec(h("b"), ROOT, 1)], "w", 4.0)
     assert arena.reconfigure(config(reservation_ttl_s=3.0), 5.0) is None
-    assert (arena.is_reserved(h("a")), arena.is_reserved(h("b"))) == (False, True)
+    assert (arena.quiet_at_s(h("a")) is not None, arena.quiet_at_s(h("b")) is not None) == (False, True)
     assert arena.next_deadline_s() == 7.0
     arena.check()
 
