@@ -125,7 +125,7 @@ class StoreNode:
         if self.tiering is None:
             return load
         below: dict[str, float] = {}
-        for tier, block_s in zip(self.tiering.tier.parts, self.tiering.raise_block_s, strict=True):
+        for tier, block_s in zip(self.tiering.tier.parts, self.tiering.promotions.block_s, strict=True):
             below[f"{tier.name}_blocks"] = len(tier)
             below[f"{tier.name}_bytes_used"] = tier.bytes_used
             below[f"{tier.name}_bytes_max"] = tier.bytes_max
@@ -154,7 +154,7 @@ class StoreNode:
                     return self._lease(request, context.peer)
                 check_count(request.hashes)
                 # Half of what the reader has: it must still copy.
-                async with self.tiering.promoted(request.hashes, request.ttl_s / 2):
+                async with self.tiering.promotions.promoted(request.hashes, request.ttl_s / 2):
                     return self._lease(request, context.peer)
             case Release(lease=lease):
                 self.arena.release(lease, context.peer)
@@ -225,7 +225,7 @@ class StoreNode:
                 stack.push_async_callback(self._journal.aclose)
             await self.operations.aclose()
             if self.tiering is not None:
-                await self.tiering.close()
+                await self.tiering.promotions.close()
                 await self.tiering.drain()
 
     def close(self) -> None:

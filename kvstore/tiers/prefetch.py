@@ -79,7 +79,7 @@ class PrefetchJobs:
                 if job.state == "cancelled":
                     return
                 part = hashes[start : start + PART_BLOCKS]
-                async with self._tiering.promoted(part, PART_TIMEOUT_S):
+                async with self._tiering.promotions.promoted(part, PART_TIMEOUT_S):
                     job.missed += self._tiering.above(part).count(0)
                 job.done += len(part)
             job.state = "done"
