@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from kvstore.client.moves import checksums, in_lanes, left_s, parts_of, transfer
-from kvstore.client.nodes import PATIENCE_S, StoreNodes, StoreNodeView
+from kvstore.client.nodes import ANSWER_S, StoreNodes, StoreNodeView
 from kvstore.client.staging import StagingBuffer
 from kvstore.index.tenants import TenantKey
 from tracehaul.runtime import clock
@@ -157,7 +157,7 @@ class Writer:
             return []
         request = Await(tuple([item.block.hash for item in others[:AWAIT_MAX]]), time_s)
         try:
-            states = (await self._nodes.call(view, request, Awaited, time_s + PATIENCE_S)).states
+            states = (await self._nodes.call(view, request, Awaited, time_s + ANSWER_S)).states
         except ClusterError:  # what was written is written; these stay in flight
             return []
         again: list[_Placed] = []

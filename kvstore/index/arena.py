@@ -69,7 +69,9 @@ class Arena:
         tenants = Tenants(config.quota_bytes, config.slot_bytes, config.slots_max)
         self.table = SlotTable(config.slots_max, config.slot_bytes, tenants, policy, self._pins)
         """Its slots; nobody else changes them."""
-        self._keeping = Keeping(self._pins, self.table.published, self.table.families, self._repinned, self._size_of)
+        self._keeping = Keeping(
+            self._pins, self.table.published, self.table.continuations, self._repinned, self._size_of
+        )
         self._writing = Writing(config, self.table, self._keeping)
         self._reading = Reading(config, self.table)
         self.quiet_at_s = self._writing.quiet_at_s
@@ -172,7 +174,7 @@ class Arena:
         """A published block's size and parent."""
         table = self.table
         slot = table.published.get(block_hash)
-        return None if slot is None else BlockSpec(block_hash, table.families.parent(slot), table.size[slot])
+        return None if slot is None else BlockSpec(block_hash, table.continuations.parent(slot), table.size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
         """All visible hashes, oldest publish first: a snapshot as of the last change."""
@@ -386,7 +388,7 @@ class Arena:
             for slot in held.slots:
                 leases[slot] += 1
         assert leases == table.lease_count.tolist()
-        table.families.check([(r.hash, r.parent) for r in reserved])
+        table.continuations.check([(r.hash, r.parent) for r in reserved])
         self._pins.check()
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s

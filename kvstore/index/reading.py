@@ -56,7 +56,7 @@ class Reading:
                 found.append(None)
             else:
                 slot = next(rest)
-                found.append((block, table.families.parent(slot), TenantKey(table.tenant[slot])))
+                found.append((block, table.continuations.parent(slot), TenantKey(table.tenant[slot])))
         if slots:
             self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
         return lease, found

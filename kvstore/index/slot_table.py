@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.index.columns import column
+from kvstore.index.continuations import Continuations
 from kvstore.index.eviction import LeastRecent, Policy
-from kvstore.index.families import Families
 from kvstore.index.pins import Pins
 from kvstore.index.tenants import TenantKey, Tenants
 from kvstore.index.victims import Victims
@@ -61,7 +61,7 @@ class SlotTable:
         self._groups = np.frombuffer(self.group, dtype=np.uint16)
         self._tenants_of = np.frombuffer(self.tenant, dtype=np.uint64)
         self.published: dict[BlockHash, int] = {}
-        self.families = Families(slots, self.published)
+        self.continuations = Continuations(slots, self.published)
         self.tenants = tenants
         self._pins = pins
         self.victims = Victims(tenants, policy or LeastRecent(slots, len(tenants)), self._rank, self._is_idle)
@@ -127,7 +127,7 @@ class SlotTable:
         self.state[slot] = PUBLISHED
         self.checksum[slot] = checksum
         self.hash[slot] = block_hash
-        self.families.publish(slot, block_hash, parent)
+        self.continuations.publish(slot, block_hash, parent)
         self.published[block_hash] = slot
         self.victims.add(slot, self.group[slot], block_hash)
         self.bytes_published += self.size[slot]
@@ -144,7 +144,7 @@ class SlotTable:
         own = self.hash
         for slot, block_hash in zip(slots, hashes, strict=True):
             own[slot] = block_hash
-        self.families.publish_run(slots, hashes, parents)
+        self.continuations.publish_run(slots, hashes, parents)
         self.published.update(zip(hashes, slots, strict=True))
         self.victims.add_run(slots, self.group[slots[0]], hashes)
         self.changes += map(Stored, hashes)
@@ -164,7 +164,7 @@ class SlotTable:
         self.victims.remove(slot)
         self.tenants.give(self.group[slot])
         self.bytes_published -= self.size[slot]
-        parent_slot = self.families.remove(slot, block_hash)
+        parent_slot = self.continuations.remove(slot, block_hash)
         self.hash[slot] = None
         if parent_slot is not None:
             self._unpark(parent_slot)
@@ -176,7 +176,7 @@ class SlotTable:
 
     def forget_child(self, parent: BlockHash) -> None:
         """A reserved continuation of ``parent`` is gone."""
-        slot = self.families.forget(parent)
+        slot = self.continuations.forget(parent)
         if slot is not None:
             self._unpark(slot)
 
@@ -263,7 +263,7 @@ class SlotTable:
             return 0
         at = column(slots)
         hashes = self._hashes(slots)
-        unparked = self.families.remove_run(slots)
+        unparked = self.continuations.remove_run(slots)
         for slot, block_hash in zip(slots, hashes, strict=True):
             del self.published[block_hash]
             self.hash[slot] = None
@@ -280,7 +280,7 @@ class SlotTable:
 
     def _loose(self, slots: list[int]) -> list[int]:
         """Those from the first on that nothing keeps once the ones before are gone."""
-        count = self.families.loose(slots)
+        count = self.continuations.loose(slots)
         leased = np.flatnonzero(self._lease_counts[column(slots[:count])])
         count = int(leased[0]) if leased.size else count
         if len(self._pins):
@@ -296,7 +296,7 @@ class SlotTable:
         return [block_hash for slot in slots if (block_hash := own[slot]) is not None]
 
     def _is_idle(self, slot: int) -> bool:
-        return self.state[slot] == PUBLISHED and not self.lease_count[slot] and not self.families.is_parent(slot)
+        return self.state[slot] == PUBLISHED and not self.lease_count[slot] and not self.continuations.is_parent(slot)
 
     def _rank(self, slot: int) -> float | None:
         block_hash = self.hash[slot]

@@ -72,9 +72,11 @@ class Writing:
         if self.reservations.count(grant.owner) >= self._config.reservations_max:
             return _FULL
         parent = self._same_object(block.parent)
-        if table.families.closes_cycle(block.hash, parent, self.reservations.parent_of):
+        if table.continuations.closes_cycle(block.hash, parent, self.reservations.parent_of):
             return _FULL
-        table.families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
+        table.continuations.expect(
+            parent
+        )  # before taking a slot: the prefix must not make room for its own continuation
         group = table.tenants.group(tenant)
         slots = table.take(1, group)
         if not slots:
@@ -100,17 +102,17 @@ class Writing:
         if parents[1:] != hashes[:-1] or min(sizes) <= 0 or max(sizes) > self._config.slot_bytes:
             return []
         is_new = table.published.keys().isdisjoint(hashes) and self.reservations.has_none_of(hashes)
-        if len(set(hashes)) < count or not is_new or not table.families.starts_run(hashes, parents[0]):
+        if len(set(hashes)) < count or not is_new or not table.continuations.starts_run(hashes, parents[0]):
             return []
         parents = [self._same_object(parents[0]), *hashes[:-1]]
-        table.families.expect(parents[0])
+        table.continuations.expect(parents[0])
         group = table.tenants.group(tenant)
         slots = table.take(count, group)
         if not slots:
             table.forget_child(parents[0])
             return []
         count = len(slots)
-        table.families.expect_run(hashes[: count - 1])
+        table.continuations.expect_run(hashes[: count - 1])
         self.reservations.add(grant, slots, hashes[:count], parents[:count])
         return [*table.grant(slots, sizes[:count], group, tenant)]
 

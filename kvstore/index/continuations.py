@@ -14,7 +14,7 @@ CYCLE_STEPS_MAX = 65536
 """Parents followed for one block before its chain counts as forged: far more than a sequence has blocks."""
 
 
-class Families:
+class Continuations:
     """Counts, per block, the continuations that are published or reserved here.
 
     ``published`` is the arena's own index from hash to slot, read only. Chains of honest hashes have no cycle; forged
