@@ -154,6 +154,7 @@ class _Node:
         return msgspec.structs.replace(
             info,
             model=engine.model,
+            pool=self._spec.pool,
             root=engine.layout.root(),
             block_tokens=engine.layout.block_tokens,
             context_max=min(engine.context_max, engine.kv_tokens_max),
@@ -249,15 +250,17 @@ class _Node:
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 
-        config = self._plan.config
+        config, pool = self._plan.config, self._plan.pool(self._spec.pool)
         return await TorchEngine.load(
             TorchEngineConfig(
-                model=config.model,
-                dtype=config.dtype,
-                weights=config.weights,
+                model=pool.config.model,
+                name=pool.model.name,
+                pool=pool.name,
+                dtype=pool.config.dtype or config.dtype,
+                weights=pool.config.weights,
                 device=config.device,
                 threads=self._plan.threads,
-                kv_tokens_max=config.kv_tokens,
+                kv_tokens_max=pool.config.kv_tokens or config.kv_tokens,
             )
         )
 
@@ -283,7 +286,7 @@ class _Node:
             server = await network.listen(self._plan.router_address, dispatch.members)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.model))
+            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
             metrics = NodeMetrics({"router": dispatch.stats, "retention": dispatch.retainer.stats}, None)
             app = create_app(dispatch, text, metrics.render, config.api, offload)
             grace_s = max(1, int(config.drain_timeout_s))
