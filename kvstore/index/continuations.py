@@ -92,6 +92,17 @@ class Continuations:
         counts = array("I", map(self._count_absent.pop, hashes, repeat(0)))
         self._counts[column(slots)] = np.frombuffer(counts, dtype=np.uint32)
 
+    def restore(self, slots: Sequence[int], parents: Sequence[BlockHash]) -> None:
+        """All published blocks at once, where there was none, and nothing was expected."""
+        find, own, count, absent = self._published.get, self._parent, self._count, self._count_absent
+        for slot, parent in zip(slots, parents, strict=True):
+            own[slot] = parent
+            parent_slot = find(parent)
+            if parent_slot is not None:
+                count[parent_slot] += 1
+            else:
+                absent[parent] = absent.get(parent, 0) + 1
+
     def loose(self, slots: Sequence[int]) -> int:
         """How many of these, from the first on, have no continuation but the one right before, if any."""
         if not slots:

@@ -186,16 +186,16 @@ class SlotIndex:
                 record, loser = (record, other) if record.sequence > other.sequence else (other, record)
                 self._stale[loser.slot] = None
             newest[record.block.hash] = record
+        parents: list[BlockHash] = []
         for record in sorted(newest.values(), key=lambda record: record.sequence):
             slot, block = record.slot, record.block
             self._state[slot] = HELD
-            parent = self._fill(slot, block, record.sequence)
+            parents.append(self._fill(slot, block, record.sequence))
             self._held[block.hash] = slot
-            self._continuations.publish(slot, block.hash, parent)
             self._sequence_last = record.sequence
+        self._continuations.restore(list(self._held.values()), parents)
         for block_hash, slot in self._held.items():
             self._victims.add(slot, self._group[slot], block_hash)
-            self._continuations.expect(self._continuations.parent(slot))
             self._tenants.take(self._group[slot])
             self.bytes_used += self._size[slot]
         self._free = array("I", [slot for slot in range(self.slots_max - 1, -1, -1) if self._state[slot] == FREE])
@@ -379,7 +379,7 @@ class SlotIndex:
         self._tenant[slot] = block.tenant
         self._group[slot] = self._tenants.group(block.tenant)
         parent = self._held.get(block.parent)
-        return block.parent if parent is None else self._hash_at(parent)
+        return block.parent if parent is None else self._hash[parent] or block.parent
 
     def _block(self, slot: int) -> TierBlock:
         return TierBlock(
