@@ -312,8 +312,7 @@ COMMANDS = [
     Command(
         "bench",
         "Time puts, gets and lookups on each node in turn, in its free slots only: nothing stored gives way.\n\n"
-        "The blocks are thrown away, no tier or subscriber sees them, and they are the first to go if anybody needs "
-        "room.",
+        "The blocks are a tenant's of their own, a few at a time, and are thrown away when they have been read.",
         ["bench store-0 --bytes 64MiB"],
         _bench,
         _show_benched,

@@ -23,7 +23,7 @@ from typing import Any  # noqa: E402
 
 from kvstore.client import OutgoingBlock, Staging, StoreClient  # noqa: E402
 from kvstore.config import StoreConfig  # noqa: E402
-from kvstore.node.node import StoreNode  # noqa: E402
+from kvstore.node.assemble import assemble_store  # noqa: E402
 from tracehaul.rpc.peers import Peers  # noqa: E402
 from tracehaul.rpc.tcp import TcpNetwork  # noqa: E402
 from tracehaul.runtime.offload import ThreadOffload  # noqa: E402
@@ -48,7 +48,7 @@ async def there_and_back(kind: str, offload: ThreadOffload) -> list[Any]:
         return Plane(transfer, transfer.register(memory)), memory
 
     served, arena = plane("store-0#1")
-    node = StoreNode(StoreConfig(4 * NBYTES, NBYTES), Generation(1), [served], arena, offload)
+    node = assemble_store(StoreConfig(4 * NBYTES, NBYTES), Generation(1), [served], arena, offload)
     server = await TcpNetwork().listen("127.0.0.1:0", node)
     peers = Peers(TcpNetwork())
     own, memory = plane("client#1")
