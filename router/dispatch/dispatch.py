@@ -219,7 +219,7 @@ class Dispatch:
         self._turn += 1
         placed = self._placed(run, placement, stored_tokens)
         self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
-        log.info(
+        log.debug(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
             run.request.step,
             run.request.trace,
