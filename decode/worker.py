@@ -1,11 +1,11 @@
 """The decode service: assembles a step's context, then streams its tokens and writes its blocks back."""
 
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.log import Log
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Members, NodeInfo
 from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, ProtocolError, WrongNode
@@ -33,7 +33,7 @@ from worker.flights import Flight, Flights
 from worker.host import WorkerHost
 from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written, usable_context
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class DecodeService:
@@ -251,7 +251,7 @@ class _Step:
             self._fallback = error.code
             self._computed_from = min(self._computed_from, before)
             self._host.stats.prefill_fallbacks += 1
-            log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
+            log.warning("prefill failed: computing here", step=request.step, prefill=request.prefill, reason=error)
 
     async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
         """Compute what is still missing, then one token after the other, until the step ends or is suspended."""

@@ -1,7 +1,6 @@
 """Who is in the cluster: nodes join over a stream and prove every second that they live."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,13 +8,14 @@ import msgspec
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import WrongNode
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SUSPECT_AFTER_S = 3.5
 """Silence after which a node gets no new work: three heartbeats and some slack."""
@@ -63,10 +63,10 @@ class MemberRegistry:
                 member.load = load
                 if member.silent:
                     member.silent = False
-                    log.info("%s is heard again, after %.1f s", node, clock.now_s() - member.heard_s)
+                    log.info("a node is heard again", node=node, silent_s=clock.now_s() - member.heard_s)
                 member.heard_s = clock.now_s()
                 if load.draining != was_draining:
-                    log.info("%s %s", node, "is draining" if load.draining else "takes new blocks again")
+                    log.info("a node drains" if load.draining else "a node takes new blocks again", node=node)
                     self._changed()
                 return Ok()
             case _:
@@ -83,7 +83,7 @@ class MemberRegistry:
         self._members[info.node] = member
         if before is not None:
             before.changed.set()  # its stream sees that it was replaced, and ends
-        log.info("%s joined as %s at %s", info.node, info.role, info.address)
+        log.info("a node joined", node=info.node, role=info.role, address=info.address)
         self._changed()
         try:
             while self._members.get(info.node) is member:
@@ -93,7 +93,7 @@ class MemberRegistry:
         finally:
             if self._members.get(info.node) is member:
                 del self._members[info.node]
-                log.info("%s left", info.node)
+                log.info("a node left", node=info.node)
                 self._changed()
 
     def disconnected(self, peer: str) -> None:
@@ -114,7 +114,9 @@ class MemberRegistry:
         for member in members:
             if now_s - member.heard_s >= SUSPECT_AFTER_S and not member.silent:
                 member.silent = True
-                log.warning("%s is silent for %.1f s: no new work for it", member.info.node, now_s - member.heard_s)
+                log.warning(
+                    "a node is silent: no new work for it", node=member.info.node, silent_s=now_s - member.heard_s
+                )
         return [
             member.info
             for member in members
@@ -157,7 +159,7 @@ class MemberRegistry:
                     await member.changed.wait()
             except TimeoutError:
                 if member.heard_s + LOST_AFTER_S <= clock.now_s() and self._members.get(node) is member:
-                    log.warning("%s was silent for %.0f s: it is no member any more", node, LOST_AFTER_S)
+                    log.warning("a node was silent: it is no member any more", node=node, silent_s=LOST_AFTER_S)
                     del self._members[node]
                     self._changed()
                     return
