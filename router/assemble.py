@@ -3,12 +3,13 @@
 It has no server of its own: a cluster serves its application over sockets, the simulator in process.
 """
 
+import random
 from collections.abc import Callable
 
 import msgspec
 from starlette.types import ASGIApp
 
-from router.api.app import create_app
+from router.api.app import UNFORESEEN, create_app
 from router.api.config import ApiConfig
 from router.api.text import Text
 from router.dispatch.dispatch import Dispatch, DispatchConfig
@@ -33,9 +34,16 @@ class Router:
         """Serves the nodes that join."""
         return self.dispatch.members
 
-    def app(self, text: Text, config: ApiConfig, offload: Offload, metrics: Callable[[], bytes]) -> ASGIApp:
-        """Serves clients. ``offload`` is where long texts are tokenized, ``metrics`` what ``/metrics`` answers."""
-        return create_app(self.dispatch, text, metrics, config, offload)
+    def app(
+        self,
+        text: Text,
+        config: ApiConfig,
+        offload: Offload,
+        metrics: Callable[[], bytes],
+        dice: random.Random = UNFORESEEN,
+    ) -> ASGIApp:
+        """Serves clients; the arguments are those of :func:`router.api.app.create_app`."""
+        return create_app(self.dispatch, text, metrics, config, offload, dice)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""

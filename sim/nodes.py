@@ -1,6 +1,7 @@
 """The real shells as simulated processes: one object for each life of each node."""
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context, copy_context
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+from starlette.types import ASGIApp
 
 from decode.worker import DecodeService
 from kvstore.config import StoreConfig
@@ -20,13 +22,16 @@ from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
+from router.api.config import ApiConfig
 from router.assemble import Router
 from router.dispatch.dispatch import Dispatch, DispatchConfig
-from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is_terminal
+from sim.checker import AbortChecker, Findings, TerminalChecker, is_terminal
 from sim.links import SimMemory, WatchedTransfer
 from sim.loop import PROCESS
+from sim.slot_checker import SlotChecker
 from sim.storage import Below, SimDevice
 from sim.store_checker import PinChecker, TierChecker, excuses, offset_in
+from sim.text import SimText
 from tracehaul.engine.base import EngineInfo
 from tracehaul.engine.fake import EngineCost, FakeEngine
 from tracehaul.rpc.base import CallContext, Service
@@ -62,6 +67,7 @@ class Shape(msgspec.Struct, frozen=True):
     store: StoreConfig
     worker: WorkerConfig
     dispatch: DispatchConfig
+    api: ApiConfig = ApiConfig()
     below: Below | None = None
     """What the stores have below memory, and who keeps blocks there; None: nothing, nobody."""
 
@@ -103,6 +109,8 @@ class Life:
     host: WorkerHost | None = None
     engine: FakeEngine | None = None
     dispatch: Dispatch | None = None
+    app: ASGIApp | None = None
+    """The router's, for clients; once it is ready."""
     flights: Flights | None = None
     membership: Membership | None = None
     tasks: Tasks = field(default_factory=lambda: Tasks("life"))
@@ -158,6 +166,7 @@ class WatchedService:
                     yield reply
             return
         self._streams += 1
+        began_s = clock.now_s()
         key = f"{self._life.process} {type(request).__name__} {request.step} {self._streams}"
         self._around.terminal.began(key)
         cut_off = True
@@ -169,7 +178,7 @@ class WatchedService:
             cut_off = False
         finally:
             self._around.terminal.ended(key, cut_off=cut_off)
-            self._around.aborts.handler_ended(self._life.process, request.step)
+            self._around.aborts.handler_ended(self._life.process, request.trace, began_s)
 
     def disconnected(self, peer: str) -> None:
         asyncio.get_running_loop().call_soon(self._disconnected, peer, context=self._life.context())
@@ -204,6 +213,8 @@ async def _run_router(life: Life, around: Surroundings) -> None:
     router = Router(Peers(around.network.at(life.address)), around.shape.dispatch)
     life.dispatch = router.dispatch
     await around.network.listen(life.address, WatchedService(life, router.service, around))
+    dice = random.Random(life.process)  # noqa: S311 - reproducible is the point
+    life.app = router.app(SimText(), around.shape.api, OFFLOAD, lambda: b"", dice)
     life.ready.set()
 
 

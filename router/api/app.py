@@ -1,6 +1,6 @@
 """The application: routes, and what is answered without running anything."""
 
-import secrets
+import random
 from collections.abc import Callable
 
 import msgspec
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.api.config import ApiConfig
 from router.api.errors import RETRY_AFTER_S, ApiError, translate
 from router.api.generate import Endpoint, Generation, model_not_found
-from router.api.identity import request_id
+from router.api.identity import fresh_name, request_id
 from router.api.requests import ChatRequest, CompletionRequest
 from router.api.responses import ModelEntry, ModelList
 from router.api.text import Text
@@ -26,6 +26,7 @@ from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import ClusterError
 
+UNFORESEEN = random.SystemRandom()
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -82,14 +83,15 @@ class Pages:
 class RequestIds:
     """Gives every answer an ``X-Request-Id``: the client's own, or a fresh one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, dice: random.Random) -> None:
         self._app = app
+        self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name = request_id(Headers(scope=scope).get("x-request-id"), secrets.token_hex(16))
+        name = request_id(Headers(scope=scope).get("x-request-id"), fresh_name(self._dice))
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -105,6 +107,7 @@ def create_app(
     metrics_render: Callable[[], bytes],
     config: ApiConfig,
     offload: Offload,
+    dice: random.Random = UNFORESEEN,
 ) -> Starlette:
     """The whole HTTP surface.
 
@@ -114,8 +117,9 @@ def create_app(
         metrics_render: what ``/metrics`` answers.
         config: limits.
         offload: where long texts are tokenized; the caller closes it.
+        dice: for the names of calls that have none, and the seeds of those that ask for none.
     """
-    generation = Generation(dispatcher, text, config, offload)
+    generation = Generation(dispatcher, text, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
     return Starlette(
@@ -134,7 +138,7 @@ def create_app(
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestIds)],
+        middleware=[Middleware(RequestIds, dice=dice)],
         exception_handlers=dict.fromkeys((HTTPException, ApiError, ClusterError, Exception), _refuse),
     )
 

@@ -1,7 +1,7 @@
 """``POST /v1/chat/completions`` and ``POST /v1/completions``: from a body to steps, from steps to an answer."""
 
 import asyncio
-import secrets
+import random
 from collections.abc import Hashable, Sequence
 
 import msgspec
@@ -17,7 +17,7 @@ from router.api.conversation import conversation, names_of
 from router.api.echo import Echo
 from router.api.errors import ApiError, bad_request, translate, unavailable
 from router.api.forms import Form, Forms
-from router.api.identity import Identity, ResponseTraces, identify
+from router.api.identity import Identity, ResponseTraces, fresh_name, identify
 from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
 from router.api.reading import ChatReader
 from router.api.requests import ChatRequest, CompletionRequest, Options, options, parse
@@ -115,8 +115,11 @@ class Call:
 class Generation:
     """What both endpoints share: admission, prompts, running, and answering."""
 
-    def __init__(self, dispatcher: Dispatcher, text: Text, config: ApiConfig, offload: Offload) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, text: Text, config: ApiConfig, offload: Offload, dice: random.Random
+    ) -> None:
         self._dispatcher = dispatcher
+        self._dice = dice
         self._text = text
         self._config = config
         self._prompts = Prompts(text, offload, config)
@@ -172,7 +175,7 @@ class Generation:
         self, kind: type[ChatRequest] | type[CompletionRequest], headers: Headers, body: bytes, reply: Reply
     ) -> None:
         request = parse(body, kind)
-        fresh = secrets.token_hex(16)
+        fresh = fresh_name(self._dice)
         identity = identify(headers, request.trace_fields, self._responses, fresh)
         opts = options(request)
         if isinstance(request, ChatRequest):
@@ -227,7 +230,7 @@ class Generation:
         steps: list[StepRequest] = []
         readings: list[tuple[TextStream, ChatReader | None]] = []
         for at, prompt in enumerate(prompts):
-            seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
+            seed = self._dice.getrandbits(SEED_BITS) if opts.seed is None else opts.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if opts.max_tokens is None else max(opts.max_tokens, 1)
             max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")

@@ -1,5 +1,6 @@
 """Which trace a call belongs to, by what clients already send."""
 
+import random
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -88,6 +89,11 @@ def identify(headers: Mapping[str, str], fields: TraceFields, responses: Respons
     final = _flag(headers, "x-trace-final") or _flag(headers, "x-dynamo-session-final")
     decode = headers.get("x-decode-worker")
     return Identity(trace or TraceId(fresh), parent, final, NodeId(decode) if decode else None)
+
+
+def fresh_name(dice: random.Random) -> str:
+    """A name that nobody has had."""
+    return f"{dice.getrandbits(128):032x}"
 
 
 def foreign_id(value: str) -> TraceId:

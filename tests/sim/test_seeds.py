@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from sim.__main__ import replay
-from sim.world import MIX, simulate
+from sim.run import simulate
+from sim.shape import MIX
 
 TRACES = MIX.traces
 CHUNK = 10
@@ -96,7 +97,8 @@ def test_the_faults_reach_every_way_of_coping():
 def _digest(seed, hash_seed):
     code = f"""
 import msgspec
-from sim.world import MIX, simulate
+from sim.run import simulate
+from sim.shape import MIX
 print(simulate({seed}, mix=msgspec.structs.replace(MIX, traces={TRACES})).digest)
 """
     env = {**os.environ, "PYTHONHASHSEED": hash_seed}

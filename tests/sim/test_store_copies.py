@@ -10,8 +10,9 @@ from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.drain import Drainer
 from kvstore.tiers.tiering import TieringConfig
 from sim.faults import FaultPlan, HostLoss, Retire
+from sim.run import simulate
+from sim.shape import FAULTS_END_S, FLEET, MIX
 from sim.storage import Below
-from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
 SMALL = msgspec.structs.replace(MIX, traces=10)
