@@ -34,7 +34,7 @@ from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import NodeInfo, Role
-from tracehaul.wire.errors import TransferError
+from tracehaul.wire.errors import TransferError, WrongPool
 from tracehaul.wire.ids import Generation, NodeId
 
 log = Log(__name__)
@@ -53,7 +53,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
+    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, WrongPool, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -98,7 +98,7 @@ class _Node:
         log.info("ended")
 
     def _info(self, role: Role) -> NodeInfo:
-        return NodeInfo(NodeId(self._spec.name), self._generation, role, LISTEN)
+        return NodeInfo(NodeId(self._spec.name), self._generation, role, LISTEN, pool=self._spec.pool)
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
@@ -210,15 +210,17 @@ class _Node:
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 
-        config = self._plan.config
+        config, pool = self._plan.config, self._plan.pool(self._spec.pool)
         return await TorchEngine.load(
             TorchEngineConfig(
-                model=config.model,
-                dtype=config.dtype,
-                weights=config.weights,
+                model=pool.config.model,
+                name=pool.model.name,
+                pool=pool.name,
+                dtype=pool.config.dtype or config.dtype,
+                weights=pool.config.weights,
                 device=config.device,
                 threads=self._plan.threads,
-                kv_tokens_max=config.kv_tokens,
+                kv_tokens_max=pool.config.kv_tokens or config.kv_tokens,
             )
         )
 
@@ -243,7 +245,7 @@ class _Node:
             server = await network.listen(self._plan.router_address, router.service)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.model))
+            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
             app = router.app(text, config.api, offload, NodeMetrics(router.stats, None).render)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(app, config.host, config.port, grace_s=grace_s)

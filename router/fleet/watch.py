@@ -55,9 +55,9 @@ class StoreWatch:
             try:
                 await self._subscribe(info)
             except ClusterError as error:
-                log.info("events broke off: subscribing again", node=info.node, reason=error)
+                log.info("a store's events broke off: subscribing again", node=info.node, why=error)
             except Exception as error:
-                log.error("events could not be taken in: subscribing again", error=error, node=info.node)
+                log.error("a store's events could not be taken in: subscribing again", node=info.node, error=error)
             self._forget(info.node)
             await asyncio.sleep(RETRY_S)
 

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import DecodeStream
 from tokenizers.models import BPE
+from tokenizers.normalizers import NFC, NFKC
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import TemplateProcessing
@@ -26,6 +27,9 @@ from tracehaul.model.source import ModelSource, SourceError
 from tracehaul.runtime.clock import wall_s
 from tracehaul.wire.errors import InvalidRequest
 
+SHRINKS_MAX = 4
+"""Bytes of text that Unicode's composition makes one of, at most: three Hangul letters of three bytes become one of
+three, and a letter with its marks hardly more."""
 _CONTROL, _USER_DEFINED = 3, 4
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>", re.ASCII)
 _SPACE = "\u2581"
@@ -58,6 +62,8 @@ class Text:
         """Its source; None if the model has none."""
         self._template = None if chat_template is None else _environment().from_string(chat_template)
         self._bytes = _token_bytes(tokenizer) if _is_byte_level(tokenizer) else None
+        self._bytes_max = _token_bytes_max(tokenizer, self._bytes)
+        """Of text in one token; 0: not known."""
         added = tokenizer.get_added_tokens_decoder()
         self._hidden = frozenset(token for token, entry in added.items() if entry.special)
         self.eos_tokens = eos_tokens
@@ -94,7 +100,14 @@ class Text:
         ``special``: with what the model wants around a plain prompt, such as a begin token; rendered templates
         bring their own.
         """
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        # A batch of one: unlike a single text it is tokenized without holding the interpreter's lock.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    def tokens_min(self, text: str) -> int:
+        """So many tokens ``text`` has at least, without tokenizing it; 0 where the tokenizer's rules do not tell."""
+        if not self._bytes_max:
+            return 0
+        return -(-len(text) // self._bytes_max)  # a character has at least a byte
 
     def raw(self, tokens: Sequence[int]) -> str:
         """Full text of ``tokens``, special ones included; bytes that are no UTF-8 become U+FFFD."""
@@ -219,6 +232,18 @@ def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         except KeyError:  # an added token, written as plain text
             table[at] = token.encode()
     return table
+
+
+def _token_bytes_max(tokenizer: Tokenizer, table: list[bytes] | None) -> int:
+    """Bytes of text that a token stands for at most; 0 where the text may lose some before it is cut into tokens."""
+    match tokenizer.normalizer:
+        case None:
+            shrinks = 1
+        case NFC() | NFKC():
+            shrinks = SHRINKS_MAX
+        case _:
+            return 0
+    return shrinks * max(map(len, table)) if table else 0
 
 
 # --- chat template ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tracehaul.rpc.membership import HEARTBEAT_S, Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
+from tracehaul.wire.errors import WrongPool
 
 log = Log(__name__)
 
@@ -50,8 +51,18 @@ class Serving:
         """Join, serve until ``stopping`` is set; then leave, so that no work comes, and let what runs end.
 
         Raises:
+            WrongPool: the router will never take this node as it is.
             ExceptionGroup: what runs in the background failed.
         """
+        try:
+            await self._serve(stopping, drain_timeout_s, told)
+        except ExceptionGroup as failed:
+            refused = failed.subgroup(WrongPool)
+            if refused is not None:
+                raise refused.exceptions[0] from None
+            raise
+
+    async def _serve(self, stopping: asyncio.Event, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
         async with asyncio.TaskGroup() as group:
             background = [group.create_task(work()) for work in self._member.background]
             member = group.create_task(self.membership.run(), name="membership")

@@ -20,6 +20,8 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """``host:port`` of its control plane."""
     model: str = ""
     """Name that clients call the served model by; empty on a store node."""
+    pool: str = ""
+    """Which of the fleet's pools a worker belongs to; the one that has no name, and that of a store node, is empty."""
     root: BlockHash = BlockHash(b"")
     """Root hash of its KV layout without salt: nodes with different roots cannot share blocks."""
     block_tokens: int = 0

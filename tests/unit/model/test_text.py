@@ -2,6 +2,7 @@
 
 import random
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteFallback, Fuse
 from tokenizers.decoders import Sequence as Decoders
 from tokenizers.models import BPE
+from tokenizers.normalizers import Strip
 from tokenizers.pre_tokenizers import Digits
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
@@ -184,3 +186,38 @@ def test_the_router_can_use_it_without_torch() -> None:
 
     code = "import sys, tracehaul.model.text; sys.exit('torch' in sys.modules or 'gguf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@given(
+    st.one_of(st.text(max_size=300), st.builds(lambda c, n: c * n, st.sampled_from(" \n=-*a0é"), st.integers(1, 900)))
+)
+def test_a_text_has_at_least_the_tokens_that_it_is_said_to_have(text: Text, sample: str) -> None:
+    assert text.tokens_min(sample) <= len(text.encode(sample))
+
+
+def test_a_hopeless_length_is_told_without_tokenizing(text: Text, tmp_path: Path) -> None:
+    assert text.tokens_min("word " * 800_000) > 40_000
+    tokenizer = Tokenizer(BPE({"a": 0}, []))
+    tokenizer.normalizer = Strip()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert Text.load(ModelSource("strips", tmp_path, "hf", "llama")).tokens_min(" " * 1000) == 0
+
+
+def test_others_run_while_a_long_text_is_tokenized(text: Text) -> None:
+    """By who holds the interpreter, not by time: a thread that only counts goes on while another tokenizes."""
+    counts = [0]
+    done = threading.Event()
+
+    def count() -> None:
+        while not done.is_set():
+            counts[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        before = counts[0]
+        text.encode("x y " * 50_000)
+        assert counts[0] - before > 1000
+    finally:
+        done.set()
+        thread.join()

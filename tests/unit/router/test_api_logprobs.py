@@ -7,7 +7,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 
 from router.api.echo import Echo
 from router.api.fakes import IM_END, FakeDispatcher, FakeText, Script
@@ -15,6 +14,7 @@ from router.api.logprobs import Mark, chat_logprobs, text_logprobs
 from router.api.prompts import Prompt
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.traces.texts import Encoded
+from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 from tracehaul.wire.steps import StepUsage, TokenLogprobs
 
 USAGE = StepUsage()

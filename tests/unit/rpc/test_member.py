@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 
+import msgspec
 import pytest
 
 from router.fleet.members import MemberRegistry
@@ -14,7 +15,8 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.errors import WrongPool
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 
 ROUTER = "router:1"
@@ -144,5 +146,26 @@ def test_a_node_can_be_stopped_before_there_is_a_router() -> None:
         world.stopping.set()
         await task
         assert [phase for _, phase in world.told] == ["stopping"]
+
+    virtual.run(main)
+
+
+def test_a_node_that_fits_no_pool_ends_with_that_alone() -> None:
+    async def main() -> None:
+        world = World()
+        await world.network.listen(ROUTER, world.router)
+        for name, root in (("decode-1", b"a"), ("decode-0", b"b")):
+            info = msgspec.structs.replace(INFO, node=NodeId(name), address=f"{name}:0", root=BlockHash(16 * root))
+
+            async def life(info: NodeInfo = info) -> None:
+                member = world.member()._replace(info=info)
+                async with serving(member, world.network, Peers(world.network), ROUTER) as node:
+                    await world.run(node)
+
+            task = asyncio.create_task(life())
+            await asyncio.sleep(0.5)
+        assert len(world.members) == 1
+        with pytest.raises(WrongPool, match="another KV layout"):
+            await task
 
     virtual.run(main)

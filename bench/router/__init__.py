@@ -1,0 +1,1 @@
+"""The router alone: what it adds to each call."""
