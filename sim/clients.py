@@ -102,6 +102,8 @@ class Agents:
         self.finished = 0
         self.failed = 0
         self.hung_up = 0
+        self.unheard: set[TraceId] = set()
+        """Traces whose client left their last call before it heard anything: the router may never have begun it."""
 
     async def run(self, plans: Sequence[TracePlan]) -> None:
         """Until every trace has ended."""
@@ -148,6 +150,8 @@ class Agents:
             if call.answered:
                 self._check_end(plan, call, step_name=f"{plan.trace}.{index}", retried=attempt > 1)
             _record(f"{name} {call.received}")
+            if _is_last(plan, index) and not (call.received or call.answered):
+                self.unheard.add(plan.trace)
             kept = call.answered and not _is_last(plan, index)
             voice.heard(call.router, call.prompt, call.received, call.output, kept=kept)
             return

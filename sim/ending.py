@@ -1,6 +1,7 @@
 """What must hold of a simulated cluster when all work has ended and every timeout has passed; and what it did."""
 
 from collections import Counter
+from collections.abc import Collection
 
 import msgspec
 
@@ -11,6 +12,7 @@ from sim.shape import ROLES, ROUTER
 from sim.slot_checker import Truth
 from sim.world import World
 from tracehaul.engine.fake import FakeEngine
+from tracehaul.wire.ids import TraceId
 
 
 def _engines(world: World) -> list[FakeEngine]:
@@ -18,8 +20,14 @@ def _engines(world: World) -> list[FakeEngine]:
     return [life.engine for life in lives if life.engine is not None]
 
 
-def check_end(world: World, truth: Truth) -> None:
-    """Write into the world's findings what does not hold; ``truth`` is what clients know."""
+def check_end(world: World, truth: Truth, unheard: Collection[TraceId]) -> None:
+    """Write into the world's findings what does not hold.
+
+    Args:
+        world: after the run.
+        truth: what clients know.
+        unheard: traces of whose last step the router may not have heard.
+    """
     world.terminal.finish()
     world.cached.finish(sum(engine.computed_tokens for engine in _engines(world)))
     references = ReferenceChecker(world.findings)
@@ -43,7 +51,7 @@ def check_end(world: World, truth: Truth) -> None:
             integrity.check(life.process, life.engine.check)
             check_worker(references, life)
         else:
-            check_router(references, router)
+            check_router(references, router, unheard)
             integrity.check("router", router.traces.check)
     _check_members(world, references, router)
 
@@ -88,11 +96,11 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
     references.zero(life.process, flights=len(life.flights))
 
 
-def check_router(references: ReferenceChecker, router: Dispatch) -> None:
+def check_router(references: ReferenceChecker, router: Dispatch, unheard: Collection[TraceId]) -> None:
     """An idle router counts no step as running, and knows of each trace that it served to its end that it has ended:
     a step that it had lost, or counted twice, would still be open."""
     references.zero("router", running=router.decodes.total + router.prefills.total)
-    states = Counter(trace.state for trace in router.traces.all())
+    states = Counter(trace.state for trace in router.traces.all() if trace.trace not in unheard)
     references.zero("router", **{f"{state} traces": count for state, count in states.items() if state != "ended"})
 
 

@@ -115,7 +115,7 @@ async def run(world: World, plans: Sequence[TracePlan]) -> Agents:
         await asyncio.sleep(IDLE_S)
         await _probe(world, truth)
         await asyncio.sleep(TOLD_S)
-        check_end(world, truth)
+        check_end(world, truth, agents.unheard)
     auditing.cancel()
     world.bugs.uncaught(world.loop.errors)
     return agents
