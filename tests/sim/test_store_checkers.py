@@ -17,8 +17,9 @@ from kvstore.tiers.slots import SlotIndex
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from router.fleet.members import MemberRegistry, _Member
 from sim.faults import Crash, DiskRot, FaultPlan, Zombie
+from sim.run import simulate
+from sim.shape import FAULTS_END_S, FLEET, MIX
 from sim.storage import Below
-from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members, NodeLoad
 
