@@ -44,7 +44,9 @@ class MemoryObjects:
         names = sorted(self.data)
         for start in range(0, len(names), DELETE_MAX):
             await self._try()
-            yield [ListedObject(name, len(self.data[name])) for name in names[start : start + DELETE_MAX]]
+            # Some were deleted while the page before was read.
+            there = [name for name in names[start : start + DELETE_MAX] if name in self.data]
+            yield [ListedObject(name, len(self.data[name])) for name in there]
 
     async def probe(self) -> None:
         await self._try()
