@@ -174,13 +174,15 @@ def up(
     }
     chosen = load_config(config, overrides)
     run = RunDir(run_dir)
-    name = up(chosen, run, err)
+    names = up(chosen, run, err)
     url = base_url(chosen)
     typer.echo(f"ready {url}")
     messages = [{"role": "user", "content": "What is gravity?"}]
-    body = msgspec.json.encode({"model": name, "temperature": 0, "messages": messages}).decode()
+    body = msgspec.json.encode({"model": names[0], "temperature": 0, "messages": messages}).decode()
     curl = f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
     err.print(f"Try it:\n  {curl}", highlight=False, markup=False, soft_wrap=True)
+    if len(names) > 1:
+        err.print(f"Models: {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

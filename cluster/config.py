@@ -6,7 +6,7 @@ everything that was decided at launch (the model's place on disk, addresses, siz
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +35,12 @@ OBJECTS_MAX = 4_000_000
 
 ROUTER = "router-0"
 
+POOLS_MAX = 16
+
 Count = Annotated[int, Meta(ge=1, le=NODES_MAX)]
+KVTokens = Annotated[int, Meta(ge=32)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+PoolName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_.]{0,31}$")]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -48,12 +53,28 @@ class NodeCounts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: Count = 1
 
 
+class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Workers of one model. What is not said here is as for the whole cluster."""
+
+    model: str = DEFAULT_MODEL
+    """As :attr:`ClusterConfig.model`."""
+    serves: str = ""
+    """What clients call the model by; empty: the pool's name."""
+    prefill: Annotated[int, Meta(ge=0, le=NODES_MAX)] = 1
+    """0: decode workers compute whole prompts themselves."""
+    decode: Count = 1
+    dtype: Dtype | None = None
+    weights: Literal["int8"] | None = None
+    kv_tokens: KVTokens | None = None
+    worker: WorkerConfig | None = None
+
+
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator may set. Every field has a default that suits a small machine."""
 
     model: str = DEFAULT_MODEL
     """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     weights: Literal["int8"] | None = None
     """Matrices rounded to int8, on the CPU; None: of ``dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -62,9 +83,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the HTTP API listens; everything else stays on the loopback interface."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
     nodes: NodeCounts = NodeCounts()
+    pools: Annotated[dict[PoolName, PoolConfig], Meta(max_length=POOLS_MAX)] = {}
+    """Several models, each with workers of its own (``[pools.NAME]``); then ``model``, ``nodes.prefill`` and
+    ``nodes.decode`` are not said. Empty: one pool, of the model above."""
     threads: Annotated[int, Meta(ge=1, le=1024)] | None = None
     """Compute threads of each worker; None: the cores, divided."""
-    kv_tokens: Annotated[int, Meta(ge=32)] = 32768
+    kv_tokens: KVTokens = 32768
     """KV memory of each worker, in tokens."""
     store_bytes: Annotated[int, Meta(ge=1 << 20)] = 1 << 30
     """Block memory of each store node."""
@@ -96,17 +120,33 @@ class NodeSpec(msgspec.Struct, frozen=True):
 
     name: str
     role: Role
+    pool: str = ""
+    """A worker's; empty for other roles, and for the one pool of a cluster that names none."""
+
+
+class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One pool as launched."""
+
+    name: str
+    model: ModelSource
+    """Under the name that clients call it by."""
+    config: PoolConfig
+    """With nothing left open."""
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A cluster as launched; every node reads it."""
 
     config: ClusterConfig
-    model: ModelSource
+    pools: tuple[PoolPlan, ...]
     router_address: str
     """``host:port`` of the router's control plane: fixed, so that nodes find a restarted router."""
     store: StoreConfig
     threads: int
+
+    def pool(self, name: str) -> PoolPlan:
+        """The pool of that name, which is one of the plan's."""
+        return next(pool for pool in self.pools if pool.name == name)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
@@ -133,11 +173,38 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
             if not isinstance(section, dict):
                 raise ClusterFault(f"{path}: `{parent}` must be a section")
         section[leaf] = value
+    where = f" (in {path} or on the command line)" if path else ""
+    if merged.get("pools"):
+        workers = merged["nodes"] if isinstance(merged.get("nodes"), dict) else {}
+        if said := [name for name in ("model", "prefill", "decode") if name in merged or name in workers]:
+            raise ClusterFault(f"the config is wrong{where}: with [pools] each pool says its own {', '.join(said)}")
     try:
-        return msgspec.convert(merged, ClusterConfig)
+        config = msgspec.convert(merged, ClusterConfig)
     except msgspec.ValidationError as error:
-        where = f" (in {path} or on the command line)" if path else ""
         raise ClusterFault(f"the config is wrong{where}: {error}") from error
+    names = [pool.serves or name for name, pool in config.pools.items()]
+    if len(set(names)) < len(names):
+        raise ClusterFault(f"the config is wrong{where}: two pools serve one name ({', '.join(sorted(names))})")
+    return config
+
+
+def pools_of(config: ClusterConfig) -> dict[str, PoolConfig]:
+    """The pools by name, with nothing left open but what clients call the one that has no name."""
+    unnamed = PoolConfig(
+        model=config.model, prefill=config.nodes.prefill, decode=config.nodes.decode, weights=config.weights
+    )
+    pools = config.pools or {"": unnamed}
+    return {
+        name: msgspec.structs.replace(
+            pool,
+            serves=pool.serves or name,
+            dtype=pool.dtype or config.dtype,
+            weights=pool.weights or config.weights,
+            kv_tokens=pool.kv_tokens or config.kv_tokens,
+            worker=pool.worker or config.worker,
+        )
+        for name, pool in pools.items()
+    }
 
 
 def base_url(config: ClusterConfig) -> str:
@@ -169,13 +236,19 @@ def save_plan(run: RunDir, plan: Plan) -> None:
 
 def nodes_of(config: ClusterConfig) -> list[NodeSpec]:
     """Every process of the cluster, in the order to start them."""
-    counts: list[tuple[Role, int]] = [
-        ("store", config.nodes.store),
-        ("prefill", config.nodes.prefill),
-        ("decode", config.nodes.decode),
-    ]
-    workers = [NodeSpec(f"{role}-{i}", role) for role, count in counts for i in range(count)]
-    return [NodeSpec(ROUTER, "router"), *workers]
+    pools = pools_of(config)
+    specs = [NodeSpec(ROUTER, "router"), *(NodeSpec(f"store-{i}", "store") for i in range(config.nodes.store))]
+    for name, pool in pools.items():
+        counts: tuple[tuple[Role, int], ...] = (("prefill", pool.prefill), ("decode", pool.decode))
+        for role, count in counts:
+            kind = f"{role}-{name}" if name else role
+            specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
+    return specs
+
+
+def workers_of(config: ClusterConfig) -> int:
+    """How many there are, in all pools."""
+    return sum(pool.prefill + pool.decode for pool in pools_of(config).values())
 
 
 def threads_of(config: ClusterConfig, cores: int) -> int:
@@ -186,14 +259,12 @@ def threads_of(config: ClusterConfig, cores: int) -> int:
     """
     if config.threads is not None:
         return config.threads
-    workers = config.nodes.prefill + config.nodes.decode
-    return max(min(cores, 2), cores // workers)
+    return max(min(cores, 2), cores // workers_of(config))
 
 
 def shared_cores(config: ClusterConfig, threads: int, cores: int) -> float:
     """The share of a worker's ``threads`` that have no core of their own where all workers compute."""
-    workers = config.nodes.prefill + config.nodes.decode
-    return min(1.0, max(0.0, (workers * threads - cores) / threads))
+    return min(1.0, max(0.0, (workers_of(config) * threads - cores) / threads))
 
 
 def usable_cores() -> int:
@@ -201,14 +272,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def store_config(config: ClusterConfig, layout: KVLayout) -> StoreConfig:
-    """A store node's config: slots of one full block of ``layout``.
+def store_config(config: ClusterConfig, layouts: Sequence[KVLayout]) -> StoreConfig:
+    """A store node's config: slots of one full block of any of these layouts.
 
     Raises:
         ClusterFault: the arena, or a tier, is smaller than one block, the quotas are larger than the arena, or what is
             said of a tier makes no sense.
     """
-    slot_bytes = -(-layout.block_bytes // PAGE_BYTES) * PAGE_BYTES
+    slot_bytes = -(-max(layout.block_bytes for layout in layouts) // PAGE_BYTES) * PAGE_BYTES
     if config.store_bytes < slot_bytes:
         raise ClusterFault(f"--store-bytes {config.store_bytes} holds no block of this model ({slot_bytes} bytes)")
     if config.disk_bytes and Layout.within(config.disk_bytes, slot_bytes) is None:

@@ -25,9 +25,12 @@ from cluster.config import (
     ClusterConfig,
     NodeSpec,
     Plan,
+    PoolConfig,
+    PoolPlan,
     base_url,
     load_plan,
     nodes_of,
+    pools_of,
     save_plan,
     store_config,
     threads_of,
@@ -47,8 +50,8 @@ POLL_S = 0.1
 LOG_LINES = 12
 
 
-def up(config: ClusterConfig, run: RunDir, console: Console) -> str:
-    """Starts the cluster that ``config`` describes; returns the name that clients call its model by.
+def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
+    """Starts the cluster that ``config`` describes; returns the names that clients call its models by.
 
     Raises:
         ClusterFault: it cannot be started; nothing of it is left running.
@@ -65,7 +68,7 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> str:
             asyncio.run(_start(plan, run, console))
         finally:
             run.forget(LAUNCHER)
-    return plan.model.name
+    return [pool.model.name for pool in plan.pools]
 
 
 def down(run: RunDir) -> tuple[list[str], list[str]]:
@@ -134,25 +137,30 @@ def make_plan(config: ClusterConfig, console: Console) -> Plan:
     Raises:
         ClusterFault: the model cannot be had, or the arenas do not fit.
     """
+    pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
+    layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
+    check_memory(config, layouts)
+    return Plan(
+        config=config,
+        pools=tuple(pools),
+        router_address=f"127.0.0.1:{free_port()}",
+        store=store_config(config, layouts),
+        threads=threads_of(config, usable_cores()),
+    )
+
+
+def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
     try:
         if console.is_terminal:
             with console.status("looking for the model") as status:
-                source = resolve(config.model, progress=status.update)
+                source = resolve(pool.model, progress=status.update)
         else:
-            source = resolve(config.model, progress=lambda line: console.print(line, highlight=False, markup=False))
+            source = resolve(pool.model, progress=lambda line: console.print(line, highlight=False, markup=False))
     except SourceError as error:
         raise ClusterFault(str(error)) from error
-    if Path(config.model).exists():  # nodes run elsewhere
-        config = msgspec.structs.replace(config, model=str(source.path.absolute()))
-    layout = kv_layout(source, config.dtype)
-    check_memory(config, layout)
-    return Plan(
-        config=config,
-        model=source,
-        router_address=f"127.0.0.1:{free_port()}",
-        store=store_config(config, layout),
-        threads=threads_of(config, usable_cores()),
-    )
+    if Path(pool.model).exists():  # nodes run elsewhere
+        pool = msgspec.structs.replace(pool, model=str(source.path.absolute()))
+    return PoolPlan(name, msgspec.structs.replace(source, name=pool.serves or source.name), pool)
 
 
 def free_port() -> int:
@@ -162,10 +170,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_memory(config: ClusterConfig, layout: KVLayout) -> None:
-    """Raises ClusterFault if the arenas together cannot fit: better said now than by the last node to start."""
-    workers = config.nodes.prefill + config.nodes.decode
-    kv_bytes = 0 if config.device == "cuda" else workers * config.kv_tokens * layout.token_bytes
+def check_memory(config: ClusterConfig, layouts: Sequence[KVLayout]) -> None:
+    """Raises ClusterFault if the arenas together cannot fit: better said now than by the last node to start.
+
+    ``layouts``: one for each of the pools.
+    """
+    kv_bytes = 0
+    for pool, layout in zip(pools_of(config).values(), layouts, strict=True):
+        if config.device != "cuda":
+            kv_bytes += (pool.prefill + pool.decode) * (pool.kv_tokens or config.kv_tokens) * layout.token_bytes
     store_bytes = config.nodes.store * config.store_bytes
     available = available_bytes()
     if kv_bytes + store_bytes > available:

@@ -127,7 +127,8 @@ class _Node:
             metrics, close_metrics = NodeMetrics(room.stats, room.load, room.metrics).serve()
             stack.callback(close_metrics)
             self._tell(phase="joining", address=server.address, metrics=metrics)
-            info = room.announced(NodeInfo(NodeId(self._spec.name), self._generation, role, server.address))
+            info = NodeInfo(NodeId(self._spec.name), self._generation, role, server.address, pool=self._spec.pool)
+            info = room.announced(info)
             membership = Membership(
                 peers, self._plan.router_address, info, room.heartbeat or room.load, room.on_members
             )
@@ -254,15 +255,17 @@ class _Node:
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 
-        config = self._plan.config
+        config, pool = self._plan.config, self._plan.pool(self._spec.pool)
         return await TorchEngine.load(
             TorchEngineConfig(
-                model=config.model,
-                dtype=config.dtype,
-                weights=config.weights,
+                model=pool.config.model,
+                name=pool.model.name,
+                pool=pool.name,
+                dtype=pool.config.dtype or config.dtype,
+                weights=pool.config.weights,
                 device=config.device,
                 threads=self._plan.threads,
-                kv_tokens_max=config.kv_tokens,
+                kv_tokens_max=pool.config.kv_tokens or config.kv_tokens,
             )
         )
 
@@ -284,11 +287,11 @@ class _Node:
             stack.push_async_callback(dispatch.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
-            dispatch.decisions.told = decisions.write
+            dispatch.retainer.told = decisions.write
             server = await network.listen(self._plan.router_address, dispatch.members)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.model))
+            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
             metrics = NodeMetrics({"router": dispatch.stats, "retention": dispatch.retainer.stats}, None)
             app = create_app(dispatch, text, metrics.render, config.api, offload)
             grace_s = max(1, int(config.drain_timeout_s))

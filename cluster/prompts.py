@@ -100,7 +100,7 @@ def _tokens(source: Source, found: Found) -> list[int]:
     from tracehaul.model.text import Text
 
     try:
-        text = Text.load(found.plan.model)
+        text = Text.load(found.plan.pools[0].model)
         if source.prompt is not None:
             return text.encode(_read(source.prompt), special=True)
         assert source.chat is not None

@@ -74,6 +74,8 @@ class Gateway:
             answer.put_nowait(None)
         except ClusterError as error:
             answer.put_nowait(error)
+        finally:
+            life.dispatch.book.answered(request.salt, request.trace, request.step, response=None)
 
 
 class Books:

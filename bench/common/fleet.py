@@ -163,7 +163,7 @@ def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, Non
     """Starts a cluster in a temporary run directory; stops it at the end, also where that is a SIGTERM."""
     with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
         run = RunDir(Path(folder))
-        model = up(config, run, console)
+        model = up(config, run, console)[0]
         signal.signal(signal.SIGTERM, _leave)  # after it: launching handles signals itself, and puts back the default
         try:
             running = Fleet(config, run, model, console)

@@ -5,6 +5,8 @@ worker's own answer to the same step, asked without a router in the same run, is
 """
 
 import os
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +70,17 @@ def must(answer: Answer, status: int = 200) -> Answer:
     if answer.status != status or (status == 200 and not answer.told_s):
         raise RuntimeError(f"the router answered {answer.status}, not {status}: {answer.body[:300]!r}")
     return answer
+
+
+def until_ready(client: Client, connection: Connection) -> None:
+    """A router whose loop stood still for seconds has lost its worker, which joins again soon."""
+    status = 0
+    while status != 200:
+        client.poll(timeout_s=REST_S)
+        client.send(connection, http("GET", "/health"))
+        while connection.busy:
+            client.poll()
+        status = connection.answer.status
 
 
 # --- time to first token ------------------------------------------------------------------------------------
@@ -233,6 +246,7 @@ def stall(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
         """The longest from before the call until a second after it."""
         at = len(stream.answer.told_s) - 1
         if post is not None:
+            until_ready(client, other)
             client.send(other, post)
         while other.busy:
             client.poll()
@@ -266,6 +280,7 @@ def refused(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     before_mb = fleet.rss_mb()
     for _ in range(scale.refused_calls):
         text = prompts.characters(REFUSED_CHARACTERS)
+        until_ready(client, client.connections[0])
         answer = must(client.ask(fleet.request(fleet.opening(fleet.name(), text), ANSWER_TOKENS)), 400)
         took_s.append(answer.ended_s - answer.sent_s)
     client.poll(timeout_s=1.0)
@@ -354,6 +369,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Fewer calls, shorter runs, 5 refusals, 200 traces.")] = False,
 ) -> None:
     """Measure the router beside a fake worker on this machine."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no process is left behind
     scale = QUICK if quick else Scale()
     text = Text.load(resolve())
     config: dict[str, Any] = msgspec.to_builtins(scale) | {

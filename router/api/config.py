@@ -27,11 +27,5 @@ class ApiConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """After this much silence a stream starts, if it has not, and carries a comment."""
     choices_max: Count = 64
     """Choices of one call: prompts times ``n``."""
-    traces_max: Count = 4096
-    """Traces whose text is remembered with the ids it was generated with."""
-    messages_max: Count = 262_144
-    """Messages by whose digests calls without a name find their trace, over all traces; 200 bytes each."""
-    texts_bytes_max: Count = 256 * 2**20
-    """Memory for those."""
     tool_format: ToolFormat = "auto"
     """How the model writes calls of tools; ``auto``: as its chat template tells."""

@@ -8,12 +8,18 @@ from typing import Any
 
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
 from router.fleet.members import NodeStatus
+from router.policy.retention import RetentionConfig
 from router.traces.book import Book
-from router.traces.decisions import Decisions
+from router.traces.contexts import Left
+from router.traces.events import Deleted, Event, StepBegan, StepEnded
 from router.traces.hits import Hits
-from router.traces.registry import PinWish, Trace, Traces
+from router.traces.machine import Traces
+from router.traces.trace import PinWish, Trace
+from tracehaul.runtime import clock
 from tracehaul.wire.blocks import Pinned
 from tracehaul.wire.errors import InvalidRequest, Overloaded
+from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.ids import BlockHash
 from tracehaul.wire.steps import StepUsage
 
 IM_START, IM_END = 256, 257
@@ -94,19 +100,20 @@ Script = Sequence[Output | Finished | Exception | float]
 
 
 class FakeKeeper:
-    """Notes what it is told."""
+    """Tells the traces, and notes what it is told; what follows is not done."""
 
-    def __init__(self) -> None:
+    def __init__(self, traces: Traces) -> None:
+        self._traces = traces
+        self.events: list[Event] = []
         self.told: list[tuple[object, ...]] = []
 
-    def suspend(self, trace: Trace, expected_s: float, deadline_s: float | None, tool: str | None) -> None:
-        self.told.append(("suspend", trace.trace, expected_s, deadline_s, tool))
+    def now_s(self) -> float:
+        return clock.now_s()
 
-    def resume(self, trace: Trace) -> None:
-        self.told.append(("resume", trace.trace))
-
-    def called(self, trace: Trace, tools: tuple[str, ...]) -> None:
-        self.told.append(("called", trace.trace, tools))
+    def send(self, event: Event) -> None:
+        self.events.append(event)
+        self._traces.handle(event, clock.now_s())
+        self._traces.check()
 
     async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
         self.told.append(("pin", trace.trace, wish.kind, wish.priority, wish.replicas))
@@ -129,37 +136,43 @@ class FakeDispatcher:
         self.running = 0
         self.aborted: list[str] = []
         """Steps that were closed before their end."""
-        self.traces = Traces(traces_max=100, contexts_bytes_max=1 << 20)
-        self.decisions = Decisions(decisions_max=1000)
-        self.deleted: list[str] = []
-        self.keeper = FakeKeeper()
-        self.book = Book(self.traces, self.decisions, self.keeper, self._delete)
+        self.traces = Traces(100, 1 << 24, RetentionConfig())
+        self.keeper = FakeKeeper(self.traces)
+        self.book = Book(self.traces, self.keeper)
+
+    @property
+    def deleted(self) -> list[str]:
+        """Traces that clients deleted."""
+        return [event.key[1] for event in self.keeper.events if isinstance(event, Deleted)]
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+        key, step, prompt = (request.salt, request.trace), request.step, len(request.prompt)
         self.requests.append(request)
         self.running += 1
-        ended = False
+        self.keeper.send(StepBegan(key, step, request.parent, prompt, request.tools, request.agent))
+        emitted: list[int] = []
+        ending = None
         try:
             for item in self.script(request):
                 match item:
                     case float() | int():
                         await asyncio.sleep(item)
                     case Exception():
-                        ended = True
+                        ending = "internal"
                         raise item
-                    case Finished():
-                        ended = True
+                    case Finished(reason):
+                        ending = reason
                         yield item
-                    case Output():
+                    case Output(tokens):
+                        emitted += tokens
                         yield item
         finally:
             self.running -= 1
-            if not ended:
-                self.aborted.append(request.step)
-
-    def _delete(self, trace: Trace) -> None:
-        self.traces.delete(trace.key)
-        self.deleted.append(trace.trace)
+            if ending is None:
+                self.aborted.append(step)
+            packed = pack_tokens([*request.prompt, *emitted[:-1]])
+            left = Left(step, BlockHash(b"fake"), 32, packed, b"", prompt, None) if emitted else None
+            self.keeper.send(StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final))
 
     def model(self) -> ModelCard | None:
         return self.card

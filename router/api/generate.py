@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from blake3 import blake3
@@ -17,22 +17,19 @@ from router.api.conversation import conversation, names_of
 from router.api.echo import Echo
 from router.api.errors import ApiError, bad_request, translate, unavailable
 from router.api.forms import Form, Forms
-from router.api.identity import Identity, ResponseTraces, identify
-from router.api.prompts import Prompt, Prompts, check_ids, output_budget, split
+from router.api.identity import Identity, identify
+from router.api.prompts import Prompt, Prompts, check_ids, numbered, output_budget, said, split
 from router.api.reading import ChatReader
 from router.api.requests import ChatRequest, CompletionRequest, Options, options, parse
 from router.api.responses import ClusterUsage, CompletionTokensDetails, PromptTokensDetails, Usage
 from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
 from router.api.text import Text, TextStream
-from router.api.urgency import Urgency, urgency
 from router.dispatch.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
 from router.traces.hits import together
-from router.traces.prefixes import Prefixes
-from tracehaul.runtime import clock
-from tracehaul.runtime.deadline import until
+from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
@@ -48,7 +45,7 @@ class Call:
         steps: Sequence[StepRequest],
         shape: Shape,
         readings: Sequence[tuple[TextStream, ChatReader | None]],
-        memory: Hashable | None,
+        response: str,
         echoes: Sequence[Echo],
     ) -> None:
         assert len(steps) == len(prompts) * opts.n
@@ -56,8 +53,10 @@ class Call:
         self.prompts = prompts
         self.steps = steps
         self.shape = shape
-        self.memory = memory
-        """Where its texts are remembered; None if no further step of the trace follows."""
+        self.response = response
+        """What later calls may name to go on from here."""
+        self.told: set[int] = set()
+        """Choices that the traces know to be over."""
         self.echoes = echoes
         """One for each prompt, where the client wants them."""
         self.answers = [
@@ -121,10 +120,8 @@ class Generation:
         self._dispatcher = dispatcher
         self._text = text
         self._config = config
-        self._prompts = Prompts(text, offload, config)
+        self._prompts = Prompts(text, offload, dispatcher.book)
         self._forms = Forms(text, None if config.tool_format == "auto" else config.tool_format)
-        self._responses = ResponseTraces()
-        self._prefixes = Prefixes(config.messages_max)
         self.active = 0
         """Calls in progress."""
 
@@ -175,11 +172,34 @@ class Generation:
     ) -> None:
         request = parse(body, kind)
         fresh = secrets.token_hex(16)
-        identity = identify(headers, request.trace_fields, self._responses, fresh)
-        urgent = urgency(headers, clock.now_s())
-        opts = options(request)
-        if isinstance(request, ChatRequest):
-            identity = self._recognise(request, opts, identity, fresh)
+        opts, book = options(request), self._dispatcher.book
+        identity = identify(headers, request.trace_fields, lambda name: book.response(opts.salt, name), fresh)
+        if not isinstance(request, ChatRequest):
+            await self._run(request, opts, identity, fresh, len(body), reply)
+            return
+        messages = conversation(request, opts.salt)
+        identity = msgspec.structs.replace(identity, agent=messages.agent, tools=messages.called)
+        if identity.trace != fresh:
+            await self._run(request, opts, identity, fresh, len(body), reply)
+            return
+        place = book.place(opts.salt, messages.digests, messages.opening, identity.trace)
+        try:
+            parent = identity.parent or place.parent
+            identity = msgspec.structs.replace(identity, trace=place.trace, parent=parent)
+            await self._run(request, opts, identity, fresh, len(body), reply)
+        finally:
+            book.over(opts.salt, place.trace)
+
+    async def _run(
+        self,
+        request: ChatRequest | CompletionRequest,
+        opts: Options,
+        identity: Identity,
+        fresh: str,
+        body_bytes: int,
+        reply: Reply,
+    ) -> None:
+        chat = isinstance(request, ChatRequest)
         reply.headers.append((b"x-trace-id", identity.trace.encode()))
         self._check_size(request, opts)
         card = self._dispatcher.model()
@@ -188,26 +208,19 @@ class Generation:
         if request.model != card.name:
             raise model_not_found(request.model)
 
+        form = await self._forms.of(request, opts)
         traces = [(opts.salt, trace) for trace in (identity.trace, identity.parent) if trace]
-        async with until(urgent.deadline_s):
-            form = await self._forms.of(request, opts)
-            if isinstance(request, ChatRequest):
-                prompts = await self._prompts.chat(request, traces, body_bytes=len(body))
-            else:
-                prompts = await self._prompts.completion(request, traces)
-        head = Head(("chatcmpl-" if kind is ChatRequest else "cmpl-") + fresh, int(clock.wall_s()), card.name)
-        call = self._call(request, opts, form, prompts, identity, urgent, card, head)
-        self._responses.put(head.id, identity.trace)
-        await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
-
-    def _recognise(self, request: ChatRequest, opts: Options, identity: Identity, fresh: str) -> Identity:
-        """What the messages add to what the client says of its trace."""
-        said = conversation(request, opts.salt)
-        identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
-        if identity.trace != fresh:
-            return identity
-        place = self._prefixes.place(said.digests, said.opening, identity.trace)
-        return msgspec.structs.replace(identity, trace=place.trace, parent=identity.parent or place.parent)
+        if isinstance(request, ChatRequest):
+            prompts = await self._prompts.chat(request, traces, body_bytes=body_bytes)
+        else:
+            prompts = await self._prompts.completion(request, traces)
+        head = Head(("chatcmpl-" if chat else "cmpl-") + fresh, int(wall_s()), card.name)
+        call = self._call(request, opts, form, prompts, identity, card, head)
+        try:
+            await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
+        finally:
+            for index in range(len(call.steps)):
+                self._tell(call, index)
 
     def _check_size(self, request: ChatRequest | CompletionRequest, opts: Options) -> None:
         prompts = 1 if isinstance(request, ChatRequest) else len(split(request.prompt))
@@ -224,7 +237,6 @@ class Generation:
         form: Form,
         prompts: Sequence[Prompt],
         identity: Identity,
-        urgent: Urgency,
         card: ModelCard,
         head: Head,
     ) -> Call:
@@ -238,25 +250,19 @@ class Generation:
             max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
             said = prompt.encoded.text if chat and prompt.encoded is not None else None
             constraint = self._forms.constraint(form, said)
-            packed = prompt.ids.tobytes()
             for k in range(opts.n):
                 reader = None if said is None else self._forms.reader(form, said, f"{head.id}-{len(steps)}")
                 readings.append((self._forms.stream(form), reader))
                 steps.append(
                     StepRequest(
                         step=StepId(f"{head.id}-{len(steps)}"),
-                        # Prompts that share nothing but a call are traces of their own.
-                        trace=identity.trace if at == 0 else TraceId(f"{identity.trace}.{at}"),
+                        trace=numbered(identity.trace, at),
                         parent=identity.parent,
-                        prompt=packed,
+                        prompt=prompt.ids,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k), constraint),
                         # Once for all choices of a prompt.
                         prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
                         salt=opts.salt,
-                        tenant=opts.salt,
-                        step_class=urgent.step_class,
-                        priority=urgent.priority,
-                        deadline_s=urgent.deadline_s,
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
@@ -265,14 +271,12 @@ class Generation:
                 )
         echoes = [Echo(self._text, prompt, scored=opts.logprobs is not None) for prompt in prompts] if opts.echo else []
         if chat:
-            shape = ChatShape(head, self._text, prompts[0].ids.tolist() if opts.return_token_ids else None)
+            shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
         else:
-            told = [prompt.ids.tolist() for prompt in prompts] if opts.return_token_ids else []
-            ids = [ids for ids in told for _ in range(opts.n)]
+            ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
             each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
-            shape = TextShape(head, self._text, ids or None, each)
-        memory = None if identity.final else (opts.salt, identity.trace)
-        return Call(opts, prompts, steps, shape, readings, memory, echoes)
+            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
+        return Call(opts, prompts, steps, shape, readings, head.id, echoes)
 
     def _sampling(self, opts: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
         eos = () if opts.ignore_eos else self._text.eos_tokens
@@ -336,12 +340,23 @@ class Generation:
                 chunks.append(call.shape.piece(index, piece, usage))
                 if answer.reason is not None:
                     chunks.append(call.shape.end(index, answer.reason, usage))
-            if answer.reason is not None and call.memory is not None:
-                self._prompts.remember(call.memory, call.prompt(index), answer)
-                if answer.reader is not None:
-                    step, names = call.steps[index], [said.name or "" for said in answer.reader.whole.calls]
-                    self._dispatcher.book.called(step.salt, step.trace, names_of(names))
+            if answer.reason is not None:
+                self._tell(call, index)
         return b"".join(chunks)
+
+    def _tell(self, call: Call, index: int) -> None:
+        """A choice is over: told once, with what is known of it by then."""
+        if index in call.told:
+            return
+        call.told.add(index)
+        step, answer = call.steps[index], call.answers[index]
+        tools = heard = None
+        if answer.reason is not None and not step.final:
+            heard = said(call.prompt(index), answer)
+            if answer.reader is not None:
+                tools = names_of([made.name or "" for made in answer.reader.whole.calls])
+        response = call.response if index < call.options.n else None
+        self._dispatcher.book.answered(step.salt, step.trace, step.step, response=response, tools=tools, said=heard)
 
 
 class Endpoint:

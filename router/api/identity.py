@@ -1,8 +1,7 @@
 """Which trace a call belongs to, by what clients already send."""
 
 import re
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -47,31 +46,15 @@ class TraceFields(msgspec.Struct, frozen=True):
     previous_response_id: str | None = None
 
 
-class ResponseTraces:
-    """Which trace a response was given in, for calls that name the response; the oldest are forgotten."""
-
-    def __init__(self, responses_max: int = 16384) -> None:
-        self._responses_max = responses_max
-        self._traces: OrderedDict[str, TraceId] = OrderedDict()
-
-    def get(self, response: str) -> TraceId | None:
-        """None if it is unknown or forgotten."""
-        return self._traces.get(response)
-
-    def put(self, response: str, trace: TraceId) -> None:
-        """Remember it."""
-        self._traces[response] = trace
-        if len(self._traces) > self._responses_max:
-            self._traces.popitem(last=False)
-
-
-def identify(headers: Mapping[str, str], fields: TraceFields, responses: ResponseTraces, fresh: str) -> Identity:
+def identify(
+    headers: Mapping[str, str], fields: TraceFields, response: Callable[[str], TraceId | None], fresh: str
+) -> Identity:
     """The trace that a call belongs to: our own header first, then what is likeliest to mean one task.
 
     Args:
         headers: looked up by lower-case name.
         fields: the body's part.
-        responses: earlier responses.
+        response: the trace in which an earlier response was given.
         fresh: the trace of a call that says nothing.
 
     Raises:
@@ -79,7 +62,7 @@ def identify(headers: Mapping[str, str], fields: TraceFields, responses: Respons
     """
     trace = _own(headers, "x-trace-id") or _metadata(fields) or _session(headers)
     if trace is None and fields.previous_response_id:
-        trace = responses.get(fields.previous_response_id)
+        trace = response(fields.previous_response_id)
     if trace is None and fields.prompt_cache_key:
         trace = foreign_id(fields.prompt_cache_key)
     parent = _own(headers, "x-parent-trace-id")

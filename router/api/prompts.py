@@ -1,20 +1,21 @@
 """From a request's text to token ids, off the event loop where that takes long."""
 
-from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 
 from router.api.answers import Answer
-from router.api.config import ApiConfig
 from router.api.errors import bad_request
 from router.api.messages import template_messages, template_tools
 from router.api.requests import ChatRequest, CompletionRequest
 from router.api.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import CutTokens, Encoded, TraceTexts, extend
+from router.traces.book import Book
+from router.traces.texts import CutTokens, Encoded, Said, extend
+from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
+from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.ids import TraceId
 
 OFFLOAD_CHARACTERS = 16384
 """Text from which on rendering and tokenizing (about a millisecond) leave the event loop."""
@@ -23,21 +24,21 @@ OFFLOAD_CHARACTERS = 16384
 class Prompt(msgspec.Struct, frozen=True):
     """One prompt in tokens."""
 
-    ids: "array[int]"
+    ids: list[int]
     encoded: Encoded | None
     """Its text; None if the client sent ids."""
 
 
 class Prompts:
-    """Makes prompts, and remembers the texts of traces with their ids."""
+    """Makes prompts, of what the traces know already."""
 
-    def __init__(self, text: Text, offload: Offload, config: ApiConfig) -> None:
+    def __init__(self, text: Text, offload: Offload, book: Book) -> None:
         self._text = text
         self._offload = offload
         self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens})
-        self._texts = TraceTexts(self._cut_tokens, traces_max=config.traces_max, bytes_max=config.texts_bytes_max)
+        self._book = book
 
-    async def chat(self, request: ChatRequest, traces: Sequence[Hashable], *, body_bytes: int) -> list[Prompt]:
+    async def chat(self, request: ChatRequest, traces: Sequence[TraceKey], *, body_bytes: int) -> list[Prompt]:
         """The one prompt of a conversation.
 
         Raises:
@@ -54,32 +55,25 @@ class Prompts:
         text = render() if body_bytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
         return [await self._encode(text, traces, plain=False, param="messages")]
 
-    async def completion(self, request: CompletionRequest, traces: Sequence[Hashable]) -> list[Prompt]:
-        """The prompts of a completion, in order.
+    async def completion(self, request: CompletionRequest, traces: Sequence[TraceKey]) -> list[Prompt]:
+        """The prompts of a completion, in order; ``traces``: the call's own first.
 
         Raises:
             ApiError: one is empty, or mixes kinds, or has ids that the model does not know.
         """
         prompts: list[Prompt] = []
-        for prompt in split(request.prompt):
+        salt, trace = traces[0]
+        for at, prompt in enumerate(split(request.prompt)):
             if isinstance(prompt, str):
-                prompts.append(await self._encode(prompt, traces, plain=True, param="prompt"))
+                own = (salt, numbered(trace, at))
+                prompts.append(await self._encode(prompt, (own, *traces), plain=True, param="prompt"))
             else:
-                prompts.append(Prompt(check_ids(prompt, self._text.vocab_size, "prompt"), None))
+                check_ids(prompt, self._text.vocab_size, "prompt")
+                prompts.append(Prompt(prompt, None))
         return prompts
 
-    def remember(self, trace: Hashable, prompt: Prompt, answer: Answer) -> None:
-        """Keep what was said in a step that ended."""
-        if prompt.encoded is None:
-            return
-        if answer.matched:
-            # The client has the text up to the stop string, which may end inside a token.
-            self._texts.remember(trace, prompt.encoded, "", ())
-        else:
-            self._texts.remember(trace, prompt.encoded, answer.text, answer.generated)
-
-    async def _encode(self, text: str, traces: Sequence[Hashable], *, plain: bool, param: str) -> Prompt:
-        known = self._texts.find(traces, text)
+    async def _encode(self, text: str, traces: Sequence[TraceKey], *, plain: bool, param: str) -> Prompt:
+        known = self._book.known(traces, text, self._cut_tokens)
         rest = text[len(known.text) :]
 
         def encode() -> Encoded:
@@ -90,7 +84,22 @@ class Prompts:
         encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if not encoded.packed:
             raise bad_request("the prompt is empty", param)
-        return Prompt(encoded.packed, encoded)
+        return Prompt(encoded.ids, encoded)
+
+
+def numbered(trace: TraceId, prompt: int) -> TraceId:
+    """The trace of a call's prompt: prompts that share nothing but a call are traces of their own."""
+    return trace if prompt == 0 else TraceId(f"{trace}.{prompt}")
+
+
+def said(prompt: Prompt, answer: Answer) -> Said | None:
+    """What a step that ended is remembered by; None where the client sent tokens."""
+    if prompt.encoded is None:
+        return None
+    if answer.matched:
+        # The client has the text up to the stop string, which may end inside a token.
+        return Said(prompt.encoded)
+    return Said(prompt.encoded, answer.text, pack_tokens(answer.generated))
 
 
 def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
@@ -112,16 +121,10 @@ def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     return several
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> "array[int]":
-    """The ids, packed. Raises ApiError if one is not the model's: an engine would read outside its tables."""
-    wrong = bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
-    try:
-        packed = array("I", ids)
-    except OverflowError:
-        raise wrong from None
-    if packed and int(np.asarray(packed).max()) >= vocab_size:
-        raise wrong
-    return packed
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises ApiError if one is not the model's: an engine would read outside its tables."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        raise bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:

@@ -8,16 +8,20 @@ import msgspec
 from router.dispatch.steps import StepRequest
 from router.fleet.load import Key, Warm
 from router.policy.placement import Placement
-from router.traces.contexts import Cut, Left, cut
+from router.traces.contexts import Cut, Left, cut, joined
+from router.traces.events import StepEnded
 from router.traces.hits import Expected, Hits, Outcome, attribute
-from router.traces.registry import Step, Trace
+from router.traces.trace import TraceKey
 from tracehaul.runtime import deadline
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
+
+WORTH = ("aborted", "stop", "length", "deadline_exceeded")
+"""Endings after which what was computed is worth coming back to: the API aborts a step at a stop string, too."""
 
 
 class BetterPlace(Exception):
@@ -32,12 +36,17 @@ class BetterPlace(Exception):
 
 
 class Run:
-    """One step, from its request to its end. ``lefts`` are the contexts that it may continue."""
+    """One step, from its request to its end. It may continue the contexts that its parent left, and its own trace."""
 
-    def __init__(self, request: StepRequest, trace: Trace, step: Step, lefts: list[Left]) -> None:
+    def __init__(self, request: StepRequest, parents: Sequence[Left], own: Sequence[Left]) -> None:
         self.request = request
-        self.trace = trace
-        self.step = step
+        self.key: TraceKey = (request.salt, request.trace)
+        self.ending = "aborted"
+        """Its finish reason, or an error's code, as soon as there is one."""
+        self.hits: Hits | None = None
+        """What came of the context that it continues, as of now."""
+        self.deleted = False
+        """Its trace was, by the client."""
         self.emitted: list[int] = []
         self.scored_tokens = 0
         """Of the prompt, told in this or an earlier attempt."""
@@ -54,7 +63,8 @@ class Run:
         """Who holds how much of the prompt, as far as a worker told."""
         self.published_tokens = 0
         self.block_tokens = 0
-        self._lefts = lefts
+        self._lefts = (*parents, *own)
+        self._own = own
         self._root = BlockHash(b"")
         self._cut = Cut(b"", (), None, 0)
         self._expected: Expected | None = None
@@ -71,7 +81,12 @@ class Run:
     @property
     def forks(self) -> bool:
         """Whether the context that it continues is its parent's."""
-        return self._cut.left is not None and not any(own is self._cut.left for own in self.trace.lefts)
+        return self._cut.left is not None and not any(own is self._cut.left for own in self._own)
+
+    @property
+    def continues(self) -> StepId | None:
+        """The step whose context it continues."""
+        return self._cut.left.step if self._cut.left is not None else None
 
     def cut(self, worker: NodeInfo) -> None:
         """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
@@ -81,17 +96,14 @@ class Run:
         self._root, self.block_tokens = root, worker.block_tokens
         self._cut = cut(root, self.request.prompt, worker.block_tokens, self._lefts)
         left = self._cut.left
-        if left is None:
-            return
-        self.step.parent = left.step
-        if left.warm is not None and self.warm is None:
+        if left is not None and left.warm is not None and self.warm is None:
             kept = min(left.warm.retained_tokens, self._cut.shared_tokens)
             # A worker gives another trace's context only to who continues all of it.
             if not self.forks or kept == left.warm.retained_tokens:
                 self.warm = Warm(left.warm.node, left.warm.generation, kept)
 
-    def message(self, worker: NodeInfo, placement: Placement) -> DecodeStep:
-        """What that worker is told."""
+    def message(self, worker: NodeInfo, placement: Placement, parent: TraceId | None) -> DecodeStep:
+        """What that worker is told; ``parent`` is the trace that started this one."""
         request = self.request
         return DecodeStep(
             step=request.step,
@@ -103,7 +115,7 @@ class Run:
             home=placement.home,
             prefill=placement.prefill,
             sampling=request.sampling,
-            family=self.trace.parent or request.trace,
+            family=parent or request.trace,
             pull_tokens=placement.pull_tokens,
             prompt_logprobs=self.prompt_logprobs,
             tenant=request.tenant,
@@ -112,18 +124,16 @@ class Run:
             deadline_in_s=deadline.left_s(request.deadline_s),
         )
 
-    def takes(self, placement: Placement) -> Left | None:
-        """The parent's context, if this step continues it there on the worker that kept it: nobody else can then."""
+    def takes(self, placement: Placement) -> bool:
+        """Whether it continues its parent's context there on the worker that kept it: nobody else can then."""
         warm = self.warm
-        there = warm is not None and (warm.node, warm.generation) == placement.decode
-        return self._cut.left if there and self.forks else None
+        return self.forks and warm is not None and (warm.node, warm.generation) == placement.decode
 
-    def placed(self, placement: Placement, stored_tokens: int, *, warm_lives: bool) -> None:
-        """It was given a place. What counts for its hits is what was known before the first attempt."""
+    def placed(self, placement: Placement, home: NodeId | None, stored_tokens: int, *, warm_lives: bool) -> None:
+        """It was given a place; ``home`` took its trace's blocks so far. What counts for its hits is what was known
+        before the first attempt."""
         self._attempts += 1
-        self.home_lost = self.home_lost or (self.trace.home is not None and self.trace.home != placement.home)
-        self.trace.home = placement.home
-        self.step.decode, self.step.prefill = placement.decode.node, placement.prefill
+        self.home_lost = self.home_lost or (home is not None and home != placement.home)
         if self._expected is not None:
             return
         left, longest = self._cut.left, self.request.prompt_tokens - 1  # the last token is always computed
@@ -160,12 +170,12 @@ class Run:
         self.scored_tokens += len(new)
         return new
 
-    def hits(self) -> Hits:
+    def attribute(self) -> Hits:
         """What came of the context that it continues, as of now."""
         usage = self.usage
         if usage is None or self._expected is None:
             return Hits()
-        self.step.hits = attribute(
+        self.hits = attribute(
             self._expected,
             Outcome(
                 delivered=min(usage.computed_from, self.request.prompt_tokens),
@@ -176,7 +186,7 @@ class Run:
                 warm_gone=self._warm_gone,
             ),
         )
-        return self.step.hits
+        return self.hits
 
     def ended(self) -> FinishReason | None:
         """Why nothing may follow what was emitted; None if something must."""
@@ -185,13 +195,21 @@ class Run:
         length = self.request.prompt_tokens + len(self.emitted)
         return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
 
-    def left(self) -> Left | None:
-        """The step ended: what it leaves to the next; None if it computed nothing."""
-        if not self.emitted:
-            return None
+    def over(self, reload_token_s: float) -> StepEnded:
+        """It is over, whatever way; ``reload_token_s`` is what its worker takes to pull a token."""
+        left = self._left() if self.emitted and self.ending in WORTH else None
+        request = self.request
+        return StepEnded(
+            self.key, request.step, self.ending, len(self.emitted), self.hits, left, reload_token_s, request.final
+        )
+
+    def _left(self) -> Left:
+        """The context that it leaves to the next."""
         packed = self.request.prompt + pack_tokens(self.emitted[:-1])
         hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, self.request.prompt_tokens)
-        return Left(self.step.step, self._root, self.block_tokens, packed, hashes, self.published_tokens, self.warm)
+        return Left(
+            self.request.step, self._root, self.block_tokens, packed, joined(hashes), self.published_tokens, self.warm
+        )
 
     # --- what others decide -----------------------------------------------------------------------------------
 
@@ -205,19 +223,20 @@ class Run:
             ClusterError: what ``replies`` raises.
         """
         deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
-        if self.trace.deleted:
+        if self.deleted:
             raise deleted
         deadline.check(self.request.deadline_s)
         try:
             async with asyncio.timeout_at(self.request.deadline_s) as self._waiting:
                 return await anext(replies, None)
         except TimeoutError:
-            raise (deleted if self.trace.deleted else self._better or deadline.exceeded()) from None
+            raise (deleted if self.deleted else self._better or deadline.exceeded()) from None
         finally:
             self._waiting = self._better = None
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""
+        self.deleted = True
         if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(0.0)
 

@@ -42,7 +42,7 @@ class StepRequest(msgspec.Struct, frozen=True):
     tools: tuple[str, ...] = ()
     """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
     agent: str = ""
-    """Names the kind of agent, as far as the call tells: see :class:`router.traces.registry.Trace`."""
+    """Names the kind of agent, as far as the call tells: see :class:`router.traces.trace.Trace`."""
 
     @property
     def prompt_tokens(self) -> int:

@@ -1,21 +1,22 @@
 """Who is in the cluster: nodes join over a stream and prove every second that they live."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from router.fleet.pools import Pool, pools_of, refusal
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import WrongNode
+from tracehaul.wire.errors import WrongNode, WrongPool
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SUSPECT_AFTER_S = 3.5
 """Silence after which a node gets no new work: three heartbeats and some slack."""
@@ -44,12 +45,18 @@ class _Member:
 
 
 class MemberRegistry:
-    """The router's rpc service. ``on_change`` is called with the full list after each join and leave."""
+    """The router's rpc service. ``on_change`` is called with the full list after each join and leave.
 
-    def __init__(self, on_change: Callable[[tuple[NodeInfo, ...]], None]) -> None:
+    ``models``: what each pool serves, by the pool's name; empty: whatever its first worker says.
+    """
+
+    def __init__(
+        self, on_change: Callable[[tuple[NodeInfo, ...]], None], models: Mapping[str, str] | None = None
+    ) -> None:
         self._members: dict[NodeId, _Member] = {}
         self._version = 0
         self._on_change = on_change
+        self._models = dict(models or {})
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         match request:
@@ -63,10 +70,10 @@ class MemberRegistry:
                 member.load = load
                 if member.silent:
                     member.silent = False
-                    log.info("%s is heard again, after %.1f s", node, clock.now_s() - member.heard_s)
+                    log.info("a node is heard again", node=node, silent_s=clock.now_s() - member.heard_s)
                 member.heard_s = clock.now_s()
                 if load.draining != was_draining:
-                    log.info("%s %s", node, "is draining" if load.draining else "takes new blocks again")
+                    log.info("a node is draining" if load.draining else "a node takes new blocks again", node=node)
                     self._changed()
                 return Ok()
             case _:
@@ -79,11 +86,15 @@ class MemberRegistry:
         before = self._members.get(info.node)
         if before is not None and before.info.generation > info.generation:
             raise WrongNode(f"{info.node} lives on as generation {before.info.generation}: this one is fenced")
+        why = refusal(info, self.infos(), self._models)
+        if why is not None:
+            log.error("refused a node", node=info.node, why=why)
+            raise WrongPool(why)
         member = _Member(info, NodeLoad(), clock.now_s())
         self._members[info.node] = member
         if before is not None:
             before.changed.set()  # its stream sees that it was replaced, and ends
-        log.info("%s joined as %s at %s", info.node, info.role, info.address)
+        log.info("a node joined", node=info.node, role=info.role, pool=info.pool, address=info.address)
         self._changed()
         try:
             while self._members.get(info.node) is member:
@@ -93,7 +104,7 @@ class MemberRegistry:
         finally:
             if self._members.get(info.node) is member:
                 del self._members[info.node]
-                log.info("%s left", info.node)
+                log.info("a node left", node=info.node)
                 self._changed()
 
     def disconnected(self, peer: str) -> None:
@@ -107,18 +118,26 @@ class MemberRegistry:
         """Members that are about to leave, by name."""
         return tuple(node for node in sorted(self._members) if self._members[node].load.draining)
 
-    def live(self, role: str) -> list[NodeInfo]:
-        """Members of a role that may get new work, by name."""
+    def pools(self) -> dict[str, Pool]:
+        """Those with a decode worker that may get new work, by the name that clients call their models by."""
+        return pools_of(self.live("decode"))
+
+    def live(self, role: str, pool: str | None = None) -> list[NodeInfo]:
+        """Members of a role, and of a pool if one is named, that may get new work, by name."""
         now_s = clock.now_s()
         members = [self._members[node] for node in sorted(self._members)]
         for member in members:
             if now_s - member.heard_s >= SUSPECT_AFTER_S and not member.silent:
                 member.silent = True
-                log.warning("%s is silent for %.1f s: no new work for it", member.info.node, now_s - member.heard_s)
+                silent_s = now_s - member.heard_s
+                log.warning("a node is silent: no new work for it", node=member.info.node, silent_s=silent_s)
         return [
             member.info
             for member in members
-            if member.info.role == role and now_s - member.heard_s < SUSPECT_AFTER_S and not member.load.draining
+            if member.info.role == role
+            and pool in (None, member.info.pool)
+            and now_s - member.heard_s < SUSPECT_AFTER_S
+            and not member.load.draining
         ]
 
     def load(self, node: NodeId) -> NodeLoad:
@@ -157,7 +176,7 @@ class MemberRegistry:
                     await member.changed.wait()
             except TimeoutError:
                 if member.heard_s + LOST_AFTER_S <= clock.now_s() and self._members.get(node) is member:
-                    log.warning("%s was silent for %.0f s: it is no member any more", node, LOST_AFTER_S)
+                    log.warning("a node is no member any more", node=node, silent_s=LOST_AFTER_S)
                     del self._members[node]
                     self._changed()
                     return

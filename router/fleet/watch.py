@@ -1,17 +1,17 @@
 """Keeps the index equal to what the store nodes hold: one subscription per node."""
 
 import asyncio
-import logging
 from contextlib import aclosing
 
 from router.fleet.index import Index
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.log import Log
 from tracehaul.wire.blocks import Events, Snapshot, Subscribe
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ProtocolError
 from tracehaul.wire.ids import NodeId
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 RETRY_S = 0.5
 SWEEP_BLOCKS = 2048
@@ -55,9 +55,9 @@ class StoreWatch:
             try:
                 await self._subscribe(info)
             except ClusterError as error:
-                log.info("events of %s broke off (%s): subscribing again", info.node, error)
-            except Exception:
-                log.exception("events of %s could not be taken in: subscribing again", info.node)
+                log.info("a store's events broke off: subscribing again", node=info.node, why=error)
+            except Exception as error:
+                log.error("a store's events could not be taken in: subscribing again", node=info.node, error=error)
             self._forget(info.node)
             await asyncio.sleep(RETRY_S)
 

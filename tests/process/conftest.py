@@ -24,7 +24,7 @@ def cluster(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     console = Console(quiet=True)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("UCX_TLS", "tcp")
-        model = up(config, run, console)
+        model = up(config, run, console)[0]
     fleet = Fleet(config, run, model, console)
     try:
         yield fleet

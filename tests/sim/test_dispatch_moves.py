@@ -129,7 +129,7 @@ def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
         await asyncio.wait(steps, timeout=10.0)
         replaced = [
             entry.decision
-            for entry in dispatch.decisions.of(("", TraceId("d")))
+            for entry in dispatch.traces.get(("", TraceId("d"))).decisions
             if isinstance(entry.decision, Replaced)
         ]
         cached = [task.result()[-1].usage.computed_from if task.done() else None for task in steps]

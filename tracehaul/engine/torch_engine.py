@@ -42,6 +42,10 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     model: str = DEFAULT_MODEL
     """As :func:`tracehaul.model.source.resolve` takes it."""
+    name: str = ""
+    """What clients call it by; empty: as its files do."""
+    pool: str = ""
+    """Blocks of one pool are of no use in another, whatever the weights are."""
     cache_dir: str | None = None
     """Where a fetched default model is kept; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -324,6 +328,7 @@ class TorchEngine:
 def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, AnyModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
     source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
+    source = msgspec.structs.replace(source, name=config.name or source.name)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
     torch.set_num_threads(config.threads)
     if device.type == "cpu":
@@ -335,7 +340,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
         weights = load_weights(source, dtype, device, int8=int8)
         shape = weights.config
         layout = KVLayout(
-            model=f"{source.architecture}@{weights.revision}",
+            model=f"{config.pool and config.pool + ':'}{source.architecture}@{weights.revision}",
             dtype=config.dtype,
             layers=shape.layers,
             kv_heads=shape.kv_heads,

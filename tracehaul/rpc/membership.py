@@ -7,7 +7,7 @@ from contextlib import aclosing
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError
+from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, WrongPool
 
 log = Log(__name__)
 
@@ -54,10 +54,16 @@ class Membership:
         return self._joined
 
     async def run(self) -> None:
-        """Join, and join again whenever the router is lost. Ends by cancellation, or by a bug's exception."""
+        """Join, and join again whenever the router is lost. Ends by cancellation, or by a bug's exception.
+
+        Raises:
+            WrongPool: the router will never take this node as it is.
+        """
         backoff_s = BACKOFF_MIN_S
         while True:
             error = await self._session()
+            if isinstance(error, WrongPool):
+                raise error
             if self._joined.is_set():
                 self._joined.clear()
                 backoff_s = BACKOFF_MIN_S

@@ -71,6 +71,8 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """All zero on a store node."""
     rates: Rates = ASSUMED
     """A worker's own when it joined; heartbeats correct them."""
+    pool: str = ""
+    """Which of the fleet's pools a worker belongs to; the one that has no name, and that of a store node, is empty."""
 
 
 class NodeLoad(msgspec.Struct, frozen=True):

@@ -72,6 +72,12 @@ class WrongNode(ClusterError):
     retriable = True
 
 
+class WrongPool(InvalidRequest):
+    """The node does not fit the pool that it wants to join, and will not as it is."""
+
+    code = "wrong_pool"
+
+
 class ProtocolError(ClusterError):
     """A peer sent what no peer of this version sends: drop the connection."""
 
@@ -104,6 +110,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         TimedOut,
         DeadlineExceeded,
         WrongNode,
+        WrongPool,
         ProtocolError,
         TransferError,
         TransferLost,

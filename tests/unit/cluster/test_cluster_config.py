@@ -1,5 +1,6 @@
 """The cluster's config: strict, merged from file and command line, and the sizes that follow from it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from cluster.config import (
     nodes_of,
     parse_bytes,
     parse_quota,
+    pools_of,
     store_config,
     threads_of,
 )
@@ -58,10 +60,10 @@ def test_what_no_config_has_is_refused_by_name(tmp_path: Path, text: str, part: 
 def test_quotas_reach_the_store_nodes(tmp_path: Path):
     file = tmp_path / "cluster.toml"
     file.write_text('store_bytes = 67108864\n[quota_bytes]\nacme = 33554432\n"b.c d" = 1048576\n')
-    config = store_config(load_config(file, {}), LAYOUT)
+    config = store_config(load_config(file, {}), [LAYOUT])
     assert config.quota_bytes == {"acme": 32 << 20, "b.c d": 1 << 20}
     with pytest.raises(ClusterFault, match="quota_bytes"):
-        store_config(load_config(file, {"quota_bytes": {"acme": 65 << 20}}), LAYOUT)
+        store_config(load_config(file, {"quota_bytes": {"acme": 65 << 20}}), [LAYOUT])
     assert parse_quota("a=b=2MiB") == ("a=b", 2 << 20)
     for wrong in ("acme", "acme=much"):
         with pytest.raises(ValueError, match="not a"):
@@ -99,11 +101,11 @@ def test_cores_are_divided_but_two_are_shared(cores: int, prefill: int, decode: 
 
 
 def test_a_slot_holds_a_block_in_whole_pages():
-    store = store_config(ClusterConfig(store_bytes=64 << 20), LAYOUT)
+    store = store_config(ClusterConfig(store_bytes=64 << 20), [LAYOUT])
     assert store.slot_bytes % 4096 == 0
     assert LAYOUT.block_bytes <= store.slot_bytes < LAYOUT.block_bytes + 4096
     with pytest.raises(ClusterFault, match="--store-bytes"):
-        store_config(ClusterConfig(store_bytes=1 << 20), KVLayout("m", "float32", 80, 8, 128, 4, block_tokens=256))
+        store_config(ClusterConfig(store_bytes=1 << 20), [KVLayout("m", "float32", 80, 8, 128, 4, block_tokens=256)])
 
 
 def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_path: Path):
@@ -111,7 +113,7 @@ def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_p
     assert disk_path(ClusterConfig(), RunDir(tmp_path), "store-0") == tmp_path / "disk" / "store-0.blocks"
     assert disk_path(ClusterConfig(disk_dir="/data"), RunDir(tmp_path), "store-1") == Path("/data/store-1.blocks")
     with pytest.raises(ClusterFault, match="--disk-bytes"):
-        store_config(ClusterConfig(disk_bytes=4096), LAYOUT)
+        store_config(ClusterConfig(disk_bytes=4096), [LAYOUT])
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,9 @@ def test_a_disk_tier_is_off_unless_asked_for_and_lies_in_the_run_directory(tmp_p
     ],
 )
 def test_an_s3_tier_is_asked_for_with_all_that_it_needs(wrong: ClusterConfig, why: str):
-    store_config(ClusterConfig(s3_url="s3://bucket/x", s3_bytes=1 << 30), LAYOUT)
+    store_config(ClusterConfig(s3_url="s3://bucket/x", s3_bytes=1 << 30), [LAYOUT])
     with pytest.raises(ClusterFault, match=why):
-        store_config(wrong, LAYOUT)
+        store_config(wrong, [LAYOUT])
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,55 @@ def test_the_url_is_one_a_client_can_use():
     assert base_url(ClusterConfig(host="0.0.0.0", port=81)) == "http://127.0.0.1:81"
     assert base_url(ClusterConfig(host="::", port=81)) == "http://[::1]:81"
     assert base_url(ClusterConfig(host="::1", port=81)) == "http://[::1]:81"
+
+
+POOLS = """
+kv_tokens = 4096
+[nodes]
+store = 2
+[pools.chat]
+serves = "org/chat"
+decode = 2
+[pools.code]
+model = "/models/code"
+prefill = 0
+dtype = "float32"
+"""
+
+
+def test_pools_have_workers_of_their_own_and_inherit_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(POOLS)
+    config = load_config(file, {"threads": 3})
+    pools = pools_of(config)
+    assert [(name, pool.serves, pool.dtype, pool.kv_tokens) for name, pool in pools.items()] == [
+        ("chat", "org/chat", "bfloat16", 4096),
+        ("code", "code", "float32", 4096),
+    ]
+    assert [(spec.name, spec.pool) for spec in nodes_of(config)] == [
+        ("router-0", ""),
+        ("store-0", ""),
+        ("store-1", ""),
+        ("prefill-chat-0", "chat"),
+        ("decode-chat-0", "chat"),
+        ("decode-chat-1", "chat"),
+        ("decode-code-0", "code"),
+    ]
+    assert threads_of(ClusterConfig(pools=config.pools), 8) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('model = "m"\n[pools.a]\n', "each pool says its own model"),
+        ("[nodes]\nprefill = 2\n[pools.a]\n", "each pool says its own prefill"),
+        ('[pools."a/b"]\n', "Expected `str` matching regex"),
+        ("[pools.a]\n[pools.b]\nserves = 'a'\n", "two pools serve one name (a, a)"),
+        ("[pools.a]\ndecodes = 1\n", "decodes"),
+    ],
+)
+def test_pools_that_make_no_sense_are_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ClusterFault, match=re.escape(words)):
+        load_config(file, {})

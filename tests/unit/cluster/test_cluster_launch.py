@@ -51,9 +51,9 @@ def test_files_that_do_not_tell_are_refused_by_name(tmp_path: Path, config: obje
 
 def test_all_arenas_together_must_fit():
     layout = KVLayout("m", "bfloat16", layers=30, kv_heads=3, head_dim=64, element_bytes=2)
-    check_memory(ClusterConfig(kv_tokens=1024, store_bytes=1 << 20), layout)
+    check_memory(ClusterConfig(kv_tokens=1024, store_bytes=1 << 20), [layout])
     with pytest.raises(ClusterFault, match="not enough memory"):
-        check_memory(ClusterConfig(kv_tokens=1 << 40), layout)
+        check_memory(ClusterConfig(kv_tokens=1 << 40), [layout])
 
 
 def test_a_host_that_is_not_ours_is_refused():

@@ -1,16 +1,22 @@
 """Which trace a call belongs to."""
 
+from collections.abc import Callable
+
 import pytest
 
 from router.api.errors import ApiError
-from router.api.identity import Identity, ResponseTraces, TraceFields, foreign_id, identify, request_id
+from router.api.identity import Identity, TraceFields, foreign_id, identify, request_id
 from tracehaul.wire.ids import TraceId
 
 NONE = TraceFields()
 
 
-def of(headers: dict[str, str], fields: TraceFields = NONE, responses: ResponseTraces | None = None) -> Identity:
-    return identify(headers, fields, responses or ResponseTraces(), "fresh")
+def of(
+    headers: dict[str, str],
+    fields: TraceFields = NONE,
+    response: Callable[[str], TraceId | None] = lambda response: None,
+) -> Identity:
+    return identify(headers, fields, response, "fresh")
 
 
 def test_a_call_that_says_nothing_is_a_trace_of_its_own() -> None:
@@ -35,8 +41,7 @@ def test_every_header_that_clients_send(name: str) -> None:
 
 
 def test_every_field_that_clients_send() -> None:
-    responses = ResponseTraces()
-    responses.put("resp_1", TraceId("earlier"))
+    responses = {"resp_1": TraceId("earlier")}.get
     assert of({}, TraceFields(metadata={"trace_id": "m"})).trace == "m"
     assert of({}, TraceFields(prompt_cache_key="k")).trace == "k"
     assert of({}, TraceFields(previous_response_id="resp_1"), responses).trace == "earlier"
@@ -79,13 +84,6 @@ def test_request_ids_are_echoed_if_they_can_be() -> None:
     assert request_id("my-id:1", "fresh") == "my-id:1"
     for bad in (None, "", "with space", "a" * 129, "é"):
         assert request_id(bad, "fresh") == "fresh"
-
-
-def test_old_responses_are_forgotten() -> None:
-    responses = ResponseTraces(responses_max=2)
-    for name in ("a", "b", "c"):
-        responses.put(name, TraceId(name))
-    assert [responses.get(name) for name in ("a", "b", "c")] == [None, "b", "c"]
 
 
 def test_an_operator_names_a_decode_worker() -> None:

@@ -18,7 +18,7 @@ import router.api
 from router.api import ApiConfig, create_app
 from router.api.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.traces.texts import CutTokens, TraceTexts, extend
+from router.traces.texts import CutTokens, Said, extend, find, remember
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.hashing import unpack_tokens
@@ -65,13 +65,13 @@ def test_the_protocol_holds() -> None:
 @given(st.lists(PIECES, min_size=2, max_size=4))
 def test_any_history_of_edits_gives_fresh_ids(steps: list[list[str]]) -> None:
     cuts = CutTokens({TEXT.token_text(token): token for token in TEXT.eos_tokens})
-    texts = TraceTexts(cuts, traces_max=4, bytes_max=2**20)
+    texts = ()
     for pieces in steps:
         text = "".join(pieces)
-        known = texts.find(["t"], text)
+        known = find(reversed(texts), text, cuts)
         encoded = extend(known, text, TEXT.encode(text[len(known.text) :]), cuts)
         assert encoded.ids == TEXT.encode(text)
-        texts.remember("t", encoded, "", ())
+        texts = remember(texts, Said(encoded))
 
 
 def test_a_conversation_keeps_the_ids_that_were_generated() -> None:

@@ -80,10 +80,10 @@ def test_a_member_that_falls_silent_is_told_once_and_when_it_is_heard_again(
     with caplog.at_level(logging.INFO):
         asyncio.run(main())
     assert [record.getMessage() for record in caplog.records if record.name == "router.fleet.members"] == [
-        "store-0 joined as store at x:1",
-        "store-0 is silent for 10.0 s: no new work for it",
-        "store-0 is heard again, after 10.0 s",
-        "store-0 left",
+        "a node joined",
+        "a node is silent: no new work for it",
+        "a node is heard again",
+        "a node left",
     ]
 
 
