@@ -11,8 +11,8 @@ class Echo:
 
     def __init__(self, text: Text, prompt: Prompt, *, scored: bool) -> None:
         self._scored = scored
-        self._pieces = [text.token_bytes(token) for token in prompt.ids]
         self._ids = prompt.ids
+        self._pieces = [text.token_bytes(token) for token in self._ids]
         self._data = b"".join(self._pieces) if prompt.encoded is None else prompt.encoded.text.encode()
         self.text = self._data.decode(errors="replace")
         self.logprobs: list[TokenLogprobs] = []

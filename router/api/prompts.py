@@ -1,8 +1,10 @@
 """From a request's text to token ids, off the event loop where that takes long."""
 
+from array import array
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from router.api.answers import Answer
 from router.api.errors import bad_request
@@ -14,7 +16,7 @@ from router.traces.book import Book
 from router.traces.texts import CutTokens, Encoded, Said, extend
 from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.hashing import pack_tokens, token_count, unpack_tokens
 from tracehaul.wire.ids import TraceId
 
 OFFLOAD_CHARACTERS = 16384
@@ -24,9 +26,19 @@ OFFLOAD_CHARACTERS = 16384
 class Prompt(msgspec.Struct, frozen=True):
     """One prompt in tokens."""
 
-    ids: list[int]
+    packed: bytes
     encoded: Encoded | None
     """Its text; None if the client sent ids."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+        return token_count(self.packed)
+
+    @property
+    def ids(self) -> list[int]:
+        """Unpacked, for clients who want them: milliseconds where it is long."""
+        return unpack_tokens(self.packed)
 
 
 class Prompts:
@@ -68,8 +80,7 @@ class Prompts:
                 own = (salt, numbered(trace, at))
                 prompts.append(await self._encode(prompt, (own, *traces), plain=True, param="prompt"))
             else:
-                check_ids(prompt, self._text.vocab_size, "prompt")
-                prompts.append(Prompt(prompt, None))
+                prompts.append(Prompt(check_ids(prompt, self._text.vocab_size, "prompt"), None))
         return prompts
 
     async def _encode(self, text: str, traces: Sequence[TraceKey], *, plain: bool, param: str) -> Prompt:
@@ -84,7 +95,7 @@ class Prompts:
         encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if not encoded.packed:
             raise bad_request("the prompt is empty", param)
-        return Prompt(encoded.ids, encoded)
+        return Prompt(encoded.packed, encoded)
 
 
 def numbered(trace: TraceId, prompt: int) -> TraceId:
@@ -121,10 +132,16 @@ def split(prompt: str | list[str | int | list[int]]) -> list[str | list[int]]:
     return several
 
 
-def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
-    """Raises ApiError if one is not the model's: an engine would read outside its tables."""
-    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-        raise bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:
+    """The ids, packed. Raises ApiError if one is not the model's: an engine would read outside its tables."""
+    wrong = bad_request(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+    try:
+        packed = array("I", ids)
+    except OverflowError:
+        raise wrong from None
+    if packed and int(np.asarray(packed).max()) >= vocab_size:
+        raise wrong
+    return packed.tobytes()
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
