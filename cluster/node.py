@@ -17,15 +17,15 @@ import msgspec
 import uvloop
 from prometheus_client.metrics_core import Metric
 
-from cluster.config import NodeSpec, Plan, disk_path, load_plan, nodes_of, shared_cores, usable_cores
+from cluster.config import NodeSpec, Plan, load_plan, nodes_of, shared_cores, usable_cores
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
-from cluster.tiers import open_tiers
+from cluster.tiers import open_backing
 from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine
-from tracehaul.model.source import SourceError
+from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -183,33 +183,17 @@ class _Node:
     async def _store(self, stack: AsyncExitStack, offload: ThreadOffload, peers: Peers) -> Room:
         from cluster.store_metrics import store_metrics, transfer_metrics
         from kvstore.copies.neighbours import Others
-        from kvstore.node.node import StoreNode
-        from kvstore.node.pin_journal import PinJournal, open_journal
+        from kvstore.node.assemble import assemble_store
 
-        config = self._plan.store
+        chosen, config = self._plan.config, self._plan.store
         memory = self._memory(stack, config.arena_bytes)
         planes = await self._planes(stack, memory, offload)
-        chosen = self._plan.config
-        tier, tier_stats = await open_tiers(chosen, self._run, self._spec.name, config.slot_bytes)
-        if tier is not None:
-            stack.callback(tier.close)
-        journal: PinJournal | None = None
-        if tier is not None:  # the lock on the disk's file is on it too, or else the run directory's
-            pins = disk_path(chosen, self._run, self._spec.name).with_suffix(".pins")
-            pins.parent.mkdir(parents=True, exist_ok=True)
-            journal = await open_journal(pins)
+        backing = await open_backing(chosen, self._run, self._spec.name, config.slot_bytes)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
-        store = StoreNode(config, self._generation, planes, memory, offload, tier, chosen.tiering, journal, others)
+        store = assemble_store(config, self._generation, planes, memory, offload, backing, others)
         stack.push_async_callback(store.aclose)
-        stats: dict[str, msgspec.Struct] = {"store": store.stats, **tier_stats}
-        if store.neighbours is not None:
-            stats.update(store.neighbours.stats)
-        if store.tiering is not None:
-            stats.update(tiering=store.tiering.stats)
-        if journal is not None:
-            stats.update(pins=journal.stats)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        return Room(store, stats, store.load, store.set_members, background=(store.run(),), metrics=metrics)
+        return Room(store, store.counts, store.load, store.set_members, background=(store.run(),), metrics=metrics)
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
@@ -220,6 +204,7 @@ class _Node:
         from kvstore.client.staging import Staging
         from prefill.worker import PrefillService
         from worker.announce import announced
+        from worker.calibration import calibrate
         from worker.host import WorkerHost
 
         config = self._plan.config
@@ -236,7 +221,7 @@ class _Node:
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
         stack.push_async_callback(client.aclose)
         host = WorkerHost(engine, client, config.worker, shared_cores(config, self._plan.threads, usable_cores()))
-        await host.calibrate()
+        await calibrate(host, user_cache_dir() / "rates", offload)
         stats = {"worker": host.stats, "store_client": client.stats}
         metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
         says = partial(announced, host=host)
@@ -274,9 +259,9 @@ class _Node:
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.decision_file import DecisionFile
-        from router.api.app import create_app
-        from router.api.server import serve
         from router.dispatch.dispatch import Dispatch
+        from router.http.app import create_app
+        from router.http.server import serve
         from tracehaul.model.text import Text
 
         config = self._plan.config

@@ -251,7 +251,7 @@ class SlotChecker:
     def visible(self) -> list["VisibleBlock"]:
         """Every visible block; read from behind, since no message says it all."""
         arena = self._node.arena
-        slot_bytes = arena._config.slot_bytes  # pyright: ignore[reportPrivateUsage]
+        slot_bytes = arena.config.slot_bytes
         sizes, sums = arena.table.size, arena.table.checksum
         slots = arena.table.published
         return [VisibleBlock(block, slot * slot_bytes, sizes[slot], sums[slot]) for block, slot in slots.items()]

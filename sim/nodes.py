@@ -15,6 +15,7 @@ from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.copies.neighbours import Others
 from kvstore.index.pin_records import Moment
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.node import StoreNode
 from kvstore.node.pin_journal import PinJournal
 from kvstore.tiers.base import Tier
@@ -248,18 +249,13 @@ def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surround
     memory = life.memory = SimMemory(config.arena_bytes)
     planes = [Plane(transfer, transfer.register(memory))]
     if below is None:
-        node = StoreNode(config, life.generation, planes, memory, OFFLOAD)
+        node = assemble_store(config, life.generation, planes, memory, OFFLOAD)
         life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer)
     else:
         device = life.device = around.devices[life.node]
         promised = [record.block.hash for record in device.whole()]
-        tier: Tier = SlotTier("disk", device, device.calls, device.calls)
-        if below.objects_slots:
-            bucket = ObjectTier("s3", device.objects, OFFLOAD, below.objects_slots, config.slot_bytes)
-            tier = Stack(tier, bucket, config.slot_bytes)
-        journal = PinJournal(device.pins, device.pins.calls, _moment)
-        others = Others(life.node, peers, below.copies)
-        node = StoreNode(config, life.generation, planes, memory, OFFLOAD, tier, below.tiering, journal, others)
+        backing, others = _backing(device, below, config.slot_bytes), Others(life.node, peers, below.copies)
+        node = assemble_store(config, life.generation, planes, memory, OFFLOAD, backing, others)
         around.tiers.recovered(life.process, promised, node)
         around.pins.restarted(device, life.process, node)
         ledger = life.ledger = SlotChecker(around.findings, life.process, node, memory.buffer, device.objects.published)
@@ -267,6 +263,14 @@ def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surround
         life.tasks.start(node.run(), "tiering")
     around.ledgers[life.process] = life.ledger
     return node
+
+
+def _backing(device: SimDevice, below: Below, slot_bytes: int) -> Backing:
+    tier: Tier = SlotTier("disk", device, device.calls, device.calls)
+    if below.objects_slots:
+        bucket = ObjectTier("s3", device.objects, OFFLOAD, below.objects_slots, slot_bytes)
+        tier = Stack(tier, bucket, slot_bytes)
+    return Backing(tier, below.tiering, PinJournal(device.pins, device.pins.calls, _moment))
 
 
 def _moment() -> Moment:

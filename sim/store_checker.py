@@ -93,7 +93,7 @@ def _only_its_prefix(node: StoreNode, block_hash: BlockHash) -> bool:
     if below is None:
         return False
     arena = node.arena
-    prefix = set(arena.table.families.ancestry(below.parent))
+    prefix = set(arena.table.continuations.ancestry(below.parent))
     tenants, groups = arena.table.tenants, arena.table.group
     yielding = set(tenants.yielding(tenants.group(below.tenant)))
     slots = arena.table.published

@@ -503,7 +503,7 @@ def check_store(references: ReferenceChecker, life: Life) -> None:
     references.same(life.process, "subscriptions", len(life.store.feed), 1)
     tiering = life.store.tiering
     if tiering is not None:
-        coming = tiering._coming  # pyright: ignore[reportPrivateUsage] - kept for nobody else to see
+        coming = tiering.promotions.coming
         references.zero(life.process, uncopied=life.store.load().copies_waiting)
         references.zero(life.process, unwritten=tiering.behind, promotions=len(coming), pins=arena.pins)
 

@@ -21,7 +21,7 @@ from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
-from kvstore.node.node import StoreNode
+from kvstore.node.assemble import assemble_store
 from router.fleet.members import MemberRegistry
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -66,7 +66,7 @@ async def node(name: str, router: str) -> None:
     peers = Peers(network)
     others = Others(NodeId(name), peers, ReplicationConfig(grace_s=GRACE_S))
     config = StoreConfig(arena_bytes=ARENA_BYTES, slot_bytes=BLOCK)
-    store = StoreNode(config, generation, ways, memory, offload, others=others)
+    store = assemble_store(config, generation, ways, memory, offload, others=others)
     server = await network.listen("127.0.0.1:0", store)
     info = NodeInfo(NodeId(name), generation, "store", server.address)
     membership = Membership(peers, router, info, store.load, store.set_members)

@@ -10,7 +10,7 @@ import uvloop
 from kvstore.config import StoreConfig
 from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
-from kvstore.node.node import StoreNode
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.tiers.disk import open_disk
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -42,10 +42,12 @@ async def main(told: Told) -> None:
     transfer = ShmTransfer(f"{told.name}#{generation}", offload)
     network = TcpNetwork()
     peers = Peers(network)
-    tier = await open_disk(Path(told.disk), told.disk_bytes, told.store.slot_bytes) if told.disk else None
+    backing: Backing | None = None
+    if told.disk:
+        backing = Backing(await open_disk(Path(told.disk), told.disk_bytes, told.store.slot_bytes))
     others = Others(NodeId(told.name), peers, told.replication)
     planes = [Plane(transfer, transfer.register(memory))]
-    node = StoreNode(told.store, generation, planes, memory, offload, tier, others=others)
+    node = assemble_store(told.store, generation, planes, memory, offload, backing, others)
     server = await network.listen("127.0.0.1:0", node)
     info = NodeInfo(NodeId(told.name), generation, "store", server.address)
     membership = Membership(peers, told.router, info, node.load, node.set_members, heartbeat_s=0.2)
