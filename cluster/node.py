@@ -25,7 +25,7 @@ from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine
-from tracehaul.model.source import SourceError
+from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -204,6 +204,7 @@ class _Node:
         from kvstore.client.staging import Staging
         from prefill.worker import PrefillService
         from worker.announce import announced
+        from worker.calibration import calibrate
         from worker.host import WorkerHost
 
         config = self._plan.config
@@ -220,7 +221,7 @@ class _Node:
         client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
         stack.push_async_callback(client.aclose)
         host = WorkerHost(engine, client, config.worker, shared_cores(config, self._plan.threads, usable_cores()))
-        await host.calibrate()
+        await calibrate(host, user_cache_dir() / "rates", offload)
         stats = {"worker": host.stats, "store_client": client.stats}
         metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
         says = partial(announced, host=host)

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
@@ -20,6 +21,16 @@ log = logging.getLogger(__name__)
 
 SCORED_TOKENS_MAX = 128
 """Most tokens of one job that an iteration scores: each takes a row of logits, over the whole vocabulary."""
+
+
+class Measured(NamedTuple):
+    """An iteration of one sequence."""
+
+    before: int
+    """Tokens that it had."""
+    tokens: int
+    """Computed."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -185,19 +196,25 @@ class IterationLoop:
         if key in self._planned:
             await self._iteration_ended.wait()
 
-    async def calibrate(self, tokens_max: int) -> None:
-        """Measure the engine on a prompt of no meaning. Not while :meth:`run` runs."""
+    async def calibrate(self, tokens_max: int) -> list[Measured]:
+        """Measure the engine on a prompt of no meaning; nothing if it does not fit. Not while :meth:`run` runs."""
         tokens = [0] * min(tokens_max, self._context_max // 2 - 1)
         sequence = self._engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
         if sequence is None:
-            return
-        await self._engine.run([Work(sequence, tokens)])  # memory and threads are in place now
-        self._engine.truncate(sequence, 0)
+            return []
+        measured: list[Measured] = []
         for part in (tokens, tokens, tokens[:1]):
             length, started_s = self._engine.length(sequence), clock.now_s()
             await self._engine.run([Work(sequence, part)])
-            self.meter.iterated([(length, len(part))], clock.now_s() - started_s)
+            measured.append(Measured(length, len(part), clock.now_s() - started_s))
         self._engine.close(sequence)
+        self.learn(measured)
+        return measured
+
+    def learn(self, measured: Sequence[Measured]) -> None:
+        """Take over what was measured of an engine as fast as this one."""
+        for one in measured:
+            self.meter.iterated([(one.before, one.tokens)], one.seconds)
 
     async def run(self) -> None:
         """For ever; cancel to stop."""

@@ -16,7 +16,6 @@ LONG_FILES = {
     "sim/checker.py": "its seams are not cut yet",
     "sim/world.py": "its seams are not cut yet",
     "tracehaul/engine/torch_engine.py": "its seams are not cut yet",
-    "tracehaul/engine/cpu/vectors.py": "kernels are inlined into each other within one file",
     "tracehaul/transfer/exchange.py": "one protocol, both of its ends",
     "tracehaul/transfer/ucxx.py": "one protocol, both of its ends",
     "tracehaul/wire/blocks.py": "a list of messages",
