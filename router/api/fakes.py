@@ -146,7 +146,7 @@ class FakeDispatcher:
         return [event.key[1] for event in self.keeper.events if isinstance(event, Deleted)]
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
-        key, step, prompt = (request.salt, request.trace), request.step, len(request.prompt)
+        key, step, prompt = (request.salt, request.trace), request.step, request.prompt_tokens
         self.requests.append(request)
         self.running += 1
         self.keeper.send(StepBegan(key, step, request.parent, prompt, request.tools, request.agent))
@@ -170,7 +170,7 @@ class FakeDispatcher:
             self.running -= 1
             if ending is None:
                 self.aborted.append(step)
-            packed = pack_tokens([*request.prompt, *emitted[:-1]])
+            packed = request.prompt + pack_tokens(emitted[:-1])
             left = Left(step, BlockHash(b"fake"), 32, packed, b"", prompt, None) if emitted else None
             self.keeper.send(StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final))
 

@@ -25,9 +25,11 @@ from router.api.responses import ClusterUsage, CompletionTokensDetails, PromptTo
 from router.api.running import Event, Running
 from router.api.shapes import DONE, KEEPALIVE, ChatShape, Head, Shape, TextShape, UsageField
 from router.api.text import Text, TextStream
+from router.api.urgency import Urgency, urgency
 from router.dispatch.steps import Dispatcher, Finished, ModelCard, Output, StepRequest
 from router.traces.hits import together
-from tracehaul.runtime.clock import wall_s
+from tracehaul.runtime import clock
+from tracehaul.runtime.deadline import until
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
@@ -82,11 +84,11 @@ class Call:
     def usage(self) -> Usage:
         """Tokens so far. A prompt counts once, and a position of it as cached if no choice computed it."""
         n = self.options.n
-        prompt_tokens = sum(len(prompt.ids) for prompt in self.prompts)
+        prompt_tokens = sum(prompt.tokens for prompt in self.prompts)
         cached = 0
         for index, prompt in enumerate(self.prompts):
             computed_from = min(answer.usage.computed_from for answer in self.answers[index * n : (index + 1) * n])
-            cached += min(computed_from, len(prompt.ids))
+            cached += min(computed_from, prompt.tokens)
         output_tokens = sum(len(answer.tokens) for answer in self.answers)
         parts = [answer.usage for answer in self.answers]
         return Usage(
@@ -174,19 +176,20 @@ class Generation:
         fresh = secrets.token_hex(16)
         opts, book = options(request), self._dispatcher.book
         identity = identify(headers, request.trace_fields, lambda name: book.response(opts.salt, name), fresh)
+        urgent = urgency(headers, clock.now_s())
         if not isinstance(request, ChatRequest):
-            await self._run(request, opts, identity, fresh, len(body), reply)
+            await self._run(request, opts, identity, urgent, fresh, len(body), reply)
             return
         messages = conversation(request, opts.salt)
         identity = msgspec.structs.replace(identity, agent=messages.agent, tools=messages.called)
         if identity.trace != fresh:
-            await self._run(request, opts, identity, fresh, len(body), reply)
+            await self._run(request, opts, identity, urgent, fresh, len(body), reply)
             return
         place = book.place(opts.salt, messages.digests, messages.opening, identity.trace)
         try:
             parent = identity.parent or place.parent
             identity = msgspec.structs.replace(identity, trace=place.trace, parent=parent)
-            await self._run(request, opts, identity, fresh, len(body), reply)
+            await self._run(request, opts, identity, urgent, fresh, len(body), reply)
         finally:
             book.over(opts.salt, place.trace)
 
@@ -195,6 +198,7 @@ class Generation:
         request: ChatRequest | CompletionRequest,
         opts: Options,
         identity: Identity,
+        urgent: Urgency,
         fresh: str,
         body_bytes: int,
         reply: Reply,
@@ -208,14 +212,15 @@ class Generation:
         if request.model != card.name:
             raise model_not_found(request.model)
 
-        form = await self._forms.of(request, opts)
         traces = [(opts.salt, trace) for trace in (identity.trace, identity.parent) if trace]
-        if isinstance(request, ChatRequest):
-            prompts = await self._prompts.chat(request, traces, body_bytes=body_bytes)
-        else:
-            prompts = await self._prompts.completion(request, traces)
-        head = Head(("chatcmpl-" if chat else "cmpl-") + fresh, int(wall_s()), card.name)
-        call = self._call(request, opts, form, prompts, identity, card, head)
+        async with until(urgent.deadline_s):
+            form = await self._forms.of(request, opts)
+            if isinstance(request, ChatRequest):
+                prompts = await self._prompts.chat(request, traces, body_bytes=body_bytes)
+            else:
+                prompts = await self._prompts.completion(request, traces)
+        head = Head(("chatcmpl-" if chat else "cmpl-") + fresh, int(clock.wall_s()), card.name)
+        call = self._call(request, opts, form, prompts, identity, urgent, card, head)
         try:
             await (self._stream(call, reply) if opts.stream else self._collect(call, reply))
         finally:
@@ -237,6 +242,7 @@ class Generation:
         form: Form,
         prompts: Sequence[Prompt],
         identity: Identity,
+        urgent: Urgency,
         card: ModelCard,
         head: Head,
     ) -> Call:
@@ -247,7 +253,7 @@ class Generation:
             seed = secrets.randbits(SEED_BITS) if opts.seed is None else opts.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if opts.max_tokens is None else max(opts.max_tokens, 1)
-            max_tokens = output_budget(len(prompt.ids), wanted, card, "messages" if chat else "prompt")
+            max_tokens = output_budget(prompt.tokens, wanted, card, "messages" if chat else "prompt")
             said = prompt.encoded.text if chat and prompt.encoded is not None else None
             constraint = self._forms.constraint(form, said)
             for k in range(opts.n):
@@ -258,11 +264,15 @@ class Generation:
                         step=StepId(f"{head.id}-{len(steps)}"),
                         trace=numbered(identity.trace, at),
                         parent=identity.parent,
-                        prompt=prompt.ids,
+                        prompt=prompt.packed,
                         sampling=self._sampling(opts, max_tokens, choice_seed(seed, k), constraint),
                         # Once for all choices of a prompt.
                         prompt_logprobs=opts.logprobs if opts.echo and k == 0 else None,
                         salt=opts.salt,
+                        tenant=opts.salt,
+                        step_class=urgent.step_class,
+                        priority=urgent.priority,
+                        deadline_s=urgent.deadline_s,
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
@@ -273,9 +283,10 @@ class Generation:
         if chat:
             shape = ChatShape(head, self._text, prompts[0].ids if opts.return_token_ids else None)
         else:
-            ids = [prompt.ids for prompt in prompts for _ in range(opts.n)]
+            told = [prompt.ids for prompt in prompts] if opts.return_token_ids else []
+            ids = [ids for ids in told for _ in range(opts.n)]
             each = [echo for echo in echoes for _ in range(opts.n)] if opts.echo else None
-            shape = TextShape(head, self._text, ids if opts.return_token_ids else None, each)
+            shape = TextShape(head, self._text, ids or None, each)
         return Call(opts, prompts, steps, shape, readings, head.id, echoes)
 
     def _sampling(self, opts: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:

@@ -14,7 +14,7 @@ from router.traces.book import Book
 from router.traces.texts import CutTokens, Encoded, Said, extend
 from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.hashing import pack_tokens, token_count, unpack_tokens
 from tracehaul.wire.ids import TraceId
 
 OFFLOAD_CHARACTERS = 16384
@@ -24,9 +24,19 @@ OFFLOAD_CHARACTERS = 16384
 class Prompt(msgspec.Struct, frozen=True):
     """One prompt in tokens."""
 
-    ids: list[int]
+    packed: bytes
     encoded: Encoded | None
     """Its text; None if the client sent ids."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+        return token_count(self.packed)
+
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens, unpacked: for who shows them."""
+        return unpack_tokens(self.packed)
 
 
 class Prompts:
@@ -69,7 +79,7 @@ class Prompts:
                 prompts.append(await self._encode(prompt, (own, *traces), plain=True, param="prompt"))
             else:
                 check_ids(prompt, self._text.vocab_size, "prompt")
-                prompts.append(Prompt(prompt, None))
+                prompts.append(Prompt(pack_tokens(prompt), None))
         return prompts
 
     async def _encode(self, text: str, traces: Sequence[TraceKey], *, plain: bool, param: str) -> Prompt:
@@ -84,7 +94,7 @@ class Prompts:
         encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if not encoded.packed:
             raise bad_request("the prompt is empty", param)
-        return Prompt(encoded.ids, encoded)
+        return Prompt(encoded.packed, encoded)
 
 
 def numbered(trace: TraceId, prompt: int) -> TraceId:

@@ -15,6 +15,7 @@ from router.api.prompts import Prompt
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.traces.texts import fresh
 from tests.unit.router.test_api_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
+from tracehaul.wire.hashing import pack_tokens, unpack_tokens
 from tracehaul.wire.steps import StepUsage, TokenLogprobs
 
 USAGE = StepUsage()
@@ -31,7 +32,7 @@ def speak(tokens: Sequence[int], *, at_once: int = 1) -> Any:
     def script(request: StepRequest) -> Script:
         items: list[Any] = []
         if request.prompt_logprobs is not None:
-            scores = [told(token, request.prompt_logprobs) for token in request.prompt[1:]]
+            scores = [told(token, request.prompt_logprobs) for token in unpack_tokens(request.prompt)[1:]]
             items += [Output([], prompt_logprobs=scores[:2]), Output([], prompt_logprobs=scores[2:])]
         top = request.sampling.logprobs
         for start in range(0, len(tokens), at_once):
@@ -201,7 +202,7 @@ class SpacedText(FakeText):
 
 
 def test_offsets_survive_what_a_tokenizer_adds() -> None:
-    prompt = Prompt([1001, 1000, 33], fresh("hello!", [1001, 1000, 33]))
+    prompt = Prompt(pack_tokens([1001, 1000, 33]), fresh("hello!", [1001, 1000, 33]))
     echo = Echo(SpacedText(), prompt, scored=True)
     echo.logprobs = [told(1, 0), told(2, 0)]
     assert [mark.offset for mark in echo.marks] == [0, 0, 5]
@@ -212,7 +213,7 @@ def test_offsets_are_where_tokens_start(text: str) -> None:
     fake = FakeText()
     text = text.encode(errors="replace").decode()
     ids = fake.encode(text)
-    echo = Echo(fake, Prompt(ids, fresh(text, ids)), scored=True)
+    echo = Echo(fake, Prompt(pack_tokens(ids), fresh(text, ids)), scored=True)
     echo.logprobs = [told(1, 0)] * (len(ids) - 1)
     data = b""
     for mark in echo.marks:
