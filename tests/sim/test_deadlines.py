@@ -113,7 +113,9 @@ def test_what_is_past_its_deadline_is_not_computed(local_tokens: int) -> None:
     async def test(world: World) -> None:
         await ends_at(0.0, ask(world, with_deadline(request("late", LONG), 0.0)))
         assert computed(world) == 0
-        assert [type(entry.decision) for entry in dispatch_of(world).decisions.of(("", TraceId("t")))] == [Ended]
+        assert [type(entry.decision) for entry in dispatch_of(world).traces.get(("", TraceId("t"))).decisions] == [
+            Ended
+        ]
 
     in_world(test, local_tokens=local_tokens)
 
