@@ -274,9 +274,9 @@ class _Node:
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.decision_file import DecisionFile
-        from router.api.app import create_app
-        from router.api.server import serve
         from router.dispatch.dispatch import Dispatch
+        from router.http.app import create_app
+        from router.http.server import serve
         from tracehaul.model.text import Text
 
         config = self._plan.config

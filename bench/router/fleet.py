@@ -22,7 +22,7 @@ from cluster.config import ROUTER, ClusterConfig, NodeCounts, save_plan
 from cluster.launch import free_port, make_plan
 from cluster.model import kv_layout
 from cluster.rundir import RunDir
-from router.api.config import ApiConfig
+from router.http.config import ApiConfig
 from tracehaul.model.text import Text
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork

@@ -16,9 +16,9 @@ import pydantic
 import pytest
 import uvloop
 
-from router.api import ApiConfig, create_app, serve
-from router.api.fakes import FakeDispatcher, FakeText, Script, say
+from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
+from router.http import ApiConfig, create_app, serve
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.hashing import unpack_tokens

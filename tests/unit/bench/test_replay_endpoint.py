@@ -21,9 +21,9 @@ from bench.replay.recording import Blocks, Messages, Step, Trace
 from bench.replay.run import Outcome, Progress, Target, replay
 from bench.replay.schedule import Pacing
 from cluster import cli
-from router.api import ApiConfig, create_app
-from router.api.fakes import FakeDispatcher, FakeText, Script
+from router.calls.fakes import FakeDispatcher, FakeText, Script
 from router.dispatch.steps import Finished, Output, StepRequest
+from router.http import ApiConfig, create_app
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.hashing import unpack_tokens

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.api.fakes import IM_END, FakeText
+from router.calls.fakes import IM_END, FakeText
 from router.traces.texts import TEXTS_MAX, CutTokens, Encoded, Said, Text, extend, find, fresh, remember
 from tracehaul.wire.hashing import pack_tokens
 

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from router.api.config import ApiConfig
 from router.dispatch.dispatch import DispatchConfig
 from router.fleet.load import Warm
+from router.http.config import ApiConfig
 from router.policy.gaps import Gaps
 from router.policy.retention import RetentionConfig
 from router.traces.alarms import Alarms
