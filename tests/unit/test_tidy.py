@@ -28,7 +28,6 @@ LONG_FILES = {
     "tests/unit/kvstore/test_arena.py": "one table's cases",
     "tests/unit/kvstore/test_arena_model.py": "one state machine",
     "tests/unit/router/http/test_calls.py": "one endpoint's cases",
-    "tests/unit/router/test_traces.py": "one machine's cases",
     "tests/unit/router/test_traces_model.py": "one state machine",
     "tests/unit/transfer/test_transfer_exchange.py": "one protocol's cases",
 }
