@@ -19,8 +19,8 @@ from kvstore.copies.copier import ReplicationConfig
 from kvstore.tiers.objects import parse_url
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
-from router.api.config import ApiConfig
 from router.dispatch.dispatch import DispatchConfig
+from router.http.config import ApiConfig
 from tracehaul.model.source import DEFAULT_MODEL, ModelSource
 from tracehaul.wire.hashing import KVLayout
 from worker.config import WorkerConfig

@@ -12,7 +12,7 @@ from cluster.rundir import ClusterFault, RunDir, alive
 from router.fleet.members import NodeStatus
 from tracehaul.rpc.peers import Peers
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest, PeerLost
+from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, TimedOut
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 
@@ -162,7 +162,7 @@ async def _ask(peers: Peers, ref: StoreRef, request: Request, kind: type[R], tim
         return f"is {ref.state}; bring it back with: tracehaul restart {ref.node}"
     try:
         reply = await peers.call(ref.address, request, timeout_s=timeout_s)
-    except DeadlineExceeded:
+    except TimedOut:
         return f"did not answer within {timeout_s:g} s ({ref.state}): it is frozen, cut off or far too busy"
     except PeerLost:
         return f"cannot be reached at {ref.address}: it died, restarts, or is of another version; see: tracehaul status"

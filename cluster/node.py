@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -23,7 +24,7 @@ from cluster.tiers import open_tiers
 from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
-from tracehaul.engine.base import Engine, EngineInfo
+from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.membership import Membership
@@ -70,8 +71,8 @@ class Room(NamedTuple):
     stats: Mapping[str, msgspec.Struct]
     load: Callable[[], NodeLoad]
     on_members: Callable[[Members], None]
-    info: EngineInfo | None = None
-    """A worker's engine."""
+    announced: Callable[[NodeInfo], NodeInfo] = lambda info: info
+    """Adds what a worker says of itself."""
     background: tuple[Coroutine[Any, Any, None], ...] = ()
     """Runs for as long as the node serves; its failure is the node's."""
     metrics: tuple[Callable[[], Iterable[Metric]], ...] = ()
@@ -126,7 +127,8 @@ class _Node:
             metrics, close_metrics = NodeMetrics(room.stats, room.load, room.metrics).serve()
             stack.callback(close_metrics)
             self._tell(phase="joining", address=server.address, metrics=metrics)
-            info = self._info(role, server.address, room.info)
+            info = NodeInfo(NodeId(self._spec.name), self._generation, role, server.address, pool=self._spec.pool)
+            info = room.announced(info)
             membership = Membership(
                 peers, self._plan.router_address, info, room.heartbeat or room.load, room.on_members
             )
@@ -146,19 +148,6 @@ class _Node:
                 await self._drain(room.load)
                 for task in background:
                     task.cancel()
-
-    def _info(self, role: Role, address: str, engine: EngineInfo | None) -> NodeInfo:
-        info = NodeInfo(NodeId(self._spec.name), self._generation, role, address)
-        if engine is None:
-            return info
-        return msgspec.structs.replace(
-            info,
-            model=engine.model,
-            pool=self._spec.pool,
-            root=engine.layout.root(),
-            block_tokens=engine.layout.block_tokens,
-            context_max=min(engine.context_max, engine.kv_tokens_max),
-        )
 
     async def _drain(self, load: Callable[[], NodeLoad]) -> None:
         with contextlib.suppress(TimeoutError):
@@ -230,6 +219,7 @@ class _Node:
         from kvstore.client.client import StoreClient
         from kvstore.client.staging import Staging
         from prefill.worker import PrefillService
+        from worker.announce import announced
         from worker.calibration import calibrate
         from worker.host import WorkerHost
 
@@ -250,6 +240,7 @@ class _Node:
         await calibrate(host, user_cache_dir() / "rates", offload)
         stats = {"worker": host.stats, "store_client": client.stats}
         metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
+        says = partial(announced, host=host)
         match role:
             case "prefill":
                 prefill = PrefillService(host)
@@ -257,12 +248,10 @@ class _Node:
                 def on_members(members: Members) -> None:
                     host.set_nodes(members.nodes, members.draining)
 
-                return Room(prefill, stats, host.load, on_members, engine.info, (host.run(),), metrics, host.heartbeat)
+                return Room(prefill, stats, host.load, on_members, says, (host.run(),), metrics, host.heartbeat)
             case "decode":
                 decode = DecodeService(host, peers)
-                return Room(
-                    decode, stats, host.load, decode.set_members, engine.info, (host.run(),), metrics, host.heartbeat
-                )
+                return Room(decode, stats, host.load, decode.set_members, says, (host.run(),), metrics, host.heartbeat)
 
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
@@ -286,9 +275,9 @@ class _Node:
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.decision_file import DecisionFile
-        from router.api.app import create_app
-        from router.api.server import serve
         from router.dispatch.dispatch import Dispatch
+        from router.http.app import create_app
+        from router.http.server import serve
         from tracehaul.model.text import Text
 
         config = self._plan.config
@@ -299,7 +288,7 @@ class _Node:
             stack.push_async_callback(dispatch.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
-            dispatch.decisions.told = decisions.write
+            dispatch.retainer.told = decisions.write
             server = await network.listen(self._plan.router_address, dispatch.members)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)

@@ -6,10 +6,11 @@ from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.deadline import deadline_at, left_s, until
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Members, NodeInfo
-from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, ProtocolError, WrongNode
-from tracehaul.wire.hashing import pack_tokens, unpack_tokens
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest, PeerLost, ProtocolError, WrongNode
+from tracehaul.wire.hashing import pack_tokens, token_count
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import (
@@ -60,7 +61,7 @@ class DecodeService:
                 return Resident(await self._host.forget(trace, salt))
             case RecallContext(trace, root, tokens, salt, keep_s, told):
                 self._check_root(root)
-                return Resident(await self._host.recall(trace, salt, unpack_tokens(tokens), keep_s, told=told))
+                return Resident(await self._host.recall(trace, salt, tokens, keep_s, told=told))
             case _:
                 raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
 
@@ -110,9 +111,9 @@ class _Step:
         self._flights = flights
         self._request = request
         self._call = call
-        self._prompt = unpack_tokens(request.prompt)
-        self._emitted = unpack_tokens(request.emitted)
-        self._computed_from = len(self._prompt)
+        self._prompt_tokens = token_count(request.prompt)
+        self._computed_from = self._prompt_tokens
+        self._deadline_s = deadline_at(request.deadline_in_s)
         self._first: Context | None = None
         """Where it began: what a suspended step pulls again is no part of its account."""
         self._scored = 0
@@ -126,31 +127,34 @@ class _Step:
     async def run(self) -> AsyncGenerator[Reply, None]:
         """Tokens, then one StepDone."""
         request = self._request
-        tokens = self._prompt + self._emitted
+        packed = request.prompt + request.emitted
         if request.root != self._host.root:
             raise WrongNode("this worker's KV has another layout, or is of another model")
-        if not self._prompt or self._left(tokens) < 1:
+        if not self._prompt_tokens or self._left(token_count(packed)) < 1:
             raise InvalidRequest("a step needs a prompt and at least one token left to sample")
         suspended: Context | None = None
         while True:
-            room = len(tokens) + min(self._left(tokens), self._host.config.headroom_tokens)
-            async with self._host.context(request.trace, request.family, request.salt, tokens, room, suspended) as here:
+            length = token_count(packed)
+            room = length + min(self._left(length), self._host.config.headroom_tokens)
+            async with self._host.context(
+                request.trace, request.family, request.salt, packed, room, suspended, deadline_s=self._deadline_s
+            ) as here:
                 async with aclosing(self._run_on(here)) as replies:
                     async for reply in replies:
                         yield reply
                 if self._reason is not None:
                     yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
                     return
-            suspended = here
+            suspended, packed = here, here.tokens.tobytes()
 
-    def _left(self, tokens: list[int]) -> int:
-        """How many more may be sampled."""
-        return self._request.sampling.max_tokens - (len(tokens) - len(self._prompt))
+    def _left(self, length: int) -> int:
+        """How many more may be sampled after so many tokens."""
+        return self._request.sampling.max_tokens - (length - self._prompt_tokens)
 
     @property
     def _scores(self) -> bool:
         """Whether the prompt's tokens are to be scored, and not all of them are."""
-        return self._request.prompt_logprobs is not None and self._scored < len(self._prompt) - 1
+        return self._request.prompt_logprobs is not None and self._scored < self._prompt_tokens - 1
 
     async def _run_on(self, here: Context) -> AsyncGenerator[Tokens, None]:
         """Until the step ends, or has to give its memory to others: then it goes on from the store when there is
@@ -164,7 +168,7 @@ class _Step:
                     yield reply
         if self._first is None:
             self._first = here
-            self._host.stats.prompt_tokens += len(self._prompt)
+            self._host.stats.prompt_tokens += self._prompt_tokens
         if self._reason is None:
             with self._flights.lead(here) as flight:
                 async with aclosing(self._decode(here, flight)) as replies:
@@ -174,9 +178,9 @@ class _Step:
     def _usage(self, here: Context) -> StepUsage:
         first = self._first or here
         return StepUsage(
-            prompt_tokens=len(self._prompt),
-            output_tokens=len(here.tokens) - len(self._prompt),
-            resident_tokens=min(first.resident_tokens, len(self._prompt)),
+            prompt_tokens=self._prompt_tokens,
+            output_tokens=len(here.tokens) - self._prompt_tokens,
+            resident_tokens=min(first.resident_tokens, self._prompt_tokens),
             pulled_tokens=first.pulled.tokens,
             computed_from=self._computed_from,
             pulled_bytes=first.pulled.nbytes,
@@ -211,7 +215,7 @@ class _Step:
         request = self._request
         if request.prefill is None:
             return
-        wanted, emitted = len(here.tokens), len(here.tokens) - len(self._prompt)
+        wanted, emitted = len(here.tokens), len(here.tokens) - self._prompt_tokens
         before = here.length
         step = PrefillStep(
             step=request.step,
@@ -223,6 +227,10 @@ class _Step:
             sampling=request.sampling,
             emitted=emitted,
             family=request.family,
+            tenant=request.tenant,
+            step_class=request.step_class,
+            priority=request.priority,
+            deadline_in_s=left_s(self._deadline_s),
         )
         try:
             prefill = self._prefills.get(request.prefill)
@@ -232,7 +240,7 @@ class _Step:
                 prefill.address, step, idle_timeout_s=self._host.config.prefill_idle_timeout_s, context=self._call
             )
             async with aclosing(replies):
-                async for reply in replies:
+                while (reply := await self._next(replies)) is not None:
                     match reply:
                         case PrefillProgress(published) | PrefillDone(published):
                             self._published_tokens = published
@@ -247,19 +255,25 @@ class _Step:
                             yield self._token(here, token, logprobs)
                         case _:
                             raise ProtocolError(f"{prefill.node} answered a prefill with {type(reply).__name__}")
+        except DeadlineExceeded:
+            raise
         except ClusterError as error:
             self._fallback = error.code
             self._computed_from = min(self._computed_from, before)
             self._host.stats.prefill_fallbacks += 1
             log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
 
+    async def _next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
+        async with until(self._deadline_s):
+            return await anext(replies, None)
+
     async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
         """Compute what is still missing, then one token after the other, until the step ends or is suspended."""
         if here.length == len(here.tokens):  # all of it was pulled, and nobody sampled what follows
             self._host.engine.truncate(here.sequence, here.length - 1)
         self._computed_from = min(self._computed_from, here.length)
-        emitted = len(here.tokens) - len(self._prompt)
-        guide = await self._host.guide(self._request.sampling, here.tokens[len(self._prompt) :])
+        emitted = len(here.tokens) - self._prompt_tokens
+        guide = await self._host.guide(self._request.sampling, here.tokens[self._prompt_tokens :], self._deadline_s)
         job = Job(
             arrival=here.arrival,
             came_s=here.came_s,
@@ -269,10 +283,11 @@ class _Step:
             emitted=emitted,
             samples_max=self._request.sampling.max_tokens - emitted,
             computed=here.length,
+            deadline_s=self._deadline_s,
             guide=guide,
             copying=here.copying,
             scores_top=self._request.prompt_logprobs if self._scores else None,
-            scores_end=len(self._prompt),
+            scores_end=self._prompt_tokens,
         )
         failed: ClusterError | None = None
         suspended, scored = False, here.length

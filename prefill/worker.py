@@ -4,9 +4,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from tracehaul.rpc.base import CallContext
+from tracehaul.runtime.deadline import deadline_at
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.errors import WrongNode
-from tracehaul.wire.hashing import unpack_tokens
+from tracehaul.wire.hashing import token_count
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
 from worker.context import Context
@@ -33,10 +34,13 @@ class PrefillService:
         if request.root != self._host.root:
             raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
-        tokens = unpack_tokens(request.tokens)
-        async with self._host.context(request.trace, request.family, request.salt, tokens, len(tokens)) as here:
+        packed, tokens = request.tokens, token_count(request.tokens)
+        deadline_s = deadline_at(request.deadline_in_s)
+        async with self._host.context(
+            request.trace, request.family, request.salt, packed, tokens, deadline_s=deadline_s
+        ) as here:
             await here.locate()
-            await here.pull(len(tokens) - 1)
+            await here.pull(tokens - 1)
             await self.flights.join(here)
             with self.flights.lead(here) as flight:
                 async with aclosing(self._compute(request, here, flight)) as replies:
@@ -50,7 +54,7 @@ class PrefillService:
         self, request: PrefillStep, here: Context, flight: Flight
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
         computed_from, end = here.length, len(here.tokens)
-        guide = await self._host.guide(request.sampling, here.tokens[len(here.tokens) - request.emitted :])
+        guide = await self._host.guide(request.sampling, here.tokens[end - request.emitted :], here.deadline_s)
         job = Job(
             arrival=here.arrival,
             came_s=here.came_s,
@@ -60,6 +64,7 @@ class PrefillService:
             emitted=request.emitted,
             samples_max=1,
             computed=here.length,
+            deadline_s=here.deadline_s,
             guide=guide,
             copying=here.copying,
         )

@@ -13,6 +13,7 @@ from sim.traces import StepPlan, TracePlan
 from tracehaul.engine.fake import TrueState
 from tracehaul.runtime import clock
 from tracehaul.wire.errors import ClusterError, PeerLost
+from tracehaul.wire.hashing import pack_tokens, unpack_tokens
 from tracehaul.wire.ids import StepId, TraceId
 
 RETRY_S = 1.0
@@ -73,6 +74,8 @@ class Gateway:
             answer.put_nowait(None)
         except ClusterError as error:
             answer.put_nowait(error)
+        finally:
+            life.dispatch.book.answered(request.salt, request.trace, request.step, response=None)
 
 
 class Books:
@@ -143,12 +146,12 @@ class Agents:
                 step=StepId(f"{plan.trace}.{index}.{attempt}"),
                 trace=plan.trace,
                 parent=plan.fork_of,
-                prompt=list(state.tokens),
+                prompt=pack_tokens(state.tokens),
                 sampling=step.sampling,
                 salt=plan.salt,
                 final=index == len(plan.steps) - 1,
             )
-            self._books.cached.began(plan.salt, f"{plan.trace}.{index}", request.prompt + expected)
+            self._books.cached.began(plan.salt, f"{plan.trace}.{index}", state.tokens + expected)
             began_s = clock.now_s()
             try:
                 received = await self._attempt(request, step, expected, retried=attempt > 1)
@@ -212,10 +215,10 @@ class Agents:
     def _check_finish(
         self, request: StepRequest, done: Finished, received: list[int], expected: list[int], retried: bool
     ) -> None:
-        self._books.output.finished(request.step, done, len(request.prompt), received, expected, request.sampling)
+        self._books.output.finished(request.step, done, request.prompt_tokens, received, expected, request.sampling)
         name = request.step.rpartition(".")[0]
         moved = retried or not self._books.progress.calm
-        self._books.cached.finished(request.salt, name, request.prompt, done, moved=moved)
+        self._books.cached.finished(request.salt, name, unpack_tokens(request.prompt), done, moved=moved)
 
 
 def _record(line: str) -> None:

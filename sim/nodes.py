@@ -44,6 +44,7 @@ from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import DecodeStep, PrefillStep
+from worker.announce import announced
 from worker.config import WorkerConfig
 from worker.flights import Flights
 from worker.host import WorkerHost
@@ -228,14 +229,7 @@ async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
             service = decode = DecodeService(host, peers)
             life.flights = service.flights
             on_members = decode.set_members
-        engine = host.engine.info
-        info = msgspec.structs.replace(
-            info,
-            model=engine.model,
-            root=engine.layout.root(),
-            block_tokens=engine.layout.block_tokens,
-            context_max=min(engine.context_max, engine.kv_tokens_max),
-        )
+        info = announced(info, host)
         life.tasks.start(host.run(), "iterations")
     server = await network.listen(life.address, WatchedService(life, service, around))
     assert server.address == life.address

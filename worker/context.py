@@ -1,15 +1,16 @@
 """One step's context on this worker: a sequence, what it holds, and where the rest of it comes from."""
 
 import asyncio
+from array import array
 from dataclasses import dataclass
 
 from kvstore.client.client import StoreClient
 from kvstore.client.staging import StagingBuffer
 from tracehaul.engine.base import Engine, SequenceId
-from tracehaul.runtime import clock
+from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, tail_candidates
+from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, tail_candidates, token_array
 from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
 
@@ -41,8 +42,8 @@ class Context:
         *,
         arrival: int,
         came_s: float,
+        deadline_s: float | None,
         salt: str,
-        tokens: list[int],
         packed: bytes,
         hashes: list[BlockHash],
         sequence: SequenceId,
@@ -55,9 +56,13 @@ class Context:
         """Its step's place in the order of arrival on this worker."""
         self.came_s = came_s
         """When its step counts as having come: the first of its family did."""
+        self.deadline_s = deadline_s
+        """When its step's waits end; None: never."""
         self.salt = salt
-        self.tokens = tokens
+        self.tokens: array[int] = token_array(packed)
+        """Grows with the output."""
         self.packed = packed
+        """What it began with, as it came."""
         self.sequence = sequence
         self.resident_tokens = resident_tokens
         """What it held when it was opened."""
@@ -85,11 +90,16 @@ class Context:
         self.resident_tokens = 0
 
     async def locate(self, until: int | None = None) -> None:
-        """Ask the store what it holds: of all blocks, or of the first ``until`` tokens where it was not known."""
+        """Ask the store what it holds: of all blocks, or of the first ``until`` tokens where it was not known.
+
+        Raises:
+            DeadlineExceeded: its step's deadline has passed.
+        """
         last = len(self.hashes) if until is None else min(until // self.layout.block_tokens, len(self.hashes))
         first = self.stored_tokens() // self.layout.block_tokens if until is not None else 0
         if first < last:
-            self.holders[first:last] = await self._client.exists(self.hashes[first:last])
+            async with deadline.until(self.deadline_s):
+                self.holders[first:last] = await self._client.exists(self.hashes[first:last])
 
     def stored_tokens(self) -> int:
         """Length of the leading run that the store holds, in tokens, tails not counted."""
@@ -100,6 +110,9 @@ class Context:
         """Bring the context from the store up to at most ``until`` tokens, as far as it has them.
 
         A block that does not arrive, or arrives wrong, ends the pull: what is missing is computed.
+
+        Raises:
+            DeadlineExceeded: its step's deadline has passed.
         """
         before = self.length
         if before >= until:
@@ -107,10 +120,11 @@ class Context:
         started_s = clock.now_s()
         block_tokens = self.layout.block_tokens
         last = min(self.stored_tokens(), until + block_tokens - 1) // block_tokens
-        if last * block_tokens > before:
-            await self._pull_blocks(before // block_tokens, last)
-        if self.length < until:
-            await self._pull_tail(until)
+        async with deadline.until(self.deadline_s):
+            if last * block_tokens > before:
+                await self._pull_blocks(before // block_tokens, last)
+            if self.length < until:
+                await self._pull_tail(until)
         if self.length > until:
             self._engine.truncate(self.sequence, until)
         self.pulled.tokens += self.length - before

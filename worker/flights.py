@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 
+from tracehaul.runtime.deadline import until
 from tracehaul.wire.ids import BlockHash
 from worker.context import Context
 
@@ -51,7 +52,11 @@ class Flights:
         return len(self._flights)
 
     async def join(self, here: Context) -> None:
-        """If another step computes blocks that this one lacks, wait for those and pull them."""
+        """If another step computes blocks that this one lacks, wait for those and pull them.
+
+        Raises:
+            DeadlineExceeded: the deadline of this step has passed.
+        """
         first = here.length // here.layout.block_tokens
         flight = self._flights.get(here.hashes[first]) if first < len(here.hashes) else None
         if flight is None:
@@ -59,7 +64,8 @@ class Flights:
         last = first
         while last < len(here.hashes) and self._flights.get(here.hashes[last]) is flight:
             last += 1
-        await flight.wait(last * here.layout.block_tokens)
+        async with until(here.deadline_s):
+            await flight.wait(last * here.layout.block_tokens)
         await here.locate()
         await here.pull(len(here.tokens) - 1)
 

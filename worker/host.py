@@ -9,11 +9,11 @@ import msgspec
 
 from kvstore.client.client import StoreClient
 from tracehaul.engine.base import Engine, Guide, SequenceId
-from tracehaul.runtime import clock
+from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded
-from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, pack_tokens, salted
+from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, salted, token_count
 from tracehaul.wire.ids import BlockHash, NodeId, TraceId
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
@@ -110,9 +110,11 @@ class WorkerHost:
         trace: TraceId,
         family: TraceId,
         salt: str,
-        tokens: list[int],
+        packed: bytes,
         capacity: int,
         suspended: Context | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[Context]:
         """A context with room for ``capacity`` tokens, starting from what is resident; waits for memory.
 
@@ -123,11 +125,12 @@ class WorkerHost:
         Raises:
             ContextTooLong: ``capacity`` can never fit.
             Overloaded: too many steps wait already.
+            DeadlineExceeded: the deadline has passed, before or while it waited.
         """
+        deadline.check(deadline_s)
         longest = usable_context(self.engine.info)
-        if len(tokens) >= longest:
-            raise ContextTooLong(f"{len(tokens)} tokens do not fit {longest}")
-        packed = pack_tokens(tokens)
+        if token_count(packed) >= longest:
+            raise ContextTooLong(f"{token_count(packed)} tokens do not fit {longest}")
         capacity = min(capacity, longest)
         if suspended is None:
             arrival = next(self._arrivals)
@@ -136,11 +139,11 @@ class WorkerHost:
             self.stats.suspended_steps += 1
         await self._end_recall(trace, salt)
         sequence, resident_tokens, known = await self._acquire(
-            arrival, trace, salt, packed, capacity, may_refuse=suspended is None
+            arrival, trace, salt, packed, capacity, deadline_s, may_refuse=suspended is None
         )
         self._running += 1
         came_s = self._families.join((salt, family), clock.now_s() if suspended is None else suspended.came_s)
-        context = self._context(arrival, salt, tokens, packed, known, sequence, resident_tokens, came_s)
+        context = self._context(arrival, salt, packed, known, sequence, resident_tokens, came_s, deadline_s)
         try:
             yield context
         finally:
@@ -162,7 +165,7 @@ class WorkerHost:
         self._room.set()
         return 0
 
-    async def recall(self, trace: TraceId, salt: str, tokens: list[int], keep_s: float, *, told: bool) -> int:
+    async def recall(self, trace: TraceId, salt: str, packed: bytes, keep_s: float, *, told: bool) -> int:
         """Bring a trace's context back from the store while no step asks for it; returns the tokens that are here then.
 
         It takes what memory is free or past its time, that of any idle context if ``told``, and gives way to whoever
@@ -170,9 +173,9 @@ class WorkerHost:
         way.
         """
         key = (salt, trace)
-        if key not in self._recalls and len(tokens) < usable_context(self.engine.info):
+        if key not in self._recalls and token_count(packed) < usable_context(self.engine.info):
             task = self._recalls[key] = asyncio.create_task(
-                self._recall(trace, salt, tokens, worthless=not told), name=f"recall {trace}"
+                self._recall(trace, salt, packed, worthless=not told), name=f"recall {trace}"
             )
             task.add_done_callback(lambda _: self._recalls.pop(key, None))
             try:
@@ -183,13 +186,13 @@ class WorkerHost:
                 task.result()
         return self.keep(trace, salt, keep_s)
 
-    async def _recall(self, trace: TraceId, salt: str, tokens: list[int], *, worthless: bool) -> None:
-        packed = pack_tokens(tokens)
+    async def _recall(self, trace: TraceId, salt: str, packed: bytes, *, worthless: bool) -> None:
+        tokens = token_count(packed)
         taken = self._residency.take_own(trace, salt, packed)
         known: Sequence[BlockHash] = ()
         if taken is not None:
             resident, shared = taken
-            if shared == len(tokens) or not self._make_room(resident.sequence, len(tokens), worthless=worthless):
+            if shared == tokens or not self._make_room(resident.sequence, tokens, worthless=worthless):
                 self._residency.keep(resident)
                 return
             sequence, known = resident.sequence, resident.hashes
@@ -197,13 +200,13 @@ class WorkerHost:
         elif self.loop.lacks_memory or len(self._line):
             return
         else:
-            shared, sequence = 0, self._try_open(len(tokens), worthless=worthless)
+            shared, sequence = 0, self._try_open(tokens, worthless=worthless)
             if sequence is None:
                 return
-        context = self._context(next(self._arrivals), salt, tokens, packed, known, sequence, shared)
+        context = self._context(next(self._arrivals), salt, packed, known, sequence, shared)
         try:
             await context.locate()
-            await context.pull(len(tokens))
+            await context.pull(tokens)
         finally:
             self.stats.recalled_tokens += context.length - shared
             self._retire(trace, context)
@@ -224,12 +227,12 @@ class WorkerHost:
         self,
         arrival: int,
         salt: str,
-        tokens: list[int],
         packed: bytes,
         known: Sequence[BlockHash],
         sequence: SequenceId,
         resident_tokens: int,
         came_s: float = 0.0,
+        deadline_s: float | None = None,
     ) -> Context:
         return Context(
             self.engine,
@@ -237,21 +240,25 @@ class WorkerHost:
             self.config,
             arrival=arrival,
             came_s=came_s,
+            deadline_s=deadline_s,
             salt=salt,
-            tokens=tokens,
             packed=packed,
             hashes=self._chain(salt, packed, known, resident_tokens),
             sequence=sequence,
             resident_tokens=resident_tokens,
         )
 
-    async def guide(self, sampling: Sampling, output: Sequence[int]) -> Guide | None:
+    async def guide(self, sampling: Sampling, output: Sequence[int], deadline_s: float | None) -> Guide | None:
         """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
 
         Raises:
             InvalidRequest: the constraint cannot be used here.
+            DeadlineExceeded: the deadline has passed.
         """
-        return None if sampling.constraint is None else await self.engine.guide(sampling.constraint, output)
+        if sampling.constraint is None:
+            return None
+        async with deadline.until(deadline_s):
+            return await self.engine.guide(sampling.constraint, output)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
@@ -292,7 +299,7 @@ class WorkerHost:
             self.engine.close(sequence)
         else:
             before = min(length, token_count(context.packed))
-            packed = context.packed[: before * TOKEN_BYTES] + pack_tokens(context.tokens[before:length])
+            packed = context.packed[: before * TOKEN_BYTES] + context.tokens[before:length].tobytes()
             hashes = self._chain(context.salt, packed, context.hashes, before)
             self._residency.keep(Resident(sequence, trace, context.salt, packed, tuple(hashes)))
         self._room.set()
@@ -316,12 +323,21 @@ class WorkerHost:
         return True
 
     async def _acquire(
-        self, arrival: int, trace: TraceId, salt: str, packed: bytes, capacity: int, *, may_refuse: bool
+        self,
+        arrival: int,
+        trace: TraceId,
+        salt: str,
+        packed: bytes,
+        capacity: int,
+        deadline_s: float | None,
+        *,
+        may_refuse: bool,
     ) -> Acquired:
         """Wait for a sequence: what runs comes first, then who came first.
 
         Raises:
             Overloaded: ``may_refuse``, and too many wait already.
+            DeadlineExceeded: it has not got any by then.
         """
         acquired = self._try_acquire(arrival, trace, salt, packed, capacity)
         if acquired is not None:
@@ -330,10 +346,11 @@ class WorkerHost:
             raise Overloaded(f"{len(self._line)} steps wait for KV memory")
         self._line.join(arrival)
         try:
-            while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
-                self._cut_recalls()
-                self._room.clear()
-                await self._room.wait()
+            async with deadline.until(deadline_s):
+                while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
+                    self._cut_recalls()
+                    self._room.clear()
+                    await self._room.wait()
             return acquired
         finally:
             self._line.leave(arrival)
@@ -369,8 +386,3 @@ class WorkerHost:
         self.stats.evicted_sequences += 1
         self.engine.close(victim.sequence)
         return True
-
-
-def token_count(packed: bytes) -> int:
-    """Tokens in a packed run."""
-    return len(packed) // TOKEN_BYTES

@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
-from tracehaul.runtime import clock
+from tracehaul.runtime import clock, deadline
 from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.pressure import PATIENCE_S, Pressure
@@ -91,13 +92,15 @@ class Job:
     came_s: float
     """When it counts as having come."""
     sequence: SequenceId
-    tokens: list[int]
+    tokens: "array[int]"
     sampling: Sampling
     emitted: int
     """Output tokens at the end of ``tokens`` when the job starts, and since."""
     samples_max: int
     """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
     computed: int
+    deadline_s: float | None = None
+    """When it leaves the loop, whatever it has; None: never."""
     scores_top: int | None = None
     """Score the known tokens before ``scores_end``, each with so many of the likeliest; None: none."""
     scores_end: int = 0
@@ -148,6 +151,7 @@ class IterationLoop:
         self._pressure = Pressure()
         self._jobs: dict[int, Job] = {}
         self._next_key = 0
+        self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._wake = asyncio.Event()
         self._planned: frozenset[int] = frozenset()
         """Jobs that the iteration under way may touch, also those that left."""
@@ -170,13 +174,19 @@ class IterationLoop:
         self._wake.set()
 
     def start(self, job: Job) -> int:
-        """Add a job; returns its key. There must be a pending token."""
+        """Add a job; returns its key. There must be a pending token. One past its deadline has failed at once."""
         key = self._next_key
         self._next_key += 1
         self._jobs[key] = job
         at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
         own_s = compute_s(self.meter.rates, job.computed, len(job.tokens))
         self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.came_s + STRETCH * own_s)
+        if job.deadline_s is not None:
+            # No turn is needed to leave: it may wait for memory, or behind others.
+            at_s, late = job.deadline_s, deadline.exceeded()
+            self._deadlines[key] = asyncio.get_running_loop().call_at(at_s, self._fail, key, late)
+            if at_s <= clock.now_s():
+                self._fail(key, late)
         self._wake.set()
         return key
 
@@ -221,6 +231,9 @@ class IterationLoop:
     def _drop(self, key: int) -> None:
         job = self._jobs.pop(key, None)
         self._scheduler.remove(key)
+        timer = self._deadlines.pop(key, None)
+        if timer is not None:
+            timer.cancel()
         if job is not None:
             self._pressure.has(job.arrival)
             self._wake.set()

@@ -6,20 +6,9 @@ sees short contexts says nothing about long ones, and must not pretend to.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from tracehaul.wire.cluster import ASSUMED, Rates
 
-class Rates(NamedTuple):
-    """As in :class:`tracehaul.wire.cluster.NodeLoad`."""
-
-    token_s: float
-    pair_s: float
-    decode_s: float
-    pull_token_s: float
-
-
-ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
-"""Of a small model on a few cores, until something was measured. Only ratios of these matter then."""
 TOKENS_MIN = 16
 """Smaller prompts take as long as an iteration takes anyhow."""
 PULL_PRIOR_TOKENS = 1024

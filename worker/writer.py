@@ -9,7 +9,7 @@ from kvstore.client.client import OutgoingBlock, StoreClient
 from tracehaul.engine.base import Engine
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.hashing import next_hash, pack_tokens
+from tracehaul.wire.hashing import next_hash
 from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
 from worker.context import Context
@@ -111,7 +111,7 @@ class BlockWriter:
         while len(self._hashes) <= block:
             index = len(self._hashes)
             parent = self._hashes[-1] if self._hashes else self._root
-            self._hashes.append(next_hash(parent, pack_tokens(self._tokens[index * size : (index + 1) * size])))
+            self._hashes.append(next_hash(parent, self._tokens[index * size : (index + 1) * size].tobytes()))
         return self._hashes[block]
 
     async def _write_group(self, ready: int) -> None:
@@ -150,7 +150,7 @@ class BlockWriter:
                     own = self._hash_of(block + index)
                 else:
                     start = (block + index) * size
-                    own = next_hash(parent, pack_tokens(self._tokens[start : start + count]))
+                    own = next_hash(parent, self._tokens[start : start + count].tobytes())
                 outgoing.append(OutgoingBlock(own, parent, buffer, count * self._layout.token_bytes))
             timeout_s = self._config.store_timeout_s
             outcomes = await self._client.put(self._home, outgoing, timeout_s, self._tenant)

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+from array import array
 from typing import Any
 
 import uvloop
@@ -157,7 +158,7 @@ class Driver:
             arrival=sequence,
             came_s=0.0,
             sequence=sequence,
-            tokens=tokens,
+            tokens=array("I", tokens),
             sampling=Sampling(max_tokens=outputs, temperature=0.0),
             emitted=0,
             samples_max=outputs,

@@ -22,7 +22,7 @@ from cluster.config import ROUTER, ClusterConfig, NodeCounts, save_plan
 from cluster.launch import free_port, make_plan
 from cluster.model import kv_layout
 from cluster.rundir import RunDir
-from router.api.config import ApiConfig
+from router.http.config import ApiConfig
 from tracehaul.model.text import Text
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
@@ -170,13 +170,14 @@ def router_alone(text: Text, console: Console) -> Generator[Fleet, None, None]:
         router = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         stack.callback(_stop, router)
         _wait_ready(run, router)
-        layout = kv_layout(plan.model, config.dtype)
+        model = plan.pools[0].model
+        layout = kv_layout(model, config.dtype)
         root = layout.root()
-        told = Told(plan.router_address, plan.model.name, root.hex(), layout.block_tokens, CONTEXT_MAX, token[0])
+        told = Told(plan.router_address, model.name, root.hex(), layout.block_tokens, CONTEXT_MAX, token[0])
         words = msgspec.json.encode(told).decode()
         worker = Process(Place("127.0.0.1"), words, module="bench.router.worker")
         stack.callback(worker.end)
-        yield Fleet(plan.model.name, config.port, router, worker, root)
+        yield Fleet(model.name, config.port, router, worker, root)
 
 
 def _wait_ready(run: RunDir, router: subprocess.Popen[bytes]) -> None:

@@ -128,10 +128,10 @@ async def main(told: Told) -> None:
         Generation(clock.wall_ns()),
         "decode",
         server.address,
-        told.model,
-        BlockHash(bytes.fromhex(told.root)),
-        told.block_tokens,
-        told.context_max,
+        model=told.model,
+        root=BlockHash(bytes.fromhex(told.root)),
+        block_tokens=told.block_tokens,
+        context_max=told.context_max,
     )
     load = NodeLoad(token_s=1e-4, pair_s=1e-9, decode_s=0.01, free_tokens=1 << 24)
     membership = Membership(Peers(network), told.router, info, lambda: load, lambda members: None)

@@ -165,7 +165,7 @@ class Client:
         sums = [known] * (BATCH_BYTES // self._size)
         copying_only = compiled(summing=False)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.object(shm, "compiled", lambda: copying_only))
+            stack.enter_context(patch.object(shm, "compiled_here", lambda: copying_only))
             stack.enter_context(patch.object(shm.Job, "sums", return_value=sums))
             return stack.pop_all()
 

@@ -36,7 +36,7 @@ from router.policy.cost import StoredRun
 from router.policy.placement import Ask, place
 from tracehaul.runtime import clock
 from tracehaul.wire.blocks import Events, Removed, Snapshot, Stored
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
 
@@ -132,7 +132,8 @@ def placement_results() -> list[Result]:
 
 
 def _many(chance: random.Random, role: str) -> tuple[Fleet, list[NodeInfo], list[NodeLoad]]:
-    infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1") for n in range(WORKERS)]
+    limits = WorkerLimits(local_prefill_tokens=256)
+    infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=limits) for n in range(WORKERS)]
     loads = [
         NodeLoad(
             token_s=chance.uniform(5e-5, 2e-4),

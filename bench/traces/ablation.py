@@ -128,6 +128,6 @@ def _run(seed: int, plans: Sequence[TracePlan], variant: str) -> float:
     assert dispatch is not None
     step_s: list[float] = []
     for trace in dispatch.traces.all():
-        ended = [entry.decision for entry in dispatch.decisions.of(trace.key) if isinstance(entry.decision, Ended)]
+        ended = [entry.decision for entry in trace.decisions if isinstance(entry.decision, Ended)]
         step_s += [one.seconds for one in ended[1:]]
     return mean(step_s)

@@ -9,7 +9,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.finish import finish
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import TransferTimedOut
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded
+from tracehaul.wire.errors import ClusterError, TimedOut
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import Checksum
 
@@ -134,9 +134,9 @@ def left_s(deadline_s: float) -> float:
     """Time until the deadline.
 
     Raises:
-        DeadlineExceeded: none.
+        TimedOut: none.
     """
     left_s = deadline_s - clock.now_s()
     if left_s <= 0:
-        raise DeadlineExceeded("no time left")
+        raise TimedOut("no time left")
     return left_s

@@ -12,7 +12,7 @@ from tracehaul.transfer.plane import Plane, choose
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Attach, Attached, RegionDescriptor
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, WrongNode
+from tracehaul.wire.errors import ClusterError, Overloaded, ProtocolError, TimedOut, WrongNode
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
@@ -124,7 +124,7 @@ class StoreNodes:
                 raise ProtocolError(f"{view.node} answered with {type(reply).__name__}, not {reply_type.__name__}")
         except Overloaded:
             raise
-        except DeadlineExceeded:
+        except TimedOut:
             if timeout_s >= PATIENCE_S:
                 self.failed(view)
             raise
@@ -154,7 +154,7 @@ class StoreNodes:
 
         try:
             return await self._judged(view, _within(calling, timeout_s), reply_type, timeout_s)
-        except (asyncio.CancelledError, DeadlineExceeded):
+        except (asyncio.CancelledError, TimedOut):
             calling.add_done_callback(give_back)
             raise
 
@@ -202,12 +202,12 @@ class StoreNodes:
 
 def _check_time(view: StoreNodeView, timeout_s: float) -> None:
     if timeout_s <= 0:
-        raise DeadlineExceeded(f"no time left to ask {view.node}")
+        raise TimedOut(f"no time left to ask {view.node}")
 
 
 async def _within(calling: asyncio.Task[Reply], timeout_s: float) -> Reply:
     """The result of a task that goes on when this wait ends, by time or cancellation."""
     done, _ = await asyncio.wait((calling,), timeout=timeout_s)
     if not done:
-        raise DeadlineExceeded(f"no reply within {timeout_s:.3f} s")
+        raise TimedOut(f"no reply within {timeout_s:.3f} s")
     return calling.result()

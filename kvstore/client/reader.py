@@ -14,7 +14,7 @@ from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Lease, Leased, LeasedBlock, RegionDescriptor, Release, Revoke
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, ProtocolError, TransferError
+from tracehaul.wire.errors import ClusterError, Overloaded, ProtocolError, TimedOut, TransferError
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 
 seldom = Seldom(Log(__name__))
@@ -149,7 +149,7 @@ class Reader:
 
 def _reason(error: ClusterError) -> MissReason:
     match error:
-        case DeadlineExceeded() | TransferTimedOut():
+        case TimedOut() | TransferTimedOut():
             return "timeout"
         case Overloaded():
             return "refused"

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from tracehaul.transfer.base import Memory
-from tracehaul.wire.errors import DeadlineExceeded, Overloaded
+from tracehaul.wire.errors import Overloaded, TimedOut
 
 WAITERS_MAX = 1024
 
@@ -70,7 +70,7 @@ class Staging:
         """``count`` buffers, all or none; at most ``self.count``. Give each back with :meth:`release`.
 
         Raises:
-            DeadlineExceeded: not within ``timeout_s``.
+            TimedOut: not within ``timeout_s``.
             Overloaded: too many callers wait.
         """
         assert 0 < count <= self.count
@@ -88,7 +88,7 @@ class Staging:
             taken = True
             return buffers
         except TimeoutError:
-            raise DeadlineExceeded(f"no {count} staging buffers within {timeout_s:g} s") from None
+            raise TimedOut(f"no {count} staging buffers within {timeout_s:g} s") from None
         finally:
             if not taken:
                 if future.done():

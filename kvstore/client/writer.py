@@ -33,7 +33,7 @@ from tracehaul.wire.blocks import (
     Slot,
     TooLarge,
 )
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, ProtocolError, TransferError
+from tracehaul.wire.errors import ClusterError, ProtocolError, TimedOut, TransferError
 from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 
 ATTEMPTS = 2
@@ -220,7 +220,7 @@ class Writer:
         except TransferTimedOut as error:  # a late write may land: the reservation must run out and its slot rest
             self._nodes.failed(view, error.settled)
             raise
-        except DeadlineExceeded:  # no time was left to write
+        except TimedOut:  # no time was left to write
             self._abandon(view, fills)
             raise
         except TransferError:

@@ -24,15 +24,25 @@ from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place
 from router.policy.retention import RetentionConfig
 from router.traces.book import Book
-from router.traces.decisions import NODES_MAX, Decisions, Ended, Moved, Placed, Replaced
+from router.traces.decisions import NODES_MAX, Moved, Placed, Replaced
+from router.traces.effects import StopSteps
+from router.traces.events import StepBegan, StepMoved, StepPlaced
 from router.traces.hits import Hits
-from router.traces.registry import Trace, Traces
+from router.traces.machine import Traces
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
-from tracehaul.runtime import clock
-from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, ProtocolError, Unavailable
-from tracehaul.wire.hashing import pack_tokens, unpack_tokens
-from tracehaul.wire.steps import DecodeStep, StepDone, StepUsage, Tokens
+from tracehaul.runtime import clock, deadline
+from tracehaul.wire.errors import (
+    ClusterError,
+    ContextTooLong,
+    DeadlineExceeded,
+    InvalidRequest,
+    ProtocolError,
+    Unavailable,
+)
+from tracehaul.wire.hashing import unpack_tokens
+from tracehaul.wire.ids import NodeId
+from tracehaul.wire.steps import StepDone, StepUsage, Tokens
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +52,9 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     traces_max: Annotated[int, Meta(ge=1)] = 10_000
     """Traces remembered."""
-    contexts_bytes_max: Annotated[int, Meta(ge=0)] = 512 * 2**20
-    """Memory for what their steps left: tokens and block hashes, 6 bytes a token. Without its context a trace's next
-    step is hashed anew, and nobody can say what was lost of it."""
-    decisions_max: Annotated[int, Meta(ge=1)] = 50_000
-    """Decisions remembered, of all traces; half a KiB each."""
+    traces_bytes_max: Annotated[int, Meta(ge=0)] = 768 * 2**20
+    """Memory for all that is known of them: texts, tokens, block hashes, steps and decisions, 10 bytes a token. Of a
+    trace that is forgotten the next step is tokenized and hashed anew, and nobody can say what was lost of it."""
     policy: Policy = "cost"
     """How decode workers are chosen; ``sticky`` and ``round-robin`` are there to compare with."""
     use_store: bool = True
@@ -93,8 +101,6 @@ class Dispatch:
         self._config = config
         self.stats = DispatchStats()
         self.index = Index()
-        self.traces = Traces(config.traces_max, config.contexts_bytes_max)
-        self.decisions = Decisions(config.decisions_max)
         self._watch = StoreWatch(peers, self.index)
         self.members = MemberRegistry(self._watch.set_nodes)
         self.decodes = Fleet()
@@ -104,9 +110,9 @@ class Dispatch:
         self._turn = 0
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
-        self.retainer = Retainer(peers, self.members, self.traces, self.decisions, retention)
-        self.traces.forgotten = self._forgotten
-        self.book = Book(self.traces, self.decisions, self.retainer, self._delete)
+        self.traces = Traces(config.traces_max, config.traces_bytes_max, retention)
+        self.retainer = Retainer(peers, self.members, self.traces, self._stop)
+        self.book = Book(self.traces, self.retainer)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
@@ -124,68 +130,40 @@ class Dispatch:
         return self.members.statuses()
 
     async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
-        trace, step = self.traces.start(
-            (request.salt, request.trace),
-            request.parent,
-            request.step,
-            clock.now_s(),
-            prompt_tokens=len(request.prompt),
-            tools=request.tools,
-            agent=request.agent,
-        )
+        key = (request.salt, request.trace)
+        tokens = request.prompt_tokens
+        self.retainer.send(StepBegan(key, request.step, request.parent, tokens, request.tools, request.agent))
         self.stats.steps += 1
-        self.retainer.began(trace, step)
-        run = Run(request, trace, step, self.traces.lefts(trace))
+        run = Run(request, *self.traces.lefts(key))
         self._runs[run] = None
         try:
             async with aclosing(self._attempts(run)) as events:
                 async for event in events:
                     if isinstance(event, Finished):
-                        step.ending = event.reason
+                        run.ending = event.reason
                         self._count(event.usage)
                     yield event
         except ClusterError as error:
-            step.ending = error.code
+            run.ending = error.code
             self.stats.steps_failed += 1
             raise
         finally:
             del self._runs[run]
-            self._end(run)
+            self.stats.steps_aborted += run.ending == "aborted"
+            if run.hits is not None:
+                self._count_hits(run, run.hits)
+            self.retainer.send(run.over(self.retainer.reload_token_s(run.warm)))
 
-    def _delete(self, trace: Trace) -> None:
-        lefts = list(trace.lefts)
-        self.traces.delete(trace.key)
-        self.retainer.delete(trace, lefts)
+    def _stop(self, effect: StopSteps) -> None:
         for run in self._runs:
-            if run.trace is trace:
+            if run.key == effect.key and run.request.step in effect.steps:
                 run.stop()
-
-    def _forgotten(self, trace: Trace) -> None:
-        self.decisions.forget(trace.key)
-        self.retainer.forget(trace)
-
-    def _end(self, run: Run) -> None:
-        """A step ended, whatever way."""
-        step = run.step
-        step.output_tokens = len(run.emitted)
-        self.stats.steps_aborted += step.ending == "aborted"
-        if step.hits is not None:
-            self._count_hits(run, step.hits)
-        # The API aborts a step at a stop string, too: what was computed is still worth coming back to.
-        left = run.left()
-        if left is not None and step.ending in ("aborted", "stop", "length"):
-            self.traces.leave(run.trace, left)
-        now_s = clock.now_s()
-        self.traces.end(run.trace, step, now_s, final=run.request.final)
-        ended = Ended(step.step, step.ending, step.prompt_tokens, step.output_tokens, now_s - step.began_s, step.hits)
-        if not run.trace.deleted:
-            self.decisions.add(run.trace.key, now_s, ended)
-        self.retainer.ended(run.trace)
 
     async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
         """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
         failures = 0
         while True:
+            deadline.check(run.request.deadline_s)
             before = len(run.emitted)
             placement: Placement | None = None
             try:
@@ -198,18 +176,18 @@ class Dispatch:
                 assert placement is not None
                 self.stats.steps_replaced += 1
                 left = Replaced(run.request.step, placement.prefill, better.wait_s, better.cost_s)
-                self.decisions.add(run.trace.key, clock.now_s(), left)
+                self.retainer.send(StepMoved(run.key, left))
                 continue
             except ClusterError as error:
                 reason = run.ended()
                 if reason is not None and run.usage is not None:  # only the terminal message was lost
                     usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
-                    yield Finished(reason, usage, run.hits())
+                    yield Finished(reason, usage, run.attribute())
                     return
                 failures = 1 if len(run.emitted) > before else failures + 1
                 # A worker's own bug may be that worker's alone: one other may try.
                 attempts_max = self._config.attempts_max if error.retriable else 2
-                if isinstance(error, InvalidRequest) or failures >= attempts_max:
+                if isinstance(error, InvalidRequest | DeadlineExceeded) or failures >= attempts_max:
                     raise
                 node = None
                 if placement is not None:
@@ -217,15 +195,16 @@ class Dispatch:
                     run.avoid.add(placement.decode)
                 self.stats.steps_moved += 1
                 moved = Moved(run.request.step, node, error.code, len(run.emitted))
-                self.decisions.add(run.trace.key, clock.now_s(), moved)
+                self.retainer.send(StepMoved(run.key, moved))
                 log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
-            await asyncio.sleep(self._config.retry_pause_s * failures)
+            async with deadline.until(run.request.deadline_s):
+                await asyncio.sleep(self._config.retry_pause_s * failures)
 
     def _place(self, run: Run) -> Placement:
         decodes = self.members.live("decode")
         if not decodes:
             raise Unavailable("no decode worker is ready")
-        tokens = len(run.request.prompt) + len(run.emitted)
+        tokens = run.request.prompt_tokens + len(run.emitted)
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
         run.cut(decodes[0])
@@ -234,14 +213,12 @@ class Dispatch:
         assert placement is not None
         warm, stored_tokens = run.warm, found.blocks * run.block_tokens
         lives = warm is not None and Key(warm.node, warm.generation) in self.decodes.rows
-        run.placed(placement, stored_tokens, warm_lives=lives)
-        taken = run.takes(placement)
-        if taken is not None:
-            self.traces.take(run.trace, taken)
+        run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
         if placement.computes is not None:
             self._predicted.add(run.hashes, [placement.computes], clock.now_s())
         self._turn += 1
-        self._log_placed(run, placement, stored_tokens)
+        placed = self._placed(run, placement, stored_tokens)
+        self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
         log.info(
             "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
             run.request.step,
@@ -270,10 +247,10 @@ class Dispatch:
         expected = self._predicted.match(run.hashes, now_s)
         ask = Ask(
             trace=run.request.trace,
-            prompt_tokens=len(run.request.prompt) + len(run.emitted),
+            prompt_tokens=run.request.prompt_tokens + len(run.emitted),
             stored=self._stored(stored, run.block_tokens),
             warm=run.warm,
-            home=run.trace.home,
+            home=self._home(run),
             predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
             avoided=frozenset(run.avoid),
             left=frozenset(leaves),
@@ -294,13 +271,17 @@ class Dispatch:
         depth = len(block_s) - 1
         return [StoredRun(run.end * block_tokens, block_s[min(run.tier, depth)] / block_tokens) for run in runs]
 
-    def _log_placed(self, run: Run, placement: Placement, stored_tokens: int) -> None:
+    def _home(self, run: Run) -> NodeId | None:
+        trace = self.traces.get(run.key)
+        return trace.home if trace is not None else None
+
+    def _placed(self, run: Run, placement: Placement, stored_tokens: int) -> Placed:
         warm = run.warm
-        placed = Placed(
+        return Placed(
             step=run.request.step,
             decode=placement.decode.node,
             reason=placement.reason,
-            prompt_tokens=len(run.request.prompt),
+            prompt_tokens=run.request.prompt_tokens,
             indexed_tokens=stored_tokens,
             warm=warm.node if warm is not None else None,
             warm_tokens=warm.retained_tokens if warm is not None else 0,
@@ -312,34 +293,25 @@ class Dispatch:
             warm_cost_s=placement.warm_cost_s,
             pull_tokens=placement.pull_tokens,
         )
-        self.decisions.add(run.trace.key, clock.now_s(), placed)
 
     async def _on_worker(self, run: Run, placement: Placement) -> AsyncGenerator[Output | Finished, None]:
         """One attempt; appends to ``run.emitted`` what it yields."""
-        request = run.request
+        request, trace = run.request, self.traces.get(run.key)
         node = placement.decode.node
         info = next(info for info in self.members.live("decode") if info.node == node)
-        message = DecodeStep(
-            step=request.step,
-            trace=request.trace,
-            root=info.root,
-            prompt=run.packed,
-            emitted=pack_tokens(run.emitted),
-            salt=request.salt,
-            home=placement.home,
-            prefill=placement.prefill,
-            sampling=request.sampling,
-            family=run.trace.parent or request.trace,
-            pull_tokens=placement.pull_tokens,
-            prompt_logprobs=run.prompt_logprobs,
-        )
         context = CallContext(trace=request.trace, step=request.step)
         run.context_max = info.context_max
         retained, scored = 0, 0
         sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
         if self._config.policy == "cost" and run.prompt_logprobs is None:
             self._relief.enter(run, placement)
-        replies = self._peers.stream(info.address, message, idle_timeout_s=self._config.idle_timeout_s, context=context)
+        parent = trace.parent if trace is not None else None
+        replies = self._peers.stream(
+            info.address,
+            run.message(info, placement, parent),
+            idle_timeout_s=self._config.idle_timeout_s,
+            context=context,
+        )
         try:
             while (reply := await run.next(replies)) is not None:
                 match reply:
@@ -351,15 +323,15 @@ class Dispatch:
                         self._relief.leave(run, placement)
                         tokens = unpack_tokens(ids)
                         run.emitted.extend(tokens)
-                        retained = len(request.prompt) + len(run.emitted) - 1
+                        retained = request.prompt_tokens + len(run.emitted) - 1
                         if usage is None:
                             yield Output(tokens, logprobs=logprobs)
                         else:
-                            run.published_tokens = len(request.prompt)  # before it is told, the prompt is written
-                            yield Output(tokens, run.account(usage), run.hits(), logprobs)
+                            run.published_tokens = request.prompt_tokens  # before it is told, the prompt is written
+                            yield Output(tokens, run.account(usage), run.attribute(), logprobs)
                     case StepDone(reason, usage, retained_tokens, published_tokens):
                         retained, run.published_tokens = retained_tokens, published_tokens
-                        yield Finished(reason, run.account(usage), run.hits())
+                        yield Finished(reason, run.account(usage), run.attribute())
                         return
                     case _:
                         raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")

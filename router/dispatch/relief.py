@@ -13,7 +13,6 @@ from router.dispatch.run import Run
 from router.fleet.load import Fleet, Key
 from router.policy.placement import Placement, relieves
 from tracehaul.runtime import clock
-from worker.rates import STRETCH
 
 LOOK_S = 0.5
 LOOKS_MAX = 8
@@ -51,9 +50,9 @@ class Relief:
     def enter(self, run: Run, placement: Placement) -> None:
         """A step was sent to where its prompt may have to wait."""
         if placement.queued is not None and not self._closed:
-            now_s = clock.now_s()
-            work_s = placement.prefill_work_s
-            self._queues.setdefault(placement.queued, {})[run] = _Waiting(now_s, now_s + STRETCH * work_s, work_s)
+            now_s, at, work_s = clock.now_s(), placement.queued, placement.prefill_work_s
+            due_s = now_s + self._prefills.due_s(at, work_s)
+            self._queues.setdefault(at, {})[run] = _Waiting(now_s, due_s, work_s)
             self._plan()
 
     def leave(self, run: Run, placement: Placement) -> None:

@@ -1,4 +1,5 @@
-"""Carries out what is decided for traces between their steps: pins at the stores, contexts that come back in time.
+"""The shell of the traces: tells them what happens, and carries out what they want: pins at the stores, contexts that
+come back in time, steps that end.
 
 Everything here is a hint: what fails costs time, never an answer. Pins and prefetch jobs are the stores' own, so they
 outlive the router.
@@ -6,31 +7,42 @@ outlive the router.
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 
 from router.fleet.load import Warm
 from router.fleet.members import MemberRegistry
-from router.policy.gaps import Gap, Gaps, Tools, certain
-from router.policy.retention import RECALLED_KEEP_S, Retention, RetentionConfig, Situation, decide
-from router.traces.contexts import Left
-from router.traces.decisions import Decisions, Recalled, Retained
-from router.traces.registry import PinWish, Step, Suspension, Trace, TraceKey, Traces
+from router.policy.retention import RECALLED_KEEP_S
+from router.traces.contexts import Left, listed
+from router.traces.decisions import Entry, Recalled
+from router.traces.effects import (
+    BringBack,
+    Effect,
+    EndPin,
+    FreeContext,
+    SetPin,
+    StopPrefetch,
+    StopRecall,
+    StopSteps,
+    Told,
+)
+from router.traces.events import ContextRecalled, Event, PinHeld, Tick
+from router.traces.machine import Traces
+from router.traces.trace import PinWish, Trace, TraceKey
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.memory import give_back
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchCancel, PrefetchPoll, PrefetchState, Unpin
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import ASSUMED, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import salted
 from tracehaul.wire.ids import NodeId, TraceId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resident
-from worker.rates import ASSUMED
 
 seldom = Seldom(Log(__name__))
 
@@ -39,6 +51,9 @@ ACTS_MAX = 512
 CALL_TIMEOUT_S = 2.0
 RECALL_TIMEOUT_S = 30.0
 PREFETCH_POLL_S = 0.2
+GIVE_BACK_BYTES = 32 * 2**20
+"""Of traces that are gone: worth the work of giving the memory back to the system, a little later."""
+GIVE_BACK_S = 2.0
 
 R = TypeVar("R", bound=Reply)
 
@@ -58,83 +73,47 @@ class RetentionStats(msgspec.Struct):
 
 
 class Retainer:
-    """One router's."""
+    """One router's: it alone tells ``traces`` what happens, and does what follows. ``stop`` ends steps that run."""
 
     def __init__(
-        self, peers: Peers, members: MemberRegistry, traces: Traces, decisions: Decisions, config: RetentionConfig
+        self, peers: Peers, members: MemberRegistry, traces: Traces, stop: Callable[[StopSteps], None]
     ) -> None:
         self.stats = RetentionStats()
+        self.told: Callable[[TraceId, Entry], None] = lambda trace, entry: None
+        """Told of each decision as it is made."""
         self._peers = peers
         self._members = members
         self._traces = traces
-        self._decisions = decisions
-        self._config = config
-        self._gaps = Gaps()
+        self._stop = stop
         self._closed = False
         self._tasks = Tasks("retention")
-        self._timers: dict[TraceKey, list[asyncio.TimerHandle]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._most_bytes = 0
+        """Of the traces, since memory was given back."""
+        self._giving: asyncio.TimerHandle | None = None
         self._recalls: dict[TraceKey, asyncio.Task[None]] = {}
         self._prefetches: dict[TraceKey, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
         """Do nothing more."""
         self._closed = True
-        for key in list(self._timers):
-            self._stop_timers(key)
+        for timer in (self._timer, self._giving):
+            if timer is not None:
+                timer.cancel()
         await self._tasks.close()
 
-    # --- what happens to traces ---------------------------------------------------------------------------
+    def now_s(self) -> float:
+        """The time by which traces are told."""
+        return clock.now_s()
 
-    def began(self, trace: Trace, step: Step) -> None:
-        """A step of it began: nothing is to be brought back any more."""
-        self._stop_timers(trace.key)
-        recall = self._recalls.get(trace.key)
-        if recall is not None and recall.cancel():
-            self.stats.recalls_cut += 1
-        if step.gap is not None:
-            self._gaps.saw(trace.agent, step.gap.tools, step.gap.seconds)
-
-    def ended(self, trace: Trace) -> None:
-        """A step of it ended."""
-        if trace.running:
-            return
-        if trace.ended:
-            self._release(trace, [])
-        elif trace.lefts:
-            self._retain(trace, self._gaps.expect(trace.agent, trace.calls), trace.calls)
-
-    def called(self, trace: Trace, tools: tuple[str, ...]) -> None:
-        """What its last step called turned out."""
-        trace.calls = tools
-        if trace.state == "acting":
-            self.ended(trace)
-
-    def suspend(self, trace: Trace, expected_s: float, deadline_s: float | None, tool: str | None) -> None:
-        """The client says that it is idle for so long, and after ``deadline_s`` for ever."""
-        now_s = clock.now_s()
-        trace.suspension = Suspension(now_s, expected_s, deadline_s, tool)
-        trace.calls = (tool,) if tool is not None else trace.calls
-        told_s = deadline_s if deadline_s is not None else 2 * expected_s
-        self._retain(trace, certain(expected_s), trace.calls, told_s=told_s)
-        if deadline_s is not None:
-            self._after(trace, deadline_s, lambda: self._expire(trace))
-
-    def resume(self, trace: Trace) -> None:
-        """The client says that its next step comes soon."""
-        self._stop_timers(trace.key)
-        trace.suspension = None
-        self._start_recall(trace, "the client resumes it", told=True)
-
-    def forget(self, trace: Trace) -> None:
-        """It is no longer remembered."""
-        self._stop_timers(trace.key)
-
-    def delete(self, trace: Trace, lefts: list[Left]) -> None:
-        """The client has deleted it, with what it had left: what only it held is freed."""
-        recall = self._recalls.get(trace.key)
-        if recall is not None:
-            recall.cancel()
-        self._release(trace, lefts)
+    def send(self, event: Event) -> None:
+        """Let something happen to a trace."""
+        for effect in self._traces.handle(event, clock.now_s()):
+            self._do(effect)
+        self._plan()
+        self._most_bytes = max(self._most_bytes, self._traces.nbytes)
+        if self._most_bytes - self._traces.nbytes > GIVE_BACK_BYTES and self._giving is None and not self._closed:
+            self._giving = asyncio.get_running_loop().call_later(GIVE_BACK_S, self._give_back)
 
     async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
         """Pin its context, and those of its next steps, as its client wishes.
@@ -143,124 +122,119 @@ class Retainer:
             Unavailable: there is no store, or nothing to pin.
             ClusterError: the store refuses, or does not answer.
         """
-        pin = self._pin_of(trace, trace.trace, wish.until_s - clock.now_s(), wish.priority, wish)
-        if pin is None:
+        home = self._node("store", trace.home)
+        last = trace.lefts[-1].last if trace.lefts else None
+        if home is None or last is None:
             raise Unavailable("the trace has no context in a store")
-        info, message = pin
-        pinned = await self._ask(info, message, Pinned)
-        trace.pin = wish
+        ttl_s = wish.until_s - clock.now_s()
+        pinned = await self._ask(
+            home,
+            Pin(trace.trace, (last,), ttl_s, wish.kind, wish.priority, tenant=trace.key[0], replicas=wish.replicas),
+            Pinned,
+        )
+        self.send(PinHeld(trace.key, msgspec.structs.replace(wish, home=home.node, last=last)))
         return pinned
 
     async def unpin(self, trace: Trace) -> None:
         """End that pin."""
-        trace.pin = None
         home = self._node("store", trace.home)
         if home is not None:
             await self._ask(home, Unpin(trace.trace, trace.key[0]), Ok)
 
-    # --- deciding -----------------------------------------------------------------------------------------
-
-    def _retain(self, trace: Trace, gap: Gap, tools: Tools, *, told_s: float | None = None) -> None:
-        self._stop_timers(trace.key)
-        self._stop_prefetch(trace.key)
-        now = Situation(trace.context_tokens, trace.context_tokens * self._pull_token_s(trace))
-        plan = trace.retention = decide(gap, now, self._config, told_s=told_s)
-        median_s, longest_s = gap.quantile(0.5), gap.quantile(0.99)
-        self._decisions.add(trace.key, clock.now_s(), Retained(tools, gap.seen, median_s, longest_s, now, plan))
-        if plan.pin_s > 0 or trace.pin is not None:
-            self._start(self._pin(trace, plan), f"pin {trace.trace}")
-        if plan.recall_s is not None:
-            told = told_s is not None
-            self._after(trace, plan.recall_s, lambda: self._start_recall(trace, "its next step is expected", told=told))
-
-    def _pull_token_s(self, trace: Trace) -> float:
-        """Of the worker that has its context."""
-        warm = trace.lefts[-1].warm if trace.lefts else None
+    def reload_token_s(self, warm: Warm | None) -> float:
+        """What bringing back a token is expected to take the worker that has the context."""
         load = self._members.load(warm.node) if warm is not None else NodeLoad()
         return load.pull_token_s if load.token_s else ASSUMED.pull_token_s
 
-    def _release(self, trace: Trace, lefts: list[Left]) -> None:
-        self._stop_timers(trace.key)
-        self._stop_prefetch(trace.key)
-        trace.retention = None
-        home = self._node("store", trace.home)
-        if home is not None and (self._config.pins or trace.pin is not None):
-            for name in (_automatic(trace), *((trace.trace,) if trace.pin is not None else ())):
-                self._start(self._try(home, Unpin(name, trace.key[0]), Ok), f"unpin {name}")
-        trace.pin = None
-        workers = {left.warm.node: None for left in lefts if left.warm is not None}
-        workers |= {step.decode: None for step in list(trace.steps)[-1:] if step.decode is not None}
-        for node in workers:
-            worker = self._node("decode", node)
-            if worker is not None:
-                self._start(self._try(worker, ForgetContext(trace.trace, trace.key[0]), Resident), "forget")
-
-    def _expire(self, trace: Trace) -> None:
-        """It was not back by its deadline."""
-        if trace.state == "suspended":
-            self._traces.expire(trace)
-            self._release(trace, [])
-
     # --- acting -------------------------------------------------------------------------------------------
 
-    async def _pin(self, trace: Trace, plan: Retention) -> None:
-        wish, now_s = trace.pin, clock.now_s()
-        pins = [self._pin_of(trace, _automatic(trace), plan.pin_s, plan.priority, None)] if plan.pin_s > 0 else []
-        if wish is not None and wish.until_s > now_s:
-            pins.append(self._pin_of(trace, trace.trace, wish.until_s - now_s, wish.priority, wish))
-        for pin in pins:
-            if pin is not None:
-                self.stats.pins += 1
-                self.stats.pins_refused += await self._try(*pin, Pinned) is None
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case Told(key, entry):
+                self.told(key[1], entry)
+            case SetPin():
+                self._start(self._set_pin(effect), f"pin {effect.name}")
+            case EndPin(key, name, home):
+                self._hint("store", home, Unpin(name, key[0]), Ok)
+            case BringBack():
+                self._bring_back(effect)
+            case StopRecall(key):
+                recall = self._recalls.get(key)
+                if recall is not None and recall.cancel():
+                    self.stats.recalls_cut += 1
+            case StopPrefetch(key):
+                prefetch = self._prefetches.pop(key, None)
+                if prefetch is not None:
+                    prefetch.cancel()
+            case FreeContext(key, worker):
+                self._hint("decode", worker, ForgetContext(key[1], key[0]), Resident)
+            case StopSteps():
+                self._stop(effect)
 
-    def _pin_of(
-        self, trace: Trace, name: TraceId, ttl_s: float, priority: float, wish: PinWish | None
-    ) -> tuple[NodeInfo, Pin] | None:
-        home = self._node("store", trace.home)
-        if home is None or not trace.lefts or not trace.lefts[-1].hashes:
-            return None
-        last = (trace.lefts[-1].hashes[-1],)  # a pin covers what comes before it, too
-        kind, replicas = ("soft", 1) if wish is None else (wish.kind, wish.replicas)
-        return home, Pin(name, last, ttl_s, kind, priority, tenant=trace.key[0], replicas=replicas)
+    def _plan(self) -> None:
+        """One timer, for the first alarm."""
+        at_s = self._traces.next_alarm_s
+        if self._timer is not None:
+            if self._timer.when() == at_s and not self._timer.cancelled():
+                return
+            self._timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_at(at_s, self._tick) if at_s is not None and not self._closed else None
 
-    def _start_recall(self, trace: Trace, why: str, *, told: bool) -> None:
-        if not self._config.recall or trace.running or not trace.lefts or trace.key in self._recalls:
+    def _tick(self) -> None:
+        self._timer = None
+        self.send(Tick())
+
+    def _give_back(self) -> None:
+        self._giving, self._most_bytes = None, self._traces.nbytes
+        self._start(asyncio.to_thread(give_back), "give memory back")
+
+    async def _set_pin(self, pin: SetPin) -> None:
+        home = self._node("store", pin.home)
+        if home is not None:
+            last = (pin.last,)  # a pin covers what comes before it, too
+            message = Pin(pin.name, last, pin.ttl_s, pin.kind, pin.priority, tenant=pin.key[0], replicas=pin.replicas)
+            self.stats.pins += 1
+            self.stats.pins_refused += await self._try(home, message, Pinned) is None
+
+    def _bring_back(self, effect: BringBack) -> None:
+        if effect.key in self._recalls:
             return
-        task = self._start(self._recall(trace, trace.lefts[-1], why, told=told), f"recall {trace.trace}")
+        task = self._start(self._recall(effect), f"recall {effect.key[1]}")
         if task is not None:
-            self._recalls[trace.key] = task
-            task.add_done_callback(lambda _: self._recalls.pop(trace.key, None))
+            self._recalls[effect.key] = task
+            task.add_done_callback(lambda _: self._recalls.pop(effect.key, None))
 
-    async def _recall(self, trace: Trace, left: Left, why: str, *, told: bool) -> None:
+    async def _recall(self, asked: BringBack) -> None:
         """Bring a context back to the worker that had it, or to the one with the least to do."""
-        worker = self._worker(trace, left)
+        (salt, trace), left = asked.key, asked.left
+        worker = self._worker(salt, left)
         if worker is None:
             return
-        here = await self._try(worker, KeepContext(trace.trace, trace.key[0], RECALLED_KEEP_S), Resident)
+        here = await self._try(worker, KeepContext(trace, salt, RECALLED_KEEP_S), Resident)
         if here is None or here.tokens >= left.tokens:
             return
         self.stats.recalls += 1
         began_s = clock.now_s()
-        self._start_prefetch(trace, left)
-        recall = RecallContext(trace.trace, worker.root, left.packed, trace.key[0], RECALLED_KEEP_S, told)
+        self._start_prefetch(asked)
+        recall = RecallContext(trace, worker.root, left.packed, salt, RECALLED_KEEP_S, asked.told)
         now_there = await self._try(worker, recall, Resident, RECALL_TIMEOUT_S)
         tokens = now_there.tokens if now_there is not None else 0
         gained = max(0, tokens - here.tokens)
         self.stats.recalled_tokens += gained
         self.stats.recalls_vain += gained == 0
-        if tokens:
-            self._traces.rewarm(trace, left, replace(left, warm=Warm(worker.node, worker.generation, tokens)))
-        now_s = clock.now_s()
-        self._decisions.add(trace.key, now_s, Recalled(worker.node, why, gained, tokens, now_s - began_s))
+        warm = Warm(worker.node, worker.generation, tokens) if tokens else None
+        recalled = Recalled(worker.node, asked.why, gained, tokens, clock.now_s() - began_s)
+        self.send(ContextRecalled(asked.key, left.step, warm, recalled))
 
-    def _start_prefetch(self, trace: Trace, left: Left) -> None:
-        home = self._node("store", trace.home)
-        if home is None or not self._members.has_tiers(home.node) or not left.hashes:
+    def _start_prefetch(self, asked: BringBack) -> None:
+        home = self._node("store", asked.home)
+        if home is None or not self._members.has_tiers(home.node) or not asked.left.hashes:
             return
-        self._stop_prefetch(trace.key)
-        task = self._start(self._prefetch(trace.key, home, left), f"prefetch {trace.trace}")
+        self._do(StopPrefetch(asked.key))
+        task = self._start(self._prefetch(asked.key, home, asked.left), f"prefetch {asked.key[1]}")
         if task is not None:
-            self._prefetches[trace.key] = task
+            self._prefetches[asked.key] = task
 
     async def _prefetch(self, key: TraceKey, home: NodeInfo, left: Left) -> None:
         """Let the store bring it up from what is below its memory: ahead of the worker, or in its stead.
@@ -269,7 +243,7 @@ class Retainer:
         follows is not brought either.
         """
         self.stats.prefetches += 1
-        state = await self._try(home, Prefetch(tuple(left.hashes)), PrefetchState)
+        state = await self._try(home, Prefetch(tuple(listed(left.hashes))), PrefetchState)
         try:
             while state is not None and state.state == "running" and not state.missed:
                 await asyncio.sleep(PREFETCH_POLL_S)
@@ -281,14 +255,8 @@ class Retainer:
             if self._prefetches.get(key) is asyncio.current_task():
                 del self._prefetches[key]
 
-    def _stop_prefetch(self, key: TraceKey) -> None:
-        """Nobody waits for it."""
-        task = self._prefetches.pop(key, None)
-        if task is not None:
-            task.cancel()
-
-    def _worker(self, trace: Trace, left: Left) -> NodeInfo | None:
-        workers = [w for w in self._members.live("decode") if salted(w.root, trace.key[0]) == left.root]
+    def _worker(self, salt: str, left: Left) -> NodeInfo | None:
+        workers = [w for w in self._members.live("decode") if salted(w.root, salt) == left.root]
         warm = left.warm
         same = next((w for w in workers if warm and (w.node, w.generation) == (warm.node, warm.generation)), None)
         return same or min(workers, key=lambda worker: self._members.load(worker.node).running, default=None)
@@ -311,22 +279,14 @@ class Retainer:
             seldom.warning("a hint was not taken", about=info.node, hint=type(request).__name__, why=str(error))
             return None
 
+    def _hint(self, role: str, node: NodeId, request: Request, reply_type: type[Reply]) -> None:
+        info = self._node(role, node)
+        if info is not None:
+            self._start(self._try(info, request, reply_type), f"{type(request).__name__} at {node}")
+
     def _start(self, work: Coroutine[Any, Any, object], name: str) -> "asyncio.Task[Any] | None":
         if self._closed or len(self._tasks) >= ACTS_MAX:
             work.close()
             self.stats.undone += 1
             return None
         return self._tasks.start(work, name)
-
-    def _after(self, trace: Trace, delay_s: float, act: Callable[[], None]) -> None:
-        timer = asyncio.get_running_loop().call_later(delay_s, act)
-        self._timers.setdefault(trace.key, []).append(timer)
-
-    def _stop_timers(self, key: TraceKey) -> None:
-        for timer in self._timers.pop(key, ()):
-            timer.cancel()
-
-
-def _automatic(trace: Trace) -> TraceId:
-    """The name of the router's own pin: no client can name it, so it never replaces what a client asked for."""
-    return TraceId(f"{trace.trace}~")

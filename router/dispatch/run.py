@@ -8,15 +8,20 @@ import msgspec
 from router.dispatch.steps import StepRequest
 from router.fleet.load import Key, Warm
 from router.policy.placement import Placement
-from router.traces.contexts import Cut, Left, cut
+from router.traces.contexts import Cut, Left, cut, joined
+from router.traces.events import StepEnded
 from router.traces.hits import Expected, Hits, Outcome, attribute
-from router.traces.registry import Step, Trace
+from router.traces.trace import TraceKey
+from tracehaul.runtime import deadline
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 from tracehaul.wire.messages import Reply
-from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
+from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
+
+WORTH = ("aborted", "stop", "length", "deadline_exceeded")
+"""Endings after which what was computed is worth coming back to: the API aborts a step at a stop string, too."""
 
 
 class BetterPlace(Exception):
@@ -31,14 +36,17 @@ class BetterPlace(Exception):
 
 
 class Run:
-    """One step, from its request to its end. ``lefts`` are the contexts that it may continue."""
+    """One step, from its request to its end. It may continue the contexts that its parent left, and its own trace."""
 
-    def __init__(self, request: StepRequest, trace: Trace, step: Step, lefts: list[Left]) -> None:
+    def __init__(self, request: StepRequest, parents: Sequence[Left], own: Sequence[Left]) -> None:
         self.request = request
-        self.trace = trace
-        self.step = step
-        self.packed = pack_tokens(request.prompt)
-        """The prompt in wire form."""
+        self.key: TraceKey = (request.salt, request.trace)
+        self.ending = "aborted"
+        """Its finish reason, or an error's code, as soon as there is one."""
+        self.hits: Hits | None = None
+        """What came of the context that it continues, as of now."""
+        self.deleted = False
+        """Its trace was, by the client."""
         self.emitted: list[int] = []
         self.scored_tokens = 0
         """Of the prompt, told in this or an earlier attempt."""
@@ -55,7 +63,8 @@ class Run:
         """Who holds how much of the prompt, as far as a worker told."""
         self.published_tokens = 0
         self.block_tokens = 0
-        self._lefts = lefts
+        self._lefts = (*parents, *own)
+        self._own = own
         self._root = BlockHash(b"")
         self._cut = Cut(b"", (), None, 0)
         self._expected: Expected | None = None
@@ -72,7 +81,12 @@ class Run:
     @property
     def forks(self) -> bool:
         """Whether the context that it continues is its parent's."""
-        return self._cut.left is not None and not any(own is self._cut.left for own in self.trace.lefts)
+        return self._cut.left is not None and not any(own is self._cut.left for own in self._own)
+
+    @property
+    def continues(self) -> StepId | None:
+        """The step whose context it continues."""
+        return self._cut.left.step if self._cut.left is not None else None
 
     def cut(self, worker: NodeInfo) -> None:
         """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
@@ -80,32 +94,49 @@ class Run:
         if root == self._root:
             return
         self._root, self.block_tokens = root, worker.block_tokens
-        self._cut = cut(root, self.packed, worker.block_tokens, self._lefts)
+        self._cut = cut(root, self.request.prompt, worker.block_tokens, self._lefts)
         left = self._cut.left
-        if left is None:
-            return
-        self.step.parent = left.step
-        if left.warm is not None and self.warm is None:
+        if left is not None and left.warm is not None and self.warm is None:
             kept = min(left.warm.retained_tokens, self._cut.shared_tokens)
             # A worker gives another trace's context only to who continues all of it.
             if not self.forks or kept == left.warm.retained_tokens:
                 self.warm = Warm(left.warm.node, left.warm.generation, kept)
 
-    def takes(self, placement: Placement) -> Left | None:
-        """The parent's context, if this step continues it there on the worker that kept it: nobody else can then."""
-        warm = self.warm
-        there = warm is not None and (warm.node, warm.generation) == placement.decode
-        return self._cut.left if there and self.forks else None
+    def message(self, worker: NodeInfo, placement: Placement, parent: TraceId | None) -> DecodeStep:
+        """What that worker is told; ``parent`` is the trace that started this one."""
+        request = self.request
+        return DecodeStep(
+            step=request.step,
+            trace=request.trace,
+            root=worker.root,
+            prompt=request.prompt,
+            emitted=pack_tokens(self.emitted),
+            salt=request.salt,
+            home=placement.home,
+            prefill=placement.prefill,
+            sampling=request.sampling,
+            family=parent or request.trace,
+            pull_tokens=placement.pull_tokens,
+            prompt_logprobs=self.prompt_logprobs,
+            tenant=request.tenant,
+            step_class=request.step_class,
+            priority=request.priority,
+            deadline_in_s=deadline.left_s(request.deadline_s),
+        )
 
-    def placed(self, placement: Placement, stored_tokens: int, *, warm_lives: bool) -> None:
-        """It was given a place. What counts for its hits is what was known before the first attempt."""
+    def takes(self, placement: Placement) -> bool:
+        """Whether it continues its parent's context there on the worker that kept it: nobody else can then."""
+        warm = self.warm
+        return self.forks and warm is not None and (warm.node, warm.generation) == placement.decode
+
+    def placed(self, placement: Placement, home: NodeId | None, stored_tokens: int, *, warm_lives: bool) -> None:
+        """It was given a place; ``home`` took its trace's blocks so far. What counts for its hits is what was known
+        before the first attempt."""
         self._attempts += 1
-        self.home_lost = self.home_lost or (self.trace.home is not None and self.trace.home != placement.home)
-        self.trace.home = placement.home
-        self.step.decode, self.step.prefill = placement.decode.node, placement.prefill
+        self.home_lost = self.home_lost or (home is not None and home != placement.home)
         if self._expected is not None:
             return
-        left, longest = self._cut.left, len(self.request.prompt) - 1  # the last token is always computed
+        left, longest = self._cut.left, self.request.prompt_tokens - 1  # the last token is always computed
         self._warm_gone = self.warm is not None and not warm_lives
         self._expected = Expected(
             # A prompt to be scored is computed whatever there is of it.
@@ -119,7 +150,7 @@ class Run:
 
     def account(self, usage: StepUsage) -> StepUsage:
         """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
-        before = len(self.request.prompt)
+        before = self.request.prompt_tokens
         if self.usage is not None:
             before = self.usage.computed_from
         elif self._attempts > 1 and self._expected is not None:
@@ -131,7 +162,7 @@ class Run:
     @property
     def prompt_logprobs(self) -> int | None:
         """What the next attempt has to tell of the prompt; None where all of it was told."""
-        return self.request.prompt_logprobs if self.scored_tokens < len(self.request.prompt) - 1 else None
+        return self.request.prompt_logprobs if self.scored_tokens < self.request.prompt_tokens - 1 else None
 
     def scored(self, before: int, scores: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
         """What is new in an attempt's ``scores``, which follow ``before`` others of it: it began anew."""
@@ -139,15 +170,15 @@ class Run:
         self.scored_tokens += len(new)
         return new
 
-    def hits(self) -> Hits:
+    def attribute(self) -> Hits:
         """What came of the context that it continues, as of now."""
         usage = self.usage
         if usage is None or self._expected is None:
             return Hits()
-        self.step.hits = attribute(
+        self.hits = attribute(
             self._expected,
             Outcome(
-                delivered=min(usage.computed_from, len(self.request.prompt)),
+                delivered=min(usage.computed_from, self.request.prompt_tokens),
                 missed_blocks=usage.missed_blocks,
                 prefill_failed=usage.prefill_fallback != "",
                 worker_failed=bool(self.avoid),
@@ -155,22 +186,30 @@ class Run:
                 warm_gone=self._warm_gone,
             ),
         )
-        return self.step.hits
+        return self.hits
 
     def ended(self) -> FinishReason | None:
         """Why nothing may follow what was emitted; None if something must."""
         if not self.emitted:
             return None
-        length = len(self.request.prompt) + len(self.emitted)
+        length = self.request.prompt_tokens + len(self.emitted)
         return self.request.sampling.finish_reason(self.emitted[-1], len(self.emitted), length, self.context_max)
 
-    def left(self) -> Left | None:
-        """The step ended: what it leaves to the next; None if it computed nothing."""
-        if not self.emitted:
-            return None
-        packed = self.packed + pack_tokens(self.emitted[:-1])
-        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, len(self.request.prompt))
-        return Left(self.step.step, self._root, self.block_tokens, packed, hashes, self.published_tokens, self.warm)
+    def over(self, reload_token_s: float) -> StepEnded:
+        """It is over, whatever way; ``reload_token_s`` is what its worker takes to pull a token."""
+        left = self._left() if self.emitted and self.ending in WORTH else None
+        request = self.request
+        return StepEnded(
+            self.key, request.step, self.ending, len(self.emitted), self.hits, left, reload_token_s, request.final
+        )
+
+    def _left(self) -> Left:
+        """The context that it leaves to the next."""
+        packed = self.request.prompt + pack_tokens(self.emitted[:-1])
+        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, self.request.prompt_tokens)
+        return Left(
+            self.request.step, self._root, self.block_tokens, packed, joined(hashes), self.published_tokens, self.warm
+        )
 
     # --- what others decide -----------------------------------------------------------------------------------
 
@@ -179,28 +218,31 @@ class Run:
 
         Raises:
             TraceDeleted: :meth:`stop` was called, before or meanwhile.
+            DeadlineExceeded: the step's deadline has passed, before or meanwhile.
             BetterPlace: :meth:`move` was called meanwhile.
             ClusterError: what ``replies`` raises.
         """
         deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
-        if self.trace.deleted:
+        if self.deleted:
             raise deleted
+        deadline.check(self.request.deadline_s)
         try:
-            async with asyncio.timeout(None) as self._waiting:
+            async with asyncio.timeout_at(self.request.deadline_s) as self._waiting:
                 return await anext(replies, None)
         except TimeoutError:
-            raise (deleted if self.trace.deleted else self._better or deleted) from None
+            raise (deleted if self.deleted else self._better or deadline.exceeded()) from None
         finally:
             self._waiting = self._better = None
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""
-        if self._waiting is not None:
+        self.deleted = True
+        if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(0.0)
 
     def move(self, prefill: Key, wait_s: float, cost_s: float) -> None:
         """Place it anew, from another task, if it waits for that worker: see :class:`BetterPlace`."""
-        if self._waiting is not None:
+        if self._waiting is not None and not self._waiting.expired():
             self.leaves.add(prefill)
             self._better = BetterPlace(wait_s, cost_s)
             self._waiting.reschedule(0.0)

@@ -8,8 +8,9 @@ import msgspec
 from router.fleet.members import NodeStatus
 from router.traces.book import Book
 from router.traces.hits import Hits
+from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import NodeId, StepId, TraceId
-from tracehaul.wire.steps import FinishReason, Sampling, StepUsage, TokenLogprobs
+from tracehaul.wire.steps import FinishReason, Sampling, StepClass, StepUsage, TokenLogprobs
 
 
 class StepRequest(msgspec.Struct, frozen=True):
@@ -20,12 +21,20 @@ class StepRequest(msgspec.Struct, frozen=True):
     """Given by the client, or made up by the API: one trace per unrelated call."""
     parent: TraceId | None
     """The trace this one was forked from, if the client says so."""
-    prompt: list[int]
+    prompt: bytes
+    """Packed, as it travels: see :func:`tracehaul.wire.hashing.pack_tokens`."""
     sampling: Sampling
     prompt_logprobs: int | None = None
     """Tell the prompt's logprobs, with so many of the likeliest tokens: nothing cached can be used for it."""
     salt: str = ""
     """Keeps tenants' blocks apart."""
+    tenant: str = ""
+    """Who asks, and whom it counts for."""
+    step_class: StepClass = "standard"
+    priority: int = 0
+    """Among steps of one class; higher goes first."""
+    deadline_s: float | None = None
+    """When it ends, by this process's clock, whatever it has: see :mod:`tracehaul.runtime.deadline`."""
     decode: NodeId | None = None
     """Run it on this worker if it is there: for operators and measurements."""
     final: bool = False
@@ -33,7 +42,12 @@ class StepRequest(msgspec.Struct, frozen=True):
     tools: tuple[str, ...] = ()
     """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
     agent: str = ""
-    """Names the kind of agent, as far as the call tells: see :class:`router.traces.registry.Trace`."""
+    """Names the kind of agent, as far as the call tells: see :class:`router.traces.trace.Trace`."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return token_count(self.prompt)
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -73,7 +87,7 @@ class Dispatcher(Protocol):
         """Output as it comes, then one :class:`Finished`. Closing the generator aborts the step everywhere.
 
         Raises (while iterating; before the first Output nothing was computed for good):
-            ContextTooLong, Unavailable, Overloaded, ClusterError.
+            ContextTooLong, Unavailable, Overloaded, DeadlineExceeded, ClusterError.
         """
         ...
 

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import NodeInfo, NodeLoad, Rates
 from tracehaul.wire.ids import Generation, NodeId
-from worker.rates import ASSUMED, Rates
 
 Column = NDArray[np.float64]
+
+FIGURES = 8
 
 
 class Key(NamedTuple):
@@ -60,7 +61,7 @@ class Fleet:
         self._accounts: dict[Key, _Account] = {}
         self.keys: list[Key] = []
         self.rows: dict[Key, int] = {}
-        self._columns = np.zeros((6, 0))
+        self._columns = np.zeros((FIGURES, 0))
         self._sent = np.zeros((4, 0))
 
     def __len__(self) -> int:
@@ -73,14 +74,15 @@ class Fleet:
             self._infos, self._loads = list(infos), list(loads)
             self.keys = [Key(info.node, info.generation) for info in infos]
             self.rows = {key: row for row, key in enumerate(self.keys)}
-            self._columns = np.array([_figures(load) for load in loads], dtype=np.float64).reshape(-1, 6).T.copy()
+            figures = [_figures(info, load) for info, load in zip(infos, loads, strict=True)]
+            self._columns = np.array(figures, dtype=np.float64).reshape(-1, FIGURES).T.copy()
             self._sent = np.zeros((4, len(infos)))
             for row, key in enumerate(self.keys):
                 self._write(row, self._accounts.get(key))
             return
         for row, load in enumerate(loads):
             if load is not self._loads[row]:
-                self._columns[:, row] = _figures(load)
+                self._columns[:, row] = _figures(infos[row], load)
         self._loads = list(loads)
 
     def sent(self, key: Key, work_s: float, now_s: float) -> None:
@@ -141,7 +143,7 @@ class Fleet:
 
     @property
     def token_s(self) -> Column:
-        """As in :class:`tracehaul.wire.cluster.NodeLoad`, like those that follow."""
+        """As in :class:`tracehaul.wire.cluster.Rates`, like those that follow."""
         return self._columns[0]
 
     @property
@@ -169,6 +171,16 @@ class Fleet:
         """As in :class:`tracehaul.wire.cluster.NodeLoad`."""
         return self._columns[5]
 
+    @property
+    def local_tokens(self) -> Column:
+        """Missing tokens that a decode worker computes itself in any case."""
+        return self._columns[6]
+
+    def due_s(self, key: Key, work_s: float) -> float:
+        """When it is the turn of a prompt there that takes so long, counted from when it came."""
+        row = self.rows.get(key)
+        return 0.0 if row is None else float(self._columns[7, row]) * work_s
+
     def _less(self, account: _Account, work_s: float) -> None:
         account.work_s = max(0.0, account.work_s - work_s) if account.running > account.decoding else 0.0
 
@@ -182,6 +194,7 @@ class Fleet:
             self._sent[:, row] = (account.running, account.decoding, account.work_s, account.until_s)
 
 
-def _figures(load: NodeLoad) -> tuple[float, ...]:
-    rates = Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s) if load.token_s else ASSUMED
-    return *rates, float(load.free_tokens), load.shared
+def _figures(info: NodeInfo, load: NodeLoad) -> tuple[float, ...]:
+    rates = Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s) if load.token_s else info.rates
+    limits = info.limits
+    return *rates, float(load.free_tokens), load.shared, float(limits.local_prefill_tokens), limits.stretch

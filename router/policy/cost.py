@@ -47,8 +47,6 @@ class Need(NamedTuple):
     """The prompt's leading run in the store, and what it is made of."""
     warm: int
     """What the warm worker kept of it."""
-    local_max: int
-    """A decode worker computes up to this many missing tokens itself in any case."""
     under_way: int = 0
     """The prompt's leading tokens that some worker is about to have computed for other steps."""
 
@@ -153,7 +151,7 @@ def decode_costs(
         reach = np.maximum(have, float(need.stored))
         remote = np.maximum(prefilled_s, _fetch_s(decodes, need, have, warm_row, need.stored))
         remote += (need.prompt - reach) * decodes.pull_token_s
-        local = (need.prompt - costs.reach <= need.local_max) | (seconds < LOCAL_MARGIN * remote)
+        local = (need.prompt - costs.reach <= decodes.local_tokens) | (seconds < LOCAL_MARGIN * remote)
         seconds = np.where(local, seconds, remote)
         costs = costs._replace(
             local=local, reach=np.where(local, costs.reach, reach), pull=np.where(local, costs.pull, need.stored)

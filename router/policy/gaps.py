@@ -7,6 +7,7 @@ known of more gaps: those of any agent's use of these tools, those of this agent
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 WINDOW = 256
@@ -60,7 +61,7 @@ class Gaps:
 
     def expect(self, agent: str, tools: Tools) -> Gap:
         """What is to be expected of a gap."""
-        samples = _guess(PEOPLE_GUESS if tools == () else TOOLS_GUESS)
+        samples: Sequence[float] = _guess(PEOPLE_GUESS if tools == () else TOOLS_GUESS)
         seen = 0
         for kind in dict.fromkeys(((None, None), (agent, None), (None, tools), (agent, tools))):
             window = self._seen.get(kind, ())
@@ -69,14 +70,15 @@ class Gaps:
         return Gap(samples, seen)
 
 
-def _guess(quantiles: Sequence[tuple[float, float]]) -> list[float]:
+@cache
+def _guess(quantiles: tuple[tuple[float, float], ...]) -> tuple[float, ...]:
     """Samples at the middle of each of :data:`ENOUGH` equal shares."""
     samples: list[float] = []
     for at in range(ENOUGH):
         share = (at + 0.5) / ENOUGH
         (low, least), (high, most) = next(pair for pair in pairwise(quantiles) if pair[0][0] <= share <= pair[1][0])
         samples.append(least * (most / least) ** ((share - low) / (high - low)))
-    return samples
+    return tuple(samples)
 
 
 def _thinned(samples: Sequence[float], count: int) -> list[float]:

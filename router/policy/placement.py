@@ -41,8 +41,6 @@ class Ask(msgspec.Struct, frozen=True):
     home: NodeId | None
     predicted: Mapping[NodeId, int] = {}
     """Leading tokens that workers are about to have computed for other steps."""
-    local_max: int = 256
-    """Missing tokens that a decode worker computes itself in any case."""
     avoided: frozenset[Key] = frozenset()
     """Workers that failed this step: chosen if there is no other."""
     left: frozenset[Key] = frozenset()
@@ -110,7 +108,6 @@ def place(
         prompt=ask.prompt_tokens,
         runs=ask.stored if stores else (),
         warm=min(ask.warm.retained_tokens, ask.prompt_tokens) if ask.warm is not None else 0,
-        local_max=ask.local_max,
         under_way=min(max(ask.predicted.values(), default=0), ask.prompt_tokens),
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
@@ -120,7 +117,7 @@ def place(
     costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s)
     row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
     reach = float(costs.reach[row])
-    short = need.prompt - reach <= need.local_max
+    short = need.prompt - reach <= float(decodes.local_tokens[row])
     if policy == "cost" and costs.local[row] and not short:
         helper = None
     alone = helper is None or short

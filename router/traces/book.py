@@ -1,14 +1,25 @@
-"""The traces as their clients see and steer them."""
+"""The traces as their clients see and steer them, and as the calls use them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Protocol
 
-from router.traces.decisions import Asked, Decisions
-from router.traces.registry import PinWish, Trace, Traces
+from router.traces.events import (
+    Answered,
+    CallOver,
+    Deleted,
+    Event,
+    PinAsked,
+    Recognised,
+    Resumed,
+    Suspended,
+)
+from router.traces.machine import Traces
+from router.traces.prefixes import Place, own
+from router.traces.texts import CutTokens, Encoded, Said
+from router.traces.trace import PinWish, Trace, TraceKey
 from router.traces.views import TraceList, TraceView, trace_list, view
-from tracehaul.runtime import clock
 from tracehaul.wire.blocks import PinKind, Pinned
-from tracehaul.wire.ids import TraceId
+from tracehaul.wire.ids import StepId, TraceId
 
 
 class TraceBusy(Exception):
@@ -16,18 +27,14 @@ class TraceBusy(Exception):
 
 
 class Keeper(Protocol):
-    """Who acts on what clients say: see :class:`router.dispatch.retainer.Retainer`."""
+    """Who tells the traces what happens, and does what follows: see :class:`router.dispatch.retainer.Retainer`."""
 
-    def suspend(self, trace: Trace, expected_s: float, deadline_s: float | None, tool: str | None) -> None:
-        """It is idle for so long, and after ``deadline_s`` for ever."""
+    def now_s(self) -> float:
+        """Its time."""
         ...
 
-    def resume(self, trace: Trace) -> None:
-        """Its next step comes soon."""
-        ...
-
-    def called(self, trace: Trace, tools: tuple[str, ...]) -> None:
-        """What its last step called turned out."""
+    def send(self, event: Event) -> None:
+        """Let something happen to a trace."""
         ...
 
     async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
@@ -42,28 +49,70 @@ class Keeper(Protocol):
 class Book:
     """What ``/v1/traces`` asks and tells. Of a trace that is not known, and of another tenant's, the answer is None."""
 
-    def __init__(self, traces: Traces, decisions: Decisions, keeper: Keeper, delete: Callable[[Trace], None]) -> None:
+    def __init__(self, traces: Traces, keeper: Keeper) -> None:
         self._traces = traces
-        self._decisions = decisions
         self._keeper = keeper
-        self._delete = delete
+
+    # --- for calls ----------------------------------------------------------------------------------------------
+
+    def place(self, salt: str, conversation: Sequence[bytes], opening: int, fresh: TraceId) -> Place:
+        """The trace of a call without a name, which is remembered. :meth:`over` must follow.
+
+        Args:
+            salt: the tenant.
+            conversation: :func:`router.traces.prefixes.digests` of its messages.
+            opening: how many of the first messages many conversations share.
+            fresh: the trace's name if it is a new one.
+        """
+        digests = own(conversation, opening)
+        place = self._traces.place(salt, digests, fresh)
+        self._keeper.send(Recognised((salt, place.trace), digests))
+        return place
+
+    def over(self, salt: str, trace: TraceId) -> None:
+        """The call that was given that place is over. Where it began no step, nothing stays of it."""
+        self._keeper.send(CallOver((salt, trace)))
+
+    def known(self, traces: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
+        """The longest beginning of ``text`` whose token ids one of these traces knows; empty if none does."""
+        return self._traces.known(traces, text, cut_tokens)
+
+    def response(self, salt: str, response: str) -> TraceId | None:
+        """The trace in which a tenant was given a response."""
+        return self._traces.response(salt, response)
+
+    def answered(
+        self,
+        salt: str,
+        trace: TraceId,
+        step: StepId,
+        *,
+        response: str | None,
+        tools: tuple[str, ...] | None = None,
+        said: Said | None = None,
+    ) -> None:
+        """A step is over for its caller, whatever way: once for each step. See
+        :class:`router.traces.events.Answered`."""
+        self._keeper.send(Answered((salt, trace), step, response, tools, said))
+
+    # --- for clients --------------------------------------------------------------------------------------------
 
     def page(self, salt: str, limit: int, after: TraceId | None) -> TraceList | None:
         """A tenant's traces, the last used first, from the one after ``after`` on; None if that one is not known."""
         found = self._traces.page(salt, limit, after)
-        return None if found is None else trace_list(*found, clock.now_s())
+        return None if found is None else trace_list(*found, self._keeper.now_s())
 
     def view(self, salt: str, trace: TraceId) -> TraceView | None:
         """All that is known of one."""
         known = self._traces.get((salt, trace))
-        return None if known is None else view(known, self._decisions.of(known.key), clock.now_s())
+        return None if known is None else view(known, self._keeper.now_s())
 
     def delete(self, salt: str, trace: TraceId) -> bool:
         """Forget one, and end what runs of it; False if it is not known."""
         known = self._traces.get((salt, trace))
         if known is None:
             return False
-        self._delete(known)
+        self._keeper.send(Deleted(known.key))
         return True
 
     def suspend(
@@ -74,12 +123,7 @@ class Book:
         Raises:
             TraceBusy: a step of it runs, or it has ended.
         """
-        known = self._idle(salt, trace)
-        if known is not None:
-            inputs: dict[str, float | str | None] = {"expected_s": expected_s, "deadline_s": deadline_s, "tool": tool}
-            self._decisions.add(known.key, clock.now_s(), Asked("suspend", inputs))
-            self._keeper.suspend(known, expected_s, deadline_s, tool)
-        return self.view(salt, trace)
+        return self._say(salt, trace, Suspended((salt, trace), expected_s, deadline_s, tool))
 
     def resume(self, salt: str, trace: TraceId) -> TraceView | None:
         """Its client says that its next step comes soon.
@@ -87,11 +131,7 @@ class Book:
         Raises:
             TraceBusy: a step of it runs, or it has ended.
         """
-        known = self._idle(salt, trace)
-        if known is not None:
-            self._decisions.add(known.key, clock.now_s(), Asked("resume", {}))
-            self._keeper.resume(known)
-        return self.view(salt, trace)
+        return self._say(salt, trace, Resumed((salt, trace)))
 
     async def pin(
         self, salt: str, trace: TraceId, kind: PinKind, ttl_s: float, priority: float, replicas: int
@@ -104,21 +144,16 @@ class Book:
         known = self._traces.get((salt, trace))
         if known is None:
             return None
-        asked = Asked("pin", {"kind": kind, "ttl_s": ttl_s, "priority": priority, "replicas": replicas})
-        self._decisions.add(known.key, clock.now_s(), asked)
+        wish = PinWish(kind, self._keeper.now_s() + ttl_s, priority, replicas)
+        self._keeper.send(PinAsked(known.key, ttl_s, wish))
         if ttl_s == 0:
             await self._keeper.unpin(known)
             return Pinned(0, 0, 0.0)
-        return await self._keeper.pin(known, PinWish(kind, clock.now_s() + ttl_s, priority, replicas))
+        return await self._keeper.pin(known, wish)
 
-    def called(self, salt: str, trace: TraceId, tools: tuple[str, ...]) -> None:
-        """What its last step's answer calls, once that is known."""
-        known = self._traces.get((salt, trace))
-        if known is not None:
-            self._keeper.called(known, tools)
-
-    def _idle(self, salt: str, trace: TraceId) -> Trace | None:
+    def _say(self, salt: str, trace: TraceId, event: Suspended | Resumed) -> TraceView | None:
         known = self._traces.get((salt, trace))
         if known is not None and known.state in ("running", "ended"):
             raise TraceBusy(f"a step of trace {trace} runs" if known.running else f"trace {trace} has ended")
-        return known
+        self._keeper.send(event)
+        return self.view(salt, trace)

@@ -3,20 +3,21 @@
 An agent's prompt is its last prompt and a little more, so its hashes are mostly known: only the rest is chained.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+import numpy as np
+
 from router.fleet.load import Warm
-from tracehaul.wire.hashing import TOKEN_BYTES, chain, common_prefix, extend_chain
+from tracehaul.wire.hashing import HASH_BYTES, TOKEN_BYTES, chain, common_prefix, extend_chain
 from tracehaul.wire.ids import BlockHash, StepId
 
 LEAVES_MAX = 8
 """Contexts of one trace that are kept open: its choices, and what it does at once under one name."""
 
 
-@dataclass(frozen=True)
-class Left:
+class Left(msgspec.Struct, frozen=True, gc=False):
     """One step's context at its end: the prompt and the output, whose last token has no KV."""
 
     step: StepId
@@ -24,8 +25,8 @@ class Left:
     """What the hashes are chained to: model, layout and tenant."""
     block_tokens: int
     packed: bytes
-    hashes: Sequence[BlockHash]
-    """Of all full blocks of ``packed``."""
+    hashes: bytes
+    """Of all full blocks of ``packed``, one behind the other."""
     published_tokens: int
     """Leading tokens that were got into the store."""
     warm: Warm | None
@@ -36,9 +37,9 @@ class Left:
         return len(self.packed) // TOKEN_BYTES
 
     @property
-    def nbytes(self) -> int:
-        """Memory that it takes, about."""
-        return len(self.packed) + len(self.hashes) * (sys.getsizeof(b"") + 24) + 256
+    def last(self) -> BlockHash | None:
+        """Its last full block."""
+        return BlockHash(self.hashes[-HASH_BYTES:]) if self.hashes else None
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Cut:
     """Its leading tokens that ``left`` has, too."""
 
 
+def joined(hashes: Iterable[BlockHash]) -> bytes:
+    """Hashes one behind the other: a fifth of the memory of a list."""
+    return b"".join(hashes)
+
+
+def listed(hashes: bytes) -> list[BlockHash]:
+    """Inverse of :func:`joined`."""
+    return np.frombuffer(hashes, f"V{HASH_BYTES}").tolist()
+
+
 def cut(root: BlockHash, packed: bytes, block_tokens: int, lefts: Sequence[Left]) -> Cut:
     """A prompt's hashes, from those of the earlier context that shares most of it; of equals, the last one."""
     best, shared_tokens = None, 0
@@ -63,10 +74,16 @@ def cut(root: BlockHash, packed: bytes, block_tokens: int, lefts: Sequence[Left]
                 best, shared_tokens = left, shared
     if best is None:
         return Cut(packed, chain(root, packed, block_tokens), None, 0)
-    return Cut(packed, extend_chain(root, packed, block_tokens, best.hashes, shared_tokens), best, shared_tokens)
+    known = listed(best.hashes[: shared_tokens // block_tokens * HASH_BYTES])
+    return Cut(packed, extend_chain(root, packed, block_tokens, known, shared_tokens), best, shared_tokens)
 
 
-def grow(lefts: Sequence[Left], new: Left) -> list[Left]:
+def grow(lefts: Sequence[Left], new: Left) -> tuple[Left, ...]:
     """A trace's open contexts with one more, without those that it continues; the oldest give way."""
     others = [left for left in lefts if not (left.root == new.root and new.packed.startswith(left.packed))]
-    return [*others[-(LEAVES_MAX - 1) :], new]
+    return (*others[-(LEAVES_MAX - 1) :], new)
+
+
+def warmed(lefts: Sequence[Left], step: StepId, warm: Warm | None) -> tuple[Left, ...]:
+    """With another worker for the context that ``step`` left; nothing changes if it has been continued meanwhile."""
+    return tuple(msgspec.structs.replace(left, warm=warm) if left.step == step else left for left in lefts)

@@ -1,17 +1,17 @@
-"""What was decided for each trace, with what it was decided on. Pure; bounded; the oldest is forgotten first."""
+"""What is decided for traces, with what it is decided on. Pure."""
 
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import get_args
 
 import msgspec
 
 from router.policy.retention import Retention, Situation
 from router.traces.hits import Hits
-from router.traces.registry import TraceKey
-from tracehaul.wire.ids import NodeId, StepId, TraceId
+from router.traces.rows import Rows, named, packed, unpacked
+from tracehaul.wire.ids import NodeId, StepId
 
 DECISIONS_MAX = 128
-"""Of one trace."""
+"""Of one trace; the oldest is forgotten first."""
 NODES_MAX = 16
 """Nodes whose load is written down with a decision."""
 
@@ -104,8 +104,8 @@ class Asked(msgspec.Struct, frozen=True, tag="asked"):
     """The client said something of the trace."""
 
     what: str
-    """``suspend``, ``resume``, ``pin`` or ``delete``."""
-    inputs: dict[str, float | str | None]
+    """``suspend``, ``resume`` or ``pin``."""
+    inputs: Mapping[str, int | float | str | None]
 
 
 Decision = Placed | Moved | Replaced | Ended | Retained | Recalled | Asked
@@ -118,35 +118,17 @@ class Entry(msgspec.Struct, frozen=True):
     decision: Decision
 
 
-class Decisions:
-    """The log, at most ``decisions_max`` of all traces; those of the trace least recently decided on go first."""
+KINDS: tuple[type[Decision], ...] = get_args(Decision)
 
-    def __init__(self, decisions_max: int) -> None:
-        self._max = decisions_max
-        self._entries: OrderedDict[TraceKey, deque[Entry]] = OrderedDict()
-        self._count = 0
-        self.told: Callable[[TraceId, Entry], None] = lambda trace, entry: None
-        """Told of each decision as it is made."""
 
-    def __len__(self) -> int:
-        return self._count
+def log_with(log: Rows, entry: Entry) -> Rows:
+    """A trace's decisions, with one more."""
+    row = packed(entry.decision, KINDS.index(type(entry.decision)), entry.at_s)
+    return log.added(row, DECISIONS_MAX)
 
-    def add(self, key: TraceKey, at_s: float, decision: Decision) -> None:
-        """Write one down."""
-        entry = Entry(at_s, decision)
-        entries = self._entries.setdefault(key, deque(maxlen=DECISIONS_MAX))
-        self._entries.move_to_end(key)
-        before = len(entries)
-        entries.append(entry)
-        self._count += len(entries) - before
-        while self._count > self._max:
-            self._count -= len(self._entries.popitem(last=False)[1])
-        self.told(key[1], entry)
 
-    def of(self, key: TraceKey) -> list[Entry]:
-        """A trace's, the oldest first."""
-        return list(self._entries.get(key, ()))
-
-    def forget(self, key: TraceKey) -> None:
-        """The trace is gone."""
-        self._count -= len(self._entries.pop(key, ()))
+def entry_of(row: bytes) -> Entry:
+    """One of them."""
+    number, at_s, *values = unpacked(row)
+    kind = KINDS[number]
+    return Entry(at_s, msgspec.convert(named(kind, values), kind))

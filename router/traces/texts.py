@@ -1,4 +1,4 @@
-"""What was said in a trace, with the token ids it was said in.
+"""What was said in a trace, with the token ids it was said in. Pure.
 
 An agent's next prompt is mostly its last prompt and the model's answer. Tokenizing that text afresh may give other
 ids than the model generated, and other ids are other KV blocks. So a trace remembers its texts together with their
@@ -12,36 +12,50 @@ The end of what the model generated is used as a cut even elsewhere: its ids are
 import re
 import sys
 from array import array
-from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
-ENTRIES_PER_TRACE = 8
-"""Branches that a trace's tree keeps open."""
+from tracehaul.wire.hashing import TOKEN_BYTES, pack_tokens, unpack_tokens
+
+TEXTS_MAX = 8
+"""Branches that a trace's tree of texts keeps open."""
 
 
-class Encoded(msgspec.Struct, frozen=True):
-    """A text in tokens, and where it may be cut: ``cuts[i]`` is (characters, tokens) before a cut token."""
+class Encoded(msgspec.Struct, frozen=True, gc=False):
+    """A text in tokens, and where it may be cut."""
 
     text: str
-    packed: "array[int]"
-    """Its tokens, four bytes each."""
-    cuts: list[tuple[int, int]]
+    packed: bytes
+    """Its tokens in wire form."""
+    cuts: bytes = b""
+    """For each cut token, the characters and the tokens before it: unsigned integers of 32 bits."""
 
     @property
     def ids(self) -> list[int]:
         """Its tokens, unpacked."""
-        return self.packed.tolist()
+        return unpack_tokens(self.packed)
 
 
-def fresh(text: str, ids: Sequence[int], cuts: list[tuple[int, int]]) -> Encoded:
-    """A text with its tokens."""
-    return Encoded(text, array("I", ids), cuts)
+class Said(msgspec.Struct, frozen=True, gc=False):
+    """A prompt and what the model answered."""
+
+    prompt: Encoded
+    """As it was run."""
+    answer: str = ""
+    """As the client has it, so as the next prompt will quote it."""
+    generated: bytes = b""
+    """The tokens that it came in (wire form), without the stop token."""
 
 
-EMPTY = fresh("", (), [])
+def fresh(text: str, ids: Sequence[int], cuts: Iterable[tuple[int, int]] = ()) -> Encoded:
+    """A text with its tokens, and the cuts as (characters, tokens)."""
+    return Encoded(text, pack_tokens(ids), _packed_cuts(cuts))
+
+
+EMPTY = Encoded("", b"")
 
 
 class CutTokens:
@@ -70,97 +84,107 @@ class CutTokens:
 
 def extend(known: Encoded, text: str, rest_ids: list[int], cut_tokens: CutTokens) -> Encoded:
     """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the tokens of what follows."""
-    offset, index = len(known.text), len(known.packed)
-    cuts = [(offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids)]
-    return Encoded(text, known.packed + array("I", rest_ids), known.cuts + cuts)
+    offset, index = len(known.text), len(known.packed) // TOKEN_BYTES
+    cuts = _packed_cuts((offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids))
+    return Encoded(text, known.packed + pack_tokens(rest_ids), known.cuts + cuts)
 
 
-class _Entry:
-    """One remembered text: a prompt and what the model said to it, packed."""
+class Text(msgspec.Struct, frozen=True, gc=False):
+    """One remembered text: a prompt and what the model said to it.
 
-    def __init__(self, prompt: Encoded, output_text: str, output: Sequence[int]) -> None:
-        self.text = prompt.text + output_text
-        self.prompt_end = (len(prompt.text), len(prompt.packed))
-        self.ids = prompt.packed + array("I", output)
-        self.generated = bool(output)
-        """The text's end is the end of a model's output."""
-        self.cut_offsets = array("I", (offset for offset, _ in prompt.cuts))
-        self.cut_indexes = array("I", (index for _, index in prompt.cuts))
-        self.nbytes = sys.getsizeof(self.text) + 4 * (len(self.ids) + 2 * len(self.cut_offsets)) + 512
+    Its tokens are the first ``shared`` of ``packed``, then ``rest``: the context that the step left has nearly the
+    same ones, and both refer to one copy.
+    """
+
+    text: str
+    packed: bytes
+    shared: int
+    rest: bytes
+    prompt_end: tuple[int, int]
+    """Characters and tokens of the prompt."""
+    generated: bool
+    """The text's end is the end of a model's output."""
+    cuts: bytes
+    """As in :class:`Encoded`."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+        return self.shared + len(self.rest) // TOKEN_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes without ``packed``, about."""
+        return sys.getsizeof(self.text) + len(self.rest) + len(self.cuts) + 400
+
+    def sharing(self, packed: bytes) -> "Text":
+        """With its tokens in ``packed``, if they begin alike."""
+        known = self.packed[: self.shared * TOKEN_BYTES]
+        if packed is self.packed or not packed.startswith(known):
+            return self
+        more = packed[len(known) : len(known) + len(self.rest)]
+        if not self.rest.startswith(more):
+            return self
+        shared = self.shared + len(more) // TOKEN_BYTES
+        return msgspec.structs.replace(self, packed=packed, shared=shared, rest=self.rest[len(more) :])
 
     def usable(self, text: str, cut_tokens: CutTokens) -> tuple[int, int]:
         """How much of ``text``, in characters and tokens, can be taken from here."""
         common = _common_prefix(text, self.text)
         whole = common == len(self.text)
         if whole and (self.generated or common == len(text) or cut_tokens.at(text, common)):
-            return common, len(self.ids)
+            return common, self.tokens
         prompt_end = self.prompt_end[0]
         if common >= prompt_end and (len(text) == prompt_end or cut_tokens.at(text, prompt_end)):
             return self.prompt_end
-        place = bisect_right(self.cut_offsets, common)
+        cuts = memoryview(self.cuts).cast("I")
+        place = bisect_right(cuts[::2], common)
         # The cut token at the first difference may be part of that difference: then it is no cut in the new text.
         while place > 0:
             place -= 1
-            if cut_tokens.at(text, self.cut_offsets[place]):
-                return self.cut_offsets[place], self.cut_indexes[place]
+            if cut_tokens.at(text, cuts[2 * place]):
+                return cuts[2 * place], cuts[2 * place + 1]
         return 0, 0
 
     def take(self, characters: int, tokens: int) -> Encoded:
         """The beginning."""
-        count = bisect_right(self.cut_offsets, characters)
-        cuts = [(o, i) for o, i in zip(self.cut_offsets[:count], self.cut_indexes[:count], strict=True) if i < tokens]
-        return Encoded(self.text[:characters], self.ids[:tokens], cuts)
+        cuts = memoryview(self.cuts).cast("I")
+        count = min(bisect_right(cuts[::2], characters), bisect_left(cuts[1::2], tokens))
+        packed = self.packed[: min(tokens, self.shared) * TOKEN_BYTES]
+        if tokens > self.shared:
+            packed += self.rest[: (tokens - self.shared) * TOKEN_BYTES]
+        return Encoded(self.text[:characters], packed, self.cuts[: 2 * count * cuts.itemsize])
 
 
-class TraceTexts:
-    """Remembers texts with their ids, by trace. Pure; limited in traces and bytes, least recently used first out."""
+def remember(texts: Sequence[Text], said: Said) -> tuple[Text, ...]:
+    """A trace's texts with one more, without those that it continues; the oldest give way."""
+    prompt = said.prompt
+    new = Text(
+        prompt.text + said.answer,
+        prompt.packed,
+        len(prompt.packed) // TOKEN_BYTES,
+        said.generated,
+        (len(prompt.text), len(prompt.packed) // TOKEN_BYTES),
+        bool(said.generated),
+        prompt.cuts,
+    )
+    others = [known for known in texts if not new.text.startswith(known.text)]
+    return (*others[-(TEXTS_MAX - 1) :], new)
 
-    def __init__(self, cut_tokens: CutTokens, *, traces_max: int, bytes_max: int) -> None:
-        self._cut_tokens = cut_tokens
-        self._traces_max = traces_max
-        self._bytes_max = bytes_max
-        self._traces: OrderedDict[Hashable, list[_Entry]] = OrderedDict()
-        self.nbytes = 0
 
-    def __len__(self) -> int:
-        return len(self._traces)
+def find(texts: Iterable[Text], text: str, cut_tokens: CutTokens) -> Encoded:
+    """The longest beginning of ``text`` whose ids are known from one of ``texts``, of equals from the first one; empty
+    if none is."""
+    best, source = (0, 0), None
+    for known in texts:
+        usable = known.usable(text, cut_tokens)
+        if usable > best:
+            best, source = usable, known
+    return source.take(*best) if source else EMPTY
 
-    def find(self, traces: Sequence[Hashable], text: str) -> Encoded:
-        """The longest beginning of ``text`` whose ids are known in one of ``traces``; empty if none is."""
-        best, source = (0, 0), None
-        for trace in traces:
-            entries = self._traces.get(trace)
-            if entries is None:
-                continue
-            self._traces.move_to_end(trace)
-            for entry in reversed(entries):
-                usable = entry.usable(text, self._cut_tokens)
-                if usable > best:
-                    best, source = usable, entry
-        return source.take(*best) if source else EMPTY
 
-    def remember(self, trace: Hashable, prompt: Encoded, output_text: str, output: Sequence[int]) -> None:
-        """Keep ``prompt`` and what the model answered.
-
-        Args:
-            trace: what later prompts will be looked up by.
-            prompt: the prompt as it was run.
-            output_text: the answer as the client has it, so as the next prompt will quote it.
-            output: the ids it came in, without the stop token.
-        """
-        entry = _Entry(prompt, output_text, output)
-        entries = self._traces.setdefault(trace, [])
-        self._traces.move_to_end(trace)
-        for index in range(len(entries) - 1, -1, -1):
-            if entry.text.startswith(entries[index].text):
-                self.nbytes -= entries.pop(index).nbytes
-        if len(entries) == ENTRIES_PER_TRACE:
-            self.nbytes -= entries.pop(0).nbytes
-        entries.append(entry)
-        self.nbytes += entry.nbytes
-        while len(self._traces) > self._traces_max or self.nbytes > self._bytes_max:
-            _, dropped = self._traces.popitem(last=False)
-            self.nbytes -= sum(e.nbytes for e in dropped)
+def _packed_cuts(cuts: Iterable[tuple[int, int]]) -> bytes:
+    return array("I", chain.from_iterable(cuts)).tobytes()
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -6,9 +6,9 @@ from typing import Literal
 import msgspec
 
 from router.policy.retention import Retention
-from router.traces.decisions import Decision, Entry
+from router.traces.decisions import Decision
 from router.traces.hits import Hits
-from router.traces.registry import Step, Trace, TraceState
+from router.traces.trace import Step, Trace, TraceState
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 
 
@@ -150,7 +150,7 @@ def summary(trace: Trace, now_s: float) -> TraceSummary:
     )
 
 
-def view(trace: Trace, decisions: Sequence[Entry], now_s: float) -> TraceView:
+def view(trace: Trace, now_s: float) -> TraceView:
     """All that is known of one."""
     pause = trace.suspension
     warm = trace.lefts[-1].warm if trace.lefts else None
@@ -176,7 +176,7 @@ def view(trace: Trace, decisions: Sequence[Entry], now_s: float) -> TraceView:
         pinned_s=max(0.0, trace.pin.until_s - now_s) if trace.pin is not None else None,
         home=trace.home,
         warm=warm.node if warm is not None else None,
-        decisions=[DecisionView(now_s - entry.at_s, entry.decision) for entry in decisions],
+        decisions=[DecisionView(now_s - entry.at_s, entry.decision) for entry in trace.decisions],
     )
 
 
@@ -186,9 +186,9 @@ def _step(step: Step, now_s: float) -> StepView:
         step.parent,
         now_s - step.began_s,
         (now_s if step.ended_s is None else step.ended_s) - step.began_s,
-        "running" if step.ended_s is None else step.ending,
-        step.gap.seconds if step.gap is not None else None,
-        step.gap.tools if step.gap is not None else (),
+        step.ending,
+        step.pause.seconds if step.pause is not None else None,
+        step.pause.tools if step.pause is not None else (),
         step.prompt_tokens,
         step.output_tokens,
         step.decode,

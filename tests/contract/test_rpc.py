@@ -28,10 +28,10 @@ from tracehaul.wire.blocks import Attach, Existing, Exists, Subscribe
 from tracehaul.wire.errors import (
     ClusterError,
     ContextTooLong,
-    DeadlineExceeded,
     Overloaded,
     PeerLost,
     ProtocolError,
+    TimedOut,
     error_from_code,
 )
 from tracehaul.wire.ids import BlockHash, StepId, TraceId
@@ -251,7 +251,7 @@ def test_a_deadline_ends_the_wait_and_the_handler(kind: str) -> None:
         bench.service.on_call = forever
         connection = await bench.connect()
         start_s = now_s()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await connection.call(Ping(), timeout_s=0.05)
         assert now_s() - start_s < SOON_S
         await until(lambda: bench.service.cancelled == 1)
@@ -264,7 +264,7 @@ def test_a_deadline_ends_the_wait_and_the_handler(kind: str) -> None:
 def test_no_time_left_sends_nothing(kind: str) -> None:
     async def test(bench: Bench) -> None:
         connection = await bench.connect()
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await connection.call(Ping(), timeout_s=-1.0)
         await connection.call(Ping(), timeout_s=SOON_S)
         assert bench.service.started == 1
@@ -523,11 +523,11 @@ def test_local_freeze_is_silence_and_thaw_delivers() -> None:
         await anext(stream)
         await anext(stream)
         network.freeze(bench.server.address)
-        with pytest.raises(DeadlineExceeded, match="silent"):
+        with pytest.raises(TimedOut, match="silent"):
             await anext(stream)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await connection.call(Ping(), timeout_s=0.05)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await network.connect(bench.server.address, timeout_s=0.05)
         network.thaw(bench.server.address)
         assert await connection.call(Ping(), timeout_s=SOON_S) == Ok()
@@ -651,7 +651,7 @@ def test_a_server_of_another_kind_is_a_clear_error(kind: str) -> None:
                     with pytest.raises(ProtocolError, match=address):
                         await bench.network.connect(address, timeout_s=SOON_S)
         async with raw_server(b"") as address:
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(TimedOut):
                 await bench.network.connect(address, timeout_s=0.1)
 
     run(kind, test)
@@ -745,7 +745,7 @@ def test_a_stopped_process_is_silent_and_a_killed_one_is_lost(kind: str) -> None
                 async with asyncio.timeout(2.5):
                     await asyncio.wait([pending, call])
             os.kill(process.pid, signal.SIGSTOP)
-            with pytest.raises(DeadlineExceeded):
+            with pytest.raises(TimedOut):
                 await anext(stream)
             assert not connection.closed
             start_s = now_s()

@@ -16,11 +16,12 @@ import pydantic
 import pytest
 import uvloop
 
-from router.api import ApiConfig, create_app, serve
-from router.api.fakes import FakeDispatcher, FakeText, Script, say
+from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
+from router.http import ApiConfig, create_app, serve
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage
 
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
@@ -45,7 +46,7 @@ class Event(pydantic.BaseModel):
 
 def script(request: StepRequest) -> Script:
     """What the prompt's last user message asks for."""
-    asked = FakeText().stream().push(request.prompt)
+    asked = FakeText().stream().push(unpack_tokens(request.prompt))
     if "forever" in asked:
         return [item for _ in range(6000) for item in (Output([120], StepUsage(computed_from=1)), 0.01)]
     if "never" in asked:

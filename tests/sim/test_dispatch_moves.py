@@ -56,7 +56,7 @@ def run_step(attempts, **sampling):
         member = Membership(Peers(network.at("decode-0:1")), "router:1", info, NodeLoad, lambda members: None)
         asyncio.get_running_loop().create_task(member.run())
         await member.joined.wait()
-        request = StepRequest(StepId("s"), TraceId("t"), None, [1, 2, 3], Sampling(**sampling))
+        request = StepRequest(StepId("s"), TraceId("t"), None, pack_tokens([1, 2, 3]), Sampling(**sampling))
         output, done = [], []
         async for event in dispatch.run(request):
             if isinstance(event, Finished):
@@ -117,7 +117,9 @@ def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
             await member.joined.wait()
 
         async def step(trace, tokens):
-            request = StepRequest(StepId(f"{trace}-1"), TraceId(trace), None, [ord(trace)] * tokens, Sampling(1))
+            request = StepRequest(
+                StepId(f"{trace}-1"), TraceId(trace), None, pack_tokens([ord(trace)] * tokens), Sampling(1)
+            )
             return [event async for event in dispatch.run(request)]
 
         steps = []
@@ -127,7 +129,7 @@ def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
         await asyncio.wait(steps, timeout=10.0)
         replaced = [
             entry.decision
-            for entry in dispatch.decisions.of(("", TraceId("d")))
+            for entry in dispatch.traces.get(("", TraceId("d"))).decisions
             if isinstance(entry.decision, Replaced)
         ]
         cached = [task.result()[-1].usage.computed_from if task.done() else None for task in steps]

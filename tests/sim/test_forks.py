@@ -13,6 +13,7 @@ from sim.world import ROLES, VOCAB, World
 from tracehaul.engine.base import Scoring, Work
 from tracehaul.engine.fake import FakeEngine, expected_output, fake_info
 from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.steps import Sampling, TokenLogprobs
 
@@ -58,7 +59,7 @@ def request(name: str, sampling: Sampling, *, prompt_logprobs: int | None = None
         step=StepId(name),
         trace=TraceId("t"),
         parent=None,
-        prompt=list(PROMPT),
+        prompt=pack_tokens(PROMPT),
         sampling=sampling,
         decode=NodeId("decode-0"),
         prompt_logprobs=prompt_logprobs,

@@ -32,7 +32,7 @@ def placements(latency_s: float) -> tuple[list[Placed], int]:
     (world,) = worlds
     dispatch = world.lives[ROUTER].dispatch
     assert dispatch is not None
-    decisions = [entry.decision for trace in dispatch.traces.all() for entry in dispatch.decisions.of(trace.key)]
+    decisions = [entry.decision for trace in dispatch.traces.all() for entry in trace.decisions]
     return [decision for decision in decisions if isinstance(decision, Placed)], result.counts["tiering.promoted"]
 
 

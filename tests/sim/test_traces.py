@@ -7,12 +7,14 @@ import pytest
 
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.policy.retention import RetentionConfig
-from router.traces.registry import Trace
+from router.traces.effects import BringBack
+from router.traces.trace import Trace
 from sim import loop as virtual
 from sim.faults import FaultPlan
 from sim.world import ROLES, ROUTER, World
 from tracehaul.engine.fake import fake_info
 from tracehaul.wire.errors import TraceDeleted
+from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Sampling
 
@@ -67,7 +69,7 @@ class Cluster:
             step=StepId(f"{trace}-{self.steps}"),
             trace=TraceId(trace),
             parent=None if parent is None else TraceId(parent),
-            prompt=list(prompt),
+            prompt=pack_tokens(prompt),
             sampling=Sampling(max_tokens=max_tokens, temperature=0.0),
             final=final,
         )
@@ -156,7 +158,7 @@ def test_a_context_that_gave_way_comes_back_at_the_clients_word():
             await cluster.step(f"other-{others}", [others % 250, *PREFIX], final=True)
             await cluster.step(f"big-{others}", [100 + others % 100, *PREFIX, *PREFIX], max_tokens=1)
             await asyncio.sleep(0.1)
-        for name in [key for key in list(cluster.dispatch.traces._traces) if key[1] != "a"]:
+        for name in [trace.key for trace in cluster.dispatch.traces.all() if trace.trace != "a"]:
             cluster.dispatch.book.delete(*name)
         await asyncio.sleep(0.5)
         before = cluster.computed
@@ -181,7 +183,8 @@ def test_what_comes_back_on_a_guess_does_not_push_out_what_came_back_and_at_the_
             assert cluster.dispatch.book.suspend("", TraceId(name), 1000.0, 5000.0, "make") is not None
         assert cluster.dispatch.book.resume("", TraceId("a")) is not None
         await asyncio.sleep(2.0)
-        cluster.dispatch.retainer._start_recall(cluster.trace("b"), "so it is", told=told)
+        b = cluster.trace("b")
+        cluster.dispatch.retainer._bring_back(BringBack(b.key, b.lefts[-1], b.home, "so it is", told))
         await asyncio.sleep(2.0)
         back, first = ("b", 2) if told else ("a", 1)
         _, done = await cluster.step(back, [first, *PREFIX, *PREFIX, *outputs[back], 5])
@@ -209,7 +212,7 @@ def test_gaps_are_learned():
             output, _ = await cluster.step("a", prompt, max_tokens=2)
             prompt += [*output, 3]
             await asyncio.sleep(4.0)
-        gap = cluster.dispatch.retainer._gaps.expect("", ())
+        gap = cluster.dispatch.traces.gaps.expect("", ())
         assert gap.seen == 2
         assert cluster.dispatch.retainer.stats.pins >= 3
 
@@ -233,7 +236,7 @@ def test_children_at_once_compute_nothing_of_what_their_parent_left(nodes):
         own = len(prompts[0]) - left + 4
         assert cluster.computed - before <= 8 * (own + BLOCK)
         assert len(cluster.trace("parent").children) == 8
-        warm = [cluster.dispatch.decisions.of(("", TraceId(f"c{child}")))[0].decision.warm for child in range(8)]
+        warm = [cluster.trace(f"c{child}").decisions[0].decision.warm for child in range(8)]
         assert sum(worker is not None for worker in warm) == 1, "one of them has the parent's memory"
         assert cluster.trace("parent").lefts[-1].warm is None
 

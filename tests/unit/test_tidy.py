@@ -32,7 +32,9 @@ LONG_FILES = {
     "tests/sim/test_store_replicas.py": "one world, many endings",
     "tests/unit/kvstore/test_arena.py": "one table's cases",
     "tests/unit/kvstore/test_arena_model.py": "one state machine",
-    "tests/unit/router/test_api_calls.py": "one endpoint's cases",
+    "tests/unit/router/http/test_calls.py": "one endpoint's cases",
+    "tests/unit/router/test_traces.py": "one machine's cases",
+    "tests/unit/router/test_traces_model.py": "one state machine",
     "tests/unit/transfer/test_transfer_exchange.py": "one protocol's cases",
 }
 LONG_FUNCTIONS = {

@@ -55,7 +55,7 @@ class Connection(Protocol):
         """Send one request, await its one reply.
 
         Raises:
-            DeadlineExceeded: no reply within ``timeout_s``; the peer's handler is told to stop.
+            TimedOut: no reply within ``timeout_s``; the peer's handler is told to stop.
             PeerLost: the connection broke.
             ClusterError: what the handler raised.
         """
@@ -70,7 +70,7 @@ class Connection(Protocol):
         slow does not time out, and a frozen process does.
 
         Raises (while iterating):
-            DeadlineExceeded: nothing, not even a sign of life, for ``idle_timeout_s``.
+            TimedOut: nothing, not even a sign of life, for ``idle_timeout_s``.
             PeerLost: the connection broke.
             Overloaded: the consumer fell too far behind (the buffer's limit).
             ClusterError: what the handler raised.
@@ -111,6 +111,6 @@ class Network(Protocol):
 
         Raises:
             PeerLost: nobody listens there.
-            DeadlineExceeded: no answer within ``timeout_s``.
+            TimedOut: no answer within ``timeout_s``.
         """
         ...

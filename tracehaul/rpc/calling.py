@@ -11,9 +11,9 @@ from tracehaul.runtime.clock import now_s
 from tracehaul.wire import messages
 from tracehaul.wire.errors import (
     ClusterError,
-    DeadlineExceeded,
     Overloaded,
     ProtocolError,
+    TimedOut,
     error_from_code,
 )
 
@@ -47,7 +47,7 @@ class ClientSession(Session):
         self, request: messages.Request, *, timeout_s: float, context: CallContext = NO_CONTEXT
     ) -> messages.Reply:
         if timeout_s <= 0:
-            raise DeadlineExceeded(f"no time left for {_name(request)}")
+            raise TimedOut(f"no time left for {_name(request)}")
         timeout_s = min(timeout_s, TIMEOUT_S_MAX)
         deadline_s = now_s() + timeout_s
         future: asyncio.Future[messages.Reply | ClusterError] = self._loop.create_future()
@@ -60,7 +60,7 @@ class ClientSession(Session):
                 self._calls[call_id] = future
                 outcome = await future
         except TimeoutError:
-            raise DeadlineExceeded(f"no reply to {_name(request)} within {timeout_s:g} s") from None
+            raise TimedOut(f"no reply to {_name(request)} within {timeout_s:g} s") from None
         finally:
             if call_id is not None and self._calls.pop(call_id, None) is not None:
                 self._pipe.send(Cancel(call_id))
@@ -83,7 +83,7 @@ class ClientSession(Session):
                 async with asyncio.timeout(idle_timeout_s):
                     await self._writable()
             except TimeoutError:
-                raise DeadlineExceeded(f"{_name(request)} could not be sent for {idle_timeout_s:g} s") from None
+                raise TimedOut(f"{_name(request)} could not be sent for {idle_timeout_s:g} s") from None
             stream_id = self._last_id + 1
             self._pipe.send(Open(stream_id, request, context.trace, context.step))
             self._last_id = stream_id
@@ -187,7 +187,7 @@ class _Inbox:
         """Wait for an item or the end.
 
         Raises:
-            DeadlineExceeded: no sign of life for ``idle_timeout_s``.
+            TimedOut: no sign of life for ``idle_timeout_s``.
         """
         self._arrival = asyncio.Event()
         try:
@@ -200,7 +200,7 @@ class _Inbox:
                     if now_s() > deadline_s + _LAG_S:
                         self.heard_s = now_s()
                     elif now_s() >= self.heard_s + idle_timeout_s:
-                        raise DeadlineExceeded(f"{self.name}: peer silent for {idle_timeout_s:g} s") from None
+                        raise TimedOut(f"{self.name}: peer silent for {idle_timeout_s:g} s") from None
         finally:
             self._arrival = None
 

@@ -21,7 +21,7 @@ from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
 from tracehaul.runtime.clock import now_s
-from tracehaul.wire.errors import DeadlineExceeded, PeerLost, ProtocolError
+from tracehaul.wire.errors import PeerLost, ProtocolError, TimedOut
 
 _WINDOW_FRAMES = 1024
 """Frames under way in one direction before the sender waits: stands for the socket buffers."""
@@ -114,7 +114,7 @@ class LocalNetwork:
                 return session
         except TimeoutError:
             pipe.close()
-            raise DeadlineExceeded(f"{address} did not answer within {timeout_s:g} s") from None
+            raise TimedOut(f"{address} did not answer within {timeout_s:g} s") from None
         except BaseException:
             pipe.close()
             raise

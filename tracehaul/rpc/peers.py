@@ -6,7 +6,7 @@ from contextlib import aclosing
 
 from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network
 from tracehaul.runtime.clock import now_s
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, PeerLost
+from tracehaul.wire.errors import ClusterError, PeerLost, TimedOut
 from tracehaul.wire.messages import Reply, Request
 
 CONNECT_TIMEOUT_S = 2.0
@@ -33,7 +33,7 @@ class Peers:
 
         Raises:
             PeerLost: nobody listens there, or lately nobody did.
-            DeadlineExceeded: no answer within the connect timeout.
+            TimedOut: no answer within the connect timeout.
             ProtocolError: it is no node of this version.
         """
         peer = self._peers.get(address)
@@ -73,7 +73,7 @@ class Peers:
             async with asyncio.timeout_at(deadline_s):
                 connection = await self.get(address)
         except TimeoutError:
-            raise DeadlineExceeded(f"no connection to {address} within {timeout_s:g} s") from None
+            raise TimedOut(f"no connection to {address} within {timeout_s:g} s") from None
         return await connection.call(request, timeout_s=deadline_s - now_s(), context=context)
 
     async def stream(

@@ -9,7 +9,7 @@ from tracehaul.rpc.base import CallContext, Service
 from tracehaul.rpc.frames import Alive, Call, Cancel, End, Fail, Frame, Item, Open, Reply
 from tracehaul.rpc.session import Limits, Pipe, Session
 from tracehaul.runtime.log import Log
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, Overloaded, PeerLost, ProtocolError
+from tracehaul.wire.errors import ClusterError, Overloaded, PeerLost, ProtocolError, TimedOut
 
 log = Log(__name__)
 
@@ -101,7 +101,7 @@ class ServerSession(Session):
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise DeadlineExceeded(f"{type(frame.request).__name__} took over {frame.timeout_s:g} s") from None
+            raise TimedOut(f"{type(frame.request).__name__} took over {frame.timeout_s:g} s") from None
         await self._writable()
         self._pipe.send(Reply(frame.id, reply))
 

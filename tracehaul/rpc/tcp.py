@@ -13,7 +13,7 @@ from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
 from tracehaul.runtime.log import Log
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, PeerLost, ProtocolError
+from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
 
 log = Log(__name__)
 
@@ -68,7 +68,7 @@ class TcpNetwork:
                 return session
         except TimeoutError:
             pipe.close()
-            raise DeadlineExceeded(f"{address} did not answer within {timeout_s:g} s") from None
+            raise TimedOut(f"{address} did not answer within {timeout_s:g} s") from None
         except (OSError, UnicodeError) as error:  # the latter: a host that no name service takes
             pipe.close()
             raise PeerLost(f"cannot connect to {address}: {error}") from error

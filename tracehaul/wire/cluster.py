@@ -1,6 +1,6 @@
 """Messages about who is there: joining, membership, heartbeats."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -8,6 +8,44 @@ from tracehaul.wire.base import Message
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
 
 Role = Literal["store", "prefill", "decode"]
+
+Feature = Literal["constraints", "prompt_logprobs", "recall"]
+"""What not every engine can do: keep answers to a grammar, tell how likely a prompt's tokens were, and bring a context
+back before its step asks for it."""
+
+
+class Rates(NamedTuple):
+    """How fast a worker is, in seconds."""
+
+    token_s: float
+    """For one token of a prompt that has nothing before it."""
+    pair_s: float
+    """What each token before it adds to that: attention."""
+    decode_s: float
+    """For an iteration that only decodes, with as many sequences as there are now."""
+    pull_token_s: float
+    """For pulling the KV of one token from a store node."""
+
+
+ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
+"""Of a small model on a few cores, until something was measured. Only ratios of these matter then."""
+
+
+class WorkerLimits(msgspec.Struct, frozen=True):
+    """How a worker is set up, as far as who gives it steps has to know."""
+
+    kv_tokens_max: int = 0
+    """KV memory in tokens, over all sequences."""
+    sequences_max: int = 0
+    """Most sequences in one iteration."""
+    waiting_max: int = 0
+    """Steps that may wait for KV memory; more are refused."""
+    chunk_tokens: int = 0
+    """Most tokens that one iteration computes."""
+    local_prefill_tokens: int = 0
+    """A decode worker computes up to this many missing tokens itself, whatever prefill worker it was given."""
+    stretch: float = 0.0
+    """A prompt is due when it has waited for so many times what it takes itself; the first that is due is next."""
 
 
 class NodeInfo(msgspec.Struct, frozen=True):
@@ -20,13 +58,21 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """``host:port`` of its control plane."""
     model: str = ""
     """Name that clients call the served model by; empty on a store node."""
-    pool: str = ""
-    """Which of the fleet's pools a worker belongs to; the one that has no name, and that of a store node, is empty."""
     root: BlockHash = BlockHash(b"")
     """Root hash of its KV layout without salt: nodes with different roots cannot share blocks."""
     block_tokens: int = 0
     context_max: int = 0
     """Longest sequence in tokens; 0 on a store node."""
+    engine: str = ""
+    """What computes: ``native`` is our own; empty on a store node."""
+    features: tuple[Feature, ...] = ()
+    """What it can do beside computing tokens."""
+    limits: WorkerLimits = WorkerLimits()
+    """All zero on a store node."""
+    rates: Rates = ASSUMED
+    """A worker's own when it joined; heartbeats correct them."""
+    pool: str = ""
+    """Which of the fleet's pools a worker belongs to; the one that has no name, and that of a store node, is empty."""
 
 
 class NodeLoad(msgspec.Struct, frozen=True):
@@ -59,14 +105,11 @@ class NodeLoad(msgspec.Struct, frozen=True):
     pins_short: int = 0
     """Pins that have fewer copies than they ask for, as there is nobody to take one (store)."""
     token_s: float = 0.0
-    """How long a worker takes, measured at its start and corrected by all that it does: for one token of a prompt that
-    has nothing before it; 0 on a store node, like those that follow."""
+    """As in :class:`Rates`, like the three that follow: measured at a worker's start and corrected by all that it does;
+    0 on a store node."""
     pair_s: float = 0.0
-    """What each token before it adds to that: attention."""
     decode_s: float = 0.0
-    """For an iteration that only decodes, with as many sequences as there are now."""
     pull_token_s: float = 0.0
-    """For pulling the KV of one token from a store node."""
     shared: float = 0.0
     """How much of a worker's computing is at the cost of others on the same cores, while they compute, too: 0 to 1."""
     free_tokens: int = 0

@@ -52,11 +52,17 @@ class PeerLost(ClusterError):
     retriable = True
 
 
-class DeadlineExceeded(ClusterError):
+class TimedOut(ClusterError):
     """A peer did not answer in time (slow, frozen, or cut off): try another node."""
 
-    code = "deadline_exceeded"
+    code = "timed_out"
     retriable = True
+
+
+class DeadlineExceeded(ClusterError):
+    """The step's own deadline has passed: nobody may do anything more for it."""
+
+    code = "deadline_exceeded"
 
 
 class WrongNode(ClusterError):
@@ -101,6 +107,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         Unavailable,
         Overloaded,
         PeerLost,
+        TimedOut,
         DeadlineExceeded,
         WrongNode,
         WrongPool,

@@ -8,6 +8,8 @@ A *tail* (a step's last, partial block of ``k < block_tokens`` tokens) is hashed
 ``k`` ids, so a reader finds it by trying the lengths that its own prompt allows.
 """
 
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
@@ -20,6 +22,7 @@ from tracehaul.wire.ids import BlockHash, Checksum, NodeId
 
 HASH_BYTES = 16
 TOKEN_BYTES = 4
+assert (array("I").itemsize, sys.byteorder) == (TOKEN_BYTES, "little"), "an array's bytes are the wire form"
 
 
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,12 +74,30 @@ def pack_tokens(tokens: Sequence[int]) -> bytes:
 
 
 def unpack_tokens(data: bytes) -> list[int]:
-    """Inverse of :func:`pack_tokens`.
+    """Inverse of :func:`pack_tokens`, for a few tokens: a whole prompt stays packed.
 
     Raises:
         ValueError: the length is not a multiple of four bytes.
     """
     return np.frombuffer(data, dtype="<u4").tolist()
+
+
+def token_array(packed: bytes) -> "array[int]":
+    """Tokens in wire form as a sequence that can grow: four bytes a token still, copied at memory's speed.
+
+    Its ``tobytes`` is the wire form again.
+
+    Raises:
+        ValueError: the length is not a multiple of four bytes.
+    """
+    tokens = array("I")
+    tokens.frombytes(packed)
+    return tokens
+
+
+def token_count(packed: bytes) -> int:
+    """Tokens in a packed run."""
+    return len(packed) // TOKEN_BYTES
 
 
 def next_hash(parent: BlockHash, tokens: bytes) -> BlockHash:
@@ -122,7 +143,7 @@ def tail_candidates(parent: BlockHash, tokens: bytes, block_tokens: int) -> list
 
     ``tokens`` (wire form) are what follows ``parent``; at most ``block_tokens - 1`` are tried.
     """
-    count = min(len(tokens) // TOKEN_BYTES, block_tokens - 1)
+    count = min(token_count(tokens), block_tokens - 1)
     return [next_hash(parent, tokens[: k * TOKEN_BYTES]) for k in range(1, count + 1)]
 
 

@@ -10,6 +10,9 @@ from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 
 FinishReason = Literal["stop", "length"]
 
+StepClass = Literal["interactive", "standard", "background"]
+"""Somebody waits for every token; an agent waits for the answer; nobody waits."""
+
 
 CONSTRAINT_CHARACTERS_MAX = 65_536
 
@@ -103,6 +106,11 @@ class PrefillStep(Message, frozen=True):
     """How many of ``tokens`` are output of this step."""
     family: TraceId
     """As in :class:`DecodeStep`."""
+    tenant: str = ""
+    """As in :class:`DecodeStep`, like those that follow."""
+    step_class: StepClass = "standard"
+    priority: int = 0
+    deadline_in_s: float | None = None
 
 
 class PrefillProgress(Message, frozen=True):
@@ -149,6 +157,13 @@ class DecodeStep(Message, frozen=True):
     prompt_logprobs: int | None = None
     """Tell the logprobs of the prompt's tokens too, with so many of the likeliest. Such a prompt is computed anew, all
     of it and on the decode worker: KV that is there already gives no logits."""
+    tenant: str = ""
+    """Who asks, and whom it counts for. ``salt`` alone keeps blocks apart."""
+    step_class: StepClass = "standard"
+    priority: int = 0
+    """Among steps of one class; higher goes first."""
+    deadline_in_s: float | None = None
+    """What is left until nothing more may be done for the step: see :mod:`tracehaul.runtime.deadline`."""
 
 
 class StepUsage(msgspec.Struct, frozen=True):

@@ -21,11 +21,12 @@ from bench.replay.recording import Blocks, Messages, Step, Trace
 from bench.replay.run import Outcome, Progress, Target, replay
 from bench.replay.schedule import Pacing
 from cluster import cli
-from router.api import ApiConfig, create_app
-from router.api.fakes import FakeDispatcher, FakeText, Script
+from router.calls.fakes import FakeDispatcher, FakeText, Script
 from router.dispatch.steps import Finished, Output, StepRequest
+from router.http import ApiConfig, create_app
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import Overloaded
+from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage
 
 TARGET = Target("http://test", block_tokens=4)
@@ -43,7 +44,7 @@ class WideText(FakeText):
 def answers(request: StepRequest) -> Script:
     """As many tokens as asked for; the prompt's first half was cached."""
     count = request.sampling.max_tokens
-    usage = StepUsage(len(request.prompt), count, computed_from=len(request.prompt) // 2)
+    usage = StepUsage(request.prompt_tokens, count, computed_from=request.prompt_tokens // 2)
     return [*(Output([120], usage if at == 0 else None) for at in range(count)), Finished("length", usage)]
 
 
@@ -84,12 +85,12 @@ def test_a_tree_of_traces_is_replayed_as_token_ids_under_its_names(tmp_path: Pat
     outcome, dispatcher = run([PARENT], observe=seen.append)
     assert outcome.form == Form("tokens", exact=True)
     asked = [request for request in dispatcher.requests if request.trace.startswith("p")]
-    assert [(request.trace, request.parent, len(request.prompt)) for request in asked] == [
+    assert [(request.trace, request.parent, request.prompt_tokens) for request in asked] == [
         ("p", None, 8),
         ("p.a", "p", 12),
         ("p", None, 12),
     ]
-    assert asked[1].prompt[:8] == asked[0].prompt
+    assert asked[1].prompt.startswith(asked[0].prompt)
     assert all(not request.sampling.stop_tokens for request in asked), "as many tokens as recorded"
     assert [record.error for record in outcome.records] == [None] * 3
     assert [record.output_tokens for record in outcome.records] == [3, 2, 2]
@@ -112,7 +113,7 @@ def test_failed_steps_are_told_by_kind_and_their_traces_go_on() -> None:
     def script(request: StepRequest) -> Script:
         if request.trace == "p.a":
             return [Overloaded("full")]
-        if request.trace == "p" and len(request.prompt) == 8:
+        if request.trace == "p" and request.prompt_tokens == 8:
             return [Output([120]), Overloaded("full in mid-stream")]
         return answers(request)
 
@@ -123,8 +124,8 @@ def test_failed_steps_are_told_by_kind_and_their_traces_go_on() -> None:
 
 def test_a_step_that_ends_early_is_an_error() -> None:
     def script(request: StepRequest) -> Script:
-        usage = StepUsage(len(request.prompt), 1)
-        return [Output([120], usage), Finished("stop", usage)] if len(request.prompt) == 8 else answers(request)
+        usage = StepUsage(request.prompt_tokens, 1)
+        return [Output([120], usage), Finished("stop", usage)] if request.prompt_tokens == 8 else answers(request)
 
     outcome, _ = run([PARENT], script)
     assert [(record.error, record.detail) for record in outcome.records] == [
@@ -158,7 +159,7 @@ def test_recorded_messages_are_sent_as_a_chat() -> None:
     outcome, dispatcher = run([Trace("t", (Step(Messages(messages, 5), 4, 0),))])
     assert outcome.form.prompts == "chat"
     assert [record.error for record in outcome.records] == [None]
-    assert bytes(t for t in dispatcher.requests[-1].prompt if t < 256).decode().startswith("user\nhello")
+    assert bytes(t for t in unpack_tokens(dispatcher.requests[-1].prompt) if t < 256).decode().startswith("user\nhello")
 
 
 def test_a_server_that_takes_neither_token_ids_nor_more_than_the_standard_gets_text() -> None:

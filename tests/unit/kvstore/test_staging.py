@@ -8,7 +8,7 @@ import pytest
 import kvstore.client.staging
 from kvstore.client.client import assign
 from kvstore.client.staging import Staging
-from tracehaul.wire.errors import DeadlineExceeded, Overloaded
+from tracehaul.wire.errors import Overloaded, TimedOut
 from tracehaul.wire.ids import NodeId
 
 
@@ -67,7 +67,7 @@ def test_a_wait_has_a_deadline_and_makes_room_for_the_next() -> None:
     async def case(staging: Staging) -> None:
         held = await staging.acquire(2, 1.0)
         small = asyncio.create_task(_later(staging))
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await staging.acquire(4, 0.05)
         await small
         staging.release(held)

@@ -12,10 +12,10 @@ from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place, relieves
 from sim import loop as virtual
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import ASSUMED, NodeInfo, NodeLoad, Rates, WorkerLimits
 from tracehaul.wire.ids import Generation, NodeId, TraceId
 from worker.iteration import IterationLoop
-from worker.rates import ASSUMED, RateMeter, Rates, compute_s
+from worker.rates import RateMeter, compute_s
 from worker.scheduler import Scheduler
 
 G = Generation(7)
@@ -25,12 +25,16 @@ MUCH = 100_000
 
 
 def fleet(role: str, *changes: dict[str, Any]) -> Fleet:
-    """A worker for each entry: changed rates, ``free`` tokens."""
+    """A worker for each entry: changed rates, ``free`` tokens, missing tokens that are ``local`` in any case."""
     made = Fleet()
-    infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1") for n in range(len(changes))]
+    infos = [
+        NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=WorkerLimits(local_prefill_tokens=told))
+        for n, told in enumerate(change.get("local", 256) for change in changes)
+    ]
     loads = [
         NodeLoad(
-            **(RATES._asdict() | {k: v for k, v in change.items() if k != "free"}), free_tokens=change.get("free", MUCH)
+            **(RATES._asdict() | {k: v for k, v in change.items() if k not in ("free", "local")}),
+            free_tokens=change.get("free", MUCH),
         )
         for change in changes
     ]

@@ -3,22 +3,39 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.traces.prefixes import Place, Prefixes, digests
-from tracehaul.wire.ids import TraceId
+from router.policy.retention import RetentionConfig
+from router.traces.book import Book
+from router.traces.events import Event, StepBegan, StepEnded
+from router.traces.machine import Traces
+from router.traces.prefixes import DIGESTS_MAX, Place, digests
+from tracehaul.wire.ids import StepId, TraceId
 
 
 class Agents:
     """Calls in words: a conversation is a string of one-letter messages; ``S`` is the system's."""
 
-    def __init__(self, messages_max: int = 1000) -> None:
-        self.prefixes = Prefixes(messages_max)
+    def __init__(self, traces_max: int = 1000) -> None:
+        self.traces = Traces(traces_max, 1 << 30, RetentionConfig())
+        self.book = Book(self.traces, self)
         self.calls = 0
 
-    def call(self, messages: str, salt: str = "") -> Place:
+    def now_s(self) -> float:
+        return float(self.calls)
+
+    def send(self, event: Event) -> None:
+        self.traces.handle(event, self.now_s())
+        self.traces.check()
+
+    def call(self, messages: str, salt: str = "", *, refused: bool = False) -> Place:
+        """One with one step."""
         self.calls += 1
         conversation = digests(salt, [message.encode() for message in messages])
-        place = self.prefixes.place(conversation, messages.startswith("S"), TraceId(f"t{self.calls}"))
-        self.prefixes.check()
+        place = self.book.place(salt, conversation, messages.startswith("S"), TraceId(f"t{self.calls}"))
+        if not refused:
+            key, step = (salt, place.trace), StepId(str(self.calls))
+            self.send(StepBegan(key, step, place.parent, 1))
+            self.send(StepEnded(key, step, "stop", 1, None, None, 0.0, False))
+        self.book.over(salt, place.trace)
         return place
 
 
@@ -64,19 +81,56 @@ def test_going_back_is_a_fork() -> None:
 
 
 def test_what_is_old_is_forgotten() -> None:
-    agents = Agents(messages_max=4)
+    agents = Agents(traces_max=2)
     agents.call("abcd")
     agents.call("xyz")
-    assert agents.call("abcde").trace == "t1", "its end is still known"
-    agents.call("123456789")
-    assert agents.call("abcdef") == Place(TraceId("t5"))
+    assert agents.call("abcde").trace == "t1"
+    assert agents.call("12345").trace == "t4"
+    assert agents.call("xyz!") == Place(TraceId("t5")), "of the least recently used nothing is left"
+
+
+def test_a_refused_call_leaves_nothing_behind() -> None:
+    agents = Agents()
+    agents.call("Su", refused=True)
+    assert (len(agents.traces), agents.traces.nbytes) == (0, 0)
+    assert agents.call("Su") == Place(TraceId("t2"))
+    assert agents.call("Suat", refused=True) == Place(TraceId("t2"))
+    assert len(agents.traces) == 1
+
+
+def test_calls_at_once_are_told_apart_before_their_steps_begin() -> None:
+    agents = Agents()
+    agents.call("Sp")
+    conversations = [digests("", [m.encode() for m in f"Spa{name}"]) for name in "12"]
+    one, two = (agents.book.place("", c, 1, TraceId(f"u{at}")) for at, c in enumerate(conversations))
+    assert (one, two) == (Place(TraceId("t1")), Place(TraceId("u1"), TraceId("t1")))
+    assert [trace.trace for trace in agents.traces.all()] == ["t1"], "what has no step yet is not shown"
+
+
+def test_a_forked_trace_is_found_when_its_parent_is_forgotten() -> None:
+    agents = Agents(traces_max=2)
+    agents.call("uat")
+    assert agents.call("uax") == Place(TraceId("t2"), TraceId("t1"))
+    agents.call("other")
+    assert agents.call("uaxat") == Place(TraceId("t2"))
+    assert agents.call("uaxatat") == Place(TraceId("t2"))
+
+
+def test_of_a_long_conversation_the_longest_beginnings_count() -> None:
+    agents = Agents()
+    long = "u" * (DIGESTS_MAX + 50)
+    agents.call(long)
+    assert agents.call(long + "at") == Place(TraceId("t1"))
+    trace = agents.traces.get(("", TraceId("t1")))
+    assert trace is not None
+    assert len(trace.digests) == DIGESTS_MAX
 
 
 @given(st.lists(st.text("ab", max_size=6), max_size=30), st.integers(1, 12))
-def test_a_longer_conversation_never_loses_its_trace_while_it_is_known(calls: list[str], messages_max: int) -> None:
-    agents = Agents(messages_max)
+def test_a_longer_conversation_never_loses_its_trace_while_it_is_known(calls: list[str], traces_max: int) -> None:
+    agents = Agents(traces_max)
     for messages in calls:
         place = agents.call(messages)
-        if messages and len(messages) < messages_max:
+        if messages:
             something_new = chr(1000 + agents.calls)
             assert agents.call(messages + something_new).trace == place.trace

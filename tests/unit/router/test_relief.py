@@ -9,7 +9,7 @@ from router.dispatch.run import Run
 from router.fleet.load import Fleet, Key
 from router.policy.placement import Placement
 from sim import loop as virtual
-from tracehaul.wire.cluster import NodeInfo, NodeLoad
+from tracehaul.wire.cluster import NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
 
 PREFILL = Key(NodeId("prefill-0"), Generation(1))
@@ -46,7 +46,10 @@ def moved(*waiting: tuple[Waiting, float]) -> list[bool]:
 
     async def main() -> None:
         prefills = Fleet()
-        prefills.sync([NodeInfo(PREFILL.node, PREFILL.generation, "prefill", "x:1")], [NodeLoad()])
+        prefills.sync(
+            [NodeInfo(PREFILL.node, PREFILL.generation, "prefill", "x:1", limits=WorkerLimits(stretch=5.0))],
+            [NodeLoad()],
+        )
         relief = Relief(prefills, Predicted(), lambda run, key: placed(1.0, 0.0))
         for run, work_s in waiting:
             prefills.sent(PREFILL, work_s, 0.0)

@@ -3,18 +3,34 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.api.fakes import IM_END, FakeText
-from router.traces.texts import ENTRIES_PER_TRACE, CutTokens, Encoded, TraceTexts, extend, fresh
+from router.calls.fakes import IM_END, FakeText
+from router.traces.texts import TEXTS_MAX, CutTokens, Encoded, Said, Text, extend, find, fresh, remember
+from tracehaul.wire.hashing import pack_tokens
 
 CUTS = CutTokens({"<|im_end|>": IM_END})
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
 
 
-def memory(traces_max: int = 16, bytes_max: int = 2**20) -> TraceTexts:
-    return TraceTexts(CUTS, traces_max=traces_max, bytes_max=bytes_max)
+class Memory:
+    """The texts of some traces."""
+
+    def __init__(self, cuts: CutTokens = CUTS) -> None:
+        self._cuts = cuts
+        self.texts: dict[str, tuple[Text, ...]] = {}
+
+    def find(self, traces: list[str], text: str) -> Encoded:
+        known = (one for trace in traces for one in reversed(self.texts.get(trace, ())))
+        return find(known, text, self._cuts)
+
+    def remember(self, trace: str, prompt: Encoded, answer: str, ids: list[int] | tuple[int, ...]) -> None:
+        self.texts[trace] = remember(self.texts.get(trace, ()), Said(prompt, answer, pack_tokens(ids)))
 
 
-def encode(texts: TraceTexts, text: str, tool: FakeText, trace: str = "t") -> Encoded:
+def memory() -> Memory:
+    return Memory()
+
+
+def encode(texts: Memory, text: str, tool: FakeText, trace: str = "t") -> Encoded:
     known = texts.find([trace], text)
     assert text.startswith(known.text)
     rest = text[len(known.text) :]
@@ -86,38 +102,33 @@ def test_other_traces_know_nothing_but_a_parent_can_be_asked() -> None:
     assert texts.find(["u", "t"], first.text + "the").ids == first.ids + list(b"the")
 
 
-def test_branches_traces_and_bytes_are_limited() -> None:
-    texts, tool = memory(traces_max=3), FakeText()
-    for at in range(ENTRIES_PER_TRACE + 2):
+def test_branches_are_limited() -> None:
+    texts, tool = memory(), FakeText()
+    for at in range(TEXTS_MAX + 2):
         texts.remember("t", encode(texts, f"{at}{END}", tool), "", ())
-    assert texts.find(["t"], f"0{END}").ids == []
+    assert len(texts.texts["t"]) == TEXTS_MAX
+    assert texts.find(["t"], f"1{END}").ids == []
     assert texts.find(["t"], f"9{END}").ids != []
-    for trace in ("a", "b", "c"):
-        texts.remember(trace, encode(texts, "x" + END, tool, trace), "", ())
-    assert len(texts) == 3
-    assert texts.find(["t"], f"9{END}").ids == []
-
-    small = memory(bytes_max=5000)
-    for trace in range(20):
-        small.remember(trace, fresh("x" * 1000, [1] * 100, []), "", ())
-        assert small.nbytes <= 5000
-    assert 1 <= len(small) < 5
-    small.remember("huge", fresh("x" * 9000, [1], []), "", ())
-    assert (len(small), small.nbytes) == (0, 0)
 
 
-def test_the_least_recently_used_trace_goes_first() -> None:
-    texts = memory(traces_max=2)
-    for trace in ("a", "b"):
-        texts.remember(trace, fresh("x", [1], []), "", ())
-    texts.find(["a"], "x")
-    texts.remember("c", fresh("x", [1], []), "", ())
-    assert texts.find(["a"], "x").ids == [1]
-    assert texts.find(["b"], "x").ids == []
+def test_tokens_are_shared_with_a_context_that_has_them() -> None:
+    texts = memory()
+    prompt = fresh("hi" + END, [1, 2, IM_END], [(2, 2)])
+    texts.remember("t", prompt, "abc", [3, 4, 5])
+    (text,) = texts.texts["t"]
+    for more in ((), (3,), (3, 4), (3, 4, 5), (3, 4, 5, 6)):
+        context = pack_tokens([1, 2, IM_END, *more])
+        shared = text.sharing(context)
+        assert shared.packed is context
+        assert (shared.shared, len(shared.rest)) == (3 + min(3, len(more)), 4 * max(0, 3 - len(more)))
+        for characters, tokens in ((3, 3), (3, 5), (3, 6)):
+            assert shared.take(characters, tokens) == text.take(characters, tokens)
+        assert shared.sharing(pack_tokens([9])) is shared
+    assert text.sharing(pack_tokens([1, 2, IM_END, 4])) is text
 
 
 def test_without_cut_tokens_only_whole_texts_are_reused() -> None:
-    texts = TraceTexts(CutTokens({}), traces_max=4, bytes_max=2**20)
+    texts = Memory(CutTokens({}))
     texts.remember("t", fresh("ab", [1], []), "c", [2])
     assert texts.find(["t"], "abcdef").ids == [1, 2]
     assert texts.find(["t"], "abd").ids == []

@@ -12,7 +12,7 @@ from tracehaul.rpc.local import LocalNetwork
 from tracehaul.runtime.clock import now_s
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import Subscribe
-from tracehaul.wire.errors import DeadlineExceeded, PeerLost
+from tracehaul.wire.errors import PeerLost, TimedOut
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillProgress
 
@@ -123,9 +123,9 @@ def test_a_partition_is_silence_and_heals_by_reconnecting() -> None:
         await network.listen(SERVER, service)
         connection = await network.connect(SERVER, timeout_s=1)
         link.rules = {kind: [()] for kind in ("Connect", "Call", "Cancel", "Close")}
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await network.connect(SERVER, timeout_s=3)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await connection.call(Ping(), timeout_s=3)
         assert service.calls == 0
         assert not connection.closed
@@ -234,9 +234,9 @@ def test_a_process_without_callbacks_greets_nobody_until_it_goes_on() -> None:
         await loop.create_task(network.listen(SERVER, Counter()), context=context)
         connection = await network.connect(SERVER, timeout_s=1)
         loop.freeze("store-0")
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await connection.call(Ping(), timeout_s=1)
-        with pytest.raises(DeadlineExceeded):
+        with pytest.raises(TimedOut):
             await network.connect(SERVER, timeout_s=1)
         loop.thaw("store-0")
         assert await connection.call(Ping(), timeout_s=1) == Ok()

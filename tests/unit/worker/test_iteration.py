@@ -1,6 +1,7 @@
 """The iteration loop: whom it keeps waiting."""
 
 import asyncio
+from array import array
 from collections.abc import Coroutine
 from typing import Any
 
@@ -10,9 +11,11 @@ from sim import loop as virtual
 from tracehaul.engine.base import SequenceId
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.runtime import clock
+from tracehaul.wire.cluster import ASSUMED
+from tracehaul.wire.errors import DeadlineExceeded
 from tracehaul.wire.steps import Sampling
-from worker.iteration import Computed, IterationLoop, Job, Sampled
-from worker.rates import ASSUMED, RateMeter
+from worker.iteration import Computed, Failed, IterationLoop, Job, Sampled
+from worker.rates import RateMeter
 from worker.scheduler import Scheduler
 
 ITERATION_S = 1.0
@@ -30,7 +33,9 @@ class Bed:
         sequence = self.engine.open(256)
         assert sequence is not None
         sampling = Sampling(max_tokens=samples, temperature=0.0)
-        return Job(int(sequence), clock.now_s(), SequenceId(sequence), [1] * tokens, sampling, 0, samples, 0)
+        return Job(
+            int(sequence), clock.now_s(), SequenceId(sequence), array("I", [1] * tokens), sampling, 0, samples, 0
+        )
 
 
 def play(case: Coroutine[Any, Any, None], bed: Bed) -> None:
@@ -103,6 +108,66 @@ def test_a_short_prompt_goes_first_unless_a_long_one_has_waited_for_long(waited_
             for name in jobs:
                 group.create_task(end(name))
         assert ended[0] == first
+        for key in keys:
+            await bed.loop.stop(key)
+
+    play(case(), bed)
+
+
+async def failed(job: Job) -> Failed:
+    while not isinstance(event := await job.events.get(), Failed):
+        pass
+    return event
+
+
+def test_a_job_leaves_at_its_deadline_and_is_not_computed_on() -> None:
+    bed = Bed()
+
+    async def case() -> None:
+        job = bed.job(250, 1)
+        job.deadline_s = clock.now_s() + 2.5 * ITERATION_S
+        key = bed.loop.start(job)
+        event = await failed(job)
+        assert isinstance(event.error, DeadlineExceeded)
+        assert clock.now_s() == pytest.approx(job.deadline_s)
+        await bed.loop.stop(key)
+        assert clock.now_s() == pytest.approx(3 * ITERATION_S), "the iteration under way ends"
+        await asyncio.sleep(10 * ITERATION_S)
+        assert (bed.loop.iterations, bed.engine.computed_tokens) == (3, 3 * 64)
+
+    play(case(), bed)
+
+
+def test_a_job_past_its_deadline_is_never_computed_and_one_that_ends_before_is() -> None:
+    bed = Bed()
+
+    async def case() -> None:
+        late, early = bed.job(8, 1), bed.job(8, 1)
+        late.deadline_s, early.deadline_s = clock.now_s(), clock.now_s() + 5 * ITERATION_S
+        keys = [bed.loop.start(late), bed.loop.start(early)]
+        assert isinstance((await failed(late)).error, DeadlineExceeded)
+        assert clock.now_s() == late.deadline_s
+        await sampled(early)
+        await asyncio.sleep(10 * ITERATION_S)
+        assert early.events.empty(), "its deadline is nothing to it any more"
+        assert (bed.loop.iterations, bed.engine.computed_tokens) == (1, 8)
+        for key in keys:
+            await bed.loop.stop(key)
+
+    play(case(), bed)
+
+
+def test_a_job_that_has_no_turn_leaves_at_its_deadline() -> None:
+    bed = Bed()
+
+    async def case() -> None:
+        ahead, behind = bed.job(250, 1), bed.job(200, 1)
+        behind.deadline_s = clock.now_s() + 1.5 * ITERATION_S
+        ahead.came_s -= 100.0
+        keys = [bed.loop.start(ahead), bed.loop.start(behind)]
+        await failed(behind)
+        assert clock.now_s() == pytest.approx(behind.deadline_s)
+        assert behind.computed == 0
         for key in keys:
             await bed.loop.stop(key)
 

@@ -1,0 +1,173 @@
+"""From a call to steps: whose it is, whether it can be done, and what the workers are asked."""
+
+import secrets
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+import msgspec
+from blake3 import blake3
+
+from router.calls.admission import Admission
+from router.calls.answers import Answer
+from router.calls.call import Call, Conversation, Options
+from router.calls.conversation import lineage
+from router.calls.echo import Echo
+from router.calls.errors import invalid, model_not_found, unavailable
+from router.calls.forms import Form, Forms
+from router.calls.identity import Identity, identify
+from router.calls.limits import CallLimits
+from router.calls.memory import Memory
+from router.calls.prompts import Prompt, Prompts, check_ids, numbered, output_budget
+from router.calls.run import Accepted, Run
+from router.calls.text import Text
+from router.calls.urgency import urgency
+from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
+from tracehaul.runtime import clock
+from tracehaul.runtime.deadline import until
+from tracehaul.runtime.offload import Offload
+from tracehaul.wire.ids import StepId
+from tracehaul.wire.steps import Constraint, Sampling
+
+SEED_BITS = 63
+
+
+class Calls:
+    """Accepts calls and runs them, whatever dialect they came in."""
+
+    def __init__(self, dispatcher: Dispatcher, text: Text, limits: CallLimits, offload: Offload) -> None:
+        self._dispatcher = dispatcher
+        self._text = text
+        self._limits = limits
+        cut_tokens = {text.token_text(token): token for token in text.eos_tokens}
+        self._memory = Memory(dispatcher.book, cut_tokens)
+        self._prompts = Prompts(text, offload, self._memory)
+        self._forms = Forms(text, None if limits.tool_format == "auto" else limits.tool_format)
+        self.admission = Admission(limits.requests_max)
+
+    @contextmanager
+    def identified(self, call: Call, headers: Mapping[str, str], fresh: str) -> Generator[Identity, None, None]:
+        """The trace that a call belongs to, for as long as the call lasts.
+
+        Args:
+            call: the call.
+            headers: what came beside its body; looked up by lower-case name.
+            fresh: the name of a new trace.
+
+        Raises:
+            CallFailed: one of our own headers holds what is no id.
+        """
+        identity = identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
+        identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s()))
+        asked = call.prompts[0]
+        if not isinstance(asked, Conversation):
+            yield identity
+            return
+        said = lineage(asked, call.tenant)
+        identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
+        if identity.trace != fresh:
+            yield identity
+            return
+        with self._memory.placed(call.tenant, said.digests, said.opening, identity.trace) as place:
+            parent = identity.parent or place.parent
+            yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
+
+    async def accept(self, call: Call, identity: Identity, silence_s: float | None) -> Run:
+        """Make everything ready for a call's steps; the caller enters the run, which tells of each ``silence_s`` in
+        which nothing happened.
+
+        Raises:
+            CallFailed, ClusterError: it cannot be done; nothing has run.
+        """
+        self._check(call)
+        card = self._dispatcher.model()
+        if card is None:
+            raise unavailable("no decode worker is ready")
+        if call.model != card.name:
+            raise model_not_found(call.model)
+        async with until(identity.urgency.deadline_s):
+            form = await self._forms.of(call)
+            prompts = await self._prompts.of(call, identity.trace, identity.parent, card)
+        return Run(self._accepted(call, form, prompts, identity, card), self._dispatcher, self._memory, silence_s)
+
+    def _check(self, call: Call) -> None:
+        prompts, options = len(call.prompts), call.options
+        if prompts * options.n > self._limits.choices_max:
+            param = "n" if prompts == 1 else call.where
+            raise invalid(f"at most {self._limits.choices_max} choices are possible in one call", param)
+        check_ids(options.stop_token_ids, self._text.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in options.logit_bias], self._text.vocab_size, "logit_bias")
+
+    def _accepted(
+        self, call: Call, form: Form, prompts: Sequence[Prompt], identity: Identity, card: ModelCard
+    ) -> Accepted:
+        options = call.options
+        steps: list[StepRequest] = []
+        answers: list[Answer] = []
+        for at, prompt in enumerate(prompts):
+            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+            # Where only the prompt is wanted, one token runs along that nobody sees.
+            wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
+            max_tokens = output_budget(prompt.tokens, wanted, card, call.where)
+            constraint = self._forms.constraint(form, prompt.rendered)
+            for k in range(options.n):
+                name = f"{call.id}-{len(steps)}"
+                sampling = self._sampling(options, max_tokens, choice_seed(seed, k), constraint)
+                answers.append(
+                    Answer(
+                        self._forms.stream(form),
+                        self._forms.reader(form, prompt.rendered, name),
+                        stops=options.stops,
+                        stop_tokens=sampling.stop_tokens,
+                        min_tokens=options.min_tokens,
+                    )
+                )
+                steps.append(
+                    StepRequest(
+                        step=StepId(name),
+                        trace=numbered(identity.trace, at),
+                        parent=identity.parent,
+                        prompt=prompt.packed,
+                        sampling=sampling,
+                        # Once for all choices of a prompt.
+                        prompt_logprobs=options.logprobs if options.echo and k == 0 else None,
+                        salt=call.tenant,
+                        tenant=call.tenant,
+                        step_class=identity.urgency.step_class,
+                        priority=identity.urgency.priority,
+                        deadline_s=identity.urgency.deadline_s,
+                        decode=identity.decode,
+                        final=identity.final,
+                        tools=identity.tools,
+                        agent=identity.agent,
+                    )
+                )
+        scored = options.logprobs is not None
+        echoes = [Echo(self._text, prompt, scored=scored) for prompt in prompts] if options.echo else []
+        return Accepted(call, prompts, steps, answers, echoes)
+
+    def _sampling(self, options: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
+        eos = () if options.ignore_eos else self._text.eos_tokens
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            logit_bias=options.logit_bias,
+            seed=seed,
+            stop_tokens=tuple(dict.fromkeys((*eos, *options.stop_token_ids))),
+            min_tokens=min(options.min_tokens, max_tokens),
+            logprobs=options.logprobs,
+            constraint=constraint,
+        )
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """A seed per choice of one prompt: the first choice is what ``n=1`` gives."""
+    if choice == 0:
+        return seed % 2**SEED_BITS
+    digest = blake3(msgspec.json.encode((seed, choice))).digest(8)
+    return int.from_bytes(digest) >> (64 - SEED_BITS)

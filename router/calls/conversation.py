@@ -1,0 +1,46 @@
+"""What a conversation says of its trace: what it continues, what kind of agent it is, what ran before it. Pure."""
+
+from collections.abc import Sequence
+
+import msgspec
+from blake3 import blake3
+
+from router.calls.call import Conversation, Message
+from router.traces.prefixes import digests
+
+TOOLS_MAX = 16
+NAME_CHARACTERS_MAX = 64
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Lineage(msgspec.Struct, frozen=True):
+    """One call's messages, seen as a part of its trace."""
+
+    digests: list[bytes]
+    """Of each beginning of them: see :mod:`router.traces.prefixes`."""
+    opening: int
+    """How many of the first messages are the system's, so that many traces share them."""
+    agent: str
+    """Names the kind of agent: the same for calls with the same opening and the same tools."""
+    called: tuple[str, ...]
+    """Names of the tools that the last answer in it called; empty: it called none."""
+
+
+def lineage(conversation: Conversation, tenant: str) -> Lineage:
+    """What the messages say."""
+    messages = [_encode(message) for message in conversation.messages]
+    opening = next((i for i, m in enumerate(conversation.messages) if m.role != "system"), len(messages))
+    kind = blake3(b"|".join([_encode(sorted(conversation.kit)), *messages[:opening]]))
+    return Lineage(digests(tenant, messages), opening, kind.hexdigest(8), called(conversation.messages))
+
+
+def called(messages: Sequence[Message]) -> tuple[str, ...]:
+    """Names of the tools that the last answer called."""
+    answer = next((message for message in reversed(messages) if message.role == "assistant"), None)
+    return names_of([call.name for call in answer.tool_calls] if answer is not None else [])
+
+
+def names_of(calls: Sequence[str]) -> tuple[str, ...]:
+    """The tools that a list of calls names, each once and cut to a size that can be remembered."""
+    return tuple(dict.fromkeys(name[:NAME_CHARACTERS_MAX] for name in calls[:TOOLS_MAX]))

@@ -1,0 +1,62 @@
+"""What a client is told when a call fails, before any dialect has put it in its form."""
+
+import logging
+from typing import Literal
+
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest
+
+_log = logging.getLogger(__name__)
+
+Cause = Literal["invalid", "not_found", "conflict", "too_large", "too_slow", "late", "unavailable", "failed"]
+"""Whose doing it is: the client's, up to ``too_slow``; nobody's: its time is over (``late``), or nobody is there now
+(``unavailable``: try again); ours."""
+
+
+class CallFailed(Exception):
+    """A call that ends with an error."""
+
+    def __init__(self, cause: Cause, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.cause: Cause = cause
+        self.param = param
+        """What in the client's words is at fault."""
+        self.code = code
+        """A name for programs; None: there is none."""
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> CallFailed:
+    """The caller is wrong."""
+    return CallFailed("invalid", message, param=param, code=code)
+
+
+def unsupported(param: str, what: str) -> CallFailed:
+    """The caller asks for something that cannot be honoured: an error, rather than an answer that ignores it."""
+    return invalid(f"{what} is not supported yet", param, "unsupported_parameter")
+
+
+def unavailable(message: str, code: str = "unavailable") -> CallFailed:
+    """Nobody can do this now: try again."""
+    return CallFailed("unavailable", message, code=code)
+
+
+def model_not_found(name: str) -> CallFailed:
+    """Nobody serves it."""
+    return CallFailed("not_found", f"the model {name[:128]!r} does not exist", param="model", code="model_not_found")
+
+
+def translate(error: Exception) -> CallFailed:
+    """The answer to any failure. What is not the caller's or the cluster's doing is a bug: logged, told no details."""
+    match error:
+        case CallFailed():
+            return error
+        case InvalidRequest():
+            return invalid(str(error), code=error.code)
+        case DeadlineExceeded():
+            return CallFailed("late", str(error) or error.code, code=error.code)
+        case ClusterError() if error.retriable:
+            return unavailable(str(error) or error.code, error.code)
+        case ClusterError():
+            return CallFailed("failed", str(error) or error.code, code=error.code)
+        case _:
+            _log.error("unexpected failure in an API call", exc_info=error)
+            return CallFailed("failed", "internal error", code="internal")

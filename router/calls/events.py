@@ -1,0 +1,117 @@
+"""What happens in a call, in no dialect's form. Pure.
+
+Of each choice: one :class:`Begun`, any number of :class:`Piece`, one :class:`Ended`. All its pieces together are its
+:class:`Choice`.
+"""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from router.traces.hits import Hits
+from tracehaul.wire.steps import FinishReason, TokenLogprobs
+
+
+class SaidCall(msgspec.Struct, frozen=True):
+    """What a piece of text adds to one call of a tool."""
+
+    index: int
+    id: str | None
+    """With the first piece of a call, as the name is."""
+    name: str | None
+    arguments: str
+
+
+class Said(msgspec.Struct, frozen=True):
+    """What a piece of text adds to an answer, in this order."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: tuple[SaidCall, ...] = ()
+
+
+NOTHING = Said()
+
+
+def joined(first: Said, then: Said) -> Said:
+    """Two pieces that follow each other, as one."""
+    return Said(first.reasoning + then.reasoning, first.content + then.content, first.calls + then.calls)
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """One token, where its text starts in the answer, and how likely it was; None where nothing precedes it."""
+
+    token: int
+    offset: int
+    logprobs: TokenLogprobs | None
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """What a choice begins with: its prompt, as far as the call wants it told."""
+
+    text: str = ""
+    marks: Sequence[Mark] = ()
+    prompt_ids: list[int] | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of a call, and where its prompts' KV came from, summed over the choices."""
+
+    prompt_tokens: int
+    """A prompt counts once, whatever its choices are."""
+    cached_tokens: int
+    """Of those, the ones that nobody in the cluster computed for this call."""
+    output_tokens: int
+    reasoning_tokens: int
+    """Output tokens up to the end of the reasoning."""
+    resident_tokens: int
+    pulled_tokens: int
+    pulled_bytes: int
+    pull_s: float
+    missed_blocks: int
+    prefill_fallback: str
+    hits: Hits
+
+
+class Begun(msgspec.Struct, frozen=True):
+    """A choice begins."""
+
+    choice: int
+    opening: Opening
+    usage: Usage | None = None
+    """Of the call after this, where it is wanted with each event."""
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """A choice goes on, perhaps by nothing that can be shown yet."""
+
+    choice: int
+    said: Said
+    tokens: list[int]
+    marks: Sequence[Mark]
+    """One for each of ``tokens``, if logprobs are asked for."""
+    usage: Usage | None = None
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """A choice ends."""
+
+    choice: int
+    reason: FinishReason
+    called: bool
+    """It has called a tool."""
+    usage: Usage | None = None
+
+
+CallEvent = Begun | Piece | Ended
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A whole choice; the calls in ``said`` are in one piece each."""
+
+    opening: Opening
+    said: Said
+    tokens: list[int]
+    marks: Sequence[Mark]
+    reason: FinishReason
+    called: bool

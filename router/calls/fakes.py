@@ -1,0 +1,208 @@
+"""Both neighbours of calls, small and scripted: for tests of it and of its clients."""
+
+import asyncio
+import codecs
+import re
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
+from router.fleet.members import NodeStatus
+from router.policy.retention import RetentionConfig
+from router.traces.book import Book
+from router.traces.contexts import Left
+from router.traces.events import Deleted, Event, StepBegan, StepEnded
+from router.traces.hits import Hits
+from router.traces.machine import Traces
+from router.traces.trace import PinWish, Trace
+from tracehaul.runtime import clock
+from tracehaul.wire.blocks import Pinned
+from tracehaul.wire.errors import InvalidRequest, Overloaded
+from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.steps import StepUsage
+
+IM_START, IM_END = 256, 257
+_SPECIAL = {"<|im_start|>": IM_START, "<|im_end|>": IM_END}
+_MERGED = {258 + i: text for i, text in enumerate(("\n\n", "th", "the", " the", "ab", "abc"))}
+TOKEN_CHARACTERS_MAX = max(map(len, [*_SPECIAL, *_MERGED.values()]))
+_READ = re.compile("|".join(re.escape(t) for t in [*_SPECIAL, *sorted(_MERGED.values(), key=len, reverse=True)]))
+_IDS = _SPECIAL | {text: token for token, text in _MERGED.items()}
+
+
+class FakeTextStream:
+    """Bytes to text, in whole characters."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, tokens: Sequence[int]) -> str:
+        return self._decoder.decode(b"".join(_token_bytes(token) for token in tokens))
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class FakeText:
+    """A tokenizer of bytes, a few merges, and ChatML: where a text is cut changes its tokens, as in real ones."""
+
+    def __init__(self) -> None:
+        self.vocab_size = 258 + len(_MERGED)
+        self.eos_tokens: tuple[int, ...] = (IM_END,)
+        self.chat_template: str | None = None
+        self.encoded: list[str] = []
+        """Every text that was tokenized."""
+
+    def token_text(self, token: int) -> str:
+        names = {value: key for key, value in _SPECIAL.items()}
+        return names.get(token) or _token_bytes(token).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.token_text(token).encode() if token in (IM_START, IM_END) else _token_bytes(token)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        self.encoded.append(text)
+        ids: list[int] = []
+        at = 0
+        for match in _READ.finditer(text):
+            ids += text[at : match.start()].encode()
+            ids.append(_IDS[match.group()])
+            at = match.end()
+        return ids + list(text[at:].encode())
+
+    def tokens_min(self, text: str) -> int:
+        return len(text) // TOKEN_CHARACTERS_MAX
+
+    def special_token(self, text: str) -> int | None:
+        return _SPECIAL.get(text)
+
+    def stream(self, shown: Sequence[str] = ()) -> FakeTextStream:
+        return FakeTextStream()
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        if any(message["content"] == "refuse" for message in messages):
+            raise InvalidRequest("the template refuses this")
+        text = f"<|im_start|>tools\n{len(tools)}<|im_end|>\n" if tools else ""
+        for message in messages:
+            text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+
+def _token_bytes(token: int) -> bytes:
+    if token < 256:
+        return bytes([token])
+    return _MERGED.get(token, "").encode()
+
+
+Script = Sequence[Output | Finished | Exception | float]
+"""What a step does, in order: tell, end, fail, or wait that many seconds."""
+
+
+class FakeKeeper:
+    """Tells the traces, and notes what it is told; what follows is not done."""
+
+    def __init__(self, traces: Traces) -> None:
+        self._traces = traces
+        self.events: list[Event] = []
+        self.told: list[tuple[object, ...]] = []
+
+    def now_s(self) -> float:
+        return clock.now_s()
+
+    def send(self, event: Event) -> None:
+        self.events.append(event)
+        self._traces.handle(event, clock.now_s())
+        self._traces.check()
+
+    async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
+        self.told.append(("pin", trace.trace, wish.kind, wish.priority, wish.replicas))
+        if wish.kind == "hard":
+            raise Overloaded("hard pins cover too many blocks")
+        return Pinned(5, 4, 60.0)
+
+    async def unpin(self, trace: Trace) -> None:
+        self.told.append(("unpin", trace.trace))
+
+
+class FakeDispatcher:
+    """Plays a script per step, and keeps what it was asked and how each step ended."""
+
+    def __init__(self, script: Callable[[StepRequest], Script], context_max: int = 4096) -> None:
+        self.script = script
+        self.card: ModelCard | None = ModelCard("org/fake", context_max)
+        self.statuses: list[NodeStatus] = []
+        self.requests: list[StepRequest] = []
+        self.running = 0
+        self.aborted: list[str] = []
+        """Steps that were closed before their end."""
+        self.traces = Traces(100, 1 << 24, RetentionConfig())
+        self.keeper = FakeKeeper(self.traces)
+        self.book = Book(self.traces, self.keeper)
+
+    @property
+    def deleted(self) -> list[str]:
+        """Traces that clients deleted."""
+        return [event.key[1] for event in self.keeper.events if isinstance(event, Deleted)]
+
+    async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+        key, step, prompt = (request.salt, request.trace), request.step, request.prompt_tokens
+        self.requests.append(request)
+        self.running += 1
+        self.keeper.send(StepBegan(key, step, request.parent, prompt, request.tools, request.agent))
+        emitted: list[int] = []
+        ending = None
+        try:
+            for item in self.script(request):
+                match item:
+                    case float() | int():
+                        await asyncio.sleep(item)
+                    case Exception():
+                        ending = "internal"
+                        raise item
+                    case Finished(reason):
+                        ending = reason
+                        yield item
+                    case Output(tokens):
+                        emitted += tokens
+                        yield item
+        finally:
+            self.running -= 1
+            if ending is None:
+                self.aborted.append(step)
+            packed = request.prompt + pack_tokens(emitted[:-1])
+            left = Left(step, BlockHash(b"fake"), 32, packed, b"", prompt, None) if emitted else None
+            self.keeper.send(StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final))
+
+    def model(self) -> ModelCard | None:
+        return self.card
+
+    def nodes(self) -> list[NodeStatus]:
+        return self.statuses
+
+
+def say(text: str, *, reason: str = "stop", delay_s: float = 0.0) -> Callable[[StepRequest], Script]:
+    """A script that answers ``text`` byte by byte."""
+
+    def script(request: StepRequest) -> Script:
+        usage = StepUsage(
+            prompt_tokens=request.prompt_tokens,
+            computed_from=request.prompt_tokens // 2,
+            resident_tokens=3,
+            pulled_bytes=7,
+        )
+        half = request.prompt_tokens // 2
+        hits = Hits(theoretical=half + 1, delivered=half, losses={"evicted": 1})
+        tokens = list(text.encode()) + ([IM_END] if reason == "stop" else [])
+        items: list[Output | Finished | Exception | float] = []
+        for at, token in enumerate(tokens):
+            items += [delay_s] if delay_s else []
+            items.append(Output([token], usage, hits) if at == 0 else Output([token]))
+        items.append(Finished("stop" if reason == "stop" else "length", usage, hits))
+        return items
+
+    return script

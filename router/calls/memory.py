@@ -1,0 +1,62 @@
+"""What calls remember of traces, and look up in them: the one place that knows where it is kept."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+
+from router.traces.book import Book
+from router.traces.prefixes import Place
+from router.traces.texts import CutTokens, Encoded, Said, extend
+from router.traces.trace import TraceKey
+from tracehaul.wire.ids import StepId, TraceId
+
+
+class Memory:
+    """One model's traces. ``cut_tokens``: its end tokens by their texts."""
+
+    def __init__(self, book: Book, cut_tokens: Mapping[str, int]) -> None:
+        self._book = book
+        self._cut_tokens = CutTokens(cut_tokens)
+
+    @contextmanager
+    def placed(
+        self, tenant: str, conversation: Sequence[bytes], opening: int, fresh: TraceId
+    ) -> Generator[Place, None, None]:
+        """The trace of a call without a name, by what was said, for as long as the call lasts.
+
+        Args:
+            tenant: whose call it is.
+            conversation: :func:`router.traces.prefixes.digests` of its messages.
+            opening: how many of the first messages many conversations share.
+            fresh: the trace's name if it is a new one.
+        """
+        place = self._book.place(tenant, conversation, opening, fresh)
+        try:
+            yield place
+        finally:
+            self._book.over(tenant, place.trace)
+
+    def known(self, traces: Sequence[TraceKey], text: str) -> Encoded:
+        """The longest beginning of ``text`` whose ids are known in one of ``traces``; empty if none is."""
+        return self._book.known(traces, text, self._cut_tokens)
+
+    def extended(self, known: Encoded, text: str, rest_ids: list[int]) -> Encoded:
+        """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the ids of the rest. Pure."""
+        return extend(known, text, rest_ids, self._cut_tokens)
+
+    def response(self, tenant: str, response: str) -> TraceId | None:
+        """The trace in which a tenant was given a response; None if it is unknown or forgotten."""
+        return self._book.response(tenant, response)
+
+    def answered(
+        self, trace: TraceKey, step: StepId, *, response: str | None, tools: tuple[str, ...] | None, said: Said | None
+    ) -> None:
+        """A step is over for its client, in whatever way: once for each step.
+
+        Args:
+            trace: whose step it is.
+            step: which.
+            response: what later calls may name to go on from here.
+            tools: what the answer calls; None where that is not known, or nothing is to follow.
+            said: what was said; None likewise.
+        """
+        self._book.answered(*trace, step, response=response, tools=tools, said=said)

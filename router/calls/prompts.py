@@ -1,0 +1,150 @@
+"""From what a client asked to token ids, off the event loop where that takes long."""
+
+from array import array
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from router.calls.call import Asked, Call, Conversation, Ids, Plain
+from router.calls.errors import CallFailed, invalid
+from router.calls.memory import Memory
+from router.calls.messages import template_messages
+from router.calls.text import Text
+from router.dispatch.steps import ModelCard
+from router.traces.texts import Encoded
+from router.traces.trace import TraceKey
+from tracehaul.runtime.offload import Offload
+from tracehaul.wire.hashing import token_count, unpack_tokens
+from tracehaul.wire.ids import TraceId
+
+OFFLOAD_CHARACTERS = 16384
+"""Text from which on rendering and tokenizing (about a millisecond) leave the event loop."""
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One prompt in tokens."""
+
+    packed: bytes
+    """Its tokens, in wire form."""
+    encoded: Encoded | None
+    """Its text; None if the client sent ids."""
+    conversation: bool = False
+    """The chat template made it, so that its answer is a message."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+        return token_count(self.packed)
+
+    @property
+    def ids(self) -> list[int]:
+        """Its tokens, unpacked."""
+        return unpack_tokens(self.packed)
+
+    @property
+    def rendered(self) -> str | None:
+        """The text of a conversation; None where it is none."""
+        return self.encoded.text if self.conversation and self.encoded is not None else None
+
+
+class Prompts:
+    """Makes prompts; what a trace has seen keeps the ids it had."""
+
+    def __init__(self, text: Text, offload: Offload, memory: Memory) -> None:
+        self._text = text
+        self._offload = offload
+        self._memory = memory
+
+    async def of(self, call: Call, trace: TraceId, parent: TraceId | None, card: ModelCard) -> list[Prompt]:
+        """A call's prompts, in order. ``trace``, ``parent``: where their text may be known from.
+
+        Raises:
+            CallFailed, InvalidRequest: one cannot be rendered, is empty, cannot fit the window, or has ids that the
+                model does not know.
+        """
+        prompts: list[Prompt] = []
+        for at, asked in enumerate(call.prompts):
+            own = dict.fromkeys((numbered(trace, at), trace))
+            known = [(call.tenant, name) for name in (*own, parent) if name is not None]
+            prompts.append(await self._prompt(asked, call, known, card))
+        return prompts
+
+    async def _prompt(self, asked: Asked, call: Call, traces: Sequence[TraceKey], card: ModelCard) -> Prompt:
+        match asked:
+            case Ids(ids):
+                return Prompt(check_ids(ids, self._text.vocab_size, call.where), None)
+            case Plain(text):
+                encoded = await self._encode(text, traces, card, plain=True, where=call.where)
+                return Prompt(encoded.packed, encoded)
+            case Conversation():
+                text = await self._render(asked, call)
+                encoded = await self._encode(text, traces, card, plain=False, where=call.where)
+                return Prompt(encoded.packed, encoded, conversation=True)
+
+    async def _render(self, asked: Conversation, call: Call) -> str:
+        messages = template_messages(asked.messages)
+        tools = None if call.tools is None else call.tools.told
+
+        def render() -> str:
+            try:
+                return self._text.render(messages, tools)
+            except RecursionError:
+                raise invalid(f"the {call.where} are nested too deeply", call.where) from None
+
+        return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
+
+    async def _encode(
+        self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
+    ) -> Encoded:
+        known = self._memory.known(traces, text)
+        rest = text[len(known.text) :]
+        least = token_count(known.packed) + self._text.tokens_min(rest)
+        if least >= card.context_max:
+            # To learn by how much would take longer than all else that is done for a call.
+            raise _too_long(f"at least {least}", "", card, where)
+
+        def encode() -> Encoded:
+            # What a plain prompt wants around it belongs to its beginning.
+            ids = self._text.encode(rest, special=plain and not known.text) if rest else []
+            return self._memory.extended(known, text, ids)
+
+        encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
+        if not encoded.packed:
+            raise invalid("the prompt is empty", where)
+        return encoded
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:
+    """The ids, packed. Raises CallFailed if one is not the model's: an engine would read outside its tables."""
+    wrong = invalid(f"token ids must be from 0 to {vocab_size - 1}", param, "invalid_value")
+    try:
+        packed = array("I", ids)
+    except OverflowError:
+        raise wrong from None
+    if packed and int(np.asarray(packed).max()) >= vocab_size:
+        raise wrong
+    return packed.tobytes()
+
+
+def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
+    """Output tokens that a step may have: what was asked for, or the rest of the window.
+
+    Raises:
+        CallFailed: it does not fit the window.
+    """
+    left = card.context_max - prompt_tokens
+    if left < (max_tokens or 1):
+        wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
+        raise _too_long(str(prompt_tokens), wanted, card, param)
+    return max_tokens or left
+
+
+def numbered(trace: TraceId, prompt: int) -> TraceId:
+    """The trace of a call's prompt: prompts that share nothing but a call are traces of their own."""
+    return trace if prompt == 0 else TraceId(f"{trace}.{prompt}")
+
+
+def _too_long(tokens: str, wanted: str, card: ModelCard, param: str) -> CallFailed:
+    message = f"this model's context is {card.context_max} tokens; the prompt has {tokens}{wanted}"
+    return invalid(message, param, "context_length_exceeded")

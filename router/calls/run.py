@@ -1,0 +1,172 @@
+"""One accepted call while it runs: from steps' output to what happens in it."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import msgspec
+
+from router.calls.answers import Answer, Growth
+from router.calls.call import Call
+from router.calls.conversation import names_of
+from router.calls.echo import Echo
+from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece, Usage
+from router.calls.memory import Memory
+from router.calls.prompts import Prompt
+from router.calls.running import Running
+from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
+from router.traces.hits import together
+from router.traces.texts import Said
+from tracehaul.wire.hashing import pack_tokens
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """A call that can run. Choice ``i`` belongs to prompt ``i // n``."""
+
+    call: Call
+    prompts: Sequence[Prompt]
+    steps: Sequence[StepRequest]
+    """One for each choice."""
+    answers: Sequence[Answer]
+    """One for each choice, all empty."""
+    echoes: Sequence[Echo]
+    """One for each prompt, where the client wants them."""
+
+
+class Run:
+    """Runs an accepted call inside a context, whose end aborts what still runs. ``silence_s``: None: it waits for
+    ever."""
+
+    def __init__(self, accepted: Accepted, dispatcher: Dispatcher, memory: Memory, silence_s: float | None) -> None:
+        self._accepted = accepted
+        self._options = accepted.call.options
+        self._answers = accepted.answers
+        self._memory = memory
+        self._running = Running(dispatcher, accepted.steps, self._options.n, silence_s)
+        self._openings: list[Opening | None] = [None] * len(accepted.answers)
+        """Of the choices that have begun."""
+        self._told = [False] * len(accepted.answers)
+        """The choices of which the traces know that they are over."""
+
+    async def __aenter__(self) -> "Run":
+        await self._running.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._running.__aexit__(kind, error, trace)
+        for index in range(len(self._answers)):
+            self._answered(index)
+
+    @property
+    def done(self) -> bool:
+        """Every choice has ended."""
+        return all(answer.reason is not None for answer in self._answers)
+
+    async def next(self) -> list[CallEvent] | None:
+        """What happened since the last call, in order; None if nothing did for ``silence_s``.
+
+        Raises:
+            Exception: what the first step to fail raised, once everything before it was returned.
+        """
+        happened = await self._running.next()
+        if not happened:
+            return None
+        events: list[CallEvent] = []
+        for index, event in happened:
+            self._take(index, event, events)
+        return events
+
+    def choices(self) -> list[Choice]:
+        """All of them, once they have ended."""
+        assert self.done
+        return [
+            answer.whole(opening)
+            for answer, opening in zip(self._answers, self._openings, strict=True)
+            if opening is not None
+        ]
+
+    def usage(self) -> Usage:
+        """Tokens so far. A position of a prompt counts as cached if no choice computed it."""
+        n = self._options.n
+        prompts = self._accepted.prompts
+        cached = 0
+        for index, prompt in enumerate(prompts):
+            computed_from = min(answer.usage.computed_from for answer in self._answers[index * n : (index + 1) * n])
+            cached += min(computed_from, prompt.tokens)
+        parts = [answer.usage for answer in self._answers]
+        return Usage(
+            prompt_tokens=sum(prompt.tokens for prompt in prompts),
+            cached_tokens=cached,
+            output_tokens=sum(len(answer.tokens) for answer in self._answers),
+            reasoning_tokens=sum(answer.reader.reasoning_tokens for answer in self._answers),
+            resident_tokens=sum(part.resident_tokens for part in parts),
+            pulled_tokens=sum(part.pulled_tokens for part in parts),
+            pulled_bytes=sum(part.pulled_bytes for part in parts),
+            pull_s=sum(part.pull_s for part in parts),
+            missed_blocks=sum(part.missed_blocks for part in parts),
+            prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
+            hits=together([answer.hits for answer in self._answers]),
+        )
+
+    def _take(self, index: int, event: Output | Finished, events: list[CallEvent]) -> None:
+        """Let an answer grow by what happened, and add to ``events`` what that is."""
+        if isinstance(event, Output) and event.prompt_logprobs:
+            self._accepted.echoes[index // self._options.n].logprobs.extend(event.prompt_logprobs)
+            return
+        answer = self._answers[index]
+        if answer.reason is not None:
+            return
+        growth = self._grow(answer, event)
+        if growth is None:
+            return
+        reason = answer.reason
+        if reason is not None and isinstance(event, Output):
+            self._running.end(index)
+        usage = self.usage() if self._options.continuous_usage else None
+        if self._openings[index] is None:
+            self._openings[index] = opening = self._opening(index)
+            events.append(Begun(index, opening, usage))
+        events.append(Piece(index, growth.said, growth.tokens, growth.marks, usage))
+        if reason is not None:
+            events.append(Ended(index, reason, answer.reader.called, usage))
+            self._answered(index)
+
+    def _grow(self, answer: Answer, event: Output | Finished) -> Growth | None:
+        """None: nothing is wanted of it."""
+        nothing = self._options.max_tokens == 0
+        if isinstance(event, Finished):
+            answer.hits = event.hits
+            return answer.nothing(event.usage) if nothing else answer.finish(event.reason, event.usage)
+        if nothing:
+            return None
+        answer.usage = event.usage or answer.usage
+        answer.hits = event.hits or answer.hits
+        return answer.push(event.tokens, event.logprobs)
+
+    def _opening(self, index: int) -> Opening:
+        at = index // self._options.n
+        ids = self._accepted.prompts[at].ids if self._options.return_token_ids else None
+        if not self._accepted.echoes:
+            return Opening(prompt_ids=ids)
+        echo = self._accepted.echoes[at]
+        return Opening(echo.text, echo.marks, ids)
+
+    def _answered(self, index: int) -> None:
+        """A choice is over: the trace is told once, with what is known of it by then."""
+        if self._told[index]:
+            return
+        self._told[index] = True
+        n, call = self._options.n, self._accepted.call
+        step, answer, prompt = self._accepted.steps[index], self._answers[index], self._accepted.prompts[index // n]
+        said, tools = None, None
+        if answer.reason is not None and not step.final:
+            if prompt.encoded is not None:
+                # After a stop string the client has the text up to it, which may end inside a token.
+                text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
+                said = Said(prompt.encoded, text, pack_tokens(ids))
+            if prompt.conversation:
+                tools = names_of([made.name or "" for made in answer.reader.whole.calls])
+        # The prompts after the first are traces of their own: the response's name means the first.
+        response = call.id if index < n else None
+        self._memory.answered((step.salt, step.trace), step.step, response=response, tools=tools, said=said)

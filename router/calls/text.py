@@ -1,0 +1,72 @@
+"""What calls ask of a model's tokenizer and chat template."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class TextStream(Protocol):
+    """Turns one step's output ids into text as they come."""
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that ``tokens`` complete, special ones left out; never a part of a character."""
+        ...
+
+    def finish(self) -> str:
+        """What is left: an unfinished character as U+FFFD."""
+        ...
+
+
+class Text(Protocol):
+    """A model's tokenizer and chat template. Safe to call from another thread."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        ...
+
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        """Ids that end a turn or a text."""
+        ...
+
+    def token_text(self, token: int) -> str:
+        """Text of one token, special or not."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 of one token, special or not; of part of a character its part. Empty for ids without text."""
+        ...
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
+        ...
+
+    def tokens_min(self, text: str) -> int:
+        """So many tokens ``text`` has at least, told at once; 0 where that cannot be told."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its source; None if the model has none."""
+        ...
+
+    def special_token(self, text: str) -> int | None:
+        """The special token of that text; None if there is none."""
+        ...
+
+    def stream(self, shown: Sequence[str] = ()) -> TextStream:
+        """A new incremental reader of one step's output; of special tokens it shows those named in ``shown``."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt that the chat template makes of a conversation.
+
+        Raises:
+            InvalidRequest: the model has no template, or the template does not take these messages.
+        """
+        ...

@@ -1,0 +1,56 @@
+"""What a dialect is: a form in which clients ask and are answered."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from router.calls.call import Call
+from router.calls.errors import CallFailed
+from router.calls.events import CallEvent, Choice, Usage
+from router.calls.text import Text
+
+
+class Teller(Protocol):
+    """Tells one call's answer, as a stream or whole."""
+
+    def events(self, events: Iterable[CallEvent]) -> bytes:
+        """What a stream tells of what happened; may be nothing."""
+        ...
+
+    def end(self, usage: Usage) -> bytes:
+        """How a stream ends, after all choices have."""
+        ...
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The body of a call that does not stream."""
+        ...
+
+
+class Dialect(Protocol):
+    """One form. Knows a call's body and the bytes of its answer; everything between is the same for all."""
+
+    @property
+    def keepalive(self) -> bytes:
+        """What a stream says in silence."""
+        ...
+
+    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, Teller]:
+        """What a body asks for, and who tells the answer.
+
+        Args:
+            body: as the client sent it.
+            fresh: told from all others, for the call's name.
+            created: seconds since 1970.
+            text: the model's; reads the tokens that logprobs are of.
+
+        Raises:
+            CallFailed: it is no body of this dialect, or asks for what cannot be honoured.
+        """
+        ...
+
+    def failed(self, failure: CallFailed) -> bytes:
+        """The body of a call that failed before its answer began."""
+        ...
+
+    def broken(self, failure: CallFailed) -> bytes:
+        """The end of a stream that fails after it began."""
+        ...

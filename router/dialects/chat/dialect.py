@@ -1,0 +1,34 @@
+"""``/v1/chat/completions``: a conversation in, messages out."""
+
+from router.calls.call import Call, Conversation
+from router.calls.text import Text
+from router.dialects.body import parse
+from router.dialects.chat.messages import messages_of
+from router.dialects.chat.requests import ChatRequest
+from router.dialects.chat.teller import ChatTeller
+from router.dialects.openai.errors import OpenAIErrors
+from router.dialects.openai.requests import options
+from router.dialects.openai.response import Head
+from router.dialects.openai.structured import wanted_of
+from router.dialects.openai.tools import names_of, tools_of
+
+
+class Chat(OpenAIErrors):
+    """The dialect."""
+
+    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, ChatTeller]:
+        request = parse(body, ChatRequest)
+        opts = options(request)
+        call = Call(
+            id=f"chatcmpl-{fresh}",
+            model=request.model,
+            wanted=wanted_of(request),
+            tools=tools_of(request.tools, request.tool_choice, request.parallel_tool_calls),
+            prompts=(Conversation(messages_of(request.messages), names_of(request.tools)),),
+            where="messages",
+            options=opts,
+            trace=request.trace_fields,
+            tenant=request.tenant,
+            nbytes=len(body),
+        )
+        return call, ChatTeller(Head(call.id, created, call.model), opts, text)

@@ -1,0 +1,72 @@
+"""What clients send to ``/v1/chat/completions``. Pure."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from router.calls.errors import invalid
+from router.dialects.openai.requests import TOP_LOGPROBS_MAX, GenerationRequest, integer
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One part of a message's content; only text can be honoured."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """What the assistant called, in an earlier turn."""
+
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call in an earlier turn."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    functions: list[dict[str, Any]] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    def output_limit(self) -> tuple[str, int | None, int]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens, 1
+        return super().output_limit()
+
+    def likeliest(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
+        return integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS_MAX, 0) if self.logprobs else None

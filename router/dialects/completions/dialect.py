@@ -1,0 +1,32 @@
+"""``/v1/completions``: texts or token ids in, what follows them out."""
+
+from router.calls.call import Call, Ids, Plain
+from router.calls.text import Text
+from router.dialects.body import parse
+from router.dialects.completions.requests import CompletionRequest, split
+from router.dialects.completions.teller import TextTeller
+from router.dialects.openai.errors import OpenAIErrors
+from router.dialects.openai.requests import options
+from router.dialects.openai.response import Head
+from router.dialects.openai.structured import wanted_of
+
+
+class Completions(OpenAIErrors):
+    """The dialect."""
+
+    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, TextTeller]:
+        request = parse(body, CompletionRequest)
+        opts = options(request)
+        prompts = split(request.prompt)
+        call = Call(
+            id=f"cmpl-{fresh}",
+            model=request.model,
+            wanted=wanted_of(request),
+            prompts=tuple(Plain(prompt) if isinstance(prompt, str) else Ids(prompt) for prompt in prompts),
+            where="prompt",
+            options=opts,
+            trace=request.trace_fields,
+            tenant=request.tenant,
+            nbytes=len(body),
+        )
+        return call, TextTeller(Head(call.id, created, call.model), opts, text)

@@ -1,0 +1,49 @@
+"""The object around every answer and every chunk of OpenAI's older dialects. Pure."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from router.dialects.openai.usage import UsageField
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What is the same in every object of one call."""
+
+    id: str
+    created: int
+    model: str
+
+
+class Response(msgspec.Struct, frozen=True):
+    """Every answer and every chunk of a generation; chunks of a stream without usage leave it out."""
+
+    id: str
+    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    created: int
+    model: str
+    choices: Sequence[msgspec.Struct]
+    usage: UsageField = UNSET
+    system_fingerprint: None = None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """An event of which one part alone changes: what comes before that part, and after it."""
+
+    head: bytes
+    tail: bytes
+
+    def around(self, part: bytes) -> bytes:
+        """The event with that part."""
+        return b"".join((self.head, part, self.tail))
+
+
+def frame(event: bytes, hole: bytes) -> Frame:
+    """An event in two, so that its constant parts are encoded once. ``hole``: the part, which is the last of its kind;
+    what follows it holds nothing that a client or a model wrote."""
+    head, found, tail = event.rpartition(hole)
+    assert found
+    return Frame(head, tail)

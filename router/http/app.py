@@ -1,0 +1,87 @@
+"""The application: routes, and how what fails outside a call is answered."""
+
+from collections.abc import Callable, Mapping
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from router.calls.calls import Calls
+from router.calls.errors import CallFailed, translate
+from router.calls.text import Text
+from router.dialects.base import Dialect
+from router.dialects.chat import Chat
+from router.dialects.completions import Completions
+from router.dialects.openai.errors import error_body
+from router.dispatch.steps import Dispatcher
+from router.http.config import ApiConfig
+from router.http.endpoint import Endpoint
+from router.http.errors import STATUS, headers_of
+from router.http.pages import Pages, json_response
+from router.http.request_ids import RequestIds
+from router.http.traces import TracePages
+from tracehaul.runtime.offload import Offload
+from tracehaul.wire.errors import ClusterError
+
+DIALECTS: Mapping[str, Dialect] = {
+    "/v1/chat/completions": Chat(),
+    "/v1/completions": Completions(),
+}
+"""The dialect at each path: the one place that names them."""
+
+
+def create_app(
+    dispatcher: Dispatcher,
+    text: Text,
+    metrics_render: Callable[[], bytes],
+    config: ApiConfig,
+    offload: Offload,
+    dialects: Mapping[str, Dialect] = DIALECTS,
+) -> Starlette:
+    """The whole HTTP surface.
+
+    Args:
+        dispatcher: runs steps.
+        text: the served model's tokenizer and template.
+        metrics_render: what ``/metrics`` answers.
+        config: limits.
+        offload: where long texts are tokenized; the caller closes it.
+        dialects: the dialect at each path.
+    """
+    calls = Calls(dispatcher, text, config, offload)
+    pages = Pages(dispatcher, metrics_render)
+    traces = TracePages(dispatcher.book)
+    return Starlette(
+        routes=[
+            *(
+                Route(path, Endpoint(dialect, calls, text, config), methods=["POST"])
+                for path, dialect in dialects.items()
+            ),
+            Route("/v1/models", pages.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
+            Route("/v1/traces", traces.list, methods=["GET"]),
+            Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
+            Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
+            Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
+            Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
+            Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
+            Route("/health", pages.health, methods=["GET"]),
+            Route("/metrics", pages.metrics, methods=["GET"]),
+            Route("/cluster", pages.cluster, methods=["GET"]),
+        ],
+        middleware=[Middleware(RequestIds)],
+        exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
+    )
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        codes = {404: "not_found", 405: "method_not_allowed"}
+        message = f"{request.method} {request.url.path[:256]}: {error.detail}"
+        told = CallFailed("invalid", message, code=codes.get(error.status_code))
+        return json_response(error_body(told), error.status_code, dict(error.headers or {}))
+    told = translate(error)
+    return json_response(error_body(told), STATUS[told.cause], headers_of(told))

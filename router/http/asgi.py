@@ -1,0 +1,107 @@
+"""The edge to the server: bodies in, answers out, and clients that leave."""
+
+import asyncio
+
+from starlette.types import Receive, Scope, Send
+
+from router.calls.errors import CallFailed
+from router.dialects.base import Dialect
+from router.http.errors import STATUS, headers_of
+from tracehaul.runtime.patience import Patience
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class ClientGone(Exception):
+    """Nobody is there to answer."""
+
+
+async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, timeout_s: float) -> bytes:
+    """The request's body.
+
+    Raises:
+        CallFailed: it is too long, or takes too long.
+        ClientGone: the client left.
+    """
+    too_long = CallFailed("too_large", f"the body is longer than {bytes_max} bytes", code="body_too_large")
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    if announced.isdigit() and int(announced[:20]) > bytes_max:
+        raise too_long
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > bytes_max:
+                    raise too_long
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError:
+        raise CallFailed("too_slow", f"the body did not arrive within {timeout_s} s", code="timeout") from None
+
+
+async def disconnected(receive: Receive) -> None:
+    """Returns when the client leaves. Only after the body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Reply:
+    """One call's answer: a JSON body, or a stream that starts with its first event. ``dialect``: says how it fails."""
+
+    def __init__(self, send: Send, dialect: Dialect, timeout_s: float) -> None:
+        self._send_message = send
+        self._dialect = dialect
+        self._patience = Patience(timeout_s)
+        self._started = False
+        self._ended = False
+        self.headers: Headers = []
+
+    async def json(self, status: int, body: bytes, headers: Headers | None = None) -> None:
+        """Answer at once."""
+        length = (b"content-length", str(len(body)).encode())
+        await self._start(status, [(b"content-type", b"application/json"), length, *(headers or [])])
+        await self._body(body, last=True)
+
+    async def events(self, data: bytes, *, last: bool = False) -> None:
+        """Send these events now; the first ones start the stream."""
+        if not self._started:
+            kind = (b"content-type", b"text/event-stream; charset=utf-8")
+            # The last one asks proxies not to collect events.
+            await self._start(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
+        await self._body(data, last=last)
+
+    async def fail(self, failure: CallFailed) -> None:
+        """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
+        if self._ended:
+            return
+        if self._started:
+            await self._body(self._dialect.broken(failure), last=True)
+            return
+        headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
+        await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)
+
+    def close(self) -> None:
+        """Nothing more is sent."""
+        self._patience.close()
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        self._started = True
+        await self._send({"type": "http.response.start", "status": status, "headers": headers + self.headers})
+
+    async def _body(self, data: bytes, *, last: bool) -> None:
+        self._ended = last
+        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
+
+    async def _send(self, message: dict[str, object]) -> None:
+        try:
+            with self._patience:
+                await self._send_message(message)
+        except (TimeoutError, OSError) as error:
+            self._ended = True
+            raise ClientGone from error

@@ -1,0 +1,87 @@
+"""The pages that only look: models, health, metrics, nodes."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router.calls.errors import model_not_found
+from router.dispatch.steps import Dispatcher
+from router.http.errors import RETRY_AFTER_S
+from tracehaul.runtime.clock import wall_s
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    """One model of ``/v1/models``."""
+
+    id: str
+    created: int
+    max_model_len: int
+    object: Literal["model"] = "model"
+    owned_by: str = "tracehaul"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """``GET /v1/models``."""
+
+    data: list[ModelEntry]
+    object: Literal["list"] = "list"
+
+
+class Health(msgspec.Struct, frozen=True):
+    """``GET /health``."""
+
+    status: str
+    reason: str | None = None
+
+
+class Pages:
+    """The endpoints that only look."""
+
+    def __init__(self, dispatcher: Dispatcher, metrics_render: Callable[[], bytes]) -> None:
+        self._dispatcher = dispatcher
+        self._metrics_render = metrics_render
+        self._created = int(wall_s())
+
+    async def models(self, request: Request) -> Response:
+        """What can be asked for now."""
+        return json_response(ModelList(self._entries()))
+
+    async def model(self, request: Request) -> Response:
+        """One of those; ids may hold slashes."""
+        name = request.path_params["name"]
+        for entry in self._entries():
+            if entry.id == name:
+                return json_response(entry)
+        raise model_not_found(name)
+
+    async def health(self, request: Request) -> Response:
+        """200 while some decode worker is ready."""
+        if self._dispatcher.model() is not None:
+            return json_response(Health("ready"))
+        workers = [node for node in self._dispatcher.nodes() if node.info.role == "decode"]
+        reason = "no decode worker has joined"
+        if workers:
+            reason = "no decode worker is ready: " + ", ".join(f"{w.info.node} is {w.health}" for w in workers[:8])
+        return json_response(Health("unavailable", reason), 503, {"retry-after": str(RETRY_AFTER_S)})
+
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        return Response(self._metrics_render(), media_type=METRICS_TYPE)
+
+    async def cluster(self, request: Request) -> Response:
+        """Every known node."""
+        return json_response(self._dispatcher.nodes())
+
+    def _entries(self) -> list[ModelEntry]:
+        card = self._dispatcher.model()
+        return [] if card is None else [ModelEntry(card.name, self._created, card.context_max)]
+
+
+def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """An answer in JSON."""
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")

@@ -1,0 +1,168 @@
+"""``/v1/traces``: what clients may know of their traces, and say of them. All of it is optional."""
+
+import re
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+from starlette.requests import Request
+from starlette.responses import Response
+
+from router.calls.conversation import NAME_CHARACTERS_MAX
+from router.calls.errors import CallFailed, invalid
+from router.calls.identity import ID_CHARACTERS_MAX
+from router.dialects.body import parse
+from router.dialects.openai.requests import SALT_CHARACTERS_MAX
+from router.http.asgi import ClientGone, read_body
+from router.http.pages import json_response
+from router.traces.book import Book, TraceBusy
+from router.traces.views import TraceDeleted, TraceView
+from tracehaul.wire.blocks import REPLICAS_MAX, PinKind
+from tracehaul.wire.ids import TraceId
+
+LIMIT_MAX = 100
+LIMIT = 20
+SECONDS_MAX = 30 * 86400.0
+PRIORITY_MAX = float(2**32)
+BODY_BYTES_MAX = 16384
+BODY_TIMEOUT_S = 10.0
+
+_NUMBER = re.compile(r"[0-9]{1,6}")
+
+
+Seconds = Annotated[float, Meta(ge=0, le=SECONDS_MAX)]
+
+
+class Suspend(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``suspend``."""
+
+    expected_s: Seconds
+    deadline_s: Annotated[float, Meta(gt=0, le=SECONDS_MAX)] | None = None
+    """If it is not back by then it has ended."""
+    tool: Annotated[str, Meta(min_length=1, max_length=NAME_CHARACTERS_MAX)] | None = None
+
+
+class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``resume``: empty."""
+
+
+class PinBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``pin``."""
+
+    ttl_s: Seconds = 600.0
+    """The store may grant less: see its ``pin_ttl_max_s``."""
+    kind: PinKind = "soft"
+    priority: Annotated[float, Meta(gt=1, le=PRIORITY_MAX)] = 1024.0
+    """Of a soft pin: it halves every minute, and ends at 1."""
+    replicas: Annotated[int, Meta(ge=1, le=REPLICAS_MAX)] = 1
+
+
+class PinAnswer(msgspec.Struct, frozen=True):
+    """The pin as the store has it."""
+
+    id: TraceId
+    blocks: int
+    held: int
+    """Of those, in the store now."""
+    remaining_s: float
+    object: Literal["trace.pin"] = "trace.pin"
+
+
+class TracePages:
+    """The endpoints. A tenant (``cache_salt``) sees its own traces only."""
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+
+    async def list(self, request: Request) -> Response:
+        """``GET /v1/traces?limit=&after=``: the last used first."""
+        after = request.query_params.get("after")
+        page = self._book.page(_salt(request), _limit(request), TraceId(after) if after is not None else None)
+        if page is None:
+            raise invalid(f"no trace {str(after)[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
+        return json_response(page)
+
+    async def show(self, request: Request) -> Response:
+        """``GET /v1/traces/{id}``."""
+        trace = _trace(request)
+        return _answer(trace, self._book.view(_salt(request), trace))
+
+    async def suspend(self, request: Request) -> Response:
+        """``POST /v1/traces/{id}/suspend``: a tool runs, or a person reads, and that will take about so long."""
+        trace, body = _trace(request), await _body(request, Suspend)
+        try:
+            view = self._book.suspend(_salt(request), trace, body.expected_s, body.deadline_s, body.tool)
+        except TraceBusy as busy:
+            raise CallFailed("conflict", str(busy), param="id", code="trace_busy") from None
+        return _answer(trace, view)
+
+    async def resume(self, request: Request) -> Response:
+        """``POST /v1/traces/{id}/resume``: the tool is done, so that its context should come back now."""
+        trace, _ = _trace(request), await _body(request, Resume)
+        try:
+            view = self._book.resume(_salt(request), trace)
+        except TraceBusy as busy:
+            raise CallFailed("conflict", str(busy), param="id", code="trace_busy") from None
+        return _answer(trace, view)
+
+    async def pin(self, request: Request) -> Response:
+        """``POST /v1/traces/{id}/pin``: keep its contexts in the store; ``ttl_s`` 0 ends that."""
+        trace, body = _trace(request), await _body(request, PinBody)
+        pinned = await self._book.pin(_salt(request), trace, body.kind, body.ttl_s, body.priority, body.replicas)
+        if pinned is None:
+            raise not_found(trace)
+        return json_response(PinAnswer(trace, pinned.blocks, pinned.held, pinned.remaining_s))
+
+    async def delete(self, request: Request) -> Response:
+        """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
+        trace = _trace(request)
+        if not self._book.delete(_salt(request), trace):
+            raise not_found(trace)
+        return json_response(TraceDeleted(trace))
+
+
+def not_found(trace: TraceId) -> CallFailed:
+    """404: nobody knows it, or it is another tenant's."""
+    name = trace[:ID_CHARACTERS_MAX]
+    return CallFailed("not_found", f"the trace {name!r} is not known", param="id", code="trace_not_found")
+
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+async def _body(request: Request, kind: type[B]) -> B:
+    """The body, which may be empty where nothing must be said.
+
+    Raises:
+        CallFailed: it is too long or too slow, or not what the endpoint takes; names the field.
+    """
+    receive = request.receive
+    try:
+        body = await read_body(request.scope, receive, bytes_max=BODY_BYTES_MAX, timeout_s=BODY_TIMEOUT_S)
+    except ClientGone:
+        raise invalid("the client left", code="client_gone") from None
+    return parse(body or b"{}", kind)
+
+
+def _answer(trace: TraceId, view: TraceView | None) -> Response:
+    if view is None:
+        raise not_found(trace)
+    return json_response(view)
+
+
+def _trace(request: Request) -> TraceId:
+    return TraceId(str(request.path_params["id"]))
+
+
+def _salt(request: Request) -> str:
+    salt = request.query_params.get("cache_salt", "")
+    if len(salt) > SALT_CHARACTERS_MAX:
+        raise invalid(f"cache_salt must have at most {SALT_CHARACTERS_MAX} characters", "cache_salt")
+    return salt
+
+
+def _limit(request: Request) -> int:
+    text = request.query_params.get("limit", str(LIMIT))
+    if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= LIMIT_MAX:
+        raise invalid(f"limit must be from 1 to {LIMIT_MAX}", "limit", "invalid_value")
+    return int(text)

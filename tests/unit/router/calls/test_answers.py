@@ -1,0 +1,102 @@
+"""Stop strings, stop tokens and counts of one choice."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.calls.answers import Answer, StopMatcher
+from router.calls.fakes import IM_END, FakeText
+from tracehaul.wire.steps import StepUsage
+
+
+def answer(stops: tuple[str, ...] = (), stop_tokens: tuple[int, ...] = (IM_END,), min_tokens: int = 0) -> Answer:
+    return Answer(FakeText().stream(), stops=stops, stop_tokens=stop_tokens, min_tokens=min_tokens)
+
+
+def test_a_possible_beginning_is_held_back_until_it_is_none() -> None:
+    matcher = StopMatcher(["\n\nUser:"])
+    assert matcher.push("hello\n") == ("hello", False)
+    assert matcher.push("\nUse") == ("", False)
+    assert matcher.push("ful") == ("\n\nUseful", False)
+    assert matcher.push("\n\n") == ("", False)
+    assert matcher.push("User: x") == ("", True)
+
+
+def test_what_is_held_back_is_shown_at_the_end() -> None:
+    matcher = StopMatcher(["stop"])
+    assert matcher.push("a st") == ("a ", False)
+    assert matcher.flush() == "st"
+    assert matcher.flush() == ""
+
+
+def first_match(text: str, stops: list[str]) -> str:
+    """The oracle: the shortest beginning that ends with a stop string, without it."""
+    for end in range(1, len(text) + 1):
+        found = [end - len(s) for s in stops if text[:end].endswith(s)]
+        if found:
+            return text[: min(found)]
+    return text
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(st.text("abc", max_size=5), max_size=12),
+)
+def test_the_cut_does_not_depend_on_the_pieces(stops: list[str], pieces: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    shown, stopped = "", False
+    for piece in pieces:
+        text, stopped = matcher.push(piece)
+        shown += text
+        assert first_match("".join(pieces), stops).startswith(shown), "nothing is shown that must be taken back"
+        if stopped:
+            break
+    if not stopped:
+        shown += matcher.flush()
+    assert shown == first_match("".join(pieces), stops)
+
+
+def test_tokens_after_a_stop_string_do_not_count() -> None:
+    one = answer(stops=("lo w",))
+    piece = one.push(list(b"hello world"))
+    assert (piece.text, piece.stopped, one.reason, one.matched) == ("hel", True, "stop", True)
+    assert one.tokens == list(b"hello w")
+    assert one.text == "hel"
+
+
+def test_half_characters_wait_for_their_rest() -> None:
+    one = answer()
+    smile = "🙂".encode()
+    assert [one.push([byte]).text for byte in smile] == ["", "", "", "🙂"]
+    assert one.push([smile[0]]).text == ""
+    assert one.finish("length", StepUsage()).text == "\ufffd"
+    assert (one.text, one.reason) == ("🙂\ufffd", "length")
+
+
+def test_a_stop_token_counts_and_is_not_shown() -> None:
+    one = answer()
+    assert one.push([104, 105, IM_END]).text == "hi"
+    assert one.finish("stop", StepUsage()).text == ""
+    assert (len(one.tokens), one.generated) == (3, [104, 105])
+    visible = answer(stop_tokens=(105,))
+    assert visible.push([104, 105]).text == "h"
+
+
+def test_an_ignored_end_token_is_part_of_what_was_generated() -> None:
+    one = answer(stop_tokens=())
+    one.push([104, IM_END, 105])
+    assert (one.text, one.generated) == ("hi", [104, IM_END, 105])
+
+
+def test_stop_strings_wait_for_the_minimum() -> None:
+    one = answer(stops=("ab",), min_tokens=3)
+    assert one.push(list(b"abc")).text == "abc"
+    assert one.push(list(b"xaby")).text == "x"
+    assert one.matched
+
+
+def test_a_stop_string_completed_by_the_last_bytes_is_a_stop() -> None:
+    one = answer(stops=("x\ufffd",))
+    assert one.push([120, 0xC3]).text == ""
+    assert one.finish("length", StepUsage()).text == ""
+    assert (one.reason, one.matched) == ("stop", True)

@@ -1,0 +1,1 @@
+"""A dialect that nobody speaks."""

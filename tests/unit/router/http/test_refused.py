@@ -1,0 +1,87 @@
+"""A call that is over leaves nothing behind: not even until the next collection of cycles."""
+
+import asyncio
+import gc
+from typing import Any
+
+import httpx
+import pytest
+
+from router.calls.call import Call
+from router.calls.fakes import FakeDispatcher, FakeText, say
+from router.dispatch.steps import Output
+from router.http import ApiConfig, create_app
+from tracehaul.runtime.offload import InlineOffload
+from tracehaul.wire.errors import PeerLost
+
+CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
+LONG = "x" * 200_000
+
+
+class CountedText(FakeText):
+    """Counts what it has to tokenize."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        assert len(text) < len(LONG), "hopeless texts are not tokenized"
+        return super().encode(text, special)
+
+
+class Failing(FakeDispatcher):
+    """Fails by itself: an error that a script holds would lead back to it."""
+
+    async def run(self, request: Any) -> Any:
+        if "x" in FakeText().stream().push(request.prompt):
+            yield Output([104])
+        raise PeerLost("gone")
+
+
+def alive() -> int:
+    """Calls in this process."""
+    return sum(type(item) is Call for item in gc.get_objects())
+
+
+SAYS = FakeDispatcher(say("x"))
+
+
+@pytest.mark.parametrize(
+    ("dispatcher", "body", "status"),
+    [
+        (SAYS, CHAT | {"messages": [{"role": "user", "content": LONG}]}, 400),
+        (SAYS, {"model": "org/fake", "messages": [{"role": "user", "content": LONG}], "temperature": 9}, 400),
+        (SAYS, CHAT | {"model": "other"}, 404),
+        (Failing(say("")), CHAT, 503),
+        (Failing(say("")), CHAT | {"messages": [{"role": "user", "content": "x"}], "stream": True}, 200),
+        (SAYS, CHAT, 200),
+    ],
+)
+def test_nothing_is_left_of_a_call(dispatcher: FakeDispatcher, body: dict[str, Any], status: int) -> None:
+    async def main() -> None:
+        app = create_app(dispatcher, CountedText(), lambda: b"", ApiConfig(), InlineOffload())
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+            await client.post("/v1/chat/completions", json=body)
+            gc.collect()
+            gc.disable()
+            before = alive()  # of other tests, whose errors live as long as their parameters
+            try:
+                for _ in range(3):
+                    assert (await client.post("/v1/chat/completions", json=body)).status_code == status
+                await asyncio.sleep(0)  # the loop still holds what ran last
+                assert alive() <= before
+            finally:
+                gc.enable()
+
+    asyncio.run(main())
+
+
+def test_a_prompt_that_cannot_fit_says_how_long_it_is_at_least() -> None:
+    async def main() -> httpx.Response:
+        app = create_app(FakeDispatcher(say("x"), 1000), CountedText(), lambda: b"", ApiConfig(), InlineOffload())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            return await client.post("/v1/completions", json={"model": "org/fake", "prompt": LONG})
+
+    answer = asyncio.run(main())
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
+    least = FakeText().tokens_min(LONG)
+    assert error["message"] == f"this model's context is 1000 tokens; the prompt has at least {least}"
