@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -53,7 +54,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, WrongPool, OSError) as fault:
+    except (ClusterFault, WrongPool, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -224,7 +225,8 @@ class _Node:
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            router = Router(peers, config.dispatch)
+            models = {pool.name: pool.model.name for pool in self._plan.pools}
+            router = Router(peers, config.dispatch, models)
             stack.push_async_callback(router.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
@@ -232,8 +234,9 @@ class _Node:
             server = await network.listen(self._plan.router_address, router.service)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
-            app = router.app(text, config.api, offload, NodeMetrics(router.stats, None).render)
+            sources = [pool.model for pool in self._plan.pools]
+            texts = {source.name: await offload.run(partial(Text.load, source)) for source in sources}
+            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(app, config.host, config.port, grace_s=grace_s)
             stack.push_async_callback(api.close)

@@ -36,7 +36,7 @@ DIALECTS: Mapping[str, Dialect] = {
 
 def create_app(
     dispatcher: Dispatcher,
-    text: Text,
+    texts: Mapping[str, Text],
     metrics_render: Callable[[], bytes],
     config: ApiConfig,
     offload: Offload,
@@ -47,20 +47,20 @@ def create_app(
 
     Args:
         dispatcher: runs steps.
-        text: the served model's tokenizer and template.
+        texts: tokenizer and template of each model that may be asked for, by its name.
         metrics_render: what ``/metrics`` answers.
         config: limits.
         offload: where long texts are tokenized; the caller closes it.
         dice: for the names of calls that have none, and the seeds of those that ask for none.
         dialects: the dialect at each path.
     """
-    calls = Calls(dispatcher, text, config, offload, dice)
+    calls = Calls(dispatcher, texts, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
     return Starlette(
         routes=[
             *(
-                Route(path, Endpoint(dialect, calls, text, config, dice), methods=["POST"])
+                Route(path, Endpoint(dialect, calls, config, dice), methods=["POST"])
                 for path, dialect in dialects.items()
             ),
             Route("/v1/models", pages.models, methods=["GET"]),

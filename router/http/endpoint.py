@@ -10,7 +10,6 @@ from router.calls.calls import Calls
 from router.calls.errors import translate, unavailable
 from router.calls.identity import fresh_name
 from router.calls.run import Run
-from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
 from router.http.asgi import ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
@@ -20,10 +19,9 @@ from tracehaul.runtime.clock import wall_s
 class Endpoint:
     """An ASGI application. Answers each call, whatever happens."""
 
-    def __init__(self, dialect: Dialect, calls: Calls, text: Text, config: ApiConfig, dice: random.Random) -> None:
+    def __init__(self, dialect: Dialect, calls: Calls, config: ApiConfig, dice: random.Random) -> None:
         self._dialect = dialect
         self._calls = calls
-        self._text = text
         self._config = config
         self._dice = dice
 
@@ -63,7 +61,7 @@ class Endpoint:
 
     async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
         fresh = fresh_name(self._dice)
-        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._text)
+        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
         silence_s = self._config.keepalive_s if call.options.stream else None
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))

@@ -335,7 +335,8 @@ def test_an_aborted_steps_generator_is_closed_by_the_router(monkeypatch):
 
     def crash(self, usage):
         real(self, usage)
-        self.decodes.sent(self.decodes.keys[0], 0.0, 0.0)
+        decodes = self.pools[""].decodes
+        decodes.sent(decodes.keys[0], 0.0, 0.0)
 
     monkeypatch.setattr(Dispatch, "_count", crash)
     assert "references" in rules()
