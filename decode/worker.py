@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.base import CallContext, Replies
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.deadline import deadline_at, left_s, until
 from tracehaul.wire.base import Ok, Ping
@@ -263,7 +263,7 @@ class _Step:
             self._host.stats.prefill_fallbacks += 1
             log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
 
-    async def _next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
+    async def _next(self, replies: Replies) -> Reply | None:
         async with until(self._deadline_s):
             return await anext(replies, None)
 
