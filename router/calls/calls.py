@@ -71,9 +71,8 @@ class Calls:
             parent = identity.parent or place.parent
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
 
-    async def accept(self, call: Call, identity: Identity, silence_s: float | None) -> Run:
-        """Make everything ready for a call's steps; the caller enters the run, which tells of each ``silence_s`` in
-        which nothing happened.
+    async def accept(self, call: Call, identity: Identity) -> Run:
+        """Make everything ready for a call's steps; the caller enters the run.
 
         Raises:
             CallFailed, ClusterError: it cannot be done; nothing has run.
@@ -87,7 +86,7 @@ class Calls:
         async with until(identity.urgency.deadline_s):
             form = await self._forms.of(call)
             prompts = await self._prompts.of(call, identity.trace, identity.parent, card)
-        return Run(self._accepted(call, form, prompts, identity, card), self._dispatcher, self._memory, silence_s)
+        return Run(self._accepted(call, form, prompts, identity, card), self._dispatcher, self._memory)
 
     def _check(self, call: Call) -> None:
         prompts, options = len(call.prompts), call.options

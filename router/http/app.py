@@ -8,6 +8,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.calls.calls import Calls
 from router.calls.errors import CallFailed, translate
@@ -40,7 +41,7 @@ def create_app(
     config: ApiConfig,
     offload: Offload,
     dialects: Mapping[str, Dialect] = DIALECTS,
-) -> Starlette:
+) -> ASGIApp:
     """The whole HTTP surface.
 
     Args:
@@ -54,12 +55,10 @@ def create_app(
     calls = Calls(dispatcher, text, config, offload)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
-    return Starlette(
+    endpoints = {path: Endpoint(dialect, calls, text, config) for path, dialect in dialects.items()}
+    rest = Starlette(
         routes=[
-            *(
-                Route(path, Endpoint(dialect, calls, text, config), methods=["POST"])
-                for path, dialect in dialects.items()
-            ),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
             Route("/v1/models", pages.models, methods=["GET"]),
             Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
             Route("/v1/traces", traces.list, methods=["GET"]),
@@ -75,6 +74,14 @@ def create_app(
         middleware=[Middleware(RequestIds)],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # Through the application's layers each event of a stream would pass three functions more.
+        called = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = endpoints.get(scope["path"]) if called else None
+        await (endpoint or rest)(scope, receive, send)
+
+    return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

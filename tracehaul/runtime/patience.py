@@ -35,6 +35,11 @@ class Interruptible:
             if task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
                 raise ended from None
 
+    @property
+    def waits(self) -> bool:
+        """Somebody does now."""
+        return self._task is not None
+
     def interrupt(self, error: Exception) -> bool:
         """Who waits now gets ``error`` instead; False: nobody does, or was told already."""
         if self._task is None or self._error is not None:
