@@ -1,11 +1,18 @@
 """Time to first token where a trace's context is: nowhere, on the worker, in the store; and what idling costs.
 
+Before that, the time that ``up`` takes with one worker of each kind: on an installation whose caches are empty but for
+the model's file, and again.
+
 Each trace runs four steps: cold; warm, on the same decode worker; pulled, on another one; and restarted, after every
 worker but the store started anew. Each after the first adds what the model said and 64 new tokens.
 """
 
 import asyncio
+import os
 import random
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -18,7 +25,10 @@ from rich.progress import Progress
 from bench.common.fleet import Fleet, Step, fleet
 from bench.common.report import Result, finish
 from cluster.config import ClusterConfig, NodeCounts
-from cluster.launch import free_port
+from cluster.launch import down, free_port, up
+from cluster.rundir import RunDir
+from tracehaul.model.source import resolve
+from tracehaul.runtime import clock
 
 SIZES = {"2k": 2048, "4k": 4096, "7k": 7168}
 NEW_TOKENS = 64
@@ -30,6 +40,46 @@ KINDS = ("cold", "warm", "pulled", "restarted")
 WORKERS = ("prefill-0", "decode-0", "decode-1")
 
 console = Console()
+
+
+@contextmanager
+def empty_cache() -> Generator[None]:
+    """Processes started meanwhile find a cache folder with nothing in it but the default model's file."""
+    model = resolve().path
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
+        models = Path(folder) / "tracehaul" / "models"
+        models.mkdir(parents=True)
+        (models / model.name).symlink_to(model)
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("XDG_CACHE_HOME")
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+
+
+def start_s(config: ClusterConfig) -> float:
+    """From ``up`` to ready; what was started is stopped again."""
+    with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
+        run = RunDir(Path(folder))
+        began_s = clock.perf_s()
+        up(config, run, console)
+        took_s = clock.perf_s() - began_s
+        down(run)
+        return took_s
+
+
+def starts(config: ClusterConfig, repeats: int) -> list[Result]:
+    """The first start of an installation, and the median of those after it."""
+    with empty_cache():
+        first_s = start_s(config)
+        second_s = median(start_s(config) for _ in range(repeats))
+    return [
+        Result("start.first", first_s, "s"),
+        Result("start.second", second_s, "s", "start.first", second_s / first_s),
+    ]
 
 
 class Trace:
@@ -112,11 +162,13 @@ def main(
     config = msgspec.convert(
         msgspec.to_builtins(ClusterConfig(nodes=NodeCounts(prefill=1, decode=2, store=1))) | settings, ClusterConfig
     )
+    pair = msgspec.structs.replace(config, nodes=NodeCounts(prefill=1, decode=1, store=1))
+    results = starts(pair, 1 if quick else 3)
     with fleet(config, console) as cluster:
         steps = measure(cluster, 1 if quick else 3)
         idle_percent = idle(cluster, IDLE_S / 4 if quick else IDLE_S)
         rss_mib = cluster.rss_mib()
-    results = results_of(steps)
+    results += results_of(steps)
     results.append(Result("idle.cpu", idle_percent, "% of a core"))
     results.append(Result("idle.rss", sum(rss_mib.values()), "MiB"))
     results += [Result(f"idle.rss.{name}", value, "MiB") for name, value in rss_mib.items()]

@@ -15,10 +15,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import base_url, load_config, load_plan, parse_bytes, parse_quota
+from cluster.config import base_url, load_config, load_plan, parse_quota
 from cluster.members import ask_router
 from cluster.rundir import ClusterFault, RunDir, alive
-from cluster.store_cli import app as store_app
+from cluster.store.command import parse_size
+from cluster.store.commands import app as store_app
 from router.fleet.members import NodeStatus
 from tracehaul import __version__
 
@@ -47,17 +48,13 @@ PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 110
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 SizeOption = Annotated[
     int | None,
     typer.Option(
-        "--store-bytes", parser=_size, metavar="SIZE", help="Block memory of each store node, such as 512MiB or 4GiB."
+        "--store-bytes",
+        parser=parse_size,
+        metavar="SIZE",
+        help="Block memory of each store node, such as 512MiB or 4GiB.",
     ),
 ]
 
@@ -81,12 +78,17 @@ QuotaOption = Annotated[
 DiskOption = Annotated[
     int | None,
     typer.Option(
-        "--disk-bytes", parser=_size, metavar="SIZE", help="Disk of each store node for blocks, kept over restarts."
+        "--disk-bytes",
+        parser=parse_size,
+        metavar="SIZE",
+        help="Disk of each store node for blocks, kept over restarts.",
     ),
 ]
 S3Option = Annotated[
     int | None,
-    typer.Option("--s3-bytes", parser=_size, metavar="SIZE", help="The most that each store node keeps in the bucket."),
+    typer.Option(
+        "--s3-bytes", parser=parse_size, metavar="SIZE", help="The most that each store node keeps in the bucket."
+    ),
 ]
 
 

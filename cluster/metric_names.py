@@ -293,7 +293,8 @@ def document() -> str:
     lines = [
         "# Metrics",
         "Every node answers `/metrics` in Prometheus' text format; `tracehaul status` shows where, the router's is at",
-        "its API's port. Counters count since the node's start. Beside these there are `process_…` and `python_info`.",
+        "its API's port, the others' on the config's `metrics_host`. Counters count since the node's start.",
+        "Beside these there are `process_…` and `python_info`.",
         "",
         "This page is made by `python -m cluster.metric_names`, and a test holds it and the nodes to each other.",
         "",

@@ -1,5 +1,5 @@
-# Sourced by the scripts beside this file: keeps .venv in step with pyproject.toml.
-# An install happens only when pyproject.toml (or the checkout's place) has changed since the last one.
+# Sourced by the scripts beside this file: keeps .venv in step with the two pyproject.toml and constraints.txt.
+# An install happens only when one of them (or the checkout's place) has changed since the last one.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -57,7 +57,7 @@ phase() {
 # ensure_venv [EXTRA]: .venv has this checkout installed, with that extra's packages.
 ensure_venv() {
     local extra=${1:-} want stamp python
-    want="$(cksum <pyproject.toml) $root"
+    want="$(cat pyproject.toml store/pyproject.toml constraints.txt | cksum) $root"
     stamp=$venv/.tracehaul${extra:+-$extra}
     if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
         return
@@ -73,7 +73,8 @@ ensure_venv() {
         phase "Making a virtual environment with $("$python" --version)" "$python" -m venv --clear "$venv"
     fi
     phase "Installing tracehaul${extra:+ with its $extra tools} (the first time takes a minute or more)" \
-        "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -e ".${extra:+[$extra]}"
+        "$venv/bin/python" -m pip install --disable-pip-version-check --no-input -c constraints.txt \
+        -e ./store -e ".${extra:+[$extra]}"
     printf '%s' "$want" >"$stamp"
     # Whatever an extra installs includes the plain installation.
     printf '%s' "$want" >"$venv/.tracehaul"

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvstore.node.node import StoreNode
-from sim.checker import Findings, Truth
+from sim.checker import Findings
+from sim.slot_checker import Truth
 from sim.storage import SimDevice
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
@@ -93,7 +94,7 @@ def _only_its_prefix(node: StoreNode, block_hash: BlockHash) -> bool:
     if below is None:
         return False
     arena = node.arena
-    prefix = set(arena.table.families.ancestry(below.parent))
+    prefix = set(arena.table.continuations.ancestry(below.parent))
     tenants, groups = arena.table.tenants, arena.table.group
     yielding = set(tenants.yielding(tenants.group(below.tenant)))
     slots = arena.table.published

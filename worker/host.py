@@ -19,13 +19,14 @@ from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.families import Families
-from worker.iteration import IterationLoop, Job, usable_context
+from worker.iteration import IterationLoop, Job, Measured, usable_context
 from worker.pressure import Line
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
 from worker.writer import BlockWriter
 
-CALIBRATION_TOKENS = 256
+CALIBRATION_TOKENS = 64
+"""Twice so many and one more are computed: 0.2 s where a token takes a millisecond. More tell hardly more."""
 
 Acquired = tuple[SequenceId, int, Sequence[BlockHash]]
 """A busy sequence, how many of a step's tokens it holds already, and the hashes of those, and more."""
@@ -72,9 +73,9 @@ class WorkerHost:
         self._running = 0
         self._recalls: dict[tuple[str, TraceId], asyncio.Task[None]] = {}
 
-    async def calibrate(self) -> None:
+    async def calibrate(self) -> list[Measured]:
         """Learn how fast the engine is, before anything runs; what it does later corrects that."""
-        await self.loop.calibrate(min(CALIBRATION_TOKENS, self.config.chunk_tokens))
+        return await self.loop.calibrate(min(CALIBRATION_TOKENS, self.config.chunk_tokens))
 
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""
@@ -85,13 +86,9 @@ class WorkerHost:
         stores = [node for node in nodes if node.role == "store"] if self.config.use_store else []
         self.client.set_nodes(stores, draining)
 
-    def heartbeat(self) -> NodeLoad:
-        """For the router."""
-        self.loop.meter.aged(clock.now_s())
-        return self.load()
-
     def load(self) -> NodeLoad:
-        """What is so now; may be read from any thread."""
+        """What is so now."""
+        self.loop.meter.aged(clock.now_s())
         info = self.engine.info
         return NodeLoad(
             running=self._running,

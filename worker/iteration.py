@@ -2,24 +2,35 @@
 
 import asyncio
 import contextlib
-import logging
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
 from tracehaul.runtime import clock, deadline
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.pressure import PATIENCE_S, Pressure
 from worker.rates import STRETCH, RateMeter, compute_s
 from worker.scheduler import Grant, Scheduler
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SCORED_TOKENS_MAX = 128
 """Most tokens of one job that an iteration scores: each takes a row of logits, over the whole vocabulary."""
+
+
+class Measured(NamedTuple):
+    """An iteration of one sequence."""
+
+    before: int
+    """Tokens that it had."""
+    tokens: int
+    """Computed."""
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -185,19 +196,25 @@ class IterationLoop:
         if key in self._planned:
             await self._iteration_ended.wait()
 
-    async def calibrate(self, tokens_max: int) -> None:
-        """Measure the engine on a prompt of no meaning. Not while :meth:`run` runs."""
+    async def calibrate(self, tokens_max: int) -> list[Measured]:
+        """Measure the engine on a prompt of no meaning; nothing if it does not fit. Not while :meth:`run` runs."""
         tokens = [0] * min(tokens_max, self._context_max // 2 - 1)
         sequence = self._engine.open(2 * len(tokens) + 1) if len(tokens) > 1 else None
         if sequence is None:
-            return
-        await self._engine.run([Work(sequence, tokens)])  # memory and threads are in place now
-        self._engine.truncate(sequence, 0)
+            return []
+        measured: list[Measured] = []
         for part in (tokens, tokens, tokens[:1]):
             length, started_s = self._engine.length(sequence), clock.now_s()
             await self._engine.run([Work(sequence, part)])
-            self.meter.iterated([(length, len(part))], clock.now_s() - started_s)
+            measured.append(Measured(length, len(part), clock.now_s() - started_s))
         self._engine.close(sequence)
+        self.learn(measured)
+        return measured
+
+    def learn(self, measured: Sequence[Measured]) -> None:
+        """Take over what was measured of an engine as fast as this one."""
+        for one in measured:
+            self.meter.iterated([(one.before, one.tokens)], one.seconds)
 
     async def run(self) -> None:
         """For ever; cancel to stop."""
@@ -257,8 +274,8 @@ class IterationLoop:
             for grant, _ in grants:
                 self._fail(grant.key, error)
             return []
-        except Exception:
-            log.exception("iteration failed: its steps end here")
+        except Exception as error:
+            log.error("iteration failed: its steps end here", error=error)
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []

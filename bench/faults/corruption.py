@@ -33,6 +33,7 @@ from bench.faults.corruption_parts import FlippingTransfer, LyingTier, tampered
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.node import StoreNode
 from kvstore.tiers.base import Tier
 from kvstore.tiers.disk import open_disk
@@ -147,7 +148,6 @@ class Site:
 async def open_site(tier: Tier, generation: int, dice: random.Random) -> AsyncGenerator[Site, None]:
     """A life of the node over ``tier``, which is closed at its end."""
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(tier.close)
         offload = ThreadOffload("corruption", 2)
         stack.callback(offload.close)
         memory = allocate(CONFIG.arena_bytes, "arena")
@@ -157,7 +157,8 @@ async def open_site(tier: Tier, generation: int, dice: random.Random) -> AsyncGe
         shm = ShmTransfer(f"store#{generation}", offload)
         stack.push_async_callback(shm.close)
         own = Plane(shm, shm.register(memory))
-        node = StoreNode(CONFIG, Generation(generation), [own], memory, offload, tier, TieringConfig(scrub_bytes_s=0))
+        backing = Backing(tier, TieringConfig(scrub_bytes_s=0))
+        node = assemble_store(CONFIG, Generation(generation), [own], memory, offload, backing)
         way = FlippingTransfer(ShmTransfer(f"client#{generation}", offload), memory.buffer, dice, CHANGED_SHARE)
         stack.push_async_callback(way.close)
         server = await TcpNetwork().listen("127.0.0.1:0", node)

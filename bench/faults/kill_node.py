@@ -15,7 +15,7 @@ import msgspec
 import uvloop
 
 from kvstore.config import StoreConfig
-from kvstore.node.node import StoreNode
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.pin_journal import open_journal
 from kvstore.tiers.disk import DiskFile
 from kvstore.tiers.records import ERASED, Layout
@@ -109,7 +109,7 @@ async def serve(told: KillNode) -> None:
     tier = SlotTier("disk", file, ThreadOffload("r", 4), ThreadOffload("w", 2))
     generation = Generation(told.generation)
     journal = await open_journal(Path(told.path).with_suffix(".pins"))
-    node = StoreNode(told.store, generation, planes, memory, offload, tier, journal=journal)
+    node = assemble_store(told.store, generation, planes, memory, offload, Backing(tier, journal=journal))
     server = await TcpNetwork().listen("127.0.0.1:0", node)
     info = NodeInfo(NodeId(told.name), generation, "store", server.address)
     os.write(1, msgspec.json.encode(info) + b"\n")

@@ -3,7 +3,7 @@
 Batches of 64 MiB in blocks of each size are put to and got from a real node process by one and by two client
 processes, checksums on; every round of the store is followed by a round of its baselines in the same processes and
 the same memory. On one host each put and get is also repeated without the checksums: what these cost. Then the index:
-lookups, memory, and what an idle node costs.
+lookups, memory, what an idle node costs, and what importing the client does.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from bench.common.processes import Place, Process, running, together, two_places
 from bench.common.report import Result, finish
+from bench.store.footprint import footprint
 from bench.store.process import BATCH_BYTES, BATCHES
 
 SIZES = {"64K": 64 << 10, "256K": 256 << 10, "1M": 1 << 20, "4M": 4 << 20}
@@ -48,6 +49,7 @@ class Part(StrEnum):
     TCP = "tcp"
     INDEX = "index"
     IDLE = "idle"
+    IMPORT = "import"
 
 
 Rates = dict[tuple[str, str, int], list[float]]
@@ -236,6 +238,8 @@ def main(
         results += index(quick)
     if only in (None, Part.IDLE):
         results += idle(IDLE_S / 4 if quick else IDLE_S)
+    if only in (None, Part.IMPORT):
+        results += footprint(rounds)
     finish(config, results, json, console)
     if png is not None:
         from bench.store.plot import plot  # needs the extra "bench"

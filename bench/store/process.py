@@ -22,7 +22,7 @@ from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging, StagingBuffer
 from kvstore.config import StoreConfig
 from kvstore.index.arena import Arena
-from kvstore.node.node import StoreNode
+from kvstore.node.assemble import assemble_store
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
@@ -78,7 +78,7 @@ async def node(transfer_kind: str, host: str, arena_bytes: int, slot_bytes: int)
     config = StoreConfig(arena_bytes=arena_bytes, slot_bytes=slot_bytes, late_write_s=1.0)
     generation = Generation(clock.wall_ns())
     ways, memory = planes(transfer_kind, f"store-0#{generation}", host, arena_bytes, offload)
-    store = StoreNode(config, generation, ways, memory, offload)
+    store = assemble_store(config, generation, ways, memory, offload)
     server = await TcpNetwork().listen(f"{host}:0", store)
     say(msgspec.to_builtins(NodeInfo(NodeId("store-0"), generation, "store", server.address)))
     await listen(lambda _: {"cpu_s": cpu_s(), "rss": resident_bytes()})
@@ -165,7 +165,7 @@ class Client:
         sums = [known] * (BATCH_BYTES // self._size)
         copying_only = compiled(summing=False)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.object(shm, "compiled", lambda: copying_only))
+            stack.enter_context(patch.object(shm, "compiled_here", lambda: copying_only))
             stack.enter_context(patch.object(shm.Job, "sums", return_value=sums))
             return stack.pop_all()
 

@@ -61,12 +61,9 @@ class StoreClient:
 
     ``planes`` know the memory of ``staging``. Buffers come from ``staging`` and go back to it when a call has
     ended, however it ended: one that a late transfer may still touch returns to the pool when that has settled.
-    ``scratch``: what is put is for measurement only (see :class:`tracehaul.wire.blocks.Reserve`).
     """
 
-    def __init__(
-        self, peers: Peers, planes: Sequence[Plane], staging: Staging, offload: Offload, *, scratch: bool = False
-    ) -> None:
+    def __init__(self, peers: Peers, planes: Sequence[Plane], staging: Staging, offload: Offload) -> None:
         self.staging = staging
         self.stats = ClientStats()
         self._name = planes[0].region.descriptor.owner if planes else ""
@@ -74,7 +71,7 @@ class StoreClient:
         self._looks = Looks(self._nodes)
         self._holders = Holders()
         self._reader = Reader(self._nodes, offload)
-        self._writer = Writer(self._nodes, offload, scratch=scratch)
+        self._writer = Writer(self._nodes, offload)
 
     def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """The live members of the cluster, and which of them are about to leave: these are only read from.

@@ -3,7 +3,7 @@
 What each failure of a holder costs:
 
 * dead: nothing but the call that notices it, or less; the others are asked at once.
-* frozen, or cut off: :data:`PATIENCE_S` where another holder is known, the whole deadline where none is. It is left
+* frozen, or cut off: :data:`DELIVER_S` where another holder is known, the whole deadline where none is. It is left
   alone for a moment then, so that the next reads ask the others first.
 * slow: as frozen if it is slower than that, and it may be asked again a moment later.
 * restarted, or its copy gone or bad: an answer; the others are asked.
@@ -21,8 +21,8 @@ from kvstore.client.staging import Staging
 from tracehaul.runtime import clock
 from tracehaul.wire.ids import BlockHash, NodeId
 
-PATIENCE_S = 0.1
-PATIENCE_BYTES_S = 100e6
+DELIVER_S = 0.1
+DELIVER_BYTES_S = 100e6
 """What a holder may take to deliver where others could: so long, and so fast."""
 REMEMBERED_MAX = 65536
 """Blocks with several holders that are remembered."""
@@ -101,7 +101,7 @@ class Get:
         if not replicated:
             await self._attempt(node, wanted, tried, self._deadline_s)
             return
-        patience_s = PATIENCE_S + sum(item.buffer.nbytes for item in replicated) / PATIENCE_BYTES_S
+        patience_s = DELIVER_S + sum(item.buffer.nbytes for item in replicated) / DELIVER_BYTES_S
         until_s = min(self._deadline_s, clock.now_s() + patience_s)
         places = {item.place for item in replicated}
         only_here = [item for item in wanted if item.place not in places]

@@ -21,7 +21,7 @@ R = TypeVar("R", bound=Reply)
 
 seldom = Seldom(Log(__name__))
 
-PATIENCE_S = 0.1
+ANSWER_S = 0.1
 """A node that does not answer a call with less time than this may be healthy: the caller was late."""
 ATTACH_TIMEOUT_S = 0.5
 """The first thing that a node is asked, and the first after a failure: one that is frozen costs each call no more."""
@@ -125,7 +125,7 @@ class StoreNodes:
         except Overloaded:
             raise
         except TimedOut:
-            if timeout_s >= PATIENCE_S:
+            if timeout_s >= ANSWER_S:
                 self.failed(view)
             raise
         except ClusterError:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from kvstore.client.moves import checksums, in_lanes, left_s, parts_of, transfer
-from kvstore.client.nodes import PATIENCE_S, StoreNodes, StoreNodeView
+from kvstore.client.nodes import ANSWER_S, StoreNodes, StoreNodeView
 from kvstore.client.staging import StagingBuffer
 from kvstore.index.tenants import TenantKey
 from tracehaul.runtime import clock
@@ -90,10 +90,9 @@ class _Filled(msgspec.Struct, frozen=True):
 class Writer:
     """Writes blocks to one node, or to a second if that fails; raises nothing for the world."""
 
-    def __init__(self, nodes: StoreNodes, offload: Offload, *, scratch: bool = False) -> None:
+    def __init__(self, nodes: StoreNodes, offload: Offload) -> None:
         self._nodes = nodes
         self._offload = offload
-        self._scratch = scratch
         self.failovers = 0
         """Nodes that failed in the middle of a put."""
 
@@ -158,7 +157,7 @@ class Writer:
             return []
         request = Await(tuple([item.block.hash for item in others[:AWAIT_MAX]]), time_s)
         try:
-            states = (await self._nodes.call(view, request, Awaited, time_s + PATIENCE_S)).states
+            states = (await self._nodes.call(view, request, Awaited, time_s + ANSWER_S)).states
         except ClusterError:  # what was written is written; these stay in flight
             return []
         again: list[_Placed] = []
@@ -200,7 +199,7 @@ class Writer:
         def undo(reserved: Reserved) -> Abandon:
             return _abandon(_fills(part, reserved))
 
-        request = Reserve(specs, tenant, scratch=self._scratch)
+        request = Reserve(specs, tenant)
         reserved = await self._nodes.acquire(view, request, Reserved, left_s(deadline_s), undo)
         if len(reserved.outcomes) != len(part):
             raise ProtocolError(f"{view.node} reserved {len(reserved.outcomes)} blocks of {len(part)}")

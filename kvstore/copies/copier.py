@@ -141,7 +141,7 @@ class Copier:
         if tiering is None or 0 not in self._holdings.arena.exists(part):
             outcomes = await self._copy(view, part, self._hold(part))
         else:
-            async with tiering.promoted(part, PROMOTE_TIMEOUT_S):
+            async with tiering.promotions.promoted(part, PROMOTE_TIMEOUT_S):
                 hold = self._hold(part)
             outcomes = await self._copy(view, part, hold)
         stats = self.stats

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from kvstore.client.nodes import StoreNodes
 from kvstore.copies.copier import Copier, Holdings
-from kvstore.copies.replicas import Fleet, families
+from kvstore.copies.replicas import KnownNodes, families
 from kvstore.copies.replicator import PIN_TIMEOUT_S, Replicator, travelling
 from kvstore.index.pins import HeldPin, PinKey
 from tracehaul.runtime import clock
@@ -45,14 +45,14 @@ class Drainer:
 
     def __init__(
         self,
-        fleet: Fleet,
+        known_nodes: KnownNodes,
         holdings: Holdings,
         copier: Copier,
         nodes: StoreNodes,
         replicator: Replicator,
         half_life_s: float,
     ) -> None:
-        self._fleet = fleet
+        self._known_nodes = known_nodes
         self._holdings = holdings
         self._copier = copier
         self._nodes = nodes
@@ -68,7 +68,7 @@ class Drainer:
         self._again: dict[BlockHash, NodeId] = {}
         self._given_up: set[BlockHash] = set()
         self._full: set[NodeId] = set()
-        self._takers = frozenset(self._fleet.takers("", None))
+        self._takers = frozenset(self._known_nodes.takers("", None))
         self._pins: dict[PinKey, tuple[HeldPin, NodeId]] = {}
         self._passed_over: dict[NodeId, str] = {}
         self._pins_refused: dict[NodeId, str] = {}
@@ -104,7 +104,7 @@ class Drainer:
                 self._wake.set()
                 self._forget()
         elif not self.draining:
-            if not self._fleet.takers("", None):
+            if not self._known_nodes.takers("", None):
                 raise Unavailable("no other store node lives that takes blocks: there is nowhere to drain to")
             self._forget()
             self._begun.set()
@@ -129,18 +129,18 @@ class Drainer:
         )
 
     def set_members(self) -> None:
-        """The membership changed, and the fleet knows it."""
+        """The membership changed, and is known."""
         if not self.draining:
             return
-        for block_hash in [h for h, moved in self._moved.items() if not self._fleet.serves(moved.node)]:
+        for block_hash in [h for h, moved in self._moved.items() if not self._known_nodes.serves(moved.node)]:
             self._count(self._moved.pop(block_hash), -1)
             self._lost += self._holdings.spec(block_hash) is None
-        takers = frozenset(self._fleet.takers("", None))
+        takers = frozenset(self._known_nodes.takers("", None))
         if takers - self._takers:
             self._lost -= len(self._given_up)
             self._given_up.clear()
         self._takers = takers
-        self._pins = {key: (held, node) for key, (held, node) in self._pins.items() if self._fleet.serves(node)}
+        self._pins = {key: (held, node) for key, (held, node) in self._pins.items() if self._known_nodes.serves(node)}
         self._wake.set()
 
     def changed(self, removed: Sequence[BlockHash] = ()) -> None:
@@ -185,7 +185,7 @@ class Drainer:
         else:
             refusals = sorted({**self._pins_refused, **self._passed_over}.items())
             reasons = ", ".join(f"{node}: {why}" for node, why in refusals)
-            held_up = reasons or ("" if self._fleet.takers("", None) else "no other store node lives")
+            held_up = reasons or ("" if self._known_nodes.takers("", None) else "no other store node lives")
             if held_up and held_up != self._held_up:
                 log.warning("drain held up", blocks_left=left, pins_left=pins, reason=held_up)
             self._held_up = held_up
@@ -248,7 +248,7 @@ class Drainer:
 
         by_node: dict[NodeId, list[BlockHash]] = {}
         for root in sorted(by_root, key=comes_up):
-            takers = [node for node in self._fleet.takers(root.hex(), None) if node not in self._passed_over]
+            takers = [node for node in self._known_nodes.takers(root.hex(), None) if node not in self._passed_over]
             if not takers:
                 continue
             before = self._moved.get(specs[root].parent)
@@ -264,7 +264,7 @@ class Drainer:
         known = self._replicator.sets.get(key)
         holders = known.holders if known is not None else ()
         replicas = known.replicas if known is not None else 1
-        takers = self._fleet.takers(key[1], None)
+        takers = self._known_nodes.takers(key[1], None)
         others = [node for node in holders if node in takers]
         for node in (*others, *(node for node in takers if node not in others)):
             view = self._copier.view(node)

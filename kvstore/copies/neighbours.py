@@ -43,8 +43,8 @@ class Neighbours:
         copier = Copier(holdings, self._nodes, Writer(self._nodes, offload), Rate(others.config.copy_bytes_s))
         self._node = others.node
         self._replicator = Replicator(others.node, holdings, copier, self._nodes, others.config.grace_s, half_life_s)
-        fleet = self._replicator.sets.fleet
-        self._drainer = Drainer(fleet, holdings, copier, self._nodes, self._replicator, half_life_s)
+        known_nodes = self._replicator.sets.known_nodes
+        self._drainer = Drainer(known_nodes, holdings, copier, self._nodes, self._replicator, half_life_s)
         self.stats: Mapping[str, msgspec.Struct] = {"copies": copier.stats, "replicas": self._replicator.stats}
         """Counts by what they count."""
 

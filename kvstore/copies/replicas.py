@@ -32,7 +32,7 @@ class ReplicaSet(NamedTuple):
     """The lead first."""
 
 
-class Plan(NamedTuple):
+class CopyPlan(NamedTuple):
     """What the lead of a set is to do now."""
 
     holders: tuple[NodeId, ...]
@@ -50,7 +50,7 @@ class _Retry(NamedTuple):
     pause_s: float
 
 
-class Fleet:
+class KnownNodes:
     """The other store nodes as this one is told of them: who lives, since when, and who was lost when."""
 
     def __init__(self, node: NodeId, grace_s: float) -> None:
@@ -121,7 +121,7 @@ class Replicas:
 
     def __init__(self, node: NodeId, grace_s: float) -> None:
         self._node = node
-        self.fleet = Fleet(node, grace_s)
+        self.known_nodes = KnownNodes(node, grace_s)
         self._sets: dict[PinKey, ReplicaSet] = {}
         self._dirty: dict[PinKey, bool] = {}  # whether all of it must be compared
         self._fresh: dict[PinKey, dict[BlockHash, None]] = {}
@@ -169,7 +169,7 @@ class Replicas:
         elif self._node not in holders:
             holders = (*holders, self._node)
         for node in holders:
-            self.fleet.heard_of(node, now_s)
+            self.known_nodes.heard_of(node, now_s)
         self._sets[key] = ReplicaSet(replicas, tuple(dict.fromkeys(holders)))
         self._touch(key)
 
@@ -188,10 +188,10 @@ class Replicas:
 
     def members(self, nodes: Iterable[NodeInfo], draining: Collection[NodeId], now_s: float) -> None:
         """The membership changed."""
-        back = self.fleet.set(nodes, draining, now_s)
+        back = self.known_nodes.set(nodes, draining, now_s)
         for key, known in self._sets.items():
             missed = any(node in back for node in known.holders)
-            leaving = any(self.fleet.is_draining(node) for node in known.holders)
+            leaving = any(self.known_nodes.is_draining(node) for node in known.holders)
             if missed or leaving or key in self._short:
                 self._touch(key)
 
@@ -201,7 +201,7 @@ class Replicas:
         Returns the nodes that were given up, and how many sets lost a copy with each.
         """
         lost: dict[NodeId, int] = {}
-        for node in self.fleet.expired(now_s):
+        for node in self.known_nodes.expired(now_s):
             lost[node] = 0
             for key, known in list(self._sets.items()):
                 if node in known.holders and node != self._node:
@@ -225,7 +225,7 @@ class Replicas:
             return None
         retries = [retry.at_s for refused in self._refused.values() for retry in refused.values()]
         pending = [at_s for at_s in retries if at_s is not None]
-        settled_s = self.fleet.deadline_s(now_s)
+        settled_s = self.known_nodes.deadline_s(now_s)
         return min([*pending, *([settled_s] if settled_s is not None else [])], default=None)
 
     def taken(self, key: PinKey, node: NodeId) -> None:
@@ -255,7 +255,7 @@ class Replicas:
 
     # --- what is to be done -------------------------------------------------------------------------------
 
-    def next(self, now_s: float) -> tuple[PinKey, Plan] | None:
+    def next(self, now_s: float) -> tuple[PinKey, CopyPlan] | None:
         """The next set that this node must act for, and how; each is named once for each thing that happened."""
         while self._dirty:
             key = next(iter(self._dirty))
@@ -266,26 +266,26 @@ class Replicas:
                 return key, plan
         return None
 
-    def _plan(self, key: PinKey, everything: bool, fresh: tuple[BlockHash, ...], now_s: float) -> Plan | None:
+    def _plan(self, key: PinKey, everything: bool, fresh: tuple[BlockHash, ...], now_s: float) -> CopyPlan | None:
         known = self._sets[key]
         self._short.pop(key, None)
         if self._lead(known) != self._node:
             return None
-        others = [node for node in known.holders if node != self._node and not self.fleet.is_draining(node)]
+        others = [node for node in known.holders if node != self._node and not self.known_nodes.is_draining(node)]
         candidates = self._candidates(key, now_s)
         chosen = candidates[: max(0, known.replicas - 1 - len(others))]
         holders = (self._node, *others, *chosen)
         if len(holders) < known.replicas:
             self._short[key] = None
         # One that is away may come back with what it had.
-        targets = [node for node in (*others, *chosen) if self.fleet.serves(node)]
+        targets = [node for node in (*others, *chosen) if self.known_nodes.serves(node)]
         targets = [node for node in targets if not self._is_pausing(key, node)]
-        return Plan(holders, tuple(targets), everything or bool(chosen), fresh) if targets else None
+        return CopyPlan(holders, tuple(targets), everything or bool(chosen), fresh) if targets else None
 
     def _candidates(self, key: PinKey, now_s: float) -> list[NodeId]:
         """Who could take one copy more, best first."""
         known = self._sets[key]
-        takers = self.fleet.takers(key[1], now_s)
+        takers = self.known_nodes.takers(key[1], now_s)
         return [node for node in takers if node not in known.holders and not self._is_pausing(key, node)]
 
     def _is_pausing(self, key: PinKey, node: NodeId) -> bool:
@@ -297,7 +297,7 @@ class Replicas:
 
     def _lead(self, known: ReplicaSet) -> NodeId | None:
         """The first holder that stays. One that is away has its time to come back."""
-        return next((node for node in known.holders if not self.fleet.is_draining(node)), None)
+        return next((node for node in known.holders if not self.known_nodes.is_draining(node)), None)
 
     def _touch(self, key: PinKey) -> None:
         self._dirty[key] = True

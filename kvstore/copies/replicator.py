@@ -12,7 +12,7 @@ import msgspec
 
 from kvstore.client.nodes import StoreNodes, StoreNodeView
 from kvstore.copies.copier import Copier, Holdings
-from kvstore.copies.replicas import Plan, Replicas, prefix_first
+from kvstore.copies.replicas import CopyPlan, Replicas, prefix_first
 from kvstore.index.pins import HARD, PRIORITY_MAX, HeldPin, PinKey
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
@@ -139,7 +139,7 @@ class Replicator:
             except TimeoutError:
                 pass
 
-    async def _act(self, key: PinKey, plan: Plan) -> None:
+    async def _act(self, key: PinKey, plan: CopyPlan) -> None:
         held = self._holdings.arena.pin_of(key)
         if held is None:
             self.sets.ended(key)
@@ -159,7 +159,7 @@ class Replicator:
                     self._complained.add(node)
                     log.warning("a node does not take copies", node=node, reason=outcome, trace=key[1])
 
-    async def _bring(self, key: PinKey, held: HeldPin, plan: Plan, node: NodeId, replicas: int) -> str:
+    async def _bring(self, key: PinKey, held: HeldPin, plan: CopyPlan, node: NodeId, replicas: int) -> str:
         """``taken`` if the node has the pin and all that is here of its blocks; else why not."""
         view = self._copier.view(node)
         if view is None:

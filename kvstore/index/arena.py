@@ -9,40 +9,32 @@ A slot's life::
 A block is visible exactly while it is PUBLISHED. ``now_s`` must never go back.
 """
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kvstore.config import StoreConfig
 from kvstore.index.eviction import Policy
-from kvstore.index.holds import Grant, HeldLease, Leases, Reservation, Reservations
+from kvstore.index.holds import Grant
 from kvstore.index.keeping import Keeping
 from kvstore.index.pin_records import KeptPin
 from kvstore.index.pins import HeldPin, PinKey, Pins
-from kvstore.index.slot_table import QUARANTINED, RESERVED, RUN_BLOCKS_MIN, SlotTable
+from kvstore.index.reading import HeldBlock, Reading
+from kvstore.index.slot_table import QUARANTINED, RESERVED, SlotTable
 from kvstore.index.tenants import TenantKey, Tenants, tenant_key
+from kvstore.index.writing import ReserveOutcome, Writing
 from tracehaul.wire.blocks import (
     BlockSpec,
-    Full,
-    InFlight,
     Leased,
-    LeasedBlock,
     Pin,
     PinInfo,
     Pinned,
-    Present,
     Publication,
     PublishOutcome,
     Removed,
-    Slot,
     Stored,
-    TooLarge,
 )
 from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, TraceId
 from tracehaul.wire.operations import TenantUsage
-
-ReserveOutcome = Slot | Present | InFlight | Full | TooLarge
-_PRESENT, _FULL, _TOO_LARGE = Present(), Full(), TooLarge()
 
 
 class Below(Protocol):
@@ -70,20 +62,20 @@ class Arena:
     """
 
     def __init__(self, config: StoreConfig, policy: Policy | None = None) -> None:
-        self._config = config
+        self.config = config
+        """The limits in force; changed by :meth:`reconfigure`."""
         self._now_s = 0.0
         self._pins = Pins(config)
         tenants = Tenants(config.quota_bytes, config.slot_bytes, config.slots_max)
         self.table = SlotTable(config.slots_max, config.slot_bytes, tenants, policy, self._pins)
         """Its slots; nobody else changes them."""
-        self._reservations = Reservations(config.reservation_ttl_s)
-        self._leases = Leases()
-        self._quarantine: deque[tuple[float, int]] = deque()  # (until_s, slot), in order
-        self._keeping = Keeping(self._pins, self.table.published, self.table.families, self._repinned, self._size_of)
+        self._keeping = Keeping(
+            self._pins, self.table.published, self.table.continuations, self._repinned, self._size_of
+        )
+        self._writing = Writing(config, self.table, self._keeping)
+        self._reading = Reading(config, self.table)
+        self.quiet_at_s = self._writing.quiet_at_s
         self._below: Below | None = None
-        self._ended: list[BlockHash] = []
-        self.passed_on = 0
-        """Reservations that a second writer took over from a silent first one."""
 
     # --- what is there ------------------------------------------------------------------------------------
 
@@ -109,17 +101,22 @@ class Arena:
     @property
     def slots_quarantined(self) -> int:
         """Slots resting until no late write can land in them."""
-        return len(self._quarantine)
+        return len(self._writing.quarantine)
 
     @property
     def leases(self) -> int:
         """Open leases."""
-        return len(self._leases)
+        return len(self._reading)
 
     @property
     def reservations(self) -> int:
         """Open reservations."""
-        return len(self._reservations)
+        return len(self._writing.reservations)
+
+    @property
+    def passed_on(self) -> int:
+        """Reservations that a second writer took over from a silent first one."""
+        return self._writing.passed_on
 
     @property
     def pins(self) -> int:
@@ -138,7 +135,7 @@ class Arena:
 
     def usage(self) -> list[TenantUsage]:
         """What each group of tenants takes of its quota, the shared one first."""
-        slot_bytes, tenants = self._config.slot_bytes, self.table.tenants  # metrics read this from another thread
+        slot_bytes, tenants = self.config.slot_bytes, self.table.tenants  # metrics read this from another thread
         return [
             TenantUsage(name, tenants.quota(group) * slot_bytes, tenants.used(group) * slot_bytes)
             for group, name in enumerate(tenants.names)
@@ -146,7 +143,7 @@ class Arena:
 
     def quota_shares(self) -> dict[str, float]:
         """The part of the arena that each tenant with a quota is sure of."""
-        return {tenant: quota / self._config.arena_bytes for tenant, quota in self._config.quota_bytes.items()}
+        return {tenant: quota / self.config.arena_bytes for tenant, quota in self.config.quota_bytes.items()}
 
     def rank(self, block_hash: BlockHash) -> float | None:
         """What pins say of a block, here or not: None where none covers it, else its rank in eviction."""
@@ -166,21 +163,7 @@ class Arena:
     def bytes_used(self, tenant: str) -> int:
         """What counts against a tenant's quota; tenants without one count together."""
         tenants = self.table.tenants
-        return tenants.used(tenants.group(tenant_key(tenant))) * self._config.slot_bytes
-
-    def is_reserved(self, block_hash: BlockHash) -> bool:
-        """Whether it has an open reservation."""
-        return self._reservations.get(block_hash) is not None
-
-    def quiet_at_s(self, block_hash: BlockHash) -> float | None:
-        """When its reservation passes on to whoever asks, if its owner is not heard of until then; None without one.
-
-        In the past: nobody is known to be writing it.
-        """
-        reservation = self._reservations.get(block_hash)
-        if reservation is None:
-            return None
-        return self._reservations.heard_s(reservation) + self._config.reservation_quiet_s
+        return tenants.used(tenants.group(tenant_key(tenant))) * self.config.slot_bytes
 
     def exists(self, hashes: Sequence[BlockHash]) -> bytes:
         """One byte per hash: 1 where it is published. A hint: no lease, no effect on eviction."""
@@ -191,12 +174,11 @@ class Arena:
         """A published block's size and parent."""
         table = self.table
         slot = table.published.get(block_hash)
-        return None if slot is None else BlockSpec(block_hash, table.families.parent(slot), table.size[slot])
+        return None if slot is None else BlockSpec(block_hash, table.continuations.parent(slot), table.size[slot])
 
     def published(self) -> tuple[BlockHash, ...]:
-        """All visible hashes but scratch ones, oldest publish first: a snapshot as of the last change."""
-        published, scratch = self.table.published, self.table.scratch
-        return tuple([block_hash for block_hash in published if block_hash not in scratch] if scratch else published)
+        """All visible hashes, oldest publish first: a snapshot as of the last change."""
+        return tuple(self.table.published)
 
     def take_changes(self) -> list[Stored | Removed]:
         """The changes since the last call, in order."""
@@ -205,8 +187,7 @@ class Arena:
 
     def take_ended(self) -> list[BlockHash]:
         """Blocks whose reservation ended since the last call, published or not, in order."""
-        ended, self._ended = self._ended, []
-        return ended
+        return self._writing.take_ended()
 
     # --- writing ------------------------------------------------------------------------------------------
 
@@ -216,198 +197,61 @@ class Arena:
         owner: str,
         now_s: float,
         tenant: str | int = "",
-        *,
-        scratch: bool = False,
     ) -> list[ReserveOutcome]:
         """Give ``owner`` a slot for each block that needs one, on ``tenant``'s account; evicts as needed.
 
-        One outcome per block, same order. ``scratch`` blocks get free slots only, are the first to give way, are no
-        change that anybody is told of, and go with their owner's connection.
+        One outcome per block, same order.
         """
         self.expire(now_s)
-        key, grant = tenant_key(tenant), Grant(owner, now_s)
-        outcomes = [] if scratch else self._reserve_run(blocks, grant, key)
-        rest = blocks[len(outcomes) :] if outcomes else blocks
-        return [*outcomes, *[self._reserve(block, grant, key, scratch) for block in rest]]
+        return self._writing.reserve(blocks, Grant(owner, now_s), tenant_key(tenant))
 
     def readmit(
         self, blocks: Sequence[BlockSpec], tenants: Sequence[TenantKey], owner: str, now_s: float
     ) -> list[ReserveOutcome]:
         """As :meth:`reserve`, for blocks that come from a tier or another node: each on the account that it was on."""
         self.expire(now_s)
-        grant = Grant(owner, now_s)
-        return [self._reserve(block, grant, key, False) for block, key in zip(blocks, tenants, strict=True)]
-
-    def _reserve(self, block: BlockSpec, grant: Grant, tenant: TenantKey, scratch: bool) -> ReserveOutcome:
-        now_s, table = grant.since_s, self.table
-        if not 0 < block.size_bytes <= self._config.slot_bytes:
-            return _TOO_LARGE
-        slot = table.published.get(block.hash)
-        if slot is not None:
-            table.touch(slot)
-            return _PRESENT
-        quiet = self._reservations.get(block.hash)
-        if quiet is not None and self._reservations.heard_s(quiet) + self._config.reservation_quiet_s > now_s:
-            return InFlight(now_s - quiet.grant.since_s, quiet.grant.owner)
-        if self._reservations.count(grant.owner) >= self._config.reservations_max:
-            return _FULL
-        parent = self._same_object(block.parent)
-        if table.families.closes_cycle(block.hash, parent, self._reservations.parent_of):
-            return _FULL
-        table.families.expect(parent)  # before taking a slot: the prefix must not make room for its own continuation
-        group = table.tenants.group(tenant)
-        slots = table.take(1, group) if table.free or not scratch else None
-        if not slots:
-            table.forget_child(parent)
-            return _FULL
-        if quiet is not None:  # its owner may yet write, and is fenced
-            self._quarantine_reservation(quiet, now_s)
-            self.passed_on += 1
-        if scratch:
-            table.scratch[block.hash] = grant.owner
-        self._reservations.add(grant, slots, (block.hash,), (parent,))
-        return table.grant(slots, (block.size_bytes,), group, tenant)[0]
-
-    def _reserve_run(self, blocks: Sequence[BlockSpec], grant: Grant, tenant: TenantKey) -> list[ReserveOutcome]:
-        """Slots for as many as can be had, from the first on, if each block continues the one before and none is here.
-
-        None otherwise: then they are looked at one by one.
-        """
-        count = min(len(blocks), self._config.reservations_max - self._reservations.count(grant.owner))
-        if count < RUN_BLOCKS_MIN:
-            return []
-        table = self.table
-        hashes, parents = [block.hash for block in blocks[:count]], [block.parent for block in blocks[:count]]
-        sizes = [block.size_bytes for block in blocks[:count]]
-        if parents[1:] != hashes[:-1] or min(sizes) <= 0 or max(sizes) > self._config.slot_bytes:
-            return []
-        is_new = table.published.keys().isdisjoint(hashes) and self._reservations.has_none_of(hashes)
-        if len(set(hashes)) < count or not is_new or not table.families.starts_run(hashes, parents[0]):
-            return []
-        parents = [self._same_object(parents[0]), *hashes[:-1]]
-        table.families.expect(parents[0])
-        group = table.tenants.group(tenant)
-        slots = table.take(count, group)
-        if not slots:
-            table.forget_child(parents[0])
-            return []
-        count = len(slots)
-        table.families.expect_run(hashes[: count - 1])
-        self._reservations.add(grant, slots, hashes[:count], parents[:count])
-        return [*table.grant(slots, sizes[:count], group, tenant)]
-
-    def landing(self, block: Publication, owner: str) -> tuple[int, int] | None:
-        """Offset and size of the bytes that a publish of ``block`` would show; None if there is no such reservation."""
-        reservation = self._find(block.hash, block.generation, owner)
-        if reservation is None:
-            return None
-        return reservation.slot * self._config.slot_bytes, self.table.size[reservation.slot]
+        grant, reserve_one = Grant(owner, now_s), self._writing.reserve_one
+        return [reserve_one(block, grant, key) for block, key in zip(blocks, tenants, strict=True)]
 
     def publish(self, blocks: Sequence[Publication], owner: str, now_s: float) -> list[PublishOutcome]:
         """Make blocks visible whose bytes the caller has verified. Repeating a publish is harmless."""
         self.expire(now_s)
-        if len(blocks) >= RUN_BLOCKS_MIN and self._publish_run(blocks, owner):
-            return ["published"] * len(blocks)
-        return [self._publish(block, owner) for block in blocks]
+        return self._writing.publish(blocks, owner, now_s)
 
-    def _publish(self, block: Publication, owner: str) -> PublishOutcome:
-        table = self.table
-        reservation = self._find(block.hash, block.generation, owner)
-        if reservation is None:
-            slot = table.published.get(block.hash)
-            held = None if slot is None else (table.generation[slot], table.checksum[slot])
-            return "published" if held == (block.generation, block.checksum) else "fenced"
-        self._end_reservation(reservation)
-        table.publish(reservation.slot, reservation.hash, reservation.parent, block.checksum)
-        if len(self._pins):
-            self._keeping.arrived(reservation.hash, self._now_s)
-        return "published"
-
-    def _publish_run(self, blocks: Sequence[Publication], owner: str) -> bool:
-        """Publish blocks that were reserved together and that no pin waits for; False where they are to be looked at
-        one by one."""
-        table = self.table
-        found = [held for held in self._reservations.find([block.hash for block in blocks]) if held is not None]
-        if len(found) < len(blocks) or table.scratch:
-            return False
-        grant = found[0].grant
-        slots, hashes = [held.slot for held in found], [held.hash for held in found]
-        if grant.owner != owner or len({held.grant for held in found}) > 1 or len(set(slots)) < len(slots):
-            return False
-        if not table.are_granted(slots, [block.generation for block in blocks]):
-            return False
-        if len(self._pins) and any(map(self._pins.touched_by, hashes)):
-            return False
-        self._reservations.end(grant, hashes)
-        self._ended += hashes
-        table.publish_run(slots, hashes, [held.parent for held in found], [block.checksum for block in blocks])
-        return True
+    def landing(self, block: Publication, owner: str) -> tuple[int, int] | None:
+        """Offset and size of the bytes that a publish of ``block`` would show; None if there is no such reservation."""
+        return self._writing.landing(block, owner)
 
     def abandon(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str) -> None:
         """Free reservations whose owner says that no write of its is under way. Unknown ones are ignored."""
-        for block_hash, generation in blocks:
-            reservation = self._find(block_hash, generation, owner)
-            if reservation is not None:
-                self._give_up(reservation)
-                self.table.release(reservation.slot)
+        self._writing.abandon(blocks, owner)
 
     def renew(self, blocks: Sequence[tuple[BlockHash, SlotGeneration]], owner: str, now_s: float) -> None:
         """The owner still writes these reservations. It moves no end. Unknown ones are ignored."""
         self.expire(now_s)
-        for block_hash, generation in blocks:
-            reservation = self._find(block_hash, generation, owner)
-            if reservation is not None:
-                self._reservations.renew(reservation, now_s)
+        self._writing.renew(blocks, owner, now_s)
 
     def withdraw(self, block_hash: BlockHash, generation: SlotGeneration, owner: str, now_s: float) -> None:
         """End a reservation in quarantine: what is in its slot is wrong, or may yet change. Harmless if gone."""
-        reservation = self._find(block_hash, generation, owner)
-        if reservation is not None:
-            self._quarantine_reservation(reservation, now_s)
+        self._writing.withdraw(block_hash, generation, owner, now_s)
 
     # --- reading ------------------------------------------------------------------------------------------
 
     def lease(self, hashes: Sequence[BlockHash], holder: str, ttl_s: float, now_s: float) -> Leased | None:
         """Protect what is published of ``hashes`` for ``ttl_s``, capped. None: the holder has too many leases."""
         self.expire(now_s)
-        if self._leases.count(holder) >= self._config.leases_max:
-            return None
-        lease = self._leases.next_id()
-        ttl_s = min(ttl_s, self._config.lease_ttl_max_s)
-        slots, blocks = self.table.protect(hashes)
-        self.table.used(slots)
-        if slots and ttl_s > 0:
-            self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
-        else:
-            self.table.unprotect(slots)
-        return Leased(lease, tuple(blocks), ttl_s)
+        return self._reading.lease(hashes, holder, ttl_s, now_s)
 
     def hold(
         self, hashes: Sequence[BlockHash], holder: str, ttl_s: float, now_s: float
-    ) -> tuple[LeaseId, list[tuple[LeasedBlock, BlockHash, TenantKey] | None]]:
-        """As :meth:`lease`, but no use that eviction remembers, and without caps: for the node's own copying.
-
-        Per hash the block, its parent and whose it is.
-        """
+    ) -> tuple[LeaseId, list[HeldBlock | None]]:
+        """As :meth:`lease`, but no use that eviction remembers, and without caps: for the node's own copying."""
         self.expire(now_s)
-        lease, table = self._leases.next_id(), self.table
-        slots, blocks = table.protect(hashes)
-        rest = iter(slots)
-        found: list[tuple[LeasedBlock, BlockHash, TenantKey] | None] = []
-        for block in blocks:
-            if block is None:
-                found.append(None)
-            else:
-                slot = next(rest)
-                found.append((block, table.families.parent(slot), TenantKey(table.tenant[slot])))
-        if slots:
-            self._leases.add(lease, HeldLease(holder, now_s + ttl_s, slots))
-        return lease, found
+        return self._reading.hold(hashes, holder, ttl_s, now_s)
 
     def release(self, lease: LeaseId, holder: str) -> None:
         """End a lease early. Unknown, ended and other holders' leases are ignored."""
-        if self._leases.is_held(lease, holder):
-            self.table.unprotect(self._leases.end(lease))
+        self._reading.release(lease, holder)
 
     def revoke(self, block_hash: BlockHash, generation: SlotGeneration) -> bool:
         """Drop a published block whose bytes are bad: invisible at once, its slot kept until its leases end.
@@ -419,6 +263,18 @@ class Arena:
             return False
         self.table.remove(slot)
         return True
+
+    def discardable(self, hashes: Sequence[BlockHash], tenant: TenantKey) -> list[BlockHash]:
+        """Those of them that are published on this tenant's account, and that no pin covers."""
+        table = self.table
+        slots = zip(hashes, map(table.published.get, hashes), strict=True)
+        own = [block_hash for block_hash, slot in slots if slot is not None and table.tenant[slot] == tenant]
+        return [block_hash for block_hash in own if self._pins.rank(block_hash) is None]
+
+    def discard(self, hashes: Sequence[BlockHash], tenant: TenantKey) -> None:
+        """Drop what is :meth:`discardable` of these: invisible at once, its slots kept until its leases end."""
+        for block_hash in dict.fromkeys(self.discardable(hashes, tenant)):
+            self.table.remove(self.table.published[block_hash])
 
     # --- keeping ------------------------------------------------------------------------------------------
 
@@ -480,17 +336,18 @@ class Arena:
         Linear in slots if quotas change: what a tenant wrote before counts on its new account from now on, and blocks
         of a tenant that loses its quota as more recently used than the others of the shared one.
         """
-        before = self._config
+        before = self.config
         assert (config.arena_bytes, config.slot_bytes) == (before.arena_bytes, before.slot_bytes)
         assert config.late_write_s >= before.late_write_s, "slots at rest were promised their time"
         self.expire(now_s)
         refusal = self._pins.reconfigure(config)
         if refusal is not None:
             return refusal
-        self._config = config
+        self.config = config
         if config.quota_bytes != before.quota_bytes:
             self.table.regroup(Tenants(config.quota_bytes, config.slot_bytes, config.slots_max))
-        self._reservations.set_ttl(config.reservation_ttl_s)
+        self._writing.reconfigure(config)
+        self._reading.reconfigure(config)
         self.expire(now_s)
         return None
 
@@ -498,84 +355,40 @@ class Arena:
 
     def next_deadline_s(self) -> float | None:
         """When :meth:`expire` next has something to do; None if nothing is pending."""
-        quarantine_s = self._quarantine[0][0] if self._quarantine else None
-        pending = (self._reservations.deadline_s(), self._leases.deadline_s(), self._pins.deadline_s(), quarantine_s)
+        pending = (self._writing.deadline_s(), self._reading.deadline_s(), self._pins.deadline_s())
         return min((deadline_s for deadline_s in pending if deadline_s is not None), default=None)
 
     def expire(self, now_s: float) -> None:
         """End every reservation, lease, pin and quarantine whose time has come."""
         assert now_s >= self._now_s, "time went back"
         self._now_s = now_s
-        for reservation in self._reservations.expired(now_s):
-            self._quarantine_reservation(reservation, now_s)
-        while (lease := self._leases.next_expired(now_s)) is not None:
-            self.table.unprotect(self._leases.end(lease))
+        self._writing.expire(now_s)
+        self._reading.expire(now_s)
         self._keeping.expire(now_s)
-        while self._quarantine and self._quarantine[0][0] <= now_s:
-            _, slot = self._quarantine.popleft()
-            self.table.release(slot)
 
     def disconnected(self, owner: str, now_s: float) -> None:
         """A connection is gone: its leases end now; its slots rest in quarantine, as its writes may still land."""
         self.expire(now_s)
-        for lease in self._leases.of(owner):
-            self.table.unprotect(self._leases.end(lease))
-        for reservation in self._reservations.of(owner):
-            self._quarantine_reservation(reservation, now_s)
-        table = self.table
-        for block_hash in [block_hash for block_hash, by in table.scratch.items() if by == owner]:
-            table.remove(table.published[block_hash])  # reserved ones were ended just now
-
-    # --- reservations -------------------------------------------------------------------------------------
-
-    def _find(self, block_hash: BlockHash, generation: SlotGeneration, owner: str) -> Reservation | None:
-        found = self._reservations.get(block_hash)
-        if found is None or found.grant.owner != owner or self.table.generation[found.slot] != generation:
-            return None
-        return found
-
-    def _end_reservation(self, reservation: Reservation) -> None:
-        self._reservations.end(reservation.grant, (reservation.hash,))
-        self._ended.append(reservation.hash)
-
-    def _give_up(self, reservation: Reservation) -> None:
-        """End one whose block is not published: its slot is nobody's."""
-        self._end_reservation(reservation)
-        self.table.scratch.pop(reservation.hash, None)
-        self.table.forget_child(reservation.parent)
-        self.table.give_back(reservation.slot)
-
-    def _quarantine_reservation(self, reservation: Reservation, now_s: float) -> None:
-        """The block may be reserved anew at once; its slot rests."""
-        self._give_up(reservation)
-        self.table.state[reservation.slot] = QUARANTINED
-        self._quarantine.append((now_s + self._config.late_write_s, reservation.slot))
-
-    def _same_object(self, parent: BlockHash) -> BlockHash:
-        """The equal hash that is already held, if any: 64 bytes saved per block."""
-        slot = self.table.published.get(parent)
-        if slot is not None:
-            return self.table.hash[slot] or parent
-        reservation = self._reservations.get(parent)
-        return reservation.hash if reservation is not None else parent
+        self._reading.disconnected(owner)
+        self._writing.disconnected(owner, now_s)
 
     # --- invariants ---------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Assert every invariant of the index against each other. Linear in slots: for tests and debugging."""
-        table, reserved = self.table, self._reservations.all()
+        table, writing = self.table, self._writing
+        reserved = writing.reservations.all()
         by_state = table.check()
-        assert sorted(slot for _, slot in self._quarantine) == by_state[QUARANTINED]
+        assert sorted(slot for _, slot in writing.quarantine) == by_state[QUARANTINED]
         assert sorted(r.slot for r in reserved) == by_state[RESERVED]
-        assert len(reserved) == len(self._reservations)
+        assert len(reserved) == len(writing.reservations)
         assert not any(r.hash in table.published for r in reserved)
-        leases = [0] * self._config.slots_max
-        for held in self._leases.all():
+        leases = [0] * self.config.slots_max
+        for held in self._reading.open():
             for slot in held.slots:
                 leases[slot] += 1
         assert leases == table.lease_count.tolist()
-        table.families.check([(r.hash, r.parent) for r in reserved])
+        table.continuations.check([(r.hash, r.parent) for r in reserved])
         self._pins.check()
-        assert all(h in table.published or self.is_reserved(h) for h in table.scratch)
         deadline_s = self.next_deadline_s()
         assert deadline_s is None or deadline_s > self._now_s

@@ -9,7 +9,7 @@ more than others can bear.
 from collections.abc import Callable, Iterable, Mapping
 from math import log2
 
-from kvstore.index.families import Families
+from kvstore.index.continuations import Continuations
 from kvstore.index.pin_records import KeptPin
 from kvstore.index.pins import PRIORITY_MAX, PinKey, Pins
 from tracehaul.wire.blocks import Pin, PinInfo, Pinned
@@ -17,7 +17,7 @@ from tracehaul.wire.ids import BlockHash
 
 
 class Keeping:
-    """The pins of one arena. ``published`` and ``families`` are the arena's own index, read only.
+    """The pins of one arena. ``published`` and ``continuations`` are the arena's own index, read only.
 
     ``repinned`` is told of blocks that pins now say something else of; ``size_of`` tells a held block's size, else 0.
     """
@@ -26,7 +26,7 @@ class Keeping:
         self,
         pins: Pins,
         published: Mapping[BlockHash, int],
-        families: Families,
+        continuations: Continuations,
         repinned: Callable[[Iterable[BlockHash]], None],
         size_of: Callable[[BlockHash], int],
     ) -> None:
@@ -34,7 +34,7 @@ class Keeping:
         self.softened = 0
         """Hard pins that outgrew their limits."""
         self._published = published
-        self._families = families
+        self._continuations = continuations
         self._repinned = repinned
         self._size_of = size_of
 
@@ -79,11 +79,11 @@ class Keeping:
         is none such, the parent that is missed."""
         found: list[BlockHash] = []
         gap = None
-        for ancestor in self._families.ancestry(block_hash):
+        for ancestor in self._continuations.ancestry(block_hash):
             if ancestor in covered and ancestor != block_hash:
                 return found, None
             found.append(ancestor)
-            gap = self._families.parent(self._published[ancestor])
+            gap = self._continuations.parent(self._published[ancestor])
         return found, gap
 
     def unpin(self, key: PinKey) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.index.columns import column
+from kvstore.index.continuations import Continuations
 from kvstore.index.eviction import LeastRecent, Policy
-from kvstore.index.families import Families
 from kvstore.index.pins import Pins
 from kvstore.index.tenants import TenantKey, Tenants
 from kvstore.index.victims import Victims
@@ -29,8 +29,7 @@ class SlotTable:
     """States, owners and contents of slots, the index of published blocks, and who gives way. A slot is always in one
     state; see :mod:`kvstore.index.arena` for what moves it to another.
 
-    ``changes`` are what became visible or invisible, in order. ``scratch`` names
-    blocks, reserved or published, that are first to give way and no change to anybody, and by whom.
+    ``changes`` are what became visible or invisible, in order.
     """
 
     def __init__(
@@ -62,11 +61,10 @@ class SlotTable:
         self._groups = np.frombuffer(self.group, dtype=np.uint16)
         self._tenants_of = np.frombuffer(self.tenant, dtype=np.uint64)
         self.published: dict[BlockHash, int] = {}
-        self.families = Families(slots, self.published)
+        self.continuations = Continuations(slots, self.published)
         self.tenants = tenants
         self._pins = pins
         self.victims = Victims(tenants, policy or LeastRecent(slots, len(tenants)), self._rank, self._is_idle)
-        self.scratch: dict[BlockHash, str] = {}
         self.changes: list[Stored | Removed] = []
         self.evicted = 0
         self.bytes_published = 0
@@ -129,17 +127,16 @@ class SlotTable:
         self.state[slot] = PUBLISHED
         self.checksum[slot] = checksum
         self.hash[slot] = block_hash
-        self.families.publish(slot, block_hash, parent)
+        self.continuations.publish(slot, block_hash, parent)
         self.published[block_hash] = slot
         self.victims.add(slot, self.group[slot], block_hash)
         self.bytes_published += self.size[slot]
-        if block_hash not in self.scratch:
-            self.changes.append(Stored(block_hash))
+        self.changes.append(Stored(block_hash))
 
     def publish_run(
         self, slots: Sequence[int], hashes: Sequence[BlockHash], parents: Sequence[BlockHash], sums: Sequence[Checksum]
     ) -> None:
-        """As :meth:`publish` for each, in one group and none of them scratch."""
+        """As :meth:`publish` for each, in one group."""
         at = column(slots)
         self._states[at] = PUBLISHED
         self._checksums[at] = np.frombuffer(array("Q", sums), dtype=np.uint64)
@@ -147,7 +144,7 @@ class SlotTable:
         own = self.hash
         for slot, block_hash in zip(slots, hashes, strict=True):
             own[slot] = block_hash
-        self.families.publish_run(slots, hashes, parents)
+        self.continuations.publish_run(slots, hashes, parents)
         self.published.update(zip(hashes, slots, strict=True))
         self.victims.add_run(slots, self.group[slots[0]], hashes)
         self.changes += map(Stored, hashes)
@@ -167,12 +164,11 @@ class SlotTable:
         self.victims.remove(slot)
         self.tenants.give(self.group[slot])
         self.bytes_published -= self.size[slot]
-        parent_slot = self.families.remove(slot, block_hash)
+        parent_slot = self.continuations.remove(slot, block_hash)
         self.hash[slot] = None
         if parent_slot is not None:
             self._unpark(parent_slot)
-        if self.scratch.pop(block_hash, None) is None:
-            self.changes.append(Removed(block_hash))
+        self.changes.append(Removed(block_hash))
         if self.lease_count[slot]:
             self.state[slot] = CONDEMNED
         else:
@@ -180,7 +176,7 @@ class SlotTable:
 
     def forget_child(self, parent: BlockHash) -> None:
         """A reserved continuation of ``parent`` is gone."""
-        slot = self.families.forget(parent)
+        slot = self.continuations.forget(parent)
         if slot is not None:
             self._unpark(slot)
 
@@ -251,25 +247,23 @@ class SlotTable:
 
     def _evict(self, group: int) -> bool:
         """Evict one block for one of ``group``; returns whether one could go."""
-        victim = self._scratch_victim()
+        victim = self.victims.choose(group)
         if victim is None:
-            victim = self.victims.choose(group)
-            if victim is None:
-                return False
-            self.evicted += 1
+            return False
+        self.evicted += 1
         self.remove(victim)
         return True
 
     def _evict_run(self, count: int) -> int:
         """Evict up to ``count`` blocks that can go one right after the other; 0 where that takes a closer look."""
-        if count < RUN_BLOCKS_MIN or len(self.tenants) > 1 or self.scratch:
+        if count < RUN_BLOCKS_MIN or len(self.tenants) > 1:
             return 0
         slots = self._loose(self.victims.oldest(count))
         if len(slots) < RUN_BLOCKS_MIN:
             return 0
         at = column(slots)
         hashes = self._hashes(slots)
-        unparked = self.families.remove_run(slots)
+        unparked = self.continuations.remove_run(slots)
         for slot, block_hash in zip(slots, hashes, strict=True):
             del self.published[block_hash]
             self.hash[slot] = None
@@ -286,7 +280,7 @@ class SlotTable:
 
     def _loose(self, slots: list[int]) -> list[int]:
         """Those from the first on that nothing keeps once the ones before are gone."""
-        count = self.families.loose(slots)
+        count = self.continuations.loose(slots)
         leased = np.flatnonzero(self._lease_counts[column(slots[:count])])
         count = int(leased[0]) if leased.size else count
         if len(self._pins):
@@ -301,15 +295,8 @@ class SlotTable:
         own = self.hash
         return [block_hash for slot in slots if (block_hash := own[slot]) is not None]
 
-    def _scratch_victim(self) -> int | None:
-        for block_hash in reversed(self.scratch):
-            slot = self.published.get(block_hash)
-            if slot is not None and self._is_idle(slot):
-                return slot
-        return None
-
     def _is_idle(self, slot: int) -> bool:
-        return self.state[slot] == PUBLISHED and not self.lease_count[slot] and not self.families.is_parent(slot)
+        return self.state[slot] == PUBLISHED and not self.lease_count[slot] and not self.continuations.is_parent(slot)
 
     def _rank(self, slot: int) -> float | None:
         block_hash = self.hash[slot]

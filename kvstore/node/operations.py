@@ -1,12 +1,13 @@
 """What operators ask of a store node and tell it: :mod:`tracehaul.wire.operations`, tiers and prefetch jobs."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from kvstore.node.checks import check_count
 from kvstore.node.limits import changed, limits_of, live_of
+from kvstore.node.parts import Parts
 from kvstore.node.scrub import Scrubber
 from kvstore.tiers.base import Tier
 from kvstore.tiers.prefetch import PrefetchJobs
@@ -14,11 +15,9 @@ from kvstore.tiers.stack import Stack
 from tracehaul import __version__
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
-from tracehaul.runtime.offload import Offload
-from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Prefetch, PrefetchCancel, PrefetchPoll, PrefetchState, TierInfo, TierList, Tiers
 from tracehaul.wire.errors import InvalidRequest
-from tracehaul.wire.ids import BlockHash, Generation
+from tracehaul.wire.ids import BlockHash
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.operations import (
     Describe,
@@ -32,38 +31,18 @@ from tracehaul.wire.operations import (
     SetLimits,
 )
 
-if TYPE_CHECKING:
-    from kvstore.node.node import StoreNode
-
 log = Log(__name__)
 
 
 class Operations:
     """The operators' side of one node, whose parts it reads and whose limits it changes."""
 
-    def __init__(
-        self,
-        node: "StoreNode",
-        generation: Generation,
-        planes: Sequence[Plane],
-        buffer: memoryview,
-        offload: Offload,
-    ) -> None:
-        self._node = node
-        self._generation = generation
-        self._planes = tuple(planes)
+    def __init__(self, parts: Parts, scrubber: Scrubber) -> None:
+        self._parts = parts
         self._born_s = clock.perf_s()
-        self._below: tuple[Tier, ...] = () if node.tiering is None else tuple(node.tiering.tier.parts)
-        self._prefetch = None if node.tiering is None else PrefetchJobs(node.tiering)
-        self._scrubber = Scrubber(
-            node.arena,
-            buffer,
-            node.config.slot_bytes,
-            offload,
-            [part for part in self._below if not part.metered],
-            node.changed,
-            node.found_bad,
-        )
+        self._tiers: tuple[Tier, ...] = () if parts.tiering is None else tuple(parts.tiering.tier.parts)
+        self._prefetch = None if parts.tiering is None else PrefetchJobs(parts.tiering)
+        self._scrubber = scrubber
 
     @property
     def scrubbed_blocks(self) -> int:
@@ -78,7 +57,7 @@ class Operations:
         """
         match request:
             case Tiers():
-                return TierList(tuple(self._tiers()))
+                return TierList(tuple(self._list_tiers()))
             case Prefetch() | PrefetchPoll() | PrefetchCancel():
                 return self._prefetched(request)
             case Describe():
@@ -105,14 +84,15 @@ class Operations:
         """End a scrub."""
         self._scrubber.close()
 
-    def _tiers(self) -> Iterator[TierInfo]:
-        arena, tiering, load = self._node.arena, self._node.tiering, self._node.load()
-        counters = {"evicted": arena.evicted, "corrupt": self._node.stats.corrupt_held}
-        yield TierInfo("memory", len(arena), load.bytes_used, load.bytes_max, counters)
+    def _list_tiers(self) -> Iterator[TierInfo]:
+        arena, tiering = self._parts.arena, self._parts.tiering
+        counters = {"evicted": arena.evicted, "corrupt": self._parts.stats.corrupt_held}
+        bytes_max = arena.config.slots_max * arena.config.slot_bytes
+        yield TierInfo("memory", len(arena), arena.bytes_published, bytes_max, counters)
         if tiering is None:
             return
         moves: dict[str, int] = {**msgspec.structs.asdict(tiering.stats), "waiting": tiering.behind}
-        for tier in tiering.tier.parts:
+        for tier in self._tiers:
             counters = {**msgspec.structs.asdict(tier.stats), **moves}
             yield TierInfo(tier.name, len(tier), tier.bytes_used, tier.bytes_max, counters)
             # Each tier shows what comes to it from the one above.
@@ -133,14 +113,15 @@ class Operations:
 
     def describe(self) -> Description:
         """The node as it is now."""
-        arena, tiering = self._node.arena, self._node.tiering.config if self._node.tiering is not None else None
+        parts, arena = self._parts, self._parts.arena
+        tiering = None if parts.tiering is None else parts.tiering.config
         return Description(
             version=__version__,
-            generation=self._generation,
+            generation=parts.generation,
             uptime_s=clock.perf_s() - self._born_s,
-            transports=tuple([plane.region.descriptor.kind for plane in self._planes]),
-            slot_bytes=self._node.config.slot_bytes,
-            slots=self._node.config.slots_max,
+            transports=tuple([plane.region.descriptor.kind for plane in parts.planes]),
+            slot_bytes=arena.config.slot_bytes,
+            slots=arena.config.slots_max,
             slots_free=arena.slots_free,
             slots_quarantined=arena.slots_quarantined,
             blocks=len(arena),
@@ -148,39 +129,43 @@ class Operations:
             leases=arena.leases,
             reservations=arena.reservations,
             pins=arena.pins,
-            waiters=len(self._node.waiters),
-            subscribers=len(self._node.feed),
-            limits=limits_of(self._node.config, tiering),
+            waiters=len(parts.waiters),
+            subscribers=len(parts.feed),
+            limits=limits_of(arena.config, tiering),
             live=live_of(tiering),
             tenants=tuple(arena.usage()),
-            tiers=tuple(self._tiers()),
-            counters=msgspec.structs.asdict(self._node.stats),
+            tiers=tuple(self._list_tiers()),
+            counters=msgspec.structs.asdict(parts.stats),
         )
 
     def _locate(self, hashes: Sequence[BlockHash]) -> Located:
         check_count(hashes)
-        held = {"memory": self._node.arena.exists(hashes)}
-        for tier in self._below:
+        held = {"memory": self._parts.arena.exists(hashes)}
+        for tier in self._tiers:
             held[tier.name] = bytes([tier.find(block_hash) is not None for block_hash in hashes])
         return Located(held)
 
     def _set_limits(self, changes: dict[str, Any], peer: str) -> Limits:
         """All or none, in one turn of the event loop."""
-        node = self._node
-        tiering_now = None if node.tiering is None else node.tiering.config
-        before = limits_of(node.config, tiering_now)
-        store, tiering = changed(node.config, tiering_now, changes)
-        refusal = node.arena.reconfigure(store, clock.now_s())
-        node.changed()
+        arena, feed, waiters, tiering_now = (
+            self._parts.arena,
+            self._parts.feed,
+            self._parts.waiters,
+            self._parts.tiering,
+        )
+        config_now = None if tiering_now is None else tiering_now.config
+        before = limits_of(arena.config, config_now)
+        store, tiering = changed(arena.config, config_now, changes)
+        refusal = arena.reconfigure(store, clock.now_s())
+        self._parts.settler.settle()
         if refusal is not None:
             raise InvalidRequest(f"{refusal}: end some first, or choose a higher limit")
-        node.config = store
-        node.feed.changes_max, node.feed.subscribers_max = store.changes_max, store.subscribers_max
-        node.waiters.waiters_max = store.waiters_max
-        if node.tiering is not None and tiering is not None:
-            node.tiering.reconfigure(tiering)
+        feed.changes_max, feed.subscribers_max = store.changes_max, store.subscribers_max
+        waiters.waiters_max = store.waiters_max
+        if tiering_now is not None and tiering is not None:
+            tiering_now.reconfigure(tiering)
             if "quota_bytes" in changes:
-                node.tiering.tier.reshare(node.arena.quota_shares())
+                tiering_now.tier.reshare(arena.quota_shares())
         after = limits_of(store, tiering)
         for name in changes:
             if before[name] != after[name]:

@@ -11,13 +11,12 @@ background. Nothing is stored before the first listing has told what is there.
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.tiers.base import LoadOutcome, StoreOutcome, Tier, TierBlock, TierStats
 from kvstore.tiers.breaker import Breaker
-from kvstore.tiers.indexed import IndexedTier
+from kvstore.tiers.indexed import BlockRead, IndexedTier
 from kvstore.tiers.objects import (
     DELETE_MAX,
     Listing,
@@ -67,13 +66,6 @@ class ObjectStats(TierStats):
     """How often the service was given up for a while."""
 
 
-class _Read(NamedTuple):
-    place: int
-    slot: int
-    block: TierBlock
-    view: memoryview
-
-
 class ObjectTier(IndexedTier):
     """The :class:`kvstore.tiers.base.Tier` over objects.
 
@@ -81,9 +73,9 @@ class ObjectTier(IndexedTier):
     """
 
     def __init__(self, name: str, objects: Objects, offload: Offload, slots_max: int, slot_bytes: int) -> None:
-        super().__init__(SlotIndex(slots_max, slot_bytes))
-        self.name = name
         self.stats = ObjectStats()
+        super().__init__(SlotIndex(slots_max, slot_bytes), self.stats)
+        self.name = name
         self.stores_max = STORES_MAX
         self.metered = True
         self._objects = objects
@@ -256,24 +248,11 @@ class ObjectTier(IndexedTier):
 
     # --- reading ------------------------------------------------------------------------------------------
 
-    async def load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
-        sizes = [self._index.size_of(block_hash) for block_hash in hashes]
-        outcomes = await finish(self._load(hashes, views))
-        for size, outcome in zip(sizes, outcomes, strict=True):
-            if outcome == "loaded":
-                self.stats.loaded += 1
-                self.stats.loaded_bytes += size
-        return outcomes
-
     async def _load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
         outcomes: list[LoadOutcome] = ["absent"] * len(hashes)
-        reads: list[_Read] = []
-        for i, (block_hash, view) in enumerate(zip(hashes, views, strict=True)):
-            begun = self._index.begin_read(block_hash)
-            if begun is not None:
-                slot, block = begun
-                self._reads[slot] = self._reads.get(slot, 0) + 1
-                reads.append(_Read(i, slot, block, view))
+        reads = self._begin(hashes, views)
+        for read in reads:
+            self._reads[read.slot] = self._reads.get(read.slot, 0) + 1
         for read, outcome in zip(reads, await asyncio.gather(*map(self._read, reads)), strict=True):
             outcomes[read.place] = outcome
             self._index.end_read(read.slot)
@@ -287,7 +266,7 @@ class ObjectTier(IndexedTier):
             await self._empty_trash()
         return outcomes
 
-    async def _read(self, read: _Read) -> LoadOutcome:
+    async def _read(self, read: BlockRead) -> LoadOutcome:
         name = self._names[read.slot]
         assert name is not None
         async with self._gets:
@@ -313,10 +292,7 @@ class ObjectTier(IndexedTier):
     def _bad(self, block: TierBlock, outcome: LoadOutcome) -> None:
         self.stats.corrupt += outcome == "corrupt"
         log.warning("dropped a bad block", tier=self.name, block=block.hash.hex(), lost=outcome == "failed")
-        # A newer object of the same block may have come while this one was read.
-        if self._index.find(block.hash) == block:
-            self._index.drop(block.hash)
-            self._tell()
+        self._drop_read(block)
 
     async def drop(self, block_hash: BlockHash) -> None:
         if self._index.drop(block_hash):
@@ -324,15 +300,6 @@ class ObjectTier(IndexedTier):
             self._tell()
             if self.available:
                 await finish(self._empty_trash())
-
-    async def scrub(self, after: int | None, view: memoryview) -> int | None:
-        slot = self._index.next_held(0 if after is None else after + 1) if self.available else None
-        block_hash = None if slot is None else self._index.hash_at(slot)
-        if block_hash is None:
-            return None
-        await finish(self._load([block_hash], [view]))
-        self.stats.scrubbed += 1
-        return slot
 
     async def flush(self) -> None:
         """What was put has survived already."""

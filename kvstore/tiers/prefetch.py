@@ -19,7 +19,7 @@ PART_BLOCKS = 64
 PART_TIMEOUT_S = 10.0
 
 
-class _Job:
+class _PrefetchJob:
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
         self.done = 0
@@ -32,7 +32,7 @@ class PrefetchJobs:
 
     def __init__(self, tiering: Tiering) -> None:
         self._tiering = tiering
-        self._jobs: OrderedDict[int, _Job] = OrderedDict()
+        self._jobs: OrderedDict[int, _PrefetchJob] = OrderedDict()
         self._last = 0
         self._running = 0
         self._tasks = Tasks("prefetch")
@@ -46,7 +46,7 @@ class PrefetchJobs:
         if self._running >= RUNNING_MAX:
             raise Overloaded(f"{RUNNING_MAX} prefetch jobs are running")
         self._last += 1
-        job = self._jobs[self._last] = _Job(len(hashes))
+        job = self._jobs[self._last] = _PrefetchJob(len(hashes))
         self._running += 1
         self._tasks.start(self._run(job, hashes), f"job {self._last}")
         while len(self._jobs) > REMEMBERED_MAX:  # fewer run than are remembered, so one of them has ended
@@ -72,14 +72,14 @@ class PrefetchJobs:
         """End all jobs."""
         await self._tasks.close()
 
-    async def _run(self, job: _Job, hashes: Sequence[BlockHash]) -> None:
+    async def _run(self, job: _PrefetchJob, hashes: Sequence[BlockHash]) -> None:
         try:
             for start in range(0, len(hashes), PART_BLOCKS):
                 await asyncio.sleep(0)
                 if job.state == "cancelled":
                     return
                 part = hashes[start : start + PART_BLOCKS]
-                async with self._tiering.promoted(part, PART_TIMEOUT_S):
+                async with self._tiering.promotions.promoted(part, PART_TIMEOUT_S):
                     job.missed += self._tiering.above(part).count(0)
                 job.done += len(part)
             job.state = "done"

@@ -15,9 +15,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import S3Store
+try:
+    import obstore
+    from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+    from obstore.store import S3Store
+except ImportError as error:
+    raise ImportError("blocks in a bucket need obstore: pip install tracehaul-store[s3]") from error
 
 from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.objects import DELETE_MAX, ListedObject, ObjectMissing, ObjectsRefused, ObjectsUnreachable, parse_url

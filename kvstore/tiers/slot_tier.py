@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 from kvstore.tiers.base import LoadOutcome, SlotDevice, StoreOutcome, Tier, TierBlock, TierStats
-from kvstore.tiers.indexed import IndexedTier
+from kvstore.tiers.indexed import BlockRead, IndexedTier
 from kvstore.tiers.records import ERASED, PAGE_BYTES, Layout, Record, pack_record, unpack_records
 from kvstore.tiers.slots import Placement, SlotIndex
 from tracehaul.runtime.finish import finish
@@ -28,13 +27,6 @@ STORES_MAX = 4
 _Write = tuple[int, Placement, memoryview]
 
 
-class _Read(NamedTuple):
-    place: int
-    slot: int
-    block: TierBlock
-    view: memoryview
-
-
 class SlotTier(IndexedTier):
     """The :class:`kvstore.tiers.base.Tier` over a slot device. Reads and writes have threads of their own.
 
@@ -42,9 +34,9 @@ class SlotTier(IndexedTier):
     """
 
     def __init__(self, name: str, device: SlotDevice, reads: Offload, writes: Offload) -> None:
-        super().__init__(SlotIndex(device.slots_max, device.slot_bytes))
-        self.name = name
         self.stats = TierStats()
+        super().__init__(SlotIndex(device.slots_max, device.slot_bytes), self.stats)
+        self.name = name
         self.stores_max = STORES_MAX
         self.metered = False
         self._device = device
@@ -145,23 +137,11 @@ class SlotTier(IndexedTier):
 
     # --- reading ------------------------------------------------------------------------------------------
 
-    async def load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
-        sizes = [self._index.size_of(block_hash) for block_hash in hashes]
-        outcomes = await finish(self._load(hashes, views))
-        for size, outcome in zip(sizes, outcomes, strict=True):
-            if outcome == "loaded":
-                self.stats.loaded += 1
-                self.stats.loaded_bytes += size
-        return outcomes
-
     async def _load(self, hashes: Sequence[BlockHash], views: Sequence[memoryview]) -> list[LoadOutcome]:
         outcomes: list[LoadOutcome] = ["absent"] * len(hashes)
-        reads: list[_Read] = []
-        for i, (block_hash, view) in enumerate(zip(hashes, views, strict=True)):
-            begun = self._index.begin_read(block_hash)
-            if begun is not None:
-                slot, block = begun
-                reads.append(_Read(i, slot, block, view[: pages_bytes(block.size_bytes)]))
+        reads = [
+            read._replace(view=read.view[: pages_bytes(read.block.size_bytes)]) for read in self._begin(hashes, views)
+        ]
         if not reads:
             return outcomes
         try:
@@ -182,7 +162,7 @@ class SlotTier(IndexedTier):
             await self._forget()
         return outcomes
 
-    def _read(self, reads: Sequence[_Read]) -> list[Checksum | None]:
+    def _read(self, reads: Sequence[BlockRead]) -> list[Checksum | None]:
         """In a thread: the checksum of what each slot gave; None where it gave nothing."""
         try:
             self._device.read([read.slot for read in reads], [read.view for read in reads])
@@ -198,10 +178,7 @@ class SlotTier(IndexedTier):
         else:
             self.stats.corrupt += 1
         seldom_bad.warning("dropped a bad block", tier=self.name, block=block.hash.hex(), unreadable=unreadable)
-        # A newer write of the same block may have taken its place while the bad bytes were read.
-        if self._index.find(block.hash) == block:
-            self._index.drop(block.hash)
-            self._tell()
+        self._drop_read(block)
 
     async def drop(self, block_hash: BlockHash) -> None:
         if self._index.drop(block_hash):
@@ -213,15 +190,6 @@ class SlotTier(IndexedTier):
             await finish(self._erase())
         except OSError as error:
             seldom.warning("a tier's device refused to forget a block", tier=self.name, error=error)
-
-    async def scrub(self, after: int | None, view: memoryview) -> int | None:
-        slot = self._index.next_held(0 if after is None else after + 1)
-        block_hash = None if slot is None else self._index.hash_at(slot)
-        if block_hash is None:
-            return None
-        await finish(self._load([block_hash], [view]))
-        self.stats.scrubbed += 1
-        return slot
 
     async def flush(self) -> None:
         try:
@@ -242,9 +210,9 @@ class SlotTier(IndexedTier):
         self._device.close()
 
 
-def _runs(reads: Sequence[_Read], slot_bytes: int) -> list[list[_Read]]:
+def _runs(reads: Sequence[BlockRead], slot_bytes: int) -> list[list[BlockRead]]:
     """The reads by slot, cut where slots are not neighbours or the run is long."""
-    runs: list[list[_Read]] = []
+    runs: list[list[BlockRead]] = []
     for read in sorted(reads, key=lambda read: read.slot):
         if runs and runs[-1][-1].slot + 1 == read.slot and (len(runs[-1]) + 1) * slot_bytes <= READ_RUN_BYTES:
             runs[-1].append(read)

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from kvstore.index.continuations import Continuations
 from kvstore.index.eviction import LeastRecent
 from kvstore.index.tenants import TenantKey, Tenants
 from kvstore.index.victims import Victims
@@ -61,9 +62,7 @@ class SlotIndex:
         self._checksum = array("Q", bytes(8 * slots_max))
         self._sequence = array("Q", bytes(8 * slots_max))
         self._reads = array("I", bytes(4 * slots_max))
-        self._child_count = array("I", bytes(4 * slots_max))
         self._hash: list[BlockHash | None] = [None] * slots_max
-        self._parent: list[BlockHash | None] = [None] * slots_max
         self._free = array("I", range(slots_max - 1, -1, -1))
         self._stale: dict[int, None] = {}
         self._clearing = 0
@@ -74,7 +73,8 @@ class SlotIndex:
         # By hash.
         self._held: dict[BlockHash, int] = {}
         self._writing: dict[BlockHash, int] = {}
-        self._child_count_absent: dict[BlockHash, int] = {}  # of parents that are not held here
+        self._writing_parent: dict[BlockHash, BlockHash] = {}
+        self._continuations = Continuations(slots_max, self._held)
         self._sequence_last = 0
         self._changes: list[Change] = []
         self.bytes_used = 0
@@ -186,15 +186,16 @@ class SlotIndex:
                 record, loser = (record, other) if record.sequence > other.sequence else (other, record)
                 self._stale[loser.slot] = None
             newest[record.block.hash] = record
+        parents: list[BlockHash] = []
         for record in sorted(newest.values(), key=lambda record: record.sequence):
             slot, block = record.slot, record.block
             self._state[slot] = HELD
-            self._fill(slot, block, record.sequence)
+            parents.append(self._fill(slot, block, record.sequence))
             self._held[block.hash] = slot
             self._sequence_last = record.sequence
+        self._continuations.restore(list(self._held.values()), parents)
         for block_hash, slot in self._held.items():
             self._victims.add(slot, self._group[slot], block_hash)
-            self._add_child(self._parent_at(slot))
             self._tenants.take(self._group[slot])
             self.bytes_used += self._size[slot]
         self._free = array("I", [slot for slot in range(self.slots_max - 1, -1, -1) if self._state[slot] == FREE])
@@ -216,7 +217,8 @@ class SlotIndex:
             assert 0 < block.size_bytes <= self.slot_bytes
             slot = None
             if block.hash not in self._held and block.hash not in self._writing:
-                self._add_child(block.parent)  # first: the prefix must not make room for its own continuation
+                # First: the prefix must not make room for its own continuation.
+                self._continuations.expect(block.parent)
                 slot = self._take_slot(self._tenants.group(block.tenant))
                 if slot is None:
                     self._drop_child(block.parent)
@@ -265,7 +267,7 @@ class SlotIndex:
     def _place(self, block: TierBlock, slot: int) -> Placement:
         self._sequence_last += 1
         self._state[slot] = WRITING
-        self._fill(slot, block, self._sequence_last)
+        self._writing_parent[block.hash] = self._fill(slot, block, self._sequence_last)
         self._writing[block.hash] = slot
         return Placement(slot, self._sequence_last)
 
@@ -276,7 +278,7 @@ class SlotIndex:
         del self._writing[block_hash]
         self._state[slot] = HELD
         self._held[block_hash] = slot
-        self._child_count[slot] = self._child_count_absent.pop(block_hash, 0)
+        self._continuations.publish(slot, block_hash, self._writing_parent.pop(block_hash))
         self._victims.add(slot, self._group[slot], block_hash)
         self.bytes_used += self._size[slot]
         self._changes.append(Stored(block_hash))
@@ -284,8 +286,9 @@ class SlotIndex:
     def cancel(self, slot: int) -> None:
         """The slot could not be written; there may be a record of it."""
         assert self._state[slot] == WRITING
-        del self._writing[self._hash_at(slot)]
-        self._drop_child(self._parent_at(slot))
+        block_hash = self._hash_at(slot)
+        del self._writing[block_hash]
+        self._drop_child(self._writing_parent.pop(block_hash))
         self._tenants.give(self._group[slot])
         self._release(slot)
 
@@ -336,7 +339,7 @@ class SlotIndex:
         return self._free.pop()
 
     def _is_idle(self, slot: int) -> bool:
-        return self._state[slot] == HELD and not self._reads[slot] and not self._child_count[slot]
+        return self._state[slot] == HELD and not self._reads[slot] and not self._continuations.is_parent(slot)
 
     def _rank(self, slot: int) -> float | None:
         return self._rank_of(self._hash_at(slot))
@@ -351,10 +354,9 @@ class SlotIndex:
         self._victims.remove(slot)
         self._tenants.give(self._group[slot])
         self.bytes_used -= self._size[slot]
-        if self._child_count[slot]:
-            self._child_count_absent[block_hash] = self._child_count[slot]
-            self._child_count[slot] = 0
-        self._drop_child(self._parent_at(slot))
+        parent_slot = self._continuations.remove(slot, block_hash)
+        if parent_slot is not None:
+            self._unpark(parent_slot)
         self._changes.append(Removed(block_hash))
         self._stale[slot] = None
         if self._reads[slot]:
@@ -364,25 +366,25 @@ class SlotIndex:
 
     def _release(self, slot: int) -> None:
         self._state[slot] = FREE
-        self._hash[slot] = self._parent[slot] = None
+        self._hash[slot] = None
         self._stale[slot] = None
         self._free.append(slot)
 
-    def _fill(self, slot: int, block: TierBlock, sequence: int) -> None:
-        parent = self._held.get(block.parent)
+    def _fill(self, slot: int, block: TierBlock, sequence: int) -> BlockHash:
+        """Returns its parent: the equal hash that is already here, if any, which saves 50 bytes per block."""
         self._hash[slot] = block.hash
-        # The equal hash that is already here, if any: 50 bytes saved per block.
-        self._parent[slot] = self._hash[parent] if parent is not None else block.parent
         self._size[slot] = block.size_bytes
         self._checksum[slot] = block.checksum
         self._sequence[slot] = sequence
         self._tenant[slot] = block.tenant
         self._group[slot] = self._tenants.group(block.tenant)
+        parent = self._held.get(block.parent)
+        return block.parent if parent is None else self._hash[parent] or block.parent
 
     def _block(self, slot: int) -> TierBlock:
         return TierBlock(
             self._hash_at(slot),
-            self._parent_at(slot),
+            self._continuations.parent(slot),
             self._size[slot],
             Checksum(self._checksum[slot]),
             TenantKey(self._tenant[slot]),
@@ -393,27 +395,10 @@ class SlotIndex:
         assert block_hash is not None
         return block_hash
 
-    def _parent_at(self, slot: int) -> BlockHash:
-        parent = self._parent[slot]
-        assert parent is not None
-        return parent
-
-    def _add_child(self, parent: BlockHash) -> None:
-        slot = self._held.get(parent)
-        if slot is not None:
-            self._child_count[slot] += 1
-        else:
-            self._child_count_absent[parent] = self._child_count_absent.get(parent, 0) + 1
-
     def _drop_child(self, parent: BlockHash) -> None:
-        slot = self._held.get(parent)
+        slot = self._continuations.forget(parent)
         if slot is not None:
-            self._child_count[slot] -= 1
             self._unpark(slot)
-            return
-        count = self._child_count_absent.pop(parent) - 1
-        if count:
-            self._child_count_absent[parent] = count
 
     # --- invariants ---------------------------------------------------------------------------------------
 
@@ -430,15 +415,9 @@ class SlotIndex:
         assert not self._held.keys() & self._writing.keys()
         assert all(self._reads[slot] for slot in by_state[DOOMED])
         assert self.bytes_used == sum(self._size[slot] for slot in by_state[HELD])
-        children: dict[BlockHash, int] = {}
-        for block_hash, slot in [*self._held.items(), *self._writing.items()]:
-            assert self._hash[slot] == block_hash
-            parent = self._parent_at(slot)
-            children[parent] = children.get(parent, 0) + 1
-        for slot in range(self.slots_max):
-            count = children.pop(self._hash_at(slot), 0) if self._state[slot] == HELD else 0
-            assert count == self._child_count[slot]
-        assert children == self._child_count_absent
+        assert all(self._hash[slot] == block_hash for block_hash, slot in [*self._held.items(), *self._writing.items()])
+        assert self._writing_parent.keys() == self._writing.keys()
+        self._continuations.check(list(self._writing_parent.items()))
         groups = range(len(self._tenants))
         self._victims.check([[slot for slot in by_state[HELD] if self._group[slot] == group] for group in groups])
         for group in groups:

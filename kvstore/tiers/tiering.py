@@ -12,31 +12,27 @@ A block is visible as long as either has it: subscribers hear of the first arriv
 """
 
 import asyncio
-import contextlib
 import mmap
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
 
 import msgspec
 
 from kvstore.index.arena import Arena
-from kvstore.tiers.base import Tier, TierBlock, part_of, readable, told_above, told_below
-from kvstore.tiers.meter import RaiseMeter
+from kvstore.index.tenants import TenantKey
+from kvstore.tiers.base import Tier, TierBlock, told_above, told_below
+from kvstore.tiers.promotions import HOLD_S, TIER_HOLDER, Promotions, PromotionStats
 from kvstore.tiers.slot_tier import pages_bytes
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
-from tracehaul.wire.blocks import BlockSpec, Change, Publication, Slot, Stored
-from tracehaul.wire.ids import BlockHash, LeaseId
+from tracehaul.wire.blocks import Change, Stored
+from tracehaul.wire.ids import BlockHash
 
 seldom = Seldom(Log(__name__))
 
-TIER_HOLDER = "\0tier"
-"""Holder of what is on its way up or down: no connection has this name."""
 BATCH_BYTES = 4 << 20
 BATCH_BLOCKS_MAX = 64
-HOLD_S = 600.0
-"""A copy on its way protects its slot as long as it takes; this bounds what a device that hangs can keep."""
 FLUSH_S = 1.0
 """What was written this long ago survives a loss of power."""
 RETRY_S = 1.0
@@ -61,30 +57,13 @@ class TieringConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("promotions_max and promote_timeout_s must be positive, scrub_bytes_s not negative")
 
 
-class TieringStats(msgspec.Struct):
+class TieringStats(PromotionStats):
     """Counts since the node's start."""
 
     demoted: int = 0
     """Blocks that left memory and stayed in the tier."""
     evicted_unwritten: int = 0
     """Blocks evicted before their turn to be written: gone."""
-    promoted: int = 0
-    promote_failed: int = 0
-    """Blocks that were asked for and turned out bad, or lost their slot meanwhile."""
-    promote_refused: int = 0
-    """Blocks not promoted because memory had no slot to give, too many were on their way, or what has them does not
-    answer."""
-    promote_late: int = 0
-    """Leases that did not wait for all their blocks."""
-
-
-class _Promotion:
-    """Blocks that come up together. Protected from their arrival until nobody waits for them any more."""
-
-    def __init__(self) -> None:
-        self.waiters = 0
-        self.task: asyncio.Task[None] | None = None
-        self.hold: LeaseId | None = None
 
 
 class Tiering:
@@ -119,10 +98,9 @@ class Tiering:
         self._behind: OrderedDict[BlockHash, None] = OrderedDict()  # in memory only, oldest first
         self._waiting = asyncio.Event()
         self._unflushed = asyncio.Event()
-        self._coming: dict[BlockHash, _Promotion] = {}
-        self._promotions: set[_Promotion] = set()
-        self._meter = RaiseMeter(len(tier.parts))
-        self._closed = False
+        self.promotions = Promotions(arena, buffer, tier, self._batch_blocks, self.stats, settle)
+        """What is on its way up."""
+        self._limit_promotions()
         self._scrubbing = asyncio.Event()
         """Set when the scrubber's rate may have become other than 0."""
         tier.listen(self._on_tier)
@@ -137,12 +115,12 @@ class Tiering:
     def reconfigure(self, config: TieringConfig) -> None:
         """Other limits from now on."""
         self._config = config
+        self._limit_promotions()
         self._scrubbing.set()
 
-    @property
-    def raise_block_s(self) -> tuple[float, ...]:
-        """How long a block of each part of the tier takes to come into memory."""
-        return tuple(self._meter.block_s)
+    def _limit_promotions(self) -> None:
+        self.promotions.blocks_max = self._config.promotions_max
+        self.promotions.timeout_s = self._config.promote_timeout_s
 
     @property
     def behind(self) -> int:
@@ -218,117 +196,6 @@ class Tiering:
             seen.update(tiers[-1])
         return tiers
 
-    # --- up -----------------------------------------------------------------------------------------------
-
-    @contextlib.asynccontextmanager
-    async def promoted(self, hashes: Sequence[BlockHash], timeout_s: float) -> AsyncGenerator[None, None]:
-        """Inside, those of ``hashes`` that the tier has are in memory, as far as that was possible in time.
-
-        They can be evicted as soon as the block is left: take a lease inside, without waiting.
-        """
-        kept = self._keep(hashes)
-        joined = self._join(hashes)
-        try:
-            tasks = [promotion.task for promotion in joined if promotion.task is not None]
-            if tasks:
-                timeout_s = min(timeout_s, self._config.promote_timeout_s)
-                _, late = await asyncio.wait(tasks, timeout=timeout_s)
-                self.stats.promote_late += bool(late)
-            yield
-        finally:
-            for promotion in joined:
-                promotion.waiters -= 1
-                self._let_go(promotion)
-            if kept is not None:
-                self._arena.release(kept, TIER_HOLDER)
-                self._settle()
-
-    def _keep(self, hashes: Sequence[BlockHash]) -> LeaseId | None:
-        """Those of ``hashes`` that are in memory must not make room for the others that come up."""
-        in_memory = self._arena.exists(hashes)
-        rest = [block_hash for block_hash, there in zip(hashes, in_memory, strict=True) if not there]
-        if 1 not in in_memory or not any(self.tier.find(block_hash) is not None for block_hash in rest):
-            return None
-        held = [block_hash for block_hash, there in zip(hashes, in_memory, strict=True) if there]
-        kept, _ = self._arena.hold(held, TIER_HOLDER, HOLD_S, clock.now_s())
-        return kept
-
-    def _join(self, hashes: Sequence[BlockHash]) -> list[_Promotion]:
-        """The promotions that bring ``hashes``, those under way and new ones, each with one waiter more."""
-        joined: dict[_Promotion, None] = {}
-        wanted: dict[BlockHash, TierBlock] = {}
-        for block_hash, in_memory in zip(hashes, self._arena.exists(hashes), strict=True):
-            if in_memory:
-                continue
-            if (promotion := self._coming.get(block_hash)) is not None:
-                joined[promotion] = None
-            elif (block := self.tier.find(block_hash)) is None:
-                continue
-            elif readable(self.tier, block_hash):
-                wanted[block_hash] = block
-            else:
-                self.stats.promote_refused += 1
-        joined.update(dict.fromkeys(self._start(list(wanted.values()))))
-        for promotion in joined:
-            promotion.waiters += 1
-        return list(joined)
-
-    def _start(self, blocks: Sequence[TierBlock]) -> Iterator[_Promotion]:
-        room = 0 if self._closed else max(0, self._config.promotions_max - len(self._coming))
-        self.stats.promote_refused += max(0, len(blocks) - room)
-        blocks = blocks[:room]
-        if not blocks:
-            return
-        specs = [BlockSpec(block.hash, block.parent, block.size_bytes) for block in blocks]
-        outcomes = self._arena.readmit(specs, [block.tenant for block in blocks], TIER_HOLDER, clock.now_s())
-        self._settle()
-        granted = [(b, outcome) for b, outcome in zip(blocks, outcomes, strict=True) if isinstance(outcome, Slot)]
-        self.stats.promote_refused += len(blocks) - len(granted)
-        for start in range(0, len(granted), self._batch_blocks):
-            batch = granted[start : start + self._batch_blocks]
-            promotion = _Promotion()
-            promotion.task = asyncio.get_running_loop().create_task(self._promote(promotion, batch))
-            self._promotions.add(promotion)
-            self._coming.update(dict.fromkeys([block.hash for block, _ in batch], promotion))
-            yield promotion
-
-    async def _promote(self, promotion: _Promotion, batch: Sequence[tuple[TierBlock, Slot]]) -> None:
-        hashes = [block.hash for block, _ in batch]
-        views = [self._slot_view(slot.offset, block.size_bytes) for block, slot in batch]
-        deepest = max(part_of(self.tier, block_hash) or 0 for block_hash in hashes)
-        self._meter.began(deepest, clock.now_s())
-        loaded = 0
-        try:
-            outcomes = await self.tier.load(hashes, views)
-            loaded = outcomes.count("loaded")
-        finally:
-            self._meter.ended(deepest, loaded, clock.now_s())
-            for block_hash in hashes:
-                del self._coming[block_hash]
-            self._promotions.discard(promotion)
-        now_s = clock.now_s()
-        for (block, slot), outcome in zip(batch, outcomes, strict=True):
-            published = False
-            if outcome == "loaded":
-                publication = Publication(block.hash, slot.generation, block.checksum)
-                published = self._arena.publish([publication], TIER_HOLDER, now_s) == ["published"]
-            else:
-                self._arena.abandon([(block.hash, slot.generation)], TIER_HOLDER)
-            self.stats.promoted += published
-            self.stats.promote_failed += not published
-        if promotion.waiters:
-            promotion.hold, _ = self._arena.hold(hashes, TIER_HOLDER, HOLD_S, now_s)
-        self._settle()
-
-    def _let_go(self, promotion: _Promotion) -> None:
-        if promotion.waiters == 0 and promotion.hold is not None:
-            self._arena.release(promotion.hold, TIER_HOLDER)
-            promotion.hold = None
-            self._settle()
-
-    def _slot_view(self, offset: int, size_bytes: int) -> memoryview:
-        return self._buffer[offset : offset + pages_bytes(size_bytes)]
-
     # --- down, and around ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -346,11 +213,14 @@ class Tiering:
             pass
         await self.tier.flush()
 
-    async def close(self) -> None:
-        """Let promotions under way end; start none."""
-        self._closed = True
-        while self._promotions:
-            await asyncio.wait([promotion.task for promotion in self._promotions if promotion.task is not None])
+    async def discard(self, hashes: Sequence[BlockHash], tenant: TenantKey) -> None:
+        """A tenant gives up these blocks. The arena's copies go last, and as the caller says."""
+        for block_hash in self._arena.discardable(hashes, tenant):
+            self._behind.pop(block_hash, None)
+        for block_hash in hashes:
+            block = self.tier.find(block_hash)
+            if block is not None and block.tenant == tenant and self._arena.rank(block_hash) is None:
+                await self.tier.drop(block_hash)
 
     async def _write_behind(self) -> None:
         while True:
@@ -372,7 +242,7 @@ class Tiering:
             if held is not None:
                 block, parent, tenant = held
                 blocks.append(TierBlock(block_hash, parent, block.size_bytes, block.checksum, tenant))
-                views.append(self._slot_view(block.offset, block.size_bytes))
+                views.append(self._buffer[block.offset : block.offset + pages_bytes(block.size_bytes)])
         self._settle()
         self._writing += len(hashes)
         try:
@@ -385,6 +255,8 @@ class Tiering:
             if outcome == "failed" and self._arena.exists([block.hash])[0]:
                 self._behind[block.hash] = None  # its turn comes again
                 self._waiting.set()
+            if outcome == "stored" and not self._arena.exists([block.hash])[0]:
+                await self.tier.drop(block.hash)  # revoked or discarded meanwhile: nothing held gives way
         if "stored" in outcomes:
             self._unflushed.set()
         return "failed" not in outcomes

@@ -1,6 +1,6 @@
 """From a call to steps: whose it is, whether it can be done, and what the workers are asked."""
 
-import secrets
+import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -29,15 +29,25 @@ from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
+UNFORESEEN = random.SystemRandom()
 
 
 class Calls:
     """Accepts calls and runs them, whatever dialect they came in."""
 
-    def __init__(self, dispatcher: Dispatcher, text: Text, limits: CallLimits, offload: Offload) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        text: Text,
+        limits: CallLimits,
+        offload: Offload,
+        dice: random.Random = UNFORESEEN,
+    ) -> None:
+        """``dice``: for the seeds of calls that ask for none."""
         self._dispatcher = dispatcher
         self._text = text
         self._limits = limits
+        self._dice = dice
         cut_tokens = {text.token_text(token): token for token in text.eos_tokens}
         self._memory = Memory(dispatcher.book, cut_tokens)
         self._prompts = Prompts(text, offload, self._memory)
@@ -103,7 +113,7 @@ class Calls:
         steps: list[StepRequest] = []
         answers: list[Answer] = []
         for at, prompt in enumerate(prompts):
-            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+            seed = self._dice.getrandbits(SEED_BITS) if options.seed is None else options.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
             max_tokens = output_budget(prompt.tokens, wanted, card, call.where)

@@ -1,5 +1,6 @@
 """The application: routes, and how what fails outside a call is answered."""
 
+import random
 from collections.abc import Callable, Mapping
 
 from starlette.applications import Starlette
@@ -10,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from router.calls.calls import Calls
+from router.calls.calls import UNFORESEEN, Calls
 from router.calls.errors import CallFailed, translate
 from router.calls.text import Text
 from router.dialects.base import Dialect
@@ -40,6 +41,7 @@ def create_app(
     metrics_render: Callable[[], bytes],
     config: ApiConfig,
     offload: Offload,
+    dice: random.Random = UNFORESEEN,
     dialects: Mapping[str, Dialect] = DIALECTS,
 ) -> ASGIApp:
     """The whole HTTP surface.
@@ -50,12 +52,13 @@ def create_app(
         metrics_render: what ``/metrics`` answers.
         config: limits.
         offload: where long texts are tokenized; the caller closes it.
+        dice: for the names of calls that have none, and the seeds of those that ask for none.
         dialects: the dialect at each path.
     """
-    calls = Calls(dispatcher, text, config, offload)
+    calls = Calls(dispatcher, text, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
-    endpoints = {path: Endpoint(dialect, calls, text, config) for path, dialect in dialects.items()}
+    endpoints = {path: Endpoint(dialect, calls, text, config, dice) for path, dialect in dialects.items()}
     rest = Starlette(
         routes=[
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
@@ -71,7 +74,7 @@ def create_app(
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestIds)],
+        middleware=[Middleware(RequestIds, dice=dice)],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
 

@@ -1,13 +1,14 @@
 """One dialect at one path: from a body to a run, from what happens to an answer."""
 
 import asyncio
-import secrets
+import random
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from router.calls.calls import Calls
 from router.calls.errors import translate, unavailable
+from router.calls.identity import fresh_name
 from router.calls.run import Run
 from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
@@ -20,16 +21,17 @@ from tracehaul.runtime.clock import wall_s
 class Endpoint:
     """An ASGI application. Answers each call, whatever happens."""
 
-    def __init__(self, dialect: Dialect, calls: Calls, text: Text, config: ApiConfig) -> None:
+    def __init__(self, dialect: Dialect, calls: Calls, text: Text, config: ApiConfig, dice: random.Random) -> None:
         self._dialect = dialect
         self._calls = calls
         self._text = text
         self._config = config
+        self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         reply = Reply(send, self._dialect, self._config.send_timeout_s)
-        name = request_id(headers.get("x-request-id"), secrets.token_hex(16))
+        name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
         reply.headers.append((b"x-request-id", name.encode()))
         try:
             try:
@@ -73,7 +75,7 @@ class Endpoint:
             pause_s = await reply.keep_alive(self._config.keepalive_s)
 
     async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
-        fresh = secrets.token_hex(16)
+        fresh = fresh_name(self._dice)
         call, teller = self._dialect.read(body, fresh, int(wall_s()), self._text)
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))

@@ -12,6 +12,7 @@ from kvstore.client import reader, writer
 from kvstore.client.client import OutgoingBlock, PutOutcome, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
+from kvstore.node.assemble import assemble_store
 from kvstore.node.node import StoreNode
 from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network, Server
 from tracehaul.rpc.local import LocalNetwork
@@ -122,7 +123,8 @@ class World:
         config = msgspec.structs.replace(StoreConfig(arena_bytes=slots * SLOT, slot_bytes=SLOT), **changes)
         memory = self.memory(config.arena_bytes)
         owner = f"{name}#{generation}"
-        node = StoreNode(config, Generation(generation), [self.plane(owner, memory)], memory, self.offload())
+        planes = [self.plane(owner, memory)]
+        node = assemble_store(config, Generation(generation), planes, memory, self.offload())
         server = await self.network.listen("127.0.0.1:0", node)
         self._stack.callback(node.close)
         self._stack.push_async_callback(server.close)

@@ -5,12 +5,14 @@ import contextlib
 import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
 
 import pytest
 
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.node import StoreNode
 from kvstore.tiers.fake import MemoryDevice
 from kvstore.tiers.slot_tier import SlotTier
@@ -22,7 +24,7 @@ from tracehaul.runtime.offload import InlineOffload
 from tracehaul.transfer.local import LocalHub, LocalTransfer, PerfectLink
 from tracehaul.transfer.memory import FileMemory, allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.blocks import Events, Lease, Leased, Removed, Snapshot, Subscribe, TierList, Tiers
+from tracehaul.wire.blocks import Lease, Leased, TierList, Tiers
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.ids import BlockHash, Generation, NodeId
@@ -45,6 +47,20 @@ SLOT = 8192
 SLOTS = 8
 ROOT = BlockHash(b"\xff" * 16)
 
+T = TypeVar("T")
+
+
+class GateOffload(InlineOffload):
+    """Works while the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def run(self, function: Callable[[], T]) -> T:
+        await self.gate.wait()
+        return await super().run(function)
+
 
 class Life:
     """One node with a tier or without, a raw connection, and clients."""
@@ -54,11 +70,12 @@ class Life:
         node: StoreNode,
         memory: FileMemory,
         device: MemoryDevice | None,
+        writes: GateOffload,
         raw: Connection,
         hub: LocalHub,
         network: LocalNetwork,
     ) -> None:
-        self.node, self.memory, self.device, self.raw = node, memory, device, raw
+        self.node, self.memory, self.device, self.writes, self.raw = node, memory, device, writes, raw
         self.hub, self.network = hub, network
 
     async def call(self, request: Request) -> Reply:
@@ -103,16 +120,19 @@ async def live(tiered: bool, tiering: TieringConfig | None = None) -> AsyncItera
         transfer = LocalTransfer("s0#1", hub)
         planes = [Plane(transfer, transfer.register(memory))]
         device = MemoryDevice(32, SLOT) if tiered else None
-        tier = SlotTier("disk", device, InlineOffload(), InlineOffload()) if device is not None else None
-        tiering = tiering or TieringConfig(scrub_bytes_s=0)
-        node = StoreNode(config, Generation(1), planes, memory, InlineOffload(), tier, tiering)
+        writes = GateOffload()
+        backing: Backing | None = None
+        if device is not None:
+            tier = SlotTier("disk", device, InlineOffload(), writes)
+            backing = Backing(tier, tiering or TieringConfig(scrub_bytes_s=0))
+        node = assemble_store(config, Generation(1), planes, memory, InlineOffload(), backing)
         stack.push_async_callback(node.aclose)
         server = await network.listen("s0:1", node)
         stack.push_async_callback(server.close)
         raw = await network.connect(server.address, timeout_s=5.0)
         stack.push_async_callback(raw.close)
         running = asyncio.create_task(node.run())
-        life = Life(node, memory, device, raw, hub, network)
+        life = Life(node, memory, device, writes, raw, hub, network)
         try:
             yield life
             node.arena.check()
@@ -122,7 +142,7 @@ async def live(tiered: bool, tiering: TieringConfig | None = None) -> AsyncItera
 
 
 @contextlib.asynccontextmanager
-async def client(life: Life, name: str = "c0", scratch: bool = False) -> AsyncIterator[Put]:
+async def client(life: Life, name: str = "c0", tenant: str = "") -> AsyncIterator[Put]:
     async with contextlib.AsyncExitStack() as stack:
         staging = allocate(8 * SLOT, name)
         stack.callback(staging.close)
@@ -130,7 +150,7 @@ async def client(life: Life, name: str = "c0", scratch: bool = False) -> AsyncIt
         peers = Peers(life.network)
         stack.push_async_callback(peers.close)
         planes = [Plane(transfer, transfer.register(staging))]
-        store = StoreClient(peers, planes, Staging(staging, SLOT), InlineOffload(), scratch=scratch)
+        store = StoreClient(peers, planes, Staging(staging, SLOT), InlineOffload())
         stack.push_async_callback(store.aclose)
         store.set_nodes([NodeInfo(NodeId("s0"), Generation(1), "store", "s0:1")])
 
@@ -141,7 +161,7 @@ async def client(life: Life, name: str = "c0", scratch: bool = False) -> AsyncIt
                 buffer.view(5000)[:] = random.Random(block).randbytes(5000)
                 blocks.append(OutgoingBlock(h(block), ROOT, buffer, 5000))
             try:
-                return list(await store.put(NodeId("s0"), blocks, 5.0))
+                return list(await store.put(NodeId("s0"), blocks, 5.0, tenant))
             finally:
                 store.staging.release(buffers)
 
@@ -314,50 +334,3 @@ def test_a_second_scrub_is_the_first_until_that_one_has_ended():
             assert await life.call(ScrubPoll(first.job)) == ScrubState(first.job, "unknown")
 
     play(case)
-
-
-async def heard(life: Life, hashes: set[BlockHash]) -> None:
-    """Be a subscriber."""
-    async for reply in life.raw.stream(Subscribe(), idle_timeout_s=10.0):
-        match reply:
-            case Snapshot():
-                hashes |= set(reply.hashes)
-            case Events():
-                for change in reply.changes:
-                    if isinstance(change, Removed):
-                        hashes.discard(change.hash)
-                    else:
-                        hashes.add(change.hash)
-            case _:
-                raise AssertionError(reply)
-
-
-@both
-def test_a_measurement_disturbs_nothing(tiered: bool):
-    async def case(life: Life) -> None:
-        index: set[BlockHash] = set()
-        follower = asyncio.create_task(heard(life, index))
-        async with client(life, "c0") as put:
-            await put("abc")
-            await life.written()
-            async with client(life, "bench", scratch=True) as measure:
-                outcomes = await measure("pqrstuvw")
-                assert outcomes == ["published"] * 5 + ["full"] * 3
-                late: set[BlockHash] = set()
-                newcomer = asyncio.create_task(heard(life, late))
-                assert await put("de") == ["published"] * 2
-                await life.written()
-                found = await life.located("abcdepqrst")
-                assert found["memory"] == "abcdepqr"
-                assert found.get("disk") == ("abcde" if tiered else None)
-                await asyncio.sleep(0.02)
-                assert index == late == set(map(h, "abcde"))
-                newcomer.cancel()
-            await asyncio.sleep(0.02)
-            told = await life.describe()
-            assert (told.blocks, told.slots_free, told.slots_quarantined) == (5, 3, 0)
-            assert index == set(map(h, "abcde"))
-        follower.cancel()
-        await asyncio.gather(follower, return_exceptions=True)
-
-    play(case, tiered)

@@ -12,6 +12,7 @@ import pytest
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.node import StoreNode
 from kvstore.node.pin_journal import DiskPinFile, PinJournal, moment
 from kvstore.tiers import tiering
@@ -180,9 +181,9 @@ async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[L
         stack.callback(memory.close)
         transfer = LocalTransfer("s0#1", hub)
         tier = await bed.tier()
-        stack.callback(tier.close)
         planes = [Plane(transfer, transfer.register(memory))]
-        node = StoreNode(bed.config, Generation(1), planes, memory, InlineOffload(), tier, config, bed.journal())
+        backing = Backing(tier, config or TieringConfig(), bed.journal())
+        node = assemble_store(bed.config, Generation(1), planes, memory, InlineOffload(), backing)
         stack.push_async_callback(node.aclose)
         server = await network.listen("127.0.0.1:0", node)
         stack.push_async_callback(server.close)
@@ -695,7 +696,7 @@ def test_a_node_with_one_tier_has_nothing_to_prefetch(tmp_path: Path) -> None:
         transfer = LocalTransfer("s0#1", LocalHub(PerfectLink()))
         config = StoreConfig(arena_bytes=SLOT, slot_bytes=SLOT)
         planes = [Plane(transfer, transfer.register(memory))]
-        node = StoreNode(config, Generation(1), planes, memory, InlineOffload())
+        node = assemble_store(config, Generation(1), planes, memory, InlineOffload())
         context = NO_CONTEXT
         with pytest.raises(InvalidRequest):
             await node.call(Prefetch((h("a"),)), context)

@@ -7,7 +7,7 @@ import msgspec
 import uvloop
 
 from kvstore.config import StoreConfig
-from kvstore.node.node import StoreNode
+from kvstore.node.assemble import assemble_store
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
@@ -21,7 +21,8 @@ async def main(name: str, generation: int, config: StoreConfig) -> None:
     memory = allocate(config.arena_bytes, name)
     offload = ThreadOffload(name)
     transfer = ShmTransfer(f"{name}#{generation}", offload)
-    node = StoreNode(config, Generation(generation), [Plane(transfer, transfer.register(memory))], memory, offload)
+    planes = [Plane(transfer, transfer.register(memory))]
+    node = assemble_store(config, Generation(generation), planes, memory, offload)
     server = await TcpNetwork().listen("127.0.0.1:0", node)
     info = NodeInfo(NodeId(name), Generation(generation), "store", server.address)
     sys.stdout.buffer.write(msgspec.json.encode(info) + b"\n")

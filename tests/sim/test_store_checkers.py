@@ -10,14 +10,16 @@ from kvstore.index.pins import Pins
 from kvstore.index.slot_table import SlotTable
 from kvstore.node.node import StoreNode
 from kvstore.node.pin_journal import PinJournal
+from kvstore.tiers.promotions import TIER_HOLDER, Promotions
 from kvstore.tiers.records import Record, pack_record
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.slots import SlotIndex
-from kvstore.tiers.tiering import TIER_HOLDER, Tiering, TieringConfig
+from kvstore.tiers.tiering import Tiering, TieringConfig
 from router.fleet.members import MemberRegistry, _Member
 from sim.faults import Crash, DiskRot, FaultPlan, Zombie
+from sim.run import simulate
+from sim.shape import FAULTS_END_S, FLEET, MIX
 from sim.storage import Below
-from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members, NodeLoad
 
@@ -110,7 +112,7 @@ def test_a_block_in_memory_that_is_not_leased(monkeypatch):
 
 
 def test_a_block_of_the_tier_that_is_not_leased(monkeypatch):
-    monkeypatch.setattr(Tiering, "_join", lambda self, hashes: [])
+    monkeypatch.setattr(Promotions, "_join", lambda self, hashes: [])
     assert "visible" in rules()
 
 
@@ -138,19 +140,19 @@ def test_a_pin_that_a_restart_forgets(monkeypatch):
 
 
 def test_the_tier_writes_into_what_is_leased(monkeypatch):
-    real = Tiering._slot_view
+    real = Promotions._slot_view
 
     def astray(self, offset, size_bytes):
-        held = [slot for lease in self._arena._leases.all() if lease.holder != TIER_HOLDER for slot in lease.slots]
+        held = [slot for lease in self._arena._reading.open() if lease.holder != TIER_HOLDER for slot in lease.slots]
         others = [slot * 4096 for slot in held if slot * 4096 != offset]
-        return real(self, others[0] if others and self._coming else offset, size_bytes)
+        return real(self, others[0] if others and self.coming else offset, size_bytes)
 
-    monkeypatch.setattr(Tiering, "_slot_view", astray)
-    assert "lease" in rules(copy_delay_s=0.2)
+    monkeypatch.setattr(Promotions, "_slot_view", astray)
+    assert "lease" in rules(seed=8, copy_delay_s=0.2)
 
 
 def test_a_promotion_whose_protection_never_ends(monkeypatch):
-    monkeypatch.setattr(Tiering, "_let_go", lambda self, promotion: None)
+    monkeypatch.setattr(Promotions, "_let_go", lambda self, promotion: None)
     assert "references" in rules(slots=100)
 
 

@@ -13,6 +13,7 @@ from kvstore.config import StoreConfig
 from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.index.pin_records import Moment
+from kvstore.node.assemble import Backing, assemble_store
 from kvstore.node.node import StoreNode
 from kvstore.node.pin_journal import PinJournal
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile
@@ -55,8 +56,17 @@ class SlowLink(PerfectLink):
 
 
 class Life:
-    def __init__(self, info: NodeInfo, node: StoreNode, server: Server, peers: Peers, running: asyncio.Task[None]):
-        self.info, self.node, self.server, self.peers, self.running = info, node, server, peers, running
+    def __init__(
+        self,
+        info: NodeInfo,
+        node: StoreNode,
+        memory: SimMemory,
+        server: Server,
+        peers: Peers,
+        running: asyncio.Task[None],
+    ):
+        self.info, self.node, self.memory, self.server = info, node, memory, server
+        self.peers, self.running = peers, running
 
 
 class World:
@@ -88,16 +98,17 @@ class World:
         address = f"{name}:{generation}"
         peers = Peers(self.network.at(address))
         others = Others(NodeId(name), peers, ReplicationConfig(copy_bytes_s=bytes_s, grace_s=GRACE_S))
-        tier = journal = None
+        backing: Backing | None = None
         if disk_slots:
             device, pins = self.disks.setdefault(name, (MemoryDevice(disk_slots, SLOT), MemoryPinFile()))
             tier = SlotTier("disk", device, OFFLOAD, OFFLOAD)
             journal = PinJournal(pins, OFFLOAD, lambda: Moment("boot", clock.now_s(), clock.now_s()))
+            backing = Backing(tier, journal=journal)
         planes = [Plane(transfer, transfer.register(memory))]
-        node = StoreNode(config, generation, planes, memory, OFFLOAD, tier, None, journal, others)
+        node = assemble_store(config, generation, planes, memory, OFFLOAD, backing, others)
         server = await self.network.at(address).listen(address, node)
         info = NodeInfo(NodeId(name), generation, "store", address)
-        self.lives[name] = Life(info, node, server, peers, asyncio.create_task(node.run()))
+        self.lives[name] = Life(info, node, memory, server, peers, asyncio.create_task(node.run()))
         self.tell()
         return self.lives[name]
 
@@ -384,7 +395,7 @@ def test_bytes_that_went_bad_do_not_spread() -> None:
         node = world.lives["s0"].node
         block = node.arena.hold([hashes[3]], "test", 1.0, clock.now_s())[1][0]
         assert block is not None
-        node._buffer[block[0].offset] ^= 1  # pyright: ignore[reportPrivateUsage] - rot
+        world.lives["s0"].memory.buffer[block[0].offset] ^= 1  # rot
         await asyncio.sleep(2.0)
         await world.pin("t", hashes, "s0")
         await asyncio.sleep(3.0)

@@ -30,6 +30,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_tokens_max: int
     """KV memory in tokens, over all sequences."""
     vocab_size: int
+    hardware: str = ""
+    """What it computes on: engines of the same layout and hardware are equally fast on one host. Empty: not known."""
 
 
 class Scoring(NamedTuple):

@@ -15,15 +15,25 @@ import torch
 from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
 from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
+from tracehaul.engine.hardware import hardware
+from tracehaul.engine.kept_weights import kept_weights
 from tracehaul.engine.kvpool import Cut, HostPool, KVPool
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.paged import PagedModel, cuda_capture
 from tracehaul.engine.paged_pool import PagedPool
 from tracehaul.engine.ranges import BlockAllocator, RangeAllocator, Space
 from tracehaul.engine.sampling import Row, add_scores, choose, follow, is_plain_greedy
-from tracehaul.engine.weights import Weights, load_weights
+from tracehaul.engine.weights import Weights
 from tracehaul.model.model_config import ModelConfig
-from tracehaul.model.source import DEFAULT_MODEL, ModelSource, Progress, SourceError, read_config, resolve
+from tracehaul.model.source import (
+    DEFAULT_MODEL,
+    ModelSource,
+    Progress,
+    SourceError,
+    default_cache_dir,
+    read_config,
+    resolve,
+)
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.steps import Constraint
 
@@ -33,6 +43,8 @@ AnyModel = Model | HostModel | PagedModel
 WARM_UP_TOKENS = 513
 """Tokens of the first sequence, at load: a worker's whole chunk, whose memory is kept, and one more. Four times as many
 on a GPU: enough of them to fill it."""
+WARM_UP_COMPILED_TOKENS = 33
+"""On compiled kernels: enough that all of them run, and the memory of more is the system's to give in no time."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -47,7 +59,7 @@ class TorchEngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     pool: str = ""
     """Blocks of one pool are of no use in another, whatever the weights are."""
     cache_dir: str | None = None
-    """Where a fetched default model is kept; None: the user's cache folder."""
+    """Where a fetched default model is kept, and weights that had to be made; None: the user's cache folder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     weights: Literal["int8"] | None = None
     """Matrices rounded to int8, each row with a scale, on the CPU; None: of ``dtype``, as KV and activations are."""
@@ -327,7 +339,8 @@ class TorchEngine:
 
 def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineInfo, AnyModel, KVPool, Grammars]:
     """On the compute thread, so that torch's own threads are set up for it."""
-    source = resolve(config.model, None if config.cache_dir is None else Path(config.cache_dir), progress)
+    cache_dir = default_cache_dir() if config.cache_dir is None else Path(config.cache_dir)
+    source = resolve(config.model, cache_dir, progress)
     source = msgspec.structs.replace(source, name=config.name or source.name)
     device, dtype = _device(config.device), _DTYPES[config.dtype]
     torch.set_num_threads(config.threads)
@@ -337,7 +350,7 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
     if int8 and not (device.type == "cpu" and is_supported(read_config(source), dtype)):
         raise SourceError(f"{source.name}: int8 weights need the CPU's compiled kernels, which do not run this")
     with torch.inference_mode():
-        weights = load_weights(source, dtype, device, int8=int8)
+        weights = kept_weights(source, dtype, device, cache_dir / "kept", int8=int8)
         shape = weights.config
         layout = KVLayout(
             model=f"{config.pool and config.pool + ':'}{source.architecture}@{weights.revision}",
@@ -349,14 +362,13 @@ def _load(config: TorchEngineConfig, progress: Progress | None) -> tuple[EngineI
             block_tokens=config.block_tokens,
         )
         tokens_max = config.kv_tokens_max // config.block_tokens * config.block_tokens
-        info = _info(source.name, layout, shape, tokens_max)
+        info = _info(source.name, layout, shape, tokens_max, hardware(device, config.threads))
         try:
             model, pool = _model_and_pool(weights, layout, tokens_max, dtype, device, config.threads)
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             need = tokens_max * layout.token_bytes / 1e9
             raise SourceError(f"no memory for {tokens_max} tokens of KV ({need:.1f} GB): {error}") from error
-        warm_up = WARM_UP_TOKENS * (4 if isinstance(model, PagedModel) else 1)
-        _warm_up(model, pool, min(warm_up, tokens_max, shape.context_max), layout)
+        _warm_up(model, pool, min(_warm_up_tokens(model), tokens_max, shape.context_max), layout)
         _trim_heap()
         # Read only when a step needs it: most need no grammar.
         grammars = Grammars(lambda: vocabulary(*_tokenizer(source), info.vocab_size))
@@ -390,6 +402,16 @@ def _forward(
     return model.forward(tokens, segments, pool.tensor, rows)
 
 
+def _warm_up_tokens(model: AnyModel) -> int:
+    match model:
+        case PagedModel():
+            return 4 * WARM_UP_TOKENS
+        case HostModel():
+            return WARM_UP_COMPILED_TOKENS
+        case _:
+            return WARM_UP_TOKENS
+
+
 def _warm_up(model: AnyModel, pool: KVPool, tokens: int, layout: KVLayout) -> None:
     """A chunk, a decode step and copies on memory that nobody has yet: kernels are chosen and scratch memory is touched
     now, not in the first request."""
@@ -414,7 +436,7 @@ def _tokenizer(source: ModelSource) -> tuple[str, Sequence[int]]:
     return text.serialized(), text.eos_tokens
 
 
-def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> EngineInfo:
+def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int, hardware: str) -> EngineInfo:
     if tokens_max == 0:
         raise SourceError("the KV memory is smaller than one block")
     return EngineInfo(
@@ -423,6 +445,7 @@ def _info(name: str, layout: KVLayout, shape: ModelConfig, tokens_max: int) -> E
         context_max=shape.context_max,
         kv_tokens_max=tokens_max,
         vocab_size=shape.vocab_size,
+        hardware=hardware,
     )
 
 

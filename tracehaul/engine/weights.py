@@ -1,7 +1,8 @@
 """Reading a model's shape and weights: safetensors in the hub's layout, or GGUF, into fused matrices."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from blake3 import blake3
 from gguf.quants import dequantize
 from safetensors import SafetensorError, safe_open
 
-from tracehaul.model.gguf_file import GGUFError, read_gguf
-from tracehaul.model.model_config import ModelConfig
+from tracehaul.model.gguf_file import GGUFError, GGUFFile, read_gguf
+from tracehaul.model.model_config import ConfigError, ModelConfig, gguf_config
 from tracehaul.model.source import ModelSource, SourceError, read_config
 
 _REVISION_BYTES = 12
@@ -85,11 +86,8 @@ def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device, 
     Raises:
         SourceError: a file is missing or damaged, or the model has a feature that this engine does not run.
     """
-    try:
-        config = read_config(source)
-        reader = _GGUFReader(source.path, config) if source.kind == "gguf" else _FolderReader(source.path)
-        if not reader.has("lm_head.weight"):
-            config = msgspec.structs.replace(config, tied=True)
+    with _reading(source):
+        config, reader = _open(source)
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             # Normalization weights are vectors, small and applied in float32.
@@ -114,7 +112,31 @@ def load_weights(source: ModelSource, dtype: torch.dtype, device: torch.device, 
             embedding.scales,
             head.scales,
         )
-    except (OSError, GGUFError, SafetensorError) as error:
+
+
+def identify(source: ModelSource, *, int8: bool) -> tuple[ModelConfig, str]:
+    """The shape and the revision that :func:`load_weights` would return, and its errors."""
+    with _reading(source):
+        config, reader = _open(source)
+        return config, _revision(config, reader.files(), int8=int8)
+
+
+def _open(source: ModelSource) -> "tuple[ModelConfig, _GGUFReader | _FolderReader]":
+    if source.kind == "gguf":
+        file = read_gguf(source.path)
+        config = gguf_config(source.architecture, file)
+        return config, _GGUFReader(file, config)
+    config, reader = read_config(source), _FolderReader(source.path)
+    if not reader.has("lm_head.weight"):
+        config = msgspec.structs.replace(config, tied=True)
+    return config, reader
+
+
+@contextmanager
+def _reading(source: ModelSource) -> Generator[None]:
+    try:
+        yield
+    except (OSError, ConfigError, GGUFError, SafetensorError) as error:
         raise SourceError(f"{source.name}: cannot read the weights: {error}") from error
     except KeyError as error:
         raise SourceError(f"{source.name}: the model's files lack {error}") from error
@@ -243,16 +265,13 @@ _GGUF_NAMES = {
 class _GGUFReader:
     """One GGUF file of the llama architecture; tensors come dequantized, under the hub's names."""
 
-    def __init__(self, path: Path, config: ModelConfig) -> None:
-        self._file = read_gguf(path)
-        self._data = np.memmap(path, np.uint8, mode="r")
+    def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
+        self._file = file
+        self._data = np.memmap(file.path, np.uint8, mode="r")
         self._config = config
 
     def files(self) -> list[Path]:
         return [self._file.path]
-
-    def has(self, name: str) -> bool:
-        return _gguf_name(name) in self._file.tensors
 
     def tensor(self, name: str) -> torch.Tensor:
         values = torch.from_numpy(self._dequantized(_gguf_name(name)))

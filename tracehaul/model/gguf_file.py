@@ -101,13 +101,28 @@ class _Header:
         self._at += length
         return raw.decode()
 
+    def _strings(self, count: int) -> list[str]:
+        """As so many calls of :meth:`_string`: a vocabulary is most of what a header takes to read."""
+        data, at, length_at = self._data, self._at, struct.Struct("<Q").unpack_from
+        strings: list[str] = []
+        for _ in range(count):
+            start = at + 8
+            at = start + length_at(data, at)[0]
+            strings.append(data[start:at].decode())
+        if at > len(data):
+            raise ValueError("cut off in a string")
+        self._at = at
+        return strings
+
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._scalar(_SCALARS[kind])
         item, count = self._scalar("I"), self._count()
-        if item in (_STRING, _ARRAY):
+        if item == _STRING:
+            return self._strings(count)
+        if item == _ARRAY:
             return [self._value(item) for _ in range(count)]
         code = f"<{count}{_SCALARS[item]}"
         values = list(struct.unpack_from(code, self._data, self._at))

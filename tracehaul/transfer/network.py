@@ -30,7 +30,9 @@ def open_network(owner: str) -> Transfer:
 
         log.info("transport", kind="ucxx", why="NIXL is not installed")
         return UcxxTransfer(owner)
-    raise TransferError("neither NIXL nor UCXX is installed: pip install tracehaul[ucxx] for the latter")
+    raise TransferError(
+        "neither NIXL nor UCXX is installed: pip install tracehaul-store[nixl], or tracehaul-store[ucxx]"
+    )
 
 
 def installed(*packages: str) -> bool:

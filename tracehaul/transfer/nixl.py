@@ -231,7 +231,7 @@ def _bindings() -> Any:
     for package in ("nixl_cu13", "nixl_cu12", "nixl"):
         with contextlib.suppress(ImportError):
             return importlib.import_module(package)._bindings
-    raise TransferError("NIXL is not installed")
+    raise TransferError("NIXL is not installed: pip install tracehaul-store[nixl]")
 
 
 def _event_fds() -> set[int]:

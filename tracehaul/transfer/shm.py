@@ -20,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from tracehaul.runtime.offload import Offload, yield_core
 from tracehaul.transfer.base import Copy, Memory, Region
-from tracehaul.transfer.copying import ROW, SUMMED_BYTES_MIN, compiled, rows_of
+from tracehaul.transfer.copying import ROW, SUMMED_BYTES_MIN, compiled_here, rows_of
 from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.memory import is_memory_file, populate
 from tracehaul.transfer.region import Registered
@@ -103,7 +103,7 @@ class ShmTransfer:
         self._owner = owner
         self._offload = offload
         self._host = host_identity()
-        compiled()  # now, rather than while somebody waits for the first transfer
+        compiled_here()  # now, rather than while somebody waits for the first transfer
         self._mappings: dict[RegionDescriptor, asyncio.Future[_Mapping]] = {}
         self._jobs: dict[asyncio.Task[list[Checksum]], Job] = {}
         self._closed = False
@@ -221,7 +221,7 @@ class Job:
         self._inward = inward
         self._threads = THREADS if nbytes >= SHARED_BYTES and len(copies) > 1 else 1
         self._is_long = nbytes > TURN_BYTES
-        self._advance = compiled()
+        self._advance = compiled_here()
         self._stopped = False
 
     @property
@@ -239,21 +239,21 @@ class Job:
         columns = np.array(self._copies, dtype=np.uint64).reshape(-1, 3)
         here, there, sizes = columns[:, 0] + self._ours.ctypes.data, columns[:, 1] + theirs.ctypes.data, columns[:, 2]
         sources, targets = (there, here) if self._inward else (here, there)
-        self._is_row = sizes >= SUMMED_BYTES_MIN
+        self._is_row = (sizes >= SUMMED_BYTES_MIN) & (self._advance is not None)
         self._rows = rows_of(sources[self._is_row], targets[self._is_row], sizes[self._is_row])
-        self._short = np.flatnonzero(~self._is_row).tolist()
-        self._short_sums: dict[int, int] = {}
-        steps, short = iter(steps_of(self._rows["nbytes"])), iter(self._short)
-        return [self._turns(steps, short) for _ in range(self._threads)]
+        self._plain = np.flatnonzero(~self._is_row).tolist()
+        self._plain_sums: dict[int, int] = {}
+        steps, plain = iter(steps_of(self._rows["nbytes"])), iter(self._plain)
+        return [self._turns(steps, plain) for _ in range(self._threads)]
 
     def sums(self) -> list[Checksum]:
         """Of the bytes of each copy as they were stored; when all turns are over."""
         sums = np.empty(len(self._copies), dtype=np.uint64)
         sums[self._is_row] = self._rows["sums"][:, 0]
-        sums[self._short] = [self._short_sums[index] for index in self._short]
+        sums[self._plain] = [self._plain_sums[index] for index in self._plain]
         return list(map(Checksum, sums.tolist()))
 
-    def _turns(self, steps: Iterator[tuple[int, int]], short: Iterator[int]) -> Iterator[None]:
+    def _turns(self, steps: Iterator[tuple[int, int]], plain: Iterator[int]) -> Iterator[None]:
         """Do what no other thread has begun."""
         rows, room = self._rows.ctypes.data, TURN_BYTES
         for at, end in steps:
@@ -265,21 +265,24 @@ class Job:
                     yield_core()
                 if self._stopped:
                     return
+                assert self._advance is not None
                 at += self._advance(rows + at * ROW.itemsize, end - at, STEP_BYTES, self._is_long)
                 room -= STEP_BYTES
-        for index in short:
+        for index in plain:  # short ones, and all where nothing could be compiled
+            local_offset, remote_offset, nbytes = self._copies[index]
             if room <= 0:
                 yield
                 room = TURN_BYTES
+            elif self._is_long and nbytes > SHORT_BYTES:
+                yield_core()
             if self._stopped:
                 return
-            local_offset, remote_offset, nbytes = self._copies[index]
             mine = self._ours[local_offset : local_offset + nbytes]
             other = self._theirs[remote_offset : remote_offset + nbytes]
             source, target = (other, mine) if self._inward else (mine, other)
             np.copyto(target, source)
-            self._short_sums[index] = xxh3_64_intdigest(target.data)
-            room -= SHORT_BYTES
+            self._plain_sums[index] = xxh3_64_intdigest(target.data)
+            room -= max(nbytes, SHORT_BYTES)
 
 
 def steps_of(sizes: NDArray[np.uint64]) -> list[tuple[int, int]]:

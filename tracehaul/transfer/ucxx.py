@@ -468,7 +468,7 @@ def _bindings() -> tuple[Any, Any]:
         library = importlib.import_module("ucxx._lib.libucxx")
         array = importlib.import_module("ucxx._lib.arr")
     except ImportError as error:
-        raise TransferError("UCXX is not installed") from error
+        raise TransferError("UCXX is not installed: pip install tracehaul-store[ucxx]") from error
     for key in [key for key in os.environ if key.startswith("UCX_") and key not in before]:
         del os.environ[key]
     return library, array.Array

@@ -23,9 +23,6 @@ class Reserve(Message, frozen=True):
     blocks: tuple[BlockSpec, ...]
     tenant: str | int = ""
     """Whose quota the slots count against: its name; its key where a name is not known, as in a copy."""
-    scratch: bool = False
-    """For measurements: only free slots, which give way to anybody; what is published in them is told to no
-    subscriber, written to no tier, and gone with the connection."""
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):

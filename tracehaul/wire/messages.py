@@ -39,6 +39,7 @@ from tracehaul.wire.cluster import Heartbeat, Join, Members
 from tracehaul.wire.operations import (
     Describe,
     Description,
+    Discard,
     Limits,
     Locate,
     Located,
@@ -87,6 +88,7 @@ Request = (
     | Describe
     | SetLimits
     | Locate
+    | Discard
     | Scrub
     | ScrubPoll
     | ScrubCancel

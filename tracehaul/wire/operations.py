@@ -82,6 +82,16 @@ class Located(Message, frozen=True):
     held: dict[str, bytes]
 
 
+class Discard(Message, frozen=True):
+    """Tenant -> store: drop these of mine, in memory and below it, but for what a pin covers. Answered with ``Ok``.
+
+    What is being copied or read meanwhile may stay, and ages out as everything does.
+    """
+
+    hashes: tuple[BlockHash, ...]
+    tenant: str = ""
+
+
 class Scrub(Message, frozen=True):
     """Operator -> store: verify every block that you hold, now. Answered with :class:`ScrubState`.
 

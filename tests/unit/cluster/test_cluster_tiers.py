@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, disk_path
 from cluster.rundir import RunDir
-from cluster.tiers import open_tiers
+from cluster.tiers import open_backing
 
 SLOT = 64 << 10
 NONE = ClusterConfig()
@@ -35,10 +35,28 @@ def test_each_tier_that_is_asked_for_is_opened_though_it_is_empty(
         config = msgspec.structs.replace(config, s3_url=make())
 
     async def main() -> None:
-        tier, stats = await open_tiers(config, RunDir(tmp_path), "store-0", SLOT)
-        assert [part.name for part in (tier.parts if tier is not None else ())] == names
-        assert set(names) <= set(stats)
-        if tier is not None:
-            tier.close()
+        backing = await open_backing(config, RunDir(tmp_path), "store-0", SLOT)
+        assert [part.name for part in (backing.tier.parts if backing is not None else ())] == names
+        if backing is not None:
+            assert backing.journal is not None
+            await backing.journal.aclose()
+            backing.tier.close()
+
+    asyncio.run(main())
+
+
+def test_a_disk_is_closed_if_what_belongs_beside_it_cannot_be_had(tmp_path: Path) -> None:
+    async def main() -> None:
+        run = RunDir(tmp_path)
+        pins = disk_path(DISK, run, "store-0").with_suffix(".pins")
+        pins.mkdir(parents=True)
+        with pytest.raises(IsADirectoryError):
+            await open_backing(DISK, run, "store-0", SLOT)
+        pins.rmdir()
+        backing = await open_backing(DISK, run, "store-0", SLOT)  # nobody has the lock on the file
+        assert backing is not None
+        assert backing.journal is not None
+        await backing.journal.aclose()
+        backing.tier.close()
 
     asyncio.run(main())

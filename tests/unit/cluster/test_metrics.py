@@ -10,8 +10,8 @@ from cluster.metric_names import COUNTERS, GAUGES, LOAD, OTHER_COUNTERS, PARTS, 
 from kvstore.client.client import ClientStats
 from kvstore.copies.copier import CopyStats
 from kvstore.copies.replicator import ReplicaStats
-from kvstore.node.node import StoreStats
 from kvstore.node.pin_journal import JournalStats
+from kvstore.node.stats import StoreStats
 from kvstore.tiers.base import TierStats
 from kvstore.tiers.object_tier import ObjectStats
 from kvstore.tiers.stack import StackStats

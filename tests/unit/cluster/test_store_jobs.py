@@ -7,10 +7,10 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from cluster import store_jobs
 from cluster.members import StoreRef
-from cluster.store_act import DRAIN, SCRUB
-from cluster.store_jobs import follow
+from cluster.store import jobs as store_jobs
+from cluster.store.commands import DRAIN, SCRUB
+from cluster.store.jobs import follow
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.peers import Peers

@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from rich.table import Table
+from typer.testing import CliRunner
 
-from cluster.members import Found, StoreRef
-from cluster.prompts import Source, blocks_of, parse_hash, parse_tokens
+from cluster.members import Answers, Found, StoreRef
+from cluster.prompts import Blocks, Source, blocks_of, parse_hash, parse_tokens
 from cluster.rundir import ClusterFault
-from cluster.store_act import Change, changes_for, parse_change
-from cluster.store_session import end
-from cluster.store_tables import duration, holding, limit, ping_table, pins_table, query_table, ranges, share, size
-from tracehaul.wire.blocks import PinInfo
+from cluster.store.bench import BenchResult
+from cluster.store.command import Args, Command, Session, end
+from cluster.store.commands import COMMANDS, app
+from cluster.store.limits import Change, changes_for, parse_change
+from cluster.store.tables import duration, holding, limit, ping_table, pins_table, query_table, ranges, share, size
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.peers import Peers
+from tracehaul.wire.blocks import PinInfo, PinList
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
@@ -21,6 +26,7 @@ from tracehaul.wire.operations import Located
 
 ROOT = BlockHash(b"r" * 16)
 S0, S1 = NodeId("store-0"), NodeId("store-1")
+SESSION = Session(Args(), [], Peers(LocalNetwork()), Blocks([], 0))
 
 
 def text(table: Table) -> list[str]:
@@ -140,9 +146,37 @@ def test_what_is_held_is_counted_by_run_and_by_tier():
     assert lines[4].split() == ["all", "nodes", "3", "4"]
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_each_command_explains_itself_and_its_options(command: Command):
+    told = CliRunner().invoke(app, [command.name, "--help"], terminal_width=200).output
+    assert " ".join(command.help.split())[:60] in " ".join(told.split())
+    assert all(f"tracehaul store {example}" in " ".join(told.split()) for example in command.examples)
+    assert all(help in told for help in command.required.values())
+    assert ("--json" in told) == ("as_json" in command.options)
+    assert ("--hash" in told) == ("hashes" in command.options)
+    assert {"--url", "--run-dir"} <= set(told.split())
+
+
+def test_what_was_measured_is_shown_by_node():
+    result = BenchResult("shm", 8, 1 << 20, 1, 2.5, 3.25, 9.0, 0.5, 0.25, 0.125, 0.0625)
+    (bench,) = (command for command in COMMANDS if command.name == "bench")
+    (shown,) = bench.show(SESSION, Answers({S0: result, S1: result}, {}))
+    assert isinstance(shown, Table)
+    lines = text(shown)
+    assert lines[0].split() == ["store-0", "store-1"]
+    assert lines[3].split() == ["blocks", "8", "of", "1.0", "MiB", "8", "of", "1.0", "MiB"]
+    assert lines[5].split() == ["put", "GB/s", "2.50", "2.50"]
+
+
+def test_what_is_no_change_is_refused_before_a_cluster_is_looked_for(tmp_path: Path):
+    done = CliRunner().invoke(app, ["limits", "--set", "leases_max", "--run-dir", str(tmp_path)])
+    assert isinstance(done.exception, ClusterFault)
+    assert "not NAME=VALUE" in str(done.exception)
+
+
 def test_names_from_outside_are_no_markup():
-    pins = [PinInfo(TraceId("[red]x[/]"), "[bold]", "soft", 2, 1, 2048, 61.0)]
-    assert text(pins_table({S0: pins}))[2].split() == [
+    pins = (PinInfo(TraceId("[red]x[/]"), "[bold]", "soft", 2, 1, 2048, 61.0),)
+    assert text(pins_table({S0: PinList(pins)}))[2].split() == [
         "store-0",
         "[red]x[/]",
         "[bold]",

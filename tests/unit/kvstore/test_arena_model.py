@@ -490,7 +490,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 assert kept <= set(held.hashes), "all that a hard pin keeps is counted"
         for tenant in ("", "a", "b", "c"):
             assert arena.bytes_used(tenant) == SLOT * model.group_used(model.group(tenant))
-        assert all(arena.is_reserved(hash_of(n)) == (n in model.pending) for n in names)
+        assert all((arena.quiet_at_s(hash_of(n)) is not None) == (n in model.pending) for n in names)
         assert arena.slots_free == model.slots - len(model.used())
 
     def _handle(self, data: st.DataObject) -> tuple[int, int, str]:
@@ -514,7 +514,7 @@ class RunsMachine(ArenaMachine):
     def __init__(self) -> None:
         super().__init__()
         self._patch = pytest.MonkeyPatch()
-        self._patch.setattr("kvstore.index.arena.RUN_BLOCKS_MIN", 2)
+        self._patch.setattr("kvstore.index.writing.RUN_BLOCKS_MIN", 2)
         self._patch.setattr("kvstore.index.slot_table.RUN_BLOCKS_MIN", 2)
 
     def teardown(self) -> None:

@@ -54,7 +54,7 @@ class Play:
         publications: list[Publication] = []
         for spec, outcome in zip(specs, outcomes, strict=True):
             if isinstance(outcome, Slot):
-                assert self.arena.is_reserved(spec.hash)
+                assert self.arena.quiet_at_s(spec.hash) is not None
                 sum_ = Checksum(int.from_bytes(spec.hash[:8]))
                 publications.append(Publication(spec.hash, outcome.generation, sum_))
                 assert self.arena.landing(publications[-1], owner) == (outcome.offset, spec.size_bytes)
@@ -120,7 +120,7 @@ class Play:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Blocks that went each way."""
-    monkeypatch.setattr("kvstore.index.arena.RUN_BLOCKS_MIN", 2)
+    monkeypatch.setattr("kvstore.index.writing.RUN_BLOCKS_MIN", 2)
     monkeypatch.setattr("kvstore.index.slot_table.RUN_BLOCKS_MIN", 2)
     counts = {"evicted": 0, "published": 0}
     evict, publish = SlotTable._evict_run, SlotTable.publish_run  # pyright: ignore[reportPrivateUsage] - which way it went

@@ -314,12 +314,12 @@ def test_the_ends_of_reservations_are_told() -> None:
     assert arena.take_ended() == [h("a")]
     slot = reserve(arena, "b")
     assert isinstance(slot, Slot)
-    assert arena.is_reserved(h("b"))
+    assert arena.quiet_at_s(h("b")) is not None
     arena.abandon([(h("b"), slot.generation)], "w")
     reserve(arena, "c")
     arena.disconnected("w", 0.0)
     assert arena.take_ended() == [h("b"), h("c")]
-    assert not arena.is_reserved(h("c"))
+    assert arena.quiet_at_s(h("c")) is None
     assert [type(change) for change in arena.take_changes()] != [Removed]
 
 

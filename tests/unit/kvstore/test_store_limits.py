@@ -1,4 +1,4 @@
-"""Limits that change while a node serves, and blocks that are there for a measurement only."""
+"""Limits that change while a node serves, and blocks that their tenant discards."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ from kvstore.node.limits import FIXED, LIVE, LIVE_TIERING, changed
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.slots import SlotIndex
 from kvstore.tiers.tiering import TieringConfig
-from tracehaul.wire.blocks import BlockSpec, Full, Pin, Pinned, Present, Publication, Removed, Slot, Stored
+from tracehaul.wire.blocks import BlockSpec, Full, Pin, Pinned, Publication, Removed, Slot
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.ids import BlockHash, Checksum, LeaseId, TraceId
 from tracehaul.wire.operations import TenantUsage
@@ -30,8 +30,8 @@ def h(name: str) -> BlockHash:
     return BlockHash(name.encode().ljust(16, b"."))
 
 
-def put(arena: Arena, name: str, tenant: str = "", *, owner: str = "w", scratch: bool = False) -> bool:
-    (slot,) = arena.reserve([BlockSpec(h(name), ROOT, 100)], owner, 0.0, tenant, scratch=scratch)
+def put(arena: Arena, name: str, tenant: str = "", *, owner: str = "w") -> bool:
+    (slot,) = arena.reserve([BlockSpec(h(name), ROOT, 100)], owner, 0.0, tenant)
     arena.check()
     if not isinstance(slot, Slot):
         assert isinstance(slot, Full)
@@ -113,7 +113,7 @@ def test_a_shorter_reservation_ends_the_open_ones_that_are_older():
     arena.reserve([BlockSpec(h("a"), ROOT, 1)], "w", 0.0)
     arena.reserve([BlockSpec(h("b"), ROOT, 1)], "w", 4.0)
     assert arena.reconfigure(config(reservation_ttl_s=3.0), 5.0) is None
-    assert (arena.is_reserved(h("a")), arena.is_reserved(h("b"))) == (False, True)
+    assert (arena.quiet_at_s(h("a")) is not None, arena.quiet_at_s(h("b")) is not None) == (False, True)
     assert arena.next_deadline_s() == 7.0
     arena.check()
 
@@ -184,72 +184,52 @@ def test_quotas_change_under_leases_and_pins():
     arena.check()
 
 
-# --- scratch ------------------------------------------------------------------------------------------------
+# --- discarding ---------------------------------------------------------------------------------------------
 
 
-def test_scratch_blocks_take_free_slots_only_and_nobody_hears_of_them():
-    arena = Arena(config(2))
-    assert put(arena, "a")
-    arena.take_changes()
-    assert put(arena, "x", owner="bench", scratch=True)
-    assert not put(arena, "y", owner="bench", scratch=True)
-    assert held(arena, "axy") == "ax"
-    assert arena.published() == (h("a"),)
-    assert arena.take_changes() == []
-
-
-def test_scratch_blocks_are_the_first_to_give_way():
-    arena = Arena(config(2))
-    assert put(arena, "a")
-    assert put(arena, "x", owner="bench", scratch=True)
-    arena.take_changes()
-    assert put(arena, "b")
-    assert held(arena, "abx") == "ab"
-    assert arena.take_changes() == [Stored(h("b"))]
-    assert arena.evicted == 0
-    assert put(arena, "c")
-    assert arena.take_changes() == [Removed(h("a")), Stored(h("c"))]
-
-
-def test_a_scratch_block_under_a_lease_does_not_give_way():
-    arena = Arena(config(2))
-    assert put(arena, "a")
-    assert put(arena, "x", owner="bench", scratch=True)
-    assert arena.lease([h("x")], "bench", 10.0, 0.0) is not None
-    assert put(arena, "b")
-    assert held(arena, "abx") == "bx"
-
-
-@pytest.mark.parametrize("leased", [False, True])
-def test_scratch_blocks_go_with_their_connection(leased: bool):
+def test_a_tenant_discards_its_own_blocks_only():
     arena = Arena(config(4))
-    assert put(arena, "a", owner="bench")
-    assert put(arena, "x", owner="bench", scratch=True)
-    arena.reserve([BlockSpec(h("y"), ROOT, 1)], "bench", 0.0, scratch=True)
-    if leased:
-        assert arena.lease([h("x")], "other", 10.0, 0.0) is not None
+    for name, tenant in (("a", ""), ("b", "bench"), ("c", "bench")):
+        assert put(arena, name, tenant)
     arena.take_changes()
-    arena.disconnected("bench", 0.0)
+    arena.discard([h("a"), h("b"), h("b"), h("x")], tenant_key("bench"))
     arena.check()
-    assert held(arena, "axy") == "a"
-    assert arena.take_changes() == []
-    arena.expire(1000.0)
-    arena.check()
-    assert arena.slots_free == 3
-    (outcome,) = arena.reserve([BlockSpec(h("y"), ROOT, 1)], "w", 1000.0)
-    assert isinstance(outcome, Slot)
+    assert held(arena, "abcx") == "ac"
+    assert arena.take_changes() == [Removed(h("b"))]
+    assert arena.slots_free == 2
+    assert arena.evicted == 0
 
 
-def test_an_abandoned_scratch_reservation_may_become_a_real_one():
-    arena = Arena(config(2))
-    (slot,) = arena.reserve([BlockSpec(h("x"), ROOT, 1)], "bench", 0.0, scratch=True)
-    assert isinstance(slot, Slot)
-    arena.abandon([(h("x"), slot.generation)], "bench")
-    assert put(arena, "x")
-    assert arena.take_changes() == [Stored(h("x"))]
-    assert isinstance(arena.reserve([BlockSpec(h("x"), ROOT, 1)], "bench", 0.0, scratch=True)[0], Present)
-    arena.disconnected("bench", 0.0)
-    assert held(arena, "x") == "x"
+def test_what_a_pin_covers_is_not_discarded():
+    arena = Arena(config(4))
+    assert put(arena, "a", "bench")
+    assert pinned(arena, "t", "a", tenant="bench")
+    arena.discard([h("a")], tenant_key("bench"))
+    assert held(arena, "a") == "a"
+
+
+def test_a_discarded_block_keeps_its_slot_until_its_leases_end():
+    arena = Arena(config(1))
+    assert put(arena, "a", "bench")
+    leased = arena.lease([h("a")], "r", 10.0, 0.0)
+    assert leased is not None
+    arena.discard([h("a")], tenant_key("bench"))
+    arena.check()
+    assert held(arena, "a") == ""
+    assert not put(arena, "b")
+    arena.release(leased.lease, "r")
+    assert put(arena, "b")
+
+
+def test_a_discarded_prefix_leaves_what_continues_it():
+    arena = Arena(config(4))
+    for name, parent in (("a", ROOT), ("b", h("a"))):
+        (slot,) = arena.reserve([BlockSpec(h(name), parent, 100)], "w", 0.0, "bench")
+        assert isinstance(slot, Slot)
+        arena.publish([Publication(h(name), slot.generation, Checksum(7))], "w", 0.0)
+    arena.discard([h("a")], tenant_key("bench"))
+    arena.check()
+    assert held(arena, "ab") == "b"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -260,11 +240,11 @@ def test_whatever_happens_between_changes_of_quotas_the_index_agrees_with_itself
     leases: list[LeaseId] = []
     for now_s in range(200):
         name, tenant = rng.choice("abcdefghijklmnop"), rng.choice(["", "s", "t", "u"])
-        match rng.randrange(6):
+        match rng.randrange(7):
             case 0 | 1:
                 parent = h(rng.choice("abcd")) if rng.random() < 0.3 else ROOT
                 spec = BlockSpec(h(name), parent if parent != h(name) else ROOT, 100)
-                (slot,) = arena.reserve([spec], "w", now_s, tenant, scratch=rng.random() < 0.2)
+                (slot,) = arena.reserve([spec], "w", now_s, tenant)
                 if isinstance(slot, Slot) and rng.random() < 0.9:
                     arena.publish([Publication(h(name), slot.generation, Checksum(7))], "w", now_s)
             case 2:
@@ -275,6 +255,8 @@ def test_whatever_happens_between_changes_of_quotas_the_index_agrees_with_itself
             case 4:
                 kind = rng.choice(["soft", "hard"])
                 arena.pin(Pin(TraceId(name), (h(name),), 20.0, kind, tenant=tenant), now_s)
+            case 5:
+                arena.discard([h(name), h("a")], tenant_key(tenant))
             case _:
                 quotas = {t: rng.randrange(3) * SLOT for t in rng.sample(["s", "t", "u"], rng.randrange(4))}
                 arena.expire(now_s)

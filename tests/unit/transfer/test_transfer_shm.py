@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer import shm
 from tracehaul.transfer.base import Copy
+from tracehaul.transfer.copying import compiled, compiled_here
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.hashing import checksum
@@ -18,6 +21,20 @@ ODD = [Copy(7, 1000, 700_001), Copy(1 << 20, 0, 0), Copy(2 << 20, 1 << 20, shm.S
 LONG = [*ODD, Copy(4 << 20, 2 << 20, 3 << 20), *[Copy(7 << 20 | i << 12, 6 << 20 | i << 8, 241 + i) for i in range(9)]]
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With llvmlite, and without."""
+    if request.param == "plain":
+        for module in ("llvmlite", "llvmlite.binding"):
+            monkeypatch.setitem(sys.modules, module, None)
+        compiled.cache_clear()
+        compiled_here.cache_clear()
+        assert compiled_here() is None
+    yield
+    compiled_here.cache_clear()
+
+
+@pytest.mark.usefixtures("how")
 @pytest.mark.parametrize("copies", [ODD, LONG, [Copy(5, 9, 240)], []])
 @pytest.mark.parametrize("turn_bytes", [1, shm.TURN_BYTES])
 def test_sums_are_of_our_bytes_one_per_copy(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tracehaul.engine.cpu.compiling import compiled, inner
 from tracehaul.engine.cpu.phases import (
     FULL,
     KEY_TOKENS,
@@ -43,13 +44,11 @@ from tracehaul.engine.cpu.vectors import (
     LANES,
     add,
     claim,
-    compiled,
     div,
     exp2,
     expect,
     first_lanes,
     fma,
-    inner,
     larger,
     largest,
     load,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tracehaul.engine.cpu.attending import attend_phase
+from tracehaul.engine.cpu.compiling import compiled, inner
 from tracehaul.engine.cpu.phases import (
     FULL,
     HEAD_BLOCK,
@@ -42,12 +43,10 @@ from tracehaul.engine.cpu.vectors import (
     LANES,
     add,
     claim,
-    compiled,
     div,
     exp2,
     expect,
     fma,
-    inner,
     load,
     load_one,
     mul,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from tracehaul.engine.cpu.vectors import LANES, claim, inner, peek
+from tracehaul.engine.cpu.compiling import inner
+from tracehaul.engine.cpu.vectors import LANES, claim, peek
 
 SPAN_TOKENS = 512
 """Attention sums over runs of this many keys, then merges the runs in order: short segments' in parallel."""

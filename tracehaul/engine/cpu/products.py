@@ -10,11 +10,11 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from tracehaul.engine.cpu.compiling import HAS_DOT
 from tracehaul.engine.cpu.vectors import (
     BFLOATS,
     F32,
     FLOATS,
-    HAS_DOT,
     I16,
     I32,
     I64,

@@ -10,58 +10,15 @@ bfloat16, which numpy does not know.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import llvmlite.binding as llvm
-from blake3 import blake3
 from llvmlite import ir
-from numba import config, njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 LANES = 16
-
-
-# Vectors are written out here: to let LLVM look for more only costs a third of the time that compiling takes.
-_settings: Any = config
-_settings.LOOP_VECTORIZE = _settings.SLP_VECTORIZE = 0
-
-
-def _jit(**options: Any) -> Any:
-    untyped: Any = njit
-    return untyped(nogil=True, error_model="numpy", no_cfunc_wrapper=True, **options)
-
-
-def compiled(function: F) -> F:
-    """Compile on first use, for the machine at hand; runs without the interpreter's lock.
-
-    What was compiled is kept on disk, beside the source or in the user's cache folder, if one of them can be written.
-    """
-    try:
-        dispatcher = _jit(cache=True)(function)
-    except RuntimeError:  # numba's word for no place to write to
-        return cast(F, _jit()(function))
-    # By itself numba looks at the function's own file only, and these functions call others' in other files.
-    dispatcher._cache._cache_file._source_stamp = _SOURCES
-    return cast(F, dispatcher)
-
-
-def inner(function: F) -> F:
-    """Compile as a part of the compiled functions that call it, to which alone it is known."""
-    return cast(F, _jit(no_cpython_wrapper=True)(function))
-
-
-_SOURCES = blake3(
-    b"".join(
-        (Path(__file__).parent / f"{name}.py").read_bytes()
-        for name in ("vectors", "products", "phases", "attending", "kernels")
-    )
-).hexdigest()
-"""What everything that was compiled comes from."""
 
 
 def word(generator: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,8 +58,6 @@ class _BFloat(ir.Type):
 
 
 BFLOATS = ir.VectorType(_BFloat(), 2 * LANES)
-HAS_DOT = llvm.get_host_cpu_features().get("avx512bf16", False)
-"""The machine multiplies bfloat16 pairs into float32 sums in one instruction."""
 
 
 # --- helpers of the generators ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ CYCLE_STEPS_MAX = 65536
 """Parents followed for one block before its chain counts as forged: far more than a sequence has blocks."""
 
 
-class Families:
+class Continuations:
     """Counts, per block, the continuations that are published or reserved here.
 
     ``published`` is the arena's own index from hash to slot, read only. Chains of honest hashes have no cycle; forged
@@ -91,6 +91,17 @@ class Families:
             own[slot] = parent
         counts = array("I", map(self._count_absent.pop, hashes, repeat(0)))
         self._counts[column(slots)] = np.frombuffer(counts, dtype=np.uint32)
+
+    def restore(self, slots: Sequence[int], parents: Sequence[BlockHash]) -> None:
+        """All published blocks at once, where there was none, and nothing was expected."""
+        find, own, count, absent = self._published.get, self._parent, self._count, self._count_absent
+        for slot, parent in zip(slots, parents, strict=True):
+            own[slot] = parent
+            parent_slot = find(parent)
+            if parent_slot is not None:
+                count[parent_slot] += 1
+            else:
+                absent[parent] = absent.get(parent, 0) + 1
 
     def loose(self, slots: Sequence[int]) -> int:
         """How many of these, from the first on, have no continuation but the one right before, if any."""

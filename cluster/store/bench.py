@@ -1,10 +1,12 @@
 """How fast a live store node takes and gives blocks, without disturbing what it holds.
 
-The blocks are scratch: they get free slots only, nobody is told of them, no tier takes them, they give way to anyone
-who needs a slot, and they are gone with this process's connection.
+The blocks are a tenant's of their own. There is never more than one batch of them, in slots that were free just
+before, and each is discarded when it was read; also when the command is interrupted. What a killed one leaves ages
+out as everything does.
 """
 
 import asyncio
+import contextlib
 import mmap
 import os
 import statistics
@@ -29,7 +31,7 @@ from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash, NodeId
-from tracehaul.wire.operations import Describe, Description
+from tracehaul.wire.operations import Describe, Description, Discard
 
 BATCH_BYTES = 16 << 20
 MEMCPY_BYTES = 64 << 20
@@ -39,6 +41,7 @@ ASKED_HASHES = 1000
 TIMES = 20
 """Single blocks and single questions timed."""
 PUT_TIMEOUT_S = 10.0
+TENANT = "store bench"
 
 
 class BenchResult(msgspec.Struct, frozen=True):
@@ -70,9 +73,7 @@ async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
     async with AsyncExitStack() as stack:
         peers = Peers(TcpNetwork())
         stack.push_async_callback(peers.close)
-        node = await peers.call(ref.address, Describe(), timeout_s=ASK_TIMEOUT_S)
-        if not isinstance(node, Description):
-            raise ProtocolError(f"it answered Describe with {type(node).__name__}")
+        node = await _describe(peers, ref.address)
         count = min(bytes_max // node.slot_bytes, node.slots_free)
         if not count:
             free = f"{node.slots_free} of {node.slots} slots are free, {node.slot_bytes} bytes each"
@@ -90,9 +91,11 @@ class _Bench:
         self._transports = node.transports
         self._batch = batch
         self._root = BlockHash(os.urandom(HASH_BYTES))
+        self._held: list[BlockHash] = []
+        """What it has put, as far as it knows, and not discarded."""
 
     async def run(self, stack: AsyncExitStack, count: int) -> BenchResult:
-        """All of it; what it opens is closed by ``stack``, before the connection that the blocks live by."""
+        """All of it; what it opens is closed by ``stack``, after the blocks are discarded."""
         memory = allocate(2 * self._batch * self._block_bytes, "store-bench")
         stack.callback(memory.close)
         offload = ThreadOffload("bench", COPY_THREADS)
@@ -100,9 +103,10 @@ class _Bench:
         transfer = self._transfer(offload)
         stack.push_async_callback(transfer.close)
         plane = Plane(transfer, transfer.register(memory))
-        client = StoreClient(self._peers, [plane], Staging(memory, self._block_bytes), offload, scratch=True)
+        client = StoreClient(self._peers, [plane], Staging(memory, self._block_bytes), offload)
         stack.push_async_callback(client.aclose)
         client.set_nodes([self._info])
+        stack.push_async_callback(self._clean_up)
         buffers = await client.staging.acquire(2 * self._batch, PUT_TIMEOUT_S)
         out, back = buffers[: self._batch], buffers[self._batch :]
         pattern = os.urandom(self._block_bytes)
@@ -149,6 +153,7 @@ class _Bench:
             hashes = [_hash()]
             puts.append((await self._put(client, hashes, out[:1]))[0])
             gets.append(await self._get(client, hashes, back[:1]))
+            await self._discard()
         first = min(1, times - 1)  # in which both sides map each other
         return statistics.median(puts[first:]), statistics.median(gets[first:])
 
@@ -159,8 +164,12 @@ class _Bench:
         put_s = get_s = 0.0
         blocks = refused = 0
         while count > 0:
-            hashes = [_hash() for _ in range(min(count, self._batch))]
-            count -= len(hashes)
+            size = min(count, self._batch)
+            count -= size
+            if (await _describe(self._peers, self._info.address)).slots_free < size:
+                refused += size
+                break
+            hashes = [_hash() for _ in range(size)]
             took_s, held = await self._put(client, hashes, out)
             refused += len(hashes) - len(held)
             if not held:
@@ -169,18 +178,29 @@ class _Bench:
                 put_s += took_s
                 get_s += await self._get(client, held, back)
                 blocks += len(held)
+            await self._discard()
         return put_s, get_s, blocks, refused
 
     async def _put(
         self, client: StoreClient, hashes: Sequence[BlockHash], buffers: Sequence[StagingBuffer]
     ) -> tuple[float, list[BlockHash]]:
         blocks = [OutgoingBlock(h, self._root, b, self._block_bytes) for h, b in zip(hashes, buffers, strict=False)]
+        self._held += hashes
         began_s = clock.perf_s()
-        outcomes = await client.put(self._info.node, blocks, PUT_TIMEOUT_S)
+        outcomes = await client.put(self._info.node, blocks, PUT_TIMEOUT_S, TENANT)
         took_s = clock.perf_s() - began_s
         if bad := [outcome for outcome in outcomes if outcome not in ("published", "full")]:
             raise ClusterError(f"a put ended with {bad[0]}: can this process reach its memory?")
         return took_s, [h for h, outcome in zip(hashes, outcomes, strict=True) if outcome == "published"]
+
+    async def _discard(self) -> None:
+        await self._peers.call(self._info.address, Discard(tuple(self._held), TENANT), timeout_s=PUT_TIMEOUT_S)
+        self._held.clear()
+
+    async def _clean_up(self) -> None:
+        if self._held:
+            with contextlib.suppress(ClusterError):  # it has said already that it does not answer
+                await self._discard()
 
     async def _get(self, client: StoreClient, hashes: Sequence[BlockHash], buffers: Sequence[StagingBuffer]) -> float:
         began_s = clock.perf_s()
@@ -190,6 +210,13 @@ class _Bench:
         if any(size != self._block_bytes for size in sizes):
             raise Unavailable(f"blocks gave way before they were read ({client.stats.misses}): the node is full")
         return took_s
+
+
+async def _describe(peers: Peers, address: str) -> Description:
+    node = await peers.call(address, Describe(), timeout_s=ASK_TIMEOUT_S)
+    if not isinstance(node, Description):
+        raise ProtocolError(f"it answered Describe with {type(node).__name__}")
+    return node
 
 
 def _hash() -> BlockHash:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeVar
 
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -35,7 +36,7 @@ class Progressed(NamedTuple):
     """The node does not know the job: it was restarted."""
 
 
-class Job(NamedTuple, Generic[R]):
+class Job(msgspec.Struct, Generic[R], frozen=True):
     """A kind of job."""
 
     what: str

@@ -1,0 +1,1 @@
+"""``tracehaul store``: what an operator asks of the store nodes of a running cluster, and tells them."""
