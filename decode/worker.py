@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.base import CallContext, Replies
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.deadline import deadline_at, left_s, until
 from tracehaul.runtime.log import Log
@@ -263,7 +263,7 @@ class _Step:
             self._host.stats.prefill_fallbacks += 1
             log.warning("prefill failed: computing here", step=request.step, prefill=request.prefill, reason=error)
 
-    async def _next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
+    async def _next(self, replies: Replies) -> Reply | None:
         async with until(self._deadline_s):
             return await anext(replies, None)
 

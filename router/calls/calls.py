@@ -84,9 +84,8 @@ class Calls:
             parent = identity.parent or place.parent
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
 
-    async def accept(self, call: Call, identity: Identity, silence_s: float | None) -> Run:
-        """Make everything ready for a call's steps; the caller enters the run, which tells of each ``silence_s`` in
-        which nothing happened.
+    async def accept(self, call: Call, identity: Identity) -> Run:
+        """Make everything ready for a call's steps; the caller enters the run.
 
         Raises:
             CallFailed, ClusterError: it cannot be done; nothing has run.
@@ -101,9 +100,8 @@ class Calls:
         async with until(identity.urgency.deadline_s):
             form = await served.forms.of(call)
             prompts = await served.prompts.of(call, identity.trace, identity.parent, card)
-        return Run(
-            self._accepted(call, served, form, prompts, identity, card), self._dispatcher, self._memory, silence_s
-        )
+        accepted = self._accepted(call, served, form, prompts, identity, card)
+        return Run(accepted, self._dispatcher, self._memory)
 
     def _check(self, call: Call, text: Text) -> None:
         prompts, options = len(call.prompts), call.options

@@ -3,13 +3,13 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from itertools import zip_longest
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from router.dispatch.attempt import Attempt, Events
 from router.dispatch.inflight import InFlight
 from router.dispatch.pooled import Pooled
 from router.dispatch.predicted import Predicted
@@ -17,7 +17,7 @@ from router.dispatch.retainer import Retainer
 from router.dispatch.run import BetterPlace, Run
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
 from router.fleet.index import Index, TierRun
-from router.fleet.load import Key, Warm
+from router.fleet.load import Key
 from router.fleet.members import MemberRegistry, NodeStatus
 from router.fleet.pools import in_pool
 from router.fleet.watch import StoreWatch
@@ -38,12 +38,10 @@ from tracehaul.wire.errors import (
     ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
-    ProtocolError,
     Unavailable,
 )
-from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.ids import NodeId
-from tracehaul.wire.steps import StepDone, StepUsage, Tokens
+from tracehaul.wire.steps import StepUsage
 
 log = logging.getLogger(__name__)
 
@@ -147,18 +145,23 @@ class Dispatch:
         self.stats.steps += 1
         run = Run(request, *self.traces.lefts(key))
         self._runs[run] = None
+        tries = _Tries()
         try:
-            async with aclosing(self._attempts(run)) as events:
-                async for event in events:
+            while True:
+                for event in await self._next(run, tries):
                     if isinstance(event, Finished):
                         run.ending = event.reason
                         self._count(event.usage, request.pool)
+                        yield event
+                        return
                     yield event
         except ClusterError as error:
             run.ending = error.code
             self.stats.steps_failed += 1
             raise
         finally:
+            await tries.leave()
+            run.close()
             del self._runs[run]
             self.stats.steps_aborted += run.ending == "aborted"
             if run.hits is not None:
@@ -170,46 +173,47 @@ class Dispatch:
             if run.key == effect.key and run.request.step in effect.steps:
                 run.stop()
 
-    async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
-        """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
-        failures = 0
+    async def _next(self, run: Run, tries: "_Tries") -> Events:
+        """What happens next in the step, on one worker after the other until one finishes it. Emitted tokens are never
+        sampled again."""
         while True:
-            deadline.check(run.request.deadline_s)
-            before = len(run.emitted)
-            placement: Placement | None = None
+            if tries.attempt is None:
+                deadline.check(run.request.deadline_s)
             try:
-                placement = self._place(run)
-                async with aclosing(self._on_worker(run, placement)) as events:
-                    async for event in events:
-                        yield event
-                return
+                if tries.attempt is None:
+                    tries.attempt = self._attempt(run, self._place(run))
+                return await tries.attempt.next()
             except BetterPlace as better:
-                assert placement is not None
+                attempt = await tries.leave()
+                assert attempt is not None
                 self.stats.steps_replaced += 1
-                left = Replaced(run.request.step, placement.prefill, better.wait_s, better.cost_s)
+                left = Replaced(run.request.step, attempt.placement.prefill, better.wait_s, better.cost_s)
                 self.retainer.send(StepMoved(run.key, left))
-                continue
             except ClusterError as error:
+                attempt = await tries.leave()
                 reason = run.ended()
                 if reason is not None and run.usage is not None:  # only the terminal message was lost
                     usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
-                    yield Finished(reason, usage, run.attribute())
-                    return
-                failures = 1 if len(run.emitted) > before else failures + 1
-                # A worker's own bug may be that worker's alone: one other may try.
-                attempts_max = self._config.attempts_max if error.retriable else 2
-                if isinstance(error, InvalidRequest | DeadlineExceeded) or failures >= attempts_max:
-                    raise
-                node = None
-                if placement is not None:
-                    node = placement.decode.node
-                    run.avoid.add(placement.decode)
-                self.stats.steps_moved += 1
-                moved = Moved(run.request.step, node, error.code, len(run.emitted))
-                self.retainer.send(StepMoved(run.key, moved))
-                log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
-            async with deadline.until(run.request.deadline_s):
-                await asyncio.sleep(self._config.retry_pause_s * failures)
+                    return [Finished(reason, usage, run.attribute())]
+                self._failed(run, tries, attempt, error)
+                async with deadline.until(run.request.deadline_s):
+                    await asyncio.sleep(self._config.retry_pause_s * tries.failures)
+
+    def _failed(self, run: Run, tries: "_Tries", attempt: Attempt | None, error: ClusterError) -> None:
+        """An attempt failed (None: no worker was found for it); raises ``error`` if no other may follow."""
+        grew = attempt is not None and len(run.emitted) > attempt.emitted_before
+        tries.failures = 1 if grew else tries.failures + 1
+        # A worker's own bug may be that worker's alone: one other may try.
+        attempts_max = self._config.attempts_max if error.retriable else 2
+        if isinstance(error, InvalidRequest | DeadlineExceeded) or tries.failures >= attempts_max:
+            raise error
+        node = None
+        if attempt is not None:
+            node = attempt.placement.decode.node
+            run.avoid.add(attempt.placement.decode)
+        self.stats.steps_moved += 1
+        self.retainer.send(StepMoved(run.key, Moved(run.request.step, node, error.code, len(run.emitted))))
+        log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
 
     def _place(self, run: Run) -> Placement:
         decodes = self.members.live("decode", run.request.pool)
@@ -309,54 +313,21 @@ class Dispatch:
             pool=run.request.pool,
         )
 
-    async def _on_worker(self, run: Run, placement: Placement) -> AsyncGenerator[Output | Finished, None]:
-        """One attempt; appends to ``run.emitted`` what it yields."""
+    def _attempt(self, run: Run, placement: Placement) -> Attempt:
         request, trace, pool = run.request, self.traces.get(run.key), self._pool(run)
-        node = placement.decode.node
-        info = next(info for info in self.members.live("decode") if info.node == node)
-        context = CallContext(trace=request.trace, step=request.step)
+        info = next(info for info in self.members.live("decode") if info.node == placement.decode.node)
         run.context_max = info.context_max
-        retained, scored = 0, 0
-        sent = InFlight(pool.decodes, pool.prefills, placement, clock.now_s())
-        if self._config.policy == "cost" and run.prompt_logprobs is None:
-            pool.relief.enter(run, placement)
         parent = trace.parent if trace is not None else None
         replies = self._peers.stream(
             info.address,
             run.message(info, placement, parent),
             idle_timeout_s=self._config.idle_timeout_s,
-            context=context,
+            context=CallContext(trace=request.trace, step=request.step),
         )
-        try:
-            while (reply := await run.next(replies)) is not None:
-                match reply:
-                    case Tokens(b"", prompt_logprobs=scores):
-                        yield Output([], prompt_logprobs=run.scored(scored, scores))
-                        scored += len(scores)
-                    case Tokens(ids, usage, logprobs):
-                        sent.token(clock.now_s())
-                        pool.relief.leave(run, placement)
-                        tokens = unpack_tokens(ids)
-                        run.emitted.extend(tokens)
-                        retained = request.prompt_tokens + len(run.emitted) - 1
-                        if usage is None:
-                            yield Output(tokens, logprobs=logprobs)
-                        else:
-                            run.published_tokens = request.prompt_tokens  # before it is told, the prompt is written
-                            yield Output(tokens, run.account(usage), run.attribute(), logprobs)
-                    case StepDone(reason, usage, retained_tokens, published_tokens):
-                        retained, run.published_tokens = retained_tokens, published_tokens
-                        yield Finished(reason, run.account(usage), run.attribute())
-                        return
-                    case _:
-                        raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
-            raise ProtocolError(f"{node} ended a step without a terminal message")
-        finally:
-            sent.ended()
-            pool.relief.leave(run, placement)
-            if retained:
-                run.warm = Warm(node, placement.decode.generation, retained)
-            await replies.aclose()
+        sent = InFlight(pool.decodes, pool.prefills, placement, clock.now_s())
+        if self._config.policy == "cost" and run.prompt_logprobs is None:
+            pool.relief.enter(run, placement)
+        return Attempt(run, placement, replies, sent, pool.relief)
 
     def _count(self, usage: StepUsage, pool: str) -> None:
         for counts, tokens in (
@@ -382,3 +353,18 @@ class Dispatch:
             self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
         if sum(hits.losses.values()) >= run.block_tokens:
             log.warning("step %s: tokens were computed again: %s", run.request.step, hits.losses)
+
+
+class _Tries:
+    """Where a step is tried now, and how often it failed in a row without a new token."""
+
+    def __init__(self) -> None:
+        self.attempt: Attempt | None = None
+        self.failures = 0
+
+    async def leave(self) -> Attempt | None:
+        """The attempt, if there is one, has ended."""
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            await attempt.close()
+        return attempt

@@ -9,6 +9,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.calls.calls import UNFORESEEN, Calls
 from router.calls.errors import CallFailed, translate
@@ -42,7 +43,7 @@ def create_app(
     offload: Offload,
     dice: random.Random = UNFORESEEN,
     dialects: Mapping[str, Dialect] = DIALECTS,
-) -> Starlette:
+) -> ASGIApp:
     """The whole HTTP surface.
 
     Args:
@@ -57,12 +58,10 @@ def create_app(
     calls = Calls(dispatcher, texts, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
-    return Starlette(
+    endpoints = {path: Endpoint(dialect, calls, config, dice) for path, dialect in dialects.items()}
+    rest = Starlette(
         routes=[
-            *(
-                Route(path, Endpoint(dialect, calls, config, dice), methods=["POST"])
-                for path, dialect in dialects.items()
-            ),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
             Route("/v1/models", pages.models, methods=["GET"]),
             Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
             Route("/v1/traces", traces.list, methods=["GET"]),
@@ -78,6 +77,14 @@ def create_app(
         middleware=[Middleware(RequestIds, dice=dice)],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # Through the application's layers each event of a stream would pass three functions more.
+        called = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = endpoints.get(scope["path"]) if called else None
+        await (endpoint or rest)(scope, receive, send)
+
+    return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
