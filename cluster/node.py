@@ -30,6 +30,7 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock, memory
 from tracehaul.runtime.log import Log, setup
+from tracehaul.runtime.memory import keep_little
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
@@ -222,6 +223,7 @@ class _Node:
         from tracehaul.model.text import Text
 
         config = self._plan.config
+        keep_little()
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)

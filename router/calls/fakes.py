@@ -73,6 +73,10 @@ class FakeText:
     def tokens_min(self, text: str) -> int:
         return len(text) // TOKEN_CHARACTERS_MAX
 
+    def tokens_at_least(self, text: str, enough: int) -> int:
+        piece = text[: enough + 2 * TOKEN_CHARACTERS_MAX]  # its last token may be a part of one
+        return max(0, len(self.encode(piece)) - TOKEN_CHARACTERS_MAX)
+
     def special_token(self, text: str) -> int | None:
         return _SPECIAL.get(text)
 

@@ -20,6 +20,8 @@ from tracehaul.wire.ids import TraceId
 
 OFFLOAD_CHARACTERS = 16384
 """Text from which on rendering and tokenizing (about a millisecond) leave the event loop."""
+HOPELESS_CHARACTERS = 6
+"""For each token that the window has left: text of more will hardly fit, which is looked at first."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -100,17 +102,23 @@ class Prompts:
     ) -> Encoded:
         known = self._memory.known(traces, text, self._cut_tokens)
         rest = text[len(known.text) :]
-        least = token_count(known.packed) + self._text.tokens_min(rest)
-        if least >= card.context_max:
-            # To learn by how much would take longer than all else that is done for a call.
-            raise _too_long(f"at least {least}", "", card, where)
+        left = max(0, card.context_max - token_count(known.packed))
 
-        def encode() -> Encoded:
+        def encode() -> Encoded | int:
+            """In tokens; of what cannot fit the window only how many it has at least."""
+            least = self._text.tokens_at_least(rest, left) if len(rest) > HOPELESS_CHARACTERS * left else 0
+            if least >= left:
+                return least
             # What a plain prompt wants around it belongs to its beginning.
             ids = self._text.encode(rest, special=plain and not known.text) if rest else []
             return extend(known, text, ids, self._cut_tokens)
 
-        encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
+        encoded = self._text.tokens_min(rest)
+        if encoded < left:
+            encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
+        if isinstance(encoded, int):
+            # To learn by how much would take longer than all else that is done for a call.
+            raise _too_long(f"at least {card.context_max - left + encoded}", "", card, where)
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded
