@@ -80,8 +80,10 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     transport: Literal["shm", "tcp", "nixl", "ucxx"] = "shm"
     host: str = "127.0.0.1"
-    """Where the HTTP API listens; everything else stays on the loopback interface."""
+    """Where the HTTP API listens; what nodes say to each other stays on the loopback interface."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000
+    metrics_host: str = "127.0.0.1"
+    """Where each node but the router, whose page is the API's, answers ``/metrics``, on a free port."""
     nodes: NodeCounts = NodeCounts()
     pools: Annotated[dict[PoolName, PoolConfig], Meta(max_length=POOLS_MAX)] = {}
     """Several models, each with workers of its own (``[pools.NAME]``); then ``model``, ``nodes.prefill`` and
@@ -210,9 +212,12 @@ def pools_of(config: ClusterConfig) -> dict[str, PoolConfig]:
 def base_url(config: ClusterConfig) -> str:
     """Where a client on this machine reaches the API."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104 - compared, not bound
-    if ":" in host:
-        host = f"[{host}]"
-    return f"http://{host}:{config.port}"
+    return f"http://{authority(host, config.port)}"
+
+
+def authority(host: str, port: int) -> str:
+    """``host:port`` as URLs have it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def load_plan(run: RunDir) -> Plan:

@@ -1,26 +1,35 @@
 """A node's counters and gauges in Prometheus' text format.
 
 Rooms count in plain structs and know nothing of metrics; here every field of such a struct becomes a metric (by
-:mod:`cluster.metric_names`), read when somebody asks.
+:mod:`cluster.metric_names`), read when somebody asks, on the event loop that changes them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from cluster.metric_names import GAUGES, OTHER_COUNTERS, counter_of, load_of
 from cluster.metric_names import Metric as Named
+from router.http.pages import METRICS_TYPE
+from router.http.server import ApiServer, serve
 from tracehaul.wire.cluster import NodeLoad
+
+GRACE_S = 1
+"""For a scrape in progress when the node ends."""
 
 
 class StructCollector(Collector):
-    """Reads ``stats`` (counts of a node's life) and ``load`` (what is so now) at each scrape, from any thread."""
+    """Reads ``stats`` (counts of a node's life) and ``load`` (what is so now) at each scrape."""
 
     def __init__(self, stats: Mapping[str, msgspec.Struct], load: Callable[[], NodeLoad] | None) -> None:
         self._stats = dict(stats)
@@ -43,8 +52,7 @@ def _counter(metric: Named, value: float | dict[str, int]) -> Metric:
     if not isinstance(value, dict):
         return CounterMetricFamily(metric.name, metric.help, value=float(value))
     family = CounterMetricFamily(metric.name, metric.help, labels=metric.labels)
-    # A copy in one step: the event loop may add a reason while another thread reads.
-    for reason, count in value.copy().items():
+    for reason, count in value.items():
         family.add_metric([reason], count)
     return family
 
@@ -66,7 +74,7 @@ def counter(name: str, value: float) -> Metric:
 
 
 class LateCollector(Collector):
-    """Metrics that ``read`` makes at each scrape, from any thread."""
+    """Metrics that ``read`` makes at each scrape."""
 
     def __init__(self, read: Callable[[], Iterable[Metric]]) -> None:
         self._read = read
@@ -96,13 +104,15 @@ class NodeMetrics:
         """The page."""
         return generate_latest(self._registry)
 
-    def serve(self) -> tuple[str, Callable[[], None]]:
-        """Answers ``/metrics`` on a free loopback port, in a thread; returns its address and what ends it."""
-        server, thread = start_http_server(0, addr="127.0.0.1", registry=self._registry)
+    async def serve(self, host: str) -> ApiServer:
+        """Answer ``/metrics`` on a free port of ``host``.
 
-        def close() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join(timeout=5.0)
+        Raises:
+            OSError: there is no such address here.
+        """
 
-        return f"127.0.0.1:{server.server_port}", close
+        async def page(request: Request) -> Response:
+            return Response(self.render(), media_type=METRICS_TYPE)
+
+        app = Starlette(routes=[Route("/metrics", page, methods=["GET"])])
+        return await serve(app, host, 0, grace_s=GRACE_S)

@@ -5,19 +5,18 @@ run for a reason that an operator can mend, and with a traceback in its log when
 """
 
 import asyncio
-import contextlib
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import uvloop
 from prometheus_client.metrics_core import Metric
 
-from cluster.config import NodeSpec, Plan, load_plan, nodes_of, shared_cores, usable_cores
+from cluster.config import NodeSpec, Plan, authority, load_plan, nodes_of, shared_cores, usable_cores
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_backing
@@ -26,24 +25,22 @@ from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
-from tracehaul.rpc.base import Service
-from tracehaul.rpc.membership import Membership
+from tracehaul.rpc.member import Member, serving
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
-from tracehaul.runtime import clock
+from tracehaul.runtime import clock, memory
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
-from tracehaul.wire.errors import TransferError
+from tracehaul.wire.cluster import NodeInfo, Role
+from tracehaul.wire.errors import TransferError, WrongPool
 from tracehaul.wire.ids import Generation, NodeId
 
 log = Log(__name__)
 
-DRAIN_POLL_S = 0.05
 LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
@@ -58,7 +55,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
+    except (ClusterFault, WrongPool, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -68,18 +65,9 @@ def run_node(name: str, run: RunDir) -> int:
 class Room(NamedTuple):
     """What a role puts into a node."""
 
-    service: Service
-    stats: Mapping[str, msgspec.Struct]
-    load: Callable[[], NodeLoad]
-    on_members: Callable[[Members], None]
-    announced: Callable[[NodeInfo], NodeInfo] = lambda info: info
-    """Adds what a worker says of itself."""
-    background: tuple[Coroutine[Any, Any, None], ...] = ()
-    """Runs for as long as the node serves; its failure is the node's."""
+    member: Member
     metrics: tuple[Callable[[], Iterable[Metric]], ...] = ()
-    """Beside those of ``stats`` and ``load``."""
-    heartbeat: Callable[[], NodeLoad] | None = None
-    """What the router is told instead of ``load``, which metrics read from their own thread."""
+    """Beside those of the member's counts and load."""
 
 
 class _Node:
@@ -92,8 +80,6 @@ class _Node:
         self._state = NodeState("starting")
         self._generation = Generation(clock.wall_ns())
         self._stopping = asyncio.Event()
-        self._transfers: list[Transfer] = []
-        """Whose failure is the node's: what it offers to peers is out of their reach."""
 
     async def run(self) -> None:
         """Until told to stop."""
@@ -108,10 +94,13 @@ class _Node:
             else:
                 async with AsyncExitStack() as stack:
                     room = await self._room(self._spec.role, stack, peers)
-                    await self._serve(self._spec.role, room, network, peers)
+                    await self._serve(room, network, peers)
         finally:
             await peers.close()
         log.info("ended")
+
+    def _info(self, role: Role) -> NodeInfo:
+        return NodeInfo(NodeId(self._spec.name), self._generation, role, LISTEN, pool=self._spec.pool)
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
@@ -120,43 +109,17 @@ class _Node:
 
     # --- store, prefill, decode ---------------------------------------------------------------------------
 
-    async def _serve(self, role: Role, room: Room, network: TcpNetwork, peers: Peers) -> None:
-        """Listen, join, serve until told to stop; then leave, so that no work comes, and end what runs."""
+    async def _serve(self, room: Room, network: TcpNetwork, peers: Peers) -> None:
+        """Listen, join, serve until told to stop."""
+        member = room.member
         async with AsyncExitStack() as stack:
-            server = await network.listen(LISTEN, room.service)
-            stack.push_async_callback(server.close)
-            metrics, close_metrics = NodeMetrics(room.stats, room.load, room.metrics).serve()
-            stack.callback(close_metrics)
-            self._tell(phase="joining", address=server.address, metrics=metrics)
-            info = NodeInfo(NodeId(self._spec.name), self._generation, role, server.address, pool=self._spec.pool)
-            info = room.announced(info)
-            membership = Membership(
-                peers, self._plan.router_address, info, room.heartbeat or room.load, room.on_members
-            )
-            async with asyncio.TaskGroup() as group:
-                watches = [transfer.broken() for transfer in self._transfers]
-                background = [group.create_task(work) for work in (*room.background, *watches)]
-                member = group.create_task(membership.run(), name="membership")
-                stopping = group.create_task(self._stopping.wait())
-                joined = group.create_task(membership.joined.wait())
-                await asyncio.wait([stopping, joined], return_when=asyncio.FIRST_COMPLETED)
-                joined.cancel()
-                if not stopping.done():
-                    self._tell(phase="ready")
-                await stopping
-                self._tell(phase="stopping")
-                member.cancel()
-                await self._drain(room.load)
-                for task in background:
-                    task.cancel()
-
-    async def _drain(self, load: Callable[[], NodeLoad]) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._plan.config.drain_timeout_s):
-                while (now := load()).running or now.waiting:  # noqa: ASYNC110 - once in a life, not worth an event
-                    await asyncio.sleep(DRAIN_POLL_S)
-            return
-        log.warning("steps were cut off", running=load().running, waiting=load().waiting)
+            node = await stack.enter_async_context(serving(member, network, peers, self._plan.router_address))
+            page = await NodeMetrics(member.stats, member.load, room.metrics).serve(self._plan.config.metrics_host)
+            stack.push_async_callback(page.close)
+            metrics = authority(page.host, page.port)
+            self._tell(phase="joining", address=node.info.address, metrics=metrics)
+            drain_timeout_s = self._plan.config.drain_timeout_s
+            await node.run(self._stopping, drain_timeout_s=drain_timeout_s, told=lambda phase: self._tell(phase=phase))
 
     async def _room(self, role: Role, stack: AsyncExitStack, peers: Peers) -> Room:
         """Everything it opens is closed by ``stack``."""
@@ -168,13 +131,12 @@ class _Node:
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
-    async def _planes(self, stack: AsyncExitStack, memory: Memory, offload: ThreadOffload) -> list[Plane]:
-        """This process's memory on the transport that was asked for."""
+    def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
+        """The transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
         transfer = open_transport(self._plan.config.transport, owner, offload)
         stack.push_async_callback(transfer.close)
-        self._transfers.append(transfer)
-        return [Plane(transfer, transfer.register(memory))]
+        return transfer
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
         memory = allocate(nbytes, self._spec.name)
@@ -188,55 +150,51 @@ class _Node:
 
         chosen, config = self._plan.config, self._plan.store
         memory = self._memory(stack, config.arena_bytes)
-        planes = await self._planes(stack, memory, offload)
+        transfer = self._transfer(stack, offload)
+        planes = [Plane(transfer, transfer.register(memory))]
         backing = await open_backing(chosen, self._run, self._spec.name, config.slot_bytes)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = assemble_store(config, self._generation, planes, memory, offload, backing, others)
         stack.push_async_callback(store.aclose)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        return Room(store, store.counts, store.load, store.set_members, background=(store.run(),), metrics=metrics)
+        background = (store.run, transfer.broken)
+        member = Member(self._info("store"), store, store.load, store.set_members, background, store.counts)
+        return Room(member, metrics)
 
     async def _worker(
         self, role: Literal["prefill", "decode"], stack: AsyncExitStack, offload: ThreadOffload, peers: Peers
     ) -> Room:
         from cluster.store_metrics import client_metrics, transfer_metrics
         from decode.worker import DecodeService
-        from kvstore.client.client import StoreClient
-        from kvstore.client.staging import Staging
         from prefill.worker import PrefillService
-        from worker.announce import announced
+        from worker.assemble import assemble_worker
         from worker.calibration import calibrate
-        from worker.host import WorkerHost
 
-        config = self._plan.config
+        config, pool = self._plan.config, self._plan.pool(self._spec.pool).config
+        limits, buffer_bytes = pool.worker or config.worker, self._plan.store.slot_bytes
         self._tell(phase="loading model")
         engine = await self._engine()
         stack.push_async_callback(engine.aclose)
-        # Aligned as the store's slots are, so that a copy moves whole pages.
-        buffer_bytes = self._plan.store.slot_bytes
         if engine.info.layout.block_bytes > buffer_bytes:
-            raise ClusterFault(f"{config.model} is not the model that this cluster was launched with: start it anew")
-        memory = self._memory(stack, config.worker.staging_blocks * buffer_bytes)
-        engine.attach(memory.buffer)
-        planes = await self._planes(stack, memory, offload)
-        client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
-        stack.push_async_callback(client.aclose)
-        host = WorkerHost(engine, client, config.worker, shared_cores(config, self._plan.threads, usable_cores()))
-        await calibrate(host, user_cache_dir() / "rates", offload)
-        stats = {"worker": host.stats, "store_client": client.stats}
-        metrics = (client_metrics(client.staging, buffer_bytes), transfer_metrics(planes))
-        says = partial(announced, host=host)
-        match role:
-            case "prefill":
-                prefill = PrefillService(host)
-
-                def on_members(members: Members) -> None:
-                    host.set_nodes(members.nodes, members.draining)
-
-                return Room(prefill, stats, host.load, on_members, says, (host.run(),), metrics, host.heartbeat)
-            case "decode":
-                decode = DecodeService(host, peers)
-                return Room(decode, stats, host.load, decode.set_members, says, (host.run(),), metrics, host.heartbeat)
+            raise ClusterFault(f"{pool.model} is not the model that this cluster was launched with: start it anew")
+        worker = assemble_worker(
+            self._info(role),
+            engine,
+            self._memory(stack, limits.staging_blocks * buffer_bytes),
+            [self._transfer(stack, offload)],
+            peers,
+            offload,
+            limits,
+            PrefillService if role == "prefill" else lambda host: DecodeService(host, peers),
+            buffer_bytes=buffer_bytes,
+            shared=shared_cores(config, self._plan.threads, usable_cores()),
+        )
+        stack.push_async_callback(worker.aclose)
+        await calibrate(worker.host, user_cache_dir() / "rates", offload)
+        return Room(
+            worker.member,
+            (client_metrics(worker.host.client.staging, buffer_bytes), transfer_metrics(worker.planes)),
+        )
 
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
@@ -260,8 +218,7 @@ class _Node:
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.decision_file import DecisionFile
-        from router.dispatch.dispatch import Dispatch
-        from router.http.app import create_app
+        from router.assemble import Router
         from router.http.server import serve
         from tracehaul.model.text import Text
 
@@ -270,21 +227,23 @@ class _Node:
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            dispatch = Dispatch(peers, config.dispatch)
-            stack.push_async_callback(dispatch.close)
+            models = {pool.name: pool.model.name for pool in self._plan.pools}
+            router = Router(peers, config.dispatch, models)
+            stack.push_async_callback(router.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
-            dispatch.retainer.told = decisions.write
-            server = await network.listen(self._plan.router_address, dispatch.members)
+            router.dispatch.retainer.told = decisions.write
+            server = await network.listen(self._plan.router_address, router.service)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
-            metrics = NodeMetrics({"router": dispatch.stats, "retention": dispatch.retainer.stats}, None)
-            app = create_app(dispatch, text, metrics.render, config.api, offload)
+            sources = [pool.model for pool in self._plan.pools]
+            texts = {source.name: await offload.run(partial(Text.load, source)) for source in sources}
+            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(app, config.host, config.port, grace_s=grace_s)
             stack.push_async_callback(api.close)
-            self._tell(phase="ready", metrics=f"{api.host}:{api.port}")
+            memory.settle()
+            self._tell(phase="ready", metrics=authority(api.host, api.port))
             ended = asyncio.ensure_future(api.wait())
             stopping = asyncio.ensure_future(self._stopping.wait())
             await asyncio.wait([ended, stopping], return_when=asyncio.FIRST_COMPLETED)

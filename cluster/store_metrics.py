@@ -1,4 +1,4 @@
-"""What a store node, and a process that uses the store, show beside their counts. Read from the scraping thread."""
+"""What a store node, and a process that uses the store, show beside their counts."""
 
 from collections.abc import Callable, Iterable, Sequence
 

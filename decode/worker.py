@@ -1,12 +1,12 @@
 """The decode service: assembles a step's context, then streams its tokens and writes its blocks back."""
 
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.base import CallContext, Replies
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.deadline import deadline_at, left_s, until
+from tracehaul.runtime.log import Log
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Members, NodeInfo
 from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest, PeerLost, ProtocolError, WrongNode
@@ -34,7 +34,7 @@ from worker.flights import Flight, Flights
 from worker.host import WorkerHost
 from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written, usable_context
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class DecodeService:
@@ -261,9 +261,9 @@ class _Step:
             self._fallback = error.code
             self._computed_from = min(self._computed_from, before)
             self._host.stats.prefill_fallbacks += 1
-            log.warning("step %s: prefill by %s failed (%s); computing here", request.step, request.prefill, error)
+            log.warning("prefill failed: computing here", step=request.step, prefill=request.prefill, reason=error)
 
-    async def _next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
+    async def _next(self, replies: Replies) -> Reply | None:
         async with until(self._deadline_s):
             return await anext(replies, None)
 

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime.deadline import deadline_at
 from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.cluster import Members
 from tracehaul.wire.errors import WrongNode
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.messages import Reply, Request
@@ -22,6 +23,10 @@ class PrefillService:
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
         self.flights = Flights()
+
+    def set_members(self, members: Members) -> None:
+        """Membership changed."""
+        self._host.set_nodes(members.nodes, members.draining)
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         if isinstance(request, Ping):

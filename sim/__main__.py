@@ -8,7 +8,8 @@ import traceback
 import msgspec
 
 from sim.loop import PROCESS
-from sim.world import MIX, Result, simulate
+from sim.run import Result, simulate
+from sim.shape import MIX
 from tracehaul.runtime import clock
 
 

@@ -8,17 +8,13 @@ import asyncio
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
-from kvstore.node.node import StoreNode
-from router.dispatch.steps import Finished, Output
+from sim.answers import CallFailed
 from sim.loop import PROCESS
-from tracehaul.engine.fake import TrueState, pack_rows
 from tracehaul.runtime import clock
-from tracehaul.wire.blocks import Leased, Publish, Published, Reserved, Slot
-from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.hashing import KVLayout, checksum, next_hash, pack_tokens
-from tracehaul.wire.ids import BlockHash, LeaseId, SlotGeneration, StepId
+from tracehaul.wire.ids import BlockHash, TraceId
 from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import PrefillDone, Sampling, StepDone
 
@@ -77,9 +73,19 @@ class TerminalChecker:
             self._findings.add("terminal", f"{request} never ended")
 
 
-def is_terminal(reply: Reply | Output | Finished) -> bool:
+def is_terminal(reply: Reply) -> bool:
     """Whether nothing may follow it."""
-    return isinstance(reply, StepDone | PrefillDone | Finished)
+    return isinstance(reply, StepDone | PrefillDone)
+
+
+class Ended(NamedTuple):
+    """How a step ended, as its client was told."""
+
+    reason: str
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    """Of the prompt."""
 
 
 class OutputChecker:
@@ -88,13 +94,31 @@ class OutputChecker:
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
 
-    def output(self, step: StepId, received: Sequence[int], expected: Sequence[int]) -> None:
+    def prompt(self, step: str, told: Sequence[int], possible: Sequence[Sequence[int]]) -> None:
+        """What was asked in ``step`` became the tokens ``told``: none of those that it may become."""
+        self._findings.add("prompt", f"{step}: the prompt is {list(told)}, expected one of {list(map(list, possible))}")
+
+    def output(self, step: str, received: Sequence[int], expected: Sequence[int]) -> None:
         """All that the client has so far of ``step``."""
         if list(received) != list(expected[: len(received)]):
             self._findings.add("output", f"{step}: received {list(received)}, expected {list(expected)}")
 
+    def told_once(self, step: str, what: str, before: str | None) -> None:
+        """The client is told ``what``, and was told ``before``."""
+        if before is not None:
+            self._findings.add("output", f"{step}: a second {what}, after {before}")
+
+    def marks(self, step: str, told: int, tokens: int) -> None:
+        """The client was told another number of logprobs than it asked for."""
+        self._findings.add("output", f"{step}: {told} logprobs of {tokens} tokens")
+
+    def text(self, step: str, told: str, received: str) -> None:
+        """The text that the client was told, and that of the tokens that it was told."""
+        if told != received:
+            self._findings.add("text", f"{step}: {told!r} is not the text of its tokens, {received!r}")
+
     def finished(
-        self, step: StepId, done: Finished, prompt: int, received: Sequence[int], expected: Sequence[int], how: Sampling
+        self, step: str, done: Ended, prompt: int, received: Sequence[int], expected: Sequence[int], how: Sampling
     ) -> None:
         """The step ended with ``done`` after ``received``."""
         if list(received) != list(expected):
@@ -103,194 +127,8 @@ class OutputChecker:
         reason = "stop" if received[-1] in how.stop_tokens and len(received) >= how.min_tokens else "length"
         if done.reason != reason:
             self._findings.add("output", f"{step}: finished by {done.reason}, expected {reason}")
-        if (done.usage.prompt_tokens, done.usage.output_tokens) != (prompt, len(received)):
-            self._findings.add("output", f"{step}: {prompt}+{len(received)} tokens, but usage is {done.usage}")
-
-
-class _Grant(NamedTuple):
-    writer: str
-    generation: SlotGeneration
-
-
-class _Hold(NamedTuple):
-    offsets: tuple[int, ...]
-    until_s: float
-
-
-class VisibleBlock(NamedTuple):
-    """A published block in a store's memory."""
-
-    hash: BlockHash
-    offset: int
-    size_bytes: int
-    checksum: int
-
-
-class SlotChecker:
-    """Nothing is evicted or overwritten under a live lease; nothing is read that was not published.
-
-    Keeps its own ledger of one store node's life, from the answers that the node gave.
-    """
-
-    def __init__(
-        self,
-        findings: Findings,
-        store: str,
-        node: StoreNode,
-        buffer: memoryview,
-        known: set[BlockHash] | None = None,
-    ) -> None:
-        """``known``: what may come up from a tier, whose slots have generations of their own; None without one."""
-        self._findings = findings
-        self._store = store
-        self._known = known
-        self._node = node
-        self._buffer = buffer
-        self._grants: dict[int, _Grant] = {}
-        self._leases: dict[tuple[str, LeaseId], _Hold] = {}
-        self._published: set[tuple[BlockHash, SlotGeneration]] = set()
-        self._gone_peers: dict[str, float] = {}
-        self.rotten: set[BlockHash] = set()
-        """Blocks whose bytes a fault changed: their checksums may fail."""
-
-    def reserved(self, peer: str, reply: Reserved) -> None:
-        """The node gave ``peer`` slots to write."""
-        for outcome in reply.outcomes:
-            if not isinstance(outcome, Slot):
-                continue
-            for (holder, lease), hold in self._live().items():
-                if outcome.offset in hold.offsets:
-                    text = f"slot {outcome.offset} given to {peer} under lease {lease} of {holder}"
-                    self._findings.add("lease", f"{self._store}: {text}")
-            self._grants[outcome.offset] = _Grant(_process(peer), outcome.generation)
-
-    def publishing(self, peer: str, request: Publish, reply: Published) -> None:
-        """The node answered a publish."""
-        for block, outcome in zip(request.blocks, reply.outcomes, strict=True):
-            if outcome == "published":
-                self._published.add((block.hash, block.generation))
-                if self._known is not None:
-                    self._known.add(block.hash)
-
-    def leased(self, peer: str, hashes: Sequence[BlockHash], reply: Leased) -> None:
-        """The node granted a lease."""
-        offsets: list[int] = []
-        for block_hash, block in zip(hashes, reply.blocks, strict=True):
-            if block is None:
-                continue
-            offsets.append(block.offset)
-            came_up = self._known is not None and block_hash in self._known
-            if (block_hash, block.generation) not in self._published and not came_up:
-                self._findings.add("publish", f"{self._store}: {block_hash.hex()} leased but never published")
-            actual = checksum(self._buffer[block.offset : block.offset + block.size_bytes])
-            if actual != block.checksum and block_hash not in self.rotten:
-                self._findings.add("bytes", f"{self._store}: {block_hash.hex()} leased with wrong bytes in its slot")
-        self._leases[peer, reply.lease] = _Hold(tuple(offsets), clock.now_s() + reply.ttl_s)
-
-    def released(self, peer: str, lease: LeaseId) -> None:
-        """The holder ended it."""
-        self._leases.pop((peer, lease), None)
-
-    def disconnected(self, peer: str) -> None:
-        """The node lost that connection: what it held ends."""
-        self._gone_peers[_process(peer)] = clock.now_s()
-        for key in [key for key in self._leases if key[0] == peer]:
-            del self._leases[key]
-
-    def grants(self, writer: str, offsets: Sequence[int]) -> list[SlotGeneration | None]:
-        """A write starts: under which reservations of this writer."""
-        found = [self._grants.get(offset) for offset in offsets]
-        return [grant.generation if grant is not None and grant.writer == writer else None for grant in found]
-
-    def written(self, writer: str, offsets: Sequence[int], grants: Sequence[SlotGeneration | None]) -> None:
-        """Bytes of a write that started under ``grants`` land now."""
-        for offset, generation in zip(offsets, grants, strict=True):
-            for (holder, lease), hold in self._live().items():
-                if offset in hold.offsets:
-                    text = f"{writer} wrote into slot {offset} under lease {lease} of {holder}"
-                    self._findings.add("lease", f"{self._store}: {text}")
-            grant = self._grants.get(offset)
-            if generation is None or grant is None or grant.generation != generation:
-                text = f"{writer} wrote into slot {offset} that was given to another meanwhile ({generation}, {grant})"
-                self._findings.add("fence", f"{self._store}: {text}")
-
-    def promoted(self, offset: int) -> None:
-        """The node's tier writes into a slot now: no lease may cover it, and no earlier writer owns it any more."""
-        self._grants.pop(offset, None)
-        for (holder, lease), hold in self._live().items():
-            if offset in hold.offsets:
-                text = f"the tier wrote into slot {offset} under lease {lease} of {holder}"
-                self._findings.add("lease", f"{self._store}: {text}")
-
-    def reading(self, reader: str, offsets: Sequence[int]) -> None:
-        """A read starts: a lease must cover it, unless the node lost the reader's connection and ended it."""
-        held = {
-            offset
-            for (holder, _), hold in self._live().items()
-            if _process(holder) == reader
-            for offset in hold.offsets
-        }
-        if reader in self._gone_peers:
-            return
-        for offset in offsets:
-            if offset not in held:
-                self._findings.add("lease", f"{self._store}: {reader} reads slot {offset} without a lease")
-
-    def contents(self, truth: "Truth") -> None:
-        """Every published block has the bytes that were promised, and those of its tokens where they are known."""
-        for block in self.visible():
-            data = bytes(self._buffer[block.offset : block.offset + block.size_bytes])
-            if block.hash in self.rotten:
-                continue
-            if checksum(data) != block.checksum:
-                self._findings.add("bytes", f"{self._store}: {block.hash.hex()} does not match its checksum")
-            expected = truth.block(block.hash)
-            if expected is not None and data != expected:
-                self._findings.add("bytes", f"{self._store}: {block.hash.hex()} is not the KV of its tokens")
-
-    def visible(self) -> list["VisibleBlock"]:
-        """Every visible block; read from behind, since no message says it all."""
-        arena = self._node.arena
-        slot_bytes = arena.config.slot_bytes
-        sizes, sums = arena.table.size, arena.table.checksum
-        slots = arena.table.published
-        return [VisibleBlock(block, slot * slot_bytes, sizes[slot], sums[slot]) for block, slot in slots.items()]
-
-    def _live(self) -> dict[tuple[str, LeaseId], _Hold]:
-        now_s = clock.now_s()
-        return {key: hold for key, hold in self._leases.items() if hold.until_s > now_s}
-
-
-def _process(peer: str) -> str:
-    """The node's address in a connection's name."""
-    return peer.rpartition("#")[0]
-
-
-class Truth:
-    """KV bytes by block hash, of everything that clients know; computed without any cluster."""
-
-    def __init__(self, layout: KVLayout) -> None:
-        self._layout = layout
-        self._blocks: dict[BlockHash, tuple[TrueState, int, int]] = {}
-
-    def add(self, salt: str, state: TrueState) -> None:
-        """Learn all full and partial blocks of one sequence."""
-        parent = self._layout.root(salt)
-        size = self._layout.block_tokens
-        for start in range(0, len(state.tokens), size):
-            for end in range(start + 1, min(start + size, len(state.tokens)) + 1):
-                block = next_hash(parent, pack_tokens(state.tokens[start:end]))
-                self._blocks.setdefault(block, (state, start, end))
-                if end == start + size:
-                    parent = block
-
-    def block(self, block_hash: BlockHash) -> bytes | None:
-        """Its packed bytes; None if no client knows its tokens."""
-        known = self._blocks.get(block_hash)
-        if known is None:
-            return None
-        state, start, end = known
-        return pack_rows(self._layout, state.kv[start:end])
+        if (done.prompt_tokens, done.output_tokens) != (prompt, len(received)):
+            self._findings.add("output", f"{step}: {prompt}+{len(received)} tokens, but usage is {done}")
 
 
 class CachedChecker:
@@ -298,23 +136,23 @@ class CachedChecker:
 
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
-        self._known: dict[str, dict[str, list[int]]] = {}
+        self._known: dict[str, dict[str, Sequence[Sequence[int]]]] = {}
         self.prompt_tokens = 0
         self.claimed_tokens = 0
 
-    def began(self, salt: str, step: str, tokens: Sequence[int]) -> None:
-        """From now on some worker may hold KV of any prefix of ``tokens``: the whole sequence of that step."""
-        self._known.setdefault(salt, {})[step] = list(tokens)
+    def began(self, salt: str, step: str, sequences: Sequence[Sequence[int]]) -> None:
+        """From now on some worker may hold KV of any prefix of one of these: all that the step's sequence may be."""
+        self._known.setdefault(salt, {})[step] = sequences
 
-    def finished(self, salt: str, step: str, prompt: Sequence[int], done: Finished, *, moved: bool) -> None:
-        """A step ended; ``moved``: an earlier attempt at it may have left something."""
-        claimed = done.usage.computed_from
+    def finished(self, salt: str, step: str, prompt: Sequence[int], claimed: int, *, moved: bool) -> None:
+        """A step ended, with so many tokens cached; ``moved``: an earlier attempt at it may have left something."""
         self.prompt_tokens += len(prompt)
         self.claimed_tokens += claimed
         if claimed >= len(prompt):
             self._findings.add("cached", f"{step}: {claimed} of {len(prompt)} prompt tokens cached: nothing computed")
-        others = [known for key, known in self._known.get(salt, {}).items() if moved or key != step]
-        possible = max((common(prompt, known) for known in others), default=0)
+        known = self._known.get(salt, {})
+        others = [one for key, sequences in known.items() if moved or key != step for one in sequences]
+        possible = max((common(prompt, one) for one in others), default=0)
         if claimed > possible:
             self._findings.add("cached", f"{step}: {claimed} tokens cached, but at most {possible} were ever known")
 
@@ -389,14 +227,14 @@ class ProgressChecker:
         self.calm = False
         """No fault was planned: nothing may fail at any time."""
 
-    def failed(self, step: StepId, began_s: float, error: ClusterError) -> None:
-        """An attempt that began at ``began_s`` ended with ``error``."""
-        if not error.retriable:
-            self._findings.add("progress", f"{step}: failed for good with {error.code}: {error}")
+    def failed(self, step: str, began_s: float, failure: CallFailed) -> None:
+        """An attempt that began at ``began_s`` ended with ``failure``."""
+        if not failure.retriable:
+            self._findings.add("progress", f"{step}: failed for good with {failure}")
         elif self.calm:
-            self._findings.add("progress", f"{step}: failed in a calm run with {error.code}: {error}")
+            self._findings.add("progress", f"{step}: failed in a calm run with {failure}")
         elif self.healed_s is not None and began_s > self.healed_s + self.grace_s:
-            self._findings.add("progress", f"{step}: failed after healing with {error.code}: {error}")
+            self._findings.add("progress", f"{step}: failed after healing with {failure}")
 
     def stuck(self, what: str) -> None:
         """It never ended."""
@@ -404,25 +242,33 @@ class ProgressChecker:
 
 
 class AbortChecker:
-    """An abort frees everything within a second."""
+    """An abort frees everything within a second. A trace has one step at a time."""
 
     ALLOWED_S = 1.0
 
     def __init__(self, findings: Findings) -> None:
         self._findings = findings
-        self._aborted: dict[StepId, float] = {}
+        self._aborted: dict[TraceId, list[tuple[float, float]]] = {}
+        """When each client left, and when it asked again: what began before that was for the step that it left."""
 
-    def aborted(self, step: StepId) -> None:
-        """Its client left."""
-        self._aborted[step] = clock.now_s()
+    def aborted(self, trace: TraceId) -> None:
+        """The client of its step left."""
+        self._aborted.setdefault(trace, []).append((clock.now_s(), inf))
 
-    def handler_ended(self, process: str, step: StepId) -> None:
-        """A worker's handler for that step has ended, its resources freed."""
-        left_s = self._aborted.get(step)
-        if left_s is not None and clock.now_s() - left_s > self.ALLOWED_S:
-            self._findings.add(
-                "abort", f"{step}: {process} let go of it {clock.now_s() - left_s:.3f} s after the abort"
-            )
+    def asked(self, trace: TraceId) -> None:
+        """The client asks for its next step."""
+        left = self._aborted.get(trace)
+        if left is not None and left[-1][1] == inf:
+            left[-1] = (left[-1][0], clock.now_s())
+
+    def handler_ended(self, process: str, trace: TraceId, began_s: float) -> None:
+        """A worker's handler of a step has ended, its resources freed."""
+        now_s = clock.now_s()
+        for left_s, again_s in self._aborted.get(trace, ()):
+            if began_s < again_s and now_s - left_s > self.ALLOWED_S:
+                text = f"{trace}: {process} let go of its step {now_s - left_s:.3f} s after the abort"
+                self._findings.add("abort", text)
+                return
 
 
 class BugChecker(logging.Handler):

@@ -1,117 +1,109 @@
-"""The clients of a simulated cluster: agents that run their traces and check every token they get."""
+"""The clients of a simulated cluster: agents that run their traces over HTTP and check every token they get."""
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from router.dispatch.steps import Finished, Output, StepRequest
-from sim.checker import AbortChecker, CachedChecker, OutputChecker, ProgressChecker, TerminalChecker, Truth, is_terminal
+import msgspec
+
+from sim.answers import Answer, CallFailed, Told
+from sim.checker import AbortChecker, CachedChecker, Ended, OutputChecker, ProgressChecker, TerminalChecker
+from sim.http import Exchange, Gateway
 from sim.keeper import Keeper
 from sim.loop import VirtualLoop
-from sim.nodes import Life
+from sim.slot_checker import Truth
+from sim.text import END, shown
 from sim.traces import StepPlan, TracePlan
+from sim.voices import Voice, voice_of
 from tracehaul.engine.fake import TrueState
 from tracehaul.runtime import clock
-from tracehaul.wire.errors import ClusterError, PeerLost
-from tracehaul.wire.hashing import pack_tokens, unpack_tokens
-from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.ids import TraceId
+from tracehaul.wire.steps import Sampling
 
 RETRY_S = 1.0
 """An agent whose call failed tries again after that long."""
 
-_Event = Output | Finished | ClusterError | None
-"""None: the answer ended."""
 
-
-class Gateway:
-    """Stands for HTTP: a request runs inside the router's process, its answer crosses to the client's."""
-
-    def __init__(self) -> None:
-        self.router: Life | None = None
-        self._open: dict[asyncio.Task[None], asyncio.Queue[_Event]] = {}
-        self._heard: set[StepId] = set()
-        self._left: set[StepId] = set()
-
-    def ask(self, request: StepRequest) -> tuple[asyncio.Task[None], "asyncio.Queue[_Event]"]:
-        """Make a request, until :meth:`leave`.
-
-        Raises:
-            PeerLost: nobody listens.
-        """
-        life = self.router
-        if life is None or not life.alive or not life.ready.is_set():
-            raise PeerLost("connection refused")
-        answer: asyncio.Queue[_Event] = asyncio.Queue()
-        task = asyncio.get_running_loop().create_task(self._serve(life, request, answer), context=life.context())
-        self._open[task] = answer
-        task.add_done_callback(lambda _: self._open.pop(task, None))
-        return task, answer
-
-    def leave(self, request: StepRequest, task: "asyncio.Task[None]") -> None:
-        """Hang up, or end. A router that is frozen hears first of the request, and then of that."""
-        if request.step in self._heard:
-            task.cancel()
-        else:
-            self._left.add(request.step)
-
-    def lost(self) -> None:
-        """The router's process is gone, and all connections to it."""
-        for answer in self._open.values():
-            answer.put_nowait(PeerLost("connection reset"))
-        self._open.clear()
-
-    async def _serve(self, life: Life, request: StepRequest, answer: "asyncio.Queue[_Event]") -> None:
-        assert life.dispatch is not None
-        self._heard.add(request.step)
-        if request.step in self._left:
-            task = asyncio.current_task()
-            assert task is not None
-            task.cancel()  # takes effect where the router first waits
-        try:
-            async with aclosing(life.dispatch.run(request)) as events:
-                async for event in events:
-                    answer.put_nowait(event)
-            answer.put_nowait(None)
-        except ClusterError as error:
-            answer.put_nowait(error)
-        finally:
-            life.dispatch.book.answered(request.salt, request.trace, request.step, response=None)
-
-
-class Books:
+class Books(NamedTuple):
     """The checkers that clients write into."""
 
-    def __init__(
-        self,
-        terminal: TerminalChecker,
-        output: OutputChecker,
-        cached: CachedChecker,
-        progress: ProgressChecker,
-        aborts: AbortChecker | None,
-        truth: Truth,
-    ) -> None:
-        self.terminal = terminal
-        self.output = output
-        self.cached = cached
-        self.progress = progress
-        self.aborts = aborts
-        """None where faults may delay an abort."""
-        self.truth = truth
+    terminal: TerminalChecker
+    output: OutputChecker
+    cached: CachedChecker
+    progress: ProgressChecker
+    aborts: AbortChecker | None
+    """None where faults may delay an abort."""
+    truth: Truth
+
+
+class _Call:
+    """One attempt at a step: what may come of it, and what has."""
+
+    def __init__(self, name: str, sampling: Sampling, router: str, prompts: Sequence[TrueState]) -> None:
+        self.name = name
+        self.sampling = sampling
+        self.router = router
+        self.outputs = [(prompt, prompt.generate(sampling)) for prompt in prompts]
+        """What the prompt may be, and then its whole output."""
+        self.known = len(prompts) == 1
+        """Which of them it is."""
+        self.received: list[int] = []
+        self.text = ""
+        self.marks = 0
+        self.reason: str | None = None
+        self.usage: Mapping[str, Any] | None = None
+        self.answered = False
+        """All of it is here."""
+
+    @property
+    def prompt(self) -> TrueState:
+        """What the prompt is, as far as the client knows."""
+        return self.outputs[0][0]
+
+    @property
+    def output(self) -> list[int]:
+        """What the whole output then is."""
+        return self.outputs[0][1]
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """All that may be computed for it."""
+        return [prompt.tokens + output for prompt, output in self.outputs]
+
+    def take(self, told: Told, output: OutputChecker) -> None:
+        """The next object of its answer."""
+        if told.prompt is not None:
+            found = [of for of in self.outputs if of[0].tokens == told.prompt]
+            if not found:
+                output.prompt(self.name, told.prompt, [prompt.tokens for prompt, _ in self.outputs])
+            self.outputs = found or self.outputs
+            self.known = True
+        if told.tokens:
+            self.received += told.tokens
+            output.output(self.name, self.received, self.output if self.known else ())
+        self.text += told.text
+        self.marks += told.marks
+        if told.reason is not None:
+            output.told_once(self.name, "reason", self.reason)
+            self.reason = told.reason
+        self.usage = told.usage or self.usage
 
 
 class Agents:
-    """All clients of one run."""
+    """All clients of one run, of the model called ``model``."""
 
-    def __init__(self, gateway: Gateway, books: Books, vocab_size: int, keeper: Keeper | None = None) -> None:
+    def __init__(self, gateway: Gateway, books: Books, model: str, keeper: Keeper | None = None) -> None:
         self._gateway = gateway
         self._keeper = keeper
         self._books = books
-        self._vocab_size = vocab_size
-        self._after: dict[tuple[TraceId, int], asyncio.Future[TrueState]] = {}
+        self._model = model
+        self._after: dict[tuple[TraceId, int], asyncio.Future[Voice]] = {}
         """The context after each step, for those who fork from it."""
         self.finished = 0
         self.failed = 0
         self.hung_up = 0
+        self.unheard: set[TraceId] = set()
+        """Traces whose client left their last call before it heard anything: the router may never have begun it."""
 
     async def run(self, plans: Sequence[TracePlan]) -> None:
         """Until every trace has ended."""
@@ -124,101 +116,136 @@ class Agents:
     async def _run_trace(self, plan: TracePlan) -> None:
         await asyncio.sleep(plan.start_s)
         if plan.fork_of is None:
-            state = TrueState(self._vocab_size)
+            voice = voice_of(plan.dialect)
         else:
-            state = (await self._after[plan.fork_of, plan.fork_step]).copy()
+            voice = (await self._after[plan.fork_of, plan.fork_step]).copy()
         for index, step in enumerate(plan.steps):
             await asyncio.sleep(step.think_s)
-            state.extend(step.new_tokens)
-            state.extend(await self._run_step(plan, index, step, state))
-            self._after[plan.trace, index].set_result(state.copy())
+            voice.say(step.new_tokens)
+            before = voice.state
+            await self._run_step(plan, index, step, voice)
+            if voice.state.tokens[: len(before.tokens)] != before.tokens:
+                self._books.truth.add(plan.salt, before)  # the router has lost track of it
+            self._after[plan.trace, index].set_result(voice.copy())
             if self._keeper is not None:
-                self._keeper.stepped(plan.trace, plan.salt, state.tokens, final=index == len(plan.steps) - 1)
-        self._books.truth.add(plan.salt, state)
+                self._keeper.stepped(plan.trace, plan.salt, voice.state.tokens, final=_is_last(plan, index))
+        self._books.truth.add(plan.salt, voice.state)
 
-    async def _run_step(self, plan: TracePlan, index: int, step: StepPlan, state: TrueState) -> list[int]:
-        """The output that the client got, after as many attempts as it takes."""
-        expected = state.generate(step.sampling)
+    async def _run_step(self, plan: TracePlan, index: int, step: StepPlan, voice: Voice) -> None:
+        """As many attempts as it takes."""
         attempt = 0
         while True:
             attempt += 1
-            request = StepRequest(
-                step=StepId(f"{plan.trace}.{index}.{attempt}"),
-                trace=plan.trace,
-                parent=plan.fork_of,
-                prompt=pack_tokens(state.tokens),
-                sampling=step.sampling,
-                salt=plan.salt,
-                final=index == len(plan.steps) - 1,
-            )
-            self._books.cached.began(plan.salt, f"{plan.trace}.{index}", state.tokens + expected)
+            name = f"{plan.trace}.{index}.{attempt}"
             began_s = clock.now_s()
             try:
-                received = await self._attempt(request, step, expected, retried=attempt > 1)
-            except ClusterError as error:
+                call, exchange = self._ask(plan, index, step, voice, name)
+                await self._follow(plan, step, call, exchange)
+            except CallFailed as failure:
                 self.failed += 1
-                _record(f"{request.step} failed {error.code}")
-                self._books.progress.failed(request.step, began_s, error)
+                _record(f"{name} failed {failure.code}")
+                self._books.progress.failed(name, began_s, failure)
                 await asyncio.sleep(RETRY_S)
                 continue
-            _record(f"{request.step} {received}")
-            return received
+            if call.answered:
+                self._check_end(plan, call, step_name=f"{plan.trace}.{index}", retried=attempt > 1)
+            _record(f"{name} {call.received}")
+            if _is_last(plan, index) and not (call.received or call.answered):
+                self.unheard.add(plan.trace)
+            kept = call.answered and not _is_last(plan, index)
+            voice.heard(call.router, call.prompt, call.received, call.output, kept=kept)
+            return
 
-    async def _attempt(self, request: StepRequest, step: StepPlan, expected: list[int], *, retried: bool) -> list[int]:
-        terminal, key = self._books.terminal, f"client {request.step}"
-        received: list[int] = []
-        task, answer = self._gateway.ask(request)
+    def _ask(self, plan: TracePlan, index: int, step: StepPlan, voice: Voice, name: str) -> tuple[_Call, Exchange]:
+        router = self._gateway.process
+        call = _Call(name, step.sampling, router, voice.prompts(router))
+        self._books.cached.began(plan.salt, f"{plan.trace}.{index}", call.sequences)
+        if self._books.aborts is not None:
+            self._books.aborts.asked(plan.trace)
+        headers: dict[str, str] = {"X-Trace-Id": plan.trace}
+        if plan.fork_of is not None:
+            headers["X-Parent-Trace-Id"] = plan.fork_of
+        if _is_last(plan, index):
+            headers["X-Trace-Final"] = "true"
+        body = {"model": self._model, **voice.body(), **_options(step, chat=plan.dialect == "chat")}
+        if plan.salt:
+            body["cache_salt"] = plan.salt
+        return call, self._gateway.post(voice.path, headers, msgspec.json.encode(body))
+
+    async def _follow(self, plan: TracePlan, step: StepPlan, call: _Call, exchange: Exchange) -> None:
+        """Take what comes, until its end or the client's leaving."""
+        terminal, key = self._books.terminal, f"client {call.name}"
+        answer: Answer | None = None
         terminal.began(key)
-        cut_off = True
+        cut_off, leaves = True, False
         try:
-            while True:
-                if step.hang_up_after is not None and len(received) >= step.hang_up_after:
+            while not call.answered and (not leaves or exchange.waits):
+                if not leaves and step.hang_up_after is not None and len(call.received) >= step.hang_up_after:
                     await asyncio.sleep(step.hang_up_delay_s)
-                    if task.done() and answer.empty():
-                        cut_off = False  # too late, all of it is here
-                    return await self._hang_up(request, answer, received, expected)
-                event = await answer.get()
-                if event is None:
-                    cut_off = False
-                    raise AssertionError("an answer without a terminal event")
-                if isinstance(event, ClusterError):
-                    raise event
-                terminal.message(key, terminal=is_terminal(event))
-                if isinstance(event, Output):
-                    received += event.tokens
-                    self._books.output.output(request.step, received, expected)
+                    leaves = True  # what has arrived by now counts as seen
                     continue
-                self.finished += 1
-                self._check_finish(request, event, received, expected, retried)
-                if await answer.get() is not None:
+                if answer is None:
+                    answer = await exchange.start()
+                    continue
+                data, last = await exchange.more()
+                for told in answer.feed(data, last=last):
                     terminal.message(key, terminal=False)
-                cut_off = False
-                return received
+                    call.take(told, self._books.output)
+                if last:
+                    cut_off = False
+                    call.answered = answer.ended
+                    if answer.ended:
+                        terminal.message(key, terminal=True)
+                    break
         finally:
             terminal.ended(key, cut_off=cut_off)
-            self._gateway.leave(request, task)
+            exchange.leave()
+        if leaves:
+            self.hung_up += 1
+            if self._books.aborts is not None:
+                self._books.aborts.aborted(plan.trace)
+        else:
+            self.finished += 1
 
-    async def _hang_up(
-        self, request: StepRequest, answer: "asyncio.Queue[_Event]", received: list[int], expected: list[int]
-    ) -> list[int]:
-        """Leave; what arrived by now counts as seen."""
-        self.hung_up += 1
-        while not answer.empty():
-            event = answer.get_nowait()
-            if isinstance(event, Output):
-                received += event.tokens
-                self._books.output.output(request.step, received, expected)
-        if self._books.aborts is not None:
-            self._books.aborts.aborted(request.step)
-        return received
-
-    def _check_finish(
-        self, request: StepRequest, done: Finished, received: list[int], expected: list[int], retried: bool
-    ) -> None:
-        self._books.output.finished(request.step, done, request.prompt_tokens, received, expected, request.sampling)
-        name = request.step.rpartition(".")[0]
+    def _check_end(self, plan: TracePlan, call: _Call, *, step_name: str, retried: bool) -> None:
+        output, usage = self._books.output, call.usage or {}
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        done = Ended(call.reason or "", usage["prompt_tokens"], usage["completion_tokens"], cached)
+        prompt = call.prompt.tokens
+        output.finished(call.name, done, len(prompt), call.received, call.output, call.sampling)
+        output.text(call.name, call.text, shown(call.received))
+        if call.marks != (0 if call.sampling.logprobs is None else len(call.received)):
+            output.marks(call.name, call.marks, len(call.received))
         moved = retried or not self._books.progress.calm
-        self._books.cached.finished(request.salt, name, unpack_tokens(request.prompt), done, moved=moved)
+        self._books.cached.finished(plan.salt, step_name, prompt, cached, moved=moved)
+
+
+def _is_last(plan: TracePlan, index: int) -> bool:
+    return index == len(plan.steps) - 1
+
+
+def _options(step: StepPlan, *, chat: bool) -> dict[str, Any]:
+    """A body's part that says how to sample and to answer."""
+    how = step.sampling
+    body: dict[str, Any] = {
+        "stream": step.stream,
+        "return_token_ids": True,
+        "max_tokens": how.max_tokens,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "top_k": how.top_k,
+        "presence_penalty": how.presence_penalty,
+        "frequency_penalty": how.frequency_penalty,
+        "repetition_penalty": how.repetition_penalty,
+        "seed": how.seed,
+        "min_tokens": how.min_tokens,
+        "ignore_eos": END not in how.stop_tokens,
+    }
+    if step.stream:
+        body["stream_options"] = {"include_usage": True}
+    if how.logprobs is not None:
+        body |= {"logprobs": True, "top_logprobs": how.logprobs} if chat else {"logprobs": how.logprobs}
+    return body
 
 
 def _record(line: str) -> None:

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 
-from sim.checker import SlotChecker
 from sim.faults import Weather
 from sim.loop import PROCESS
+from sim.slot_checker import SlotChecker
 from tracehaul.runtime import clock
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.local import Landing, LocalTransfer

@@ -1,17 +1,17 @@
 """The real shells as simulated processes: one object for each life of each node."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import random
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
+from starlette.types import ASGIApp
 
 from decode.worker import DecodeService
-from kvstore.client.client import StoreClient
-from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.copies.neighbours import Others
 from kvstore.index.pin_records import Moment
@@ -23,16 +23,21 @@ from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
+from router.assemble import Router
 from router.dispatch.dispatch import Dispatch, DispatchConfig
-from sim.checker import AbortChecker, Findings, SlotChecker, TerminalChecker, is_terminal
+from router.http.config import ApiConfig
+from sim.checker import AbortChecker, Findings, TerminalChecker, is_terminal
 from sim.links import SimMemory, WatchedTransfer
 from sim.loop import PROCESS
+from sim.slot_checker import SlotChecker
 from sim.storage import Below, SimDevice
 from sim.store_checker import PinChecker, TierChecker, excuses, offset_in
+from sim.text import SimText
 from tracehaul.engine.base import EngineInfo
 from tracehaul.engine.fake import EngineCost, FakeEngine
 from tracehaul.rpc.base import CallContext, Service
 from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.member import Member, serving
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
@@ -41,11 +46,11 @@ from tracehaul.runtime.tasks import Tasks
 from tracehaul.transfer.local import LocalHub, LocalTransfer
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Lease, Leased, Publish, Published, Release, Reserve, Reserved
-from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Role
+from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import DecodeStep, PrefillStep
-from worker.announce import announced
+from worker.assemble import Worker, assemble_worker
 from worker.config import WorkerConfig
 from worker.flights import Flights
 from worker.host import WorkerHost
@@ -63,6 +68,7 @@ class Shape(msgspec.Struct, frozen=True):
     store: StoreConfig
     worker: WorkerConfig
     dispatch: DispatchConfig
+    api: ApiConfig = ApiConfig()
     below: Below | None = None
     """What the stores have below memory, and who keeps blocks there; None: nothing, nobody."""
 
@@ -104,6 +110,8 @@ class Life:
     host: WorkerHost | None = None
     engine: FakeEngine | None = None
     dispatch: Dispatch | None = None
+    app: ASGIApp | None = None
+    """The router's, for clients; once it is ready."""
     flights: Flights | None = None
     membership: Membership | None = None
     tasks: Tasks = field(default_factory=lambda: Tasks("life"))
@@ -159,6 +167,7 @@ class WatchedService:
                     yield reply
             return
         self._streams += 1
+        began_s = clock.now_s()
         key = f"{self._life.process} {type(request).__name__} {request.step} {self._streams}"
         self._around.terminal.began(key)
         cut_off = True
@@ -170,7 +179,7 @@ class WatchedService:
             cut_off = False
         finally:
             self._around.terminal.ended(key, cut_off=cut_off)
-            self._around.aborts.handler_ended(self._life.process, request.step)
+            self._around.aborts.handler_ended(self._life.process, request.trace, began_s)
 
     def disconnected(self, peer: str) -> None:
         asyncio.get_running_loop().call_soon(self._disconnected, peer, context=self._life.context())
@@ -197,51 +206,35 @@ def _enter(ledger: SlotChecker, peer: str, request: Request, reply: Reply) -> No
 
 def start(life: Life, role: Role | None, around: Surroundings) -> None:
     """Begin a life, in its own context; ``role`` None is the router. ``life.ready`` is set when it serves."""
-    boot = _boot_router(life, around) if role is None else _boot_node(life, role, around)
-    asyncio.get_running_loop().create_task(boot, name=f"boot {life.process}", context=life.context())
+    work = _run_router(life, around) if role is None else _run_node(life, role, around)
+    life.context().run(life.tasks.start, work, "node")
 
 
-async def _boot_router(life: Life, around: Surroundings) -> None:
-    life.dispatch = Dispatch(Peers(around.network.at(life.address)), around.shape.dispatch)
-    service = WatchedService(life, life.dispatch.members, around)
-    await around.network.listen(life.address, service)
+async def _run_router(life: Life, around: Surroundings) -> None:
+    router = Router(Peers(around.network.at(life.address)), around.shape.dispatch)
+    life.dispatch = router.dispatch
+    await around.network.listen(life.address, WatchedService(life, router.service, around))
+    dice = random.Random(life.process)  # noqa: S311 - reproducible is the point
+    life.app = router.app({around.shape.engine.model: SimText()}, around.shape.api, OFFLOAD, lambda: b"", dice)
     life.ready.set()
 
 
-async def _boot_node(life: Life, role: Role, around: Surroundings) -> None:
+async def _run_node(life: Life, role: Role, around: Surroundings) -> None:
     network = around.network.at(life.address)
     peers = Peers(network)
     transfer = WatchedTransfer(LocalTransfer(life.process, around.hub), life.address, around.ledgers)
     info = NodeInfo(life.node, life.generation, role, life.address)
-    service: Service
-    load: Callable[[], NodeLoad]
-    on_members: Callable[[Members], None]
     if role == "store":
-        service = life.store = _store(life, transfer, peers, around)
-        load, on_members = life.store.load, life.store.set_members
+        store = life.store = _store(life, transfer, peers, around)
+        member = Member(info, store, store.load, store.set_members, (transfer.broken,))
     else:
-        host = life.host = _host(life, transfer, peers, around)
-        load = host.heartbeat
-        if role == "prefill":
-            service = PrefillService(host)
-            life.flights = service.flights
-            on_members = _set_nodes(host)
-        else:
-            service = decode = DecodeService(host, peers)
-            life.flights = service.flights
-            on_members = decode.set_members
-        info = announced(info, host)
-        life.tasks.start(host.run(), "iterations")
-    server = await network.listen(life.address, WatchedService(life, service, around))
-    assert server.address == life.address
-    life.membership = Membership(peers, around.router_address, info, load, on_members)
-    life.tasks.start(life.membership.run(), "membership")
-    await life.membership.joined.wait()
-    life.ready.set()
-
-
-def _set_nodes(host: WorkerHost) -> Callable[[Members], None]:
-    return lambda members: host.set_nodes(members.nodes, members.draining)
+        member = _worker(life, info, transfer, peers, around).member
+    member = member._replace(service=WatchedService(life, member.service, around))
+    async with serving(member, network, peers, around.router_address) as node:
+        assert node.info.address == life.address
+        life.membership = node.membership
+        # It is never told to stop: simulated nodes crash.
+        await node.run(asyncio.Event(), drain_timeout_s=0.0, told=lambda _: life.ready.set())
 
 
 def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> StoreNode:
@@ -283,11 +276,21 @@ def _promoted(ledger: SlotChecker, buffer: memoryview, view: memoryview) -> None
         ledger.promoted(offset)
 
 
-def _host(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> WorkerHost:
+def _worker(life: Life, info: NodeInfo, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> Worker:
     shape = around.shape
-    life.engine = FakeEngine(shape.engine, shape.cost)
+    engine = life.engine = FakeEngine(shape.engine, shape.cost)
     buffer_bytes = shape.engine.layout.block_bytes
     memory = life.memory = SimMemory(shape.worker.staging_blocks * buffer_bytes)
-    staging = Staging(memory, buffer_bytes)
-    client = StoreClient(peers, [Plane(transfer, transfer.register(memory))], staging, OFFLOAD)
-    return WorkerHost(life.engine, client, shape.worker)
+    worker = assemble_worker(
+        info,
+        engine,
+        memory,
+        [transfer],
+        peers,
+        OFFLOAD,
+        shape.worker,
+        PrefillService if info.role == "prefill" else lambda host: DecodeService(host, peers),
+        buffer_bytes=buffer_bytes,
+    )
+    life.host, life.flights = worker.host, worker.service.flights
+    return worker

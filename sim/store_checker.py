@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvstore.node.node import StoreNode
-from sim.checker import Findings, Truth
+from sim.checker import Findings
+from sim.slot_checker import Truth
 from sim.storage import SimDevice
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock

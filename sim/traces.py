@@ -2,14 +2,18 @@
 
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
+from sim.text import END
 from tracehaul.wire.ids import TraceId
 from tracehaul.wire.steps import Sampling
 
-STOP_TOKEN = 0
-"""The only end token; about one output token in ``vocab_size`` is one."""
+Dialect = Literal["completions", "chat"]
+
+TURN_TOKENS = 4
+"""What a conversation's template adds to a step: about its new message, and about the answer."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -24,6 +28,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     """The client leaves after that many output tokens (0: while it waits for the first); None: it stays."""
     hang_up_delay_s: float = 0.0
     """How long after them it leaves."""
+    stream: bool = True
+    """The answer comes as it grows."""
 
 
 class TracePlan(msgspec.Struct, frozen=True):
@@ -36,6 +42,8 @@ class TracePlan(msgspec.Struct, frozen=True):
     """Its context starts as a copy of that trace's as of the end of step ``fork_step``."""
     fork_step: int
     steps: tuple[StepPlan, ...]
+    dialect: Dialect = "completions"
+    """What its client speaks; the same as the trace's that it forks from."""
 
 
 class Mix(msgspec.Struct, frozen=True):
@@ -80,6 +88,7 @@ def make_traces(seed: int, mix: Mix, vocab_size: int) -> tuple[TracePlan, ...]:
                 fork_of=parent.trace if parent else None,
                 fork_step=rng.randrange(len(parent.steps)) if parent else 0,
                 steps=tuple(steps),
+                dialect=parent.dialect if parent else "chat" if index % 2 else "completions",
             )
         )
     return tuple(plans)
@@ -87,7 +96,7 @@ def make_traces(seed: int, mix: Mix, vocab_size: int) -> tuple[TracePlan, ...]:
 
 def context_max(mix: Mix) -> int:
     """No sequence of such traces is longer: a fork of a longest trace."""
-    per_step = mix.new_tokens_max + mix.output_tokens_max
+    per_step = mix.new_tokens_max + mix.output_tokens_max + TURN_TOKENS
     return mix.system_tokens_max + 2 * mix.steps_max * per_step
 
 
@@ -113,9 +122,10 @@ def _step(rng: random.Random, mix: Mix, first: Sequence[int] | None, vocab_size:
             repetition_penalty=1.5 if seed & 4 else 1.0,
             logprobs=2 if seed & 8 else None,
             seed=seed,
-            stop_tokens=(STOP_TOKEN,),
-            min_tokens=rng.choice([0, 0, 2]),
+            stop_tokens=(END,),
+            min_tokens=min(rng.choice([0, 0, 2]), output),
         ),
         hang_up_after=rng.randrange(output) if hangs_up else None,
         hang_up_delay_s=rng.choice([0.0, 0.001, 0.02]) if hangs_up else 0.0,
+        stream=hangs_up or seed & 48 != 0,
     )

@@ -86,13 +86,9 @@ class WorkerHost:
         stores = [node for node in nodes if node.role == "store"] if self.config.use_store else []
         self.client.set_nodes(stores, draining)
 
-    def heartbeat(self) -> NodeLoad:
-        """For the router."""
-        self.loop.meter.aged(clock.now_s())
-        return self.load()
-
     def load(self) -> NodeLoad:
-        """What is so now; may be read from any thread."""
+        """What is so now."""
+        self.loop.meter.aged(clock.now_s())
         info = self.engine.info
         return NodeLoad(
             running=self._running,

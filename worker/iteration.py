@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,14 @@ from typing import NamedTuple
 from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
 from tracehaul.engine.history import History
 from tracehaul.runtime import clock, deadline
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 from worker.pressure import PATIENCE_S, Pressure
 from worker.rates import STRETCH, RateMeter, compute_s
 from worker.scheduler import Grant, Scheduler
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 SCORED_TOKENS_MAX = 128
 """Most tokens of one job that an iteration scores: each takes a row of logits, over the whole vocabulary."""
@@ -274,8 +274,8 @@ class IterationLoop:
             for grant, _ in grants:
                 self._fail(grant.key, error)
             return []
-        except Exception:
-            log.exception("iteration failed: its steps end here")
+        except Exception as error:
+            log.error("iteration failed: its steps end here", error=error)
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []

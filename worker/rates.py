@@ -43,7 +43,7 @@ class RateMeter:
 
     @property
     def rates(self) -> Rates:
-        """As far as is known; may be read from any thread."""
+        """As far as is known."""
         token, pair = self._factors()
         assumed = self._assumed
         prior = self._pull_prior * PULL_PRIOR_TOKENS

@@ -1,20 +1,20 @@
 """Publishes a sequence's blocks as they fill, and its tail at the end."""
 
 import asyncio
-import logging
 from collections.abc import Callable
 from typing import Self
 
 from kvstore.client.client import OutgoingBlock, StoreClient
 from tracehaul.engine.base import Engine
 from tracehaul.runtime.finish import finish
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.hashing import next_hash
 from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
 from worker.context import Context
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class BlockWriter:
@@ -95,13 +95,11 @@ class BlockWriter:
                     await self._wake.wait()
         except ClusterError as error:
             self.refused = error.code
-        except Exception:
-            log.exception("write-back of sequence %s failed", self._sequence)
+        except Exception as error:
+            log.error("write-back failed", error=error, sequence=self._sequence)
             self.refused = "internal"
         if self.refused:
-            log.warning(
-                "write-back of sequence %s ended at block %s: %s", self._sequence, self._next_block, self.refused
-            )
+            log.warning("write-back ended", sequence=self._sequence, block=self._next_block, reason=self.refused)
         if self._on_ended is not None:
             self._on_ended()
 

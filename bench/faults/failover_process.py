@@ -23,6 +23,7 @@ from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.node.assemble import assemble_store
 from router.fleet.members import MemberRegistry
+from tracehaul.rpc.member import Member, Phase, serving
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
@@ -67,15 +68,19 @@ async def node(name: str, router: str) -> None:
     others = Others(NodeId(name), peers, ReplicationConfig(grace_s=GRACE_S))
     config = StoreConfig(arena_bytes=ARENA_BYTES, slot_bytes=BLOCK)
     store = assemble_store(config, generation, ways, memory, offload, others=others)
-    server = await network.listen("127.0.0.1:0", store)
-    info = NodeInfo(NodeId(name), generation, "store", server.address)
-    membership = Membership(peers, router, info, store.load, store.set_members)
-    tasks = [asyncio.ensure_future(work) for work in (store.run(), membership.run())]
-    await membership.joined.wait()
-    say(msgspec.to_builtins(info))
-    await listen(lambda _: None)
-    for task in tasks:
-        task.cancel()
+    info = NodeInfo(NodeId(name), generation, "store", "127.0.0.1:0")
+    member = Member(info, store, store.load, store.set_members, (store.run,))
+    async with serving(member, network, peers, router) as served:
+
+        def tell(phase: Phase) -> None:
+            if phase == "ready":
+                say(msgspec.to_builtins(served.info))
+
+        stopping = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(served.run(stopping, drain_timeout_s=0.0, told=tell))
+            await listen(lambda _: None)
+            stopping.set()
 
 
 class Reader:

@@ -26,9 +26,12 @@ from router.dispatch.dispatch import DispatchConfig
 from router.policy.retention import RetentionConfig
 from router.traces.decisions import Ended
 from sim.faults import FaultPlan
+from sim.run import simulate
+from sim.shape import ROUTER
 from sim.storage import Below
+from sim.text import VOCAB
 from sim.traces import StepPlan, TracePlan
-from sim.world import ROUTER, VOCAB, World, simulate
+from sim.world import World
 from tracehaul.engine.fake import EngineCost, fake_info
 from tracehaul.wire.ids import TraceId
 from tracehaul.wire.steps import Sampling

@@ -44,7 +44,8 @@ class MemoryObjects:
         names = sorted(self.data)
         for start in range(0, len(names), DELETE_MAX):
             await self._try()
-            yield [ListedObject(name, len(self.data[name])) for name in names[start : start + DELETE_MAX]]
+            page = names[start : start + DELETE_MAX]  # some of which are gone by now
+            yield [ListedObject(name, len(self.data[name])) for name in page if name in self.data]
 
     async def probe(self) -> None:
         await self._try()

@@ -1,6 +1,6 @@
 """From a call to steps: whose it is, whether it can be done, and what the workers are asked."""
 
-import secrets
+import random
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -13,12 +13,13 @@ from router.calls.call import Call, Conversation, Options
 from router.calls.conversation import lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
-from router.calls.forms import Form, Forms
+from router.calls.forms import Form
 from router.calls.identity import Identity, identify
 from router.calls.limits import CallLimits
 from router.calls.memory import Memory
-from router.calls.prompts import Prompt, Prompts, check_ids, numbered, output_budget
+from router.calls.prompts import Prompt, check_ids, numbered, output_budget
 from router.calls.run import Accepted, Run
+from router.calls.served import Served
 from router.calls.text import Text
 from router.calls.urgency import urgency
 from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
@@ -29,20 +30,32 @@ from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
+UNFORESEEN = random.SystemRandom()
 
 
 class Calls:
     """Accepts calls and runs them, whatever dialect they came in."""
 
-    def __init__(self, dispatcher: Dispatcher, text: Text, limits: CallLimits, offload: Offload) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        texts: Mapping[str, Text],
+        limits: CallLimits,
+        offload: Offload,
+        dice: random.Random = UNFORESEEN,
+    ) -> None:
+        """``texts``: of each model that may be asked for, by its name. ``dice``: for seeds that nobody asks for."""
         self._dispatcher = dispatcher
-        self._text = text
         self._limits = limits
-        cut_tokens = {text.token_text(token): token for token in text.eos_tokens}
-        self._memory = Memory(dispatcher.book, cut_tokens)
-        self._prompts = Prompts(text, offload, self._memory)
-        self._forms = Forms(text, None if limits.tool_format == "auto" else limits.tool_format)
+        self._dice = dice
+        self._memory = Memory(dispatcher.book)
+        self._served = {name: Served(text, name, self._memory, limits, offload) for name, text in texts.items()}
         self.admission = Admission(limits.requests_max)
+
+    def text(self, model: str) -> Text:
+        """Of that model; of any other where it is not known, for a call that will be refused."""
+        served = self._served.get(model)
+        return next(iter(self._served.values())).text if served is None else served.text
 
     @contextmanager
     def identified(self, call: Call, headers: Mapping[str, str], fresh: str) -> Generator[Identity, None, None]:
@@ -71,51 +84,52 @@ class Calls:
             parent = identity.parent or place.parent
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
 
-    async def accept(self, call: Call, identity: Identity, silence_s: float | None) -> Run:
-        """Make everything ready for a call's steps; the caller enters the run, which tells of each ``silence_s`` in
-        which nothing happened.
+    async def accept(self, call: Call, identity: Identity) -> Run:
+        """Make everything ready for a call's steps; the caller enters the run.
 
         Raises:
             CallFailed, ClusterError: it cannot be done; nothing has run.
         """
-        self._check(call)
-        card = self._dispatcher.model()
-        if card is None:
-            raise unavailable("no decode worker is ready")
-        if call.model != card.name:
+        served = self._served.get(call.model)
+        if served is None:
             raise model_not_found(call.model)
+        self._check(call, served.text)
+        card = self._dispatcher.model(call.model)
+        if card is None:
+            raise unavailable(f"no decode worker of {call.model} is ready")
         async with until(identity.urgency.deadline_s):
-            form = await self._forms.of(call)
-            prompts = await self._prompts.of(call, identity.trace, identity.parent, card)
-        return Run(self._accepted(call, form, prompts, identity, card), self._dispatcher, self._memory, silence_s)
+            form = await served.forms.of(call)
+            prompts = await served.prompts.of(call, identity.trace, identity.parent, card)
+        accepted = self._accepted(call, served, form, prompts, identity, card)
+        return Run(accepted, self._dispatcher, self._memory)
 
-    def _check(self, call: Call) -> None:
+    def _check(self, call: Call, text: Text) -> None:
         prompts, options = len(call.prompts), call.options
         if prompts * options.n > self._limits.choices_max:
             param = "n" if prompts == 1 else call.where
             raise invalid(f"at most {self._limits.choices_max} choices are possible in one call", param)
-        check_ids(options.stop_token_ids, self._text.vocab_size, "stop_token_ids")
-        check_ids([token for token, _ in options.logit_bias], self._text.vocab_size, "logit_bias")
+        check_ids(options.stop_token_ids, text.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in options.logit_bias], text.vocab_size, "logit_bias")
 
     def _accepted(
-        self, call: Call, form: Form, prompts: Sequence[Prompt], identity: Identity, card: ModelCard
+        self, call: Call, served: Served, form: Form, prompts: Sequence[Prompt], identity: Identity, card: ModelCard
     ) -> Accepted:
         options = call.options
         steps: list[StepRequest] = []
         answers: list[Answer] = []
         for at, prompt in enumerate(prompts):
-            seed = secrets.randbits(SEED_BITS) if options.seed is None else options.seed
+            seed = self._dice.getrandbits(SEED_BITS) if options.seed is None else options.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
             max_tokens = output_budget(prompt.tokens, wanted, card, call.where)
-            constraint = self._forms.constraint(form, prompt.rendered)
+            constraint = served.forms.constraint(form, prompt.rendered)
             for k in range(options.n):
                 name = f"{call.id}-{len(steps)}"
-                sampling = self._sampling(options, max_tokens, choice_seed(seed, k), constraint)
+                sampling = self._sampling(options, served.text, max_tokens, choice_seed(seed, k), constraint)
                 answers.append(
                     Answer(
-                        self._forms.stream(form),
-                        self._forms.reader(form, prompt.rendered, name),
+                        served.forms.stream(form),
+                        served.forms.reader(form, prompt.rendered, name),
                         stops=options.stops,
                         stop_tokens=sampling.stop_tokens,
                         min_tokens=options.min_tokens,
@@ -130,6 +144,7 @@ class Calls:
                         sampling=sampling,
                         # Once for all choices of a prompt.
                         prompt_logprobs=options.logprobs if options.echo and k == 0 else None,
+                        pool=card.pool,
                         salt=call.tenant,
                         tenant=call.tenant,
                         step_class=identity.urgency.step_class,
@@ -142,11 +157,13 @@ class Calls:
                     )
                 )
         scored = options.logprobs is not None
-        echoes = [Echo(self._text, prompt, scored=scored) for prompt in prompts] if options.echo else []
+        echoes = [Echo(served.text, prompt, scored=scored) for prompt in prompts] if options.echo else []
         return Accepted(call, prompts, steps, answers, echoes)
 
-    def _sampling(self, options: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
-        eos = () if options.ignore_eos else self._text.eos_tokens
+    def _sampling(
+        self, options: Options, text: Text, max_tokens: int, seed: int, constraint: Constraint | None
+    ) -> Sampling:
+        eos = () if options.ignore_eos else text.eos_tokens
         return Sampling(
             max_tokens=max_tokens,
             temperature=options.temperature,

@@ -182,8 +182,11 @@ class FakeDispatcher:
             left = Left(step, BlockHash(b"fake"), 32, packed, b"", prompt, None) if emitted else None
             self.keeper.send(StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final))
 
-    def model(self) -> ModelCard | None:
-        return self.card
+    def model(self, name: str) -> ModelCard | None:
+        return self.card if self.card is not None and self.card.name == name else None
+
+    def models(self) -> list[ModelCard]:
+        return [] if self.card is None else [self.card]
 
     def nodes(self) -> list[NodeStatus]:
         return self.statuses

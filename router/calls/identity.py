@@ -1,5 +1,6 @@
 """Which trace a call belongs to, by what clients already send. Pure."""
 
+import random
 import re
 from collections.abc import Callable, Mapping
 
@@ -64,6 +65,11 @@ def identify(
     final = _flag(headers, "x-trace-final") or _flag(headers, "x-dynamo-session-final")
     decode = headers.get("x-decode-worker")
     return Identity(trace or TraceId(fresh), parent, final, NodeId(decode) if decode else None)
+
+
+def fresh_name(dice: random.Random) -> str:
+    """A name that nobody has had."""
+    return f"{dice.getrandbits(128):032x}"
 
 
 def foreign_id(value: str) -> TraceId:

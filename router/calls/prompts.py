@@ -12,7 +12,7 @@ from router.calls.memory import Memory
 from router.calls.messages import template_messages
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import Encoded
+from router.traces.texts import CutTokens, Encoded, extend
 from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.hashing import token_count, unpack_tokens
@@ -53,8 +53,9 @@ class Prompt(msgspec.Struct, frozen=True):
 class Prompts:
     """Makes prompts; what a trace has seen keeps the ids it had."""
 
-    def __init__(self, text: Text, offload: Offload, memory: Memory) -> None:
+    def __init__(self, text: Text, offload: Offload, memory: Memory, model: str) -> None:
         self._text = text
+        self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens}, model)
         self._offload = offload
         self._memory = memory
 
@@ -99,7 +100,7 @@ class Prompts:
     async def _encode(
         self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
     ) -> Encoded:
-        known = self._memory.known(traces, text)
+        known = self._memory.known(traces, text, self._cut_tokens)
         rest = text[len(known.text) :]
         left = max(0, card.context_max - token_count(known.packed))
 
@@ -110,7 +111,7 @@ class Prompts:
                 return least
             # What a plain prompt wants around it belongs to its beginning.
             ids = self._text.encode(rest, special=plain and not known.text) if rest else []
-            return self._memory.extended(known, text, ids)
+            return extend(known, text, ids, self._cut_tokens)
 
         encoded = self._text.tokens_min(rest)
         if encoded < left:

@@ -12,7 +12,7 @@ from router.calls.echo import Echo
 from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece, Usage
 from router.calls.memory import Memory
 from router.calls.prompts import Prompt
-from router.calls.running import Running
+from router.calls.running import running
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
 from router.traces.hits import together
 from router.traces.texts import Said
@@ -33,15 +33,14 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Run:
-    """Runs an accepted call inside a context, whose end aborts what still runs. ``silence_s``: None: it waits for
-    ever."""
+    """Runs an accepted call inside a context, whose end aborts what still runs."""
 
-    def __init__(self, accepted: Accepted, dispatcher: Dispatcher, memory: Memory, silence_s: float | None) -> None:
+    def __init__(self, accepted: Accepted, dispatcher: Dispatcher, memory: Memory) -> None:
         self._accepted = accepted
         self._options = accepted.call.options
         self._answers = accepted.answers
         self._memory = memory
-        self._running = Running(dispatcher, accepted.steps, self._options.n, silence_s)
+        self._running = running(dispatcher, accepted.steps, self._options.n)
         self._openings: list[Opening | None] = [None] * len(accepted.answers)
         """Of the choices that have begun."""
         self._told = [False] * len(accepted.answers)
@@ -63,17 +62,14 @@ class Run:
         """Every choice has ended."""
         return all(answer.reason is not None for answer in self._answers)
 
-    async def next(self) -> list[CallEvent] | None:
-        """What happened since the last call, in order; None if nothing did for ``silence_s``.
+    async def next(self) -> list[CallEvent]:
+        """What happened since the last call, in order; waits for something.
 
         Raises:
             Exception: what the first step to fail raised, once everything before it was returned.
         """
-        happened = await self._running.next()
-        if not happened:
-            return None
         events: list[CallEvent] = []
-        for index, event in happened:
+        for index, event in await self._running.next():
             self._take(index, event, events)
         return events
 
@@ -164,7 +160,7 @@ class Run:
             if prompt.encoded is not None:
                 # After a stop string the client has the text up to it, which may end inside a token.
                 text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
-                said = Said(prompt.encoded, text, pack_tokens(ids))
+                said = Said(prompt.encoded, text, pack_tokens(ids), call.model)
             if prompt.conversation:
                 tools = names_of([made.name or "" for made in answer.reader.whole.calls])
         # The prompts after the first are traces of their own: the response's name means the first.

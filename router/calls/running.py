@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
 from types import TracebackType
+from typing import Protocol
 
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
-from tracehaul.runtime.patience import Patience
 from tracehaul.wire.errors import ClusterError
 
 _log = logging.getLogger(__name__)
@@ -21,20 +21,76 @@ ABORT_TIMEOUT_S = 5.0
 Event = tuple[int, Output | Finished]
 
 
-class Running:
-    """Runs one step per request, each in a task of its own; leaving the context aborts what still runs.
+class Running(Protocol):
+    """Runs one step per request, inside a context; leaving it aborts what still runs."""
 
-    Each run of ``forks`` requests has one prompt: the others of it start when the first has its first token, and find
-    the prompt's KV computed. After ``silence_s`` in which nothing happened that is told; None: never.
-    """
+    async def __aenter__(self) -> "Running": ...
 
-    def __init__(
-        self, dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int, silence_s: float | None
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def end(self, index: int) -> None:
+        """Abort one step: nothing more is told of it."""
+        ...
+
+    async def next(self) -> Sequence[Event]:
+        """What happened since the last call, in order; waits for something.
+
+        Raises:
+            Exception: what the first step to fail raised, once everything before it was returned.
+        """
+        ...
+
+
+def running(dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int) -> Running:
+    """Each run of ``forks`` requests has one prompt: the others of it start when the first has its first token, and
+    find the prompt's KV computed."""
+    return One(dispatcher, requests[0]) if len(requests) == 1 else Several(dispatcher, requests, forks)
+
+
+class One:
+    """One step, run by whoever asks for what happens: no task of its own, no queue."""
+
+    def __init__(self, dispatcher: Dispatcher, request: StepRequest) -> None:
+        self._request = request
+        self._events = dispatcher.run(request)
+        self._ended = False
+
+    async def __aenter__(self) -> "One":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                await self._events.aclose()
+        except TimeoutError:
+            _log.error("a step did not end within %s s of its abort", ABORT_TIMEOUT_S)
+
+    def end(self, index: int) -> None:
+        self._ended = True  # with the context
+
+    async def next(self) -> Sequence[Event]:
+        assert not self._ended
+        try:
+            return ((0, await anext(self._events)),)
+        except StopAsyncIteration:
+            raise _unfinished(self._request) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise _cancelled(self._request) from None
+
+
+class Several:
+    """Each step in a task of its own."""
+
+    def __init__(self, dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int) -> None:
         self._dispatcher = dispatcher
         self._requests = requests
-        self._silence_s = silence_s
-        self._patience: Patience | None = None
         self._happened: deque[tuple[int, Output | Finished | Exception]] = deque()
         self._waiter: asyncio.Future[None] | None = None
         """Of the caller, where nothing has happened."""
@@ -46,16 +102,13 @@ class Running:
         self._forks = forks
         self._prompts_computed = [asyncio.Event() for _ in range(0, len(requests), forks)]
 
-    async def __aenter__(self) -> "Running":
-        self._patience = None if self._silence_s is None else Patience(self._silence_s)
+    async def __aenter__(self) -> "Several":
         self._tasks = [asyncio.create_task(self._pump(i, request)) for i, request in enumerate(self._requests)]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._patience is not None:
-            self._patience.close()
         self._failure = None  # it leads to its traceback, and that back here
         for task in self._tasks:
             task.cancel()
@@ -64,39 +117,19 @@ class Running:
             _log.error("%d steps did not end within %s s of their abort", len(stuck), ABORT_TIMEOUT_S)
 
     def end(self, index: int) -> None:
-        """Abort one step: nothing more is told of it."""
         self._ended.add(index)
         self._tasks[index].cancel()
 
-    async def next(self) -> list[Event]:
-        """What happened since the last call, in order; waits for something, and returns nothing after silence.
-
-        Raises:
-            Exception: what the first step to fail raised, once everything before it was returned.
-        """
+    async def next(self) -> Sequence[Event]:
         events: list[Event] = []
         while not events and self._failure is None:
-            if not self._happened and not await self._something():
-                return []
+            if not self._happened:
+                self._waiter = asyncio.get_running_loop().create_future()
+                await self._waiter
             self._take_all(events)
         if self._failure is not None and not events:
             raise self._failure
         return events
-
-    async def _something(self) -> bool:
-        """Wait until something happens; False: nothing did for too long."""
-        waiter = self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            if self._patience is None:
-                await waiter
-            else:
-                with self._patience:
-                    await waiter
-        except TimeoutError:
-            return False
-        finally:
-            self._waiter = None
-        return True
 
     def _take_all(self, events: list[Event]) -> None:
         """What has happened, up to the first failure."""
@@ -130,11 +163,19 @@ class Running:
                     await self._put(index, event)
                     if isinstance(event, Finished):
                         return
-            raise ClusterError(f"step {request.step} ended without a terminal event")
+            raise _unfinished(request)
         except asyncio.CancelledError:
             if self._tasks[index].cancelling():
                 raise
-            # A wait inside the step was cancelled, and not by us: without an answer the client would wait for ever.
-            await self._put(index, ClusterError(f"step {request.step} was cancelled"))
+            await self._put(index, _cancelled(request))
         except Exception as error:
             await self._put(index, error)
+
+
+def _unfinished(request: StepRequest) -> ClusterError:
+    return ClusterError(f"step {request.step} ended without a terminal event")
+
+
+def _cancelled(request: StepRequest) -> ClusterError:
+    """A wait inside the step was cancelled, and not by us: without an answer the client would wait for ever."""
+    return ClusterError(f"step {request.step} was cancelled")

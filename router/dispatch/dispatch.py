@@ -2,23 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from router.dispatch.attempt import Attempt, Events
 from router.dispatch.inflight import InFlight
+from router.dispatch.pooled import Pooled
 from router.dispatch.predicted import Predicted
-from router.dispatch.relief import Relief
 from router.dispatch.retainer import Retainer
 from router.dispatch.run import BetterPlace, Run
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
 from router.fleet.index import Index, TierRun
-from router.fleet.load import Fleet, Key, Warm
+from router.fleet.load import Key
 from router.fleet.members import MemberRegistry, NodeStatus
+from router.fleet.pools import in_pool
 from router.fleet.watch import StoreWatch
 from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place
@@ -37,12 +38,10 @@ from tracehaul.wire.errors import (
     ContextTooLong,
     DeadlineExceeded,
     InvalidRequest,
-    ProtocolError,
     Unavailable,
 )
-from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.ids import NodeId
-from tracehaul.wire.steps import StepDone, StepUsage, Tokens
+from tracehaul.wire.steps import StepUsage
 
 log = logging.getLogger(__name__)
 
@@ -91,22 +90,27 @@ class DispatchStats(msgspec.Struct):
     delivered_tokens: int = 0
     recomputed_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """Tokens that the trace had, computed again, by :data:`router.traces.hits.LossReason`."""
+    pool_steps: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """Steps that finished, by pool; like those that follow."""
+    pool_prompt_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    pool_cached_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    pool_output_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
 
 class Dispatch:
     """The router without HTTP: implements :class:`router.dispatch.steps.Dispatcher`."""
 
-    def __init__(self, peers: Peers, config: DispatchConfig) -> None:
+    def __init__(self, peers: Peers, config: DispatchConfig, models: Mapping[str, str] | None = None) -> None:
+        """``models``: as in :class:`router.fleet.members.MemberRegistry`."""
         self._peers = peers
         self._config = config
         self.stats = DispatchStats()
         self.index = Index()
         self._watch = StoreWatch(peers, self.index)
-        self.members = MemberRegistry(self._watch.set_nodes)
-        self.decodes = Fleet()
-        self.prefills = Fleet()
+        self.members = MemberRegistry(self._watch.set_nodes, models)
+        self.pools: dict[str, Pooled] = {}
+        """Of those that had a step, by name."""
         self._predicted = Predicted()
-        self._relief = Relief(self.prefills, self._predicted, self._elsewhere)
         self._turn = 0
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
@@ -116,15 +120,20 @@ class Dispatch:
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
-        self._relief.close()
+        for pool in self.pools.values():
+            pool.relief.close()
         await self.retainer.close()
         await self._watch.close()
 
-    def model(self) -> ModelCard | None:
-        workers = self.members.live("decode")
-        if not workers:
+    def model(self, name: str) -> ModelCard | None:
+        pool = self.members.pools().get(name)
+        if pool is None:
             return None
-        return ModelCard(workers[0].model, min(worker.context_max for worker in workers))
+        workers = self.members.live("decode", pool.name)
+        return ModelCard(name, min(worker.context_max for worker in workers), pool.name)
+
+    def models(self) -> list[ModelCard]:
+        return [card for name in sorted(self.members.pools()) if (card := self.model(name)) is not None]
 
     def nodes(self) -> list[NodeStatus]:
         return self.members.statuses()
@@ -136,18 +145,23 @@ class Dispatch:
         self.stats.steps += 1
         run = Run(request, *self.traces.lefts(key))
         self._runs[run] = None
+        tries = _Tries()
         try:
-            async with aclosing(self._attempts(run)) as events:
-                async for event in events:
+            while True:
+                for event in await self._next(run, tries):
                     if isinstance(event, Finished):
                         run.ending = event.reason
-                        self._count(event.usage)
+                        self._count(event.usage, request.pool)
+                        yield event
+                        return
                     yield event
         except ClusterError as error:
             run.ending = error.code
             self.stats.steps_failed += 1
             raise
         finally:
+            await tries.leave()
+            run.close()
             del self._runs[run]
             self.stats.steps_aborted += run.ending == "aborted"
             if run.hits is not None:
@@ -159,51 +173,52 @@ class Dispatch:
             if run.key == effect.key and run.request.step in effect.steps:
                 run.stop()
 
-    async def _attempts(self, run: Run) -> AsyncGenerator[Output | Finished, None]:
-        """The step on one worker after the other, until one finishes it. Emitted tokens are never sampled again."""
-        failures = 0
+    async def _next(self, run: Run, tries: "_Tries") -> Events:
+        """What happens next in the step, on one worker after the other until one finishes it. Emitted tokens are never
+        sampled again."""
         while True:
-            deadline.check(run.request.deadline_s)
-            before = len(run.emitted)
-            placement: Placement | None = None
+            if tries.attempt is None:
+                deadline.check(run.request.deadline_s)
             try:
-                placement = self._place(run)
-                async with aclosing(self._on_worker(run, placement)) as events:
-                    async for event in events:
-                        yield event
-                return
+                if tries.attempt is None:
+                    tries.attempt = self._attempt(run, self._place(run))
+                return await tries.attempt.next()
             except BetterPlace as better:
-                assert placement is not None
+                attempt = await tries.leave()
+                assert attempt is not None
                 self.stats.steps_replaced += 1
-                left = Replaced(run.request.step, placement.prefill, better.wait_s, better.cost_s)
+                left = Replaced(run.request.step, attempt.placement.prefill, better.wait_s, better.cost_s)
                 self.retainer.send(StepMoved(run.key, left))
-                continue
             except ClusterError as error:
+                attempt = await tries.leave()
                 reason = run.ended()
                 if reason is not None and run.usage is not None:  # only the terminal message was lost
                     usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
-                    yield Finished(reason, usage, run.attribute())
-                    return
-                failures = 1 if len(run.emitted) > before else failures + 1
-                # A worker's own bug may be that worker's alone: one other may try.
-                attempts_max = self._config.attempts_max if error.retriable else 2
-                if isinstance(error, InvalidRequest | DeadlineExceeded) or failures >= attempts_max:
-                    raise
-                node = None
-                if placement is not None:
-                    node = placement.decode.node
-                    run.avoid.add(placement.decode)
-                self.stats.steps_moved += 1
-                moved = Moved(run.request.step, node, error.code, len(run.emitted))
-                self.retainer.send(StepMoved(run.key, moved))
-                log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
-            async with deadline.until(run.request.deadline_s):
-                await asyncio.sleep(self._config.retry_pause_s * failures)
+                    return [Finished(reason, usage, run.attribute())]
+                self._failed(run, tries, attempt, error)
+                async with deadline.until(run.request.deadline_s):
+                    await asyncio.sleep(self._config.retry_pause_s * tries.failures)
+
+    def _failed(self, run: Run, tries: "_Tries", attempt: Attempt | None, error: ClusterError) -> None:
+        """An attempt failed (None: no worker was found for it); raises ``error`` if no other may follow."""
+        grew = attempt is not None and len(run.emitted) > attempt.emitted_before
+        tries.failures = 1 if grew else tries.failures + 1
+        # A worker's own bug may be that worker's alone: one other may try.
+        attempts_max = self._config.attempts_max if error.retriable else 2
+        if isinstance(error, InvalidRequest | DeadlineExceeded) or tries.failures >= attempts_max:
+            raise error
+        node = None
+        if attempt is not None:
+            node = attempt.placement.decode.node
+            run.avoid.add(attempt.placement.decode)
+        self.stats.steps_moved += 1
+        self.retainer.send(StepMoved(run.key, Moved(run.request.step, node, error.code, len(run.emitted))))
+        log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
 
     def _place(self, run: Run) -> Placement:
-        decodes = self.members.live("decode")
+        decodes = self.members.live("decode", run.request.pool)
         if not decodes:
-            raise Unavailable("no decode worker is ready")
+            raise Unavailable(f"no decode worker is ready{in_pool(run.request.pool)}")
         tokens = run.request.prompt_tokens + len(run.emitted)
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
@@ -212,7 +227,7 @@ class Dispatch:
         placement = self._price(run, found.runs, run.leaves)
         assert placement is not None
         warm, stored_tokens = run.warm, found.blocks * run.block_tokens
-        lives = warm is not None and Key(warm.node, warm.generation) in self.decodes.rows
+        lives = warm is not None and Key(warm.node, warm.generation) in self._pool(run).decodes.rows
         run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
         if placement.computes is not None:
             self._predicted.add(run.hashes, [placement.computes], clock.now_s())
@@ -237,13 +252,10 @@ class Dispatch:
         return self._price(run, self.index.match(run.hashes).runs, run.leaves | {prefill})
 
     def _price(self, run: Run, stored: Sequence[TierRun], leaves: set[Key]) -> Placement | None:
-        decodes = self.members.live("decode")
-        # Blocks of another layout, or another model, are of no use to this step.
-        decodes = [worker for worker in decodes if worker.root == decodes[0].root]
-        prefills = [worker for worker in self.members.live("prefill") if decodes and worker.root == decodes[0].root]
-        now_s = clock.now_s()
-        self.decodes.sync(decodes, self.members.loads(decodes))
-        self.prefills.sync(prefills, self.members.loads(prefills))
+        pool, now_s = self._pool(run), clock.now_s()
+        for role, fleet in (("decode", pool.decodes), ("prefill", pool.prefills)):
+            workers = self.members.live(role, run.request.pool)
+            fleet.sync(workers, self.members.loads(workers))
         expected = self._predicted.match(run.hashes, now_s)
         ask = Ask(
             trace=run.request.trace,
@@ -258,7 +270,7 @@ class Dispatch:
             turn=self._turn,
         )
         stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
-        return place(self._config.policy, ask, self.decodes, self.prefills, stores, now_s)
+        return place(self._config.policy, ask, pool.decodes, pool.prefills, stores, now_s)
 
     def _stored(self, runs: Sequence[TierRun], block_tokens: int) -> list[StoredRun]:
         """With what it takes to bring each up: on the slowest node, as it may be on any."""
@@ -271,12 +283,18 @@ class Dispatch:
         depth = len(block_s) - 1
         return [StoredRun(run.end * block_tokens, block_s[min(run.tier, depth)] / block_tokens) for run in runs]
 
+    def _pool(self, run: Run) -> Pooled:
+        name = run.request.pool
+        if name not in self.pools:
+            self.pools[name] = Pooled(self._predicted, self._elsewhere)
+        return self.pools[name]
+
     def _home(self, run: Run) -> NodeId | None:
         trace = self.traces.get(run.key)
         return trace.home if trace is not None else None
 
     def _placed(self, run: Run, placement: Placement, stored_tokens: int) -> Placed:
-        warm = run.warm
+        warm, decodes = run.warm, self._pool(run).decodes
         return Placed(
             step=run.request.step,
             decode=placement.decode.node,
@@ -288,62 +306,37 @@ class Dispatch:
             expected_tokens=placement.expected_tokens,
             prefill=placement.prefill,
             home=placement.home,
-            running={key.node: self.decodes.running(key) for key in self.decodes.keys[:NODES_MAX]},
+            running={key.node: decodes.running(key) for key in decodes.keys[:NODES_MAX]},
             cost_s=placement.cost_s,
             warm_cost_s=placement.warm_cost_s,
             pull_tokens=placement.pull_tokens,
+            pool=run.request.pool,
         )
 
-    async def _on_worker(self, run: Run, placement: Placement) -> AsyncGenerator[Output | Finished, None]:
-        """One attempt; appends to ``run.emitted`` what it yields."""
-        request, trace = run.request, self.traces.get(run.key)
-        node = placement.decode.node
-        info = next(info for info in self.members.live("decode") if info.node == node)
-        context = CallContext(trace=request.trace, step=request.step)
+    def _attempt(self, run: Run, placement: Placement) -> Attempt:
+        request, trace, pool = run.request, self.traces.get(run.key), self._pool(run)
+        info = next(info for info in self.members.live("decode") if info.node == placement.decode.node)
         run.context_max = info.context_max
-        retained, scored = 0, 0
-        sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
-        if self._config.policy == "cost" and run.prompt_logprobs is None:
-            self._relief.enter(run, placement)
         parent = trace.parent if trace is not None else None
         replies = self._peers.stream(
             info.address,
             run.message(info, placement, parent),
             idle_timeout_s=self._config.idle_timeout_s,
-            context=context,
+            context=CallContext(trace=request.trace, step=request.step),
         )
-        try:
-            while (reply := await run.next(replies)) is not None:
-                match reply:
-                    case Tokens(b"", prompt_logprobs=scores):
-                        yield Output([], prompt_logprobs=run.scored(scored, scores))
-                        scored += len(scores)
-                    case Tokens(ids, usage, logprobs):
-                        sent.token(clock.now_s())
-                        self._relief.leave(run, placement)
-                        tokens = unpack_tokens(ids)
-                        run.emitted.extend(tokens)
-                        retained = request.prompt_tokens + len(run.emitted) - 1
-                        if usage is None:
-                            yield Output(tokens, logprobs=logprobs)
-                        else:
-                            run.published_tokens = request.prompt_tokens  # before it is told, the prompt is written
-                            yield Output(tokens, run.account(usage), run.attribute(), logprobs)
-                    case StepDone(reason, usage, retained_tokens, published_tokens):
-                        retained, run.published_tokens = retained_tokens, published_tokens
-                        yield Finished(reason, run.account(usage), run.attribute())
-                        return
-                    case _:
-                        raise ProtocolError(f"{node} answered a step with {type(reply).__name__}")
-            raise ProtocolError(f"{node} ended a step without a terminal message")
-        finally:
-            sent.ended()
-            self._relief.leave(run, placement)
-            if retained:
-                run.warm = Warm(node, placement.decode.generation, retained)
-            await replies.aclose()
+        sent = InFlight(pool.decodes, pool.prefills, placement, clock.now_s())
+        if self._config.policy == "cost" and run.prompt_logprobs is None:
+            pool.relief.enter(run, placement)
+        return Attempt(run, placement, replies, sent, pool.relief)
 
-    def _count(self, usage: StepUsage) -> None:
+    def _count(self, usage: StepUsage, pool: str) -> None:
+        for counts, tokens in (
+            (self.stats.pool_steps, 1),
+            (self.stats.pool_prompt_tokens, usage.prompt_tokens),
+            (self.stats.pool_cached_tokens, usage.computed_from),
+            (self.stats.pool_output_tokens, usage.output_tokens),
+        ):
+            counts[pool] = counts.get(pool, 0) + tokens
         self.stats.steps_finished += 1
         self.stats.prompt_tokens += usage.prompt_tokens
         self.stats.cached_tokens += usage.computed_from
@@ -360,3 +353,18 @@ class Dispatch:
             self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
         if sum(hits.losses.values()) >= run.block_tokens:
             log.warning("step %s: tokens were computed again: %s", run.request.step, hits.losses)
+
+
+class _Tries:
+    """Where a step is tried now, and how often it failed in a row without a new token."""
+
+    def __init__(self) -> None:
+        self.attempt: Attempt | None = None
+        self.failures = 0
+
+    async def leave(self) -> Attempt | None:
+        """The attempt, if there is one, has ended."""
+        attempt, self.attempt = self.attempt, None
+        if attempt is not None:
+            await attempt.close()
+        return attempt

@@ -1,7 +1,7 @@
 """One step's way through the fleet: what it continues, what was expected of it, what came of it."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -12,7 +12,9 @@ from router.traces.contexts import Cut, Left, cut, joined
 from router.traces.events import StepEnded
 from router.traces.hits import Expected, Hits, Outcome, attribute
 from router.traces.trace import TraceKey
+from tracehaul.rpc.base import Replies
 from tracehaul.runtime import deadline
+from tracehaul.runtime.patience import Interruptible
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
@@ -70,8 +72,9 @@ class Run:
         self._expected: Expected | None = None
         self._warm_gone = False
         self._attempts = 0
-        self._waiting: asyncio.Timeout | None = None
-        self._better: BetterPlace | None = None
+        self._waits = Interruptible()
+        self._deadline: asyncio.TimerHandle | None = None
+        """Ends the wait during which it passes."""
 
     @property
     def hashes(self) -> Sequence[BlockHash]:
@@ -213,8 +216,8 @@ class Run:
 
     # --- what others decide -----------------------------------------------------------------------------------
 
-    async def next(self, replies: AsyncGenerator[Reply, None]) -> Reply | None:
-        """The next of a worker's replies; None if there is none.
+    async def next(self, replies: Replies) -> list[Reply]:
+        """The next of a worker's replies: all that have come; empty if nothing follows.
 
         Raises:
             TraceDeleted: :meth:`stop` was called, before or meanwhile.
@@ -222,27 +225,33 @@ class Run:
             BetterPlace: :meth:`move` was called meanwhile.
             ClusterError: what ``replies`` raises.
         """
-        deleted = TraceDeleted(f"trace {self.request.trace} was deleted")
         if self.deleted:
-            raise deleted
-        deadline.check(self.request.deadline_s)
-        try:
-            async with asyncio.timeout_at(self.request.deadline_s) as self._waiting:
-                return await anext(replies, None)
-        except TimeoutError:
-            raise (deleted if self.deleted else self._better or deadline.exceeded()) from None
-        finally:
-            self._waiting = self._better = None
+            raise self._was_deleted()
+        deadline_s = self.request.deadline_s
+        if deadline_s is not None:
+            deadline.check(deadline_s)
+            if self._deadline is None:
+                self._deadline = asyncio.get_running_loop().call_at(deadline_s, self._late)
+        with self._waits:
+            return await replies.take()
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""
         self.deleted = True
-        if self._waiting is not None and not self._waiting.expired():
-            self._waiting.reschedule(0.0)
+        self._waits.interrupt(self._was_deleted())
 
     def move(self, prefill: Key, wait_s: float, cost_s: float) -> None:
         """Place it anew, from another task, if it waits for that worker: see :class:`BetterPlace`."""
-        if self._waiting is not None and not self._waiting.expired():
+        if self._waits.interrupt(BetterPlace(wait_s, cost_s)):
             self.leaves.add(prefill)
-            self._better = BetterPlace(wait_s, cost_s)
-            self._waiting.reschedule(0.0)
+
+    def close(self) -> None:
+        """No wait follows."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    def _late(self) -> None:
+        self._waits.interrupt(deadline.exceeded())
+
+    def _was_deleted(self) -> TraceDeleted:
+        return TraceDeleted(f"trace {self.request.trace} was deleted")

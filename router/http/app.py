@@ -1,5 +1,6 @@
 """The application: routes, and how what fails outside a call is answered."""
 
+import random
 from collections.abc import Callable, Mapping
 
 from starlette.applications import Starlette
@@ -8,8 +9,9 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from router.calls.calls import Calls
+from router.calls.calls import UNFORESEEN, Calls
 from router.calls.errors import CallFailed, translate
 from router.calls.text import Text
 from router.dialects.base import Dialect
@@ -35,31 +37,31 @@ DIALECTS: Mapping[str, Dialect] = {
 
 def create_app(
     dispatcher: Dispatcher,
-    text: Text,
+    texts: Mapping[str, Text],
     metrics_render: Callable[[], bytes],
     config: ApiConfig,
     offload: Offload,
+    dice: random.Random = UNFORESEEN,
     dialects: Mapping[str, Dialect] = DIALECTS,
-) -> Starlette:
+) -> ASGIApp:
     """The whole HTTP surface.
 
     Args:
         dispatcher: runs steps.
-        text: the served model's tokenizer and template.
+        texts: tokenizer and template of each model that may be asked for, by its name.
         metrics_render: what ``/metrics`` answers.
         config: limits.
         offload: where long texts are tokenized; the caller closes it.
+        dice: for the names of calls that have none, and the seeds of those that ask for none.
         dialects: the dialect at each path.
     """
-    calls = Calls(dispatcher, text, config, offload)
+    calls = Calls(dispatcher, texts, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
-    return Starlette(
+    endpoints = {path: Endpoint(dialect, calls, config, dice) for path, dialect in dialects.items()}
+    rest = Starlette(
         routes=[
-            *(
-                Route(path, Endpoint(dialect, calls, text, config), methods=["POST"])
-                for path, dialect in dialects.items()
-            ),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
             Route("/v1/models", pages.models, methods=["GET"]),
             Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
             Route("/v1/traces", traces.list, methods=["GET"]),
@@ -72,9 +74,17 @@ def create_app(
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
-        middleware=[Middleware(RequestIds)],
+        middleware=[Middleware(RequestIds, dice=dice)],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        # Through the application's layers each event of a stream would pass three functions more.
+        called = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = endpoints.get(scope["path"]) if called else None
+        await (endpoint or rest)(scope, receive, send)
+
+    return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -52,14 +52,22 @@ async def disconnected(receive: Receive) -> None:
 
 
 class Reply:
-    """One call's answer: a JSON body, or a stream that starts with its first event. ``dialect``: says how it fails."""
+    """One call's answer: a JSON body, or a stream that starts with its first event. ``dialect``: says how it fails.
+
+    One task answers; another may keep a stream alive meanwhile.
+    """
 
     def __init__(self, send: Send, dialect: Dialect, timeout_s: float) -> None:
         self._send_message = send
         self._dialect = dialect
         self._patience = Patience(timeout_s)
+        self._clock = asyncio.get_running_loop().time
         self._started = False
         self._ended = False
+        self._quiet_s: float | None = None
+        """Since when the stream says nothing; None: there is none."""
+        self._keeping: asyncio.Event | None = None
+        """Set once a sign of life was sent, where one is."""
         self.headers: Headers = []
 
     async def json(self, status: int, body: bytes, headers: Headers | None = None) -> None:
@@ -68,13 +76,32 @@ class Reply:
         await self._start(status, [(b"content-type", b"application/json"), length, *(headers or [])])
         await self._body(body, last=True)
 
+    def streams(self) -> None:
+        """It will be a stream: from now on silence counts."""
+        self._quiet_s = self._clock()
+
     async def events(self, data: bytes, *, last: bool = False) -> None:
         """Send these events now; the first ones start the stream."""
-        if not self._started:
-            kind = (b"content-type", b"text/event-stream; charset=utf-8")
-            # The last one asks proxies not to collect events.
-            await self._start(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
-        await self._body(data, last=last)
+        if self._keeping is not None:
+            await self._keeping.wait()
+        await self._events(data, last=last)
+        self._quiet_s = self._clock()
+
+    async def keep_alive(self, silence_s: float) -> float:
+        """Say that the stream lives if it was silent for so long; returns in how many seconds to look again."""
+        if self._quiet_s is None or self._patience.waits:
+            return silence_s
+        left_s = self._quiet_s + silence_s - self._clock()
+        if left_s > 0:
+            return left_s
+        self._keeping = asyncio.Event()
+        try:
+            await self._events(self._dialect.keepalive, last=False)
+        finally:
+            self._keeping.set()
+            self._keeping = None
+        self._quiet_s = self._clock()
+        return silence_s
 
     async def fail(self, failure: CallFailed) -> None:
         """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
@@ -89,6 +116,13 @@ class Reply:
     def close(self) -> None:
         """Nothing more is sent."""
         self._patience.close()
+
+    async def _events(self, data: bytes, *, last: bool) -> None:
+        if not self._started:
+            kind = (b"content-type", b"text/event-stream; charset=utf-8")
+            # The last one asks proxies not to collect events.
+            await self._start(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
+        await self._body(data, last=last)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True

@@ -1,35 +1,39 @@
 """One dialect at one path: from a body to a run, from what happens to an answer."""
 
 import asyncio
-import secrets
+import random
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from router.calls.calls import Calls
 from router.calls.errors import translate, unavailable
+from router.calls.identity import fresh_name
 from router.calls.run import Run
-from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
 from router.http.asgi import ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
+from router.http.request_ids import request_id
 from tracehaul.runtime.clock import wall_s
 
 
 class Endpoint:
     """An ASGI application. Answers each call, whatever happens."""
 
-    def __init__(self, dialect: Dialect, calls: Calls, text: Text, config: ApiConfig) -> None:
+    def __init__(self, dialect: Dialect, calls: Calls, config: ApiConfig, dice: random.Random) -> None:
         self._dialect = dialect
         self._calls = calls
-        self._text = text
         self._config = config
+        self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
         reply = Reply(send, self._dialect, self._config.send_timeout_s)
+        name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
+        reply.headers.append((b"x-request-id", name.encode()))
         try:
             try:
-                await self._admit(scope, receive, reply)
+                await self._admit(scope, headers, receive, reply)
             except asyncio.CancelledError:
                 # Only the server's end cancels this task, and it ends here anyway.
                 await reply.fail(unavailable("the server is stopping"))
@@ -42,14 +46,14 @@ class Endpoint:
         finally:
             reply.close()
 
-    async def _admit(self, scope: Scope, receive: Receive, reply: Reply) -> None:
+    async def _admit(self, scope: Scope, headers: Headers, receive: Receive, reply: Reply) -> None:
         config = self._config
         with self._calls.admission.admitted():
             body = await read_body(scope, receive, bytes_max=config.body_bytes_max, timeout_s=config.body_timeout_s)
-            work = asyncio.create_task(self._answer(Headers(scope=scope), body, reply))
+            work = asyncio.create_task(self._answer(headers, body, reply))
             watch = asyncio.create_task(disconnected(receive))
             try:
-                await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+                await self._attend(work, watch, reply)
                 if not work.done():
                     raise ClientGone
                 work.result()
@@ -59,13 +63,21 @@ class Endpoint:
                 await asyncio.gather(work, watch, return_exceptions=True)
                 del work  # its exception leads back to this frame, and would keep the body alive
 
+    async def _attend(self, work: asyncio.Task[None], watch: asyncio.Task[None], reply: Reply) -> None:
+        """Until one of the two has ended; meanwhile the stream is kept alive."""
+        pause_s = self._config.keepalive_s
+        while True:
+            done, _ = await asyncio.wait((work, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+            if done:
+                return
+            pause_s = await reply.keep_alive(self._config.keepalive_s)
+
     async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
-        fresh = secrets.token_hex(16)
-        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._text)
-        silence_s = self._config.keepalive_s if call.options.stream else None
+        fresh = fresh_name(self._dice)
+        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))
-            async with await self._calls.accept(call, identity, silence_s) as run:
+            async with await self._calls.accept(call, identity) as run:
                 await (self._stream(run, teller, reply) if call.options.stream else self._collect(run, teller, reply))
 
     async def _collect(self, run: Run, teller: Teller, reply: Reply) -> None:
@@ -74,9 +86,9 @@ class Endpoint:
         await reply.json(200, teller.whole(run.choices(), run.usage()))
 
     async def _stream(self, run: Run, teller: Teller, reply: Reply) -> None:
+        reply.streams()
         while not run.done:
-            events = await run.next()
-            data = self._dialect.keepalive if events is None else teller.events(events)
+            data = teller.events(await run.next())
             if data:
                 await reply.events(data)
         await reply.events(teller.end(run.usage()), last=True)

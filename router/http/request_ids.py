@@ -1,12 +1,12 @@
 """The id of a request: the client's own, or a fresh one."""
 
+import random
 import re
-import secrets
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router.calls.identity import ID_CHARACTERS_MAX
+from router.calls.identity import ID_CHARACTERS_MAX, fresh_name
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{ID_CHARACTERS_MAX}}}", re.ASCII)
 
@@ -14,14 +14,15 @@ _REQUEST_ID = re.compile(rf"[!-~]{{1,{ID_CHARACTERS_MAX}}}", re.ASCII)
 class RequestIds:
     """Gives every answer an ``X-Request-Id``: the client's own, or a fresh one."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, dice: random.Random) -> None:
         self._app = app
+        self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name = request_id(Headers(scope=scope).get("x-request-id"), secrets.token_hex(16))
+        name = request_id(Headers(scope=scope).get("x-request-id"), fresh_name(self._dice))
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":

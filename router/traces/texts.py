@@ -49,6 +49,8 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     """As the client has it, so as the next prompt will quote it."""
     generated: bytes = b""
     """The tokens that it came in (wire form), without the stop token."""
+    model: str = ""
+    """Whose they are: another has others for the same text."""
 
 
 def fresh(text: str, ids: Sequence[int], cuts: Iterable[tuple[int, int]] = ()) -> Encoded:
@@ -62,7 +64,9 @@ EMPTY = Encoded("", b"")
 class CutTokens:
     """The tokens before which a text may be cut, by the text that the tokenizer reads them from."""
 
-    def __init__(self, texts: Mapping[str, int]) -> None:
+    def __init__(self, texts: Mapping[str, int], model: str = "") -> None:
+        self.model = model
+        """Whose they are."""
         self._ids = np.array(sorted(set(texts.values())), "<u4")
         self._texts = dict(texts)
         longest_first = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
@@ -111,6 +115,8 @@ class Text(msgspec.Struct, frozen=True, gc=False):
     """The text's end is the end of a model's output."""
     cuts: bytes
     """As in :class:`Encoded`."""
+    model: str
+    """As in :class:`Said`."""
 
     @property
     def tokens(self) -> int:
@@ -172,8 +178,9 @@ def remember(texts: Sequence[Text], said: Said) -> tuple[Text, ...]:
         (len(prompt.text), len(prompt.packed) // TOKEN_BYTES),
         bool(said.generated),
         prompt.cuts,
+        said.model,
     )
-    others = [known for known in texts if not new.text.startswith(known.text)]
+    others = [known for known in texts if known.model != new.model or not new.text.startswith(known.text)]
     return (*others[-(TEXTS_MAX - 1) :], new)
 
 
@@ -182,7 +189,7 @@ def find(texts: Iterable[Text], text: str, cut_tokens: CutTokens) -> Encoded:
     if none is."""
     best, source = (0, 0), None
     for known in texts:
-        usable = known.usable(text, cut_tokens)
+        usable = known.usable(text, cut_tokens) if known.model == cut_tokens.model else (0, 0)
         if usable > best:
             best, source = usable, known
     return source.take(*best) if source else EMPTY

@@ -18,7 +18,7 @@ import uvloop
 
 from sim import loop as virtual
 from tracehaul.rpc import frames
-from tracehaul.rpc.base import CallContext, Connection, Network, Server
+from tracehaul.rpc.base import CallContext, Connection, Network, Replies, Server
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits
 from tracehaul.rpc.tcp import TcpNetwork
@@ -135,7 +135,7 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.002)
 
 
-async def collect(stream: AsyncGenerator[Reply, None], into: list[Reply]) -> None:
+async def collect(stream: Replies, into: list[Reply]) -> None:
     async for reply in stream:
         into.append(reply)
 

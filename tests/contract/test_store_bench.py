@@ -6,9 +6,9 @@ import random
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
-from cluster.store_bench import TENANT, bench
 
 from cluster.members import StoreRef
+from cluster.store.bench import TENANT, bench
 from kvstore.config import StoreConfig
 from kvstore.index.tenants import tenant_key
 from kvstore.node.assemble import assemble_store

@@ -12,7 +12,7 @@ from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.node.assemble import Backing, assemble_store
 from kvstore.tiers.disk import open_disk
-from tracehaul.rpc.membership import Membership
+from tracehaul.rpc.member import Member, Phase, serving
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
@@ -48,15 +48,15 @@ async def main(told: Told) -> None:
     others = Others(NodeId(told.name), peers, told.replication)
     planes = [Plane(transfer, transfer.register(memory))]
     node = assemble_store(told.store, generation, planes, memory, offload, backing, others)
-    server = await network.listen("127.0.0.1:0", node)
-    info = NodeInfo(NodeId(told.name), generation, "store", server.address)
-    membership = Membership(peers, told.router, info, node.load, node.set_members, heartbeat_s=0.2)
-    async with asyncio.TaskGroup() as group:
-        group.create_task(node.run())
-        group.create_task(membership.run())
-        await membership.joined.wait()
-        sys.stdout.buffer.write(msgspec.json.encode(info) + b"\n")
-        sys.stdout.flush()
+    info = NodeInfo(NodeId(told.name), generation, "store", "127.0.0.1:0")
+    member = Member(info, node, node.load, node.set_members, (node.run, transfer.broken))
+    async with serving(member, network, peers, told.router, heartbeat_s=0.2) as served:
+
+        def tell(phase: Phase) -> None:
+            sys.stdout.buffer.write(msgspec.json.encode(served.info) + b"\n")
+            sys.stdout.flush()
+
+        await served.run(asyncio.Event(), drain_timeout_s=0.0, told=tell)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ FREED_S = 1.0
 """From a client's hanging up to the last worker's forgetting its step."""
 HEARTBEAT_S = 1.2
 """What the router may know later than a worker."""
-PATIENCE_S = 20.0
+NOTICED_S = 20.0
+"""In which a cluster has noticed, and told, what was done to it."""
 ATTEMPTS = 5
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
@@ -67,7 +68,7 @@ def whole_again(cluster: Fleet) -> Generator[None, None, None]:
     dead = [record.name for record in cluster.run.records() if not runs(record)]
     if dead:
         cluster.restart(dead)
-    wait_until(lambda: len(ready(cluster)) == 4, PATIENCE_S)
+    wait_until(lambda: len(ready(cluster)) == 4, NOTICED_S)
 
 
 def wait_until(holds: Callable[[], bool], timeout_s: float) -> float:
@@ -149,7 +150,7 @@ def test_a_killed_store_is_recomputed_and_its_successor_used(cluster: Fleet, alo
     agent.step("decode-0")
     lost_before = recomputed(cluster, "placement")
     send(cluster, "store-0", signal.SIGKILL)
-    wait_until(lambda: "store-0" not in ready(cluster), PATIENCE_S)
+    wait_until(lambda: "store-0" not in ready(cluster), NOTICED_S)
 
     agent.step("decode-1")  # decode-0 has it all, and only the store could have brought it here
     assert recomputed(cluster, "placement") - lost_before >= 250 // BLOCK_TOKENS * BLOCK_TOKENS
@@ -214,7 +215,7 @@ def test_a_prompt_survives_its_prefill_worker(cluster: Fleet, alone: Alone):
     before = published(cluster)
     with ThreadPoolExecutor(1) as thread:
         pending = thread.submit(agent.step, "decode-0")
-        wait_until(lambda: published(cluster) >= before + 5, PATIENCE_S)
+        wait_until(lambda: published(cluster) >= before + 5, NOTICED_S)
         send(cluster, "prefill-0", signal.SIGKILL)
         step = pending.result(timeout=60)
     assert step.moved["prefill_fallback"] == "peer_lost"
@@ -241,7 +242,7 @@ def test_a_frozen_store_is_given_up(cluster: Fleet, alone: Alone):
                 step = pending.result(timeout=60)
             finally:
                 send(cluster, "store-0", signal.SIGCONT)
-            wait_until(lambda: "store-0" in ready(cluster), PATIENCE_S)
+            wait_until(lambda: "store-0" in ready(cluster), NOTICED_S)
             if step.moved["missed_blocks"]:
                 break
         else:
@@ -286,7 +287,7 @@ def test_clients_that_hang_up_free_their_steps(cluster: Fleet):
     with closing(Client(cluster, words(40, "first"), 1500)) as first:
         first.read(5)
         second = Client(cluster, words(40, "second"), 1500)
-        wait_until(lambda: cluster.metric("decode-0", "tracehaul_node_waiting") == 1, PATIENCE_S)
+        wait_until(lambda: cluster.metric("decode-0", "tracehaul_node_waiting") == 1, NOTICED_S)
         assert cluster.metric("decode-0", "tracehaul_node_running") == 1
         second.close()
         wait_until(lambda: cluster.metric("decode-0", "tracehaul_node_waiting") == 0, FREED_S)
@@ -298,7 +299,7 @@ def test_clients_that_hang_up_free_their_steps(cluster: Fleet):
 
 def test_a_client_that_hangs_up_during_prefill_frees_it(cluster: Fleet):
     with closing(Client(cluster, words(1500, "leaves"), 100)) as client:
-        wait_until(lambda: cluster.metric("prefill-0", "tracehaul_node_running") == 1, PATIENCE_S)
+        wait_until(lambda: cluster.metric("prefill-0", "tracehaul_node_running") == 1, NOTICED_S)
         client.close()
         wait_until(lambda: idle(cluster), FREED_S)
         wait_until(lambda: known_idle(cluster), HEARTBEAT_S)
@@ -309,6 +310,6 @@ def test_a_router_comes_back_to_a_warm_fleet(cluster: Fleet, alone: Alone):
     agent.step("decode-0")
     send(cluster, "router-0", signal.SIGKILL)
     cluster.restart(["router-0"])
-    wait_until(lambda: len(ready(cluster)) == 4, PATIENCE_S)
+    wait_until(lambda: len(ready(cluster)) == 4, NOTICED_S)
     agent.cached_step("decode-1")
     agent.cached_step("decode-0")

@@ -23,7 +23,8 @@ from tracehaul.runtime import clock
 
 BLOCK_TOKENS = 32
 PROMPT = [random.Random(7).randrange(1000, 20000) for _ in range(10 * BLOCK_TOKENS + 5)]
-PATIENCE_S = 20.0
+TOLD_S = 20.0
+"""In which nodes have told the router what is so."""
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("store-cli")]
 
@@ -63,7 +64,7 @@ def refused(cluster: Fleet, *args: object, code: int = 1) -> str:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = clock.perf_s() + PATIENCE_S
+    deadline_s = clock.perf_s() + TOLD_S
     while not holds():
         assert clock.perf_s() < deadline_s, "it never came to hold"
 

@@ -13,13 +13,19 @@ from kvstore.client.staging import Staging
 from kvstore.index.arena import Arena
 from kvstore.index.slot_table import SlotTable
 from kvstore.node.node import StoreNode
+from router.calls.memory import Memory
 from router.dispatch.dispatch import Dispatch
 from router.fleet.index import Index
-from sim import world as world_module
-from sim.checker import Findings, OutputChecker, SlotChecker, TerminalChecker
+from router.traces.texts import EMPTY
+from sim import run as run_module
+from sim.checker import Findings, OutputChecker, TerminalChecker
 from sim.faults import Crash, FaultPlan, Storm
-from sim.world import FAULTS_END_S, FLEET, MIX, simulate
-from tracehaul.engine.fake import FakeEngine
+from sim.http import Exchange
+from sim.run import simulate
+from sim.shape import FAULTS_END_S, FLEET, MIX
+from sim.slot_checker import SlotChecker
+from sim.text import SimTextStream, shown
+from tracehaul.engine.fake import EngineCost, FakeEngine
 from tracehaul.runtime import clock
 from tracehaul.wire.blocks import Events, LeasedBlock, Removed
 from tracehaul.wire.errors import Overloaded
@@ -211,6 +217,51 @@ def test_the_index_equals_the_stores(monkeypatch):
     assert "index" in rules(arena_bytes=24 * 4096)
 
 
+def test_a_prompt_is_told_in_the_tokens_that_were_generated(monkeypatch):
+    monkeypatch.setattr(Memory, "known", lambda self, traces, text: EMPTY)
+    assert "prompt" in rules()
+
+
+def test_the_text_is_that_of_the_tokens(monkeypatch):
+    monkeypatch.setattr(SimTextStream, "push", lambda self, tokens: shown(tokens) * 2)
+    assert "text" in rules()
+
+
+@pytest.mark.parametrize(
+    ("sent", "rule"),
+    [
+        ((b"data: [DONE]\n\n", b""), "terminal"),
+        ((b'"finish_reason":"length"', b'"finish_reason":null'), "output"),
+        ((b'"finish_reason":null', b'"finish_reason":"length"'), "output"),
+        ((b'"logprobs":{', b'"other":{'), "output"),
+        ((b'"completion_tokens":1,', b'"completion_tokens":2,'), "output"),
+    ],
+)
+def test_an_answer_is_whole(monkeypatch, sent, rule):
+    real = Exchange.send
+
+    async def tampered(self, message):
+        if "body" in message:
+            message = {**message, "body": message["body"].replace(*sent)}
+        await real(self, message)
+
+    monkeypatch.setattr(Exchange, "send", tampered)
+    assert rule in rules()
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_router_hears_of_a_client_that_leaves(monkeypatch, heard):
+    if not heard:
+        monkeypatch.setattr(Exchange, "leave", lambda self: None)
+
+    def slow(world):
+        cost = EngineCost(iteration_s=0.4)  # a step that nobody ends goes on for seconds
+        world.shape = msgspec.structs.replace(world.shape, cost=cost, below=None)
+
+    result = simulate(3, mix=SMALL, plan=CALM, prepare=slow)
+    assert any("] abort:" in line for line in result.findings) != heard
+
+
 def test_cached_tokens_are_not_overstated(monkeypatch):
     real = DecodeRun._usage
 
@@ -232,7 +283,7 @@ def test_progress_after_healing(monkeypatch):
             yield reply
 
     monkeypatch.setattr(DecodeService, "stream", tired)
-    monkeypatch.setattr(world_module, "PROGRESS_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(run_module, "PROGRESS_TIMEOUT_S", 60.0)
     late = msgspec.structs.replace(STORM, faults=(Storm(0.0, FAULTS_END_S, 0.0, 0.0, 0.0, 1.0),))
     assert "progress" in rules(late, seed=0)
 
@@ -248,7 +299,7 @@ def test_a_step_that_hangs_is_no_progress(monkeypatch):
             await asyncio.Event().wait()
 
     monkeypatch.setattr(IterationLoop, "run", stops)
-    monkeypatch.setattr(world_module, "PROGRESS_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(run_module, "PROGRESS_TIMEOUT_S", 60.0)
     assert {"progress", "terminal"} <= rules()
 
 
@@ -275,7 +326,7 @@ def test_bugs_are_not_swallowed(monkeypatch):
             raise ValueError("a bug")
 
     monkeypatch.setattr(WorkerHost, "_count", broken)
-    monkeypatch.setattr(world_module, "PROGRESS_TIMEOUT_S", 30.0)
+    monkeypatch.setattr(run_module, "PROGRESS_TIMEOUT_S", 30.0)
     assert "bug" in rules()
 
 
@@ -284,7 +335,8 @@ def test_an_aborted_steps_generator_is_closed_by_the_router(monkeypatch):
 
     def crash(self, usage):
         real(self, usage)
-        self.decodes.sent(self.decodes.keys[0], 0.0, 0.0)
+        decodes = self.pools[""].decodes
+        decodes.sent(decodes.keys[0], 0.0, 0.0)
 
     monkeypatch.setattr(Dispatch, "_count", crash)
     assert "references" in rules()

@@ -15,7 +15,9 @@ from router.traces.decisions import Ended
 from sim import loop as virtual
 from sim.faults import FaultPlan
 from sim.nodes import Life
-from sim.world import ROLES, VOCAB, World
+from sim.shape import ROLES
+from sim.text import VOCAB
+from sim.world import World
 from tests.sim.test_forks import PROMPT, ask, computed, request
 from tracehaul.engine.fake import expected_output
 from tracehaul.rpc.peers import Peers
@@ -113,7 +115,9 @@ def test_what_is_past_its_deadline_is_not_computed(local_tokens: int) -> None:
     async def test(world: World) -> None:
         await ends_at(0.0, ask(world, with_deadline(request("late", LONG), 0.0)))
         assert computed(world) == 0
-        assert [type(entry.decision) for entry in dispatch_of(world).decisions.of(("", TraceId("t")))] == [Ended]
+        assert [type(entry.decision) for entry in dispatch_of(world).traces.get(("", TraceId("t"))).decisions] == [
+            Ended
+        ]
 
     in_world(test, local_tokens=local_tokens)
 

@@ -9,7 +9,10 @@ import pytest
 from router.dispatch.steps import Finished, Output, StepRequest
 from sim import loop as virtual
 from sim.faults import FaultPlan
-from sim.world import ROLES, VOCAB, World
+from sim.shape import ROLES
+from sim.text import VOCAB
+from sim.world import World
+from tests.sim import direct
 from tracehaul.engine.base import Scoring, Work
 from tracehaul.engine.fake import FakeEngine, expected_output, fake_info
 from tracehaul.wire.errors import ClusterError
@@ -42,7 +45,7 @@ def in_world(local_prefill_tokens: int, test: Callable[[World], Awaitable[None]]
 
 async def ask(world: World, request: StepRequest) -> Answer:
     answer = Answer()
-    _, events = world.gateway.ask(request)
+    events = direct.ask(world, request)
     while (event := await events.get()) is not None:
         if isinstance(event, ClusterError):
             raise event

@@ -2,8 +2,10 @@
 
 import msgspec
 
+from sim.run import simulate
+from sim.text import VOCAB
 from sim.traces import Mix, context_max
-from sim.world import VOCAB, World, simulate
+from sim.world import World
 from tracehaul.engine.fake import fake_info
 
 MIX = Mix(

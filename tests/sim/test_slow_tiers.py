@@ -4,9 +4,11 @@ import msgspec
 
 from kvstore.tiers.tiering import TieringConfig
 from router.traces.decisions import Placed
+from sim.run import simulate
+from sim.shape import ROUTER
 from sim.storage import Below
 from sim.traces import Mix
-from sim.world import ROUTER, World, simulate
+from sim.world import World
 from worker.config import WorkerConfig
 
 CALM = 0

@@ -17,8 +17,9 @@ from kvstore.tiers.slots import SlotIndex
 from kvstore.tiers.tiering import Tiering, TieringConfig
 from router.fleet.members import MemberRegistry, _Member
 from sim.faults import Crash, DiskRot, FaultPlan, Zombie
+from sim.run import simulate
+from sim.shape import FAULTS_END_S, FLEET, MIX
 from sim.storage import Below
-from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members, NodeLoad
 
@@ -147,7 +148,7 @@ def test_the_tier_writes_into_what_is_leased(monkeypatch):
         return real(self, others[0] if others and self.coming else offset, size_bytes)
 
     monkeypatch.setattr(Promotions, "_slot_view", astray)
-    assert "lease" in rules(copy_delay_s=0.2)
+    assert "lease" in rules(seed=8, copy_delay_s=0.2)
 
 
 def test_a_promotion_whose_protection_never_ends(monkeypatch):

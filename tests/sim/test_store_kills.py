@@ -7,8 +7,9 @@ import msgspec
 import pytest
 
 from sim.faults import Crash, FaultPlan, PowerLoss, Zombie
+from sim.run import simulate
+from sim.shape import FAULTS_END_S, FLEET, MIX
 from sim.storage import make_below
-from sim.world import FAULTS_END_S, FLEET, MIX, simulate
 
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
 SMALL = msgspec.structs.replace(MIX, traces=10)

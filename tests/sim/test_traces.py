@@ -11,7 +11,9 @@ from router.traces.effects import BringBack
 from router.traces.trace import Trace
 from sim import loop as virtual
 from sim.faults import FaultPlan
-from sim.world import ROLES, ROUTER, World
+from sim.shape import ROLES, ROUTER
+from sim.world import World
+from tests.sim.direct import ask
 from tracehaul.engine.fake import fake_info
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import pack_tokens
@@ -73,7 +75,7 @@ class Cluster:
             sampling=Sampling(max_tokens=max_tokens, temperature=0.0),
             final=final,
         )
-        _, answer = self.world.gateway.ask(request)
+        answer = ask(self.world, request)
         output, done = [], None
         while (event := await answer.get()) is not None:
             if isinstance(event, Exception):

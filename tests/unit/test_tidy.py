@@ -13,8 +13,6 @@ FUNCTION_LINES_MAX = 70
 
 LONG_FILES = {
     "kvstore/tiers/slots.py": "one table: what a slot is in is decided in one place",
-    "sim/checker.py": "its seams are not cut yet",
-    "sim/world.py": "its seams are not cut yet",
     "tracehaul/engine/torch_engine.py": "its seams are not cut yet",
     "tracehaul/transfer/exchange.py": "one protocol, both of its ends",
     "tracehaul/transfer/ucxx.py": "one protocol, both of its ends",
@@ -30,7 +28,6 @@ LONG_FILES = {
     "tests/unit/kvstore/test_arena.py": "one table's cases",
     "tests/unit/kvstore/test_arena_model.py": "one state machine",
     "tests/unit/router/http/test_calls.py": "one endpoint's cases",
-    "tests/unit/router/test_traces.py": "one machine's cases",
     "tests/unit/router/test_traces_model.py": "one state machine",
     "tests/unit/transfer/test_transfer_exchange.py": "one protocol's cases",
 }

@@ -43,6 +43,32 @@ class Service(Protocol):
         ...
 
 
+class Replies(Protocol):
+    """One stream's replies, as they come, for one consumer: the request is sent when the first is asked for.
+
+    Closing, or an error from :meth:`take` or from iterating (a cancellation, too), stops the peer's handler.
+    """
+
+    def __aiter__(self) -> "Replies": ...
+
+    async def __anext__(self) -> Reply: ...
+
+    async def take(self) -> list[Reply]:
+        """All that have come and were not taken, in order; waits for one. Empty: the stream is complete.
+
+        Raises:
+            TimedOut: nothing, not even a sign of life, for ``idle_timeout_s``.
+            PeerLost: the connection broke.
+            Overloaded: the consumer fell too far behind (the buffer's limit).
+            ClusterError: what the handler raised.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Nothing more is wanted. Closing twice is harmless."""
+        ...
+
+
 class Connection(Protocol):
     """A client's side of one connection. Safe for concurrent calls; never reconnects by itself."""
 
@@ -61,19 +87,11 @@ class Connection(Protocol):
         """
         ...
 
-    def stream(
-        self, request: Request, *, idle_timeout_s: float, context: CallContext = NO_CONTEXT
-    ) -> AsyncGenerator[Reply, None]:
-        """Send one request, iterate its replies. Closing the generator (or cancelling) stops the peer's handler.
+    def stream(self, request: Request, *, idle_timeout_s: float, context: CallContext = NO_CONTEXT) -> Replies:
+        """Send one request, take its replies.
 
         While a stream is open the serving side proves every second that it lives, so a handler that is merely
         slow does not time out, and a frozen process does.
-
-        Raises (while iterating):
-            TimedOut: nothing, not even a sign of life, for ``idle_timeout_s``.
-            PeerLost: the connection broke.
-            Overloaded: the consumer fell too far behind (the buffer's limit).
-            ClusterError: what the handler raised.
         """
         ...
 

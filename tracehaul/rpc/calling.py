@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator
 
 from tracehaul.rpc.base import NO_CONTEXT, CallContext
 from tracehaul.rpc.frames import TIMEOUT_S_MAX, Alive, Call, Cancel, End, Fail, Frame, Item, Open, Reply
@@ -29,7 +28,7 @@ class ClientSession(Session):
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._last_id = 0
         self._calls: dict[int, asyncio.Future[messages.Reply | ClusterError]] = {}
-        self._streams: dict[int, _Inbox] = {}
+        self._streams: dict[int, ReplyStream] = {}
 
     async def greeted(self) -> None:
         """Wait for the server's greeting; the caller sets the deadline.
@@ -74,54 +73,52 @@ class ClientSession(Session):
         self._last_id = call_id  # only now: an oversize request was not sent
         return call_id
 
-    async def stream(
+    def stream(
         self, request: messages.Request, *, idle_timeout_s: float, context: CallContext = NO_CONTEXT
-    ) -> AsyncGenerator[messages.Reply, None]:
-        stream_id = None
-        try:
-            try:
-                async with asyncio.timeout(idle_timeout_s):
-                    await self._writable()
-            except TimeoutError:
-                raise TimedOut(f"{_name(request)} could not be sent for {idle_timeout_s:g} s") from None
-            stream_id = self._last_id + 1
-            self._pipe.send(Open(stream_id, request, context.trace, context.step))
-            self._last_id = stream_id
-            inbox = self._streams[stream_id] = _Inbox(_name(request))
-            while True:
-                while inbox.items:
-                    yield inbox.items.popleft()
-                if inbox.error is not None:
-                    raise inbox.error
-                if inbox.complete:
-                    return
-                await inbox.wait(idle_timeout_s)
-        finally:
-            if stream_id is not None and self._streams.pop(stream_id, None) is not None:
-                self._pipe.send(Cancel(stream_id))
+    ) -> "ReplyStream":
+        return ReplyStream(self, request, idle_timeout_s, context)
+
+    async def open(self, stream: "ReplyStream", request: messages.Request, context: CallContext) -> int:
+        """Send a stream's request; returns its number. What comes is put into ``stream`` until it is closed.
+
+        Raises:
+            PeerLost: the connection broke.
+        """
+        await self._writable()
+        stream_id = self._last_id + 1
+        self._pipe.send(Open(stream_id, request, context.trace, context.step))
+        self._last_id = stream_id
+        self._streams[stream_id] = stream
+        return stream_id
+
+    def drop(self, stream_id: int) -> None:
+        """A stream is not wanted any more."""
+        if self._streams.pop(stream_id, None) is not None:
+            self._pipe.send(Cancel(stream_id))
 
     def _handle(self, frame: Frame) -> None:
+        if isinstance(frame, Item):  # nearly all are
+            self._item(frame.id, frame.reply)
+            return
         match frame:
             case Reply(id=call_id, reply=reply):
                 self._settle(call_id, reply)
-            case Item(id=stream_id, reply=reply):
-                self._item(stream_id, reply)
             case End(id=stream_id):
-                inbox = self._streams.pop(stream_id, None)
-                if inbox is not None:
-                    inbox.finish(None)
+                stream = self._streams.pop(stream_id, None)
+                if stream is not None:
+                    stream.finish(None)
             case Fail(id=call_id, code=code, message=message):
                 error = error_from_code(code, message)
-                inbox = self._streams.pop(call_id, None)
-                if inbox is not None:
-                    inbox.finish(error)
+                stream = self._streams.pop(call_id, None)
+                if stream is not None:
+                    stream.finish(error)
                 else:
                     self._settle(call_id, error)
             case Alive(ids=ids):
                 for stream_id in ids:
-                    inbox = self._streams.get(stream_id)
-                    if inbox is not None:
-                        inbox.heard_s = now_s()
+                    stream = self._streams.get(stream_id)
+                    if stream is not None:
+                        stream.hear()
             case _:
                 raise ProtocolError(f"a server never sends {type(frame).__name__}")
 
@@ -131,15 +128,11 @@ class ClientSession(Session):
             future.set_result(outcome)  # errors too: an exception that nobody awaits any more would be logged
 
     def _item(self, stream_id: int, reply: messages.Reply) -> None:
-        inbox = self._streams.get(stream_id)
-        if inbox is None:
+        stream = self._streams.get(stream_id)
+        if stream is None or stream.put(reply, self._limits.stream_items_max):
             return
-        if len(inbox.items) < self._limits.stream_items_max:
-            inbox.put(reply)
-            return
-        del self._streams[stream_id]
-        self._pipe.send(Cancel(stream_id))
-        inbox.finish(Overloaded(f"{inbox.name}: {len(inbox.items)} replies wait for their consumer"))
+        self.drop(stream_id)
+        stream.finish(Overloaded(f"{stream.name}: {self._limits.stream_items_max} replies wait for their consumer"))
 
     def _on_greeted(self) -> None:
         self._wake_ready()
@@ -151,62 +144,143 @@ class ClientSession(Session):
         for future in calls.values():
             if not future.done():
                 future.set_result(lost_error(error))
-        for inbox in streams.values():
-            inbox.finish(lost_error(error))
+        for stream in streams.values():
+            stream.finish(lost_error(error))
 
     def _wake_ready(self) -> None:
         if not self._ready.done():
             self._ready.set_result(None)
 
 
-class _Inbox:
-    """What a stream received and its consumer has not taken."""
+class ReplyStream:
+    """Implements :class:`tracehaul.rpc.base.Replies`: what a stream received and its consumer has not taken.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.items: deque[messages.Reply] = deque()
-        self.complete = False
-        self.error: ClusterError | None = None
-        self.heard_s = now_s()
+    One timer, moved when it fires and not with each reply, watches over the server's silence.
+    """
+
+    def __init__(
+        self, session: ClientSession, request: messages.Request, idle_timeout_s: float, context: CallContext
+    ) -> None:
+        self.name = _name(request)
+        self._session = session
+        self._request: messages.Request | None = request
+        """Until it is sent."""
+        self._context = context
+        self._idle_timeout_s = idle_timeout_s
+        self._id = 0
+        self._items: deque[messages.Reply] = deque()
+        self._complete = False
+        self._error: ClusterError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        """Of the consumer, where nothing has come."""
+        self._loop = asyncio.get_running_loop()
+        self._clock = self._loop.time
+        self._heard_s = 0.0
         """When the server last proved that the stream's handler lives."""
-        self._arrival: asyncio.Event | None = None
+        self._due_s = 0.0
+        """When the timer fires."""
+        self._timer: asyncio.TimerHandle | None = None
 
-    def put(self, reply: messages.Reply) -> None:
-        """The next reply."""
-        self.items.append(reply)
-        self.heard_s = now_s()
-        self._wake()
+    # --- of the consumer ---------------------------------------------------------------------------------------
+
+    def __aiter__(self) -> "ReplyStream":
+        return self
+
+    async def __anext__(self) -> messages.Reply:
+        if not self._items and not await self._some():
+            raise StopAsyncIteration
+        return self._items.popleft()
+
+    async def take(self) -> list[messages.Reply]:
+        if not self._items and not await self._some():
+            return []
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+    async def aclose(self) -> None:
+        self._close()
+
+    async def _some(self) -> bool:
+        """Wait until something is there; False: nothing follows."""
+        try:
+            if self._request is not None:
+                await self._open(self._request)
+            while not self._items:
+                if self._complete:
+                    if self._error is not None:
+                        raise self._error
+                    return False
+                self._waiter = self._loop.create_future()
+                await self._waiter
+        except BaseException:
+            self._close()
+            raise
+        return True
+
+    async def _open(self, request: messages.Request) -> None:
+        self._request = None
+        try:
+            async with asyncio.timeout(self._idle_timeout_s):
+                self._id = await self._session.open(self, request, self._context)
+        except TimeoutError:
+            raise TimedOut(f"{self.name} could not be sent for {self._idle_timeout_s:g} s") from None
+        self.hear()
+        self._watch(self._heard_s + self._idle_timeout_s)
+
+    def _close(self) -> None:
+        self._request = None
+        self._end(None)
+        self._items.clear()
+        if self._id:
+            self._session.drop(self._id)
+
+    # --- of the session ----------------------------------------------------------------------------------------
+
+    def put(self, reply: messages.Reply, items_max: int) -> bool:
+        """The next reply; False: too many wait already."""
+        if len(self._items) >= items_max:
+            return False
+        self._items.append(reply)
+        self._heard_s = self._clock()
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+        return True
+
+    def hear(self) -> None:
+        """A sign of life."""
+        self._heard_s = self._clock()
 
     def finish(self, error: ClusterError | None) -> None:
-        """Nothing follows; raised as ``error`` after the items, if there is one."""
-        self.complete = True
-        self.error = error
-        self._wake()
+        """Nothing follows; raised as ``error`` after what has come, if there is one."""
+        if not self._complete:
+            self._end(error)
 
-    async def wait(self, idle_timeout_s: float) -> None:
-        """Wait for an item or the end.
+    def _end(self, error: ClusterError | None) -> None:
+        self._complete, self._error = True, error
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
-        Raises:
-            TimedOut: no sign of life for ``idle_timeout_s``.
-        """
-        self._arrival = asyncio.Event()
-        try:
-            while not self.items and not self.complete:
-                deadline_s = self.heard_s + idle_timeout_s
-                try:
-                    async with asyncio.timeout_at(deadline_s):
-                        await self._arrival.wait()
-                except TimeoutError:
-                    if now_s() > deadline_s + _LAG_S:
-                        self.heard_s = now_s()
-                    elif now_s() >= self.heard_s + idle_timeout_s:
-                        raise TimedOut(f"{self.name}: peer silent for {idle_timeout_s:g} s") from None
-        finally:
-            self._arrival = None
+    def _watch(self, due_s: float) -> None:
+        self._due_s = due_s
+        self._timer = self._loop.call_at(due_s, self._look)
 
-    def _wake(self) -> None:
-        if self._arrival is not None:
-            self._arrival.set()
+    def _look(self) -> None:
+        now = self._clock()
+        if now > self._due_s + _LAG_S:
+            self._heard_s = now
+        if now < self._heard_s + self._idle_timeout_s:
+            self._watch(self._heard_s + self._idle_timeout_s)
+        else:
+            self._session.drop(self._id)
+            self.finish(TimedOut(f"{self.name}: peer silent for {self._idle_timeout_s:g} s"))
 
 
 def _name(request: messages.Request) -> str:

@@ -1,10 +1,9 @@
 """A process's connections to its peers, one per address, made when first needed."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable
 
-from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network
+from tracehaul.rpc.base import NO_CONTEXT, CallContext, Connection, Network, Replies
 from tracehaul.runtime.clock import now_s
 from tracehaul.wire.errors import ClusterError, PeerLost, TimedOut
 from tracehaul.wire.messages import Reply, Request
@@ -76,14 +75,16 @@ class Peers:
             raise TimedOut(f"no connection to {address} within {timeout_s:g} s") from None
         return await connection.call(request, timeout_s=deadline_s - now_s(), context=context)
 
-    async def stream(
+    def stream(
         self, address: str, request: Request, *, idle_timeout_s: float, context: CallContext = NO_CONTEXT
-    ) -> AsyncGenerator[Reply, None]:
-        """As :meth:`Connection.stream`; raises what :meth:`get` does, too."""
-        connection = await self.get(address)
-        async with aclosing(connection.stream(request, idle_timeout_s=idle_timeout_s, context=context)) as replies:
-            async for reply in replies:
-                yield reply
+    ) -> Replies:
+        """As :meth:`Connection.stream`; taking raises what :meth:`get` does, too."""
+
+        async def open_stream() -> Replies:
+            connection = await self.get(address)
+            return connection.stream(request, idle_timeout_s=idle_timeout_s, context=context)
+
+        return _Replies(open_stream)
 
     async def close(self) -> None:
         """Close all connections; nothing can be asked afterwards."""
@@ -96,6 +97,40 @@ class Peers:
         if len(self._peers) >= ADDRESSES_MAX:
             now = now_s()
             self._peers = {address: peer for address, peer in self._peers.items() if not peer.is_old(now)}
+
+
+class _Replies:
+    """Implements :class:`tracehaul.rpc.base.Replies` where the connection may have to be made first."""
+
+    def __init__(self, open_stream: Callable[[], Awaitable[Replies]]) -> None:
+        self._open_stream: Callable[[], Awaitable[Replies]] | None = open_stream
+        """Until it was called."""
+        self._replies: Replies | None = None
+
+    def __aiter__(self) -> "_Replies":
+        return self
+
+    async def __anext__(self) -> Reply:
+        replies = self._replies or await self._opened()
+        if replies is None:
+            raise StopAsyncIteration
+        return await anext(replies)
+
+    async def take(self) -> list[Reply]:
+        replies = self._replies or await self._opened()
+        return [] if replies is None else await replies.take()
+
+    async def aclose(self) -> None:
+        self._open_stream = None
+        if self._replies is not None:
+            await self._replies.aclose()
+
+    async def _opened(self) -> Replies | None:
+        """None: it was closed, or could not be opened."""
+        open_stream, self._open_stream = self._open_stream, None
+        if open_stream is not None:
+            self._replies = await open_stream()
+        return self._replies
 
 
 class _Peer:

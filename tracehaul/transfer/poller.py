@@ -6,7 +6,6 @@ descriptors can tell when to look again. UCXX's descriptor can always be made to
 """
 
 import contextlib
-import logging
 import os
 import queue
 import select
@@ -16,6 +15,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log
 from tracehaul.transfer.exchange import Agent, Exchange
 from tracehaul.wire.errors import TransferError, TransferLost
 
@@ -32,7 +32,7 @@ COMMAND_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
 Command = Callable[[Exchange], None]
-_log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Poller:
@@ -106,7 +106,7 @@ class Poller:
             failure = None
         except Exception as error:
             # A bug here must not leave callers waiting for a thread that is gone.
-            _log.exception("the data plane of this process failed")
+            log.error("the data plane of this process failed", error=error)
             failure = error
             self._stopping = True
         reason = "this side closed its transport" if failure is None else "the data plane of this process failed"

@@ -1,12 +1,15 @@
 """What a launch finds out before it starts anything, and how counts become metrics."""
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, authority
 from cluster.launch import check_memory, check_port, free_port
 from cluster.metrics import NodeMetrics
 from cluster.model import kv_layout
@@ -81,3 +84,30 @@ def test_every_count_is_a_metric_and_is_read_when_asked():
     assert "tracehaul_worker_pull_seconds_total 0.5" in lines
     assert 'tracehaul_worker_misses_total{reason="absent"} 2.0' in lines
     assert "tracehaul_node_running 7.0" in lines
+
+
+def test_the_metrics_page_is_read_on_the_loop_and_binds_where_it_is_told_to():
+    threads = []
+
+    def load():
+        threads.append(threading.get_ident())
+        return NodeLoad(running=7)
+
+    async def main():
+        page = await NodeMetrics({"worker": Counts(steps=3)}, load).serve("127.0.0.2")
+        try:
+            async with httpx.AsyncClient(base_url=f"http://{authority(page.host, page.port)}", trust_env=False) as http:
+                answer = await http.get("/metrics")
+                assert (await http.get("/")).status_code == 404
+                assert (await http.post("/metrics")).status_code == 405
+                with pytest.raises(httpx.ConnectError):
+                    await http.get(f"http://127.0.0.1:{page.port}/metrics")
+            return answer, page.host
+        finally:
+            await page.close()
+
+    answer, host = asyncio.run(main())
+    assert host == "127.0.0.2"
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert {"tracehaul_worker_steps_total 3.0", "tracehaul_node_running 7.0"} <= set(answer.text.splitlines())
+    assert set(threads) == {threading.get_ident()}

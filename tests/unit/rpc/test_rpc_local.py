@@ -7,7 +7,7 @@ from contextvars import ContextVar, copy_context
 import pytest
 
 from sim import loop as virtual
-from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.base import CallContext, Replies
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.runtime.clock import now_s
 from tracehaul.wire.base import Ok, Ping
@@ -55,7 +55,7 @@ class Script:
         return rules.pop(0) if rules else (0.01,)
 
 
-async def collect(stream: AsyncGenerator[Reply, None], into: list[Reply]) -> None:
+async def collect(stream: Replies, into: list[Reply]) -> None:
     async for reply in stream:
         into.append(reply)
 

@@ -12,7 +12,7 @@ from router.calls.errors import CallFailed
 from router.calls.events import Begun, CallEvent, Choice, Ended, Piece, Said
 from router.calls.fakes import IM_END, FakeDispatcher, FakeText, say
 from router.calls.limits import CallLimits
-from router.calls.running import EVENTS_MAX, Running
+from router.calls.running import EVENTS_MAX, Several
 from router.dispatch.steps import Finished, Output
 from router.traces.events import Answered
 from tracehaul.runtime.offload import InlineOffload
@@ -28,14 +28,14 @@ def run(dispatcher: FakeDispatcher, *asked: Call, **headers: str) -> tuple[list[
     """Run them one after the other; events and choices of the last."""
 
     async def main() -> tuple[list[CallEvent], list[Choice]]:
-        calls = Calls(dispatcher, FakeText(), CallLimits(), InlineOffload())
+        calls = Calls(dispatcher, {"org/fake": FakeText()}, CallLimits(), InlineOffload())
         for one in asked:
             events: list[CallEvent] = []
             names = {name.replace("_", "-"): value for name, value in headers.items()}
             with calls.identified(one, names, "fresh") as identity:
-                async with await calls.accept(one, identity, None) as running:
+                async with await calls.accept(one, identity) as running:
                     while not running.done:
-                        events += await running.next() or ()
+                        events += await running.next()
                     choices = running.choices()
         return events, choices
 
@@ -109,11 +109,11 @@ def test_steps_wait_for_a_client_that_reads_slowly() -> None:
 
     async def main() -> None:
         dispatcher = Endless(say("x"))
-        calls = Calls(dispatcher, FakeText(), CallLimits(), InlineOffload())
+        calls = Calls(dispatcher, {"org/fake": FakeText()}, CallLimits(), InlineOffload())
         one = call(Plain("hi"), n=2)
         with calls.identified(one, {}, "fresh") as identity:
-            accepted = (await calls.accept(one, identity, None))._accepted
-        async with Running(dispatcher, accepted.steps, 2, None) as steps:
+            accepted = (await calls.accept(one, identity))._accepted
+        async with Several(dispatcher, accepted.steps, 2) as steps:
             taken: Sequence[Any] = ()
             for _ in range(3):
                 before = told

@@ -56,7 +56,7 @@ SAYS = FakeDispatcher(say("x"))
 )
 def test_nothing_is_left_of_a_call(dispatcher: FakeDispatcher, body: dict[str, Any], status: int) -> None:
     async def main() -> None:
-        app = create_app(dispatcher, CountedText(), lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": CountedText()}, lambda: b"", ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             await client.post("/v1/chat/completions", json=body)
@@ -76,7 +76,9 @@ def test_nothing_is_left_of_a_call(dispatcher: FakeDispatcher, body: dict[str, A
 
 def test_a_prompt_that_cannot_fit_says_how_long_it_is_at_least() -> None:
     async def main() -> httpx.Response:
-        app = create_app(FakeDispatcher(say("x"), 1000), CountedText(), lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(
+            FakeDispatcher(say("x"), 1000), {"org/fake": CountedText()}, lambda: b"", ApiConfig(), InlineOffload()
+        )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             return await client.post("/v1/completions", json={"model": "org/fake", "prompt": LONG})
 

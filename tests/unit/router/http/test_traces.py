@@ -34,7 +34,7 @@ def served(
     use: Callable[[httpx.AsyncClient], Awaitable[None]], dispatcher: FakeDispatcher, text: FakeText | None = None
 ) -> None:
     async def main() -> None:
-        app = create_app(dispatcher, text or FakeText(), lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": text or FakeText()}, lambda: b"", ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             await use(client)

@@ -1,0 +1,52 @@
+"""The one place that puts a router together: the control plane for nodes, and the HTTP surface over it.
+
+It has no server of its own: a cluster serves its application over sockets, the simulator in process.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+
+import msgspec
+from starlette.types import ASGIApp
+
+from router.calls.calls import UNFORESEEN
+from router.calls.text import Text
+from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.http.app import create_app
+from router.http.config import ApiConfig
+from tracehaul.rpc.base import Service
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.offload import Offload
+
+
+class Router:
+    """A router whose text may come later: nodes can join before it has read its tokenizer."""
+
+    def __init__(self, peers: Peers, config: DispatchConfig, models: Mapping[str, str] | None = None) -> None:
+        """``models``: as in :class:`router.fleet.members.MemberRegistry`."""
+        self.dispatch = Dispatch(peers, config, models)
+        self.stats: dict[str, msgspec.Struct] = {
+            "router": self.dispatch.stats,
+            "retention": self.dispatch.retainer.stats,
+        }
+        """Counts of its life, by the part of it that counts."""
+
+    @property
+    def service(self) -> Service:
+        """Serves the nodes that join."""
+        return self.dispatch.members
+
+    def app(
+        self,
+        texts: Mapping[str, Text],
+        config: ApiConfig,
+        offload: Offload,
+        metrics: Callable[[], bytes],
+        dice: random.Random = UNFORESEEN,
+    ) -> ASGIApp:
+        """Serves clients; the arguments are those of :func:`router.http.app.create_app`."""
+        return create_app(self.dispatch, texts, metrics, config, offload, dice)
+
+    async def close(self) -> None:
+        """Stop following the stores, and do nothing more for traces."""
+        await self.dispatch.close()

@@ -1,0 +1,141 @@
+"""What must hold of a simulated cluster when all work has ended and every timeout has passed; and what it did."""
+
+from collections import Counter
+from collections.abc import Collection
+
+import msgspec
+
+from router.dispatch.dispatch import Dispatch
+from sim.checker import IndexChecker, IntegrityChecker, ReferenceChecker
+from sim.nodes import Life
+from sim.shape import ROLES, ROUTER
+from sim.slot_checker import Truth
+from sim.world import World
+from tracehaul.engine.fake import FakeEngine
+from tracehaul.wire.ids import TraceId
+
+
+def _engines(world: World) -> list[FakeEngine]:
+    lives = world.graves + [world.lives[node] for node in sorted(world.lives)]
+    return [life.engine for life in lives if life.engine is not None]
+
+
+def check_end(world: World, truth: Truth, unheard: Collection[TraceId]) -> None:
+    """Write into the world's findings what does not hold.
+
+    Args:
+        world: after the run.
+        truth: what clients know.
+        unheard: traces of whose last step the router may not have heard.
+    """
+    world.terminal.finish()
+    world.cached.finish(sum(engine.computed_tokens for engine in _engines(world)))
+    references = ReferenceChecker(world.findings)
+    index = IndexChecker(world.findings)
+    integrity = IntegrityChecker(world.findings)
+    router = world.lives[ROUTER].dispatch
+    assert router is not None
+    for node in sorted(world.lives):
+        life = world.lives[node]
+        if life.ledger is not None and life.store is not None:
+            life.ledger.contents(truth)
+            integrity.check(life.process, life.store.arena.check)
+            if life.store.tiering is not None:
+                integrity.check(life.process, life.store.tiering.tier.check)
+            check_store(references, life)
+            tiering = life.store.tiering
+            tiers = [life.store.arena.published()] if tiering is None else tiering.by_tier()
+            held = {block: tier for tier, blocks in enumerate(tiers) for block in blocks}
+            index.compare(life.process, router.index.held(node), held)
+        elif life.host is not None and life.engine is not None:
+            integrity.check(life.process, life.engine.check)
+            check_worker(references, life)
+        else:
+            check_router(references, router, unheard)
+            integrity.check("router", router.traces.check)
+    _check_members(world, references, router)
+
+
+def _check_members(world: World, references: ReferenceChecker, router: Dispatch) -> None:
+    """The newest life of each node is the member, and none that it replaced."""
+    for info in router.members.infos():
+        references.same("router", f"generation of {info.node}", info.generation, world.lives[info.node].generation)
+    references.same("router", "members", len(router.members.infos()), len(ROLES) - 1)
+    for life in world.zombies:
+        if life.alive and life.membership is not None and life.store is not None:
+            references.same(life.process, "joined", life.membership.joined.is_set(), False)
+            references.zero(life.process, leases=life.store.arena.leases, followers=len(life.store.feed))
+
+
+def check_store(references: ReferenceChecker, life: Life) -> None:
+    """An idle store node holds blocks, and nothing for anybody but the router's subscription."""
+    assert life.store is not None
+    arena = life.store.arena
+    references.zero(
+        life.process, leases=arena.leases, reservations=arena.reservations, quarantined=arena.slots_quarantined
+    )
+    references.same(life.process, "subscriptions", len(life.store.feed), 1)
+    tiering = life.store.tiering
+    if tiering is not None:
+        coming = tiering.promotions.coming
+        references.zero(life.process, uncopied=life.store.load().copies_waiting)
+        references.zero(life.process, unwritten=tiering.behind, promotions=len(coming), pins=arena.pins)
+
+
+def check_worker(references: ReferenceChecker, life: Life) -> None:
+    """An idle worker holds warm sequences, and nothing else."""
+    assert life.host is not None
+    assert life.engine is not None
+    host, staging = life.host, life.host.client.staging
+    load = host.load()
+    references.zero(life.process, running=load.running, waiting=load.waiting, jobs=len(host.loop))
+    references.same(life.process, "staging buffers", staging.free, staging.count)
+    warm = len(host._residency)  # pyright: ignore[reportPrivateUsage] - the other view of what the engine has
+    references.same(life.process, "sequences", len(life.engine.sequences), warm)
+    assert life.flights is not None
+    references.zero(life.process, flights=len(life.flights))
+
+
+def check_router(references: ReferenceChecker, router: Dispatch, unheard: Collection[TraceId]) -> None:
+    """An idle router counts no step as running, and knows of each trace that it served to its end that it has ended:
+    a step that it had lost, or counted twice, would still be open."""
+    running = sum(pool.decodes.total + pool.prefills.total for pool in router.pools.values())
+    references.zero("router", running=running)
+    states = Counter(trace.state for trace in router.traces.all() if trace.trace not in unheard)
+    references.zero("router", **{f"{state} traces": count for state, count in states.items() if state != "ended"})
+
+
+def counts(world: World) -> dict[str, int]:
+    """What the cluster did: sums over all lives."""
+    total: dict[str, int] = {"world.deaths": len(world.graves), "world.zombies": len(world.zombies)}
+    total["world.audited"] = world.pins.held
+    total["world.pins_recovered"] = world.pins.recovered
+    total["world.replicated"] = world.pins.replicated
+    total["world.wanted"] = len(world.pins.wanted)
+    total["world.drained"] = world.drains.drained
+    total["world.drained_blocks"] = world.drains.moved_blocks
+
+    def add(name: str, value: object) -> None:
+        if isinstance(value, int):
+            total[name] = total.get(name, 0) + value
+        elif isinstance(value, dict):
+            for key, part in value.items():  # pyright: ignore[reportUnknownVariableType] - counters by outcome
+                add(f"{name}.{key}", part)
+
+    for life in world.graves + world.zombies + list(world.lives.values()):
+        parts: list[tuple[str, msgspec.Struct]] = []
+        if life.store is not None:
+            parts.append(("store", life.store.stats))
+            add("store.evicted", life.store.arena.evicted)
+            if life.store.tiering is not None:
+                parts += [("tier", life.store.tiering.tier.stats), ("tiering", life.store.tiering.stats)]
+            if life.store.neighbours is not None:
+                parts += list(life.store.neighbours.stats.items())
+        if life.host is not None:
+            parts += [("worker", life.host.stats), ("client", life.host.client.stats)]
+        if life.dispatch is not None:
+            parts += [("router", life.dispatch.stats), ("retention", life.dispatch.retainer.stats)]
+        for name, stats in parts:
+            for key, value in msgspec.structs.asdict(stats).items():
+                add(f"{name}.{key}", value)
+    return total

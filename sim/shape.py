@@ -1,0 +1,72 @@
+"""How large a simulated cluster is, and of what nodes: roomy, or always short of something, by its seed."""
+
+import random
+
+from kvstore.config import StoreConfig
+from router.dispatch.dispatch import DispatchConfig
+from router.policy.retention import RetentionConfig
+from sim.faults import Fleet
+from sim.nodes import Shape
+from sim.storage import make_below
+from sim.text import VOCAB
+from sim.traces import Mix, context_max
+from tracehaul.engine.fake import EngineCost, fake_info
+from tracehaul.wire.cluster import Role
+from tracehaul.wire.ids import NodeId
+from worker.config import WorkerConfig
+
+MIX = Mix(traces=20, steps_min=3, steps_max=8, system_tokens_max=40, new_tokens_max=24, output_tokens_max=12)
+TENANTS = ("tenant-0",)
+"""Those with a quota, of the traces' salts; the others share the rest."""
+ROUTER = NodeId("router")
+ROLES: dict[NodeId, Role | None] = {
+    ROUTER: None,
+    **{NodeId(f"store-{i}"): "store" for i in range(3)},
+    **{NodeId(f"prefill-{i}"): "prefill" for i in range(2)},
+    **{NodeId(f"decode-{i}"): "decode" for i in range(2)},
+}
+FLEET = Fleet(
+    router=ROUTER,
+    stores=tuple(node for node, role in ROLES.items() if role == "store"),
+    workers=tuple(node for node, role in ROLES.items() if role in ("prefill", "decode")),
+)
+FAULTS_END_S = 25.0
+LATE_WRITE_S = 15.0
+"""Longer than any fault holds a copy back: what a store has to be told of its transport."""
+PINS_END_S = 10.0
+"""Well before the stores are looked at in the end: those of a router that died are never ended by it."""
+
+
+def make_shape(seed: int) -> Shape:
+    """Sizes of a cluster: roomy ones, and such that everything is always short of something."""
+    rng = random.Random(f"shape {seed}")  # noqa: S311 - reproducible is the point
+    longest = context_max(MIX)
+    slots = rng.choice([24, 100, 1000])
+    below = make_below(seed, slots)
+    return Shape(
+        engine=fake_info(
+            context_max=longest, kv_tokens_max=rng.choice([longest, 2 * longest, 6 * longest]), vocab_size=VOCAB
+        ),
+        cost=EngineCost(iteration_s=0.005, prefill_token_s=0.0002, copy_token_s=0.00001),
+        store=StoreConfig(
+            arena_bytes=slots * 4096,
+            slot_bytes=4096,
+            reservation_ttl_s=rng.choice([0.5, 5.0]),
+            lease_ttl_max_s=rng.choice([0.1, 6.0]),
+            late_write_s=LATE_WRITE_S,
+            hard_tenant_share_max=0.25 if below is None else below.hard_share,
+            quota_bytes=dict.fromkeys(TENANTS, slots * 4096 // 4) if below is not None and below.quotas else {},
+        ),
+        worker=WorkerConfig(
+            chunk_tokens=rng.choice([16, 64]),
+            sequences_max=rng.choice([2, 16]),
+            waiting_max=64,
+            headroom_tokens=rng.choice([1, 16]),
+            local_prefill_tokens=rng.choice([0, 16, 64]),
+            staging_blocks=rng.choice([8, 64]),
+            group_blocks=rng.choice([1, 4, 8]),
+            store_timeout_s=rng.choice([1.0, 5.0]),
+        ),
+        dispatch=DispatchConfig(retention=RetentionConfig(pin_max_s=PINS_END_S)),
+        below=below,
+    )

@@ -1,0 +1,105 @@
+"""One node of the fleet, whatever its role: what it brings, and its life from listening to leaving."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from tracehaul.rpc.base import Network, Server, Service
+from tracehaul.rpc.membership import HEARTBEAT_S, Membership
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.log import Log
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
+from tracehaul.wire.errors import WrongPool
+
+log = Log(__name__)
+
+DRAIN_POLL_S = 0.05
+
+Phase = Literal["ready", "stopping"]
+
+
+class Member(NamedTuple):
+    """What a node brings into the fleet."""
+
+    info: NodeInfo
+    """Its address is where it wants to listen; a port 0 is any free one."""
+    service: Service
+    load: Callable[[], NodeLoad]
+    """What is so now: for each heartbeat, for metrics, and to know when nothing runs any more."""
+    on_members: Callable[[Members], None]
+    background: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = ()
+    """Runs for as long as the node serves; its failure is the node's."""
+    stats: Mapping[str, msgspec.Struct] = {}
+    """Counts of its life, by the part of the node that counts."""
+
+
+class Serving:
+    """A node that listens; :meth:`run` makes it a member."""
+
+    def __init__(self, member: Member, server: Server, peers: Peers, router_address: str, heartbeat_s: float) -> None:
+        self.info = msgspec.structs.replace(member.info, address=server.address)
+        self.membership = Membership(
+            peers, router_address, self.info, member.load, member.on_members, heartbeat_s=heartbeat_s
+        )
+        self._member = member
+
+    async def run(self, stopping: asyncio.Event, *, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
+        """Join, serve until ``stopping`` is set; then leave, so that no work comes, and let what runs end.
+
+        Raises:
+            WrongPool: the router will never take this node as it is.
+            ExceptionGroup: what runs in the background failed.
+        """
+        try:
+            await self._serve(stopping, drain_timeout_s, told)
+        except ExceptionGroup as failed:
+            refused = failed.subgroup(WrongPool)
+            if refused is not None:
+                raise refused.exceptions[0] from None
+            raise
+
+    async def _serve(self, stopping: asyncio.Event, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
+        async with asyncio.TaskGroup() as group:
+            background = [group.create_task(work()) for work in self._member.background]
+            member = group.create_task(self.membership.run(), name="membership")
+            stop = group.create_task(stopping.wait())
+            joined = group.create_task(self.membership.joined.wait())
+            await asyncio.wait([stop, joined], return_when=asyncio.FIRST_COMPLETED)
+            joined.cancel()
+            if not stop.done():
+                told("ready")
+            await stop
+            told("stopping")
+            member.cancel()
+            await self._drain(drain_timeout_s)
+            for task in background:
+                task.cancel()
+
+    async def _drain(self, timeout_s: float) -> None:
+        load = self._member.load
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (now := load()).running or now.waiting:  # noqa: ASYNC110 - once in a life, not worth an event
+                    await asyncio.sleep(DRAIN_POLL_S)
+            return
+        log.warning("steps were cut off", running=load().running, waiting=load().waiting)
+
+
+@asynccontextmanager
+async def serving(
+    member: Member, network: Network, peers: Peers, router_address: str, *, heartbeat_s: float = HEARTBEAT_S
+) -> AsyncGenerator[Serving]:
+    """Listen where ``member`` wants to, for as long as the context is open.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    server = await network.listen(member.info.address, member.service)
+    try:
+        yield Serving(member, server, peers, router_address, heartbeat_s)
+    finally:
+        await server.close()

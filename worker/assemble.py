@@ -1,0 +1,97 @@
+"""The one place that puts a worker together: its engine, its way to the store, and the service of its role.
+
+What differs between a cluster, the simulator and a test is an argument: the engine, the memory, the transports, where
+copies run. Services are above this room, so which one a role has is said by the caller.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.client.client import StoreClient
+from kvstore.client.staging import Staging
+from tracehaul.engine.base import Engine
+from tracehaul.rpc.base import Service
+from tracehaul.rpc.member import Member
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime.offload import Offload
+from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.plane import Plane
+from tracehaul.wire.cluster import Members, NodeInfo
+from worker.announce import announced
+from worker.config import WorkerConfig
+from worker.flights import Flights
+from worker.host import WorkerHost
+
+
+class StepService(Service, Protocol):
+    """What a role makes of a host."""
+
+    @property
+    def flights(self) -> Flights:
+        """Who computes which blocks now."""
+        ...
+
+    def set_members(self, members: Members) -> None:
+        """Membership changed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker that nothing runs of yet."""
+
+    info: NodeInfo
+    """Who it is, and where it listens."""
+    host: WorkerHost
+    service: StepService
+    transfers: Sequence[Transfer]
+    planes: Sequence[Plane]
+
+    @property
+    def member(self) -> Member:
+        """What it brings into the fleet, with its rates as they are now: so after calibration."""
+        host = self.host
+        background = (host.run, *(transfer.broken for transfer in self.transfers))
+        stats = {"worker": host.stats, "store_client": host.client.stats}
+        info = announced(self.info, host)
+        return Member(info, self.service, host.load, self.service.set_members, background, stats)
+
+    async def aclose(self) -> None:
+        """Give back what it holds at the stores; engine, memory and transports are whose they were."""
+        await self.host.client.aclose()
+
+
+def assemble_worker(
+    info: NodeInfo,
+    engine: Engine,
+    memory: Memory,
+    transfers: Sequence[Transfer],
+    peers: Peers,
+    offload: Offload,
+    config: WorkerConfig,
+    serve: Callable[[WorkerHost], StepService],
+    *,
+    buffer_bytes: int,
+    shared: float = 0.0,
+) -> Worker:
+    """A worker of ``config`` around ``engine``.
+
+    Args:
+        info: who it is and where it listens; what its engine says of itself is added.
+        engine: belongs to this worker alone.
+        memory: for blocks between the stores and the engine, ``buffer_bytes`` for each.
+        transfers: one or more ways to the stores; the worker ends when one of them breaks.
+        peers: connections to the other nodes.
+        offload: where long copies run.
+        config: limits.
+        serve: the service of its role.
+        buffer_bytes: at least a block; aligned as the stores' slots are, a copy moves whole pages.
+        shared: as in :class:`tracehaul.wire.cluster.NodeLoad`.
+    """
+    assert engine.info.layout.block_bytes <= buffer_bytes, "a buffer holds a block"
+    engine.attach(memory.buffer)
+    planes = [Plane(transfer, transfer.register(memory)) for transfer in transfers]
+    client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
+    host = WorkerHost(engine, client, config, shared)
+    return Worker(info, host, serve(host), transfers, planes)
