@@ -79,7 +79,7 @@ def unpack_tokens(data: bytes) -> list[int]:
     Raises:
         ValueError: the length is not a multiple of four bytes.
     """
-    return np.frombuffer(data, dtype="<u4").tolist()
+    return token_array(data).tolist()
 
 
 def token_array(packed: bytes) -> "array[int]":
