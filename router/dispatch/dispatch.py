@@ -1,7 +1,6 @@
 """Runs steps on the fleet: places them, follows their tokens, moves them when a worker fails."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Annotated
@@ -33,6 +32,7 @@ from router.traces.machine import Traces
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock, deadline
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import (
     ClusterError,
     ContextTooLong,
@@ -43,7 +43,7 @@ from tracehaul.wire.errors import (
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.steps import StepUsage
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -213,7 +213,7 @@ class Dispatch:
             run.avoid.add(attempt.placement.decode)
         self.stats.steps_moved += 1
         self.retainer.send(StepMoved(run.key, Moved(run.request.step, node, error.code, len(run.emitted))))
-        log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
+        log.warning("an attempt failed", step=run.request.step, node=node, tokens=len(run.emitted), why=error)
 
     def _place(self, run: Run) -> Placement:
         decodes = self.members.live("decode", run.request.pool)
@@ -235,15 +235,15 @@ class Dispatch:
         placed = self._placed(run, placement, stored_tokens)
         self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
         log.debug(
-            "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
-            run.request.step,
-            run.request.trace,
-            tokens,
-            placement.decode.node,
-            placement.reason,
-            placement.prefill,
-            placement.home,
-            placement.expected_tokens,
+            "a step was placed",
+            step=run.request.step,
+            trace=run.request.trace,
+            tokens=tokens,
+            decode=placement.decode.node,
+            reason=placement.reason,
+            prefill=placement.prefill,
+            home=placement.home,
+            warm=placement.expected_tokens,
         )
         return placement
 
@@ -352,7 +352,7 @@ class Dispatch:
         for reason, tokens in hits.losses.items():
             self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
         if sum(hits.losses.values()) >= run.block_tokens:
-            log.warning("step %s: tokens were computed again: %s", run.request.step, hits.losses)
+            log.warning("tokens were computed again", step=run.request.step, **hits.losses)
 
 
 class _Tries:

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.calls.calls import UNFORESEEN, Calls
-from router.calls.errors import CallFailed, translate
+from router.calls.errors import CallFailed
 from router.calls.text import Text
 from router.dialects.base import Dialect
 from router.dialects.chat import Chat
@@ -25,6 +25,7 @@ from router.http.errors import STATUS, headers_of
 from router.http.pages import Pages, json_response
 from router.http.request_ids import RequestIds
 from router.http.traces import TracePages
+from router.http.translate import translate
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import ClusterError
 

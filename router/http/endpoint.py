@@ -7,13 +7,14 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from router.calls.calls import Calls
-from router.calls.errors import translate, unavailable
+from router.calls.errors import unavailable
 from router.calls.identity import fresh_name
 from router.calls.run import Run
 from router.dialects.base import Dialect, Teller
 from router.http.asgi import ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
 from router.http.request_ids import request_id
+from router.http.translate import translate
 from tracehaul.runtime.clock import wall_s
 
 
