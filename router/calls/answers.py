@@ -22,6 +22,11 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
 
+    @property
+    def matches(self) -> bool:
+        """There is something to find."""
+        return bool(self._stops)
+
     def push(self, text: str) -> tuple[str, bool]:
         """Text that can be shown now, and True if it ends before a stop string."""
         if not self._stops:
@@ -104,8 +109,11 @@ class Answer:
     def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Growth:
         """Take the next tokens, with their logprobs if they are to be told."""
         assert self.reason is None
-        shown: list[str] = []
         known = len(self.tokens)
+        if logprobs is None and not self._matcher.matches and self._stop_tokens.isdisjoint(tokens):
+            self.tokens += tokens
+            return self._growth([self._stream.push(tokens)], known)
+        shown: list[str] = []
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             if logprobs is not None:

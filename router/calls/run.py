@@ -43,6 +43,8 @@ class Run:
         self._running = running(dispatcher, accepted.steps, self._options.n)
         self._openings: list[Opening | None] = [None] * len(accepted.answers)
         """Of the choices that have begun."""
+        self._choices_left = len(accepted.answers)
+        """Those that have not ended."""
         self._told = [False] * len(accepted.answers)
         """The choices of which the traces know that they are over."""
 
@@ -60,7 +62,7 @@ class Run:
     @property
     def done(self) -> bool:
         """Every choice has ended."""
-        return all(answer.reason is not None for answer in self._answers)
+        return self._choices_left == 0
 
     async def next(self) -> list[CallEvent]:
         """What happened since the last call, in order; waits for something.
@@ -117,8 +119,10 @@ class Run:
         if growth is None:
             return
         reason = answer.reason
-        if reason is not None and isinstance(event, Output):
-            self._running.end(index)
+        if reason is not None:
+            self._choices_left -= 1
+            if isinstance(event, Output):
+                self._running.end(index)
         usage = self.usage() if self._options.continuous_usage else None
         if self._openings[index] is None:
             self._openings[index] = opening = self._opening(index)

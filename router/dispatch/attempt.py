@@ -39,7 +39,8 @@ class Attempt:
         self._relief = relief
         self._computed = False
         """The worker has told of tokens: the prompt is."""
-        self._retained = 0
+        self._retained: int | None = None
+        """Of the sequence, in tokens, as the worker tells in the end."""
         self._scored = 0
         self._failure: ClusterError | None = None
         """Raised once what came before it was returned."""
@@ -49,18 +50,23 @@ class Attempt:
         something. Ends with :class:`Finished`, which nothing follows.
 
         Raises:
-            As :meth:`Run.next`.
+            ClusterError, BetterPlace: as :meth:`Replies.take` and :meth:`Run.waiting`.
         """
         if self._failure is not None:
             raise self._failure
-        replies = await self._run.next(self._replies)
-        events: Events = []
+        with self._run.waiting():
+            replies = await self._replies.take()
         if len(replies) == 1:
-            self._take(replies[0], events)
-        elif replies:
-            for reply in _merged(replies):
-                self._take(reply, events)
-        else:
+            reply = replies[0]
+            if isinstance(reply, Tokens) and reply.usage is None and reply.ids and self._computed:  # nearly all are
+                tokens = unpack_tokens(reply.ids)
+                self._run.emitted += tokens
+                return [Output(tokens, logprobs=reply.logprobs)]
+        events: Events = []
+        for reply in _merged(replies):
+            if not self._take(reply, events):
+                break
+        if not replies:
             self._failure = ProtocolError(f"{self.placement.decode.node} ended a step without a terminal message")
         if not events and self._failure is not None:
             raise self._failure
@@ -70,19 +76,21 @@ class Attempt:
         """It is over; what the worker still does for it is not wanted."""
         self._sent.ended()
         self._relief.leave(self._run, self.placement)
-        if self._retained:
-            decode = self.placement.decode
-            self._run.warm = Warm(decode.node, decode.generation, self._retained)
+        retained, decode = self._retained, self.placement.decode
+        if retained is None and self._computed:
+            retained = self._run.request.prompt_tokens + len(self._run.emitted) - 1
+        if retained:
+            self._run.warm = Warm(decode.node, decode.generation, retained)
         await self._replies.aclose()
 
-    def _take(self, reply: Reply, events: Events) -> None:
+    def _take(self, reply: Reply, events: Events) -> bool:
+        """Add what a reply tells; False: nothing may follow it."""
         run = self._run
-        if self._failure is not None:
-            return
         match reply:
             case Tokens(b"", prompt_logprobs=scores):
                 events.append(Output([], prompt_logprobs=run.scored(self._scored, scores)))
                 self._scored += len(scores)
+                return True
             case Tokens(ids, usage, logprobs):
                 if not self._computed:
                     self._computed = True
@@ -90,18 +98,19 @@ class Attempt:
                     self._relief.leave(run, self.placement)
                 tokens = unpack_tokens(ids)
                 run.emitted += tokens
-                self._retained = run.request.prompt_tokens + len(run.emitted) - 1
                 if usage is None:
                     events.append(Output(tokens, logprobs=logprobs))
                 else:
                     run.published_tokens = run.request.prompt_tokens  # before it is told, the prompt is written
                     events.append(Output(tokens, run.account(usage), run.attribute(), logprobs))
+                return True
             case StepDone(reason, usage, retained_tokens, published_tokens):
                 self._retained, run.published_tokens = retained_tokens, published_tokens
                 events.append(Finished(reason, run.account(usage), run.attribute()))
             case _:
                 node = self.placement.decode.node
                 self._failure = ProtocolError(f"{node} answered a step with {type(reply).__name__}")
+        return False
 
 
 def _merged(replies: Sequence[Reply]) -> list[Reply]:

@@ -234,7 +234,7 @@ class Dispatch:
         self._turn += 1
         placed = self._placed(run, placement, stored_tokens)
         self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
-        log.info(
+        log.debug(
             "a step was placed",
             step=run.request.step,
             trace=run.request.trace,

@@ -12,14 +12,12 @@ from router.traces.contexts import Cut, Left, cut, joined
 from router.traces.events import StepEnded
 from router.traces.hits import Expected, Hits, Outcome, attribute
 from router.traces.trace import TraceKey
-from tracehaul.rpc.base import Replies
 from tracehaul.runtime import deadline
-from tracehaul.runtime.patience import Interruptible
+from tracehaul.runtime.interruptible import Interruptible
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
 from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
-from tracehaul.wire.messages import Reply
 from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
 
 WORTH = ("aborted", "stop", "length", "deadline_exceeded")
@@ -216,14 +214,13 @@ class Run:
 
     # --- what others decide -----------------------------------------------------------------------------------
 
-    async def next(self, replies: Replies) -> list[Reply]:
-        """The next of a worker's replies: all that have come; empty if nothing follows.
+    def waiting(self) -> Interruptible:
+        """To wait for a worker in.
 
-        Raises:
+        Raises (or ends the wait with):
             TraceDeleted: :meth:`stop` was called, before or meanwhile.
             DeadlineExceeded: the step's deadline has passed, before or meanwhile.
             BetterPlace: :meth:`move` was called meanwhile.
-            ClusterError: what ``replies`` raises.
         """
         if self.deleted:
             raise self._was_deleted()
@@ -232,8 +229,7 @@ class Run:
             deadline.check(deadline_s)
             if self._deadline is None:
                 self._deadline = asyncio.get_running_loop().call_at(deadline_s, self._late)
-        with self._waits:
-            return await replies.take()
+        return self._waits
 
     def stop(self) -> None:
         """End it, from another task: its trace was deleted."""

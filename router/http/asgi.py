@@ -7,7 +7,6 @@ from starlette.types import Receive, Scope, Send
 from router.calls.errors import CallFailed
 from router.dialects.base import Dialect
 from router.http.errors import STATUS, headers_of
-from tracehaul.runtime.patience import Patience
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -54,88 +53,99 @@ async def disconnected(receive: Receive) -> None:
 class Reply:
     """One call's answer: a JSON body, or a stream that starts with its first event. ``dialect``: says how it fails.
 
-    One task answers; another may keep a stream alive meanwhile.
+    One task answers. Another looks after it, for what would cost too much to watch over with each event.
     """
 
-    def __init__(self, send: Send, dialect: Dialect, timeout_s: float) -> None:
-        self._send_message = send
+    def __init__(self, send: Send, dialect: Dialect, timeout_s: float, silence_s: float) -> None:
+        self._send = send
         self._dialect = dialect
-        self._patience = Patience(timeout_s)
+        self._timeout_s = timeout_s
+        self._silence_s = silence_s
         self._clock = asyncio.get_running_loop().time
-        self._started = False
-        self._ended = False
-        self._quiet_s: float | None = None
-        """Since when the stream says nothing; None: there is none."""
+        self._since_s = self._clock()
+        """When something was sent last, or began to be."""
+        self._sending = False
+        self._streams = False
         self._keeping: asyncio.Event | None = None
         """Set once a sign of life was sent, where one is."""
+        self._started = False
+        self._ended = False
         self.headers: Headers = []
 
     async def json(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Answer at once."""
         length = (b"content-length", str(len(body)).encode())
         await self._start(status, [(b"content-type", b"application/json"), length, *(headers or [])])
-        await self._body(body, last=True)
+        await self._say({"type": "http.response.body", "body": body}, last=True)
 
     def streams(self) -> None:
         """It will be a stream: from now on silence counts."""
-        self._quiet_s = self._clock()
+        self._streams, self._since_s = True, self._clock()
 
     async def events(self, data: bytes, *, last: bool = False) -> None:
         """Send these events now; the first ones start the stream."""
         if self._keeping is not None:
             await self._keeping.wait()
-        await self._events(data, last=last)
-        self._quiet_s = self._clock()
+        await self._tell(data, last=last)
 
-    async def keep_alive(self, silence_s: float) -> float:
-        """Say that the stream lives if it was silent for so long; returns in how many seconds to look again."""
-        if self._quiet_s is None or self._patience.waits:
-            return silence_s
-        left_s = self._quiet_s + silence_s - self._clock()
-        if left_s > 0:
-            return left_s
+    async def look(self) -> float:
+        """Look after it: keep a silent stream alive. Returns in how many seconds to look again.
+
+        Raises:
+            ClientGone: what was sent is not taken.
+        """
+        pause_s = min(self._timeout_s, self._silence_s)
+        quiet_s = self._clock() - self._since_s
+        if self._sending:
+            if quiet_s >= self._timeout_s:
+                raise ClientGone
+            return min(pause_s, self._timeout_s - quiet_s)
+        if not self._streams or self._ended:
+            return pause_s
+        if quiet_s < self._silence_s:
+            return min(pause_s, self._silence_s - quiet_s)
         self._keeping = asyncio.Event()
         try:
-            await self._events(self._dialect.keepalive, last=False)
+            async with asyncio.timeout(self._timeout_s):
+                await self._tell(self._dialect.keepalive, last=False)
+        except TimeoutError:
+            raise ClientGone from None
         finally:
             self._keeping.set()
             self._keeping = None
-        self._quiet_s = self._clock()
-        return silence_s
+        return pause_s
 
     async def fail(self, failure: CallFailed) -> None:
         """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
         if self._ended:
             return
-        if self._started:
-            await self._body(self._dialect.broken(failure), last=True)
-            return
-        headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
-        await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if self._started:
+                    await self.events(self._dialect.broken(failure), last=True)
+                    return
+                headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
+                await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)
+        except TimeoutError:
+            raise ClientGone from None
 
-    def close(self) -> None:
-        """Nothing more is sent."""
-        self._patience.close()
-
-    async def _events(self, data: bytes, *, last: bool) -> None:
+    async def _tell(self, data: bytes, *, last: bool) -> None:
         if not self._started:
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
             # The last one asks proxies not to collect events.
             await self._start(200, [kind, (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
-        await self._body(data, last=last)
+        await self._say({"type": "http.response.body", "body": data, "more_body": not last}, last=last)
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
-        await self._send({"type": "http.response.start", "status": status, "headers": headers + self.headers})
+        await self._say({"type": "http.response.start", "status": status, "headers": headers + self.headers})
 
-    async def _body(self, data: bytes, *, last: bool) -> None:
+    async def _say(self, message: dict[str, object], *, last: bool = False) -> None:
         self._ended = last
-        await self._send({"type": "http.response.body", "body": data, "more_body": not last})
-
-    async def _send(self, message: dict[str, object]) -> None:
+        self._sending, self._since_s = True, self._clock()
         try:
-            with self._patience:
-                await self._send_message(message)
-        except (TimeoutError, OSError) as error:
+            await self._send(message)
+        except OSError as error:
             self._ended = True
             raise ClientGone from error
+        self._sending = False

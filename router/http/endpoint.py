@@ -29,7 +29,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        reply = Reply(send, self._dialect, self._config.send_timeout_s)
+        reply = Reply(send, self._dialect, self._config.send_timeout_s, self._config.keepalive_s)
         name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
         reply.headers.append((b"x-request-id", name.encode()))
         try:
@@ -44,8 +44,6 @@ class Endpoint:
                 await reply.fail(translate(error))
         except ClientGone:
             pass
-        finally:
-            reply.close()
 
     async def _admit(self, scope: Scope, headers: Headers, receive: Receive, reply: Reply) -> None:
         config = self._config
@@ -65,13 +63,11 @@ class Endpoint:
                 del work  # its exception leads back to this frame, and would keep the body alive
 
     async def _attend(self, work: asyncio.Task[None], watch: asyncio.Task[None], reply: Reply) -> None:
-        """Until one of the two has ended; meanwhile the stream is kept alive."""
-        pause_s = self._config.keepalive_s
-        while True:
+        """Until one of the two has ended; meanwhile the answer is looked after."""
+        done: set[asyncio.Task[None]] = set()
+        while not done:
+            pause_s = await reply.look()
             done, _ = await asyncio.wait((work, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
-            if done:
-                return
-            pause_s = await reply.keep_alive(self._config.keepalive_s)
 
     async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
         fresh = fresh_name(self._dice)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 import msgspec
+import numpy as np
 
 from tracehaul.wire.hashing import TOKEN_BYTES, pack_tokens, unpack_tokens
 
@@ -66,7 +67,7 @@ class CutTokens:
     def __init__(self, texts: Mapping[str, int], model: str = "") -> None:
         self.model = model
         """Whose they are."""
-        self._ids = frozenset(texts.values())
+        self._ids = np.array(sorted(set(texts.values())), "<u4")
         self._texts = dict(texts)
         longest_first = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -75,22 +76,26 @@ class CutTokens:
         """True if a cut token starts there."""
         return self._pattern is not None and self._pattern.match(text, start) is not None
 
-    def find(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+    def find(self, text: str, packed: bytes) -> list[tuple[int, int]]:
         """Cuts of a freshly tokenized text; none where text and ids do not tell the same story."""
         if self._pattern is None:
             return []
         found = [(match.start(), self._texts[match.group()]) for match in self._pattern.finditer(text)]
-        indexes = [index for index, token in enumerate(ids) if token in self._ids]
-        if len(found) != len(indexes) or any(ids[i] != t for i, (_, t) in zip(indexes, found, strict=True)):
+        if not found:
             return []
-        return [(offset, index) for index, (offset, _) in zip(indexes, found, strict=True)]
+        tokens = np.frombuffer(packed, "<u4")
+        indexes = np.flatnonzero(np.isin(tokens, self._ids))
+        if tokens[indexes].tolist() != [token for _, token in found]:
+            return []
+        return [(offset, index) for index, (offset, _) in zip(indexes.tolist(), found, strict=True)]
 
 
 def extend(known: Encoded, text: str, rest_ids: list[int], cut_tokens: CutTokens) -> Encoded:
     """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the tokens of what follows."""
     offset, index = len(known.text), len(known.packed) // TOKEN_BYTES
-    cuts = _packed_cuts((offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids))
-    return Encoded(text, known.packed + pack_tokens(rest_ids), known.cuts + cuts)
+    rest = pack_tokens(rest_ids)
+    cuts = _packed_cuts((offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest))
+    return Encoded(text, known.packed + rest, known.cuts + cuts)
 
 
 class Text(msgspec.Struct, frozen=True, gc=False):

@@ -179,15 +179,22 @@ class _ByteStream:
     def __init__(self, table: list[bytes], hidden: frozenset[int]) -> None:
         self._table = table
         self._hidden = hidden
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
+        """Of a character, what came of it."""
 
     def push(self, tokens: Sequence[int]) -> str:
-        # An id beyond the vocabulary can come from a padded output layer: it has no text.
-        data = b"".join(self._table[t] for t in tokens if t not in self._hidden and t < len(self._table))
-        return self._decoder.decode(data)
+        data, table, hidden = self._held, self._table, self._hidden
+        for token in tokens:
+            # An id beyond the vocabulary can come from a padded output layer: it has no text.
+            if token not in hidden and token < len(table):
+                data += table[token]
+        text, read = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[read:]
+        return text
 
     def finish(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        data, self._held = self._held, b""
+        return data.decode(errors="replace")
 
 
 class _WindowStream:

@@ -98,7 +98,9 @@ class ClientSession(Session):
 
     def _handle(self, frame: Frame) -> None:
         if isinstance(frame, Item):  # nearly all are
-            self._item(frame.id, frame.reply)
+            stream = self._streams.get(frame.id)
+            if stream is not None and not stream.put(frame.reply, self._limits.stream_items_max):
+                self._overload(frame.id, stream)
             return
         match frame:
             case Reply(id=call_id, reply=reply):
@@ -127,10 +129,7 @@ class ClientSession(Session):
         if future is not None and not future.done():
             future.set_result(outcome)  # errors too: an exception that nobody awaits any more would be logged
 
-    def _item(self, stream_id: int, reply: messages.Reply) -> None:
-        stream = self._streams.get(stream_id)
-        if stream is None or stream.put(reply, self._limits.stream_items_max):
-            return
+    def _overload(self, stream_id: int, stream: "ReplyStream") -> None:
         self.drop(stream_id)
         stream.finish(Overloaded(f"{stream.name}: {self._limits.stream_items_max} replies wait for their consumer"))
 
@@ -187,22 +186,15 @@ class ReplyStream:
         return self
 
     async def __anext__(self) -> messages.Reply:
-        if not self._items and not await self._some():
+        if self._items:
+            return self._items.popleft()
+        items = await self.take()
+        if not items:
             raise StopAsyncIteration
-        return self._items.popleft()
+        self._items.extend(items[1:])
+        return items[0]
 
     async def take(self) -> list[messages.Reply]:
-        if not self._items and not await self._some():
-            return []
-        items = list(self._items)
-        self._items.clear()
-        return items
-
-    async def aclose(self) -> None:
-        self._close()
-
-    async def _some(self) -> bool:
-        """Wait until something is there; False: nothing follows."""
         try:
             if self._request is not None:
                 await self._open(self._request)
@@ -210,13 +202,18 @@ class ReplyStream:
                 if self._complete:
                     if self._error is not None:
                         raise self._error
-                    return False
+                    return []
                 self._waiter = self._loop.create_future()
                 await self._waiter
         except BaseException:
             self._close()
             raise
-        return True
+        items = list(self._items)
+        self._items.clear()
+        return items
+
+    async def aclose(self) -> None:
+        self._close()
 
     async def _open(self, request: messages.Request) -> None:
         self._request = None

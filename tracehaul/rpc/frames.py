@@ -3,6 +3,7 @@
 The first frame each way is :class:`Hello`. Calls are numbered by the client, growing within a connection.
 """
 
+import struct
 from typing import Annotated
 
 import msgspec
@@ -98,7 +99,8 @@ class Alive(_Frame, frozen=True, tag=8):
 Frame = Hello | Call | Open | Reply | Item | End | Fail | Cancel | Alive
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Frame)
+_decode = msgspec.msgpack.Decoder(Frame).decode
+_length_at = struct.Struct(">I").unpack_from
 
 
 def pack(frame: Frame, frame_bytes_max: int = FRAME_BYTES_MAX) -> bytes:
@@ -127,34 +129,32 @@ class FrameReader:
         Raises:
             ProtocolError: the bytes are not frames of this version. The reader is of no further use.
         """
-        self._buffer += data
+        buffer = self._buffer
+        if buffer:
+            buffer += data
+            data = buffer
         frames: list[Frame] = []
-        start = 0
-        while (end := self._frame_end(start)) is not None:
-            with memoryview(self._buffer)[start + _LENGTH_BYTES : end] as body:
-                frames.append(_unpack(body))
-            self._limit = self._frame_bytes_max
-            start = end
-        if start:
-            del self._buffer[:start]
+        start, limit, size = 0, self._limit, len(data)
+        with memoryview(data) as view:
+            while (body := start + _LENGTH_BYTES) <= size:
+                (nbytes,) = _length_at(view, start)
+                if nbytes > limit:
+                    raise ProtocolError(f"a frame of {nbytes} bytes is over the limit of {limit}")
+                end = body + nbytes
+                if end > size:
+                    break
+                try:
+                    frames.append(_decode(view[body:end]))
+                except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+                    raise ProtocolError(f"malformed frame: {error}") from None
+                limit = self._frame_bytes_max
+                start = end
+            if data is not buffer:
+                buffer += view[start:]
+        self._limit = limit
+        if data is buffer and start:
+            del buffer[:start]
         return frames
-
-    def _frame_end(self, start: int) -> int | None:
-        """Where the frame at ``start`` ends in the buffer; None until all of it is there."""
-        if len(self._buffer) < start + _LENGTH_BYTES:
-            return None
-        nbytes = int.from_bytes(self._buffer[start : start + _LENGTH_BYTES], "big")
-        if nbytes > self._limit:
-            raise ProtocolError(f"a frame of {nbytes} bytes is over the limit of {self._limit}")
-        end = start + _LENGTH_BYTES + nbytes
-        return end if len(self._buffer) >= end else None
-
-
-def _unpack(body: memoryview) -> Frame:
-    try:
-        return _decoder.decode(body)
-    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        raise ProtocolError(f"malformed frame: {error}") from None
 
 
 def check_hello(frame: Frame) -> None:

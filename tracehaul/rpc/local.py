@@ -328,8 +328,7 @@ class _LocalPipe:
         except ProtocolError as error:
             self.session.violated(error)
             return
-        for frame in frames:
-            self.session.received(frame)
+        self.session.received(frames)
 
     def _end(self, reason: str) -> None:
         self._closed = True

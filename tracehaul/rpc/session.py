@@ -6,6 +6,7 @@ implemented once: here, in :mod:`tracehaul.rpc.calling` and in :mod:`tracehaul.r
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -44,7 +45,7 @@ DEFAULT_LIMITS = Limits()
 class Pipe(Protocol):
     """Carries frames to the peer, in order; reports to a :class:`Session`.
 
-    It calls ``received`` for each frame, ``lost`` once at its end (never from inside a call into the pipe), and
+    It calls ``received`` with frames, ``lost`` once at its end (never from inside a call into the pipe), and
     ``pause_writing`` / ``resume_writing`` around times in which its send buffer is full.
     """
 
@@ -81,17 +82,18 @@ class Session(ABC):
         """True once the connection is lost or closed."""
         return self._ended is not None
 
-    def received(self, frame: Frame) -> None:
-        """The pipe delivers a frame. What breaks the protocol ends the connection."""
-        if self.closed:
-            return
+    def received(self, frames: Sequence[Frame]) -> None:
+        """The pipe delivers frames. What breaks the protocol ends the connection."""
         try:
-            if self._greeted:
-                self._handle(frame)
-            else:
-                check_hello(frame)
-                self._greeted = True
-                self._on_greeted()
+            for frame in frames:
+                if self._ended is not None:
+                    return
+                if self._greeted:
+                    self._handle(frame)
+                else:
+                    check_hello(frame)
+                    self._greeted = True
+                    self._on_greeted()
         except ProtocolError as error:
             self.violated(error)
 

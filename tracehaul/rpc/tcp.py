@@ -151,8 +151,7 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         except ProtocolError as error:
             self.session.violated(error)
             return
-        for frame in frames:
-            self.session.received(frame)
+        self.session.received(frames)
         if len(frames) >= _BURST_FRAMES:
             self._let_others_run()
 

@@ -67,9 +67,14 @@ class ChatTeller:
         )
 
     def _piece(self, piece: Piece, chunks: list[bytes]) -> None:
-        told = deltas(piece.said)
-        with_ids = self._options.return_token_ids
-        if not (piece.marks or with_ids or self._options.continuous_usage):
+        said, with_ids = piece.said, self._options.return_token_ids
+        plain = not (piece.marks or with_ids or self._options.continuous_usage)
+        if plain and not (said.reasoning or said.calls):
+            if said.content:
+                chunks.append(self._frame(piece.choice).around(b'{"content":%b}' % _encode(said.content)))
+            return
+        told = deltas(said)
+        if plain:
             for delta in told:
                 chunks.append(self._frame(piece.choice).around(_encode(delta)))
             return
