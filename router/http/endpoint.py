@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -27,7 +28,7 @@ class Endpoint:
         self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers = dict(Headers(scope=scope))
         reply = Reply(send, self._dialect, self._config.send_timeout_s)
         name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
         reply.headers.append((b"x-request-id", name.encode()))
@@ -46,7 +47,7 @@ class Endpoint:
         finally:
             reply.close()
 
-    async def _admit(self, scope: Scope, headers: Headers, receive: Receive, reply: Reply) -> None:
+    async def _admit(self, scope: Scope, headers: Mapping[str, str], receive: Receive, reply: Reply) -> None:
         config = self._config
         with self._calls.admission.admitted():
             body = await read_body(scope, receive, bytes_max=config.body_bytes_max, timeout_s=config.body_timeout_s)
@@ -72,7 +73,7 @@ class Endpoint:
                 return
             pause_s = await reply.keep_alive(self._config.keepalive_s)
 
-    async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
+    async def _answer(self, headers: Mapping[str, str], body: bytes, reply: Reply) -> None:
         fresh = fresh_name(self._dice)
         call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
         with self._calls.identified(call, headers, fresh) as identity:

@@ -95,7 +95,7 @@ def test_a_prompt_that_will_hardly_fit_is_counted_first(prompt: str, status: int
 
     async def main() -> None:
         text = FakeText()
-        app = create_app(FakeDispatcher(say("x"), 1000), text, lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(FakeDispatcher(say("x"), 1000), {"org/fake": text}, lambda: b"", ApiConfig(), InlineOffload())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             answer = await client.post("/v1/completions", json={"model": "org/fake", "prompt": prompt})
         assert answer.status_code == status, answer.text
