@@ -22,6 +22,11 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._held = ""
 
+    @property
+    def looks(self) -> bool:
+        """There is anything to find."""
+        return bool(self._stops)
+
     def push(self, text: str) -> tuple[str, bool]:
         """Text that can be shown now, and True if it ends before a stop string."""
         if not self._stops:
@@ -106,6 +111,11 @@ class Answer:
         assert self.reason is None
         shown: list[str] = []
         known = len(self.tokens)
+        if logprobs is None and not self._matcher.looks:
+            self.tokens.extend(tokens)
+            text = self._stream.push([token for token in tokens if token not in self._stop_tokens])
+            self._decoded += len(text)
+            return self._growth([text], known)
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             if logprobs is not None:

@@ -88,8 +88,9 @@ class Endpoint:
 
     async def _stream(self, run: Run, teller: Teller, reply: Reply) -> None:
         reply.streams()
+        data = b""
         while not run.done:
-            data = teller.events(await run.next())
             if data:
                 await reply.events(data)
-        await reply.events(teller.end(run.usage()), last=True)
+            data = teller.events(await run.next())
+        await reply.events(data + teller.end(run.usage()), last=True)
