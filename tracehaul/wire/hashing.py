@@ -111,7 +111,7 @@ def chain(root: BlockHash, tokens: bytes, block_tokens: int) -> list[BlockHash]:
     hashes: list[BlockHash] = []
     parent = root
     for start in range(0, len(tokens) - step + 1, step):  # next_hash, without three calls a block
-        parent = blake3(parent + tokens[start : start + step]).digest(HASH_BYTES)
+        parent = BlockHash(blake3(parent + tokens[start : start + step]).digest(HASH_BYTES))
         hashes.append(parent)
     return hashes
 
