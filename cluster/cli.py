@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cluster.asking import ask_router
 from cluster.config import base_url, load_config, load_plan, parse_quota
-from cluster.members import ask_router
 from cluster.rundir import ClusterFault, RunDir, alive
 from cluster.store.command import parse_size
 from cluster.store.commands import app as store_app

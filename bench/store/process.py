@@ -152,7 +152,7 @@ class Client:
         copying_only = compiled(summing=False)
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.object(shm, "compiled_here", lambda: copying_only))
-            stack.enter_context(patch.object(shm.Job, "sums", return_value=sums))
+            stack.enter_context(patch.object(shm.CopyJob, "sums", return_value=sums))
             return stack.pop_all()
 
     async def _exists(self, count: int, times: int) -> dict[str, float]:

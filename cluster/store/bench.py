@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
-from cluster.members import ASK_TIMEOUT_S, StoreRef
+from cluster.asking import ASK_TIMEOUT_S, StoreRef
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers

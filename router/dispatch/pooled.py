@@ -5,7 +5,7 @@ from collections.abc import Callable
 from router.dispatch.predicted import Predicted
 from router.dispatch.relief import Relief
 from router.dispatch.run import Run
-from router.fleet.load import Fleet, Key
+from router.fleet.load import Key, WorkerTable
 from router.policy.placement import Placement
 
 
@@ -13,6 +13,6 @@ class Pooled:
     """The books on what was sent to them; ``price`` and ``predicted`` as in :class:`Relief`."""
 
     def __init__(self, predicted: Predicted, price: Callable[[Run, Key], Placement | None]) -> None:
-        self.decodes = Fleet()
-        self.prefills = Fleet()
+        self.decodes = WorkerTable()
+        self.prefills = WorkerTable()
         self.relief = Relief(self.prefills, predicted, price)
