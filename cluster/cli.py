@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cluster.asking import ask_router
 from cluster.config import base_url, load_config, load_plan, parse_quota
-from cluster.members import ask_router
 from cluster.rundir import ClusterFault, RunDir, alive
 from cluster.store.command import parse_size
 from cluster.store.commands import app as store_app
@@ -297,7 +297,8 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
     """The members as the router sees them; with ``local``, also this machine's processes that are no members."""
     models = sorted({node.info.model for node in nodes if node.info.model})
     table = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("node", "role", "health"):
+    pools = any(node.info.pool for node in nodes)
+    for column in ("node", "role", *(("pool",) if pools else ()), "health"):
         table.add_column(column, no_wrap=True)
     for column in ("running", "waiting", "blocks", "MiB used", "generation"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -310,6 +311,7 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
         row = [
             info.node,
             info.role,
+            *((info.pool,) if pools else ()),
             health,
             str(load.running),
             str(load.waiting),
@@ -326,7 +328,8 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
         if record.name not in members:
             state = local.state(record.name)
             health = f"[green]{state.phase}[/]" if alive(record) else "[red]dead[/]"
-            table.add_row(record.name, record.name.rpartition("-")[0], health, *[""] * 5, *([state.metrics] * wide))
+            role = [record.name.partition("-")[0], *([""] if pools else [])]
+            table.add_row(record.name, *role, health, *[""] * 5, *([state.metrics] * wide))
     return table
 
 

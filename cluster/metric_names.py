@@ -142,6 +142,12 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "recomputed_tokens": Metric(
             "recomputed_tokens", "tokens", "Of the theoretical ones, those that were computed again.", ("reason",)
         ),
+        "pool_steps": Metric("pool_steps", "steps", "Steps that finished.", ("pool",)),
+        "pool_prompt_tokens": Metric("pool_prompt_tokens", "tokens", "Of finished steps.", ("pool",)),
+        "pool_cached_tokens": Metric(
+            "pool_cached_tokens", "tokens", "Of their prompts, those that nobody computed again.", ("pool",)
+        ),
+        "pool_output_tokens": Metric("pool_output_tokens", "tokens", "Of finished steps.", ("pool",)),
     },
     "RetentionStats": {
         "pins": Metric("pins", "requests", "Pins asked of stores for traces between two steps."),

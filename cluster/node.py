@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -19,7 +20,6 @@ from cluster.config import NodeSpec, Plan, authority, load_plan, nodes_of, share
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_backing
-from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine
@@ -29,9 +29,11 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock, memory
 from tracehaul.runtime.log import Log, setup
+from tracehaul.runtime.memory import keep_little
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
+from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import TransferError, WrongPool
@@ -39,6 +41,8 @@ from tracehaul.wire.ids import Generation, NodeId
 
 log = Log(__name__)
 
+HOST = "127.0.0.1"
+"""Every node listens on the loopback interface."""
 LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
@@ -53,7 +57,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, SourceError, NoMemory, NoDisk, NoBucket, TransferError, WrongPool, OSError) as fault:
+    except (ClusterFault, WrongPool, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -132,7 +136,7 @@ class _Node:
     def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
         """The transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, offload)
+        transfer = open_transport(self._plan.config.transport, owner, HOST, offload)
         stack.push_async_callback(transfer.close)
         return transfer
 
@@ -221,10 +225,12 @@ class _Node:
         from tracehaul.model.text import Text
 
         config = self._plan.config
+        keep_little()
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            router = Router(peers, config.dispatch)
+            models = {pool.name: pool.model.name for pool in self._plan.pools}
+            router = Router(peers, config.dispatch, models)
             stack.push_async_callback(router.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
@@ -232,8 +238,9 @@ class _Node:
             server = await network.listen(self._plan.router_address, router.service)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            text = await offload.run(lambda: Text.load(self._plan.pools[0].model))
-            app = router.app(text, config.api, offload, NodeMetrics(router.stats, None).render)
+            sources = [pool.model for pool in self._plan.pools]
+            texts = {source.name: await offload.run(partial(Text.load, source)) for source in sources}
+            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(app, config.host, config.port, grace_s=grace_s)
             stack.push_async_callback(api.close)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from cluster.members import Found
+from cluster.asking import Found
 from cluster.rundir import ClusterFault
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.hashing import HASH_BYTES, chain, pack_tokens, salted

@@ -4,7 +4,7 @@ It has no server of its own: a cluster serves its application over sockets, the 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from starlette.types import ASGIApp
@@ -22,8 +22,9 @@ from tracehaul.runtime.offload import Offload
 class Router:
     """A router whose text may come later: nodes can join before it has read its tokenizer."""
 
-    def __init__(self, peers: Peers, config: DispatchConfig) -> None:
-        self.dispatch = Dispatch(peers, config)
+    def __init__(self, peers: Peers, config: DispatchConfig, models: Mapping[str, str] | None = None) -> None:
+        """``models``: as in :class:`router.fleet.members.MemberRegistry`."""
+        self.dispatch = Dispatch(peers, config, models)
         self.stats: dict[str, msgspec.Struct] = {
             "router": self.dispatch.stats,
             "retention": self.dispatch.retainer.stats,
@@ -37,14 +38,14 @@ class Router:
 
     def app(
         self,
-        text: Text,
+        texts: Mapping[str, Text],
         config: ApiConfig,
         offload: Offload,
         metrics: Callable[[], bytes],
         dice: random.Random = UNFORESEEN,
     ) -> ASGIApp:
         """Serves clients; the arguments are those of :func:`router.http.app.create_app`."""
-        return create_app(self.dispatch, text, metrics, config, offload, dice)
+        return create_app(self.dispatch, texts, metrics, config, offload, dice)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""

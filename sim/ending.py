@@ -99,7 +99,8 @@ def check_worker(references: ReferenceChecker, life: Life) -> None:
 def check_router(references: ReferenceChecker, router: Dispatch, unheard: Collection[TraceId]) -> None:
     """An idle router counts no step as running, and knows of each trace that it served to its end that it has ended:
     a step that it had lost, or counted twice, would still be open."""
-    references.zero("router", running=router.decodes.total + router.prefills.total)
+    running = sum(pool.decodes.total + pool.prefills.total for pool in router.pools.values())
+    references.zero("router", running=running)
     states = Counter(trace.state for trace in router.traces.all() if trace.trace not in unheard)
     references.zero("router", **{f"{state} traces": count for state, count in states.items() if state != "ended"})
 

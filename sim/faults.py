@@ -158,7 +158,7 @@ class FaultPlan(msgspec.Struct, frozen=True):
     """Every copy takes up to this long."""
 
 
-class Fleet(msgspec.Struct, frozen=True):
+class Targets(msgspec.Struct, frozen=True):
     """Whom faults can hit."""
 
     router: NodeId
@@ -171,7 +171,7 @@ class Fleet(msgspec.Struct, frozen=True):
         return self.stores + self.workers + (self.router,)
 
 
-def make_faults(seed: int, fleet: Fleet, end_s: float) -> FaultPlan:
+def make_faults(seed: int, fleet: Targets, end_s: float) -> FaultPlan:
     """The faults of a run: none at all for every tenth seed, and from mild to wild for the others."""
     rng = random.Random(f"faults {seed}")  # noqa: S311 - reproducible is the point
     if seed % 10 == 0:
@@ -189,7 +189,7 @@ def make_faults(seed: int, fleet: Fleet, end_s: float) -> FaultPlan:
     )
 
 
-def make_store_faults(seed: int, fleet: Fleet, end_s: float) -> list[Fault]:
+def make_store_faults(seed: int, fleet: Targets, end_s: float) -> list[Fault]:
     """What goes wrong at and below stores that have tiers, beside :func:`make_faults`; a generator of its own, so
     that runs without tiers stay what they were."""
     rng = random.Random(f"store faults {seed}")  # noqa: S311 - reproducible is the point
@@ -211,7 +211,7 @@ def make_store_faults(seed: int, fleet: Fleet, end_s: float) -> list[Fault]:
     return faults
 
 
-def _make(rng: Rng, kind: type[Any], fleet: Fleet, end_s: float) -> Fault:
+def _make(rng: Rng, kind: type[Any], fleet: Targets, end_s: float) -> Fault:
     at_s = rng.uniform(0, end_s * 0.8)
     left_s = end_s - at_s
     node = rng.choice(fleet.nodes)

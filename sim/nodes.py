@@ -215,7 +215,7 @@ async def _run_router(life: Life, around: Surroundings) -> None:
     life.dispatch = router.dispatch
     await around.network.listen(life.address, WatchedService(life, router.service, around))
     dice = random.Random(life.process)  # noqa: S311 - reproducible is the point
-    life.app = router.app(SimText(), around.shape.api, OFFLOAD, lambda: b"", dice)
+    life.app = router.app({around.shape.engine.model: SimText()}, around.shape.api, OFFLOAD, lambda: b"", dice)
     life.ready.set()
 
 

@@ -5,7 +5,7 @@ import random
 from kvstore.config import StoreConfig
 from router.dispatch.dispatch import DispatchConfig
 from router.policy.retention import RetentionConfig
-from sim.faults import Fleet
+from sim.faults import Targets
 from sim.nodes import Shape
 from sim.storage import make_below
 from sim.text import VOCAB
@@ -25,7 +25,7 @@ ROLES: dict[NodeId, Role | None] = {
     **{NodeId(f"prefill-{i}"): "prefill" for i in range(2)},
     **{NodeId(f"decode-{i}"): "decode" for i in range(2)},
 }
-FLEET = Fleet(
+FLEET = Targets(
     router=ROUTER,
     stores=tuple(node for node, role in ROLES.items() if role == "store"),
     workers=tuple(node for node, role in ROLES.items() if role in ("prefill", "decode")),

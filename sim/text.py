@@ -67,6 +67,9 @@ class SimText:
     def tokens_min(self, text: str) -> int:
         return len(text)
 
+    def tokens_at_least(self, text: str, enough: int) -> int:
+        return len(text)
+
     def special_token(self, text: str) -> int | None:
         token = _IDS.get(text)
         return token if token in _SPECIAL else None

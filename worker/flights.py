@@ -8,7 +8,7 @@ from tracehaul.runtime.deadline import until
 from tracehaul.wire.ids import BlockHash
 from worker.context import Context
 
-PATIENCE_S = 5.0
+UNPUBLISHED_MAX_S = 5.0
 """How long another step may publish nothing before its work is not waited for: its caller may be frozen."""
 
 
@@ -35,7 +35,7 @@ class Flight:
         while not self._ended and self._published_tokens < tokens:
             self._changed.clear()
             try:
-                async with asyncio.timeout(PATIENCE_S):
+                async with asyncio.timeout(UNPUBLISHED_MAX_S):
                     await self._changed.wait()
             except TimeoutError:
                 return

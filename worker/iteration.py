@@ -13,7 +13,7 @@ from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
-from worker.pressure import PATIENCE_S, Pressure
+from worker.pressure import LEAVING_MAX_S, Pressure
 from worker.rates import STRETCH, RateMeter, compute_s
 from worker.scheduler import Grant, Scheduler
 
@@ -225,7 +225,7 @@ class IterationLoop:
             self._wake.clear()
             if not await self._iterate() and self._jobs:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PATIENCE_S):
+                    async with asyncio.timeout(LEAVING_MAX_S):
                         await self._wake.wait()
 
     def _drop(self, key: int) -> None:

@@ -8,7 +8,7 @@ on, so steps end and memory comes back; the last to come gives way.
 from bisect import insort
 from collections.abc import Iterable
 
-PATIENCE_S = 5.0
+LEAVING_MAX_S = 5.0
 """How long a step that was told to leave may take before another one is told, too: long enough to write its tail."""
 
 
@@ -38,7 +38,7 @@ class Pressure:
 
     def suspend(self, running: Iterable[int], now_s: float) -> int | None:
         """Which of the running steps is to leave now, if any; it is taken to be leaving from then on."""
-        if not self._lacking or any(now_s - since_s < PATIENCE_S for since_s in self._leaving.values()):
+        if not self._lacking or any(now_s - since_s < LEAVING_MAX_S for since_s in self._leaving.values()):
             return None
         last = max(running, default=None)
         if last is not None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bench.common.report import Result, finish, percentile
 from bench.router.client import Answer, Client, Connection
-from bench.router.fleet import CONTEXT_MAX, WORD, Fleet, Prompts, http, router_alone
+from bench.router.fleet import CONTEXT_MAX, WORD, Prompts, RouterAlone, http, router_alone
 from tracehaul.model.source import resolve
 from tracehaul.model.text import Text
 from tracehaul.runtime import clock
@@ -89,7 +89,7 @@ def until_ready(client: Client, connection: Connection) -> None:
 class Cost:
     """Calls of one kind, one at a time: what each took."""
 
-    def __init__(self, fleet: Fleet, client: Client) -> None:
+    def __init__(self, fleet: RouterAlone, client: Client) -> None:
         self._fleet = fleet
         self._client = client
         self.ttft_s: list[float] = []
@@ -116,7 +116,7 @@ class Cost:
         ]
 
 
-def conversation(fleet: Fleet, prompts: Prompts, tokens: int) -> list[Message]:
+def conversation(fleet: RouterAlone, prompts: Prompts, tokens: int) -> list[Message]:
     """A long one, in messages of a thousand tokens."""
     messages = fleet.opening(fleet.name(), prompts.take(STEP_TOKENS))
     for _ in range((tokens // STEP_TOKENS - 1) // 2):
@@ -125,7 +125,7 @@ def conversation(fleet: Fleet, prompts: Prompts, tokens: int) -> list[Message]:
     return messages
 
 
-def ttft(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
+def ttft(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     """1k tokens; 100k tokens, of which the last step had 99 %; 100k tokens that nobody knows."""
     client = fleet.client()
     short, long, cold = (Cost(fleet, client) for _ in range(3))
@@ -161,7 +161,7 @@ def check_warm(client: Client, trace: str) -> None:
 # --- many at once -------------------------------------------------------------------------------------------
 
 
-def rate(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
+def rate(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     """Calls of 1k tokens as fast as the router takes them, on one core."""
     fleet.pin()
     client = fleet.client(CONNECTIONS)
@@ -188,7 +188,7 @@ def rate(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     ]
 
 
-def streams(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
+def streams(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     """Open streams, all at the same pace; the router has a core of its own."""
     fleet.pin()
     client = fleet.client(STREAMS)
@@ -231,7 +231,7 @@ def streams(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
 # --- what others notice, and what is left -------------------------------------------------------------------
 
 
-def stall(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
+def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     """The longest gap of an open stream: alone, and while another client posts long prompts."""
     client = fleet.client(2)
     stream, other = client.connections
@@ -271,7 +271,7 @@ def stall(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     return [Result("router.stall", worst, "ms", "router.stall.idle", worst / results[0].value), *results]
 
 
-def refused(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
+def refused(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     """What calls that are far too long leave behind."""
     client = fleet.client()
     took_s: list[float] = []
@@ -291,7 +291,7 @@ def refused(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     ]
 
 
-def rss(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
+def rss(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     """Traces of 20 steps, the last of 4k tokens, all through HTTP with the router's default limits; then their end."""
     fleet.pin()
     client = fleet.client(CONNECTIONS)
@@ -311,7 +311,7 @@ def rss(fleet: Fleet, prompts: Prompts, scale: Scale) -> list[Result]:
     ]
 
 
-def walk(fleet: Fleet, client: Client, prompts: Prompts, traces: int, *, delete: bool = True) -> list[str]:
+def walk(fleet: RouterAlone, client: Client, prompts: Prompts, traces: int, *, delete: bool = True) -> list[str]:
     """So many traces, each from its first step to its last; returns their names."""
     names: list[str] = []
     places = [("", list[Message]()) for _ in client.connections]
@@ -352,7 +352,7 @@ def forget(client: Client, names: Sequence[str]) -> None:
     client.poll(timeout_s=1.0)
 
 
-FIGURES: dict[str, tuple[Callable[[Fleet, Prompts, Scale], list[Result]], int]] = {
+FIGURES: dict[str, tuple[Callable[[RouterAlone, Prompts, Scale], list[Result]], int]] = {
     "ttft": (ttft, 400_000),
     "rate": (rate, 400_000),
     "streams": (streams, 10_000),

@@ -68,7 +68,7 @@ class Prompts:
         return text[:count]
 
 
-class Fleet:
+class RouterAlone:
     """The running two."""
 
     def __init__(
@@ -152,7 +152,7 @@ def http(method: str, path: str, body: bytes = b"", trace: str | None = None) ->
 
 
 @contextmanager
-def router_alone(text: Text, console: Console) -> Generator[Fleet, None, None]:
+def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, None]:
     """A fresh router and its worker; both end with the context."""
     api = ApiConfig(requests_max=REQUESTS_MAX)
     config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, api=api)
@@ -177,7 +177,7 @@ def router_alone(text: Text, console: Console) -> Generator[Fleet, None, None]:
         words = msgspec.json.encode(told).decode()
         worker = Process(Place("127.0.0.1"), words, module="bench.router.worker")
         stack.callback(worker.end)
-        yield Fleet(model.name, config.port, router, worker, root)
+        yield RouterAlone(model.name, config.port, router, worker, root)
 
 
 def _wait_ready(run: RunDir, router: subprocess.Popen[bytes]) -> None:

@@ -31,7 +31,7 @@ from bench.traces.peers import peers_results
 from bench.traces.replay import replay_results
 from bench.traces.resume import resume_results
 from router.fleet.index import Index
-from router.fleet.load import Fleet, Warm
+from router.fleet.load import Warm, WorkerTable
 from router.policy.cost import StoredRun
 from router.policy.placement import Ask, place
 from tracehaul.runtime import clock
@@ -131,7 +131,7 @@ def placement_results() -> list[Result]:
     return _milliseconds("placement.1000", took_s)
 
 
-def _many(chance: random.Random, role: str) -> tuple[Fleet, list[NodeInfo], list[NodeLoad]]:
+def _many(chance: random.Random, role: str) -> tuple[WorkerTable, list[NodeInfo], list[NodeLoad]]:
     limits = WorkerLimits(local_prefill_tokens=256)
     infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=limits) for n in range(WORKERS)]
     loads = [
@@ -144,7 +144,7 @@ def _many(chance: random.Random, role: str) -> tuple[Fleet, list[NodeInfo], list
         )
         for _ in infos
     ]
-    return Fleet(), infos, loads
+    return WorkerTable(), infos, loads
 
 
 def _hash() -> BlockHash:

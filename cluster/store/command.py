@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config import parse_bytes
-from cluster.members import ASK_TIMEOUT_S, Answers, Found, StoreRef, ask, ask_own, find
+from cluster.asking import ASK_TIMEOUT_S, Answers, Found, StoreRef, ask, ask_own, find
 from cluster.prompts import Blocks, Source, blocks_of
 from cluster.rundir import ClusterFault, RunDir
 from cluster.store.limits import parse_change
@@ -91,13 +91,13 @@ class Session(NamedTuple):
     """Those that the command names, if it names any."""
 
     async def ask(self, request: Request, kind: type[R], timeout_s: float = ASK_TIMEOUT_S) -> Answers[R]:
-        """The same question to each node; see :func:`cluster.members.ask`."""
+        """The same question to each node; see :func:`cluster.asking.ask`."""
         return await ask(self.peers, self.refs, request, kind, timeout_s)
 
     async def ask_own(
         self, requests: Mapping[NodeId, Request], kind: type[R], timeout_s: float = ASK_TIMEOUT_S
     ) -> Answers[R]:
-        """To each node its own question; see :func:`cluster.members.ask_own`."""
+        """To each node its own question; see :func:`cluster.asking.ask_own`."""
         return await ask_own(self.peers, self.refs, requests, kind, timeout_s)
 
 

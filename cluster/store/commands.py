@@ -8,11 +8,11 @@ import msgspec
 import typer
 from rich.table import Table
 
-from cluster.members import Answers, StoreRef, ask
+from cluster.asking import Answers, StoreRef, ask
 from cluster.rundir import ClusterFault
 from cluster.store import tables
 from cluster.store.command import BLOCKS, Command, Session, err
-from cluster.store.jobs import Job, Progressed, R, follow
+from cluster.store.jobs import JobKind, Progressed, R, follow
 from cluster.store.limits import changes_for
 from cluster.store.tables import holding, limit, ranges
 from tracehaul.runtime import clock
@@ -87,7 +87,7 @@ def _show_pinned(session: Session, answers: Answers[blocks.Pinned]) -> Shown:
         yield f"{name}: {session.args.trace} pins {covers}"
 
 
-async def _watch(session: Session, begun: Answers[R], job: Job[R]) -> Answers[R]:
+async def _watch(session: Session, begun: Answers[R], job: JobKind[R]) -> Answers[R]:
     ended = await follow(session.peers, session.refs, begun.got, job, err)
     return Answers(ended.got, begun.failed | ended.failed)
 
@@ -97,7 +97,7 @@ def _prefetched(state: blocks.PrefetchState) -> Progressed:
     return Progressed(state.done, state.blocks, state.state == "running", note, state.state == "unknown")
 
 
-PREFETCH: Job[blocks.PrefetchState] = Job(
+PREFETCH: JobKind[blocks.PrefetchState] = JobKind(
     "prefetch",
     blocks.PrefetchState,
     lambda state: blocks.PrefetchPoll(state.job),
@@ -131,7 +131,7 @@ def _scrubbed(state: operations.ScrubState) -> Progressed:
     return Progressed(done, total, state.state == "running", f"{bad} bad" if bad else "", state.state == "unknown")
 
 
-SCRUB: Job[operations.ScrubState] = Job(
+SCRUB: JobKind[operations.ScrubState] = JobKind(
     "scrub",
     operations.ScrubState,
     lambda state: operations.ScrubPoll(state.job),
@@ -151,7 +151,7 @@ def _drained(state: blocks.DrainState) -> Progressed:
 
 
 # Asking again says how far it is.
-DRAIN: Job[blocks.DrainState] = Job("drain", blocks.DrainState, lambda state: blocks.Drain(), None, _drained)
+DRAIN: JobKind[blocks.DrainState] = JobKind("drain", blocks.DrainState, lambda state: blocks.Drain(), None, _drained)
 
 
 async def _drain(session: Session) -> Answers[blocks.DrainState]:

@@ -9,7 +9,7 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster.members import Answers, StoreRef, ask_own
+from cluster.asking import Answers, StoreRef, ask_own
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.wire.ids import NodeId
@@ -36,7 +36,7 @@ class Progressed(NamedTuple):
     """The node does not know the job: it was restarted."""
 
 
-class Job(msgspec.Struct, Generic[R], frozen=True):
+class JobKind(msgspec.Struct, Generic[R], frozen=True):
     """A kind of job."""
 
     what: str
@@ -48,7 +48,7 @@ class Job(msgspec.Struct, Generic[R], frozen=True):
 
 
 async def follow(
-    peers: Peers, refs: Sequence[StoreRef], begun: Mapping[NodeId, R], job: Job[R], console: Console
+    peers: Peers, refs: Sequence[StoreRef], begun: Mapping[NodeId, R], job: JobKind[R], console: Console
 ) -> Answers[R]:
     """Watch jobs on several nodes until all have ended; returns their last states.
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.members import StoreRef
+from cluster.asking import StoreRef
 from tracehaul.wire.blocks import DrainState, PinInfo, PinList, TierInfo, TierList
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.operations import Description, Located, ScrubbedTier, ScrubState

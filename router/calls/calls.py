@@ -10,15 +10,16 @@ from blake3 import blake3
 from router.calls.admission import Admission
 from router.calls.answers import Answer
 from router.calls.call import Call, Conversation, Options
-from router.calls.conversation import lineage
+from router.calls.conversation import beginnings, lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
-from router.calls.forms import Form, Forms
+from router.calls.forms import Form
 from router.calls.identity import Identity, identify
 from router.calls.limits import CallLimits
 from router.calls.memory import Memory
-from router.calls.prompts import Prompt, Prompts, check_ids, numbered, output_budget
+from router.calls.prompts import Prompt, check_ids, numbered, output_budget
 from router.calls.run import Accepted, Run
+from router.calls.served import Served
 from router.calls.text import Text
 from router.calls.urgency import urgency
 from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
@@ -38,21 +39,23 @@ class Calls:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        text: Text,
+        texts: Mapping[str, Text],
         limits: CallLimits,
         offload: Offload,
         dice: random.Random = UNFORESEEN,
     ) -> None:
-        """``dice``: for the seeds of calls that ask for none."""
+        """``texts``: of each model that may be asked for, by its name. ``dice``: for seeds that nobody asks for."""
         self._dispatcher = dispatcher
-        self._text = text
         self._limits = limits
         self._dice = dice
-        cut_tokens = {text.token_text(token): token for token in text.eos_tokens}
-        self._memory = Memory(dispatcher.book, cut_tokens)
-        self._prompts = Prompts(text, offload, self._memory)
-        self._forms = Forms(text, None if limits.tool_format == "auto" else limits.tool_format)
+        self._memory = Memory(dispatcher.book)
+        self._served = {name: Served(text, name, self._memory, limits, offload) for name, text in texts.items()}
         self.admission = Admission(limits.requests_max)
+
+    def text(self, model: str) -> Text:
+        """Of that model; of any other where it is not known, for a call that will be refused."""
+        served = self._served.get(model)
+        return next(iter(self._served.values())).text if served is None else served.text
 
     @contextmanager
     def identified(self, call: Call, headers: Mapping[str, str], fresh: str) -> Generator[Identity, None, None]:
@@ -72,12 +75,13 @@ class Calls:
         if not isinstance(asked, Conversation):
             yield identity
             return
-        said = lineage(asked, call.tenant)
+        said = lineage(asked)
         identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
         if identity.trace != fresh:
             yield identity
             return
-        with self._memory.placed(call.tenant, said.digests, said.opening, identity.trace) as place:
+        conversation = beginnings(asked, call.tenant)
+        with self._memory.placed(call.tenant, conversation, said.opening, identity.trace) as place:
             parent = identity.parent or place.parent
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
 
@@ -87,27 +91,29 @@ class Calls:
         Raises:
             CallFailed, ClusterError: it cannot be done; nothing has run.
         """
-        self._check(call)
-        card = self._dispatcher.model()
-        if card is None:
-            raise unavailable("no decode worker is ready")
-        if call.model != card.name:
+        served = self._served.get(call.model)
+        if served is None:
             raise model_not_found(call.model)
+        self._check(call, served.text)
+        card = self._dispatcher.model(call.model)
+        if card is None:
+            raise unavailable(f"no decode worker of {call.model} is ready")
         async with until(identity.urgency.deadline_s):
-            form = await self._forms.of(call)
-            prompts = await self._prompts.of(call, identity.trace, identity.parent, card)
-        return Run(self._accepted(call, form, prompts, identity, card), self._dispatcher, self._memory)
+            form = await served.forms.of(call)
+            prompts = await served.prompts.of(call, identity.trace, identity.parent, card)
+        accepted = self._accepted(call, served, form, prompts, identity, card)
+        return Run(accepted, self._dispatcher, self._memory)
 
-    def _check(self, call: Call) -> None:
+    def _check(self, call: Call, text: Text) -> None:
         prompts, options = len(call.prompts), call.options
         if prompts * options.n > self._limits.choices_max:
             param = "n" if prompts == 1 else call.where
             raise invalid(f"at most {self._limits.choices_max} choices are possible in one call", param)
-        check_ids(options.stop_token_ids, self._text.vocab_size, "stop_token_ids")
-        check_ids([token for token, _ in options.logit_bias], self._text.vocab_size, "logit_bias")
+        check_ids(options.stop_token_ids, text.vocab_size, "stop_token_ids")
+        check_ids([token for token, _ in options.logit_bias], text.vocab_size, "logit_bias")
 
     def _accepted(
-        self, call: Call, form: Form, prompts: Sequence[Prompt], identity: Identity, card: ModelCard
+        self, call: Call, served: Served, form: Form, prompts: Sequence[Prompt], identity: Identity, card: ModelCard
     ) -> Accepted:
         options = call.options
         steps: list[StepRequest] = []
@@ -117,14 +123,14 @@ class Calls:
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
             max_tokens = output_budget(prompt.tokens, wanted, card, call.where)
-            constraint = self._forms.constraint(form, prompt.rendered)
+            constraint = served.forms.constraint(form, prompt.rendered)
             for k in range(options.n):
                 name = f"{call.id}-{len(steps)}"
-                sampling = self._sampling(options, max_tokens, choice_seed(seed, k), constraint)
+                sampling = self._sampling(options, served.text, max_tokens, choice_seed(seed, k), constraint)
                 answers.append(
                     Answer(
-                        self._forms.stream(form),
-                        self._forms.reader(form, prompt.rendered, name),
+                        served.forms.stream(form),
+                        served.forms.reader(form, prompt.rendered, name),
                         stops=options.stops,
                         stop_tokens=sampling.stop_tokens,
                         min_tokens=options.min_tokens,
@@ -139,6 +145,7 @@ class Calls:
                         sampling=sampling,
                         # Once for all choices of a prompt.
                         prompt_logprobs=options.logprobs if options.echo and k == 0 else None,
+                        pool=card.pool,
                         salt=call.tenant,
                         tenant=call.tenant,
                         step_class=identity.urgency.step_class,
@@ -151,11 +158,13 @@ class Calls:
                     )
                 )
         scored = options.logprobs is not None
-        echoes = [Echo(self._text, prompt, scored=scored) for prompt in prompts] if options.echo else []
+        echoes = [Echo(served.text, prompt, scored=scored) for prompt in prompts] if options.echo else []
         return Accepted(call, prompts, steps, answers, echoes)
 
-    def _sampling(self, options: Options, max_tokens: int, seed: int, constraint: Constraint | None) -> Sampling:
-        eos = () if options.ignore_eos else self._text.eos_tokens
+    def _sampling(
+        self, options: Options, text: Text, max_tokens: int, seed: int, constraint: Constraint | None
+    ) -> Sampling:
+        eos = () if options.ignore_eos else text.eos_tokens
         return Sampling(
             max_tokens=max_tokens,
             temperature=options.temperature,

@@ -1,11 +1,6 @@
-"""What a client is told when a call fails, before any dialect has put it in its form."""
+"""What a client is told when a call fails, before any dialect has put it in its form. Pure."""
 
-import logging
 from typing import Literal
-
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest
-
-_log = logging.getLogger(__name__)
 
 Cause = Literal["invalid", "not_found", "conflict", "too_large", "too_slow", "late", "unavailable", "failed"]
 """Whose doing it is: the client's, up to ``too_slow``; nobody's: its time is over (``late``), or nobody is there now
@@ -42,21 +37,3 @@ def unavailable(message: str, code: str = "unavailable") -> CallFailed:
 def model_not_found(name: str) -> CallFailed:
     """Nobody serves it."""
     return CallFailed("not_found", f"the model {name[:128]!r} does not exist", param="model", code="model_not_found")
-
-
-def translate(error: Exception) -> CallFailed:
-    """The answer to any failure. What is not the caller's or the cluster's doing is a bug: logged, told no details."""
-    match error:
-        case CallFailed():
-            return error
-        case InvalidRequest():
-            return invalid(str(error), code=error.code)
-        case DeadlineExceeded():
-            return CallFailed("late", str(error) or error.code, code=error.code)
-        case ClusterError() if error.retriable:
-            return unavailable(str(error) or error.code, error.code)
-        case ClusterError():
-            return CallFailed("failed", str(error) or error.code, code=error.code)
-        case _:
-            _log.error("unexpected failure in an API call", exc_info=error)
-            return CallFailed("failed", "internal error", code="internal")

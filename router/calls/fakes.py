@@ -73,6 +73,10 @@ class FakeText:
     def tokens_min(self, text: str) -> int:
         return len(text) // TOKEN_CHARACTERS_MAX
 
+    def tokens_at_least(self, text: str, enough: int) -> int:
+        piece = text[: enough + 2 * TOKEN_CHARACTERS_MAX]  # its last token may be a part of one
+        return max(0, len(self.encode(piece)) - TOKEN_CHARACTERS_MAX)
+
     def special_token(self, text: str) -> int | None:
         return _SPECIAL.get(text)
 
@@ -178,8 +182,11 @@ class FakeDispatcher:
             left = Left(step, BlockHash(b"fake"), 32, packed, b"", prompt, None) if emitted else None
             self.keeper.send(StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final))
 
-    def model(self) -> ModelCard | None:
-        return self.card
+    def model(self, name: str) -> ModelCard | None:
+        return self.card if self.card is not None and self.card.name == name else None
+
+    def models(self) -> list[ModelCard]:
+        return [] if self.card is None else [self.card]
 
     def nodes(self) -> list[NodeStatus]:
         return self.statuses

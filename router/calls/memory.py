@@ -1,21 +1,20 @@
 """What calls remember of traces, and look up in them: the one place that knows where it is kept."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from router.traces.book import Book
 from router.traces.prefixes import Place
-from router.traces.texts import CutTokens, Encoded, Said, extend
+from router.traces.texts import CutTokens, Encoded, Said
 from router.traces.trace import TraceKey
 from tracehaul.wire.ids import StepId, TraceId
 
 
 class Memory:
-    """One model's traces. ``cut_tokens``: its end tokens by their texts."""
+    """Of all models' traces."""
 
-    def __init__(self, book: Book, cut_tokens: Mapping[str, int]) -> None:
+    def __init__(self, book: Book) -> None:
         self._book = book
-        self._cut_tokens = CutTokens(cut_tokens)
 
     @contextmanager
     def placed(
@@ -35,13 +34,9 @@ class Memory:
         finally:
             self._book.over(tenant, place.trace)
 
-    def known(self, traces: Sequence[TraceKey], text: str) -> Encoded:
+    def known(self, traces: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
         """The longest beginning of ``text`` whose ids are known in one of ``traces``; empty if none is."""
-        return self._book.known(traces, text, self._cut_tokens)
-
-    def extended(self, known: Encoded, text: str, rest_ids: list[int]) -> Encoded:
-        """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the ids of the rest. Pure."""
-        return extend(known, text, rest_ids, self._cut_tokens)
+        return self._book.known(traces, text, cut_tokens)
 
     def response(self, tenant: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response; None if it is unknown or forgotten."""

@@ -12,7 +12,7 @@ from router.calls.memory import Memory
 from router.calls.messages import template_messages
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import Encoded
+from router.traces.texts import CutTokens, Encoded, extend
 from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.hashing import token_count, unpack_tokens
@@ -20,6 +20,8 @@ from tracehaul.wire.ids import TraceId
 
 OFFLOAD_CHARACTERS = 16384
 """Text from which on rendering and tokenizing (about a millisecond) leave the event loop."""
+HOPELESS_CHARACTERS = 6
+"""For each token that the window has left: text of more will hardly fit, which is looked at first."""
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -51,8 +53,9 @@ class Prompt(msgspec.Struct, frozen=True):
 class Prompts:
     """Makes prompts; what a trace has seen keeps the ids it had."""
 
-    def __init__(self, text: Text, offload: Offload, memory: Memory) -> None:
+    def __init__(self, text: Text, offload: Offload, memory: Memory, model: str) -> None:
         self._text = text
+        self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens}, model)
         self._offload = offload
         self._memory = memory
 
@@ -97,19 +100,25 @@ class Prompts:
     async def _encode(
         self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
     ) -> Encoded:
-        known = self._memory.known(traces, text)
+        known = self._memory.known(traces, text, self._cut_tokens)
         rest = text[len(known.text) :]
-        least = token_count(known.packed) + self._text.tokens_min(rest)
-        if least >= card.context_max:
-            # To learn by how much would take longer than all else that is done for a call.
-            raise _too_long(f"at least {least}", "", card, where)
+        left = max(0, card.context_max - token_count(known.packed))
 
-        def encode() -> Encoded:
+        def encode() -> Encoded | int:
+            """In tokens; of what cannot fit the window only how many it has at least."""
+            least = self._text.tokens_at_least(rest, left) if len(rest) > HOPELESS_CHARACTERS * left else 0
+            if least >= left:
+                return least
             # What a plain prompt wants around it belongs to its beginning.
             ids = self._text.encode(rest, special=plain and not known.text) if rest else []
-            return self._memory.extended(known, text, ids)
+            return extend(known, text, ids, self._cut_tokens)
 
-        encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
+        encoded = self._text.tokens_min(rest)
+        if encoded < left:
+            encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
+        if isinstance(encoded, int):
+            # To learn by how much would take longer than all else that is done for a call.
+            raise _too_long(f"at least {card.context_max - left + encoded}", "", card, where)
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded

@@ -164,7 +164,7 @@ class Run:
             if prompt.encoded is not None:
                 # After a stop string the client has the text up to it, which may end inside a token.
                 text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
-                said = Said(prompt.encoded, text, pack_tokens(ids))
+                said = Said(prompt.encoded, text, pack_tokens(ids), call.model)
             if prompt.conversation:
                 tools = names_of([made.name or "" for made in answer.reader.whole.calls])
         # The prompts after the first are traces of their own: the response's name means the first.

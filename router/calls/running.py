@@ -1,7 +1,6 @@
 """The steps of one call, run at once."""
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -9,9 +8,10 @@ from types import TracebackType
 from typing import Protocol
 
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError
 
-_log = logging.getLogger(__name__)
+log = Log(__name__)
 
 EVENTS_MAX = 256
 """Events between the steps and a client that reads slowly; then the steps wait."""
@@ -67,7 +67,7 @@ class One:
             async with asyncio.timeout(ABORT_TIMEOUT_S):
                 await self._events.aclose()
         except TimeoutError:
-            _log.error("a step did not end within %s s of its abort", ABORT_TIMEOUT_S)
+            log.error("steps did not end after their abort", steps=1, waited_s=ABORT_TIMEOUT_S)
 
     def end(self, index: int) -> None:
         self._ended = True  # with the context
@@ -114,7 +114,7 @@ class Several:
             task.cancel()
         _, stuck = await asyncio.wait(self._tasks, timeout=ABORT_TIMEOUT_S)
         if stuck:
-            _log.error("%d steps did not end within %s s of their abort", len(stuck), ABORT_TIMEOUT_S)
+            log.error("steps did not end after their abort", steps=len(stuck), waited_s=ABORT_TIMEOUT_S)
 
     def end(self, index: int) -> None:
         self._ended.add(index)

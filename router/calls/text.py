@@ -45,6 +45,11 @@ class Text(Protocol):
         """So many tokens ``text`` has at least, told at once; 0 where that cannot be told."""
         ...
 
+    def tokens_at_least(self, text: str, enough: int) -> int:
+        """So many tokens ``text`` has at least, counted from its beginning up to about ``enough``; takes about as long
+        as tokenizing so many."""
+        ...
+
     @property
     def chat_template(self) -> str | None:
         """Its source; None if the model has none."""

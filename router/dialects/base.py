@@ -1,6 +1,6 @@
 """What a dialect is: a form in which clients ask and are answered."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from router.calls.call import Call
@@ -33,14 +33,14 @@ class Dialect(Protocol):
         """What a stream says in silence."""
         ...
 
-    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, Teller]:
+    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, Teller]:
         """What a body asks for, and who tells the answer.
 
         Args:
             body: as the client sent it.
             fresh: told from all others, for the call's name.
             created: seconds since 1970.
-            text: the model's; reads the tokens that logprobs are of.
+            text_of: a model's; reads the tokens that logprobs are of.
 
         Raises:
             CallFailed: it is no body of this dialect, or asks for what cannot be honoured.

@@ -1,8 +1,7 @@
 """Runs steps on the fleet: places them, follows their tokens, moves them when a worker fails."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Annotated
 
@@ -11,14 +10,15 @@ from msgspec import Meta
 
 from router.dispatch.attempt import Attempt, Events
 from router.dispatch.inflight import InFlight
+from router.dispatch.pooled import Pooled
 from router.dispatch.predicted import Predicted
-from router.dispatch.relief import Relief
 from router.dispatch.retainer import Retainer
 from router.dispatch.run import BetterPlace, Run
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
 from router.fleet.index import Index, TierRun
-from router.fleet.load import Fleet, Key
+from router.fleet.load import Key
 from router.fleet.members import MemberRegistry, NodeStatus
+from router.fleet.pools import in_pool
 from router.fleet.watch import StoreWatch
 from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place
@@ -32,6 +32,7 @@ from router.traces.machine import Traces
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock, deadline
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import (
     ClusterError,
     ContextTooLong,
@@ -42,7 +43,7 @@ from tracehaul.wire.errors import (
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.steps import StepUsage
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,22 +90,27 @@ class DispatchStats(msgspec.Struct):
     delivered_tokens: int = 0
     recomputed_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
     """Tokens that the trace had, computed again, by :data:`router.traces.hits.LossReason`."""
+    pool_steps: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    """Steps that finished, by pool; like those that follow."""
+    pool_prompt_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    pool_cached_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+    pool_output_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
 
 
 class Dispatch:
     """The router without HTTP: implements :class:`router.dispatch.steps.Dispatcher`."""
 
-    def __init__(self, peers: Peers, config: DispatchConfig) -> None:
+    def __init__(self, peers: Peers, config: DispatchConfig, models: Mapping[str, str] | None = None) -> None:
+        """``models``: as in :class:`router.fleet.members.MemberRegistry`."""
         self._peers = peers
         self._config = config
         self.stats = DispatchStats()
         self.index = Index()
         self._watch = StoreWatch(peers, self.index)
-        self.members = MemberRegistry(self._watch.set_nodes)
-        self.decodes = Fleet()
-        self.prefills = Fleet()
+        self.members = MemberRegistry(self._watch.set_nodes, models)
+        self.pools: dict[str, Pooled] = {}
+        """Of those that had a step, by name."""
         self._predicted = Predicted()
-        self._relief = Relief(self.prefills, self._predicted, self._elsewhere)
         self._turn = 0
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
@@ -114,15 +120,20 @@ class Dispatch:
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
-        self._relief.close()
+        for pool in self.pools.values():
+            pool.relief.close()
         await self.retainer.close()
         await self._watch.close()
 
-    def model(self) -> ModelCard | None:
-        workers = self.members.live("decode")
-        if not workers:
+    def model(self, name: str) -> ModelCard | None:
+        pool = self.members.pools().get(name)
+        if pool is None:
             return None
-        return ModelCard(workers[0].model, min(worker.context_max for worker in workers))
+        workers = self.members.live("decode", pool.name)
+        return ModelCard(name, min(worker.context_max for worker in workers), pool.name)
+
+    def models(self) -> list[ModelCard]:
+        return [card for name in sorted(self.members.pools()) if (card := self.model(name)) is not None]
 
     def nodes(self) -> list[NodeStatus]:
         return self.members.statuses()
@@ -140,7 +151,7 @@ class Dispatch:
                 for event in await self._next(run, tries):
                     if isinstance(event, Finished):
                         run.ending = event.reason
-                        self._count(event.usage)
+                        self._count(event.usage, request.pool)
                         yield event
                         return
                     yield event
@@ -202,12 +213,12 @@ class Dispatch:
             run.avoid.add(attempt.placement.decode)
         self.stats.steps_moved += 1
         self.retainer.send(StepMoved(run.key, Moved(run.request.step, node, error.code, len(run.emitted))))
-        log.warning("step %s: attempt failed after %d tokens: %s", run.request.step, len(run.emitted), error)
+        log.warning("an attempt failed", step=run.request.step, node=node, tokens=len(run.emitted), why=error)
 
     def _place(self, run: Run) -> Placement:
-        decodes = self.members.live("decode")
+        decodes = self.members.live("decode", run.request.pool)
         if not decodes:
-            raise Unavailable("no decode worker is ready")
+            raise Unavailable(f"no decode worker is ready{in_pool(run.request.pool)}")
         tokens = run.request.prompt_tokens + len(run.emitted)
         if tokens >= max(worker.context_max for worker in decodes):
             raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
@@ -216,23 +227,23 @@ class Dispatch:
         placement = self._price(run, found.runs, run.leaves)
         assert placement is not None
         warm, stored_tokens = run.warm, found.blocks * run.block_tokens
-        lives = warm is not None and Key(warm.node, warm.generation) in self.decodes.rows
+        lives = warm is not None and Key(warm.node, warm.generation) in self._pool(run).decodes.rows
         run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
         if placement.computes is not None:
             self._predicted.add(run.hashes, [placement.computes], clock.now_s())
         self._turn += 1
         placed = self._placed(run, placement, stored_tokens)
         self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
-        log.info(
-            "step %s of trace %s: %d tokens, decode %s (%s), prefill %s, home %s, expecting %d tokens warm",
-            run.request.step,
-            run.request.trace,
-            tokens,
-            placement.decode.node,
-            placement.reason,
-            placement.prefill,
-            placement.home,
-            placement.expected_tokens,
+        log.debug(
+            "a step was placed",
+            step=run.request.step,
+            trace=run.request.trace,
+            tokens=tokens,
+            decode=placement.decode.node,
+            reason=placement.reason,
+            prefill=placement.prefill,
+            home=placement.home,
+            warm=placement.expected_tokens,
         )
         return placement
 
@@ -241,13 +252,10 @@ class Dispatch:
         return self._price(run, self.index.match(run.hashes).runs, run.leaves | {prefill})
 
     def _price(self, run: Run, stored: Sequence[TierRun], leaves: set[Key]) -> Placement | None:
-        decodes = self.members.live("decode")
-        # Blocks of another layout, or another model, are of no use to this step.
-        decodes = [worker for worker in decodes if worker.root == decodes[0].root]
-        prefills = [worker for worker in self.members.live("prefill") if decodes and worker.root == decodes[0].root]
-        now_s = clock.now_s()
-        self.decodes.sync(decodes, self.members.loads(decodes))
-        self.prefills.sync(prefills, self.members.loads(prefills))
+        pool, now_s = self._pool(run), clock.now_s()
+        for role, fleet in (("decode", pool.decodes), ("prefill", pool.prefills)):
+            workers = self.members.live(role, run.request.pool)
+            fleet.sync(workers, self.members.loads(workers))
         expected = self._predicted.match(run.hashes, now_s)
         ask = Ask(
             trace=run.request.trace,
@@ -262,7 +270,7 @@ class Dispatch:
             turn=self._turn,
         )
         stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
-        return place(self._config.policy, ask, self.decodes, self.prefills, stores, now_s)
+        return place(self._config.policy, ask, pool.decodes, pool.prefills, stores, now_s)
 
     def _stored(self, runs: Sequence[TierRun], block_tokens: int) -> list[StoredRun]:
         """With what it takes to bring each up: on the slowest node, as it may be on any."""
@@ -275,12 +283,18 @@ class Dispatch:
         depth = len(block_s) - 1
         return [StoredRun(run.end * block_tokens, block_s[min(run.tier, depth)] / block_tokens) for run in runs]
 
+    def _pool(self, run: Run) -> Pooled:
+        name = run.request.pool
+        if name not in self.pools:
+            self.pools[name] = Pooled(self._predicted, self._elsewhere)
+        return self.pools[name]
+
     def _home(self, run: Run) -> NodeId | None:
         trace = self.traces.get(run.key)
         return trace.home if trace is not None else None
 
     def _placed(self, run: Run, placement: Placement, stored_tokens: int) -> Placed:
-        warm = run.warm
+        warm, decodes = run.warm, self._pool(run).decodes
         return Placed(
             step=run.request.step,
             decode=placement.decode.node,
@@ -292,14 +306,15 @@ class Dispatch:
             expected_tokens=placement.expected_tokens,
             prefill=placement.prefill,
             home=placement.home,
-            running={key.node: self.decodes.running(key) for key in self.decodes.keys[:NODES_MAX]},
+            running={key.node: decodes.running(key) for key in decodes.keys[:NODES_MAX]},
             cost_s=placement.cost_s,
             warm_cost_s=placement.warm_cost_s,
             pull_tokens=placement.pull_tokens,
+            pool=run.request.pool,
         )
 
     def _attempt(self, run: Run, placement: Placement) -> Attempt:
-        request, trace = run.request, self.traces.get(run.key)
+        request, trace, pool = run.request, self.traces.get(run.key), self._pool(run)
         info = next(info for info in self.members.live("decode") if info.node == placement.decode.node)
         run.context_max = info.context_max
         parent = trace.parent if trace is not None else None
@@ -309,12 +324,19 @@ class Dispatch:
             idle_timeout_s=self._config.idle_timeout_s,
             context=CallContext(trace=request.trace, step=request.step),
         )
-        sent = InFlight(self.decodes, self.prefills, placement, clock.now_s())
+        sent = InFlight(pool.decodes, pool.prefills, placement, clock.now_s())
         if self._config.policy == "cost" and run.prompt_logprobs is None:
-            self._relief.enter(run, placement)
-        return Attempt(run, placement, replies, sent, self._relief)
+            pool.relief.enter(run, placement)
+        return Attempt(run, placement, replies, sent, pool.relief)
 
-    def _count(self, usage: StepUsage) -> None:
+    def _count(self, usage: StepUsage, pool: str) -> None:
+        for counts, tokens in (
+            (self.stats.pool_steps, 1),
+            (self.stats.pool_prompt_tokens, usage.prompt_tokens),
+            (self.stats.pool_cached_tokens, usage.computed_from),
+            (self.stats.pool_output_tokens, usage.output_tokens),
+        ):
+            counts[pool] = counts.get(pool, 0) + tokens
         self.stats.steps_finished += 1
         self.stats.prompt_tokens += usage.prompt_tokens
         self.stats.cached_tokens += usage.computed_from
@@ -330,7 +352,7 @@ class Dispatch:
         for reason, tokens in hits.losses.items():
             self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
         if sum(hits.losses.values()) >= run.block_tokens:
-            log.warning("step %s: tokens were computed again: %s", run.request.step, hits.losses)
+            log.warning("tokens were computed again", step=run.request.step, **hits.losses)
 
 
 class _Tries:

@@ -1,13 +1,13 @@
 """One attempt's entries in the fleets' books. Pure."""
 
-from router.fleet.load import Fleet
+from router.fleet.load import WorkerTable
 from router.policy.placement import Placement
 
 
 class InFlight:
     """From when a step is sent to its workers until it ends there, whatever way."""
 
-    def __init__(self, decodes: Fleet, prefills: Fleet, placement: Placement, now_s: float) -> None:
+    def __init__(self, decodes: WorkerTable, prefills: WorkerTable, placement: Placement, now_s: float) -> None:
         self._decodes = decodes
         self._prefills = prefills
         self._placement = placement

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from router.dispatch.predicted import Predicted
 from router.dispatch.run import Run
-from router.fleet.load import Fleet, Key
+from router.fleet.load import Key, WorkerTable
 from router.policy.placement import Placement, relieves
 from tracehaul.runtime import clock
 
@@ -32,7 +32,9 @@ class Relief:
     ``predicted`` says who is about to have its blocks.
     """
 
-    def __init__(self, prefills: Fleet, predicted: Predicted, price: Callable[[Run, Key], Placement | None]) -> None:
+    def __init__(
+        self, prefills: WorkerTable, predicted: Predicted, price: Callable[[Run, Key], Placement | None]
+    ) -> None:
         self._prefills = prefills
         self._predicted = predicted
         self._price = price

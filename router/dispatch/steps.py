@@ -26,6 +26,8 @@ class StepRequest(msgspec.Struct, frozen=True):
     sampling: Sampling
     prompt_logprobs: int | None = None
     """Tell the prompt's logprobs, with so many of the likeliest tokens: nothing cached can be used for it."""
+    pool: str = ""
+    """Whose workers run it."""
     salt: str = ""
     """Keeps tenants' blocks apart."""
     tenant: str = ""
@@ -74,10 +76,11 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True):
-    """What the fleet serves, as its workers announced it."""
+    """A model that the fleet serves, as its workers announced it."""
 
     name: str
     context_max: int
+    pool: str = ""
 
 
 class Dispatcher(Protocol):
@@ -91,8 +94,12 @@ class Dispatcher(Protocol):
         """
         ...
 
-    def model(self) -> ModelCard | None:
-        """None while no decode worker is ready."""
+    def model(self, name: str) -> ModelCard | None:
+        """The model that clients call so; None while no decode worker of it is ready."""
+        ...
+
+    def models(self) -> list[ModelCard]:
+        """All that a decode worker is ready for, by name."""
         ...
 
     @property

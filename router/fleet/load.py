@@ -52,7 +52,7 @@ class Warm:
     retained_tokens: int
 
 
-class Fleet:
+class WorkerTable:
     """Rows are workers, in the order of the last :meth:`sync`; what was sent to them outlives it."""
 
     def __init__(self) -> None:

@@ -25,6 +25,11 @@ class Pool(msgspec.Struct, frozen=True):
     """Of its KV layout, without salt."""
 
 
+def in_pool(name: str) -> str:
+    """To be said of something in that pool; nothing where the fleet has but one without a name."""
+    return f" in pool {name!r}" if name else ""
+
+
 def pool_of(info: NodeInfo) -> Pool:
     """The pool that a worker announces."""
     return Pool(info.pool, info.model, info.root)

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.calls.calls import UNFORESEEN, Calls
-from router.calls.errors import CallFailed, translate
+from router.calls.errors import CallFailed
 from router.calls.text import Text
 from router.dialects.base import Dialect
 from router.dialects.chat import Chat
@@ -25,6 +25,7 @@ from router.http.errors import STATUS, headers_of
 from router.http.pages import Pages, json_response
 from router.http.request_ids import RequestIds
 from router.http.traces import TracePages
+from router.http.translate import translate
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import ClusterError
 
@@ -37,7 +38,7 @@ DIALECTS: Mapping[str, Dialect] = {
 
 def create_app(
     dispatcher: Dispatcher,
-    text: Text,
+    texts: Mapping[str, Text],
     metrics_render: Callable[[], bytes],
     config: ApiConfig,
     offload: Offload,
@@ -48,17 +49,17 @@ def create_app(
 
     Args:
         dispatcher: runs steps.
-        text: the served model's tokenizer and template.
+        texts: tokenizer and template of each model that may be asked for, by its name.
         metrics_render: what ``/metrics`` answers.
         config: limits.
         offload: where long texts are tokenized; the caller closes it.
         dice: for the names of calls that have none, and the seeds of those that ask for none.
         dialects: the dialect at each path.
     """
-    calls = Calls(dispatcher, text, config, offload, dice)
+    calls = Calls(dispatcher, texts, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
-    endpoints = {path: Endpoint(dialect, calls, text, config, dice) for path, dialect in dialects.items()}
+    endpoints = {path: Endpoint(dialect, calls, config, dice) for path, dialect in dialects.items()}
     rest = Starlette(
         routes=[
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),

@@ -2,34 +2,34 @@
 
 import asyncio
 import random
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from router.calls.calls import Calls
-from router.calls.errors import translate, unavailable
+from router.calls.errors import unavailable
 from router.calls.identity import fresh_name
 from router.calls.run import Run
-from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
 from router.http.asgi import ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
 from router.http.request_ids import request_id
+from router.http.translate import translate
 from tracehaul.runtime.clock import wall_s
 
 
 class Endpoint:
     """An ASGI application. Answers each call, whatever happens."""
 
-    def __init__(self, dialect: Dialect, calls: Calls, text: Text, config: ApiConfig, dice: random.Random) -> None:
+    def __init__(self, dialect: Dialect, calls: Calls, config: ApiConfig, dice: random.Random) -> None:
         self._dialect = dialect
         self._calls = calls
-        self._text = text
         self._config = config
         self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers = dict(Headers(scope=scope))
         reply = Reply(send, self._dialect, self._config.send_timeout_s, self._config.keepalive_s)
         name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
         reply.headers.append((b"x-request-id", name.encode()))
@@ -46,7 +46,7 @@ class Endpoint:
         except ClientGone:
             pass
 
-    async def _admit(self, scope: Scope, headers: Headers, receive: Receive, reply: Reply) -> None:
+    async def _admit(self, scope: Scope, headers: Mapping[str, str], receive: Receive, reply: Reply) -> None:
         config = self._config
         with self._calls.admission.admitted():
             body = await read_body(scope, receive, bytes_max=config.body_bytes_max, timeout_s=config.body_timeout_s)
@@ -70,9 +70,9 @@ class Endpoint:
             pause_s = await reply.look()
             done, _ = await asyncio.wait((work, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
+    async def _answer(self, headers: Mapping[str, str], body: bytes, reply: Reply) -> None:
         fresh = fresh_name(self._dice)
-        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._text)
+        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))
             async with await self._calls.accept(call, identity) as run:
@@ -85,8 +85,9 @@ class Endpoint:
 
     async def _stream(self, run: Run, teller: Teller, reply: Reply) -> None:
         reply.streams()
+        data = b""
         while not run.done:
-            data = teller.events(await run.next())
             if data:
                 await reply.events(data)
-        await reply.events(teller.end(run.usage()), last=True)
+            data = teller.events(await run.next())
+        await reply.events(data + teller.end(run.usage()), last=True)

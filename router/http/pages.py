@@ -61,7 +61,7 @@ class Pages:
 
     async def health(self, request: Request) -> Response:
         """200 while some decode worker is ready."""
-        if self._dispatcher.model() is not None:
+        if self._dispatcher.models():
             return json_response(Health("ready"))
         workers = [node for node in self._dispatcher.nodes() if node.info.role == "decode"]
         reason = "no decode worker has joined"
@@ -78,8 +78,7 @@ class Pages:
         return json_response(self._dispatcher.nodes())
 
     def _entries(self) -> list[ModelEntry]:
-        card = self._dispatcher.model()
-        return [] if card is None else [ModelEntry(card.name, self._created, card.context_max)]
+        return [ModelEntry(card.name, self._created, card.context_max) for card in self._dispatcher.models()]
 
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from router.fleet.load import Column, Fleet
+from router.fleet.load import Column, WorkerTable
 
 OUTPUT_TOKENS = 64
 """What a step is expected to generate."""
@@ -75,9 +75,9 @@ class Costs(NamedTuple):
     """Leading tokens of the store that are worth pulling."""
 
 
-def compute_s(fleet: Fleet, start: Column | float, end: Column | float) -> Column:
+def compute_s(workers: WorkerTable, start: Column | float, end: Column | float) -> Column:
     """Computing the tokens from ``start`` to ``end``, on each worker."""
-    return (end - start) * fleet.token_s + (end * end - start * start) / 2 * fleet.pair_s
+    return (end - start) * workers.token_s + (end * end - start * start) / 2 * workers.pair_s
 
 
 def raise_s(runs: Sequence[StoredRun], start: int, end: int) -> float:
@@ -108,7 +108,7 @@ class Prefilled(NamedTuple):
     """What others lose by it: what is computed twice is lost to all, and who shares cores waits for them."""
 
 
-def prefill_s(prefills: Fleet, need: Need, predicted: Column, busy: float, now_s: float) -> Prefilled:
+def prefill_s(prefills: WorkerTable, need: Need, predicted: Column, busy: float, now_s: float) -> Prefilled:
     """What it takes on each prefill worker.
 
     ``predicted``: leading tokens that each is about to have computed for another step. ``busy``: the share of the
@@ -120,15 +120,15 @@ def prefill_s(prefills: Fleet, need: Need, predicted: Column, busy: float, now_s
     return Prefilled(done_s, own, again_s(prefills, need, start) + busy * prefills.shared * own)
 
 
-def again_s(fleet: Fleet, need: Need, start: Column) -> Column:
+def again_s(workers: WorkerTable, need: Need, start: Column) -> Column:
     """Computing from ``start`` on what is under way elsewhere, on each worker."""
     if not need.under_way:
-        return np.zeros(len(fleet))
-    return compute_s(fleet, start, np.maximum(start, float(need.under_way)))
+        return np.zeros(len(workers))
+    return compute_s(workers, start, np.maximum(start, float(need.under_way)))
 
 
 def decode_costs(
-    decodes: Fleet, need: Need, warm_row: int | None, predicted: Column, prefilled_s: float | None, now_s: float
+    decodes: WorkerTable, need: Need, warm_row: int | None, predicted: Column, prefilled_s: float | None, now_s: float
 ) -> Costs:
     """Of the step on each decode worker.
 
@@ -161,7 +161,7 @@ def decode_costs(
     return costs._replace(seconds=seconds + decoding + gives_way)
 
 
-def _fetch_s(decodes: Fleet, need: Need, have: Column, warm_row: int | None, end: int) -> Column:
+def _fetch_s(decodes: WorkerTable, need: Need, have: Column, warm_row: int | None, end: int) -> Column:
     """Pulling what the store has up to ``end``."""
     raised_s = np.full(len(decodes), raise_s(need.runs, 0, end))
     if warm_row is not None:
@@ -170,7 +170,7 @@ def _fetch_s(decodes: Fleet, need: Need, have: Column, warm_row: int | None, end
 
 
 def _costs_here(
-    decodes: Fleet, need: Need, have: Column, warm_row: int | None, predicted: Column, end: int, now_s: float
+    decodes: WorkerTable, need: Need, have: Column, warm_row: int | None, predicted: Column, end: int, now_s: float
 ) -> Costs:
     """Pulling up to ``end`` and computing the rest on the decode worker, decoding left out."""
     reach = np.maximum(have, float(end))

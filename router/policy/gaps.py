@@ -66,6 +66,8 @@ class Gaps:
         for kind in dict.fromkeys(((None, None), (agent, None), (None, tools), (agent, tools))):
             window = self._seen.get(kind, ())
             seen = len(window)
+            if seen == 0 and len(samples) == ENOUGH:
+                continue
             samples = [*window, *_thinned(samples, ENOUGH - seen)] if seen < ENOUGH else list(window)
         return Gap(samples, seen)
 

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from router.fleet.load import Column, Fleet, Key, Warm
+from router.fleet.load import Column, Key, Warm, WorkerTable
 from router.policy.cost import Costs, Need, StoredRun, decode_costs, prefill_s
 from tracehaul.wire.hashing import weight
 from tracehaul.wire.ids import NodeId, TraceId
@@ -97,7 +97,7 @@ def choose_home(stores: Sequence[NodeId], trace: TraceId, current: NodeId | None
 
 
 def place(
-    policy: Policy, ask: Ask, decodes: Fleet, prefills: Fleet, stores: Sequence[NodeId], now_s: float
+    policy: Policy, ask: Ask, decodes: WorkerTable, prefills: WorkerTable, stores: Sequence[NodeId], now_s: float
 ) -> Placement | None:
     """Choose the workers of one step; None if there is no decode worker. Without a store there is no way from prefill
     to decode: the decode worker computes all that it lacks."""
@@ -140,7 +140,7 @@ def relieves(other: Placement, wait_s: float, waited_s: float) -> bool:
     return other.cost_s < min(MOVE_MARGIN * (wait_s + waited_s), wait_s / SOON_SHARE)
 
 
-def _allowed(ask: Ask, decodes: Fleet) -> list[int]:
+def _allowed(ask: Ask, decodes: WorkerTable) -> list[int]:
     """Rows that may be chosen: never none."""
     rows = range(len(decodes))
     if ask.avoided:
@@ -150,7 +150,7 @@ def _allowed(ask: Ask, decodes: Fleet) -> list[int]:
     return list(rows)
 
 
-def _predicted(ask: Ask, workers: Fleet) -> Column:
+def _predicted(ask: Ask, workers: WorkerTable) -> Column:
     """Leading tokens of the prompt that each of them is about to have."""
     predicted = np.zeros(len(workers))
     for row, (node, _) in enumerate(workers.keys) if ask.predicted else ():
@@ -159,7 +159,7 @@ def _predicted(ask: Ask, workers: Fleet) -> Column:
 
 
 def _best_prefill(
-    policy: Policy, ask: Ask, need: Need, prefills: Fleet | None, busy: float, now_s: float
+    policy: Policy, ask: Ask, need: Need, prefills: WorkerTable | None, busy: float, now_s: float
 ) -> tuple[Key | None, float | None, float]:
     """Who would compute what is missing; its cost: until it is done, and what others lose; and its computing."""
     rows = np.arange(len(prefills) if prefills is not None else 0)
@@ -174,7 +174,7 @@ def _best_prefill(
 
 
 def _choose(
-    policy: Policy, ask: Ask, decodes: Fleet, costs: Costs, allowed: list[int], warm_row: int | None
+    policy: Policy, ask: Ask, decodes: WorkerTable, costs: Costs, allowed: list[int], warm_row: int | None
 ) -> tuple[int, str]:
     if ask.asked is not None and decodes.keys[allowed[0]][0] == ask.asked:
         return allowed[0], "asked for"

@@ -40,6 +40,8 @@ class Placed(msgspec.Struct, frozen=True, tag="placed"):
     """And at ``warm``, if that lives."""
     pull_tokens: int | None = None
     """Up to where the store's tokens are pulled, where the rest would come up more slowly than it is computed."""
+    pool: str = ""
+    """Whose workers there were to choose from."""
 
 
 class Moved(msgspec.Struct, frozen=True, tag="moved"):

@@ -91,6 +91,7 @@ def _placed(placed: Placed, step: StepView | None) -> str:
     cost = f", {_s(placed.cost_s)} of work and waiting" if placed.cost_s else ""
     if placed.warm_cost_s is not None and placed.decode != placed.warm:
         cost += f", {_s(placed.warm_cost_s)} at {placed.warm}"
+    pool = f" of pool {placed.pool}" if placed.pool else ""
     slow = ""
     if placed.pull_tokens is not None:
         slow = f" (what the store has after token {placed.pull_tokens} comes up too slowly)"
@@ -99,7 +100,7 @@ def _placed(placed: Placed, step: StepView | None) -> str:
     )
     return (
         f"Step {placed.step}{before}: {_count(placed.prompt_tokens, 'token')}, of which the stores held "
-        f"{placed.indexed_tokens} and {warm}. Put on {placed.decode} ({placed.reason}{cost}; running: {load}), "
+        f"{placed.indexed_tokens} and {warm}. Put on {placed.decode}{pool} ({placed.reason}{cost}; running: {load}), "
         f"expecting {placed.expected_tokens} cached{slow}; {prefill}, new blocks go to {placed.home or 'no store'}."
     )
 

@@ -14,9 +14,11 @@ import sys
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from itertools import chain
 
 import msgspec
+import numpy as np
 
 from tracehaul.wire.hashing import TOKEN_BYTES, pack_tokens, unpack_tokens
 
@@ -48,6 +50,8 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     """As the client has it, so as the next prompt will quote it."""
     generated: bytes = b""
     """The tokens that it came in (wire form), without the stop token."""
+    model: str = ""
+    """Whose they are: another has others for the same text."""
 
 
 def fresh(text: str, ids: Sequence[int], cuts: Iterable[tuple[int, int]] = ()) -> Encoded:
@@ -61,8 +65,10 @@ EMPTY = Encoded("", b"")
 class CutTokens:
     """The tokens before which a text may be cut, by the text that the tokenizer reads them from."""
 
-    def __init__(self, texts: Mapping[str, int]) -> None:
-        self._ids = frozenset(texts.values())
+    def __init__(self, texts: Mapping[str, int], model: str = "") -> None:
+        self.model = model
+        """Whose they are."""
+        self._ids = tuple(dict.fromkeys(texts.values()))
         self._texts = dict(texts)
         longest_first = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -71,22 +77,26 @@ class CutTokens:
         """True if a cut token starts there."""
         return self._pattern is not None and self._pattern.match(text, start) is not None
 
-    def find(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+    def find(self, text: str, packed: bytes) -> list[tuple[int, int]]:
         """Cuts of a freshly tokenized text; none where text and ids do not tell the same story."""
         if self._pattern is None:
             return []
         found = [(match.start(), self._texts[match.group()]) for match in self._pattern.finditer(text)]
-        indexes = [index for index, token in enumerate(ids) if token in self._ids]
-        if len(found) != len(indexes) or any(ids[i] != t for i, (_, t) in zip(indexes, found, strict=True)):
+        if not found:
             return []
-        return [(offset, index) for index, (offset, _) in zip(indexes, found, strict=True)]
+        tokens = np.frombuffer(packed, "<u4")
+        indexes = np.flatnonzero(reduce(np.logical_or, [tokens == token for token in self._ids]))
+        if tokens[indexes].tolist() != [token for _, token in found]:
+            return []
+        return [(offset, index) for index, (offset, _) in zip(indexes.tolist(), found, strict=True)]
 
 
 def extend(known: Encoded, text: str, rest_ids: list[int], cut_tokens: CutTokens) -> Encoded:
     """All of ``text``, of which ``known`` is the beginning and ``rest_ids`` are the tokens of what follows."""
     offset, index = len(known.text), len(known.packed) // TOKEN_BYTES
-    cuts = _packed_cuts((offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest_ids))
-    return Encoded(text, known.packed + pack_tokens(rest_ids), known.cuts + cuts)
+    rest = pack_tokens(rest_ids)
+    cuts = _packed_cuts((offset + o, index + i) for o, i in cut_tokens.find(text[offset:], rest))
+    return Encoded(text, known.packed + rest, known.cuts + cuts)
 
 
 class Text(msgspec.Struct, frozen=True, gc=False):
@@ -106,6 +116,8 @@ class Text(msgspec.Struct, frozen=True, gc=False):
     """The text's end is the end of a model's output."""
     cuts: bytes
     """As in :class:`Encoded`."""
+    model: str
+    """As in :class:`Said`."""
 
     @property
     def tokens(self) -> int:
@@ -167,8 +179,9 @@ def remember(texts: Sequence[Text], said: Said) -> tuple[Text, ...]:
         (len(prompt.text), len(prompt.packed) // TOKEN_BYTES),
         bool(said.generated),
         prompt.cuts,
+        said.model,
     )
-    others = [known for known in texts if not new.text.startswith(known.text)]
+    others = [known for known in texts if known.model != new.model or not new.text.startswith(known.text)]
     return (*others[-(TEXTS_MAX - 1) :], new)
 
 
@@ -177,7 +190,7 @@ def find(texts: Iterable[Text], text: str, cut_tokens: CutTokens) -> Encoded:
     if none is."""
     best, source = (0, 0), None
     for known in texts:
-        usable = known.usable(text, cut_tokens)
+        usable = known.usable(text, cut_tokens) if known.model == cut_tokens.model else (0, 0)
         if usable > best:
             best, source = usable, known
     return source.take(*best) if source else EMPTY

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 
 import pytest
 
-from cluster.members import StoreRef
+from cluster.asking import StoreRef
 from cluster.store.bench import TENANT, bench
 from kvstore.config import StoreConfig
 from kvstore.index.tenants import tenant_key

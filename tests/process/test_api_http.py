@@ -79,7 +79,7 @@ class Cluster:
 
     async def _serve(self) -> None:
         offload = ThreadOffload("tokenize")
-        app = create_app(self.dispatcher, FakeText(), lambda: b"", self._config, offload)
+        app = create_app(self.dispatcher, {"org/fake": FakeText()}, lambda: b"", self._config, offload)
         server = await serve(app, "127.0.0.1", 0, grace_s=1)
         self.port = server.port
         self._stop = asyncio.Event()
@@ -326,7 +326,7 @@ def test_closing_the_server_tells_those_in_mid_stream() -> None:
 
 def test_a_port_in_use_is_said() -> None:
     async def main() -> None:
-        app = create_app(FakeDispatcher(script), FakeText(), lambda: b"", ApiConfig(), ThreadOffload("t"))
+        app = create_app(FakeDispatcher(script), {"org/fake": FakeText()}, lambda: b"", ApiConfig(), ThreadOffload("t"))
         first = await serve(app, "127.0.0.1", 0)
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{first.port}: "):
             await serve(app, "127.0.0.1", first.port)

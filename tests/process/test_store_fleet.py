@@ -37,7 +37,7 @@ BLOCKS = 24
 """Of one trace."""
 
 
-class Fleet:
+class Stores:
     """A router's membership in this process, store nodes in others, one client."""
 
     def __init__(self, router: str, client: StoreClient, peers: Peers) -> None:
@@ -144,7 +144,7 @@ def content(block_hash: BlockHash) -> bytes:
 
 
 @contextlib.asynccontextmanager
-async def open_fleet(stores: int) -> AsyncGenerator[Fleet, None]:
+async def open_fleet(stores: int) -> AsyncGenerator[Stores, None]:
     async with contextlib.AsyncExitStack() as stack:
         network = TcpNetwork()
         router = await network.listen("127.0.0.1:0", MemberRegistry(lambda _: None))
@@ -160,7 +160,7 @@ async def open_fleet(stores: int) -> AsyncGenerator[Fleet, None]:
         plane = Plane(transfer, transfer.register(memory))
         client = StoreClient(peers, [plane], Staging(memory, SLOT), offload)
         stack.push_async_callback(client.aclose)
-        fleet = Fleet(router.address, client, peers)
+        fleet = Stores(router.address, client, peers)
         stack.push_async_callback(fleet.end)
         follow = asyncio.create_task(_follow(peers, router.address, client))
         stack.callback(follow.cancel)
@@ -179,7 +179,7 @@ async def _follow(peers: Peers, router: str, client: StoreClient) -> None:
     await Membership(peers, router, info, NodeLoad, on_members).run()
 
 
-def play(stores: int, case: Callable[[Fleet], Awaitable[None]]) -> None:
+def play(stores: int, case: Callable[[Stores], Awaitable[None]]) -> None:
     async def main() -> None:
         async with asyncio.timeout(110), open_fleet(stores) as fleet:
             await case(fleet)
@@ -188,7 +188,7 @@ def play(stores: int, case: Callable[[Fleet], Awaitable[None]]) -> None:
 
 
 async def under_load(
-    fleet: Fleet, traces: list[list[BlockHash]], act: Callable[[], Awaitable[object]]
+    fleet: Stores, traces: list[list[BlockHash]], act: Callable[[], Awaitable[object]]
 ) -> tuple[int, int, float]:
     """Two readers before, during and after ``act``: reads, failed blocks, the slowest read's seconds."""
     stop = asyncio.Event()
@@ -204,7 +204,7 @@ async def under_load(
     return sum(reads), sum(failed), max(slowest_s)
 
 
-async def replicated(fleet: Fleet, count: int = 6) -> list[list[BlockHash]]:
+async def replicated(fleet: Stores, count: int = 6) -> list[list[BlockHash]]:
     traces: list[list[BlockHash]] = []
     for i in range(count):
         home, second, *_ = fleet.order(f"t{i}")
@@ -214,7 +214,7 @@ async def replicated(fleet: Fleet, count: int = 6) -> list[list[BlockHash]]:
 
 
 def test_a_killed_copy_fails_no_read_and_is_made_again() -> None:
-    async def case(fleet: Fleet) -> None:
+    async def case(fleet: Stores) -> None:
         traces = await replicated(fleet)
         lone = await fleet.write("lone", "s0", 0)
 
@@ -236,7 +236,7 @@ def test_a_killed_copy_fails_no_read_and_is_made_again() -> None:
 
 
 def test_a_frozen_copy_fails_no_read() -> None:
-    async def case(fleet: Fleet) -> None:
+    async def case(fleet: Stores) -> None:
         traces = await replicated(fleet)
         frozen = fleet.processes["s0"]
         try:
@@ -255,7 +255,7 @@ def test_a_frozen_copy_fails_no_read() -> None:
 
 
 def test_a_drain_under_load_fails_no_read_and_leaves_nothing_behind() -> None:
-    async def case(fleet: Fleet) -> None:
+    async def case(fleet: Stores) -> None:
         # One copy of each: what is not moved is lost.
         traces = [await fleet.write(f"t{i}", "s0", i % 2) for i in range(8)]
 
@@ -279,7 +279,7 @@ def test_a_drain_under_load_fails_no_read_and_leaves_nothing_behind() -> None:
 
 
 def test_a_node_that_joins_takes_new_homes_and_nothing_else() -> None:
-    async def case(fleet: Fleet) -> None:
+    async def case(fleet: Stores) -> None:
         traces = await replicated(fleet)
 
         async def join() -> None:

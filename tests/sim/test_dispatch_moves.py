@@ -137,7 +137,8 @@ def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
             task.cancel()
         await asyncio.gather(*steps, return_exceptions=True)
         await dispatch.close()
-        return worker.seen, replaced, cached, dispatch.prefills.total, dispatch.decodes.total
+        pool = dispatch.pools[""]
+        return worker.seen, replaced, cached, pool.prefills.total, pool.decodes.total
 
     seen, [replaced], cached, *left = virtual.run(main)
     # b is done in 2 of the 12 seconds that it was expected to take, and decode-0 has nothing to do: it takes d, and

@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.processors import TemplateProcessing
 
+from tracehaul.model.counting import at_least
 from tracehaul.model.gguf_file import GGUFError, read_gguf
 from tracehaul.model.source import ModelSource, SourceError
 from tracehaul.runtime.clock import wall_s
@@ -108,6 +109,11 @@ class Text:
         if not self._bytes_max:
             return 0
         return -(-len(text) // self._bytes_max)  # a character has at least a byte
+
+    def tokens_at_least(self, text: str, enough: int) -> int:
+        """So many tokens ``text`` has at least, counted up to about ``enough``: see
+        :func:`tracehaul.model.counting.at_least`."""
+        return at_least(self._tokenizer, text, enough)
 
     def raw(self, tokens: Sequence[int]) -> str:
         """Full text of ``tokens``, special ones included; bytes that are no UTF-8 become U+FFFD."""

@@ -105,7 +105,7 @@ class ShmTransfer:
         self._host = host_identity()
         compiled_here()  # now, rather than while somebody waits for the first transfer
         self._mappings: dict[RegionDescriptor, asyncio.Future[_Mapping]] = {}
-        self._jobs: dict[asyncio.Task[list[Checksum]], Job] = {}
+        self._jobs: dict[asyncio.Task[list[Checksum]], CopyJob] = {}
         self._closed = False
 
     @property
@@ -154,13 +154,13 @@ class ShmTransfer:
         if remote.kind != self.kind:
             raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
         nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
-        job = Job(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), nbytes, inward=inward)
+        job = CopyJob(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), nbytes, inward=inward)
         work = asyncio.create_task(self._run(remote, job))
         self._jobs[work] = job
         work.add_done_callback(self._jobs.pop)
         return await land(work, timeout_s, f"{nbytes} bytes {'from' if inward else 'to'} {remote.owner}", job.stop)
 
-    async def _run(self, remote: RegionDescriptor, job: "Job") -> list[Checksum]:
+    async def _run(self, remote: RegionDescriptor, job: "CopyJob") -> list[Checksum]:
         mapping = await self._mapping(remote)
         mapping.check_alive()
         await self._offload.turns(*job.work(mapping.array))
@@ -212,7 +212,7 @@ class ShmTransfer:
             self._forget(remote)
 
 
-class Job:
+class CopyJob:
     """One transfer, done in turns by one or more threads; it can be stopped after any step."""
 
     def __init__(self, ours: Bytes, copies: Sequence[Copy], nbytes: int, *, inward: bool) -> None:

@@ -1,5 +1,7 @@
 """``/v1/chat/completions``: a conversation in, messages out."""
 
+from collections.abc import Callable
+
 from router.calls.call import Call, Conversation
 from router.calls.text import Text
 from router.dialects.body import parse
@@ -16,7 +18,7 @@ from router.dialects.openai.tools import names_of, tools_of
 class Chat(OpenAIErrors):
     """The dialect."""
 
-    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, ChatTeller]:
+    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, ChatTeller]:
         request = parse(body, ChatRequest)
         opts = options(request)
         call = Call(
@@ -31,4 +33,4 @@ class Chat(OpenAIErrors):
             tenant=request.tenant,
             nbytes=len(body),
         )
-        return call, ChatTeller(Head(call.id, created, call.model), opts, text)
+        return call, ChatTeller(Head(call.id, created, call.model), opts, text_of(call.model))

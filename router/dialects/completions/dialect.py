@@ -1,5 +1,7 @@
 """``/v1/completions``: texts or token ids in, what follows them out."""
 
+from collections.abc import Callable
+
 from router.calls.call import Call, Ids, Plain
 from router.calls.text import Text
 from router.dialects.body import parse
@@ -14,7 +16,7 @@ from router.dialects.openai.structured import wanted_of
 class Completions(OpenAIErrors):
     """The dialect."""
 
-    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, TextTeller]:
+    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, TextTeller]:
         request = parse(body, CompletionRequest)
         opts = options(request)
         prompts = split(request.prompt)
@@ -29,4 +31,4 @@ class Completions(OpenAIErrors):
             tenant=request.tenant,
             nbytes=len(body),
         )
-        return call, TextTeller(Head(call.id, created, call.model), opts, text)
+        return call, TextTeller(Head(call.id, created, call.model), opts, text_of(call.model))

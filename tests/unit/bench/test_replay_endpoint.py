@@ -68,7 +68,7 @@ def run(
     observe: Callable[[Progress], None] = lambda progress: None,
 ) -> tuple[Outcome, FakeDispatcher]:
     dispatcher = FakeDispatcher(script)
-    app = create_app(dispatcher, WideText(), lambda: b"", ApiConfig(), InlineOffload())
+    app = create_app(dispatcher, {"org/fake": WideText()}, lambda: b"", ApiConfig(), InlineOffload())
     return _replay(traces, app, target, observe), dispatcher
 
 

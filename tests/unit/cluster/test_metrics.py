@@ -44,8 +44,8 @@ def test_every_count_has_a_metric(stats: type[msgspec.Struct]):
     fields = [field.name for field in msgspec.structs.fields(stats)]
     assert sorted(fields) == sorted(COUNTERS[stats.__name__])
     for field in msgspec.structs.fields(stats):
-        by_reason = field.type == dict[str, int]
-        assert COUNTERS[stats.__name__][field.name].labels == (("reason",) if by_reason else ())
+        several = field.type == dict[str, int]
+        assert COUNTERS[stats.__name__][field.name].labels in ((("reason",), ("pool",)) if several else ((),))
 
 
 def test_every_field_of_a_heartbeat_has_a_metric():

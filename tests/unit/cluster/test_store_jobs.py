@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from cluster.members import StoreRef
+from cluster.asking import StoreRef
 from cluster.store import jobs as store_jobs
 from cluster.store.commands import DRAIN, SCRUB
 from cluster.store.jobs import follow

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from cluster.members import Answers, Found, StoreRef
+from cluster.asking import Answers, Found, StoreRef
 from cluster.prompts import Blocks, Source, blocks_of, parse_hash, parse_tokens
 from cluster.rundir import ClusterFault
 from cluster.store.bench import BenchResult

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from router.dispatch.inflight import InFlight
-from router.fleet.load import Fleet, Key, Warm
+from router.fleet.load import Key, Warm, WorkerTable
 from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place, relieves
 from sim import loop as virtual
@@ -24,9 +24,9 @@ STORES = [NodeId("store-0")]
 MUCH = 100_000
 
 
-def fleet(role: str, *changes: dict[str, Any]) -> Fleet:
+def fleet(role: str, *changes: dict[str, Any]) -> WorkerTable:
     """A worker for each entry: changed rates, ``free`` tokens, missing tokens that are ``local`` in any case."""
-    made = Fleet()
+    made = WorkerTable()
     infos = [
         NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=WorkerLimits(local_prefill_tokens=told))
         for n, told in enumerate(change.get("local", 256) for change in changes)
@@ -51,8 +51,8 @@ def warm(n: int, tokens: int = 4000, generation: Generation = G) -> Warm:
 
 
 def choose(
-    decodes: Fleet,
-    prefills: Fleet | None = None,
+    decodes: WorkerTable,
+    prefills: WorkerTable | None = None,
     policy: Policy = "cost",
     stores: list[NodeId] = STORES,
     **ask: Any,
@@ -63,7 +63,7 @@ def choose(
     return placed
 
 
-def busy(decodes: Fleet, n: int, *, decoding: int = 0, work_s: float = 0.0) -> Fleet:
+def busy(decodes: WorkerTable, n: int, *, decoding: int = 0, work_s: float = 0.0) -> WorkerTable:
     for _ in range(decoding):
         decodes.sent(decode(n), 0.0, 0.0)
         decodes.computed(decode(n), 0.0, 0.0)

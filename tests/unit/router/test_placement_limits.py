@@ -1,6 +1,6 @@
 """Placement by what each worker announced of itself."""
 
-from router.fleet.load import Fleet
+from router.fleet.load import WorkerTable
 from tests.unit.router.test_placement import RATES, G, choose, decode, fleet
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.ids import NodeId
@@ -18,7 +18,7 @@ def test_each_worker_computes_as_much_itself_as_it_announced() -> None:
 
 def test_what_a_worker_announced_counts_until_it_says_more() -> None:
     told = NodeInfo(NodeId("decode-0"), G, "decode", "x:1", rates=RATES)
-    made = Fleet()
+    made = WorkerTable()
     made.sync([told], [NodeLoad()])
     assert made.token_s[0] == RATES.token_s
     made.sync([told], [NodeLoad(token_s=5.0)])

@@ -6,7 +6,7 @@ from typing import Any, cast
 from router.dispatch.predicted import Predicted
 from router.dispatch.relief import Relief
 from router.dispatch.run import Run
-from router.fleet.load import Fleet, Key
+from router.fleet.load import Key, WorkerTable
 from router.policy.placement import Placement
 from sim import loop as virtual
 from tracehaul.wire.cluster import NodeInfo, NodeLoad, WorkerLimits
@@ -45,7 +45,7 @@ def moved(*waiting: tuple[Waiting, float]) -> list[bool]:
     """After a look at runs that wait at one worker, each with its work there; any other place costs a second."""
 
     async def main() -> None:
-        prefills = Fleet()
+        prefills = WorkerTable()
         prefills.sync(
             [NodeInfo(PREFILL.node, PREFILL.generation, "prefill", "x:1", limits=WorkerLimits(stretch=5.0))],
             [NodeLoad()],

@@ -453,5 +453,5 @@ class Model(RuleBasedStateMachine):
         assert self.traces.next_alarm_s == min(alarms, default=None)
 
 
-Model.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+Model.TestCase.settings = settings(max_examples=40, stateful_step_count=50, deadline=None)
 test_the_machine_does_as_the_model = Model.TestCase

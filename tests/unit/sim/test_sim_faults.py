@@ -2,12 +2,12 @@
 
 import pytest
 
-from sim.faults import Cut, Fleet, Slow, Storm, Weather, make_faults
+from sim.faults import Cut, Slow, Storm, Targets, Weather, make_faults
 from tracehaul.wire.ids import NodeId
 
 A, B, C = NodeId("store-0"), NodeId("store-1"), NodeId("decode-0")
 ROUTER = NodeId("router")
-FLEET = Fleet(router=ROUTER, stores=(A, B), workers=(C,))
+FLEET = Targets(router=ROUTER, stores=(A, B), workers=(C,))
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -1,4 +1,4 @@
-from worker.pressure import PATIENCE_S, Line, Pressure
+from worker.pressure import LEAVING_MAX_S, Line, Pressure
 
 
 def test_nobody_leaves_while_everybody_has_memory() -> None:
@@ -33,7 +33,7 @@ def test_one_that_does_not_leave_is_waited_for_no_longer_than_patience() -> None
     pressure = Pressure()
     pressure.lacks(1)
     assert pressure.suspend([1, 2, 3], 0.0) == 3
-    assert pressure.suspend([1, 2], PATIENCE_S) == 2
+    assert pressure.suspend([1, 2], LEAVING_MAX_S) == 2
 
 
 def test_who_has_grown_needs_nobody_to_leave() -> None:

@@ -28,7 +28,7 @@ def run(dispatcher: FakeDispatcher, *asked: Call, **headers: str) -> tuple[list[
     """Run them one after the other; events and choices of the last."""
 
     async def main() -> tuple[list[CallEvent], list[Choice]]:
-        calls = Calls(dispatcher, FakeText(), CallLimits(), InlineOffload())
+        calls = Calls(dispatcher, {"org/fake": FakeText()}, CallLimits(), InlineOffload())
         for one in asked:
             events: list[CallEvent] = []
             names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -109,7 +109,7 @@ def test_steps_wait_for_a_client_that_reads_slowly() -> None:
 
     async def main() -> None:
         dispatcher = Endless(say("x"))
-        calls = Calls(dispatcher, FakeText(), CallLimits(), InlineOffload())
+        calls = Calls(dispatcher, {"org/fake": FakeText()}, CallLimits(), InlineOffload())
         one = call(Plain("hi"), n=2)
         with calls.identified(one, {}, "fresh") as identity:
             accepted = (await calls.accept(one, identity))._accepted

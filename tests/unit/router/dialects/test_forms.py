@@ -56,7 +56,7 @@ def ask(
     body = msgspec.json.encode({"model": "org/fake"} | content | fields)
 
     async def main() -> httpx.Response:
-        app = create_app(dispatcher, text, lambda: b"", config or ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": text}, lambda: b"", config or ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             return await client.post(path, content=body)
@@ -359,7 +359,7 @@ def test_a_prompt_may_have_opened_the_reasoning() -> None:
     text.chat_template = THINKING
 
     async def main() -> httpx.Response:
-        app = create_app(dispatcher, text, lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": text}, lambda: b"", ApiConfig(), InlineOffload())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             body = {"model": "org/fake", "messages": messages, "response_format": {"type": "json_object"}}
             return await client.post(CHAT, json=body)

@@ -25,7 +25,9 @@ def ask(dispatcher: FakeDispatcher, *calls: tuple[str, Any], config: ApiConfig |
 
     async def main() -> list[httpx.Response]:
         table = {**DIALECTS, "/toy": Toy()}
-        app = create_app(dispatcher, FakeText(), lambda: b"", config or ApiConfig(), InlineOffload(), dialects=table)
+        app = create_app(
+            dispatcher, {"org/fake": FakeText()}, lambda: b"", config or ApiConfig(), InlineOffload(), dialects=table
+        )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             return [

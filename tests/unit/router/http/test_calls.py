@@ -32,7 +32,9 @@ def served(
     config: ApiConfig | None = None,
 ) -> None:
     async def main() -> None:
-        app = create_app(dispatcher, text or FakeText(), lambda: b"steps 1\n", config or ApiConfig(), InlineOffload())
+        app = create_app(
+            dispatcher, {"org/fake": text or FakeText()}, lambda: b"steps 1\n", config or ApiConfig(), InlineOffload()
+        )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             await use(client)
@@ -457,7 +459,7 @@ def test_a_page_that_fails_tells_no_details() -> None:
         def broken() -> bytes:
             raise ZeroDivisionError("secret")
 
-        app = create_app(FakeDispatcher(say("x")), FakeText(), broken, ApiConfig(), InlineOffload())
+        app = create_app(FakeDispatcher(say("x")), {"org/fake": FakeText()}, broken, ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             answer = await client.get("/metrics")

@@ -108,7 +108,7 @@ def call(worker: Frozen, body: Any, **config: Any) -> tuple[httpx.Response, floa
         member = Membership(Peers(network.at("decode-0:1")), "router:1", info, NodeLoad, lambda members: None)
         joining = asyncio.create_task(member.run())
         await member.joined.wait()
-        app = create_app(dispatch, FakeText(), lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatch, {"org/fake": FakeText()}, lambda: b"", ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             began_s = clock.now_s()

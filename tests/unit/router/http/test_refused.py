@@ -56,7 +56,7 @@ SAYS = FakeDispatcher(say("x"))
 )
 def test_nothing_is_left_of_a_call(dispatcher: FakeDispatcher, body: dict[str, Any], status: int) -> None:
     async def main() -> None:
-        app = create_app(dispatcher, CountedText(), lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": CountedText()}, lambda: b"", ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             await client.post("/v1/chat/completions", json=body)
@@ -76,7 +76,9 @@ def test_nothing_is_left_of_a_call(dispatcher: FakeDispatcher, body: dict[str, A
 
 def test_a_prompt_that_cannot_fit_says_how_long_it_is_at_least() -> None:
     async def main() -> httpx.Response:
-        app = create_app(FakeDispatcher(say("x"), 1000), CountedText(), lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(
+            FakeDispatcher(say("x"), 1000), {"org/fake": CountedText()}, lambda: b"", ApiConfig(), InlineOffload()
+        )
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             return await client.post("/v1/completions", json={"model": "org/fake", "prompt": LONG})
 
@@ -85,3 +87,20 @@ def test_a_prompt_that_cannot_fit_says_how_long_it_is_at_least() -> None:
     assert (answer.status_code, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
     least = FakeText().tokens_min(LONG)
     assert error["message"] == f"this model's context is 1000 tokens; the prompt has at least {least}"
+
+
+@pytest.mark.parametrize(("prompt", "status"), [("x" * 9000, 400), ("<|im_end|>" * 900, 200)])
+def test_a_prompt_that_will_hardly_fit_is_counted_first(prompt: str, status: int) -> None:
+    """One that fits in spite of its length is served."""
+
+    async def main() -> None:
+        text = FakeText()
+        app = create_app(FakeDispatcher(say("x"), 1000), {"org/fake": text}, lambda: b"", ApiConfig(), InlineOffload())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            answer = await client.post("/v1/completions", json={"model": "org/fake", "prompt": prompt})
+        assert answer.status_code == status, answer.text
+        assert (prompt in text.encoded) == (status == 200)
+        if status == 400:
+            assert answer.json()["error"]["message"].endswith("the prompt has at least 1012")
+
+    asyncio.run(main())

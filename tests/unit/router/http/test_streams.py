@@ -21,7 +21,7 @@ class Client:
     """One HTTP call whose client can leave, or stop reading."""
 
     def __init__(self, dispatcher: FakeDispatcher, body: Any, path: str, config: ApiConfig) -> None:
-        self._app = create_app(dispatcher, FakeText(), lambda: b"", config, InlineOffload())
+        self._app = create_app(dispatcher, {"org/fake": FakeText()}, lambda: b"", config, InlineOffload())
         self._body = msgspec.json.encode(body)
         self._path = path
         self.gone = asyncio.Event()

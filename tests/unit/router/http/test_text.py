@@ -84,7 +84,7 @@ def test_a_conversation_keeps_the_ids_that_were_generated() -> None:
     dispatcher = FakeDispatcher(script)
 
     async def main() -> None:
-        app = create_app(dispatcher, TEXT, lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": TEXT}, lambda: b"", ApiConfig(), InlineOffload())
         messages: list[Any] = [{"role": "user", "content": "hello"}]
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             for _ in range(3):
@@ -105,7 +105,7 @@ def test_a_template_that_refuses_is_the_callers_fault() -> None:
     bare = Text(made()._tokenizer, None, {}, ())
 
     async def main() -> httpx.Response:
-        app = create_app(dispatcher, bare, lambda: b"", ApiConfig(), InlineOffload())
+        app = create_app(dispatcher, {"org/fake": bare}, lambda: b"", ApiConfig(), InlineOffload())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
             body = {"model": "org/fake", "messages": [{"role": "user", "content": "x"}]}
             return await client.post("/v1/chat/completions", json=body)

@@ -1,0 +1,25 @@
+"""From what was raised to what a client is told."""
+
+from router.calls.errors import CallFailed, invalid, unavailable
+from tracehaul.runtime.log import Log
+from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest
+
+log = Log(__name__)
+
+
+def translate(error: Exception) -> CallFailed:
+    """The answer to any failure. What is not the caller's or the cluster's doing is a bug: logged, told no details."""
+    match error:
+        case CallFailed():
+            return error
+        case InvalidRequest():
+            return invalid(str(error), code=error.code)
+        case DeadlineExceeded():
+            return CallFailed("late", str(error) or error.code, code=error.code)
+        case ClusterError() if error.retriable:
+            return unavailable(str(error) or error.code, error.code)
+        case ClusterError():
+            return CallFailed("failed", str(error) or error.code, code=error.code)
+        case _:
+            log.error("a call failed unexpectedly", error=error)
+            return CallFailed("failed", "internal error", code="internal")
