@@ -27,9 +27,9 @@ from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.member import Member, serving
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
-from tracehaul.runtime import clock, memory
+from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, setup
-from tracehaul.runtime.memory import keep_little
+from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
@@ -244,7 +244,7 @@ class _Node:
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(app, config.host, config.port, grace_s=grace_s)
             stack.push_async_callback(api.close)
-            memory.settle()
+            settle()
             self._tell(phase="ready", metrics=authority(api.host, api.port))
             ended = asyncio.ensure_future(api.wait())
             stopping = asyncio.ensure_future(self._stopping.wait())

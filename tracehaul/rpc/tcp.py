@@ -19,8 +19,11 @@ log = Log(__name__)
 
 S = TypeVar("S", bound=Session)
 
-_BURST_FRAMES = 256
-"""After so many in one read, handlers and consumers run before the next read."""
+_CALLS_BURST = 256
+"""After so many frames in reads that follow each other, a server's handlers run before the next read."""
+_REPLIES_BURST = 8192
+"""The same of a client, whose consumers take all that has come: the later its loop is, the less each reply costs. With
+one read more it is less than a stream may hold."""
 _CLOSE_S = 1.0
 """How long a closing connection may flush."""
 _WRITE_BUFFER_BYTES = 1 << 20
@@ -56,7 +59,7 @@ class TcpNetwork:
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
         limits = self._limits
-        pipe = _TcpPipe(limits, lambda pipe: ClientSession(pipe, limits))
+        pipe = _TcpPipe(limits, lambda pipe: ClientSession(pipe, limits), _REPLIES_BURST)
         loop = asyncio.get_running_loop()
         try:
             host, port = split_address(address)
@@ -101,7 +104,7 @@ class TcpServer:
         return self._address
 
     def _accept(self) -> "_TcpPipe[ServerSession]":
-        return _TcpPipe(self._limits, self._open)
+        return _TcpPipe(self._limits, self._open, _CALLS_BURST)
 
     def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
         if len(self._sessions) >= self._limits.connections_max:
@@ -124,12 +127,15 @@ class TcpServer:
 class _TcpPipe(asyncio.Protocol, Generic[S]):
     """One TCP connection as a :class:`tracehaul.rpc.session.Pipe`; ``open_session`` may refuse it with None."""
 
-    def __init__(self, limits: Limits, open_session: Callable[["_TcpPipe[S]"], S | None]) -> None:
+    def __init__(self, limits: Limits, open_session: Callable[["_TcpPipe[S]"], S | None], burst_max: int) -> None:
         self._frame_bytes_max = limits.frame_bytes_max
         self._open_session = open_session
         self._reader = FrameReader(limits.frame_bytes_max)
         self._transport: asyncio.Transport | None = None
         self._close_timer: asyncio.TimerHandle | None = None
+        self._burst_max = burst_max
+        self._burst = 0
+        """Frames read since others were let run."""
         self.session: S | None = None
         self.remote = ""
 
@@ -152,7 +158,9 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
             self.session.violated(error)
             return
         self.session.received(frames)
-        if len(frames) >= _BURST_FRAMES:
+        self._burst += len(frames)
+        if self._burst >= self._burst_max:
+            self._burst = 0
             self._let_others_run()
 
     def _let_others_run(self) -> None:

@@ -185,7 +185,7 @@ class StepUsage(msgspec.Struct, frozen=True):
     """Why the prefill worker's result was not used, as an error code; empty if it was, or none was asked."""
 
 
-class Tokens(Message, frozen=True):
+class Tokens(Message, frozen=True, omit_defaults=True):
     """The next output tokens, packed."""
 
     ids: bytes

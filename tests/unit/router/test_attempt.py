@@ -78,7 +78,15 @@ def test_tokens_that_wait_are_one_output_and_those_with_more_to_tell_stay_apart(
 
     async def main() -> None:
         run = step()
-        first = [tokens(3, usage=USAGE), tokens(4), tokens(5), tokens(6, logprobs=scores), tokens(7), tokens(8), DONE]
+        first: list[Reply] = [
+            tokens(3, usage=USAGE),
+            tokens(4),
+            tokens(5),
+            tokens(6, logprobs=scores),
+            tokens(7),
+            tokens(8),
+            DONE,
+        ]
         tried, replies, books = attempt(run, first)
         events = await tried.next()
         outputs = [event for event in events if isinstance(event, Output)]
