@@ -22,6 +22,7 @@ from kvstore.tiers.tiering import TieringConfig
 from router.dispatch.dispatch import DispatchConfig
 from router.http.config import ApiConfig
 from tracehaul.model.source import DEFAULT_MODEL, ModelSource
+from tracehaul.transfer.opening import Kind
 from tracehaul.wire.hashing import KVLayout
 from worker.config import WorkerConfig
 
@@ -78,7 +79,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Literal["int8"] | None = None
     """Matrices rounded to int8, on the CPU; None: of ``dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    transport: Literal["shm", "tcp", "nixl", "ucxx"] = "shm"
+    transport: Kind = "shm"
     host: str = "127.0.0.1"
     """Where the HTTP API listens; what nodes say to each other stays on the loopback interface."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 8000

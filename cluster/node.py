@@ -20,7 +20,6 @@ from cluster.config import NodeSpec, Plan, authority, load_plan, nodes_of, share
 from cluster.metrics import NodeMetrics
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_backing
-from cluster.transports import HOST, open_transport
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from tracehaul.engine.base import Engine
@@ -34,6 +33,7 @@ from tracehaul.runtime.memory import keep_little
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
+from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import TransferError, WrongPool
@@ -41,6 +41,8 @@ from tracehaul.wire.ids import Generation, NodeId
 
 log = Log(__name__)
 
+HOST = "127.0.0.1"
+"""Every node listens on the loopback interface."""
 LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
@@ -134,7 +136,7 @@ class _Node:
     def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
         """The transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, offload)
+        transfer = open_transport(self._plan.config.transport, owner, HOST, offload)
         stack.push_async_callback(transfer.close)
         return transfer
 

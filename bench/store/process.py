@@ -27,12 +27,11 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer import shm
-from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.copying import compiled
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
-from tracehaul.transfer.tcp import TcpTransfer
 from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
 from tracehaul.wire.cluster import NodeInfo
@@ -55,20 +54,7 @@ Span = tuple[float, float]
 def planes(transfer_kind: str, owner: str, host: str, nbytes: int, offload: ThreadOffload) -> tuple[list[Plane], Any]:
     """One transport and its memory."""
     memory = allocate(nbytes, owner.replace("#", "-"))
-    transfer: Transfer
-    match transfer_kind:
-        case "shm":
-            transfer = shm.ShmTransfer(owner, offload)
-        case "tcp":
-            transfer = TcpTransfer(owner, host)
-        case "ucxx":
-            from tracehaul.transfer.ucxx import UcxxTransfer
-
-            transfer = UcxxTransfer(owner)
-        case _:
-            from tracehaul.transfer.nixl import NixlTransfer
-
-            transfer = NixlTransfer(owner)
+    transfer = open_transport(transfer_kind, owner, host, offload)
     return [Plane(transfer, transfer.register(memory))], memory
 
 

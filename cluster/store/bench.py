@@ -16,13 +16,13 @@ from contextlib import AsyncExitStack
 import msgspec
 
 from cluster.asking import ASK_TIMEOUT_S, StoreRef
-from cluster.transports import open_transport
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane, cost
@@ -141,7 +141,7 @@ class _Bench:
         if not self._transports:
             raise Unavailable("it offers no transport")
         kind = min(self._transports, key=cost)
-        return open_transport(kind, f"store-bench-{os.getpid()}#{clock.wall_ns()}", offload)
+        return open_transport(kind, f"store-bench-{os.getpid()}#{clock.wall_ns()}", "127.0.0.1", offload)
 
     async def _singles(
         self, client: StoreClient, times: int, out: Sequence[StagingBuffer], back: Sequence[StagingBuffer]

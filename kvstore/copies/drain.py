@@ -177,6 +177,8 @@ class Drainer:
 
     async def _is_done(self) -> bool:
         done = not self._left() and not self._pins_left() and await self._is_all_there()
+        if not self.draining:  # cancelled meanwhile: there is nothing to note any more
+            return False
         left, pins = len(self._left()), len(self._pins_left())
         if done:
             self._held_up = ""

@@ -110,9 +110,11 @@ class Answer:
         """Take the next tokens, with their logprobs if they are to be told."""
         assert self.reason is None
         known = len(self.tokens)
-        if logprobs is None and not self._matcher.matches and self._stop_tokens.isdisjoint(tokens):
-            self.tokens += tokens
-            return self._growth([self._stream.push(tokens)], known)
+        if logprobs is None and not self._matcher.matches:
+            self.tokens.extend(tokens)
+            text = self._stream.push([token for token in tokens if token not in self._stop_tokens])
+            self._decoded += len(text)
+            return self._growth([text], known)
         shown: list[str] = []
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)

@@ -10,7 +10,7 @@ from blake3 import blake3
 from router.calls.admission import Admission
 from router.calls.answers import Answer
 from router.calls.call import Call, Conversation, Options
-from router.calls.conversation import lineage
+from router.calls.conversation import beginnings, lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
 from router.calls.forms import Form
@@ -75,12 +75,13 @@ class Calls:
         if not isinstance(asked, Conversation):
             yield identity
             return
-        said = lineage(asked, call.tenant)
+        said = lineage(asked)
         identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
         if identity.trace != fresh:
             yield identity
             return
-        with self._memory.placed(call.tenant, said.digests, said.opening, identity.trace) as place:
+        conversation = beginnings(asked, call.tenant)
+        with self._memory.placed(call.tenant, conversation, said.opening, identity.trace) as place:
             parent = identity.parent or place.parent
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
 

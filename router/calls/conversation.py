@@ -17,8 +17,6 @@ _encode = msgspec.json.Encoder().encode
 class Lineage(msgspec.Struct, frozen=True):
     """One call's messages, seen as a part of its trace."""
 
-    digests: list[bytes]
-    """Of each beginning of them: see :mod:`router.traces.prefixes`."""
     opening: int
     """How many of the first messages are the system's, so that many traces share them."""
     agent: str
@@ -27,12 +25,17 @@ class Lineage(msgspec.Struct, frozen=True):
     """Names of the tools that the last answer in it called; empty: it called none."""
 
 
-def lineage(conversation: Conversation, tenant: str) -> Lineage:
+def lineage(conversation: Conversation) -> Lineage:
     """What the messages say."""
-    messages = [_encode(message) for message in conversation.messages]
-    opening = next((i for i, m in enumerate(conversation.messages) if m.role != "system"), len(messages))
-    kind = blake3(b"|".join([_encode(sorted(conversation.kit)), *messages[:opening]]))
-    return Lineage(digests(tenant, messages), opening, kind.hexdigest(8), called(conversation.messages))
+    messages = conversation.messages
+    opening = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
+    kind = blake3(b"|".join([_encode(sorted(conversation.kit)), *map(_encode, messages[:opening])]))
+    return Lineage(opening, kind.hexdigest(8), called(messages))
+
+
+def beginnings(conversation: Conversation, tenant: str) -> list[bytes]:
+    """Digests of each beginning of the messages, to find their trace by: see :mod:`router.traces.prefixes`."""
+    return digests(tenant, map(_encode, conversation.messages))
 
 
 def called(messages: Sequence[Message]) -> tuple[str, ...]:

@@ -172,14 +172,15 @@ class Retainer:
                 self._stop(effect)
 
     def _plan(self) -> None:
-        """One timer, for the first alarm."""
+        """One timer, for the first alarm; where that was taken back, for when it would have been."""
         at_s = self._traces.next_alarm_s
+        if at_s is None or self._closed:
+            return
         if self._timer is not None:
-            if self._timer.when() == at_s and not self._timer.cancelled():
+            if self._timer.when() <= at_s:
                 return
             self._timer.cancel()
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_at(at_s, self._tick) if at_s is not None and not self._closed else None
+        self._timer = asyncio.get_running_loop().call_at(at_s, self._tick)
 
     def _tick(self) -> None:
         self._timer = None

@@ -22,6 +22,8 @@ from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogpr
 
 WORTH = ("aborted", "stop", "length", "deadline_exceeded")
 """Endings after which what was computed is worth coming back to: the API aborts a step at a stop string, too."""
+FAIR = ("aborted", "stop", "length")
+"""Endings that a client does not answer by asking again: what it said was its trace's last step then was it."""
 
 
 class BetterPlace(Exception):
@@ -200,9 +202,8 @@ class Run:
         """It is over, whatever way; ``reload_token_s`` is what its worker takes to pull a token."""
         left = self._left() if self.emitted and self.ending in WORTH else None
         request = self.request
-        return StepEnded(
-            self.key, request.step, self.ending, len(self.emitted), self.hits, left, reload_token_s, request.final
-        )
+        final = request.final and self.ending in FAIR
+        return StepEnded(self.key, request.step, self.ending, len(self.emitted), self.hits, left, reload_token_s, final)
 
     def _left(self) -> Left:
         """The context that it leaves to the next."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -28,7 +29,7 @@ class Endpoint:
         self._dice = dice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers = dict(Headers(scope=scope))
         reply = Reply(send, self._dialect, self._config.send_timeout_s, self._config.keepalive_s)
         name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
         reply.headers.append((b"x-request-id", name.encode()))
@@ -45,7 +46,7 @@ class Endpoint:
         except ClientGone:
             pass
 
-    async def _admit(self, scope: Scope, headers: Headers, receive: Receive, reply: Reply) -> None:
+    async def _admit(self, scope: Scope, headers: Mapping[str, str], receive: Receive, reply: Reply) -> None:
         config = self._config
         with self._calls.admission.admitted():
             body = await read_body(scope, receive, bytes_max=config.body_bytes_max, timeout_s=config.body_timeout_s)
@@ -69,7 +70,7 @@ class Endpoint:
             pause_s = await reply.look()
             done, _ = await asyncio.wait((work, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _answer(self, headers: Headers, body: bytes, reply: Reply) -> None:
+    async def _answer(self, headers: Mapping[str, str], body: bytes, reply: Reply) -> None:
         fresh = fresh_name(self._dice)
         call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
         with self._calls.identified(call, headers, fresh) as identity:
@@ -84,8 +85,9 @@ class Endpoint:
 
     async def _stream(self, run: Run, teller: Teller, reply: Reply) -> None:
         reply.streams()
+        data = b""
         while not run.done:
-            data = teller.events(await run.next())
             if data:
                 await reply.events(data)
-        await reply.events(teller.end(run.usage()), last=True)
+            data = teller.events(await run.next())
+        await reply.events(data + teller.end(run.usage()), last=True)

@@ -63,6 +63,7 @@ async def serve(app: ASGIApp, host: str, port: int, *, grace_s: int = 5) -> ApiS
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         limit_concurrency=CONNECTIONS_MAX,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -75,7 +75,7 @@ class StepEnded(OfTrace, frozen=True, gc=False, tag="step_ended"):
     reload_token_s: float
     """What bringing back a token of that is expected to take."""
     final: bool
-    """The client says that no other follows."""
+    """The client says that no other follows, and has what it asked for: it does not ask again."""
 
 
 class Answered(OfTrace, frozen=True, gc=False, tag="answered"):

@@ -14,6 +14,7 @@ import sys
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from itertools import chain
 
 import msgspec
@@ -67,7 +68,7 @@ class CutTokens:
     def __init__(self, texts: Mapping[str, int], model: str = "") -> None:
         self.model = model
         """Whose they are."""
-        self._ids = np.array(sorted(set(texts.values())), "<u4")
+        self._ids = tuple(dict.fromkeys(texts.values()))
         self._texts = dict(texts)
         longest_first = sorted((t for t in texts if t), key=lambda t: (-len(t), t))
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -84,7 +85,7 @@ class CutTokens:
         if not found:
             return []
         tokens = np.frombuffer(packed, "<u4")
-        indexes = np.flatnonzero(np.isin(tokens, self._ids))
+        indexes = np.flatnonzero(reduce(np.logical_or, [tokens == token for token in self._ids]))
         if tokens[indexes].tolist() != [token for _, token in found]:
             return []
         return [(offset, index) for index, (offset, _) in zip(indexes.tolist(), found, strict=True)]

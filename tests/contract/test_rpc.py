@@ -302,6 +302,46 @@ def test_a_stream_brings_all_its_items_in_order(kind: str) -> None:
 
 
 @every_kind
+def test_what_has_come_is_taken_at_once_and_an_error_after_it(kind: str) -> None:
+    async def fail() -> None:
+        raise ContextTooLong("no more")
+
+    async def test(bench: Bench) -> None:
+        bench.service.on_stream = count_to(7, then=fail)
+        connection = await bench.connect()
+        stream = connection.stream(Subscribe(), idle_timeout_s=SOON_S)
+        received = [await anext(stream)]
+        await until(lambda: bench.service.ended == 1)
+        await connection.call(Ping(), timeout_s=SOON_S)  # its answer comes after all of the stream
+        received += await stream.take()
+        assert received == [PrefillProgress(n) for n in range(7)]
+        with pytest.raises(ContextTooLong):
+            await stream.take()
+        assert await stream.take() == []
+        whole = connection.stream(Subscribe(), idle_timeout_s=SOON_S)
+        bench.service.on_stream = count_to(3)
+        taken: list[Reply] = []
+        while more := await whole.take():
+            taken += more
+        assert taken == [PrefillProgress(n) for n in range(3)]
+
+    run(kind, test)
+
+
+@every_kind
+def test_a_stream_that_was_closed_before_it_began_sends_nothing(kind: str) -> None:
+    async def test(bench: Bench) -> None:
+        connection = await bench.connect()
+        stream = connection.stream(Subscribe(), idle_timeout_s=SOON_S)
+        await stream.aclose()
+        assert await stream.take() == []
+        assert await connection.call(Ping(), timeout_s=SOON_S) == Ok()
+        assert bench.service.started == 1
+
+    run(kind, test)
+
+
+@every_kind
 @pytest.mark.parametrize("leave", ["aclose", "cancel"])
 def test_leaving_a_stream_stops_its_handler(kind: str, leave: str) -> None:
     async def test(bench: Bench) -> None:

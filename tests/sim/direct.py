@@ -24,6 +24,8 @@ def ask(world: World, request: StepRequest) -> "asyncio.Queue[Output | Finished 
             answer.put_nowait(None)
         except ClusterError as error:
             answer.put_nowait(error)
+        finally:
+            dispatch.book.answered(request.salt, request.trace, request.step, response=None)
 
     life.context().run(life.tasks.start, serve(), "step")
     return answer

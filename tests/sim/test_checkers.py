@@ -141,11 +141,11 @@ def test_publish_before_read(monkeypatch):
     lease, exists = Arena.lease, Arena.exists
 
     def peek(self, block_hash):
-        reservation = self._reservations.get(block_hash)
+        reservation = self._writing.reservations.get(block_hash)
         if reservation is None:
             return None
         slot, table = reservation.slot, self.table
-        return LeasedBlock(slot * self._config.slot_bytes, table.size[slot], table.generation[slot], 0)
+        return LeasedBlock(slot * self.config.slot_bytes, table.size[slot], table.generation[slot], 0)
 
     def eager(self, hashes, *arguments):
         leased = lease(self, hashes, *arguments)
@@ -154,7 +154,7 @@ def test_publish_before_read(monkeypatch):
 
     def reserved_too(self, hashes):
         held = exists(self, hashes)
-        return bytes(one or self._reservations.get(h) is not None for one, h in zip(held, hashes, strict=True))
+        return bytes(one or self._writing.reservations.get(h) is not None for one, h in zip(held, hashes, strict=True))
 
     monkeypatch.setattr(Arena, "lease", eager)
     monkeypatch.setattr(Arena, "exists", reserved_too)
@@ -184,7 +184,7 @@ def test_published_bytes_stay_what_they_were(monkeypatch):
         outcomes = await real(self, blocks, verified, peer)
         for landing in landings:
             if landing is not None:
-                self._buffer[landing[0]] ^= 1
+                self._verifier._buffer[landing[0]] ^= 1
         return outcomes
 
     monkeypatch.setattr(StoreNode, "_publish", scribble)
@@ -218,7 +218,7 @@ def test_the_index_equals_the_stores(monkeypatch):
 
 
 def test_a_prompt_is_told_in_the_tokens_that_were_generated(monkeypatch):
-    monkeypatch.setattr(Memory, "known", lambda self, traces, text: EMPTY)
+    monkeypatch.setattr(Memory, "known", lambda self, traces, text, cut_tokens: EMPTY)
     assert "prompt" in rules()
 
 
@@ -333,8 +333,8 @@ def test_bugs_are_not_swallowed(monkeypatch):
 def test_an_aborted_steps_generator_is_closed_by_the_router(monkeypatch):
     real = Dispatch._count
 
-    def crash(self, usage):
-        real(self, usage)
+    def crash(self, usage, pool):
+        real(self, usage, pool)
         decodes = self.pools[""].decodes
         decodes.sent(decodes.keys[0], 0.0, 0.0)
 

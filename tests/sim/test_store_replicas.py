@@ -11,6 +11,7 @@ from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.drain import Drainer
 from kvstore.copies.neighbours import Others
 from kvstore.index.pin_records import Moment
 from kvstore.node.assemble import Backing, assemble_store
@@ -525,6 +526,29 @@ def test_a_cancelled_drain_serves_again() -> None:
         assert world.held("s1", hashes) <= moved + 64
         more = await world.put("new", 5, "s0")
         assert world.held("s0", more) == 5
+
+    play(case)
+
+
+def test_a_drain_that_is_cancelled_while_it_looks_leaves_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last question is answered when there is no drain any more."""
+    real = Drainer._is_all_there
+
+    async def slow(self: Drainer) -> bool:
+        await asyncio.sleep(1.0)
+        return await real(self)
+
+    monkeypatch.setattr(Drainer, "_is_all_there", slow)
+
+    async def case(world: World) -> None:
+        await world.start_all(2)
+        hashes = await world.put("t", 5, "s0")
+        await world.drain("s0")
+        await asyncio.sleep(0.5)
+        assert world.held("s1", hashes) == 5
+        assert (await world.drain("s0", cancel=True)).state == "serving"
+        await asyncio.sleep(2.0)
+        assert world.lives["s0"].node.load().copies_waiting == 0
 
     play(case)
 

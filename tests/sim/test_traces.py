@@ -15,7 +15,7 @@ from sim.shape import ROLES, ROUTER
 from sim.world import World
 from tests.sim.direct import ask
 from tracehaul.engine.fake import fake_info
-from tracehaul.wire.errors import TraceDeleted
+from tracehaul.wire.errors import ClusterError, TraceDeleted
 from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Sampling
@@ -142,6 +142,20 @@ def test_an_ended_trace_leaves_its_workers_memory():
         worker = cluster.trace("a").steps[-1].decode
         await asyncio.sleep(0.5)
         assert idle(cluster, worker) == []
+
+    run(use)
+
+
+def test_a_last_step_that_failed_has_not_ended_its_trace():
+    async def use(cluster):
+        output, _ = await cluster.step("a", PREFIX)
+        for life in cluster.world.lives.values():
+            if ROLES[life.node] == "decode":
+                cluster.world.crash(life)
+        with pytest.raises(ClusterError):
+            await cluster.step("a", PREFIX + output + [5], final=True)
+        assert cluster.trace("a").state == "acting"
+        assert cluster.trace("a").lefts, "its client asks again, and continues what there is"
 
     run(use)
 

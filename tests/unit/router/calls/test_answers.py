@@ -100,3 +100,18 @@ def test_a_stop_string_completed_by_the_last_bytes_is_a_stop() -> None:
     assert one.push([120, 0xC3]).text == ""
     assert one.finish("length", StepUsage()).text == ""
     assert (one.reason, one.matched) == ("stop", True)
+
+
+@given(st.lists(st.sampled_from([*b"ab\n", *"é😀".encode(), IM_END, 258, 261]), max_size=30), st.integers(0, 9))
+def test_tokens_at_once_say_what_they_say_one_by_one(tokens: list[int], min_tokens: int) -> None:
+    """With a stop string that never comes, too: then they are looked at one by one."""
+    at_once, one_by_one, looked_at = answer(min_tokens=min_tokens), answer(), answer(("never",), min_tokens=min_tokens)
+    at_once.push(tokens)
+    looked_at.push(tokens)
+    for token in tokens:
+        one_by_one.push([token])
+    for one in (at_once, one_by_one, looked_at):
+        one.finish("length", StepUsage())
+    assert at_once.text == one_by_one.text == looked_at.text
+    assert at_once.generated == one_by_one.generated == looked_at.generated
+    assert at_once.tokens == tokens

@@ -73,8 +73,8 @@ def test_a_conversation_without_a_name_keeps_its_trace_and_forks() -> None:
     assert len({request.agent for request in dispatcher.requests}) == 1
 
 
-def conversation(request: ChatRequest, tenant: str) -> Lineage:
-    return lineage(Conversation(messages_of(request.messages), names_of(request.tools)), tenant)
+def conversation(request: ChatRequest) -> Lineage:
+    return lineage(Conversation(messages_of(request.messages), names_of(request.tools)))
 
 
 def test_what_messages_say_of_agent_and_tools() -> None:
@@ -82,11 +82,11 @@ def test_what_messages_say_of_agent_and_tools() -> None:
         return parse(msgspec.json.encode(body(SYSTEM, TASK) | fields), ChatRequest)
 
     tools = [{"type": "function", "function": {"name": name}} for name in ("bash", "grep")]
-    with_tools = conversation(of(tools=tools), "")
-    assert with_tools.agent == conversation(of(tools=tools[::-1]), "").agent
-    assert with_tools.agent != conversation(of(), "").agent
+    with_tools = conversation(of(tools=tools))
+    assert with_tools.agent == conversation(of(tools=tools[::-1])).agent
+    assert with_tools.agent != conversation(of()).agent
     assert with_tools.opening == 1
-    assert conversation(of(tools=[{"function": 5}, {}]), "").agent == conversation(of(), "").agent
+    assert conversation(of(tools=[{"function": 5}, {}])).agent == conversation(of()).agent
     calls = [{"id": str(i), "function": {"name": name}} for i, name in enumerate(("bash", "bash", "n" * 100))]
     messages = of(messages=[{"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "r"}]).messages
     assert called(messages_of(messages)) == ("bash", "n" * 64)

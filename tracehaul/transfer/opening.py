@@ -1,32 +1,35 @@
 """The transports that a config may name, opened."""
 
+from typing import Literal
+
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Transfer
-from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.errors import TransferError
 
 log = Log(__name__)
 
-HOST = "127.0.0.1"
-"""Every node listens on the loopback interface."""
+Kind = Literal["shm", "tcp", "nixl", "ucxx"]
+"""``nixl`` is UCXX's where NIXL is not installed."""
 
 
-def open_transport(kind: str, owner: str, offload: Offload) -> Transfer:
-    """The transport of ``owner``; imports only what it needs.
+def open_transport(kind: str, owner: str, host: str, offload: Offload) -> Transfer:
+    """The transport of ``owner`` on ``host``; imports only what it needs.
 
     Raises:
         TransferError: it cannot start here, or there is none of that kind.
     """
     match kind:
         case "shm":
+            from tracehaul.transfer.shm import ShmTransfer
+
             log.info("transport", kind="shm", why="configured")
             return ShmTransfer(owner, offload)
         case "tcp":
             from tracehaul.transfer.tcp import TcpTransfer
 
             log.info("transport", kind="tcp", why="configured")
-            return TcpTransfer(owner, HOST)
+            return TcpTransfer(owner, host)
         case "nixl":
             from tracehaul.transfer.network import open_network
 

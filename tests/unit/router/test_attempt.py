@@ -1,0 +1,171 @@
+"""What a router makes of the replies that it finds waiting; the worker is scripted."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from router.dispatch.attempt import Attempt
+from router.dispatch.run import Run
+from router.dispatch.steps import Finished, Output, StepRequest
+from router.fleet.load import Key
+from router.policy.placement import Placement
+from sim import loop as virtual
+from tracehaul.runtime import clock
+from tracehaul.wire.base import Ok
+from tracehaul.wire.errors import DeadlineExceeded, ProtocolError, TraceDeleted
+from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.ids import Generation, NodeId, StepId, TraceId
+from tracehaul.wire.messages import Reply
+from tracehaul.wire.steps import Sampling, StepDone, StepUsage, TokenLogprobs, Tokens
+
+USAGE = StepUsage(prompt_tokens=2)
+DONE = StepDone("length", USAGE, 7)
+
+
+class Replies:
+    """Each of the lists at once; then silence."""
+
+    def __init__(self, script: Sequence[list[Reply]]) -> None:
+        self.script = list(script)
+        self.closed = False
+
+    async def take(self) -> list[Reply]:
+        if not self.script:
+            await asyncio.sleep(1000)
+        return self.script.pop(0)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class Books:
+    """Fleets' and relief's entries: how often each was told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def token(self, now_s: float) -> None:
+        self.told.append("token")
+
+    def ended(self) -> None:
+        self.told.append("ended")
+
+    def leave(self, run: Run, placement: Placement) -> None:
+        self.told.append("left")
+
+
+def attempt(run: Run, *script: list[Reply]) -> tuple[Attempt, Replies, Books]:
+    placement = Placement(Key(NodeId("decode-0"), Generation(1)), None, None, 0, None, "", 0.0, None, 0.0, 0.0)
+    replies, books = Replies(script), Books()
+    return Attempt(run, placement, cast(Any, replies), cast(Any, books), cast(Any, books)), replies, books
+
+
+def step(deadline_s: float | None = None) -> Run:
+    request = StepRequest(
+        StepId("s"), TraceId("t"), None, pack_tokens([1, 2]), Sampling(max_tokens=9), deadline_s=deadline_s
+    )
+    return Run(request, (), ())
+
+
+def tokens(*ids: int, **more: Any) -> Tokens:
+    return Tokens(pack_tokens(ids), **more)
+
+
+def test_tokens_that_wait_are_one_output_and_those_with_more_to_tell_stay_apart() -> None:
+    scores = (TokenLogprobs(-1.0),)
+
+    async def main() -> None:
+        run = step()
+        first = [tokens(3, usage=USAGE), tokens(4), tokens(5), tokens(6, logprobs=scores), tokens(7), tokens(8), DONE]
+        tried, replies, books = attempt(run, first)
+        events = await tried.next()
+        outputs = [event for event in events if isinstance(event, Output)]
+        assert [output.tokens for output in outputs] == [[3], [4, 5], [6], [7, 8]]
+        assert [output.logprobs for output in outputs] == [None, None, scores, None]
+        assert [output.usage is not None for output in outputs] == [True, False, False, False]
+        assert isinstance(events[-1], Finished)
+        assert run.emitted == [3, 4, 5, 6, 7, 8]
+        await tried.close()
+        assert run.warm is not None
+        assert run.warm.retained_tokens == 7
+        assert replies.closed
+        assert books.told == ["token", "left", "ended", "left"]
+
+    virtual.run(main)
+
+
+def test_one_at_a_time_they_are_told_at_once_and_counted_when_it_ends() -> None:
+    async def main() -> None:
+        run = step()
+        tried, _, books = attempt(run, [tokens(3, usage=USAGE)], [tokens(4)], [tokens(5)])
+        assert [[event.tokens for event in await tried.next() if isinstance(event, Output)] for _ in range(3)] == [
+            [[3]],
+            [[4]],
+            [[5]],
+        ]
+        await tried.close()
+        assert run.warm is not None
+        assert run.warm.retained_tokens == 2 + 3 - 1  # the last token was not computed
+        assert books.told.count("token") == 1
+
+    virtual.run(main)
+
+
+def test_what_came_before_an_error_is_told_and_nothing_after_it() -> None:
+    async def main() -> None:
+        for wrong in ([Ok()], []):
+            run = step()
+            tried, _, _ = attempt(run, [tokens(3), tokens(4), *wrong, *([tokens(5)] if wrong else [])], [])
+            events = await tried.next()
+            assert [event.tokens for event in events if isinstance(event, Output)] == [[3, 4]]
+            for _ in range(2):
+                with pytest.raises(ProtocolError):
+                    await tried.next()
+            assert run.emitted == [3, 4]
+
+    virtual.run(main)
+
+
+def test_nothing_counts_after_the_end() -> None:
+    async def main() -> None:
+        run = step()
+        tried, _, _ = attempt(run, [tokens(3), DONE, tokens(4)])
+        events = await tried.next()
+        assert isinstance(events[-1], Finished)
+        assert run.emitted == [3]
+
+    virtual.run(main)
+
+
+def test_others_end_a_wait_at_once() -> None:
+    async def main() -> None:
+        run = step()
+        tried, _, _ = attempt(run, [tokens(3)])
+        await tried.next()
+        asyncio.get_running_loop().call_later(1.0, run.stop)
+        with pytest.raises(TraceDeleted):
+            await tried.next()
+        assert clock.now_s() == pytest.approx(1.0, abs=0.01)
+        with pytest.raises(TraceDeleted):  # and it stays so
+            await tried.next()
+
+    virtual.run(main)
+
+
+def test_a_wait_ends_at_the_deadline_with_one_timer_for_all() -> None:
+    async def main() -> None:
+        run = step(deadline_s=clock.now_s() + 2.0)
+        tried, _, _ = attempt(run, [tokens(3)], [tokens(4)])
+        await tried.next()
+        await tried.next()
+        began_s = clock.now_s()
+        with pytest.raises(DeadlineExceeded):
+            await tried.next()
+        assert clock.now_s() - began_s == pytest.approx(2.0)
+        with pytest.raises(DeadlineExceeded):
+            await tried.next()
+        run.close()
+
+    virtual.run(main)
