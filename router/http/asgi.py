@@ -10,6 +10,9 @@ from router.http.errors import STATUS, headers_of
 
 Headers = list[tuple[bytes, bytes]]
 
+LOOK_S_MIN = 0.001
+"""A clock may not tell a shorter time from none."""
+
 
 class ClientGone(Exception):
     """Nobody is there to answer."""
@@ -99,11 +102,11 @@ class Reply:
         if self._sending:
             if quiet_s >= self._timeout_s:
                 raise ClientGone
-            return min(pause_s, self._timeout_s - quiet_s)
+            return max(LOOK_S_MIN, min(pause_s, self._timeout_s - quiet_s))
         if not self._streams or self._ended:
             return pause_s
         if quiet_s < self._silence_s:
-            return min(pause_s, self._silence_s - quiet_s)
+            return max(LOOK_S_MIN, min(pause_s, self._silence_s - quiet_s))
         self._keeping = asyncio.Event()
         try:
             async with asyncio.timeout(self._timeout_s):
