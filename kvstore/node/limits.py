@@ -35,8 +35,7 @@ FIXED = {
     "slot_bytes": "it follows from the model's blocks",
     "late_write_s": "slots at rest were promised their time under the old one; restart the node",
     "pin_half_life_s": "the ranks of open pins were computed with it; restart the node",
-    "disk_bytes": "the file's layout is fixed when it is made; with another --disk-bytes a restarted node makes it "
-    "anew, and empty",
+    "disk_bytes": "the file is laid out at the start; restart the node with another --disk-bytes: what fits is kept",
     "s3_bytes": "the bucket's index is made at the start; restart the node with another --s3-bytes",
 }
 """What cannot change in a node's life, and why."""

@@ -1,1 +1,1 @@
-"""Pure decisions: placement now; admission, retention and roles join here."""
+"""Pure decisions: where a step runs, and what becomes of a context between two steps."""

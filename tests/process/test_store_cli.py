@@ -181,7 +181,7 @@ def test_limits_change_while_the_cluster_serves(cluster: Fleet):
         ("leases_max=0", "must be at least 1"),
         ("leeses_max=1", "no limit is called leeses_max; there are"),
         ("arena_bytes=1GiB", "restart the node with another --store-bytes"),
-        ("disk_bytes=1GiB", "restarted node makes it anew, and empty"),
+        ("disk_bytes=1GiB", "with another --disk-bytes: what fits is kept"),
         ("quota_bytes.a=1TiB", "must not promise more"),
         ("leases_max", "not NAME=VALUE"),
         ("scrub_bytes_s=fast", "not a size"),
