@@ -233,7 +233,7 @@ class Dispatch:
         lives = warm is not None and Key(warm.node, warm.generation) in self._pool(run).decodes.rows
         run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
         if placement.computes is not None:
-            self._predicted.add(run.hashes, [placement.computes], clock.now_s())
+            self._predicted.add(run.request.step, run.hashes, [placement.computes], clock.now_s())
             if self._sweeping is None:
                 self._sweeping = asyncio.get_running_loop().call_later(TTL_S, self._sweep)
         self._turn += 1
@@ -267,7 +267,7 @@ class Dispatch:
         for role, fleet in (("decode", pool.decodes), ("prefill", pool.prefills)):
             workers = self.members.live(role, run.request.pool)
             fleet.sync(workers, self.members.loads(workers))
-        expected = self._predicted.match(run.hashes, now_s)
+        expected = self._predicted.match(run.request.step, run.hashes, now_s)
         ask = Ask(
             trace=run.request.trace,
             prompt_tokens=run.request.prompt_tokens + len(run.emitted),

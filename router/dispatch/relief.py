@@ -74,7 +74,7 @@ class Relief:
         now_s = clock.now_s()
         for queue in self._queues.values():
             for run in queue:
-                self._predicted.renew(run.hashes, now_s)
+                self._predicted.renew(run.request.step, run.hashes, now_s)
         waits_s = self._prefills.queue_s(now_s)
         rows = self._prefills.rows
         looks = LOOKS_MAX

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from router.dispatch.predicted import PROMPTS_MAX, SIBLINGS_MAX, TTL_S, Predicted, shared_blocks
 from router.fleet.index import Index, Match, TierRun
 from tracehaul.wire.blocks import Change, Events, Moved, Removed, Snapshot, Stored
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId
 
 NODES = [NodeId(f"store-{n}") for n in range(3)]
 BLOCKS = [BlockHash(n.to_bytes(16, "big")) for n in range(12)]
@@ -164,47 +164,52 @@ def hashes(*names: int) -> list[BlockHash]:
 def test_siblings_are_expected_where_the_first_was_sent_until_that_is_stale() -> None:
     predicted = Predicted()
     a, b = NODES[:2]
-    predicted.add(hashes(0, 1, 2, 3), [a], now_s=10)
-    predicted.add(hashes(0, 1, 5), [a, b], now_s=12)
-    assert predicted.match(hashes(0, 1, 2, 7), now_s=12) == {a: 3, b: 2}
-    own = hashes(9, 2)
-    predicted.add(own, [a], now_s=12)
-    assert (predicted.match(own, now_s=12), predicted.match(list(own), now_s=12)) == ({}, {a: 2})
-    assert predicted.match(hashes(9, 1), now_s=12) == {a: 1}
-    assert predicted.match(hashes(8, 1), now_s=12) == {}
-    predicted.renew(own, now_s=12 + TTL_S)
-    assert predicted.match(hashes(9, 1), now_s=12 + TTL_S) == {a: 1}
-    assert predicted.match(hashes(9, 1), now_s=12 + 2 * TTL_S) == {}
-    assert predicted.match([], now_s=12) == {}
-    assert predicted.match(hashes(0, 1, 2, 7), now_s=10 + TTL_S) == {a: 2, b: 2}
-    assert predicted.match(hashes(0), now_s=12 + TTL_S) == predicted.match(own, now_s=12 + TTL_S) == {}
+    one, two, own, new = map(StepId, ("one", "two", "own", "new"))
+    predicted.add(one, hashes(0, 1, 2, 3), [a], now_s=10)
+    predicted.add(two, hashes(0, 1, 5), [a, b], now_s=12)
+    assert predicted.match(new, hashes(0, 1, 2, 7), now_s=12) == {a: 3, b: 2}
+    predicted.add(own, hashes(9, 2), [a], now_s=12)
+    assert predicted.match(own, hashes(9, 2), now_s=12) == {}
+    assert predicted.match(new, hashes(9, 2), now_s=12) == {a: 2}
+    assert predicted.match(new, hashes(9, 1), now_s=12) == {a: 1}
+    assert predicted.match(new, hashes(8, 1), now_s=12) == {}
+    predicted.renew(own, hashes(9, 2), now_s=12 + TTL_S)
+    assert predicted.match(new, hashes(9, 1), now_s=12 + TTL_S) == {a: 1}
+    assert predicted.match(new, hashes(9, 1), now_s=12 + 2 * TTL_S) == {}
+    assert predicted.match(new, [], now_s=12) == {}
+    assert predicted.match(new, hashes(0, 1, 2, 7), now_s=10 + TTL_S) == {a: 2, b: 2}
+    assert predicted.match(new, hashes(0), now_s=12 + TTL_S) == {}
+    assert predicted.match(new, hashes(9, 2), now_s=12 + 2 * TTL_S) == {}
     assert len(predicted) == 0
+
+
+STEP, WAITED = StepId("step"), StepId("waited for")
 
 
 def test_what_was_dispatched_is_bounded() -> None:
     predicted = Predicted()
     for n in range(SIBLINGS_MAX + 3):
-        predicted.add(hashes(0, 1), [NodeId(f"n{n}")], now_s=0)
-    assert len(predicted.match(hashes(0), now_s=0)) == SIBLINGS_MAX
+        predicted.add(STEP, hashes(0, 1), [NodeId(f"n{n}")], now_s=0)
+    assert len(predicted.match(StepId("new"), hashes(0), now_s=0)) == SIBLINGS_MAX
     for n in range(PROMPTS_MAX + 10):
-        predicted.add([BlockHash(b"%016d" % n)], [NODES[0]], now_s=0)
+        predicted.add(STEP, [BlockHash(b"%016d" % n)], [NODES[0]], now_s=0)
     assert len(predicted) == PROMPTS_MAX
-    predicted.add([], NODES, now_s=0)
+    predicted.add(STEP, [], NODES, now_s=0)
     assert len(predicted) == PROMPTS_MAX
 
 
 def test_what_is_stale_is_forgotten_though_nobody_asks_for_it() -> None:
     predicted = Predicted()
     waited_for = hashes(3, 4)
-    predicted.add(hashes(0, 1), [NODES[0]], now_s=0)
-    predicted.add(hashes(0, 2), [NODES[0]], now_s=2)
-    predicted.add(waited_for, [NODES[0]], now_s=2)
+    predicted.add(STEP, hashes(0, 1), [NODES[0]], now_s=0)
+    predicted.add(STEP, hashes(0, 2), [NODES[0]], now_s=2)
+    predicted.add(WAITED, waited_for, [NODES[0]], now_s=2)
     predicted.sweep(now_s=TTL_S)
     assert len(predicted) == 2
-    predicted.renew(waited_for, now_s=2 + TTL_S)
-    predicted.add(hashes(8), [NODES[0]], now_s=2 + TTL_S)
+    predicted.renew(WAITED, waited_for, now_s=2 + TTL_S)
+    predicted.add(STEP, hashes(8), [NODES[0]], now_s=2 + TTL_S)
     assert len(predicted) == 2, "with each that comes, too"
-    assert predicted.match(hashes(3, 4), now_s=2 + TTL_S) == {NODES[0]: 2}
+    assert predicted.match(StepId("new"), hashes(3, 4), now_s=2 + TTL_S) == {NODES[0]: 2}
     predicted.sweep(now_s=2 + 2 * TTL_S)
     assert len(predicted) == 0
 
@@ -216,4 +221,4 @@ def test_shared_blocks_of_chains() -> None:
         one = list(range(shared)) + [100 + n for n in range(chance.randrange(5))]
         other = list(range(shared)) + [200 + n for n in range(chance.randrange(5))]
         chains = [[BlockHash(b"%016d" % n) for n in names] for names in (one, other)]
-        assert shared_blocks(*chains) == shared
+        assert shared_blocks(b"".join(chains[0]), chains[1]) == shared

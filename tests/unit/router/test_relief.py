@@ -1,6 +1,7 @@
 """Whose prompts are taken elsewhere while they wait; places and prices are scripted, time is virtual."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any, cast
 
 from router.dispatch.predicted import Predicted
@@ -10,7 +11,7 @@ from router.fleet.load import Key, WorkerTable
 from router.policy.placement import Placement
 from sim import loop as virtual
 from tracehaul.wire.cluster import NodeInfo, NodeLoad, WorkerLimits
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId
 
 PREFILL = Key(NodeId("prefill-0"), Generation(1))
 
@@ -20,6 +21,7 @@ class Waiting:
 
     def __init__(self, *hashes: str) -> None:
         self.hashes = [BlockHash(name.encode()) for name in hashes]
+        self.request = SimpleNamespace(step=StepId("-".join(hashes)))
         self.moved = False
 
     def move(self, *_: object) -> None:
