@@ -190,7 +190,11 @@ class Retainer:
         self.send(Tick())
 
     def _give_back(self) -> None:
-        self._giving, self._most_bytes = None, self._traces.nbytes
+        """And once more when what goes now has gone."""
+        gone = self._most_bytes - self._traces.nbytes
+        again = gone > GIVE_BACK_BYTES // 16 and not self._closed
+        self._giving = asyncio.get_running_loop().call_later(GIVE_BACK_S, self._give_back) if again else None
+        self._most_bytes = self._traces.nbytes
         self._start(asyncio.to_thread(give_back), "give memory back")
 
     async def _set_pin(self, pin: SetPin) -> None:

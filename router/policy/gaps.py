@@ -14,7 +14,7 @@ WINDOW = 256
 """Gaps of one kind that count: the last ones."""
 ENOUGH = 100
 """Samples from which on a kind of gap is judged by its own."""
-KINDS_MAX = 4096
+KINDS_MAX = 1024
 """Kinds that are told apart; the least recently seen is forgotten."""
 
 Tools = tuple[str, ...] | None
