@@ -51,9 +51,9 @@ ACTS_MAX = 512
 CALL_TIMEOUT_S = 2.0
 RECALL_TIMEOUT_S = 30.0
 PREFETCH_POLL_S = 0.2
-GIVE_BACK_BYTES = 32 * 2**20
+GIVE_BACK_BYTES = 8 * 2**20
 """Of traces that are gone: worth the work of giving the memory back to the system, a little later."""
-GIVE_BACK_S = 2.0
+GIVE_BACK_S = 0.5
 
 R = TypeVar("R", bound=Reply)
 
