@@ -88,6 +88,8 @@ class Retainer:
         self._closed = False
         self._tasks = Tasks("retention")
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
+        """When it ends."""
         self._most_bytes = 0
         """Of the traces, since memory was given back."""
         self._giving: asyncio.TimerHandle | None = None
@@ -177,9 +179,10 @@ class Retainer:
         if at_s is None or self._closed:
             return
         if self._timer is not None:
-            if self._timer.when() <= at_s:
+            if self._timer_s <= at_s:
                 return
             self._timer.cancel()
+        self._timer_s = at_s  # what uvloop makes for a time that has come does not know it
         self._timer = asyncio.get_running_loop().call_at(at_s, self._tick)
 
     def _tick(self) -> None:
