@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.client import reader, writer
 from kvstore.client.client import OutgoingBlock, PutOutcome, StoreClient
+from kvstore.client.looks import LOOK_TIMEOUT_S
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
 from kvstore.node.assemble import assemble_store
@@ -63,8 +64,6 @@ from tracehaul.wire.messages import Reply, Request
 SLOT = 8192
 ROOT = BlockHash(b"\xff" * 16)
 TIMEOUT_S = 5.0
-SLACK_S = 3.0
-"""For a busy machine."""
 
 
 class GateLink(PerfectLink):
@@ -381,7 +380,7 @@ def test_a_silent_or_lying_node_delays_no_one_for_long(play: Callable[[Case], No
         assert await get(client, ["a"]) == [content("a")]
         for _ in range(50):  # the breaker is open
             assert await client.exists([h("a")]) == ["s0"]
-        assert clock.now_s() - start_s < 2.0
+        assert clock.now_s() - start_s < 50 * LOOK_TIMEOUT_S / 2, "no look waited for it but the first"
         client.set_nodes([running.info, msgspec.structs.replace(bad, generation=2)])  # forgets the breaker
         assert await get(client, ["a", "b"], where=["s0", "s1"], timeout_s=0.5) == [content("a"), None]
         client.set_nodes([running.info, msgspec.structs.replace(bad, generation=3)])
@@ -786,21 +785,19 @@ def test_a_second_writer_waits_for_the_first(play: Callable[[Case], None]) -> No
     play(case)
 
 
-def test_a_dead_owners_block_passes_on_within_a_second(play: Callable[[Case], None]) -> None:
+def test_a_dead_owners_block_passes_on_at_once(play: Callable[[Case], None]) -> None:
     """Its hash at once, its slot not before its writes can no longer land."""
 
     async def case(world: World) -> None:
-        running = await world.start("s0", reservation_ttl_s=100.0)
+        running = await world.start("s0", reservation_ttl_s=100.0, reservation_quiet_s=100.0)
         client = await world.client()
         owner, heir = await world.connect("s0"), await world.connect("s0")
         dead = await reserve(owner, "a")
         waiting = asyncio.create_task(client.wait(NodeId("s0"), [h("a")], TIMEOUT_S))
         await eventually(lambda: running.node.stats.waits == 1)
-        lost_s = clock.now_s()
         await owner.close()
-        assert await waiting == ["absent"]
+        assert await waiting == ["absent"], "its end is heard: its silence would last longer than the wait"
         slot = await reserve(heir, "a")
-        assert clock.now_s() - lost_s < 1.0
         assert isinstance(slot, Slot)
         assert isinstance(dead, Slot)
         assert slot.offset != dead.offset
@@ -810,21 +807,18 @@ def test_a_dead_owners_block_passes_on_within_a_second(play: Callable[[Case], No
 
 
 @pytest.mark.slow
-def test_a_frozen_owners_block_passes_on_within_a_second(play: Callable[[Case], None]) -> None:
+def test_a_frozen_owners_block_passes_on_while_its_connection_stands(play: Callable[[Case], None]) -> None:
     """Its connection stands and it says nothing. What it publishes after all is fenced."""
 
     async def case(world: World) -> None:
         running = await world.start("s0", reservation_ttl_s=100.0)
         client = await world.client()
         frozen = await world.connect("s0")
-        frozen_s = clock.now_s()
+        assert running.node.arena.config.reservation_quiet_s < 1.0
         slot = await reserve(frozen, "a")
         assert isinstance(slot, Slot)
-        assert await client.wait(NodeId("s0"), [h("a")], TIMEOUT_S) == ["absent"], "free to be reserved"
-        assert clock.now_s() - frozen_s < 1.0 + SLACK_S
-        frozen_s = clock.now_s()
+        assert await client.wait(NodeId("s0"), [h("a")], 30.0) == ["absent"], "free to be reserved"
         assert await put(client, ["a"]) == ["published"]
-        assert clock.now_s() - frozen_s < SLACK_S
         late = Publish((Publication(h("a"), slot.generation, Checksum(0)),))
         assert await frozen.call(late, timeout_s=TIMEOUT_S) == Published(("fenced",))
         assert running.node.arena.passed_on == 1

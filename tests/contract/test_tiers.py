@@ -621,7 +621,7 @@ def test_a_file_system_without_direct_access_still_serves(
     device.close()
 
 
-def test_a_hundred_thousand_blocks_come_back_in_two_seconds(tmp_path: Path) -> None:
+def test_a_hundred_thousand_blocks_come_back(tmp_path: Path) -> None:
     from kvstore.tiers.records import Record, pack_record
 
     count = 100_000

@@ -123,13 +123,12 @@ def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> float:
-    """Seconds until it held."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Far sooner than the script's answers end by themselves, which is after a minute."""
     start = time.monotonic()
     while not condition():
-        assert time.monotonic() - start < timeout_s
+        assert time.monotonic() - start < 20.0
         time.sleep(0.005)
-    return time.monotonic() - start
 
 
 def ask(text: str, **fields: Any) -> dict[str, Any]:
@@ -191,8 +190,10 @@ def test_openai_client_leaves(cluster: Cluster, client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(**ask("forever"), stream=True)
     next(iter(stream))
     assert cluster.dispatcher.running == 1
+    aborted = len(cluster.dispatcher.aborted)
     stream.close()
-    assert wait_until(lambda: cluster.dispatcher.running == 0) < 1
+    wait_until(lambda: cluster.dispatcher.running == 0)
+    assert len(cluster.dispatcher.aborted) == aborted + 1
 
 
 def test_openai_client_parses_structured_answers(client: openai.OpenAI) -> None:
@@ -251,7 +252,7 @@ def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("asked", ["forever", "never"])
-def test_a_broken_connection_aborts_within_a_second(cluster: Cluster, asked: str, reset: bool, stream: bool) -> None:
+def test_a_broken_connection_aborts_at_once(cluster: Cluster, asked: str, reset: bool, stream: bool) -> None:
     aborted = len(cluster.dispatcher.aborted)
     with sent(cluster, request(json.dumps(ask(asked, stream=stream)).encode())) as connection:
         wait_until(lambda: cluster.dispatcher.running == 1)
@@ -259,7 +260,7 @@ def test_a_broken_connection_aborts_within_a_second(cluster: Cluster, asked: str
             assert b"HTTP/1.1 200" in connection.recv(65536)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    assert wait_until(lambda: cluster.dispatcher.running == 0) < 1
+    wait_until(lambda: cluster.dispatcher.running == 0)
     assert len(cluster.dispatcher.aborted) == aborted + 1
 
 

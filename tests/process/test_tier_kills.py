@@ -23,5 +23,7 @@ def test_killed_at_random_moments(file_slots: int, tmp_path: Path) -> None:
     assert len(tally.ends) > 1
 
 
-def test_a_hundred_thousand_blocks_are_back_in_two_seconds(tmp_path: Path) -> None:
-    assert min(asyncio.run(restart_s(tmp_path, BLOCKS))) < 2.0
+def test_a_restart_takes_time_in_proportion_to_its_blocks(tmp_path: Path) -> None:
+    """``store.restart_100k`` says in how many seconds. Here: ten times the blocks take less than ten times as long."""
+    few, many = (min(asyncio.run(restart_s(tmp_path, blocks))) for blocks in (BLOCKS // 10, BLOCKS))
+    assert many < 10 * few
