@@ -11,7 +11,7 @@ from msgspec import Meta
 from router.dispatch.attempt import Attempt, Events
 from router.dispatch.inflight import InFlight
 from router.dispatch.pooled import Pooled
-from router.dispatch.predicted import Predicted
+from router.dispatch.predicted import TTL_S, Predicted
 from router.dispatch.retainer import Retainer
 from router.dispatch.run import BetterPlace, Run
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
@@ -111,6 +111,7 @@ class Dispatch:
         self.pools: dict[str, Pooled] = {}
         """Of those that had a step, by name."""
         self._predicted = Predicted()
+        self._sweeping: asyncio.TimerHandle | None = None
         self._turn = 0
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
@@ -122,6 +123,8 @@ class Dispatch:
         """Stop following the stores, and do nothing more for traces."""
         for pool in self.pools.values():
             pool.relief.close()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
         await self.retainer.close()
         await self._watch.close()
 
@@ -231,6 +234,8 @@ class Dispatch:
         run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
         if placement.computes is not None:
             self._predicted.add(run.hashes, [placement.computes], clock.now_s())
+            if self._sweeping is None:
+                self._sweeping = asyncio.get_running_loop().call_later(TTL_S, self._sweep)
         self._turn += 1
         placed = self._placed(run, placement, stored_tokens)
         self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
@@ -246,6 +251,12 @@ class Dispatch:
             warm=placement.expected_tokens,
         )
         return placement
+
+    def _sweep(self) -> None:
+        """Hashes of thousands of prompts are tens of megabytes, and nobody may come to ask for them."""
+        self._predicted.sweep(clock.now_s())
+        again = len(self._predicted) > 0
+        self._sweeping = asyncio.get_running_loop().call_later(TTL_S, self._sweep) if again else None
 
     def _elsewhere(self, run: Run, prefill: Key) -> Placement | None:
         """Where a step would be placed now if not by that prefill worker; None if nowhere."""

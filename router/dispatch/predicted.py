@@ -34,11 +34,12 @@ class Predicted:
         self._count = 0
 
     def __len__(self) -> int:
-        """Prompts remembered, outdated ones too until somebody asks."""
+        """Prompts remembered, outdated ones too until they are swept."""
         return self._count
 
     def add(self, hashes: Sequence[BlockHash], nodes: Sequence[NodeId], now_s: float) -> None:
         """A prompt of these full blocks was sent to these nodes."""
+        self.sweep(now_s)
         if not hashes:
             return
         siblings = self._by_first.setdefault(hashes[0], deque())
@@ -53,6 +54,17 @@ class Predicted:
             oldest.popleft()
             self._count -= 1
             self._drop_empty(next(iter(self._by_first)))
+
+    def sweep(self, now_s: float) -> None:
+        """Forget what is outdated, the oldest first, up to the first that is not."""
+        while self._by_first:
+            first, siblings = next(iter(self._by_first.items()))
+            while siblings and siblings[0].until_s <= now_s:
+                siblings.popleft()
+                self._count -= 1
+            if siblings:
+                return
+            del self._by_first[first]
 
     def renew(self, hashes: Sequence[BlockHash], now_s: float) -> None:
         """What was added as this very list is still waited for."""

@@ -51,9 +51,9 @@ ACTS_MAX = 512
 CALL_TIMEOUT_S = 2.0
 RECALL_TIMEOUT_S = 30.0
 PREFETCH_POLL_S = 0.2
-GIVE_BACK_BYTES = 32 * 2**20
+GIVE_BACK_BYTES = 8 * 2**20
 """Of traces that are gone: worth the work of giving the memory back to the system, a little later."""
-GIVE_BACK_S = 2.0
+GIVE_BACK_S = 0.5
 
 R = TypeVar("R", bound=Reply)
 
@@ -88,6 +88,8 @@ class Retainer:
         self._closed = False
         self._tasks = Tasks("retention")
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
+        """When it ends."""
         self._most_bytes = 0
         """Of the traces, since memory was given back."""
         self._giving: asyncio.TimerHandle | None = None
@@ -177,9 +179,10 @@ class Retainer:
         if at_s is None or self._closed:
             return
         if self._timer is not None:
-            if self._timer.when() <= at_s:
+            if self._timer_s <= at_s:
                 return
             self._timer.cancel()
+        self._timer_s = at_s  # what uvloop makes for a time that has come does not know it
         self._timer = asyncio.get_running_loop().call_at(at_s, self._tick)
 
     def _tick(self) -> None:

@@ -193,6 +193,22 @@ def test_what_was_dispatched_is_bounded() -> None:
     assert len(predicted) == PROMPTS_MAX
 
 
+def test_what_is_stale_is_forgotten_though_nobody_asks_for_it() -> None:
+    predicted = Predicted()
+    waited_for = hashes(3, 4)
+    predicted.add(hashes(0, 1), [NODES[0]], now_s=0)
+    predicted.add(hashes(0, 2), [NODES[0]], now_s=2)
+    predicted.add(waited_for, [NODES[0]], now_s=2)
+    predicted.sweep(now_s=TTL_S)
+    assert len(predicted) == 2
+    predicted.renew(waited_for, now_s=2 + TTL_S)
+    predicted.add(hashes(8), [NODES[0]], now_s=2 + TTL_S)
+    assert len(predicted) == 2, "with each that comes, too"
+    assert predicted.match(hashes(3, 4), now_s=2 + TTL_S) == {NODES[0]: 2}
+    predicted.sweep(now_s=2 + 2 * TTL_S)
+    assert len(predicted) == 0
+
+
 def test_shared_blocks_of_chains() -> None:
     chance = random.Random(1)
     for _ in range(200):

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+import uvloop
 
 from router.dispatch import retainer as retainer_module
 from router.dispatch.retainer import PREFETCH_POLL_S, Retainer
@@ -258,6 +259,21 @@ def test_one_timer_brings_back_what_is_due() -> None:
 
     router = run(test)
     assert router.nodes.asked[-1] == "ForgetContext"
+
+
+def test_what_is_due_at_once_is_planned_on_the_loop_that_is_served_on() -> None:
+    """A timer of uvloop's for a time that has come is none that knows its time."""
+
+    async def test() -> None:
+        router = Router(Nodes(), NO_PINS)
+        router.step()
+        router.retainer.send(Suspended(KEY, 0.0, 1e-6, None))
+        router.retainer.send(Answered(KEY, StepId("late"), tools=()))
+        await asyncio.sleep(0.01)
+        assert router.trace.state == "ended"
+        await router.retainer.close()
+
+    uvloop.run(test())
 
 
 def test_a_deleted_trace_is_told_to_everybody_who_has_something_of_it() -> None:

@@ -105,7 +105,8 @@ class Model(RuleBasedStateMachine):
         assert gone == idle[: len(gone)]
         if gone:
             spared = self.known[gone[-1]].size
-            least = len(gone) == len(self.known) - TRACES_MAX or self.traces.nbytes + spared > BYTES_MAX - 3000
+            # Fewer than are too many where the others run.
+            least = len(gone) <= len(self.known) - TRACES_MAX or self.traces.nbytes + spared > BYTES_MAX - 3000
             assert least, "one more than had to be"
         for key in gone:
             self.forget(key)
