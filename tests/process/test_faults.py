@@ -38,7 +38,7 @@ NOTICED_S = 20.0
 """In which a cluster has noticed, and told, what was done to it."""
 ATTEMPTS = 5
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.xdist_group("faults")
 
 
 @pytest.fixture(scope="module")

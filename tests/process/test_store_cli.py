@@ -27,7 +27,7 @@ TOLD_S = 60.0
 """In which nodes have told the router what is so: each look is a command, which takes seconds to start where much
 else runs."""
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("store-cli")]
+pytestmark = pytest.mark.xdist_group("store-cli")
 
 
 @pytest.fixture(scope="module")
