@@ -30,15 +30,11 @@ BLOCK_TOKENS = 32
 OUTPUT_TOKENS = 8
 NEW_TOKENS = 30
 STORE_TIMEOUT_S = 3.0
-FREED_S = 1.0
-"""From a client's hanging up to the last worker's forgetting its step."""
-HEARTBEAT_S = 1.2
-"""What the router may know later than a worker."""
 NOTICED_S = 20.0
 """In which a cluster has noticed, and told, what was done to it."""
 ATTEMPTS = 5
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("faults")]
+pytestmark = pytest.mark.xdist_group("faults")
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +244,7 @@ def test_a_frozen_store_is_given_up(cluster: Fleet, alone: Alone):
         else:
             pytest.fail(f"{ATTEMPTS} pulls were over before the store could be frozen")
     # The pull that it froze under waited for it; writing back did not wait as long again.
-    assert step.moved["pull_s"] < STORE_TIMEOUT_S + 2
+    assert step.moved["pull_s"] < 2 * STORE_TIMEOUT_S
     assert cluster.metric("decode-1", "tracehaul_store_client_put_seconds_total") - wrote_s < STORE_TIMEOUT_S - 1
     threading.Event().wait(BREAK_S)  # by then every client asks it again
     agent.step("decode-0")
@@ -282,27 +278,38 @@ class Client:
         self._http.close()
 
 
+def aborted(cluster: Fleet) -> float:
+    """Steps that ended as their caller gave them up, not by themselves."""
+    return cluster.metric("decode-0", "tracehaul_worker_steps_aborted_total")
+
+
 def test_clients_that_hang_up_free_their_steps(cluster: Fleet):
     """In mid-stream, and while waiting for another's memory."""
+    before = aborted(cluster)
     with closing(Client(cluster, words(40, "first"), 1500)) as first:
         first.read(5)
         second = Client(cluster, words(40, "second"), 1500)
         wait_until(lambda: cluster.metric("decode-0", "tracehaul_node_waiting") == 1, NOTICED_S)
         assert cluster.metric("decode-0", "tracehaul_node_running") == 1
         second.close()
-        wait_until(lambda: cluster.metric("decode-0", "tracehaul_node_waiting") == 0, FREED_S)
+        wait_until(lambda: aborted(cluster) == before + 1, NOTICED_S)
+        assert cluster.metric("decode-0", "tracehaul_node_waiting") == 0
         assert cluster.metric("decode-0", "tracehaul_node_running") == 1
         first.close()
-        wait_until(lambda: idle(cluster), FREED_S)
-        wait_until(lambda: known_idle(cluster), HEARTBEAT_S)
+        wait_until(lambda: aborted(cluster) == before + 2, NOTICED_S)
+        wait_until(lambda: idle(cluster), NOTICED_S)
+        wait_until(lambda: known_idle(cluster), NOTICED_S)
 
 
 def test_a_client_that_hangs_up_during_prefill_frees_it(cluster: Fleet):
+    before, put_before = aborted(cluster), published(cluster)
     with closing(Client(cluster, words(1500, "leaves"), 100)) as client:
         wait_until(lambda: cluster.metric("prefill-0", "tracehaul_node_running") == 1, NOTICED_S)
         client.close()
-        wait_until(lambda: idle(cluster), FREED_S)
-        wait_until(lambda: known_idle(cluster), HEARTBEAT_S)
+        wait_until(lambda: aborted(cluster) == before + 1, NOTICED_S)
+        wait_until(lambda: idle(cluster), NOTICED_S)
+        wait_until(lambda: known_idle(cluster), NOTICED_S)
+    assert published(cluster) - put_before < 1500 // BLOCK_TOKENS, "it was not prefilled to its end"
 
 
 def test_a_router_comes_back_to_a_warm_fleet(cluster: Fleet, alone: Alone):

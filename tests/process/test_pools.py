@@ -23,7 +23,7 @@ OUTPUT_TOKENS = 6
 FULL = (PROMPT_TOKENS - 1) // 32 * 32
 """Tokens of a prompt that can be found again: its last one is always computed."""
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("pools")]
+pytestmark = pytest.mark.xdist_group("pools")
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,6 @@ from tracehaul.runtime import clock
 PROMPT_TOKENS = 640
 BLOCKS = PROMPT_TOKENS // 32 - 1
 
-pytestmark = [pytest.mark.timeout(240)]
-
 
 def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
     began_s = clock.perf_s()

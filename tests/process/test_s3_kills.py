@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from kvstore.tiers.objects import parse_url
 from kvstore.tiers.s3 import S3Objects, open_s3
 from tracehaul.wire.ids import BlockHash
@@ -16,8 +14,10 @@ from tracehaul.wire.ids import BlockHash
 SLOT = 16 << 10
 SLOTS = 24
 CYCLES = 12
-
-pytestmark = [pytest.mark.timeout(60 + 10 * CYCLES)]
+CHANGES_MAX = 100
+"""A life ends after fewer, as it told them, and..."""
+MOMENT_S = 0.05
+"""...a random moment, at most this long: in the middle of whatever comes then."""
 
 
 async def life(url: str, seed: int, dice: random.Random, held: set[int]) -> int:
@@ -27,15 +27,18 @@ async def life(url: str, seed: int, dice: random.Random, held: set[int]) -> int:
         sys.executable, str(script), url, str(seed), stdout=asyncio.subprocess.PIPE
     )
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         assert await process.stdout.readline() == b"ready\n"
-    killing = asyncio.get_running_loop().call_later(dice.uniform(0.05, 1.0), process.kill)
-    told = 0
+    told, doomed = 0, dice.randrange(CHANGES_MAX)
+    loop, moment_s = asyncio.get_running_loop(), dice.uniform(0.0, MOMENT_S)
+    if doomed == 0:
+        loop.call_later(moment_s, process.kill)
     while (line := await process.stdout.readline()).endswith(b"\n"):
         what, number = line.split()
         (held.add if what == b"+" else held.remove)(int(number))
         told += 1
-    killing.cancel()
+        if told == doomed:
+            loop.call_later(moment_s, process.kill)
     await process.wait()
     return told
 

@@ -15,7 +15,7 @@ from worker.config import WorkerConfig
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Name the seven days of the week."}]
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.xdist_group("sampling")]
+pytestmark = pytest.mark.xdist_group("sampling")
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,6 @@ STEPS = (
 )
 """New tokens of each step, and where it runs."""
 
-pytestmark = [pytest.mark.timeout(180)]
-
 
 def on(transport: str) -> Any:
     return pytest.param(transport, marks=pytest.mark.xdist_group(f"steps-{transport}"))

@@ -14,7 +14,7 @@ PROMPT_TOKENS = 320
 BLOCKS = PROMPT_TOKENS // 32
 QUOTA_BLOCKS = BLOCKS + 2
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("tenants")]
+pytestmark = pytest.mark.xdist_group("tenants")
 
 
 @pytest.fixture(scope="module")

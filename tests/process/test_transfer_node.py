@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ClusterConfig, Plan, save_plan
+from cluster.config import ClusterConfig, Plan, PoolConfig, PoolPlan, save_plan
 from cluster.launch import free_port
 from cluster.rundir import RunDir
 from kvstore.config import StoreConfig
@@ -39,8 +39,8 @@ def test_a_node_ends_with_its_data_plane(tmp_path: Path, transport: str) -> None
     run.create()
     config = ClusterConfig(transport=transport, port=free_port(), store_bytes=1 << 20)  # type: ignore[arg-type]
     store = StoreConfig(arena_bytes=1 << 20, slot_bytes=4096)
-    source = ModelSource("m", tmp_path, "hf", "llama")
-    save_plan(run, Plan(config, source, f"127.0.0.1:{free_port()}", store, 1))
+    pool = PoolPlan("default", ModelSource("m", tmp_path, "hf", "llama"), PoolConfig())
+    save_plan(run, Plan(config, (pool,), f"127.0.0.1:{free_port()}", store, 1))
     environ = {**os.environ, "UCX_TLS": "tcp"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environ, capture_output=True, text=True, timeout=60

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer import poller
 from tracehaul.transfer.base import Copy, Region, Transfer, TransferTimedOut
 from tracehaul.transfer.memory import allocate
 from tracehaul.wire.blocks import RegionDescriptor
@@ -49,13 +50,27 @@ class Call:
 class Peer:
     """The parent's handle on such a process."""
 
-    def __init__(self, kind: str, owner: str, nbytes: int, pull: str = "request", place: Any = None) -> None:
-        """``place``, a ``bench.common.processes.Place``, is where it runs; by default here."""
+    def __init__(
+        self, kind: str, owner: str, nbytes: int, pull: str = "request", place: Any = None, nap_s: float | None = None
+    ) -> None:
+        """``place``, a ``bench.common.processes.Place``, is where it runs; by default here. ``nap_s``: how long its
+        data plane waits for what its descriptors tell; by default as long as anybody's."""
         before, environment = (place.command, place.environment) if place is not None else ((), {})
         self._numbers = itertools.count()
         self._replies: dict[int, Any] = {}
         self.process = subprocess.Popen(
-            [*before, sys.executable, "-X", "faulthandler", __file__, kind, owner, str(nbytes), pull],
+            [
+                *before,
+                sys.executable,
+                "-X",
+                "faulthandler",
+                __file__,
+                kind,
+                owner,
+                str(nbytes),
+                pull,
+                json.dumps(nap_s),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={
@@ -249,7 +264,9 @@ async def serve(program: Program) -> None:
 
 
 def main() -> None:
-    kind, owner, nbytes, pull = sys.argv[1:]
+    kind, owner, nbytes, pull, nap_s = sys.argv[1:]
+    if json.loads(nap_s) is not None:
+        poller.WATCHFUL_NAP_MAX_S = json.loads(nap_s)
     transfer = make_transfer(kind, owner, pull)
     memory = allocate(int(nbytes), "peer")
     region = transfer.register(memory)

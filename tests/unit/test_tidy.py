@@ -75,3 +75,12 @@ def test_what_says_that_it_is_pure_is_held_to_it(path: str) -> None:
     names = module.split(".")
     covering = {".".join(names[:count]) for count in range(1, len(names) + 1)}
     assert covering & pure_contract(), f"{module} says that it is pure: list it in the import contract"
+
+
+@pytest.mark.xdist_group("together")
+def test_processes_of_the_suite_keep_groups_together(request: pytest.FixtureRequest) -> None:
+    """xdist knows a group by the end of its tests' names. Where it cannot change those, each process makes what a group
+    shares for itself, in silence."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("not distributed by groups")
+    assert request.node.nodeid.endswith("@together"), "install the pytest and pytest-xdist that pyproject.toml asks for"

@@ -11,7 +11,7 @@ from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.model.source import resolve
 from tracehaul.model.text import Text
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.slow
 
 SCHEMAS = 50
 BY_MODEL = 16

@@ -79,7 +79,7 @@ def test_changes_are_made_whole():
         ({"scrub_bytes_s": -1}, "scrub_bytes_s not negative"),
         ({"leases_max": 7, "leeses_max": 7}, "no limit is called leeses_max"),
         ({"arena_bytes": 8 * SLOT}, "registered with the transports"),
-        ({"disk_bytes": 8 * SLOT}, "layout is fixed"),
+        ({"disk_bytes": 8 * SLOT}, "laid out at the start"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_its_reason(changes: dict[str, Any], why: str):
