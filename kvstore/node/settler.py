@@ -23,6 +23,8 @@ class Settler:
         self._feed = feed
         self._waiters = waiters
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_s = 0.0
+        """When it ends: uvloop's handle for a time that has come cannot tell."""
         self.tiering: Tiering | None = None
         """What hears of the arena's changes first; both come after this one, as they call it."""
         self.neighbours: Neighbours | None = None
@@ -51,11 +53,12 @@ class Settler:
 
     def _arm(self) -> None:
         deadline_s = self._arena.next_deadline_s()
-        if deadline_s is None or (self._timer is not None and self._timer.when() <= deadline_s):
+        if deadline_s is None or (self._timer is not None and self._timer_s <= deadline_s):
             return  # a timer that fires too early arms the next one
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_at(deadline_s, self._on_timer)
+        self._timer_s = deadline_s
 
     def _on_timer(self) -> None:
         self._timer = None
