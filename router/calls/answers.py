@@ -57,14 +57,11 @@ def _overlap(text: str, stop: str) -> int:
 class Growth(msgspec.Struct, frozen=True):
     """What one output adds to a choice."""
 
-    text: str
     tokens: list[int]
-    stopped: bool
-    """A stop string ended the choice: tokens after it are not part of it."""
-    marks: list[Mark]
+    """A stop string may have ended the choice before the last of them that came."""
+    marks: Sequence[Mark]
     """One for each of ``tokens``, if logprobs are asked for."""
     said: Said
-    """What the text says."""
 
 
 class Answer:
@@ -106,22 +103,34 @@ class Answer:
         """The ids without the token that ended them: what the next prompt will quote."""
         return self.tokens[:-1] if self.tokens and self.tokens[-1] in self._stop_tokens else self.tokens
 
-    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Growth:
+    @property
+    def plain(self) -> bool:
+        """No text ends it."""
+        return not self._matcher.matches
+
+    def grow(self, tokens: list[int]) -> Said:
+        """Take the next tokens of a plain one."""
+        self.tokens += tokens
+        stops = self._stop_tokens
+        # What says that the text ended is none itself.
+        text = self._stream.push(tokens if stops.isdisjoint(tokens) else [t for t in tokens if t not in stops])
+        self._decoded += len(text)
+        self._texts.append(text)
+        return self.reader.feed(text, len(tokens))
+
+    def push(self, tokens: list[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Growth:
         """Take the next tokens, with their logprobs if they are to be told."""
         assert self.reason is None
+        if logprobs is None and self.plain:
+            return Growth(tokens, (), self.grow(tokens))
         known = len(self.tokens)
-        if logprobs is None and not self._matcher.matches:
-            self.tokens.extend(tokens)
-            text = self._stream.push([token for token in tokens if token not in self._stop_tokens])
-            self._decoded += len(text)
-            return self._growth([text], known)
         shown: list[str] = []
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             if logprobs is not None:
                 self.marks.append(Mark(token, self._decoded, logprobs[count - 1]))
             if token in self._stop_tokens:
-                continue  # it says that the text ended, and is none itself
+                continue
             text = self._stream.push((token,))
             self._decoded += len(text)
             if len(self.tokens) <= self._min_tokens:
@@ -152,7 +161,7 @@ class Answer:
         text = "".join(shown)
         self._texts.append(text)
         added = self.tokens[known:]
-        return Growth(text, added, self.matched, self.marks[known:], self._said(text, len(added)))
+        return Growth(added, self.marks[known:], self._said(text, len(added)))
 
     def _said(self, text: str, tokens: int) -> Said:
         said = self.reader.feed(text, tokens)

@@ -6,7 +6,7 @@ import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
+from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
 from router.fleet.members import NodeStatus
 from router.policy.retention import RetentionConfig
 from router.traces.book import Book
@@ -153,7 +153,7 @@ class FakeDispatcher:
         """Traces that clients deleted."""
         return [event.key[1] for event in self.keeper.events if isinstance(event, Deleted)]
 
-    async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+    async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         key, step, prompt = (request.salt, request.trace), request.step, request.prompt_tokens
         self.requests.append(request)
         self.running += 1
@@ -171,9 +171,10 @@ class FakeDispatcher:
                     case Finished(reason):
                         ending = reason
                         yield item
-                    case Output(tokens):
+                    case Output(tokens, usage, _, logprobs):
                         emitted += tokens
-                        yield item
+                        if tell is None or usage or logprobs or not tell(tokens):
+                            yield item
         finally:
             self.running -= 1
             if ending is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Protocol
 
 import msgspec
 
@@ -32,15 +33,32 @@ class Accepted(msgspec.Struct, frozen=True):
     """One for each prompt, where the client wants them."""
 
 
+class Outlet(Protocol):
+    """Where pieces of an answer go that need not wait for :meth:`Run.next`."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it would take one now."""
+        ...
+
+    def take(self, piece: Piece) -> None:
+        """Take one; only while it is ready."""
+        ...
+
+
 class Run:
     """Runs an accepted call inside a context, whose end aborts what still runs."""
+
+    outlet: Outlet | None = None
+    """While somebody waits in :meth:`next`: what can go this way does, and is not returned."""
 
     def __init__(self, accepted: Accepted, dispatcher: Dispatcher, memory: Memory) -> None:
         self._accepted = accepted
         self._options = accepted.call.options
         self._answers = accepted.answers
         self._memory = memory
-        self._running = running(dispatcher, accepted.steps, self._options.n)
+        plain = accepted.answers[0].plain and not self._options.continuous_usage
+        self._running = running(dispatcher, accepted.steps, self._options.n, self._tell if plain else None)
         self._openings: list[Opening | None] = [None] * len(accepted.answers)
         """Of the choices that have begun."""
         self._choices_left = len(accepted.answers)
@@ -106,6 +124,14 @@ class Run:
             prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
             hits=together([answer.hits for answer in self._answers]),
         )
+
+    def _tell(self, tokens: list[int]) -> bool:
+        """Of the only choice, which no text ends."""
+        outlet = self.outlet
+        if outlet is None or self._openings[0] is None or not outlet.ready:
+            return False
+        outlet.take(Piece(0, self._answers[0].grow(tokens), tokens, ()))
+        return True
 
     def _take(self, index: int, event: Output | Finished, events: list[CallEvent]) -> None:
         """Let an answer grow by what happened, and add to ``events`` what that is."""

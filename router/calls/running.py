@@ -7,7 +7,7 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Protocol
 
-from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
+from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest, Tell
 from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError
 
@@ -43,18 +43,18 @@ class Running(Protocol):
         ...
 
 
-def running(dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int) -> Running:
+def running(dispatcher: Dispatcher, requests: Sequence[StepRequest], forks: int, tell: Tell | None) -> Running:
     """Each run of ``forks`` requests has one prompt: the others of it start when the first has its first token, and
-    find the prompt's KV computed."""
-    return One(dispatcher, requests[0]) if len(requests) == 1 else Several(dispatcher, requests, forks)
+    find the prompt's KV computed. ``tell``: of a single one."""
+    return One(dispatcher, requests[0], tell) if len(requests) == 1 else Several(dispatcher, requests, forks)
 
 
 class One:
     """One step, run by whoever asks for what happens: no task of its own, no queue."""
 
-    def __init__(self, dispatcher: Dispatcher, request: StepRequest) -> None:
+    def __init__(self, dispatcher: Dispatcher, request: StepRequest, tell: Tell | None) -> None:
         self._request = request
-        self._events = dispatcher.run(request)
+        self._events = dispatcher.run(request, tell)
         self._ended = False
 
     async def __aenter__(self) -> "One":

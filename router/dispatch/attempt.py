@@ -44,6 +44,8 @@ class Attempt:
         self._scored = 0
         self._failure: ClusterError | None = None
         """Raised once what came before it was returned."""
+        if run.tell is not None:
+            replies.divert(self._divert)
 
     async def next(self) -> Events:
         """What the worker has told since the last call, in order: tokens that came together are one output. Waits for
@@ -56,12 +58,6 @@ class Attempt:
             raise self._failure
         with self._run.waiting():
             replies = await self._replies.take()
-        if len(replies) == 1:
-            reply = replies[0]
-            if isinstance(reply, Tokens) and reply.usage is None and reply.ids and self._computed:  # nearly all are
-                tokens = unpack_tokens(reply.ids)
-                self._run.emitted += tokens
-                return [Output(tokens, logprobs=reply.logprobs)]
         events: Events = []
         for reply in _merged(replies):
             if not self._take(reply, events):
@@ -82,6 +78,18 @@ class Attempt:
         if retained:
             self._run.warm = Warm(decode.node, decode.generation, retained)
         await self._replies.aclose()
+
+    def _divert(self, reply: Reply) -> bool:
+        """Told at once, as nearly all can be, a token costs a third."""
+        run = self._run
+        if not (self._computed and isinstance(reply, Tokens) and reply.ids) or reply.usage or reply.logprobs:
+            return False
+        tokens = unpack_tokens(reply.ids)
+        assert run.tell is not None
+        if not run.tell(tokens):
+            return False
+        run.emitted += tokens
+        return True
 
     def _take(self, reply: Reply, events: Events) -> bool:
         """Add what a reply tells; False: nothing may follow it."""

@@ -14,7 +14,7 @@ from router.dispatch.pooled import Pooled
 from router.dispatch.predicted import TTL_S, Predicted
 from router.dispatch.retainer import Retainer
 from router.dispatch.run import BetterPlace, Run
-from router.dispatch.steps import Finished, ModelCard, Output, StepRequest
+from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
 from router.fleet.index import Index, TierRun
 from router.fleet.load import Key
 from router.fleet.members import MemberRegistry, NodeStatus
@@ -141,12 +141,12 @@ class Dispatch:
     def nodes(self) -> list[NodeStatus]:
         return self.members.statuses()
 
-    async def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
+    async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         key = (request.salt, request.trace)
         tokens = request.prompt_tokens
         self.retainer.send(StepBegan(key, request.step, request.parent, tokens, request.tools, request.agent))
         self.stats.steps += 1
-        run = Run(request, *self.traces.lefts(key))
+        run = Run(request, *self.traces.lefts(key), tell)
         self._runs[run] = None
         tries = _Tries()
         try:

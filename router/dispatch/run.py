@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from router.dispatch.steps import StepRequest
+from router.dispatch.steps import StepRequest, Tell
 from router.fleet.load import Key, Warm
 from router.policy.placement import Placement
 from router.traces.contexts import Cut, Left, cut, joined
@@ -40,8 +40,11 @@ class BetterPlace(Exception):
 class Run:
     """One step, from its request to its end. It may continue the contexts that its parent left, and its own trace."""
 
-    def __init__(self, request: StepRequest, parents: Sequence[Left], own: Sequence[Left]) -> None:
+    def __init__(
+        self, request: StepRequest, parents: Sequence[Left], own: Sequence[Left], tell: Tell | None = None
+    ) -> None:
         self.request = request
+        self.tell = tell
         self.key: TraceKey = (request.salt, request.trace)
         self.ending = "aborted"
         """Its finish reason, or an error's code, as soon as there is one."""

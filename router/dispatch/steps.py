@@ -1,6 +1,6 @@
 """What the HTTP surface asks of the rest of the router, and what it gets back."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -75,6 +75,11 @@ class Finished(msgspec.Struct, frozen=True):
     hits: Hits = Hits()
 
 
+Tell = Callable[[list[int]], bool]
+"""Takes a step's next output tokens as soon as they come, where all events before them were taken and nothing but the
+ids is told. True: that was all; False: they are an :class:`Output` as ever."""
+
+
 class ModelCard(msgspec.Struct, frozen=True):
     """A model that the fleet serves, as its workers announced it."""
 
@@ -86,8 +91,9 @@ class ModelCard(msgspec.Struct, frozen=True):
 class Dispatcher(Protocol):
     """Runs steps on the fleet."""
 
-    def run(self, request: StepRequest) -> AsyncGenerator[Output | Finished, None]:
-        """Output as it comes, then one :class:`Finished`. Closing the generator aborts the step everywhere.
+    def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
+        """Output as it comes, as far as ``tell`` did not take it, then one :class:`Finished`. Closing the generator
+        aborts the step everywhere.
 
         Raises (while iterating; before the first Output nothing was computed for good):
             ContextTooLong, Unavailable, Overloaded, DeadlineExceeded, ClusterError.

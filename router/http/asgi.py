@@ -1,6 +1,7 @@
 """The edge to the server: bodies in, answers out, and clients that leave."""
 
 import asyncio
+from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
 
@@ -53,14 +54,35 @@ async def disconnected(receive: Receive) -> None:
         pass
 
 
+class Chunks(Protocol):
+    """What a server may offer in a call's scope, as the extension :data:`CHUNKS`: to send a part of a body that has
+    begun without waiting."""
+
+    @property
+    def writable(self) -> bool:
+        """It can be sent now, and would not wait."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send it; only while writable."""
+        ...
+
+
+CHUNKS = "tracehaul.chunks"
+
+
 class Reply:
     """One call's answer: a JSON body, or a stream that starts with its first event. ``dialect``: says how it fails.
+    ``chunks``: where the server has them.
 
     One task answers. Another looks after it, for what would cost too much to watch over with each event.
     """
 
-    def __init__(self, send: Send, dialect: Dialect, timeout_s: float, silence_s: float) -> None:
+    def __init__(
+        self, send: Send, dialect: Dialect, timeout_s: float, silence_s: float, chunks: Chunks | None = None
+    ) -> None:
         self._send = send
+        self._chunks = chunks
         self._dialect = dialect
         self._timeout_s = timeout_s
         self._silence_s = silence_s
@@ -90,6 +112,18 @@ class Reply:
         if self._keeping is not None:
             await self._keeping.wait()
         await self._tell(data, last=last)
+
+    @property
+    def writable(self) -> bool:
+        """The stream has begun, and :meth:`write` can be called."""
+        chunks = self._chunks
+        return chunks is not None and not self._sending and self._keeping is None and chunks.writable
+
+    def write(self, data: bytes) -> None:
+        """As :meth:`events`, without waiting."""
+        assert self._chunks is not None
+        self._since_s = self._clock()
+        self._chunks.write(data)
 
     async def look(self) -> float:
         """Look after it: keep a silent stream alive. Returns in how many seconds to look again.

@@ -9,10 +9,11 @@ from starlette.types import Receive, Scope, Send
 
 from router.calls.calls import Calls
 from router.calls.errors import unavailable
+from router.calls.events import Piece
 from router.calls.identity import fresh_name
 from router.calls.run import Run
 from router.dialects.base import Dialect, Teller
-from router.http.asgi import ClientGone, Reply, disconnected, read_body
+from router.http.asgi import CHUNKS, ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
 from router.http.request_ids import request_id
 from router.http.translate import translate
@@ -30,7 +31,8 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(Headers(scope=scope))
-        reply = Reply(send, self._dialect, self._config.send_timeout_s, self._config.keepalive_s)
+        chunks = scope.get("extensions", {}).get(CHUNKS)
+        reply = Reply(send, self._dialect, self._config.send_timeout_s, self._config.keepalive_s, chunks)
         name = request_id(headers.get("x-request-id"), fresh_name(self._dice))
         reply.headers.append((b"x-request-id", name.encode()))
         try:
@@ -79,15 +81,43 @@ class Endpoint:
                 await (self._stream(run, teller, reply) if call.options.stream else self._collect(run, teller, reply))
 
     async def _collect(self, run: Run, teller: Teller, reply: Reply) -> None:
+        run.outlet = _Collected()
         while not run.done:
             await run.next()
         await reply.json(200, teller.whole(run.choices(), run.usage()))
 
     async def _stream(self, run: Run, teller: Teller, reply: Reply) -> None:
         reply.streams()
+        run.outlet = _Straight(teller, reply)
         data = b""
         while not run.done:
             if data:
                 await reply.events(data)
             data = teller.events(await run.next())
         await reply.events(data + teller.end(run.usage()), last=True)
+
+
+class _Collected:
+    """Implements :class:`router.calls.run.Outlet` where the answer is told as a whole."""
+
+    ready = True
+
+    def take(self, piece: Piece) -> None:
+        pass
+
+
+class _Straight:
+    """Implements :class:`router.calls.run.Outlet` where it is streamed."""
+
+    def __init__(self, teller: Teller, reply: Reply) -> None:
+        self._teller = teller
+        self._reply = reply
+
+    @property
+    def ready(self) -> bool:
+        return self._reply.writable
+
+    def take(self, piece: Piece) -> None:
+        data = self._teller.events((piece,))
+        if data:
+            self._reply.write(data)

@@ -4,9 +4,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from router.http.asgi import CHUNKS
 
 CONNECTIONS_MAX = 8192
 """Open connections; calls on more are answered 503 by the server itself."""
@@ -21,6 +25,33 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Signals belong to the process that hosts us."""
         yield
+
+
+class _Protocol(HttpToolsProtocol):
+    """Offers each call's :class:`_Chunks`."""
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # none where another protocol takes over
+        if cycle is not None:
+            cast(dict[str, object], cycle.scope)["extensions"] = {CHUNKS: _Chunks(cycle)}
+
+
+class _Chunks:
+    """Implements :class:`router.http.asgi.Chunks`, as uvicorn's own ``send`` does it."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def writable(self) -> bool:
+        cycle = self._cycle
+        return cycle.chunked_encoding is True and not (cycle.flow.write_paused or cycle.response_complete)
+
+    def write(self, data: bytes) -> None:
+        cycle = self._cycle
+        if not cycle.disconnected:
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class ApiServer:
@@ -57,7 +88,7 @@ async def serve(app: ASGIApp, host: str, port: int, *, grace_s: int = 5) -> ApiS
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,

@@ -329,6 +329,51 @@ def test_what_has_come_is_taken_at_once_and_an_error_after_it(kind: str) -> None
 
 
 @every_kind
+def test_what_is_diverted_is_not_taken_and_the_rest_is_in_order(kind: str) -> None:
+    async def test(bench: Bench) -> None:
+        bench.service.on_stream = count_to(9)
+        connection = await bench.connect()
+        diverted: list[Reply] = []
+
+        def take(reply: Reply) -> bool:
+            if reply == PrefillProgress(3):
+                return False
+            diverted.append(reply)
+            return True
+
+        stream = connection.stream(Subscribe(), idle_timeout_s=SOON_S)
+        stream.divert(take)
+        taken = await stream.take()
+        assert taken[0] == PrefillProgress(3)
+        assert diverted == [PrefillProgress(n) for n in range(3)]
+        while more := await stream.take():
+            taken += more
+        in_order = [PrefillProgress(n) for n in range(9)]
+        assert taken == [reply for reply in in_order if reply in taken]
+        assert diverted == [reply for reply in in_order if reply not in taken]
+
+    run(kind, test)
+
+
+@every_kind
+def test_what_fails_while_it_is_diverted_ends_its_stream_alone(kind: str) -> None:
+    def fail(reply: Reply) -> bool:
+        raise ValueError("odd")
+
+    async def test(bench: Bench) -> None:
+        bench.service.on_stream = count_to(3, then=lambda: asyncio.sleep(60))
+        connection = await bench.connect()
+        stream = connection.stream(Subscribe(), idle_timeout_s=SOON_S)
+        stream.divert(fail)
+        with pytest.raises(ValueError, match="odd"):
+            await stream.take()
+        await until(lambda: bench.service.cancelled == 1)
+        await connection.call(Ping(), timeout_s=SOON_S)
+
+    run(kind, test)
+
+
+@every_kind
 def test_a_stream_that_was_closed_before_it_began_sends_nothing(kind: str) -> None:
     async def test(bench: Bench) -> None:
         connection = await bench.connect()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time  # noqa: TID251 - the tests measure what a client sees
@@ -27,6 +28,8 @@ from tracehaul.wire.steps import StepUsage
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
 
 
+MUCH = 20_000
+"""Numbers that a model counts to, told faster than they are read."""
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 WEATHER: Any = {
     "type": "function",
@@ -48,7 +51,12 @@ def script(request: StepRequest) -> Script:
     """What the prompt's last user message asks for."""
     asked = FakeText().stream().push(unpack_tokens(request.prompt))
     if "forever" in asked:
-        return [item for _ in range(6000) for item in (Output([120], StepUsage(computed_from=1)), 0.01)]
+        return [
+            Output([120], StepUsage(computed_from=1)),
+            *(item for _ in range(6000) for item in (0.01, Output([120]))),
+        ]
+    if "much" in asked:
+        return [item for at in range(MUCH) for item in (Output(list(b"%d " % at)), 0.0)]
     if "never" in asked:
         return [60.0]
     if "overload" in asked:
@@ -311,6 +319,20 @@ def test_a_long_prompt_does_not_stop_the_others(cluster: Cluster) -> None:
             answers += httpx.get(f"{cluster.url}/health", timeout=20).status_code == 200
         assert long.result().json()["error"]["code"] == "context_length_exceeded"
         assert answers >= 1
+
+
+def test_a_client_that_reads_slowly_misses_nothing(cluster: Cluster) -> None:
+    told = b""
+    body = json.dumps(ask("much", stream=True)).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", cluster.port))
+        connection.sendall(request(body))
+        while not told.endswith(b"\r\n0\r\n\r\n"):
+            time.sleep(0.0005)
+            told += connection.recv(1 << 16)
+    parts = re.findall(rb'"content":"([0-9 ]+)"', told)
+    assert b"".join(parts).split() == [b"%d" % at for at in range(MUCH)]
 
 
 def test_closing_the_server_tells_those_in_mid_stream() -> None:

@@ -1,6 +1,6 @@
 """The control plane's interface: every implementation passes ``tests/contract/test_rpc.py``."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
 import msgspec
@@ -62,6 +62,11 @@ class Replies(Protocol):
             Overloaded: the consumer fell too far behind (the buffer's limit).
             ClusterError: what the handler raised.
         """
+        ...
+
+    def divert(self, take: Callable[[Reply], bool]) -> None:
+        """While the consumer waits in :meth:`take`, what comes is given to ``take`` first, at once: True, and it is
+        done with; False, and the consumer gets it as ever. What ``take`` raises ends the stream."""
         ...
 
     async def aclose(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from tracehaul.rpc.base import NO_CONTEXT, CallContext
 from tracehaul.rpc.frames import TIMEOUT_S_MAX, Alive, Call, Cancel, End, Fail, Frame, Item, Open, Reply
@@ -169,9 +170,10 @@ class ReplyStream:
         self._id = 0
         self._items: deque[messages.Reply] = deque()
         self._complete = False
-        self._error: ClusterError | None = None
+        self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         """Of the consumer, where nothing has come."""
+        self._diverted: Callable[[messages.Reply], bool] | None = None
         self._loop = asyncio.get_running_loop()
         self._clock = self._loop.time
         self._heard_s = 0.0
@@ -212,6 +214,9 @@ class ReplyStream:
         self._items.clear()
         return items
 
+    def divert(self, take: Callable[[messages.Reply], bool]) -> None:
+        self._diverted = take
+
     async def aclose(self) -> None:
         self._close()
 
@@ -236,11 +241,19 @@ class ReplyStream:
 
     def put(self, reply: messages.Reply, items_max: int) -> bool:
         """The next reply; False: too many wait already."""
+        self._heard_s = self._clock()
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and self._diverted is not None:
+            try:
+                if self._diverted(reply):
+                    return True
+            except Exception as error:
+                self._session.drop(self._id)
+                self.finish(error)
+                return True
         if len(self._items) >= items_max:
             return False
         self._items.append(reply)
-        self._heard_s = self._clock()
-        waiter = self._waiter
         if waiter is not None:
             self._waiter = None
             if not waiter.done():
@@ -251,12 +264,12 @@ class ReplyStream:
         """A sign of life."""
         self._heard_s = self._clock()
 
-    def finish(self, error: ClusterError | None) -> None:
+    def finish(self, error: Exception | None) -> None:
         """Nothing follows; raised as ``error`` after what has come, if there is one."""
         if not self._complete:
             self._end(error)
 
-    def _end(self, error: ClusterError | None) -> None:
+    def _end(self, error: Exception | None) -> None:
         self._complete, self._error = True, error
         if self._timer is not None:
             self._timer.cancel()

@@ -106,6 +106,7 @@ class _Replies:
         self._open_stream: Callable[[], Awaitable[Replies]] | None = open_stream
         """Until it was called."""
         self._replies: Replies | None = None
+        self._diverted: Callable[[Reply], bool] | None = None
 
     def __aiter__(self) -> "_Replies":
         return self
@@ -120,6 +121,11 @@ class _Replies:
         replies = self._replies or await self._opened()
         return [] if replies is None else await replies.take()
 
+    def divert(self, take: Callable[[Reply], bool]) -> None:
+        self._diverted = take
+        if self._replies is not None:
+            self._replies.divert(take)
+
     async def aclose(self) -> None:
         self._open_stream = None
         if self._replies is not None:
@@ -130,6 +136,8 @@ class _Replies:
         open_stream, self._open_stream = self._open_stream, None
         if open_stream is not None:
             self._replies = await open_stream()
+            if self._diverted is not None:
+                self._replies.divert(self._diverted)
         return self._replies
 
 

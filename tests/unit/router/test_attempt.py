@@ -1,14 +1,14 @@
 """What a router makes of the replies that it finds waiting; the worker is scripted."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import pytest
 
 from router.dispatch.attempt import Attempt
 from router.dispatch.run import Run
-from router.dispatch.steps import Finished, Output, StepRequest
+from router.dispatch.steps import Finished, Output, StepRequest, Tell
 from router.fleet.load import Key
 from router.policy.placement import Placement
 from sim import loop as virtual
@@ -30,6 +30,10 @@ class Replies:
     def __init__(self, script: Sequence[list[Reply]]) -> None:
         self.script = list(script)
         self.closed = False
+        self.diverted: Callable[[Reply], bool] | None = None
+
+    def divert(self, take: Callable[[Reply], bool]) -> None:
+        self.diverted = take
 
     async def take(self) -> list[Reply]:
         if not self.script:
@@ -62,11 +66,11 @@ def attempt(run: Run, *script: list[Reply]) -> tuple[Attempt, Replies, Books]:
     return Attempt(run, placement, cast(Any, replies), cast(Any, books), cast(Any, books)), replies, books
 
 
-def step(deadline_s: float | None = None) -> Run:
+def step(deadline_s: float | None = None, tell: Tell | None = None) -> Run:
     request = StepRequest(
         StepId("s"), TraceId("t"), None, pack_tokens([1, 2]), Sampling(max_tokens=9), deadline_s=deadline_s
     )
-    return Run(request, (), ())
+    return Run(request, (), (), tell)
 
 
 def tokens(*ids: int, **more: Any) -> Tokens:
@@ -132,6 +136,34 @@ def test_what_came_before_an_error_is_told_and_nothing_after_it() -> None:
                 with pytest.raises(ProtocolError):
                     await tried.next()
             assert run.emitted == [3, 4]
+
+    virtual.run(main)
+
+
+def test_plain_tokens_are_told_at_once_where_they_are_taken_and_no_others() -> None:
+    told: list[list[int]] = []
+    takes = True
+
+    def tell(tokens: list[int]) -> bool:
+        told.append(tokens)
+        return takes
+
+    async def main() -> None:
+        nonlocal takes
+        run = step(tell=tell)
+        tried, replies, _ = attempt(run, [tokens(3, usage=USAGE)])
+        assert replies.diverted is not None
+        assert not replies.diverted(tokens(2))  # what the first one tells is not known yet
+        await tried.next()
+        assert replies.diverted(tokens(4, 5))
+        assert (told, run.emitted) == ([[4, 5]], [3, 4, 5])
+        others = (tokens(6, usage=USAGE), tokens(6, logprobs=(TokenLogprobs(-1.0),)), tokens(), DONE, Ok())
+        assert not any(replies.diverted(reply) for reply in others)
+        assert told == [[4, 5]]
+        takes = False
+        assert not replies.diverted(tokens(6))
+        assert run.emitted == [3, 4, 5]
+        assert attempt(step())[1].diverted is None
 
     virtual.run(main)
 

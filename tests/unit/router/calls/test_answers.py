@@ -59,7 +59,7 @@ def test_the_cut_does_not_depend_on_the_pieces(stops: list[str], pieces: list[st
 def test_tokens_after_a_stop_string_do_not_count() -> None:
     one = answer(stops=("lo w",))
     piece = one.push(list(b"hello world"))
-    assert (piece.text, piece.stopped, one.reason, one.matched) == ("hel", True, "stop", True)
+    assert (piece.said.content, one.reason, one.matched) == ("hel", "stop", True)
     assert one.tokens == list(b"hello w")
     assert one.text == "hel"
 
@@ -67,19 +67,19 @@ def test_tokens_after_a_stop_string_do_not_count() -> None:
 def test_half_characters_wait_for_their_rest() -> None:
     one = answer()
     smile = "🙂".encode()
-    assert [one.push([byte]).text for byte in smile] == ["", "", "", "🙂"]
-    assert one.push([smile[0]]).text == ""
-    assert one.finish("length", StepUsage()).text == "\ufffd"
+    assert [one.push([byte]).said.content for byte in smile] == ["", "", "", "🙂"]
+    assert one.push([smile[0]]).said.content == ""
+    assert one.finish("length", StepUsage()).said.content == "\ufffd"
     assert (one.text, one.reason) == ("🙂\ufffd", "length")
 
 
 def test_a_stop_token_counts_and_is_not_shown() -> None:
     one = answer()
-    assert one.push([104, 105, IM_END]).text == "hi"
-    assert one.finish("stop", StepUsage()).text == ""
+    assert one.push([104, 105, IM_END]).said.content == "hi"
+    assert one.finish("stop", StepUsage()).said.content == ""
     assert (len(one.tokens), one.generated) == (3, [104, 105])
     visible = answer(stop_tokens=(105,))
-    assert visible.push([104, 105]).text == "h"
+    assert visible.push([104, 105]).said.content == "h"
 
 
 def test_an_ignored_end_token_is_part_of_what_was_generated() -> None:
@@ -90,15 +90,15 @@ def test_an_ignored_end_token_is_part_of_what_was_generated() -> None:
 
 def test_stop_strings_wait_for_the_minimum() -> None:
     one = answer(stops=("ab",), min_tokens=3)
-    assert one.push(list(b"abc")).text == "abc"
-    assert one.push(list(b"xaby")).text == "x"
+    assert one.push(list(b"abc")).said.content == "abc"
+    assert one.push(list(b"xaby")).said.content == "x"
     assert one.matched
 
 
 def test_a_stop_string_completed_by_the_last_bytes_is_a_stop() -> None:
     one = answer(stops=("x\ufffd",))
-    assert one.push([120, 0xC3]).text == ""
-    assert one.finish("length", StepUsage()).text == ""
+    assert one.push([120, 0xC3]).said.content == ""
+    assert one.finish("length", StepUsage()).said.content == ""
     assert (one.reason, one.matched) == ("stop", True)
 
 

@@ -100,7 +100,7 @@ def test_steps_wait_for_a_client_that_reads_slowly() -> None:
     told = 0
 
     class Endless(FakeDispatcher):
-        async def run(self, request: Any) -> Any:
+        async def run(self, request: Any, tell: Any = None) -> Any:
             nonlocal told
             while True:
                 await asyncio.sleep(0)

@@ -29,7 +29,7 @@ class CountedText(FakeText):
 class Failing(FakeDispatcher):
     """Fails by itself: an error that a script holds would lead back to it."""
 
-    async def run(self, request: Any) -> Any:
+    async def run(self, request: Any, tell: Any = None) -> Any:
         if "x" in FakeText().stream().push(request.prompt):
             yield Output([104])
         raise PeerLost("gone")

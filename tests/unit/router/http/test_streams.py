@@ -5,10 +5,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import pytest
 
 from router.calls.fakes import IM_END, FakeDispatcher, FakeText, say
 from router.dispatch.steps import Finished, Output
 from router.http import ApiConfig, create_app
+from router.http.asgi import CHUNKS
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.steps import StepUsage
@@ -19,6 +21,9 @@ TEXT: dict[str, Any] = {"model": "org/fake", "prompt": "hi", "stream": True}
 
 class Client:
     """One HTTP call whose client can leave, or stop reading."""
+
+    chunks = False
+    """The server can send parts without waiting."""
 
     def __init__(self, dispatcher: FakeDispatcher, body: Any, path: str, config: ApiConfig) -> None:
         self._app = create_app(dispatcher, {"org/fake": FakeText()}, lambda: b"", config, InlineOffload())
@@ -40,6 +45,7 @@ class Client:
             "headers": [(b"x-trace-id", b"t")],
             "scheme": "http",
             "server": ("test", 80),
+            "extensions": {CHUNKS: Chunks(self)} if self.chunks else {},
         }
         await self._app(scope, self._receive, self._send)
 
@@ -68,6 +74,26 @@ class Client:
         assert blocks[-1] == "", "every event ends with an empty line"
         data = [block.removeprefix("data: ") for block in blocks[:-1] if not block.startswith(":")]
         return [item if item == "[DONE]" else msgspec.json.decode(item) for item in data]
+
+
+class Chunks:
+    """Implements :class:`router.http.asgi.Chunks`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    @property
+    def writable(self) -> bool:
+        return self._client.reads.is_set() and len(self._client.messages) > 0
+
+    def write(self, data: bytes) -> None:
+        assert self.writable
+        self._client.messages.append({"type": "http.response.body", "body": data, "more_body": True})
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["sends", "chunks"])
+def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Client, "chunks", request.param)
 
 
 def run(
@@ -287,7 +313,7 @@ def test_the_servers_end_is_told() -> None:
 
 def test_a_step_that_cancels_itself_is_an_error() -> None:
     class Odd(FakeDispatcher):
-        async def run(self, request: Any) -> Any:
+        async def run(self, request: Any, tell: Any = None) -> Any:
             raise asyncio.CancelledError
             yield
 
