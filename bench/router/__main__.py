@@ -27,8 +27,11 @@ from tracehaul.runtime import clock
 ANSWER_TOKENS = 16
 WARM_UP = 20
 """Calls that do not count."""
-REST_S = 0.05
+REST_S = 0.002
 """After each call: what the router does once it has answered counts, too."""
+RESTED_S = 0.05
+"""After so long a router has lost the processor's caches to others."""
+POLL_S = 0.05
 LONG_TOKENS = 90_000
 """Where the long conversation begins: it passes 100k in the middle of what is measured."""
 STEP_TOKENS = 1000
@@ -76,7 +79,7 @@ def until_ready(client: Client, connection: Connection) -> None:
     """A router whose loop stood still for seconds has lost its worker, which joins again soon."""
     status = 0
     while status != 200:
-        client.poll(timeout_s=REST_S)
+        client.poll(timeout_s=POLL_S)
         client.send(connection, http("GET", "/health"))
         while connection.busy:
             client.poll()
@@ -87,11 +90,12 @@ def until_ready(client: Client, connection: Connection) -> None:
 
 
 class Cost:
-    """Calls of one kind, one at a time: what each took."""
+    """Calls of one kind, one at a time with a rest after each: what each took."""
 
-    def __init__(self, fleet: RouterAlone, client: Client) -> None:
+    def __init__(self, fleet: RouterAlone, client: Client, rest_s: float = REST_S) -> None:
         self._fleet = fleet
         self._client = client
+        self._rest_s = rest_s
         self.ttft_s: list[float] = []
         self.cpu_s: list[float] = []
 
@@ -99,7 +103,7 @@ class Cost:
         """Another one."""
         before_s = self._fleet.cpu_s()
         answer = must(self._client.ask(request))
-        self._client.poll(timeout_s=REST_S)
+        self._client.poll(timeout_s=self._rest_s)
         self.cpu_s.append(self._fleet.cpu_s() - before_s)
         self.ttft_s.append(answer.told_s[0] - answer.sent_s)
 
@@ -126,12 +130,15 @@ def conversation(fleet: RouterAlone, prompts: Prompts, tokens: int) -> list[Mess
 
 
 def ttft(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
-    """1k tokens; 100k tokens, of which the last step had 99 %; 100k tokens that nobody knows."""
+    """1k tokens, one call after the other and after rests; 100k tokens, of which the last step had 99 %; 100k tokens
+    that nobody knows."""
     client = fleet.client()
-    short, long, cold = (Cost(fleet, client) for _ in range(3))
-    for cost in [Cost(fleet, client)] * WARM_UP + [short] * scale.short_calls:
+    warm_up, short, long, cold = (Cost(fleet, client) for _ in range(4))
+    rested = Cost(fleet, client, RESTED_S)
+    for cost in [warm_up] * WARM_UP + [short] * scale.short_calls + [rested] * scale.short_calls:
         cost.call(fleet.request(fleet.opening(fleet.name(), prompts.take(STEP_TOKENS - 50)), ANSWER_TOKENS))
-    results = short.results("1k", fleet.trips(STEP_TOKENS, scale.short_calls))
+    trips_s = fleet.trips(STEP_TOKENS, scale.short_calls)
+    results = short.results("1k", trips_s) + rested.results("1k", trips_s, ".rested")
 
     trace, messages = fleet.name(), conversation(fleet, prompts, LONG_TOKENS)
     must(client.ask(fleet.request(messages, ANSWER_TOKENS, trace)))
@@ -242,8 +249,14 @@ def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
         client.poll()
     fleet.worker.ask(do="go")
 
+    def follow(seconds: float) -> None:
+        ends_s = clock.perf_s() + seconds
+        while clock.perf_s() < ends_s:
+            client.poll()
+
     def gap_ms(post: bytes | None, status: int) -> float:
         """The longest from before the call until a second after it."""
+        follow(0.1)  # words that came while the call was made up were not read
         at = len(stream.answer.told_s) - 1
         if post is not None:
             until_ready(client, other)
@@ -252,9 +265,7 @@ def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
             client.poll()
         if post is not None:
             must(other.answer, status)
-        ends_s = clock.perf_s() + 1.0
-        while clock.perf_s() < ends_s:
-            client.poll()
+        follow(1.0)
         told_s = stream.answer.told_s[at:]
         return max(after - before for before, after in pairwise(told_s)) * 1e3
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import weakref
 from collections.abc import Generator
 from typing import cast
 
@@ -41,16 +42,18 @@ class _Chunks:
     """Implements :class:`router.http.asgi.Chunks`, as uvicorn's own ``send`` does it."""
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        self._cycle = weakref.ref(cycle)  # whose scope leads here
 
     @property
     def writable(self) -> bool:
-        cycle = self._cycle
-        return cycle.chunked_encoding is True and not (cycle.flow.write_paused or cycle.response_complete)
+        cycle = self._cycle()
+        if cycle is None or cycle.chunked_encoding is not True:
+            return False
+        return not (cycle.flow.write_paused or cycle.response_complete)
 
     def write(self, data: bytes) -> None:
-        cycle = self._cycle
-        if not cycle.disconnected:
+        cycle = self._cycle()
+        if cycle is not None and not cycle.disconnected:
             cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 

@@ -231,7 +231,7 @@ class ReplyStream:
         self._watch(self._heard_s + self._idle_timeout_s)
 
     def _close(self) -> None:
-        self._request = None
+        self._request = self._diverted = None
         self._end(None)
         self._items.clear()
         if self._id:

@@ -127,7 +127,7 @@ class _Replies:
             self._replies.divert(take)
 
     async def aclose(self) -> None:
-        self._open_stream = None
+        self._open_stream = self._diverted = None
         if self._replies is not None:
             await self._replies.aclose()
 
