@@ -54,7 +54,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-class Growth(msgspec.Struct, frozen=True):
+class Growth(msgspec.Struct, frozen=True, gc=False):
     """What one output adds to a choice."""
 
     tokens: list[int]

@@ -12,7 +12,7 @@ from router.traces.hits import Hits
 from tracehaul.wire.steps import FinishReason, TokenLogprobs
 
 
-class SaidCall(msgspec.Struct, frozen=True):
+class SaidCall(msgspec.Struct, frozen=True, gc=False):
     """What a piece of text adds to one call of a tool."""
 
     index: int
@@ -22,7 +22,7 @@ class SaidCall(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class Said(msgspec.Struct, frozen=True):
+class Said(msgspec.Struct, frozen=True, gc=False):
     """What a piece of text adds to an answer, in this order."""
 
     reasoning: str = ""
@@ -38,7 +38,7 @@ def joined(first: Said, then: Said) -> Said:
     return Said(first.reasoning + then.reasoning, first.content + then.content, first.calls + then.calls)
 
 
-class Mark(msgspec.Struct, frozen=True):
+class Mark(msgspec.Struct, frozen=True, gc=False):
     """One token, where its text starts in the answer, and how likely it was; None where nothing precedes it."""
 
     token: int
@@ -46,7 +46,7 @@ class Mark(msgspec.Struct, frozen=True):
     logprobs: TokenLogprobs | None
 
 
-class Opening(msgspec.Struct, frozen=True):
+class Opening(msgspec.Struct, frozen=True, gc=False):
     """What a choice begins with: its prompt, as far as the call wants it told."""
 
     text: str = ""
@@ -54,7 +54,7 @@ class Opening(msgspec.Struct, frozen=True):
     prompt_ids: list[int] | None = None
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of a call, and where its prompts' KV came from, summed over the choices."""
 
     prompt_tokens: int
@@ -73,7 +73,7 @@ class Usage(msgspec.Struct, frozen=True):
     hits: Hits
 
 
-class Begun(msgspec.Struct, frozen=True):
+class Begun(msgspec.Struct, frozen=True, gc=False):
     """A choice begins."""
 
     choice: int
@@ -82,7 +82,7 @@ class Begun(msgspec.Struct, frozen=True):
     """Of the call after this, where it is wanted with each event."""
 
 
-class Piece(msgspec.Struct, frozen=True):
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """A choice goes on, perhaps by nothing that can be shown yet."""
 
     choice: int
@@ -93,7 +93,7 @@ class Piece(msgspec.Struct, frozen=True):
     usage: Usage | None = None
 
 
-class Ended(msgspec.Struct, frozen=True):
+class Ended(msgspec.Struct, frozen=True, gc=False):
     """A choice ends."""
 
     choice: int
@@ -106,7 +106,7 @@ class Ended(msgspec.Struct, frozen=True):
 CallEvent = Begun | Piece | Ended
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """A whole choice; the calls in ``said`` are in one piece each."""
 
     opening: Opening
