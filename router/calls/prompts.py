@@ -10,6 +10,7 @@ from router.calls.call import Asked, Call, Conversation, Ids, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
 from router.calls.messages import template_messages
+from router.calls.rendering import rendered
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
 from router.traces.texts import CutTokens, Encoded, extend
@@ -91,7 +92,7 @@ class Prompts:
 
         def render() -> str:
             try:
-                return self._text.render(messages, tools)
+                return rendered(self._text, asked, messages, tools)
             except RecursionError:
                 raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 
@@ -118,7 +119,7 @@ class Prompts:
             encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if isinstance(encoded, int):
             # To learn by how much would take longer than all else that is done for a call.
-            raise _too_long(f"at least {card.context_max - left + encoded}", "", card, where)
+            raise _too_long(card.context_max - left + encoded, 1, card, where, "at least ")
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded
@@ -137,16 +138,15 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
-    """Output tokens that a step may have: what was asked for, or the rest of the window.
+    """Output tokens that a step may have: what was asked for, as far as the rest of the window has room for it.
 
     Raises:
-        CallFailed: it does not fit the window.
+        CallFailed: the window has no room for output at all.
     """
     left = card.context_max - prompt_tokens
-    if left < (max_tokens or 1):
-        wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
-        raise _too_long(str(prompt_tokens), wanted, card, param)
-    return max_tokens or left
+    if left < 1:
+        raise _too_long(prompt_tokens, max_tokens or 1, card, param)
+    return min(max_tokens or left, left)
 
 
 def numbered(trace: TraceId, prompt: int) -> TraceId:
@@ -154,6 +154,11 @@ def numbered(trace: TraceId, prompt: int) -> TraceId:
     return trace if prompt == 0 else TraceId(f"{trace}.{prompt}")
 
 
-def _too_long(tokens: str, wanted: str, card: ModelCard, param: str) -> CallFailed:
-    message = f"this model's context is {card.context_max} tokens; the prompt has {tokens}{wanted}"
+def _too_long(tokens: int, output_tokens: int, card: ModelCard, param: str, least: str = "") -> CallFailed:
+    # Clients look for these words, to shorten the conversation and to ask again.
+    message = (
+        f"This model's maximum context length is {card.context_max} tokens. However, you requested "
+        f"{least}{tokens + output_tokens} tokens ({least}{tokens} in the {param}, {output_tokens} in the completion). "
+        f"Please reduce the length of the {param} or completion."
+    )
     return invalid(message, param, "context_length_exceeded")

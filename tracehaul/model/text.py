@@ -3,7 +3,7 @@
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -139,9 +139,13 @@ class Text:
         token = self._tokenizer.token_to_id(text)
         return token if token in self._hidden else None
 
-    def stream(self, shown: Sequence[str] = ()) -> TextStream:
-        """An incremental decoder for one step's output; of special tokens it shows those named in ``shown``."""
-        shown_tokens = {token: text for text in shown if (token := self.special_token(text)) is not None}
+    def stream(self, shown: Sequence[str] | None = ()) -> TextStream:
+        """An incremental decoder for one step's output; of special tokens it shows those named in ``shown``, with None
+        all."""
+        if shown is None:
+            shown_tokens = {token: self.token_text(token) for token in self._hidden}
+        else:
+            shown_tokens = {token: text for text in shown if (token := self.special_token(text)) is not None}
         hidden = self._hidden - shown_tokens.keys()
         if self._bytes is not None:
             return _ByteStream(self._bytes, hidden)
@@ -152,8 +156,11 @@ class Text:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt that the model's chat template makes of a conversation; encode it without ``special``.
+
+        ``variables``: more that the template may read; what it is always given they do not change.
 
         Raises:
             InvalidRequest: the model has no template, or the template does not take these messages.
@@ -161,13 +168,15 @@ class Text:
         if self._template is None:
             raise InvalidRequest("this model has no chat template: use plain completions")
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None if tools is None else list(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+            given: dict[str, Any] = {
+                "documents": None,
+                **(variables or {}),
+                "messages": list(messages),
+                "tools": None if tools is None else list(tools),
+                "add_generation_prompt": add_generation_prompt,
                 **self._special,
-            )
+            }
+            return self._template.render(given)
         # A template is a program of the model's: on messages that it did not expect it may raise nearly anything.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
