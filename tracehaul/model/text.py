@@ -140,12 +140,9 @@ class Text:
         return token if token in self._hidden else None
 
     def stream(self, shown: Sequence[str] | None = ()) -> TextStream:
-        """An incremental decoder for one step's output; of special tokens it shows those named in ``shown``, with None
-        all."""
-        if shown is None:
-            shown_tokens = {token: self.token_text(token) for token in self._hidden}
-        else:
-            shown_tokens = {token: text for text in shown if (token := self.special_token(text)) is not None}
+        """An incremental decoder for one step's output; of special tokens it shows those in ``shown``, or all: None."""
+        texts = map(self.token_text, self._hidden) if shown is None else shown
+        shown_tokens = {token: text for text in texts if (token := self.special_token(text)) is not None}
         hidden = self._hidden - shown_tokens.keys()
         if self._bytes is not None:
             return _ByteStream(self._bytes, hidden)
@@ -158,9 +155,8 @@ class Text:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt that the model's chat template makes of a conversation; encode it without ``special``.
-
-        ``variables``: more that the template may read; what it is always given they do not change.
+        """The prompt that the model's chat template makes of a conversation; encode it without ``special``. It may read
+        ``variables``, too, which change nothing of what it is always given.
 
         Raises:
             InvalidRequest: the model has no template, or the template does not take these messages.
@@ -168,15 +164,13 @@ class Text:
         if self._template is None:
             raise InvalidRequest("this model has no chat template: use plain completions")
         try:
-            given: dict[str, Any] = {
-                "documents": None,
-                **(variables or {}),
-                "messages": list(messages),
-                "tools": None if tools is None else list(tools),
-                "add_generation_prompt": add_generation_prompt,
+            return self._template.render(
+                {"documents": None, **(variables or {})},
+                messages=list(messages),
+                tools=None if tools is None else list(tools),
+                add_generation_prompt=add_generation_prompt,
                 **self._special,
-            }
-            return self._template.render(given)
+            )
         # A template is a program of the model's: on messages that it did not expect it may raise nearly anything.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error

@@ -84,11 +84,12 @@ def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
         "functions": [],
         "modalities": ["text"],
         "skip_special_tokens": True,
-        "chat_template_kwargs": {},
+        "include_stop_str_in_output": False,
         "some_field_of_next_year": {"deep": [1, None]},
         "store": True,
         "parallel_tool_calls": True,
         "reasoning_effort": "low",
+        "service_tier": "auto",
     }
     assert options(chat(**no_ops)) == options(chat())
     assert options(text(logprobs=None, echo=False, suffix=None, best_of=1)) == options(text())
@@ -102,7 +103,7 @@ def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"continue_final_message": True}, "continue_final_message"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
     ],
 )
 def test_what_cannot_be_honoured_is_said(fields: dict[str, Any], param: str) -> None:
@@ -110,10 +111,22 @@ def test_what_cannot_be_honoured_is_said(fields: dict[str, Any], param: str) -> 
     assert (error.param, error.code) == (param, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 2, "n": 2}, {"prompt_logprobs": 1}])
+@pytest.mark.parametrize("fields", [{"best_of": 2}, {"best_of": 3, "n": 2}, {"prompt_logprobs": 1}])
 def test_what_completions_cannot_honour_is_said(fields: dict[str, Any]) -> None:
     error = refused(lambda: options(text(**fields)))
     assert (error.param, error.code) == (next(iter(fields)), "unsupported_parameter")
+
+
+def test_the_best_of_as_many_is_each() -> None:
+    assert options(text(best_of=2, n=2)) == options(text(n=2))
+    assert options(text(best_of=1)) == options(text())
+
+
+def test_a_completion_has_sixteen_tokens_unless_more_are_asked_for() -> None:
+    assert options(text()).max_tokens == 16
+    assert options(text(max_tokens=None, echo=True)).max_tokens == 16
+    assert options(text(max_tokens=17)).max_tokens == 17
+    assert options(chat()).max_tokens is None
 
 
 def test_sampling_parameters() -> None:
@@ -194,6 +207,7 @@ def test_logprobs_out_of_range(wanted: int) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"cache_salt": "x" * 1000}, "cache_salt"),
+        ({"priority": 10**7}, "priority"),
     ],
 )
 def test_values_out_of_range_name_their_field(fields: dict[str, Any], param: str) -> None:
@@ -214,6 +228,16 @@ def test_values_out_of_range_name_their_field(fields: dict[str, Any], param: str
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"metadata": [1]}, "metadata"),
+        ({"reasoning_effort": 3}, "reasoning_effort"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"service_tier": 1}, "service_tier"),
+        ({"store": "yes"}, "store"),
+        ({"priority": "high"}, "priority"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "reasoning": 5}]}, "messages[0].reasoning"),
+        ({"best_of": 1.5}, "best_of"),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens"),
     ],
 )
 def test_wrong_types_name_their_field(fields: dict[str, Any], param: str) -> None:
@@ -291,6 +315,7 @@ def test_messages_as_templates_read_them() -> None:
                 ],
             },
             {"role": "tool", "content": "r", "tool_call_id": "1"},
+            {"role": "tool", "content": None, "tool_call_id": "2"},
             {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         ]
     )
@@ -306,8 +331,24 @@ def test_messages_as_templates_read_them() -> None:
             ],
         },
         {"role": "tool", "content": "r", "tool_call_id": "1"},
+        {"role": "tool", "content": "", "tool_call_id": "2"},
         {"role": "assistant", "content": "no"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"reasoning": "a"}, "a"),
+        ({"reasoning_content": "b"}, "b"),
+        ({"reasoning": "a", "reasoning_content": None}, "a"),
+        ({"reasoning": "b", "reasoning_content": "b"}, "b"),
+        ({}, None),
+    ],
+)
+def test_reasoning_has_two_names(fields: dict[str, Any], expected: str | None) -> None:
+    (message,) = messages_of(chat(messages=[{"role": "assistant", "content": "x"} | fields]).messages)
+    assert message.reasoning == expected
 
 
 @pytest.mark.parametrize(
@@ -352,6 +393,17 @@ def test_the_window_limits_output() -> None:
     assert output_budget(60, None, card, "messages") == 40
     assert output_budget(60, 40, card, "messages") == 40
     assert output_budget(99, None, card, "messages") == 1
-    for prompt, wanted in ((60, 41), (100, None), (101, None), (100, 1)):
+    assert output_budget(60, 32_000, card, "messages") == 40, "clients send what their model could say at most"
+    for prompt, wanted in ((100, None), (101, None), (100, 1)):
         error = refused(lambda prompt=prompt, wanted=wanted: output_budget(prompt, wanted, card, "messages"))
         assert (error.param, error.code) == ("messages", "context_length_exceeded")
+
+
+def test_overflow_is_told_in_the_words_that_clients_look_for() -> None:
+    for wanted, output in ((None, 1), (40, 40)):
+        error = refused(lambda wanted=wanted: output_budget(120, wanted, ModelCard("m", 100), "messages"))
+        assert str(error) == (
+            f"This model's maximum context length is 100 tokens. However, you requested {120 + output} tokens "
+            f"(120 in the messages, {output} in the completion). "
+            "Please reduce the length of the messages or completion."
+        )
