@@ -29,8 +29,8 @@ class Agents:
     def call(
         self, messages: str, salt: str = "", *, refused: bool = False, first: bool = False, answer: str | None = None
     ) -> Place:
-        """One with one step. ``answer``: what is said, and known again where another goes on from it: as an ``a``, or as
-        an ``A`` of another spelling."""
+        """One with one step. ``answer``: what is said; others go on from it with it, or with an ``A`` of another
+        spelling where it is an ``a``."""
         self.calls += 1
         conversation = digests(salt, [message.encode() for message in messages])
         at = max(messages.rfind("a"), messages.rfind("A"))
