@@ -45,6 +45,11 @@ PARENTS = (
     "x-codex-parent-thread-id",
     "x-parent-session-id",
 )
+"""Of all kinds, the first of these that is there."""
+_THEIRS = frozenset(
+    spelled for name in (*PARENTS, *(names.session for names in NAMES)) for spelled in (name, name.replace("-", "_"))
+)
+"""A call without any of these names nothing."""
 FINAL = ("x-trace-final", "x-dynamo-session-final", "x-dynamo-trajectory-final")
 
 
@@ -122,6 +127,8 @@ def _named(headers: Mapping[str, str], fields: TraceFields) -> tuple[TraceId | N
     """The trace and its parent, in the client's own words for them."""
     if fields.session:
         return foreign_id(fields.session), foreign_id(fields.parent) if fields.parent else None
+    if _THEIRS.isdisjoint(headers):
+        return None, None
     session, parent = None, next((value for name in PARENTS if (value := _value(headers, name))), None)
     for names in NAMES:
         session = _value(headers, names.session)
