@@ -75,6 +75,8 @@ class Options(msgspec.Struct, frozen=True):
     """At a stream's end."""
     continuous_usage: bool = False
     """With each event of a stream."""
+    opening_usage: bool = False
+    """With each choice's beginning."""
     max_tokens: int | None = None
     """None: the rest of the window. 0: nothing but the echo of the prompt."""
     temperature: float = 1.0

@@ -17,6 +17,8 @@ class CallFailed(Exception):
         """What in the client's words is at fault."""
         self.code = code
         """A name for programs; None: there is none."""
+        self.request: str | None = None
+        """The request's id, where it has one."""
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> CallFailed:

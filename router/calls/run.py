@@ -154,10 +154,10 @@ class Run:
         usage = self.usage() if self._options.continuous_usage else None
         if self._openings[index] is None:
             self._openings[index] = opening = self._opening(index)
-            events.append(Begun(index, opening, usage))
+            events.append(Begun(index, opening, self.usage() if self._options.opening_usage else usage))
         events.append(Piece(index, growth.said, growth.tokens, growth.marks, usage))
         if reason is not None:
-            events.append(Ended(index, reason, answer.reader.called, usage))
+            events.append(Ended(index, reason, answer.reader.called, usage, answer.stop))
             self._answered(index)
 
     def _grow(self, answer: Answer, event: Output | Finished) -> Growth | None:

@@ -6,7 +6,7 @@ from typing import Protocol
 from starlette.types import Receive, Scope, Send
 
 from router.calls.errors import CallFailed
-from router.dialects.base import Dialect
+from router.dialects.base import Dialect, Teller
 from router.http.errors import STATUS, headers_of
 
 Headers = list[tuple[bytes, bytes]]
@@ -79,11 +79,13 @@ class Reply:
     """
 
     def __init__(
-        self, send: Send, dialect: Dialect, timeout_s: float, silence_s: float, chunks: Chunks | None = None
+        self, send: Send, dialect: Dialect[Teller], timeout_s: float, silence_s: float, chunks: Chunks | None = None
     ) -> None:
         self._send = send
         self._chunks = chunks
         self._dialect = dialect
+        self.broken = dialect.broken
+        """How a stream that has begun ends with an error."""
         self._timeout_s = timeout_s
         self._silence_s = silence_s
         self._clock = asyncio.get_running_loop().time
@@ -156,10 +158,11 @@ class Reply:
         """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
         if self._ended:
             return
+        failure.request = next((value.decode() for name, value in self.headers if name == b"x-request-id"), None)
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._started:
-                    await self.events(self._dialect.broken(failure), last=True)
+                    await self.events(self.broken(failure), last=True)
                     return
                 headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
                 await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)

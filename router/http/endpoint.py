@@ -3,10 +3,12 @@
 import asyncio
 import random
 from collections.abc import Mapping
+from typing import Generic, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from router.calls.call import Call
 from router.calls.calls import Calls
 from router.calls.errors import unavailable
 from router.calls.events import Piece
@@ -20,11 +22,13 @@ from router.http.request_ids import request_id
 from router.http.translate import translate
 from tracehaul.runtime.clock import wall_s
 
+T = TypeVar("T", bound=Teller)
 
-class Endpoint:
+
+class Endpoint(Generic[T]):
     """An ASGI application. Answers each call, whatever happens."""
 
-    def __init__(self, dialect: Dialect, calls: Calls, config: ApiConfig, dice: random.Random) -> None:
+    def __init__(self, dialect: Dialect[T], calls: Calls, config: ApiConfig, dice: random.Random) -> None:
         self._dialect = dialect
         self._calls = calls
         self._config = config
@@ -77,6 +81,9 @@ class Endpoint:
         fresh = fresh_name(self._dice)
         call, teller, warnings = read(self._dialect, body, fresh, int(wall_s()), self._calls.text)
         reply.headers += [(WARNING, warning.encode()) for warning in warnings]
+        await self._serve(call, teller, headers, fresh, reply)
+
+    async def _serve(self, call: Call, teller: T, headers: Mapping[str, str], fresh: str, reply: Reply) -> None:
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))
             async with await self._calls.accept(call, identity) as run:
