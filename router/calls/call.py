@@ -127,7 +127,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """At least one; each has :attr:`Options.n` choices."""
     where: str
     """The parameter that holds the prompts."""
-    options: Options
+    options: Options = Options()
     tools: Tools | None = None
     """None: there are none, or it must not use them."""
     wanted: Wanted | None = None

@@ -3,6 +3,7 @@
 import asyncio
 from typing import Protocol
 
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from router.calls.errors import CallFailed
@@ -46,6 +47,18 @@ async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, timeout_s
                     return b"".join(parts)
     except TimeoutError:
         raise CallFailed("too_slow", f"the body did not arrive within {timeout_s} s", code="timeout") from None
+
+
+async def body_of(request: Request, *, bytes_max: int, timeout_s: float) -> bytes:
+    """The same, of a page.
+
+    Raises:
+        CallFailed: likewise, or the client left.
+    """
+    try:
+        return await read_body(request.scope, request.receive, bytes_max=bytes_max, timeout_s=timeout_s)
+    except ClientGone:
+        raise CallFailed("invalid", "the client left", code="client_gone") from None
 
 
 async def disconnected(receive: Receive) -> None:

@@ -90,7 +90,7 @@ class Endpoint(Generic[T]):
                 await (self._stream(run, teller, reply) if call.options.stream else self._collect(run, teller, reply))
 
     async def _collect(self, run: Run, teller: Teller, reply: Reply) -> None:
-        run.outlet = _Collected()
+        run.outlet = Collected()
         while not run.done:
             await run.next()
         await reply.json(200, teller.whole(run.choices(), run.usage()))
@@ -106,7 +106,7 @@ class Endpoint(Generic[T]):
         await reply.events(data + teller.end(run.usage()), last=True)
 
 
-class _Collected:
+class Collected:
     """Implements :class:`router.calls.run.Outlet` where the answer is told as a whole."""
 
     ready = True
