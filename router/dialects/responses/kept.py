@@ -54,11 +54,6 @@ class Entry:
         """What it leads to, once it has ended."""
         self.created_s = created_s
 
-    @property
-    def nbytes(self) -> int:
-        """Of its own."""
-        return len(self.body) + self.asked.nbytes + (self.output.nbytes if self.output else 0)
-
 
 class Kept:
     """The responses. Beyond a limit the oldest of the tenant that has most of them goes."""
@@ -69,8 +64,9 @@ class Kept:
         """The oldest first, as each tenant's."""
         self._of: dict[str, OrderedDict[Key, None]] = {}
         self._bytes_of: dict[str, int] = {}
+        """Each tenant's, what they share counted once."""
         self.nbytes = 0
-        """Of all of them, what they share counted once."""
+        """Of all tenants'."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -85,11 +81,10 @@ class Kept:
         self._expire(now_s)
         name = response.id.removeprefix("resp_")
         items = [msgspec.Raw(_encode(_named(item, f"{name}i{at:03d}"))) for at, item in enumerate(asked)]
-        entry = Entry(key, response, self._held(Turn(before, items)), now_s)
+        entry = Entry(key, response, self._held(key[0], Turn(before, items)), now_s)
         self._entries[key] = entry
         self._of.setdefault(key[0], OrderedDict())[key] = None
-        self._bytes_of[key[0]] = self._bytes_of.get(key[0], 0) + entry.nbytes
-        self.nbytes += len(entry.body)
+        self._add(key[0], len(entry.body))
         self._shrink()
 
     def change(self, key: Key, response: Response, *, ended: bool) -> None:
@@ -97,13 +92,11 @@ class Kept:
         entry = self._entries.get(key)
         if entry is None or entry.output is not None:
             return
-        before = entry.nbytes
-        self.nbytes -= len(entry.body)
-        entry.body = _encode(response)
-        self.nbytes += len(entry.body)
+        before, entry.body = len(entry.body), _encode(response)
+        self._add(key[0], len(entry.body) - before)
         if ended:
-            entry.output = self._held(Turn(entry.asked, [msgspec.Raw(_encode(item)) for item in response.output]))
-        self._bytes_of[key[0]] += entry.nbytes - before
+            output = [msgspec.Raw(_encode(item)) for item in response.output]
+            entry.output = self._held(key[0], Turn(entry.asked, output))
         self._shrink()
 
     def drop(self, key: Key) -> bool:
@@ -112,28 +105,31 @@ class Kept:
         if entry is None:
             return False
         tenant = key[0]
+        self._add(tenant, -len(entry.body))
+        for turn in (entry.output, entry.asked):
+            self._let_go(tenant, turn)
         del self._of[tenant][key]
-        self._bytes_of[tenant] -= entry.nbytes
         if not self._of[tenant]:
             del self._of[tenant], self._bytes_of[tenant]
-        self.nbytes -= len(entry.body)
-        for turn in (entry.output, entry.asked):
-            self._let_go(turn)
         return True
 
-    def _held(self, turn: Turn) -> Turn:
+    def _add(self, tenant: str, nbytes: int) -> None:
+        self._bytes_of[tenant] = self._bytes_of.get(tenant, 0) + nbytes
+        self.nbytes += nbytes
+
+    def _held(self, tenant: str, turn: Turn) -> Turn:
         turn.holders += 1
         if turn.before is not None:
             turn.before.holders += 1
-        self.nbytes += turn.nbytes
+        self._add(tenant, turn.nbytes)
         return turn
 
-    def _let_go(self, turn: Turn | None) -> None:
+    def _let_go(self, tenant: str, turn: Turn | None) -> None:
         while turn is not None:
             turn.holders -= 1
             if turn.holders:
                 return
-            self.nbytes -= turn.nbytes
+            self._add(tenant, -turn.nbytes)
             turn = turn.before
 
     def _expire(self, now_s: float) -> None:
