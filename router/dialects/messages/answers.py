@@ -14,6 +14,9 @@ from tracehaul.wire.steps import FinishReason
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 ERRORS = {
+    "unauthorized": "authentication_error",
+    "forbidden": "permission_error",
+    "limited": "rate_limit_error",
     "not_found": "not_found_error",
     "too_large": "request_too_large",
     "late": "timeout_error",
@@ -94,9 +97,11 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def error_body(failure: CallFailed) -> ErrorBody:
-    """What the client reads."""
-    kind = ERRORS.get(failure.cause, "invalid_request_error")
-    return ErrorBody(ErrorDetail(kind, str(failure), failure.param, failure.code), failure.request)
+    """What the client reads: its clients show the message alone, so that says what is at fault."""
+    kind, message, param = ERRORS.get(failure.cause, "invalid_request_error"), str(failure), failure.param
+    if param is not None and param not in message:
+        message = f"{param}: {message}"
+    return ErrorBody(ErrorDetail(kind, message, param, failure.code), failure.request)
 
 
 def message_usage(told: events.Usage) -> MessageUsage:

@@ -85,7 +85,10 @@ def test_items_are_messages() -> None:
         Message("system", "rules"),
         Message("user", "ab"),
         Message(
-            "assistant", "look!", reasoning="long", tool_calls=(ToolCall("c1", "one", "{}"), ToolCall("c2", "two", "ls"))
+            "assistant",
+            "look!",
+            reasoning="long",
+            tool_calls=(ToolCall("c1", "one", "{}"), ToolCall("c2", "two", "ls")),
         ),
         Message("tool", "1", tool_call_id="c1"),
         Message("tool", "2", tool_call_id="c2"),
