@@ -3,7 +3,7 @@
 import asyncio
 import codecs
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
@@ -88,6 +88,8 @@ class FakeText:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         if any(message["content"] == "refuse" for message in messages):
             raise InvalidRequest("the template refuses this")

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,11 +11,16 @@ from router.calls.call import Asked, Call, Conversation, Ids, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
 from router.calls.messages import template_messages
+from router.calls.story import ANSWER, story, untold
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import CutTokens, Encoded, extend
+from router.traces.texts import CutTokens, Encoded, extend, find
+from router.traces.texts import Text as Remembered
 from router.traces.trace import TraceKey
+from router.traces.turns import Turn, known, packed_turns
+from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
+from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.hashing import token_count, unpack_tokens
 from tracehaul.wire.ids import TraceId
 
@@ -50,10 +56,20 @@ class Prompt(msgspec.Struct, frozen=True):
         return self.encoded.text if self.conversation and self.encoded is not None else None
 
 
+class Rendered(msgspec.Struct, frozen=True):
+    """A conversation as text."""
+
+    text: str
+    turns: bytes
+    """As in :class:`router.traces.texts.Encoded`; and so is what follows."""
+    dated_s: float
+
+
 class Prompts:
     """Makes prompts; what a trace has seen keeps the ids it had."""
 
     def __init__(self, text: Text, offload: Offload, memory: Memory, model: str) -> None:
+        self._model = model
         self._text = text
         self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens}, model)
         self._offload = offload
@@ -78,29 +94,58 @@ class Prompts:
             case Ids(ids):
                 return Prompt(check_ids(ids, self._text.vocab_size, call.where), None)
             case Plain(text):
-                encoded = await self._encode(text, traces, card, plain=True, where=call.where)
+                texts = self._memory.texts(traces)
+                encoded = await self._encode(text, texts, card, plain=True, where=call.where)
                 return Prompt(encoded.packed, encoded)
             case Conversation():
-                text = await self._render(asked, call)
-                encoded = await self._encode(text, traces, card, plain=False, where=call.where)
+                texts = self._memory.texts(traces)
+                rendered = await self._render(asked, call, texts)
+                encoded = await self._encode(rendered.text, texts, card, plain=False, where=call.where)
+                encoded = msgspec.structs.replace(encoded, turns=rendered.turns, dated_s=rendered.dated_s)
                 return Prompt(encoded.packed, encoded, conversation=True)
 
-    async def _render(self, asked: Conversation, call: Call) -> str:
-        messages = template_messages(asked.messages)
-        tools = None if call.tools is None else call.tools.told
-
-        def render() -> str:
+    async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
+        def render() -> Rendered:
             try:
-                return self._text.render(messages, tools)
+                return self._rendered(asked, call, texts)
             except RecursionError:
                 raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 
         return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
 
+    def _rendered(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
+        """What was run before stays as it was run: the template tells what follows."""
+        tools = None if call.tools is None else call.tools.told
+        told = story(asked.messages, tools, None)
+        before = known(texts, self._model, told)
+        turns = () if before is None else before.turns
+        all_turns = packed_turns(told.context, (*turns, *map(Turn, told.sent[len(turns) :])))
+        dated_s = next((text.dated_s for text in texts if text.dated_s), 0.0) or wall_s()
+        messages = template_messages(asked.messages)
+        rest = None if before is None else self._rest(messages, tools, len(turns), dated_s)
+        if before is not None and rest is not None:
+            return Rendered(before.text.text[: before.end] + rest, all_turns, dated_s)
+        text = self._text.render(messages, tools, now_s=dated_s)
+        return Rendered(text, packed_turns(told.context, map(Turn, told.sent)), dated_s)
+
+    def _rest(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, count: int, dated_s: float
+    ) -> str | None:
+        """What the template tells after the first ``count`` messages, the last of which is an answer; None where that
+        cannot be seen."""
+        marked = [*messages[: count - 1], untold(messages[count - 1]), *messages[count:]]
+        try:
+            text = self._text.render(marked, tools, now_s=dated_s)
+        except InvalidRequest:
+            return None
+        at = text.rfind(ANSWER)
+        end = self._cut_tokens.after(text, at) if at >= 0 else None
+        return None if end is None else text[end:]
+
     async def _encode(
-        self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
+        self, text: str, texts: Sequence[Remembered], card: ModelCard, *, plain: bool, where: str
     ) -> Encoded:
-        known = self._memory.known(traces, text, self._cut_tokens)
+        known = find(texts, text, self._cut_tokens)
         rest = text[len(known.text) :]
         left = max(0, card.context_max - token_count(known.packed))
 

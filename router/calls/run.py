@@ -14,9 +14,11 @@ from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece,
 from router.calls.memory import Memory
 from router.calls.prompts import Prompt
 from router.calls.running import running
+from router.calls.story import answered, says, sent
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
 from router.traces.hits import together
 from router.traces.texts import Said
+from router.traces.turns import Turn, with_turn
 from tracehaul.wire.hashing import pack_tokens
 
 
@@ -190,7 +192,12 @@ class Run:
             if prompt.encoded is not None:
                 # After a stop string the client has the text up to it, which may end inside a token.
                 text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
-                said = Said(prompt.encoded, text, pack_tokens(ids), call.model)
+                turns = prompt.encoded.turns
+                if turns and not answer.matched:
+                    told = answered(answer.reader.whole)
+                    end = len(prompt.encoded.text) + len(text)
+                    turns = with_turn(turns, Turn(sent(told), says(told), end))
+                said = Said(prompt.encoded, text, pack_tokens(ids), turns, call.model)
             if prompt.conversation:
                 tools = names_of([made.name or "" for made in answer.reader.whole.calls])
         # The prompts after the first are traces of their own: the response's name means the first.

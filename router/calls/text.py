@@ -1,6 +1,6 @@
 """What calls ask of a model's tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -68,6 +68,8 @@ class Text(Protocol):
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         """The prompt that the chat template makes of a conversation.
 
