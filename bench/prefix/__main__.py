@@ -22,7 +22,7 @@ from bench.common.report import Result, finish
 from bench.prefix.clients import CLIENTS, Message
 from bench.prefix.conversations import Answer, Conversation, read
 from bench.prefix.families import FAMILIES, Family, Pen
-from router.calls.fakes import FakeDispatcher
+from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest, Tell
 from router.http import ApiConfig, create_app
 from tracehaul.model.source import resolve
@@ -48,7 +48,11 @@ class Model(FakeDispatcher):
 
     async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         usage = StepUsage(prompt_tokens=request.prompt_tokens, output_tokens=len(self.next))
-        self.script = lambda _: [Output(self.next, usage), Finished("stop", usage)]
+
+        def script(_: StepRequest) -> Script:
+            return [Output(self.next, usage), Finished("stop", usage)]
+
+        self.script = script
         async for event in super().run(request, tell):
             yield event
 
@@ -71,6 +75,7 @@ def family_text(family: Family, tokenizer: str, templates: Path) -> Text:
     own.add_special_tokens(texts)
     special = {"bos_token": family.begin, "eos_token": family.end}
     end = own.token_to_id(family.end)
+    assert end is not None
     return Text(own, path.read_text(), special, (end,))
 
 

@@ -1,4 +1,4 @@
-"""Recorded conversations, as lists of turns. Pure but for reading the files.
+"""Recorded conversations, as lists of turns.
 
 Three recordings are read, each in its own form: tau-bench's airline desk (many turns of a person and of tools),
 BFCL's multi-turn tasks (several calls in one answer; results are made up), and mini-swe-agent's trajectories (long

@@ -21,7 +21,11 @@ def story(
     messages: Sequence[Message], tools: list[dict[str, Any]] | None, variables: Mapping[str, Any] | None
 ) -> Story:
     """The keys of a call's messages, and of what is told before them."""
-    return Story(_key((tools, variables)), [sent(message) for message in messages], lambda at: says(messages[at]))
+
+    def said(at: int) -> bytes:
+        return says(messages[at])
+
+    return Story(_key((tools, variables)), [sent(message) for message in messages], said)
 
 
 def sent(message: Message) -> bytes:

@@ -78,11 +78,12 @@ def _filled(tool: dict[str, Any]) -> dict[str, Any]:
     function = tool.get("function")
     if not isinstance(function, dict):
         return tool
-    parameters = {"type": "object", **(function.get("parameters") or {})}
-    parameters["properties"] = {
-        name: {"description": "", **field} if isinstance(field, dict) else field
-        for name, field in (parameters.get("properties") or {}).items()
+    given: dict[str, Any] = function.get("parameters") or {}
+    properties: dict[str, Any] = given.get("properties") or {}
+    properties = {
+        name: {"description": "", **field} if isinstance(field, dict) else field for name, field in properties.items()
     }
+    parameters = {"type": "object", **given, "properties": properties}
     return {
         **tool,
         "function": {**function, "description": function.get("description") or "", "parameters": parameters},

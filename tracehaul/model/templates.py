@@ -93,13 +93,13 @@ class ChatTemplate:
     ) -> str:
         try:
             return self._template.render(
-                **(variables or {}),
+                **{name: value for name, value in (variables or {}).items() if name not in self._special},
                 messages=list(messages),
                 tools=None if tools is None else list(tools),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=partial(_strftime, wall_s() if now_s is None else now_s),
-                **{name: text for name, text in self._special.items() if name not in (variables or {})},
+                **self._special,
             )
         # A template is a program of the model's: on messages that it did not expect it may raise nearly anything.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
