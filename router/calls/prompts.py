@@ -7,17 +7,18 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from router.calls.call import Asked, Call, Conversation, Ids, Plain
+from router.calls.call import Asked, Call, Conversation, Ids, Message, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
 from router.calls.messages import template_messages
 from router.calls.story import ANSWER, story, untold
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import CutTokens, Encoded, extend, find
+from router.traces.hits import Changed
+from router.traces.texts import CutTokens, Encoded, common_prefix, extend, find
 from router.traces.texts import Text as Remembered
 from router.traces.trace import TraceKey
-from router.traces.turns import Turn, known, packed_turns
+from router.traces.turns import Difference, Turn, difference, known, packed_turns
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import InvalidRequest
@@ -39,6 +40,8 @@ class Prompt(msgspec.Struct, frozen=True):
     """Its text; None if the client sent ids."""
     conversation: bool = False
     """The chat template made it, so that its answer is a message."""
+    changed: Changed | None = None
+    """Where it parts from what its trace has run."""
 
     @property
     def tokens(self) -> int:
@@ -63,6 +66,8 @@ class Rendered(msgspec.Struct, frozen=True):
     turns: bytes
     """As in :class:`router.traces.texts.Encoded`; and so is what follows."""
     dated_s: float
+    changed: Changed | None = None
+    """As in :class:`Prompt`."""
 
 
 class Prompts:
@@ -102,7 +107,7 @@ class Prompts:
                 rendered = await self._render(asked, call, texts)
                 encoded = await self._encode(rendered.text, texts, card, plain=False, where=call.where)
                 encoded = msgspec.structs.replace(encoded, turns=rendered.turns, dated_s=rendered.dated_s)
-                return Prompt(encoded.packed, encoded, conversation=True)
+                return Prompt(encoded.packed, encoded, conversation=True, changed=rendered.changed)
 
     async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
         def render() -> Rendered:
@@ -118,15 +123,17 @@ class Prompts:
         tools = None if call.tools is None else call.tools.told
         told = story(asked.messages, tools, None)
         before = known(texts, self._model, told)
-        turns = () if before is None else before.turns
-        all_turns = packed_turns(told.context, (*turns, *map(Turn, told.sent[len(turns) :])))
         dated_s = next((text.dated_s for text in texts if text.dated_s), 0.0) or wall_s()
         messages = template_messages(asked.messages)
-        rest = None if before is None else self._rest(messages, tools, len(turns), dated_s)
+        rest = None if before is None else self._rest(messages, tools, len(before.turns), dated_s)
         if before is not None and rest is not None:
-            return Rendered(before.text.text[: before.end] + rest, all_turns, dated_s)
-        text = self._text.render(messages, tools, now_s=dated_s)
-        return Rendered(text, packed_turns(told.context, map(Turn, told.sent)), dated_s)
+            turns = [*before.turns, *map(Turn, told.sent[len(before.turns) :])]
+            text = before.text.text[: before.end] + rest
+        else:
+            turns = [*map(Turn, told.sent)]
+            text = self._text.render(messages, tools, now_s=dated_s)
+        changed = _changed(difference(texts, self._model, told), asked.messages, text)
+        return Rendered(text, packed_turns(told.context, turns), dated_s, changed)
 
     def _rest(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, count: int, dated_s: float
@@ -167,6 +174,18 @@ class Prompts:
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded
+
+
+def _changed(found: Difference | None, messages: Sequence[Message], text: str) -> Changed | None:
+    """What a client changed, by where the prompt's text parts from the one that was run."""
+    if found is None:
+        return None
+    offset = common_prefix(text, found.text.text)
+    lost = len(found.text.text) - offset
+    if found.message < 0:
+        return Changed("tools", None, offset, lost)
+    system = messages[found.message].role == "system"
+    return Changed("system" if system else "messages", found.message, offset, lost)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:

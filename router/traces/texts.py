@@ -157,7 +157,7 @@ class Text(msgspec.Struct, frozen=True, gc=False):
 
     def usable(self, text: str, cut_tokens: CutTokens) -> tuple[int, int]:
         """How much of ``text``, in characters and tokens, can be taken from here."""
-        common = _common_prefix(text, self.text)
+        common = common_prefix(text, self.text)
         whole = common == len(self.text)
         if whole and (self.generated or common == len(text) or cut_tokens.at(text, common)):
             return common, self.tokens
@@ -217,7 +217,7 @@ def _packed_cuts(cuts: Iterable[tuple[int, int]]) -> bytes:
     return array("I", chain.from_iterable(cuts)).tobytes()
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
     """Length of the longest common beginning, by bisection: comparing slices runs at memory speed."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:

@@ -79,17 +79,26 @@ def known(texts: Iterable[Text], model: str, story: Story) -> Known | None:
     return best
 
 
-def differs(texts: Iterable[Text], model: str, story: Story) -> int | None:
-    """The first message in which ``story`` says another thing than the text of ``texts`` that it shares most with; -1
-    if the context is another; None if it continues one, or none is there to compare with."""
-    most = None
+class Difference(NamedTuple):
+    """Where a conversation says another thing than one that was run."""
+
+    text: Text
+    message: int
+    """-1: what stands before the messages differs."""
+
+
+def difference(texts: Iterable[Text], model: str, story: Story) -> Difference | None:
+    """From the text that it shares most messages with; None if it continues one, is a beginning of one, or none is
+    there to compare with."""
+    most: Difference | None = None
     for text in texts:
         if text.model != model or not text.turns:
             continue
         at = -1 if text.turns[:KEY_BYTES] != story.context else _same(text.turns, story)
-        if at == (len(text.turns) - KEY_BYTES) // _TURN.size:
+        if at in ((len(text.turns) - KEY_BYTES) // _TURN.size, len(story.sent)):
             return None
-        most = at if most is None else max(most, at)
+        if most is None or at > most.message:
+            most = Difference(text, at)
     return most
 
 

@@ -1,7 +1,7 @@
 """What of a conversation is known again, and up to where."""
 
 from router.traces.texts import Said, Text, fresh, remember
-from router.traces.turns import Story, Turn, differs, known, packed_turns, with_turn
+from router.traces.turns import Story, Turn, difference, known, packed_turns, with_turn
 
 CONTEXT = b"c" * 8
 
@@ -63,13 +63,13 @@ def test_the_longest_counts_and_of_equals_the_first() -> None:
 
 def test_where_a_conversation_differs() -> None:
     one = text(ASKED, ANSWERED, Turn(key("b")))
-    assert differs([one], "m", story("ask", "told", "b", "c")) is None
-    assert differs([one], "m", story("ask", "told", "x", "c")) == 2
-    assert differs([one], "m", story("ask", "x", says={1: "?"})) == 1
-    assert differs([one], "m", story("ask", context=b"d" * 8)) == -1
-    assert differs([one], "m", story("ask", "told")) == 2, "it is cut short"
-    assert differs([text(Turn(key("z"))), one], "m", story("ask", "told", "x")) == 2, "the nearest counts"
-    assert differs([], "m", story("ask")) is None
+    assert difference([one], "m", story("ask", "told", "b", "c")) is None
+    assert difference([one], "m", story("ask", "told", "x", "c")) == (one, 2)
+    assert difference([one], "m", story("ask", "x", says={1: "?"})) == (one, 1)
+    assert difference([one], "m", story("ask", context=b"d" * 8)) == (one, -1)
+    assert difference([one], "m", story("ask", "told")) is None, "nothing of it differs"
+    assert difference([text(Turn(key("z"))), one], "m", story("ask", "told", "x")) == (one, 2), "the nearest counts"
+    assert difference([], "m", story("ask")) is None
 
 
 def test_an_answer_is_added() -> None:
