@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from router.calls.call import Call
 from router.calls.errors import CallFailed
+from router.calls.mending import mended
 from router.calls.noise import without_noise
 from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
-from router.dialects.body import INVALID_JSON, mended
+from router.dialects.body import INVALID_JSON
 
 WARNING = b"x-tracehaul-warning"
 """One header for each thing of a body that was not taken as it is."""
