@@ -74,7 +74,7 @@ class SimText:
         token = _IDS.get(text)
         return token if token in _SPECIAL else None
 
-    def stream(self, shown: Sequence[str] = ()) -> SimTextStream:
+    def stream(self, shown: Sequence[str] | None = ()) -> SimTextStream:
         return SimTextStream()
 
     def render(

@@ -2,26 +2,21 @@
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 import numpy as np
 
-from router.calls.call import Asked, Call, Conversation, Ids, Message, Plain
+from router.calls.call import Asked, Call, Conversation, Ids, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
-from router.calls.messages import template_messages
-from router.calls.story import ANSWER, story, untold
+from router.calls.rendering import Rendered, Rendering
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
 from router.traces.hits import Changed
-from router.traces.texts import CutTokens, Encoded, common_prefix, extend, find
+from router.traces.texts import CutTokens, Encoded, extend, find
 from router.traces.texts import Text as Remembered
 from router.traces.trace import TraceKey
-from router.traces.turns import Difference, Turn, difference, known, packed_turns
-from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.hashing import token_count, unpack_tokens
 from tracehaul.wire.ids import TraceId
 
@@ -59,24 +54,13 @@ class Prompt(msgspec.Struct, frozen=True):
         return self.encoded.text if self.conversation and self.encoded is not None else None
 
 
-class Rendered(msgspec.Struct, frozen=True):
-    """A conversation as text."""
-
-    text: str
-    turns: bytes
-    """As in :class:`router.traces.texts.Encoded`; and so is what follows."""
-    dated_s: float
-    changed: Changed | None = None
-    """As in :class:`Prompt`."""
-
-
 class Prompts:
     """Makes prompts; what a trace has seen keeps the ids it had."""
 
     def __init__(self, text: Text, offload: Offload, memory: Memory, model: str) -> None:
-        self._model = model
         self._text = text
         self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens}, model)
+        self._rendering = Rendering(text, self._cut_tokens)
         self._offload = offload
         self._memory = memory
 
@@ -110,44 +94,15 @@ class Prompts:
                 return Prompt(encoded.packed, encoded, conversation=True, changed=rendered.changed)
 
     async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
+        tools = None if call.tools is None else call.tools.told
+
         def render() -> Rendered:
             try:
-                return self._rendered(asked, call, texts)
+                return self._rendering.of(asked, tools, texts)
             except RecursionError:
                 raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 
         return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
-
-    def _rendered(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
-        """What was run before stays as it was run: the template tells what follows."""
-        tools = None if call.tools is None else call.tools.told
-        told = story(asked.messages, tools, None)
-        before = known(texts, self._model, told)
-        dated_s = next((text.dated_s for text in texts if text.dated_s), 0.0) or wall_s()
-        messages = template_messages(asked.messages)
-        rest = None if before is None else self._rest(messages, tools, len(before.turns), dated_s)
-        if before is not None and rest is not None:
-            turns = [*before.turns, *map(Turn, told.sent[len(before.turns) :])]
-            text = before.text.text[: before.end] + rest
-        else:
-            turns = [*map(Turn, told.sent)]
-            text = self._text.render(messages, tools, now_s=dated_s)
-        changed = _changed(difference(texts, self._model, told), asked.messages, text)
-        return Rendered(text, packed_turns(told.context, turns), dated_s, changed)
-
-    def _rest(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, count: int, dated_s: float
-    ) -> str | None:
-        """What the template tells after the first ``count`` messages, the last of which is an answer; None where that
-        cannot be seen."""
-        marked = [*messages[: count - 1], untold(messages[count - 1]), *messages[count:]]
-        try:
-            text = self._text.render(marked, tools, now_s=dated_s)
-        except InvalidRequest:
-            return None
-        at = text.rfind(ANSWER)
-        end = self._cut_tokens.after(text, at) if at >= 0 else None
-        return None if end is None else text[end:]
 
     async def _encode(
         self, text: str, texts: Sequence[Remembered], card: ModelCard, *, plain: bool, where: str
@@ -170,22 +125,10 @@ class Prompts:
             encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if isinstance(encoded, int):
             # To learn by how much would take longer than all else that is done for a call.
-            raise _too_long(f"at least {card.context_max - left + encoded}", "", card, where)
+            raise _too_long(card.context_max - left + encoded, 1, card, where, "at least ")
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded
-
-
-def _changed(found: Difference | None, messages: Sequence[Message], text: str) -> Changed | None:
-    """What a client changed, by where the prompt's text parts from the one that was run."""
-    if found is None:
-        return None
-    offset = common_prefix(text, found.text.text)
-    lost = len(found.text.text) - offset
-    if found.message < 0:
-        return Changed("tools", None, offset, lost)
-    system = messages[found.message].role == "system"
-    return Changed("system" if system else "messages", found.message, offset, lost)
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:
@@ -201,16 +144,15 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
-    """Output tokens that a step may have: what was asked for, or the rest of the window.
+    """Output tokens that a step may have: what was asked for, as far as the rest of the window has room for it.
 
     Raises:
-        CallFailed: it does not fit the window.
+        CallFailed: the window has no room for output at all.
     """
     left = card.context_max - prompt_tokens
-    if left < (max_tokens or 1):
-        wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
-        raise _too_long(str(prompt_tokens), wanted, card, param)
-    return max_tokens or left
+    if left < 1:
+        raise _too_long(prompt_tokens, max_tokens or 1, card, param)
+    return min(max_tokens or left, left)
 
 
 def numbered(trace: TraceId, prompt: int) -> TraceId:
@@ -218,6 +160,11 @@ def numbered(trace: TraceId, prompt: int) -> TraceId:
     return trace if prompt == 0 else TraceId(f"{trace}.{prompt}")
 
 
-def _too_long(tokens: str, wanted: str, card: ModelCard, param: str) -> CallFailed:
-    message = f"this model's context is {card.context_max} tokens; the prompt has {tokens}{wanted}"
+def _too_long(tokens: int, output_tokens: int, card: ModelCard, param: str, least: str = "") -> CallFailed:
+    # Clients look for these words, to shorten the conversation and to ask again.
+    message = (
+        f"This model's maximum context length is {card.context_max} tokens. However, you requested "
+        f"{least}{tokens + output_tokens} tokens ({least}{tokens} in the {param}, {output_tokens} in the completion). "
+        f"Please reduce the length of the {param} or completion."
+    )
     return invalid(message, param, "context_length_exceeded")

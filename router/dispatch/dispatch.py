@@ -223,8 +223,12 @@ class Dispatch:
         if not decodes:
             raise Unavailable(f"no decode worker is ready{in_pool(run.request.pool)}")
         tokens = run.request.prompt_tokens + len(run.emitted)
-        if tokens >= max(worker.context_max for worker in decodes):
-            raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
+        longest = max(worker.context_max for worker in decodes)
+        if tokens >= longest:
+            message = (
+                f"This model's maximum context length is {longest} tokens. However, you requested {tokens + 1} tokens"
+            )
+            raise ContextTooLong(message)
         run.cut(decodes[0])
         found = self.index.match(run.hashes)
         placement = self._price(run, found.runs, run.leaves)

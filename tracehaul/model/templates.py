@@ -23,7 +23,7 @@ from tracehaul.wire.errors import InvalidRequest
 
 _TOOL_VARIABLES = ("xml_tools", "python_tools")
 """Where some templates look for tools, each written as JSON."""
-_RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "documents", "strftime_now", "raise_exception"))
+_RESERVED = frozenset(("messages", "tools", "add_generation_prompt", "strftime_now", "raise_exception"))
 
 
 class ChatTemplate:
@@ -93,10 +93,9 @@ class ChatTemplate:
     ) -> str:
         try:
             return self._template.render(
-                **{name: value for name, value in (variables or {}).items() if name not in self._special},
+                {"documents": None, **(variables or {})},
                 messages=list(messages),
                 tools=None if tools is None else list(tools),
-                documents=None,
                 add_generation_prompt=add_generation_prompt,
                 strftime_now=partial(_strftime, wall_s() if now_s is None else now_s),
                 **self._special,

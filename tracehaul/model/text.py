@@ -151,9 +151,10 @@ class Text:
         token = self._tokenizer.token_to_id(text)
         return token if token in self._hidden else None
 
-    def stream(self, shown: Sequence[str] = ()) -> TextStream:
-        """An incremental decoder for one step's output; of special tokens it shows those named in ``shown``."""
-        shown_tokens = {token: text for text in shown if (token := self.special_token(text)) is not None}
+    def stream(self, shown: Sequence[str] | None = ()) -> TextStream:
+        """An incremental decoder for one step's output; of special tokens it shows those in ``shown``, or all: None."""
+        texts = map(self.token_text, self._hidden) if shown is None else shown
+        shown_tokens = {token: text for text in texts if (token := self.special_token(text)) is not None}
         hidden = self._hidden - shown_tokens.keys()
         if self._bytes is not None:
             return _ByteStream(self._bytes, hidden)

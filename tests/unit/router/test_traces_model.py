@@ -30,7 +30,7 @@ from router.traces.events import (
     Tick,
 )
 from router.traces.machine import Traces
-from router.traces.prefixes import Place, digests
+from router.traces.prefixes import Heard, Place, digests
 from router.traces.texts import TEXTS_MAX, CutTokens, Said, find, fresh
 from router.traces.trace import PinWish, Trace
 from tracehaul.wire.hashing import chain, pack_tokens
@@ -257,8 +257,9 @@ class Model(RuleBasedStateMachine):
         tools=st.sampled_from([None, (), ("bash",)]),
         said=st.none() | st.tuples(words, words),
         response=st.sampled_from([None, "r1", "r2", "r3"]),
+        name=st.sampled_from([None, "h1", "h2"]),
     )
-    def answer(self, at, tools, said, response) -> None:
+    def answer(self, at, tools, said, response, name) -> None:
         if not self.steps:
             return
         key, step = self.steps[at % len(self.steps)]
@@ -268,15 +269,16 @@ class Model(RuleBasedStateMachine):
             prompt, answer = said
             ids = [ord(c) % 2 for c in prompt + answer]
             heard = Said(fresh(prompt, ids[: len(prompt)], []), answer, pack_tokens(ids[len(prompt) :]))
-        effects = self.send(Answered(key, step, response, tools, heard))
+        effects = self.send(Answered(key, step, response, tools, heard, name))
         if known is None or step not in known.unanswered:
             assert effects == []
             self.settle_limits()
             return
         known.unanswered.remove(step)
         known.calls = known.calls if tools is None else tools
-        if response is not None and not any(response in other.responses for other in self.known.values()):
-            known.responses.append(response)
+        for found in (response, name):
+            if found is not None and not any(found in other.responses for other in self.known.values()):
+                known.responses.append(found)
         if said is not None and known.state != "ended":
             kept = [text for text in known.texts if not (prompt + answer).startswith(text[0] + text[1])]
             known.texts = [*kept[-(TEXTS_MAX - 1) :], (prompt, answer, ids)]
@@ -294,15 +296,30 @@ class Model(RuleBasedStateMachine):
             known.contexts[0][2] = warm
         self.settle_limits()
 
-    @rule(words=st.text("pq", min_size=0, max_size=4), salt=st.sampled_from(["", "red"]))
-    def call(self, words, salt) -> None:
+    @rule(
+        words=st.text("pq", min_size=0, max_size=4),
+        salt=st.sampled_from(["", "red"]),
+        first=st.booleans(),
+        heard=st.none() | st.builds(Heard, st.integers(0, 3), st.sampled_from(["h1", "h2"])),
+    )
+    def call(self, words, salt, first, heard) -> None:
         """A conversation is placed, and begins a step or not; what it holds open may be over at any time."""
         conversation = digests(salt, [word.encode() for word in words])
         fresh_name = TraceId(f"call-{len(self.steps)}")
-        place = self.traces.place(salt, conversation, fresh_name)
+        place = self.traces.place(salt, conversation, fresh_name, first=first, heard=heard)
         owners = {digest: key for key, known in self.known.items() for digest in known.messages}
         longest = next((digest for digest in reversed(conversation) if digest in owners), None)
-        if longest is None:
+        unheard = heard is not None and (longest is None or conversation.index(longest) < heard.at)
+        heard_by = (
+            [key for key, known in self.known.items() if key[0] == salt and heard.name in known.responses]
+            if unheard
+            else []
+        )
+        if first and longest is not None and longest == conversation[-1]:
+            assert place == Place(fresh_name, shared=True)
+        elif heard_by:
+            assert place == Place(heard_by[0][1])
+        elif longest is None:
             assert place == Place(fresh_name)
         else:
             owner = owners[longest]
@@ -318,8 +335,8 @@ class Model(RuleBasedStateMachine):
                     loser.messages.remove(digest)
                     loser.tip = None if loser.tip == digest else loser.tip
                 known.messages.append(digest)
-        known.tip = conversation[-1] if conversation else known.tip
-        assert self.send(Recognised(key, tuple(conversation))) == []
+        known.tip = conversation[-1] if conversation and not place.shared else known.tip
+        assert self.send(Recognised(key, tuple(conversation), place.shared)) == []
         self.settle_limits()
 
     @rule(at=st.integers(0))
