@@ -35,6 +35,17 @@ class Needs(msgspec.Struct, frozen=True):
     tools_unseen: bool = False
     """It never shows tools."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person who serves the model should know, a line each."""
+        template = "its chat template"
+        said = {
+            f"{template} never shows tools: the model will not know of those that calls name": self.tools_unseen,
+            f"{template} leaves calls of tools out: they are written into the answers' text": self.calls_as_text,
+            f"{template} takes one call in an answer: several are shown as several answers": self.one_call,
+        }
+        return [line for line, holds in said.items() if holds]
+
     def but(self, **changes: Any) -> "Needs":
         """The same with changes."""
         return msgspec.structs.replace(self, **changes)
