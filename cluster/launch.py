@@ -36,7 +36,7 @@ from cluster.config import (
     threads_of,
     usable_cores,
 )
-from cluster.model import kv_layout, notes
+from cluster.model import kv_layout, note
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
 from tracehaul.model.source import SourceError, resolve
 from tracehaul.runtime import clock
@@ -158,8 +158,8 @@ def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
             source = resolve(pool.model, progress=lambda line: console.print(line, highlight=False, markup=False))
     except SourceError as error:
         raise ClusterFault(str(error)) from error
-    for line in notes(source):
-        console.print(line, highlight=False, markup=False)
+    if said := note(source):
+        console.print(said, highlight=False, markup=False)
     if Path(pool.model).exists():  # nodes run elsewhere
         pool = msgspec.structs.replace(pool, model=str(source.path.absolute()))
     return PoolPlan(name, msgspec.structs.replace(source, name=pool.serves or source.name), pool)

@@ -31,13 +31,12 @@ def kv_layout(source: ModelSource, dtype: str) -> KVLayout:
     )
 
 
-def notes(source: ModelSource) -> list[str]:
-    """What is to be said of a model before it is served, a line each; its tokenizer is read for that."""
+def note(source: ModelSource) -> str:
+    """What is to be said of a model before it is served, in a line; empty if nothing. Its tokenizer is read for that."""
     try:
         template = Text.load(source).template
     except SourceError:
-        return []  # who needs it will tell
-    lines = (
-        ["it has no chat template: only plain completions are possible"] if template is None else template.needs.notes
-    )
-    return [f"{source.name}: {line}" for line in lines]
+        return ""  # who needs it will tell
+    if template is None:
+        return f"{source.name} has no chat template: only plain completions are possible"
+    return f"{source.name}'s chat template: {template.needs.note}" if template.needs.note else ""

@@ -33,18 +33,17 @@ class Needs(msgspec.Struct, frozen=True):
     tools_as: str = ""
     """The variable in which it reads tools; empty: as all do."""
     tools_unseen: bool = False
-    """It never shows tools."""
+    """It never shows tools: the system tells of them."""
 
     @property
-    def notes(self) -> list[str]:
-        """What a person who serves the model should know, a line each."""
-        template = "its chat template"
+    def note(self) -> str:
+        """What a person who serves the model should know of it; empty if nothing."""
         said = {
-            f"{template} never shows tools: the model will not know of those that calls name": self.tools_unseen,
-            f"{template} leaves calls of tools out: they are written into the answers' text": self.calls_as_text,
-            f"{template} takes one call in an answer: several are shown as several answers": self.one_call,
+            "it never shows tools (they are told in the system's message)": self.tools_unseen,
+            "it leaves calls of tools out (they are written into the answers' text)": self.calls_as_text,
+            "it takes one call in an answer (several are shown as several answers)": self.one_call,
         }
-        return [line for line, holds in said.items() if holds]
+        return "; ".join(line for line, holds in said.items() if holds)
 
     def but(self, **changes: Any) -> "Needs":
         """The same with changes."""
@@ -65,6 +64,18 @@ def adapted(messages: Sequence[Message], needs: Needs) -> list[Message]:
     if needs.turns:
         found = _turns(found)
     return found
+
+
+def with_tools(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+    """The same with the tools in the system's message, and how they are called, in the form of most open models."""
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    told = (
+        f"You can call these tools:\n<tools>\n{listed}\n</tools>\nTo call one, write its name and its "
+        'arguments as a JSON object between these tags:\n<tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>'
+    )
+    if messages and messages[0]["role"] == "system":
+        return [{**messages[0], "content": _joined(messages[0]["content"], told)}, *messages[1:]]
+    return [{"role": "system", "content": told}, *messages]
 
 
 def filled(tools: Sequence[dict[str, Any]] | None) -> Sequence[dict[str, Any]]:

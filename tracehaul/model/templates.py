@@ -17,7 +17,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tracehaul.model.adapting import Message, Needs, adapted, filled
+from tracehaul.model.adapting import Message, Needs, adapted, filled, with_tools
 from tracehaul.runtime.clock import wall_s
 from tracehaul.wire.errors import InvalidRequest
 
@@ -64,7 +64,10 @@ class ChatTemplate:
         if tools and self.needs.tools_as:
             written = [json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools]
             more.setdefault(self.needs.tools_as, written)
-        return self._rendered(adapted(messages, self.needs), tools, add_generation_prompt, more, now_s)
+        found = adapted(messages, self.needs)
+        if tools and self.needs.tools_unseen:
+            found = with_tools(found, tools)
+        return self._rendered(found, tools, add_generation_prompt, more, now_s)
 
     def _rendered(
         self,

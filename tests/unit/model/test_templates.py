@@ -107,6 +107,18 @@ def test_tools_are_given_where_they_are_read() -> None:
     assert ChatTemplate(PLAIN, {}).render([USER], [tool]) == '[user]u{"type": "function", "function": {"name": "look"}}'
 
 
+def test_tools_that_a_template_never_shows_are_told_by_the_system() -> None:
+    tool = {"type": "function", "function": {"name": "look"}}
+    template = ChatTemplate(ONE_SYSTEM, {})
+    shown = template.render([USER], [tool])
+    assert shown.startswith('[system]You can call these tools:\n<tools>\n{"type": "function", "function": {"name"')
+    assert shown.endswith("</tool_call>[user]u")
+    assert template.render([{"role": "system", "content": "s"}, USER], [tool]).startswith("[system]s\n\nYou can call")
+    assert template.render([USER]) == "[user]u"
+    assert "never shows tools" in template.needs.note
+    assert ChatTemplate(PLAIN, {}).needs.note == ""
+
+
 def test_variables_are_passed_on_and_take_nothing_over() -> None:
     source = "{{ bos_token }}{{ mood }}" + PLAIN + "{% if add_generation_prompt %}!{% endif %}"
     variables = {"mood": "calm", "messages": [], "bos_token": "<b>", "tools": [1], "add_generation_prompt": False}
