@@ -31,7 +31,7 @@ from router.traces.events import (
 )
 from router.traces.machine import Traces
 from router.traces.prefixes import Heard, Place, digests
-from router.traces.texts import TEXTS_MAX, CutTokens, Said, fresh
+from router.traces.texts import TEXTS_MAX, CutTokens, Said, find, fresh
 from router.traces.trace import PinWish, Trace
 from tracehaul.wire.hashing import chain, pack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
@@ -454,7 +454,7 @@ class Model(RuleBasedStateMachine):
             assert list(trace.responses) == known.responses
             assert [text.text for text in trace.texts] == [prompt + answer for prompt, answer, _ in known.texts]
             for prompt, answer, ids in known.texts:
-                found = self.traces.known([key], prompt + answer + "z", NO_CUTS)
+                found = find(self.traces.texts([key]), prompt + answer + "z", NO_CUTS)
                 assert (found.text, found.ids) == max(
                     ((p + a, i) for p, a, i in known.texts if (prompt + answer).startswith(p + a)),
                     key=lambda pair: len(pair[0]),
