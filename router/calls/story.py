@@ -47,7 +47,7 @@ def canonical(arguments: str) -> str:
     fraction, as in JSON's own language."""
     try:
         value = json.loads(arguments, strict=False, parse_float=_number) if arguments.strip() else {}
-        return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))  # in ASCII: it may hold half a surrogate pair
     except (ValueError, RecursionError):
         return arguments
 

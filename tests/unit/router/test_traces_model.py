@@ -87,6 +87,8 @@ class Model(RuleBasedStateMachine):
         self.traces = Traces(TRACES_MAX, BYTES_MAX, self.config)
         self.known: dict[tuple[str, str], Known] = {}
         """In the order of their use."""
+        self.given: dict[str, tuple[str, TraceId]] = {}
+        """Who gave a response last."""
         self.now_s = 0.0
         self.steps: list[tuple[tuple[str, TraceId], StepId]] = []
 
@@ -115,6 +117,7 @@ class Model(RuleBasedStateMachine):
 
     def forget(self, key: tuple[str, str]) -> None:
         del self.known[key]
+        self.given = {response: owner for response, owner in self.given.items() if owner != key}
 
     def touch(self, key: tuple[str, str]) -> Known:
         known = self.known.pop(key, None) or Known()
@@ -277,8 +280,9 @@ class Model(RuleBasedStateMachine):
         known.unanswered.remove(step)
         known.calls = known.calls if tools is None else tools
         for found in (response, name):
-            if found is not None and not any(found in other.responses for other in self.known.values()):
-                known.responses.append(found)
+            if found is not None:
+                self.given[found] = key
+                known.responses += [found] if found not in known.responses else []
         if said is not None and known.state != "ended":
             kept = [text for text in known.texts if not (prompt + answer).startswith(text[0] + text[1])]
             known.texts = [*kept[-(TEXTS_MAX - 1) :], (prompt, answer, ids)]
@@ -310,11 +314,7 @@ class Model(RuleBasedStateMachine):
         owners = {digest: key for key, known in self.known.items() for digest in known.messages}
         longest = next((digest for digest in reversed(conversation) if digest in owners), None)
         unheard = heard is not None and (longest is None or conversation.index(longest) < heard.at)
-        heard_by = (
-            [key for key, known in self.known.items() if key[0] == salt and heard.name in known.responses]
-            if unheard
-            else []
-        )
+        heard_by = [self.given[heard.name]] if unheard and self.given.get(heard.name, ("nobody's",))[0] == salt else []
         if first and longest is not None and longest == conversation[-1]:
             assert place == Place(fresh_name, shared=True)
         elif heard_by:
@@ -462,8 +462,8 @@ class Model(RuleBasedStateMachine):
                 assert found.ids == ids
         shown = [trace.key for trace in self.traces.all()]
         assert shown == [key for key, known in self.known.items() if known.steps]
-        for response in ("r1", "r2", "r3"):
-            owner = next((key for key, known in self.known.items() if response in known.responses), None)
+        for response in ("r1", "r2", "r3", "h1"):
+            owner = self.given.get(response)
             for salt in ("", "red"):
                 expected = owner[1] if owner is not None and owner[0] == salt else None
                 assert self.traces.response(salt, response) == expected

@@ -66,3 +66,8 @@ def test_what_takes_an_answers_place_has_its_shape() -> None:
     assert (marked["content"], len(marked["tool_calls"]), "reasoning_content" in marked) == (ANSWER, 1, False)
     assert marked["tool_calls"][0]["function"] == {"name": "f", "arguments": {ANSWER: ANSWER}}
     assert "tool_calls" not in untold({"role": "assistant", "content": "x"})
+
+
+def test_half_a_surrogate_pair_in_arguments_is_a_value_like_others() -> None:
+    one, other = (ToolCall("1", "f", text) for text in ('{"a":"\\ud83d"}', '{ "a": "\\uD83D" }'))
+    assert says(Message("assistant", tool_calls=(one,))) == says(Message("assistant", tool_calls=(other,)))
