@@ -32,7 +32,7 @@ def kv_layout(source: ModelSource, dtype: str) -> KVLayout:
 
 
 def note(source: ModelSource) -> str:
-    """What is to be said of a model before it is served, in a line; empty if nothing. Its tokenizer is read for that."""
+    """What is to be said of a model before it is served, in a line; empty if nothing. Reads its tokenizer."""
     try:
         template = Text.load(source).template
     except SourceError:
