@@ -64,6 +64,8 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
         try:
             check_port(config)
             plan = make_plan(config, console)
+            for said in filter(None, (note(pool.model) for pool in plan.pools)):
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
             save_plan(run, plan)
             asyncio.run(_start(plan, run, console))
         finally:
@@ -158,8 +160,6 @@ def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
             source = resolve(pool.model, progress=lambda line: console.print(line, highlight=False, markup=False))
     except SourceError as error:
         raise ClusterFault(str(error)) from error
-    if said := note(source):
-        console.print(said, highlight=False, markup=False)
     if Path(pool.model).exists():  # nodes run elsewhere
         pool = msgspec.structs.replace(pool, model=str(source.path.absolute()))
     return PoolPlan(name, msgspec.structs.replace(source, name=pool.serves or source.name), pool)
