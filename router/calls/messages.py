@@ -35,8 +35,8 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _arguments(arguments: str) -> dict[str, Any]:
-    """As an object, since templates print it as JSON again, and models are trained on objects. What is none, or is broken
-    off, becomes the only value of one."""
+    """As an object, since templates print it as JSON again, and models are trained on objects. What is none, or is
+    broken off, becomes the only value of one."""
     if not arguments.strip():
         return {}
     try:
