@@ -83,5 +83,6 @@ class SimText:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         return render([(message["role"], message["content"]) for message in messages])

@@ -183,6 +183,7 @@ class Calls:
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
+                        changed=prompt.changed,
                         agent=identity.agent,
                     )
                 )

@@ -6,13 +6,13 @@ import msgspec
 from blake3 import blake3
 
 from router.calls.call import Conversation, Message
+from router.calls.story import canonical
 from router.traces.prefixes import Heard, digests
 
 TOOLS_MAX = 16
 NAME_CHARACTERS_MAX = 64
 
 _encode = msgspec.json.Encoder().encode
-_canonically = msgspec.json.Encoder(order="sorted").encode
 
 
 class Lineage(msgspec.Struct, frozen=True):
@@ -54,15 +54,8 @@ def answer_name(before: bytes, content: str, calls: Sequence[tuple[str, str]]) -
     """Names an answer, told by the last of the :func:`beginnings` of what it answers, so that it is known again: by
     what it says and which tools it calls with which arguments, however a client spells them, and without its reasoning.
     """
-    spelled = [(name, _canonical(arguments)) for name, arguments in calls]
+    spelled = [(name, canonical(arguments)) for name, arguments in calls]
     return "heard-" + blake3(before + _encode((content.strip(), spelled))).hexdigest(16)
-
-
-def _canonical(arguments: str) -> bytes:
-    try:
-        return _canonically(msgspec.json.decode(arguments.strip() or "{}"))
-    except (ValueError, RecursionError):
-        return arguments.encode(errors="replace")
 
 
 def called(messages: Sequence[Message]) -> tuple[str, ...]:

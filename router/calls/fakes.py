@@ -91,6 +91,7 @@ class FakeText:
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         if any(message["content"] == "refuse" for message in messages):
             raise InvalidRequest("the template refuses this")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from router.traces.book import Book
 from router.traces.prefixes import Heard, Place
-from router.traces.texts import CutTokens, Encoded, Said
+from router.traces.texts import Said, Text
 from router.traces.trace import TraceKey
 from tracehaul.wire.ids import StepId, TraceId
 
@@ -43,9 +43,9 @@ class Memory:
         finally:
             self._book.over(tenant, place.trace)
 
-    def known(self, traces: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
-        """The longest beginning of ``text`` whose ids are known in one of ``traces``; empty if none is."""
-        return self._book.known(traces, text, cut_tokens)
+    def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
+        """What was said in ``traces``, of each the newest first."""
+        return self._book.texts(traces)
 
     def response(self, tenant: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response; None if it is unknown or forgotten."""

@@ -9,11 +9,12 @@ import numpy as np
 from router.calls.call import Asked, Call, Conversation, Ids, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
-from router.calls.messages import template_messages
-from router.calls.rendering import rendered
+from router.calls.rendering import Rendered, Rendering
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import CutTokens, Encoded, extend
+from router.traces.hits import Changed
+from router.traces.texts import CutTokens, Encoded, extend, find
+from router.traces.texts import Text as Remembered
 from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.hashing import token_count, unpack_tokens
@@ -34,6 +35,8 @@ class Prompt(msgspec.Struct, frozen=True):
     """Its text; None if the client sent ids."""
     conversation: bool = False
     """The chat template made it, so that its answer is a message."""
+    changed: Changed | None = None
+    """Where it parts from what its trace has run."""
 
     @property
     def tokens(self) -> int:
@@ -57,6 +60,7 @@ class Prompts:
     def __init__(self, text: Text, offload: Offload, memory: Memory, model: str) -> None:
         self._text = text
         self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens}, model)
+        self._rendering = Rendering(text, self._cut_tokens)
         self._offload = offload
         self._memory = memory
 
@@ -79,29 +83,31 @@ class Prompts:
             case Ids(ids):
                 return Prompt(check_ids(ids, self._text.vocab_size, call.where), None)
             case Plain(text):
-                encoded = await self._encode(text, traces, card, plain=True, where=call.where)
+                texts = self._memory.texts(traces)
+                encoded = await self._encode(text, texts, card, plain=True, where=call.where)
                 return Prompt(encoded.packed, encoded)
             case Conversation():
-                text = await self._render(asked, call)
-                encoded = await self._encode(text, traces, card, plain=False, where=call.where)
-                return Prompt(encoded.packed, encoded, conversation=True)
+                texts = self._memory.texts(traces)
+                rendered = await self._render(asked, call, texts)
+                encoded = await self._encode(rendered.text, texts, card, plain=False, where=call.where)
+                encoded = msgspec.structs.replace(encoded, turns=rendered.turns, dated_s=rendered.dated_s)
+                return Prompt(encoded.packed, encoded, conversation=True, changed=rendered.changed)
 
-    async def _render(self, asked: Conversation, call: Call) -> str:
-        messages = template_messages(asked.messages)
+    async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
         tools = None if call.tools is None else call.tools.told
 
-        def render() -> str:
+        def render() -> Rendered:
             try:
-                return rendered(self._text, asked, messages, tools)
+                return self._rendering.of(asked, tools, texts)
             except RecursionError:
                 raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 
         return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
 
     async def _encode(
-        self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
+        self, text: str, texts: Sequence[Remembered], card: ModelCard, *, plain: bool, where: str
     ) -> Encoded:
-        known = self._memory.known(traces, text, self._cut_tokens)
+        known = find(texts, text, self._cut_tokens)
         rest = text[len(known.text) :]
         left = max(0, card.context_max - token_count(known.packed))
 

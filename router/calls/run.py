@@ -14,9 +14,11 @@ from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece,
 from router.calls.memory import Memory
 from router.calls.prompts import Prompt
 from router.calls.running import running
+from router.calls.story import answered, says, sent
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
 from router.traces.hits import together
 from router.traces.texts import Said
+from router.traces.turns import Turn, with_turn
 from tracehaul.wire.hashing import pack_tokens
 
 
@@ -193,8 +195,13 @@ class Run:
                 # After a stop string the client has the text up to it, which may end inside a token; and a text that
                 # shows what others hide is no template's.
                 hides = not (self._options.include_stops or self._options.special_shown)
-                text, ids = (answer.text, answer.generated) if hides and not answer.matched else ("", ())
-                said = Said(prompt.encoded, text, pack_tokens(ids), call.model)
+                whole_said = hides and not answer.matched
+                text, ids = (answer.text, answer.generated) if whole_said else ("", ())
+                turns = prompt.encoded.turns
+                if turns and whole_said:
+                    told = answered(answer.reader.whole)
+                    turns = with_turn(turns, Turn(sent(told), says(told), len(prompt.encoded.text) + len(text)))
+                said = Said(prompt.encoded, text, pack_tokens(ids), turns, call.model)
             if prompt.conversation:
                 whole = answer.reader.whole
                 tools = names_of([made.name or "" for made in whole.calls])

@@ -70,6 +70,7 @@ class Text(Protocol):
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         """The prompt that the chat template makes of a conversation. ``variables``: more that it may read.
 

@@ -364,7 +364,8 @@ class Dispatch:
         self.stats.indexed_tokens += hits.indexed
         self.stats.chosen_tokens += hits.chosen
         self.stats.delivered_tokens += hits.delivered
-        for reason, tokens in hits.losses.items():
+        changed = {} if hits.changed is None else {"prompt_changed": hits.changed.tokens}
+        for reason, tokens in (hits.losses | changed).items():
             self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
         if sum(hits.losses.values()) >= run.block_tokens:
             log.warning("tokens were computed again", step=run.request.step, **hits.losses)

@@ -5,10 +5,11 @@ from typing import TypeVar
 
 from router.calls.call import Call
 from router.calls.errors import CallFailed
+from router.calls.mending import mended
 from router.calls.noise import without_noise
 from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
-from router.dialects.body import INVALID_JSON, mended
+from router.dialects.body import INVALID_JSON
 
 T = TypeVar("T", bound=Teller)
 

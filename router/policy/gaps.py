@@ -5,10 +5,12 @@ known of more gaps: those of any agent's use of these tools, those of this agent
 :data:`ENOUGH` samples of its own a kind of gap is judged by these alone.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+
+import numpy as np
 
 WINDOW = 256
 """Gaps of one kind that count: the last ones."""
@@ -48,28 +50,45 @@ class Gaps:
     """What was seen of gaps."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[str | None, Tools], deque[float]] = OrderedDict()
+        self._rows: OrderedDict[tuple[str | None, Tools], int] = OrderedDict()
+        # In one block: samples of their own here and there keep all memory around them from being given back.
+        self._seconds = np.zeros((KINDS_MAX, WINDOW))
+        self._seen = [0] * KINDS_MAX
+        """Gaps of each row so far."""
 
     def saw(self, agent: str, tools: Tools, seconds: float) -> None:
         """A gap has ended."""
         for kind in dict.fromkeys(((agent, tools), (None, tools), (agent, None), (None, None))):
-            window = self._seen.setdefault(kind, deque(maxlen=WINDOW))
-            self._seen.move_to_end(kind)
-            window.append(seconds)
-        while len(self._seen) > KINDS_MAX:
-            self._seen.popitem(last=False)
+            row = self._row(kind)
+            self._seconds[row, self._seen[row] % WINDOW] = seconds
+            self._seen[row] += 1
 
     def expect(self, agent: str, tools: Tools) -> Gap:
         """What is to be expected of a gap."""
         samples: Sequence[float] = _guess(PEOPLE_GUESS if tools == () else TOOLS_GUESS)
         seen = 0
         for kind in dict.fromkeys(((None, None), (agent, None), (None, tools), (agent, tools))):
-            window = self._seen.get(kind, ())
+            window = self._window(kind)
             seen = len(window)
             if seen == 0 and len(samples) == ENOUGH:
                 continue
-            samples = [*window, *_thinned(samples, ENOUGH - seen)] if seen < ENOUGH else list(window)
+            samples = [*window, *_thinned(samples, ENOUGH - seen)] if seen < ENOUGH else window
         return Gap(samples, seen)
+
+    def _row(self, kind: tuple[str | None, Tools]) -> int:
+        """Of a kind, which is the last one seen now."""
+        row = self._rows.get(kind)
+        if row is None:
+            row = len(self._rows)
+            if row == KINDS_MAX:
+                _, row = self._rows.popitem(last=False)
+            self._rows[kind], self._seen[row] = row, 0
+        self._rows.move_to_end(kind)
+        return row
+
+    def _window(self, kind: tuple[str | None, Tools]) -> list[float]:
+        row = self._rows.get(kind)
+        return [] if row is None else self._seconds[row, : self._seen[row]].tolist()
 
 
 @cache

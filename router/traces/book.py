@@ -15,7 +15,7 @@ from router.traces.events import (
 )
 from router.traces.machine import Traces
 from router.traces.prefixes import Heard, Place, own
-from router.traces.texts import CutTokens, Encoded, Said
+from router.traces.texts import Said, Text
 from router.traces.trace import PinWish, Trace, TraceKey
 from router.traces.views import TraceList, TraceView, trace_list, view
 from tracehaul.wire.blocks import PinKind, Pinned
@@ -86,9 +86,9 @@ class Book:
         """The call that was given that place is over. Where it began no step, nothing stays of it."""
         self._keeper.send(CallOver((salt, trace)))
 
-    def known(self, traces: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
-        """The longest beginning of ``text`` whose token ids one of these traces knows; empty if none does."""
-        return self._traces.known(traces, text, cut_tokens)
+    def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
+        """What was said in these traces, of each the newest first."""
+        return self._traces.texts(traces)
 
     def response(self, salt: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response."""

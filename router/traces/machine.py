@@ -38,7 +38,7 @@ from router.traces.events import (
 from router.traces.lookups import Lookups
 from router.traces.prefixes import Heard, Place
 from router.traces.rows import Pause
-from router.traces.texts import CutTokens, Encoded, Text, find, remember
+from router.traces.texts import Text, remember
 from router.traces.trace import (
     CHILDREN_MAX,
     UNANSWERED_MAX,
@@ -133,16 +133,10 @@ class Traces:
             return Place(fresh)
         return Place(key[1]) if self._traces[key].tip == longest else Place(fresh, key[1])
 
-    def known(self, keys: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
-        """The longest beginning of ``text`` whose ids are known in one of these traces; empty if none is."""
-
-        def texts() -> Iterator[Text]:
-            for key in keys:
-                trace = self._traces.get(key)
-                if trace is not None:
-                    yield from reversed(trace.texts)
-
-        return find(texts(), text, cut_tokens)
+    def texts(self, keys: Sequence[TraceKey]) -> list[Text]:
+        """What was said in these traces, of each the newest first."""
+        known = [trace for key in keys if (trace := self._traces.get(key)) is not None]
+        return [text for trace in known for text in reversed(trace.texts)]
 
     def response(self, salt: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response."""

@@ -101,6 +101,14 @@ def test_what_begins_alike_is_not_the_same() -> None:
     assert agents.call("Sv", first=True) == Place(TraceId("t8"))
 
 
+def test_of_those_who_gave_an_answer_the_last_one_goes_on() -> None:
+    agents = Agents()
+    for _ in "12":
+        agents.call("Su", first=True, answer="a")
+    assert agents.call("SuAt") == Place(TraceId("t2"))
+    assert agents.call("SuAx") == Place(TraceId("t4"), TraceId("t2"))
+
+
 def test_an_answer_is_gone_on_from_once() -> None:
     agents = Agents()
     agents.call("Su", first=True, answer="a")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from router.calls.call import Message, ToolCall
 from router.calls.messages import template_messages
 from router.dialects.chat.messages import messages_of
 from tests.unit.router.dialects.test_requests import chat, refused
@@ -35,7 +36,7 @@ def test_messages_as_templates_read_them() -> None:
             "content": "",
             "tool_calls": [
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}},
-                {"id": "2", "type": "function", "function": {"name": "g", "arguments": "not json"}},
+                {"id": "2", "type": "function", "function": {"name": "g", "arguments": {"arguments": "not json"}}},
             ],
         },
         {"role": "tool", "content": "r", "tool_call_id": "1"},
@@ -76,3 +77,21 @@ def test_reasoning_has_two_names(fields: dict[str, Any], expected: str | None) -
 def test_messages_that_cannot_be_honoured(messages: list[Any], param: str, code: str | None) -> None:
     error = refused(lambda: messages_of(chat(messages=messages).messages))
     assert (error.param, error.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("", {}),
+        (" \n", {}),
+        ('{"a": 1}', {"a": 1}),
+        ('{"a": "tru', {"arguments": '{"a": "tru'}),
+        ("[1]", {"arguments": [1]}),
+        ("null", {"arguments": None}),
+        ('{"a":"\\ud83d"}', {"a": "\ufffd"}),
+        ("[" * 9000, {"arguments": "[" * 9000}),
+    ],
+)
+def test_arguments_of_a_history_are_objects(arguments: str, told: object) -> None:
+    [message] = template_messages([Message("assistant", tool_calls=(ToolCall("1", "f", arguments),))])
+    assert message["tool_calls"][0]["function"]["arguments"] == told

@@ -89,6 +89,7 @@ def test_a_chat_completion() -> None:
                 "chosen": 0,
                 "delivered": len(prompt) // 2,
                 "losses": {"evicted": 1},
+                "changed": None,
             },
         },
     }
