@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 from router.calls.errors import CallFailed
 from router.dialects.base import Dialect
 from router.http.errors import STATUS, headers_of
+from router.http.inflate import Inflation, inflation
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -20,32 +21,55 @@ class ClientGone(Exception):
 
 
 async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, timeout_s: float) -> bytes:
-    """The request's body.
+    """The request's body, unpacked if its ``Content-Encoding`` says that it is packed.
 
     Raises:
-        CallFailed: it is too long, or takes too long.
+        CallFailed: it is too long, packed or unpacked; it takes too long; or it cannot be unpacked.
         ClientGone: the client left.
     """
     too_long = CallFailed("too_large", f"the body is longer than {bytes_max} bytes", code="body_too_large")
-    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    announced = header(scope, b"content-length")
     if announced.isdigit() and int(announced[:20]) > bytes_max:
         raise too_long
+    packed = inflation(header(scope, b"content-encoding").decode("latin-1"))
     parts: list[bytes] = []
-    size = 0
+    arrived = 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > bytes_max:
+                data = message.get("body", b"")
+                arrived += len(data)
+                if arrived > bytes_max:
+                    raise too_long
+                if packed is None:
+                    parts.append(data)
+                elif not await _unpack(packed, data, parts, bytes_max):
                     raise too_long
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    break
     except TimeoutError:
         raise CallFailed("too_slow", f"the body did not arrive within {timeout_s} s", code="timeout") from None
+    if packed is not None:
+        packed.end()
+    return b"".join(parts)
+
+
+async def _unpack(packed: Inflation, data: bytes, parts: list[bytes], bytes_max: int) -> bool:
+    """Add what ``data`` holds to the parts, in turns with everything else on this loop. False: it is too much."""
+    for part in packed.feed(data):
+        if packed.size > bytes_max:
+            return False
+        parts.append(part)
+        await asyncio.sleep(0)
+    return True
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of that name, in lower case; empty if there is none."""
+    return next((value for key, value in scope["headers"] if key == name), b"")
 
 
 async def disconnected(receive: Receive) -> None:
