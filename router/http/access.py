@@ -203,7 +203,11 @@ def _sent(headers: Mapping[str, str]) -> str:
 def _told(kind: str, standing: Standing | None) -> Headers:
     if standing is None:
         return []
-    values = (("limit", str(standing.limit)), ("remaining", str(standing.remaining)), ("reset", _span(standing.reset_s)))
+    values = (
+        ("limit", str(standing.limit)),
+        ("remaining", str(standing.remaining)),
+        ("reset", _span(standing.reset_s)),
+    )
     return [(f"x-ratelimit-{name}-{kind}".encode(), value.encode()) for name, value in values]
 
 

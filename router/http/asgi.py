@@ -1,6 +1,7 @@
 """The edge to the server: bodies in, answers out, and clients that leave."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import Receive, Scope, Send
@@ -9,6 +10,7 @@ from router.calls.errors import CallFailed
 from router.dialects.base import Dialect
 from router.http.errors import STATUS, headers_of
 from router.http.inflate import Inflation, inflation
+from tracehaul.runtime import clock
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -120,6 +122,12 @@ class Reply:
         self._started = False
         self._ended = False
         self.headers: Headers = []
+        self.standing: Callable[[], Headers] | None = None
+        """More headers, as they are when the answer begins."""
+        self.status: int | None = None
+        """Of the answer that has begun."""
+        self.first_s: float | None = None
+        """When it began."""
 
     async def json(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Answer at once."""
@@ -199,7 +207,9 @@ class Reply:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
-        await self._say({"type": "http.response.start", "status": status, "headers": headers + self.headers})
+        self.status, self.first_s = status, clock.now_s()
+        more = self.standing() if self.standing is not None else []
+        await self._say({"type": "http.response.start", "status": status, "headers": headers + self.headers + more})
 
     async def _say(self, message: dict[str, object], *, last: bool = False) -> None:
         self._ended = last

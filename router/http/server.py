@@ -89,7 +89,7 @@ class _Protocol(HttpToolsProtocol):
         cycle = cast("RequestResponseCycle | None", self.cycle)  # none where another protocol takes over
         if cycle is not None:
             cast(dict[str, object], cycle.scope)["extensions"] = {CHUNKS: _Chunks(cycle)}
-            if self.parser.get_http_version() == "1.0":
+            if cycle.scope["http_version"] == "1.0":
                 cast(Any, cycle).send = _Delimited(cycle)
 
     def on_body(self, body: bytes) -> None:
