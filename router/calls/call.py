@@ -136,5 +136,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """As in :class:`router.calls.urgency.Urgency`; None: the body says nothing of it."""
     tenant: str = ""
     """Keeps tenants' traces, texts and blocks apart."""
+    quota: str | None = None
+    """Whose quota its blocks count to; None: the tenant's."""
     nbytes: int = 0
     """Size of what the client sent: what it takes to render it goes by that."""

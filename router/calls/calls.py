@@ -176,7 +176,7 @@ class Calls:
                         prompt_logprobs=options.logprobs if options.echo and k == 0 else None,
                         pool=card.pool,
                         salt=call.tenant,
-                        tenant=call.tenant,
+                        tenant=call.tenant if call.quota is None else call.quota,
                         step_class=identity.urgency.step_class,
                         priority=identity.urgency.priority,
                         deadline_s=identity.urgency.deadline_s,

@@ -97,6 +97,16 @@ class Run:
             self._take(index, event, events)
         return events
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(prompt.tokens for prompt in self._accepted.prompts)
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(len(answer.tokens) for answer in self._answers)
+
     def choices(self) -> list[Choice]:
         """All of them, once they have ended."""
         assert self.done
@@ -116,9 +126,9 @@ class Run:
             cached += min(computed_from, prompt.tokens)
         parts = [answer.usage for answer in self._answers]
         return Usage(
-            prompt_tokens=sum(prompt.tokens for prompt in prompts),
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=cached,
-            output_tokens=sum(len(answer.tokens) for answer in self._answers),
+            output_tokens=self.output_tokens,
             reasoning_tokens=sum(answer.reader.reasoning_tokens for answer in self._answers),
             resident_tokens=sum(part.resident_tokens for part in parts),
             pulled_tokens=sum(part.pulled_tokens for part in parts),

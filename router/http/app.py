@@ -20,15 +20,19 @@ from router.dialects.completions import Completions
 from router.dialects.messages import Messages
 from router.dialects.openai.errors import error_body
 from router.dispatch.steps import Dispatcher
+from router.http.access import Gate
 from router.http.config import ApiConfig
 from router.http.endpoint import Endpoint
+from router.http.entrance import Edge, Entrance, Origins
 from router.http.errors import STATUS, headers_of
+from router.http.keys import Keyring
 from router.http.pages import Pages, json_response
 from router.http.request_ids import RequestIds
 from router.http.responses import ResponsePages, ResponsesEndpoint
 from router.http.tokens import TokenPages
 from router.http.traces import TracePages
 from router.http.translate import translate
+from router.http.visits import Visits
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import ClusterError
 
@@ -51,6 +55,7 @@ def create_app(
     offload: Offload,
     dice: random.Random = UNFORESEEN,
     dialects: Mapping[str, Dialect[Teller]] = DIALECTS,
+    keyring: Keyring | None = None,
 ) -> ASGIApp:
     """The whole HTTP surface.
 
@@ -62,14 +67,17 @@ def create_app(
         offload: where long texts are tokenized; the caller closes it.
         dice: for the names of calls that have none, and the seeds of those that ask for none.
         dialects: the dialect at each path.
+        keyring: the keys that are valid; None: nobody is asked for one.
     """
     calls = Calls(dispatcher, texts, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
     traces = TracePages(dispatcher.book)
-    responses = ResponsesEndpoint(calls, config, dice)
+    logged = keyring is not None if config.access_log is None else config.access_log
+    edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
+    responses = ResponsesEndpoint(calls, config, dice, edge)
     kept = ResponsePages(responses)
     tokens = TokenPages(calls, dispatcher, responses, config, offload, dice)
-    endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice) for path, d in dialects.items()}
+    endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
     endpoints["/v1/responses"] = responses
     rest = Starlette(
         routes=[
@@ -92,11 +100,12 @@ def create_app(
             Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
             Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
             Route("/health", pages.health, methods=["GET"]),
+            Route("/version", pages.version, methods=["GET"]),
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
         lifespan=responses.living,
-        middleware=[Middleware(RequestIds, dice=dice)],
+        middleware=[Middleware(RequestIds, dice=dice), *edge.origins.middleware(), Middleware(Entrance, edge=edge)],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
 

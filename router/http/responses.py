@@ -19,12 +19,15 @@ from router.dialects.responses import Responses
 from router.dialects.responses.answers import Response
 from router.dialects.responses.kept import Entry, Kept, Key, Limits, Turn, chain, items_of
 from router.dialects.responses.teller import ResponseTeller
+from router.http.access import Caller
 from router.http.asgi import Reply
 from router.http.config import ApiConfig
 from router.http.endpoint import Collected, Endpoint
+from router.http.entrance import Edge
 from router.http.pages import json_response
 from router.http.traces import page_limit, salt
 from router.http.translate import translate
+from router.http.visits import Visit
 from tracehaul.runtime import clock
 
 
@@ -55,20 +58,26 @@ class Kind(msgspec.Struct, frozen=True):
 class ResponsesEndpoint(Endpoint[ResponseTeller]):
     """Answers ``POST /v1/responses``, and keeps what it answers."""
 
-    def __init__(self, calls: Calls, config: ApiConfig, dice: random.Random) -> None:
-        super().__init__(Responses(), calls, config, dice)
+    def __init__(self, calls: Calls, config: ApiConfig, dice: random.Random, edge: Edge) -> None:
+        super().__init__(Responses(), calls, config, dice, edge)
         limits = Limits(config.responses_max, config.responses_bytes_max, config.responses_age_s)
         self.kept = Kept(limits)
         self._running: dict[Key, tuple[asyncio.Task[None], Response]] = {}
         """In the background."""
 
     async def _serve(
-        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, reply: Reply
+        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, reply: Reply, visit: Visit
     ) -> None:
         key = (call.tenant, call.id)
         call, before = self.continued(call, teller)
         if teller.begun.background:
-            self._start(key, call, teller, headers, fresh, before)
+            if len(self._running) >= self._config.background_max:
+                raise unavailable("too many responses run in the background", "overloaded")
+            self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
+            work = self._work(call, teller, headers, fresh, visit.caller)
+            task = asyncio.create_task(work, name=f"background-{call.id}")
+            self._running[key] = task, teller.begun
+            task.add_done_callback(lambda _: self._running.pop(key, None))
             await reply.json(200, msgspec.json.encode(teller.begun))
             return
         reply.broken = teller.broken
@@ -79,12 +88,12 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
                 self.kept.change(key, response, ended=True)
 
             teller.keep = keep
-        await super()._serve(call, teller, headers, fresh, reply)
+        await super()._serve(call, teller, headers, fresh, reply, visit)
 
-    def counted(self, body: bytes) -> Call:
+    def counted(self, body: bytes, caller: Caller) -> Call:
         """The call whose prompt such a body has. Raises CallFailed as the dialect and :meth:`continued` do."""
         call, teller = self._dialect.read(body, fresh_name(self._dice), 0, self._calls.text)
-        return self.continued(call, teller)[0]
+        return self.continued(caller.placed(call), teller)[0]
 
     def continued(self, call: Call, teller: ResponseTeller) -> tuple[Call, Turn | None]:
         """The call with what was said before it, and where that is kept.
@@ -114,18 +123,11 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
 
     # --- in the background ----------------------------------------------------------------------------------
 
-    def _start(
-        self, key: Key, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, before: Turn | None
+    async def _work(
+        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, caller: Caller
     ) -> None:
-        if len(self._running) >= self._config.background_max:
-            raise unavailable("too many responses run in the background", "overloaded")
-        self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
-        task = asyncio.create_task(self._work(key, call, teller, headers, fresh), name=f"background-{call.id}")
-        self._running[key] = task, teller.begun
-        task.add_done_callback(lambda _: self._running.pop(key, None))
-
-    async def _work(self, key: Key, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str) -> None:
         """Run a call that nobody waits for; whatever happens is told in its response."""
+        key, gate = (call.tenant, call.id), self._edge.gate
         teller.keep = lambda response: self.kept.change(key, response, ended=True)
         try:
             with self._calls.admission.admitted(), self._calls.identified(call, headers, fresh) as identity:
@@ -133,8 +135,12 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
                     going = msgspec.structs.replace(teller.begun, status="in_progress")
                     self.kept.change(key, going, ended=False)
                     run.outlet = Collected()
-                    while not run.done:
-                        await run.next()
+                    gate.spent(caller, run.prompt_tokens)
+                    try:
+                        while not run.done:
+                            await run.next()
+                    finally:
+                        gate.spent(caller, run.output_tokens)
                     teller.whole(run.choices(), run.usage())
         except Exception as error:
             self.kept.change(key, teller.failed(translate(error)), ended=True)
@@ -160,7 +166,7 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
 
 
 class ResponsePages:
-    """What can be asked of a response later. A tenant (``cache_salt``) sees its own only."""
+    """What can be asked of a response later. A tenant (its key's, else ``cache_salt``) sees its own only."""
 
     def __init__(self, responses: ResponsesEndpoint) -> None:
         self._responses = responses

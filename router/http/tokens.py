@@ -16,6 +16,7 @@ from router.dialects.body import parse
 from router.dialects.messages import Messages
 from router.dialects.tokens.requests import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest, asked
 from router.dispatch.steps import Dispatcher
+from router.http.access import caller_of
 from router.http.asgi import body_of
 from router.http.config import ApiConfig
 from router.http.errors import STATUS, headers_of
@@ -63,7 +64,7 @@ class TokenPages:
         with self._calls.admission.admitted():
             body = await self._body(request)
             wanted = parse(body, TokenizeRequest)
-            model = self._calls.model(wanted.model)
+            model = self._model(wanted.model, request)
             card = self._dispatcher.model(model)
             if card is None:
                 raise unavailable(f"no decode worker of {model} is ready")
@@ -82,7 +83,7 @@ class TokenPages:
         """``POST /detokenize``."""
         with self._calls.admission.admitted():
             wanted = parse(await self._body(request), DetokenizeRequest)
-            text = self._calls.text(self._calls.model(wanted.model))
+            text = self._calls.text(self._model(wanted.model, request))
             check_ids(wanted.tokens, text.vocab_size, "tokens")
             data = b"".join(map(text.token_bytes, wanted.tokens))
             return json_response(Detokenized(data.decode(errors="replace")))
@@ -93,6 +94,7 @@ class TokenPages:
             with self._calls.admission.admitted():
                 body = await self._body(request)
                 call = self._messages.counted(body, fresh_name(self._dice))
+                call = caller_of(request.scope).placed(call)
                 return json_response(MessageTokens(await self._count(call)))
         except Exception as error:
             failure = translate(error)
@@ -102,8 +104,14 @@ class TokenPages:
     async def response_tokens(self, request: Request) -> Response:
         """``POST /v1/responses/input_tokens``."""
         with self._calls.admission.admitted():
-            call = self._responses.counted(await self._body(request))
+            call = self._responses.counted(await self._body(request), caller_of(request.scope))
             return json_response(ResponseTokens(await self._count(call)))
+
+    def _model(self, name: str | None, request: Request) -> str:
+        """The model that is asked for. Raises CallFailed: there is none, or the caller may not use it."""
+        model = self._calls.model(name)
+        caller_of(request.scope).use(model)
+        return model
 
     async def _count(self, call: Call) -> int:
         call, _ = without_noise(call)

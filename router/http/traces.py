@@ -13,6 +13,7 @@ from router.calls.errors import CallFailed, invalid
 from router.calls.identity import ID_CHARACTERS_MAX
 from router.dialects.body import parse
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
+from router.http.access import caller_of
 from router.http.asgi import body_of
 from router.http.pages import json_response
 from router.traces.book import Book, TraceBusy
@@ -69,7 +70,7 @@ class PinAnswer(msgspec.Struct, frozen=True):
 
 
 class TracePages:
-    """The endpoints. A tenant (``cache_salt``) sees its own traces only."""
+    """The endpoints. A tenant (its key's, else ``cache_salt``) sees its own traces only."""
 
     def __init__(self, book: Book) -> None:
         self._book = book
@@ -107,6 +108,7 @@ class TracePages:
 
     async def pin(self, request: Request) -> Response:
         """``POST /v1/traces/{id}/pin``: keep its contexts in the store; ``ttl_s`` 0 ends that."""
+        caller_of(request.scope).steer("pins")
         trace, body = _trace(request), await _body(request, PinBody)
         pinned = await self._book.pin(salt(request), trace, body.kind, body.ttl_s, body.priority, body.replicas)
         if pinned is None:
@@ -155,7 +157,7 @@ def salt(request: Request) -> str:
     salt = request.query_params.get("cache_salt", "")
     if len(salt) > SALT_CHARACTERS_MAX:
         raise invalid(f"cache_salt must have at most {SALT_CHARACTERS_MAX} characters", "cache_salt")
-    return salt
+    return caller_of(request.scope).space(salt).salt
 
 
 def page_limit(request: Request) -> int:
