@@ -9,6 +9,7 @@ import httpx
 
 from router.calls.fakes import FakeDispatcher, FakeText
 from router.http import ApiConfig, create_app
+from router.http.keys import Key, Keyring, hashed
 from tracehaul.runtime.offload import InlineOffload
 
 
@@ -27,19 +28,25 @@ class NotedText(FakeText):
         return super().render(messages, *rest, **named)
 
 
+def key_of(tenant: str, at: int, **fields: Any) -> tuple[str, Key]:
+    """A key as it is sent, and as it is kept."""
+    sent = f"th-{at:08x}-" + "s" * 43
+    return sent, Key(f"{at:08x}", hashed(sent), tenant, **fields)
+
+
 def served(
     dispatcher: FakeDispatcher,
     use: Callable[[httpx.AsyncClient], Awaitable[None]],
     *,
     text: FakeText | None = None,
     config: ApiConfig | None = None,
+    keyring: Keyring | None = None,
 ) -> None:
     """Run ``use`` with a client of it."""
 
     async def main() -> None:
-        app = create_app(
-            dispatcher, {"org/fake": text or FakeText()}, lambda: b"", config or ApiConfig(), InlineOffload()
-        )
+        texts = {"org/fake": text or FakeText()}
+        app = create_app(dispatcher, texts, lambda: b"", config or ApiConfig(), InlineOffload(), keyring=keyring)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
             await use(client)

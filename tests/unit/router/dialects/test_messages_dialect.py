@@ -13,7 +13,8 @@ from router.dialects.messages.requests import Asked, Block
 from router.dialects.messages.requests import Message as Sent
 from router.dispatch.steps import Output, StepRequest
 from router.http import ApiConfig
-from tests.unit.router.dialects.asking import NotedText, post, served, told
+from router.http.keys import Keyring
+from tests.unit.router.dialects.asking import NotedText, key_of, post, served, told
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.hashing import unpack_tokens
 
@@ -192,6 +193,24 @@ def test_errors_have_anthropics_form(failure: dict[str, Any], status: int, kind:
     body = answer.json()
     assert (answer.status_code, body["type"], body["error"]["type"]) == (status, "error", kind)
     assert body["request_id"] == answer.headers["x-request-id"]
+
+
+def test_keys_are_asked_for_in_anthropics_form() -> None:
+    sent, key = key_of("a", 1, models=("org/fake",), requests_per_minute=1)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for headers, fields, status, kind in (
+            ({}, {}, 401, "authentication_error"),
+            ({"x-api-key": sent}, {"model": "other"}, 403, "permission_error"),
+            ({"x-api-key": sent}, {}, 429, "rate_limit_error"),
+        ):
+            refused = await client.post(PATH, json=ASK | fields, headers=headers)
+            assert (refused.status_code, refused.json()["error"]["type"]) == (status, kind)
+        counted = await client.post(COUNT, json=ASK | {"model": "other"}, headers={"x-api-key": sent})
+        assert (counted.status_code, counted.json()["error"]["type"]) == (403, "permission_error")
+        assert (await client.post(COUNT, json=ASK, headers={"x-api-key": sent})).status_code == 200
+
+    served(FakeDispatcher(say("x")), use, keyring=Keyring([key]))
 
 
 def test_calls_of_tools() -> None:

@@ -15,7 +15,8 @@ from router.dialects.responses.kept import Kept, Key, Limits, Turn, chain, items
 from router.dialects.responses.requests import Item
 from router.dispatch.steps import Output, StepRequest
 from router.http import ApiConfig
-from tests.unit.router.dialects.asking import NotedText, served
+from router.http.keys import Keyring
+from tests.unit.router.dialects.asking import NotedText, key_of, served
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.hashing import unpack_tokens
 
@@ -71,6 +72,39 @@ def test_a_tenant_sees_its_own_only() -> None:
         assert (await client.get(f"{PATH}/{made['id']}", params=own)).status_code == 200
 
     served(FakeDispatcher(say("yes")), use)
+
+
+def test_a_key_sees_its_own_tenants_only() -> None:
+    (one, own), (two, foreign) = key_of("a", 1), key_of("b", 2)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        mine, other = {"authorization": f"Bearer {one}"}, {"x-api-key": two}
+        assert (await client.post(PATH, json=ASK)).status_code == 401
+        path = f"{PATH}/{(await client.post(PATH, json=ASK, headers=mine)).json()['id']}"
+        asked = ASK | {"previous_response_id": path.rpartition("/")[2]}
+        for headers, status in ((other, 404), (mine, 200)):
+            assert (await client.get(path, headers=headers)).status_code == status
+            assert (await client.get(f"{path}/input_items", headers=headers)).status_code == status
+            after = await client.post(PATH, json=asked, headers=headers)
+            assert (after.status_code == 200) == (status == 200)
+            counted = await client.post(f"{PATH}/input_tokens", json=asked, headers=headers)
+            assert (counted.status_code == 200) == (status == 200)
+            assert (await client.delete(path, headers=headers)).status_code == status
+        assert (await client.get(path)).status_code == 401
+
+    served(FakeDispatcher(say("yes")), use, keyring=Keyring([own, foreign]))
+
+
+def test_what_runs_in_the_background_counts_to_its_key() -> None:
+    sent, key = key_of("a", 1, tokens_per_minute=20)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        client.headers["x-api-key"] = sent
+        made = (await client.post(PATH, json=ASK | {"background": True})).json()
+        await until(client, made["id"], "completed")
+        assert (await client.post(PATH, json=ASK | {"background": True})).status_code == 429
+
+    served(FakeDispatcher(say("yes")), use, keyring=Keyring([key]))
 
 
 CALL = 'Well.<tool_call>\n{"name": "clock", "arguments": {"z": 1}}\n</tool_call>'

@@ -6,7 +6,8 @@ import httpx
 import pytest
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
-from tests.unit.router.dialects.asking import NotedText, post, served
+from router.http.keys import Keyring
+from tests.unit.router.dialects.asking import NotedText, key_of, post, served
 
 CONVERSATION = {"messages": [{"role": "user", "content": "the abc"}]}
 PROMPT = "<|im_start|>user\nthe abc<|im_end|>\n"
@@ -79,6 +80,17 @@ def test_a_long_conversation_is_counted_whole() -> None:
 def test_what_is_wrong_is_refused_by_name(path: str, fields: dict[str, Any], status: int, param: str) -> None:
     (answer,) = post(FakeDispatcher(say("x")), path, fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+
+
+def test_a_key_tokenizes_for_its_models_only() -> None:
+    sent, key = key_of("a", 1, models=("other",))
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+            assert (await client.post(path, json=body)).status_code == 401
+            assert (await client.post(path, json=body, headers={"x-api-key": sent})).status_code == 403
+
+    served(FakeDispatcher(say("x")), use, keyring=Keyring([key]))
 
 
 def test_the_window_is_told_once_there_is_one() -> None:
