@@ -26,7 +26,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=cluster.url, api_key="none", max_retries=0, timeout=20) as made:
+    with anthropic.Anthropic(
+        base_url=cluster.url, api_key="none", max_retries=0, timeout=20, _strict_response_validation=True
+    ) as made:
         yield made
 
 

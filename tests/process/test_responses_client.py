@@ -28,7 +28,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=20) as made:
+    with openai.OpenAI(
+        base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=20, _strict_response_validation=True
+    ) as made:
         yield made
 
 

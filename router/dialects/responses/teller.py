@@ -107,7 +107,9 @@ class ResponseTeller:
 
     def failed(self, failure: CallFailed) -> Response:
         """The response that failed."""
-        error = Failure(failure.code or "server_error", str(failure))
+        # Clients know a list of codes, of which the others' doing has one.
+        code = failure.code if failure.cause == "invalid" else None
+        error = Failure(code or "server_error", str(failure))
         output = [self._item(block, block.text, "completed") for block in self._blocks.closed]
         return msgspec.structs.replace(self.begun, status="failed", error=error, output=output)
 

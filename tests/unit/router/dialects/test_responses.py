@@ -308,7 +308,7 @@ def test_a_stream_that_breaks_says_that_the_response_failed() -> None:
     events = told(answer.text)
     assert events[-1]["type"] == "response.failed"
     response = events[-1]["response"]
-    assert (response["status"], response["error"]) == ("failed", {"code": "peer_lost", "message": "gone"})
+    assert (response["status"], response["error"]) == ("failed", {"code": "server_error", "message": "gone"})
     assert events[-1]["sequence_number"] == len(events) - 1
 
 

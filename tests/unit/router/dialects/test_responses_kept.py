@@ -228,7 +228,7 @@ def test_what_fails_in_the_background_says_so() -> None:
     async def use(client: httpx.AsyncClient) -> None:
         made = (await client.post(PATH, json=ASK | {"background": True})).json()
         failed = await until(client, made["id"], "failed")
-        assert failed["error"] == {"code": "peer_lost", "message": "gone"}
+        assert failed["error"] == {"code": "server_error", "message": "gone"}
         long = (await client.post(PATH, json=ASK | {"background": True, "input": "x" * 5000})).json()
         failed = await until(client, long["id"], "failed")
         assert failed["error"]["code"] == "context_length_exceeded"
