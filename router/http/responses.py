@@ -18,6 +18,7 @@ from router.calls.noise import without_noise
 from router.dialects.responses import Responses
 from router.dialects.responses.answers import Response
 from router.dialects.responses.kept import Entry, Kept, Key, Limits, Turn, chain, items_of
+from router.dialects.responses.requests import REFERENCE, Item
 from router.dialects.responses.teller import ResponseTeller
 from router.http.access import Caller
 from router.http.asgi import Reply
@@ -99,13 +100,26 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         """The call with what was said before it, and where that is kept.
 
         Raises:
-            CallFailed: it goes on from a response that is not kept, or has not ended.
+            CallFailed: it goes on from a response that is not kept, or has not ended, or it names an item that is not.
         """
         before = self._before(call)
-        if before is not None:
+        names = [item.type == REFERENCE for item in teller.asked]
+        if any(names):
+            teller.asked = tuple(self._item(call.tenant, item, at) for at, item in enumerate(teller.asked))
+        if before is not None or any(names):
             items = chain(before)
             call, _ = without_noise(teller.continued(call, items_of(items), sum(map(len, items))))
         return call, before
+
+    def _item(self, tenant: str, item: Item, at: int) -> Item:
+        """The item, or the one that it names."""
+        if item.type != REFERENCE:
+            return item
+        found = self.kept.item(tenant, item.id or "")
+        if found is None:
+            shown = (item.id or "")[:ID_CHARACTERS_MAX]
+            raise CallFailed("not_found", f"Item with id {shown!r} not found.", param=f"input[{at}].id")
+        return found
 
     def _before(self, call: Call) -> Turn | None:
         """What the response leads to that the call goes on from."""

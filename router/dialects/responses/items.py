@@ -8,6 +8,7 @@ import msgspec
 
 from router.calls import call
 from router.calls.errors import CallFailed, invalid, unsupported
+from router.dialects.responses import requests
 from router.dialects.responses.requests import Item, Part
 
 TEXTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
@@ -99,6 +100,10 @@ def _take(item: Item, where: str, gathered: _Gathered) -> None:
             if item.output is None:
                 raise _missing("output", where)
             gathered.add(call.Message("tool", _text(item.output, f"{where}.output"), tool_call_id=item.call_id))
+        case requests.REFERENCE:
+            if item.id is None:
+                raise _missing("id", where)
+            # Whoever keeps items has put it in the reference's place by the time that it is rendered.
         case other:
             raise unsupported(f"{where}.type", f"an item of type {other[:64]!r}")
 

@@ -8,8 +8,8 @@ import msgspec
 from router.dialects.responses.answers import Response
 from router.dialects.responses.requests import Item, Part
 
-ENTRY_BYTES = 1024
-"""About what an entry takes beside its contents."""
+ENTRY_BYTES, ITEM_BYTES = 1024, 256
+"""About what an entry, and an item, take beside their contents."""
 _encode = msgspec.json.Encoder().encode
 _items = msgspec.json.Decoder(list[Item])
 
@@ -28,12 +28,15 @@ class Limits(msgspec.Struct, frozen=True):
 class Turn:
     """What one response added to a conversation; shared by all that follow it."""
 
-    __slots__ = ("before", "holders", "items", "nbytes")
+    __slots__ = ("before", "holders", "items", "names", "nbytes")
 
-    def __init__(self, before: "Turn | None", items: Sequence[msgspec.Raw]) -> None:
+    def __init__(self, before: "Turn | None", named: Sequence[tuple[str, msgspec.Raw]]) -> None:
+        """``named``: its items with their ids, as they are told."""
         self.before = before
-        self.items = items
-        self.nbytes = sum(map(len, items)) + ENTRY_BYTES
+        self.names = [name for name, _ in named]
+        self.items = [item for _, item in named]
+        items = self.items
+        self.nbytes = sum(len(item) + ITEM_BYTES for item in items) + ENTRY_BYTES
         self.holders = 0
         """Responses and turns that lead here."""
 
@@ -65,6 +68,8 @@ class Kept:
         self._of: dict[str, OrderedDict[Key, None]] = {}
         self._bytes_of: dict[str, int] = {}
         """Each tenant's, what they share counted once."""
+        self._items: dict[Key, msgspec.Raw] = {}
+        """By tenant and id."""
         self.nbytes = 0
         """Of all tenants'."""
 
@@ -76,12 +81,18 @@ class Kept:
         self._expire(now_s)
         return self._entries.get(key)
 
+    def item(self, tenant: str, name: str) -> Item | None:
+        """One item of what is kept; None: there is none of that name, or it is somebody else's."""
+        found = self._items.get((tenant, name))
+        return None if found is None else msgspec.json.decode(found, type=Item)
+
     def begin(self, key: Key, response: Response, asked: Sequence[Item], before: Turn | None, now_s: float) -> None:
         """Keep a response that has not ended. ``before``: what its request goes on from."""
         self._expire(now_s)
         name = response.id.removeprefix("resp_")
-        items = [msgspec.Raw(_encode(_named(item, f"{name}i{at:03d}"))) for at, item in enumerate(asked)]
-        entry = Entry(key, response, self._held(key[0], Turn(before, items)), now_s)
+        named = [_named(item, f"{name}i{at:03d}") for at, item in enumerate(asked)]
+        turn = Turn(before, [(item.id or "", msgspec.Raw(_encode(item))) for item in named])
+        entry = Entry(key, response, self._held(key[0], turn), now_s)
         self._entries[key] = entry
         self._of.setdefault(key[0], OrderedDict())[key] = None
         self._add(key[0], len(entry.body))
@@ -95,7 +106,7 @@ class Kept:
         before, entry.body = len(entry.body), _encode(response)
         self._add(key[0], len(entry.body) - before)
         if ended:
-            output = [msgspec.Raw(_encode(item)) for item in response.output]
+            output = [(item.id, msgspec.Raw(_encode(item))) for item in response.output]
             entry.output = self._held(key[0], Turn(entry.asked, output))
         self._shrink()
 
@@ -122,6 +133,8 @@ class Kept:
         if turn.before is not None:
             turn.before.holders += 1
         self._add(tenant, turn.nbytes)
+        for name, item in zip(turn.names, turn.items, strict=True):
+            self._items[tenant, name] = item
         return turn
 
     def _let_go(self, tenant: str, turn: Turn | None) -> None:
@@ -130,6 +143,9 @@ class Kept:
             if turn.holders:
                 return
             self._add(tenant, -turn.nbytes)
+            for name, item in zip(turn.names, turn.items, strict=True):
+                if self._items.get((tenant, name)) is item:  # a client may use one id for several
+                    del self._items[tenant, name]
             turn = turn.before
 
     def _expire(self, now_s: float) -> None:

@@ -9,6 +9,7 @@ from router.dialects.openai.requests import GenerationRequest
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 LOGPROBS = "message.output_text.logprobs"
+REFERENCE = "item_reference"
 ENCRYPTED = "reasoning.encrypted_content"
 
 
