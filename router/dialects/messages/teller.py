@@ -14,6 +14,12 @@ _STARTS: dict[str, dict[str, Any]] = {
     "text": {"type": "text", "text": ""},
     "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
 }
+_DELTAS = {
+    "text": ("text_delta", "text"),
+    "reasoning": ("thinking_delta", "thinking"),
+    "call": ("input_json_delta", "partial_json"),
+}
+"""Their types, and the fields that hold them."""
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
@@ -25,6 +31,8 @@ class MessageTeller:
         self._model = model
         self._blocks = Blocks()
         self._ended = Ended(0, "stop", False)
+        self._frame, self._framed = b"", -1
+        """What deltas of a block are up to their text, and of which block: encoded once."""
 
     def events(self, events: Iterable[CallEvent]) -> bytes:
         told: list[bytes] = []
@@ -57,7 +65,7 @@ class MessageTeller:
         for turn in turns:
             match turn:
                 case More(block, text):
-                    told.append(_event("content_block_delta", index=block.at, delta=_delta(block, text)))
+                    told.append(b"%b:%b}}\n\n" % (self._head(block), _encode(text)))
                 case Open(block):
                     start = _STARTS.get(block.kind)
                     if start is None:
@@ -69,15 +77,12 @@ class MessageTeller:
                         told.append(_event("content_block_delta", index=block.at, delta=delta))
                     told.append(_event("content_block_stop", index=block.at))
 
-
-def _delta(block: Block, text: str) -> dict[str, str]:
-    match block.kind:
-        case "text":
-            return {"type": "text_delta", "text": text}
-        case "reasoning":
-            return {"type": "thinking_delta", "thinking": text}
-        case "call":
-            return {"type": "input_json_delta", "partial_json": text}
+    def _head(self, block: Block) -> bytes:
+        if self._framed != block.at:
+            kind, field = _DELTAS[block.kind]
+            whole = _event("content_block_delta", index=block.at, delta={"type": kind, field: ""})
+            self._frame, self._framed = whole[: whole.rindex(b':""}}')], block.at
+        return self._frame
 
 
 def _event(kind: str, **fields: Any) -> bytes:

@@ -65,6 +65,8 @@ class ResponseTeller:
         self._blocks = Blocks()
         self._number = 0
         self._reason: FinishReason = "stop"
+        self._frame, self._framed = b"", -1
+        """What deltas of a block begin with, and of which block: encoded once."""
 
     def continued(self, asked: call.Call, before: Sequence[Item], nbytes: int) -> call.Call:
         """The call with what was said before: items, and their size in bytes.
@@ -160,8 +162,13 @@ class ResponseTeller:
         return [self._event(f"{name}.{what}", **self._place(block), part=part)]
 
     def _delta(self, block: Block, text: str) -> bytes:
-        more = {"logprobs": ()} if block.kind == "text" else {}
-        return self._event(f"{self._name(block)}.delta", **self._place(block), delta=text, **more)
+        if self._framed != block.at:
+            more = {"logprobs": ()} if block.kind == "text" else {}
+            kind = f"{self._name(block)}.delta"
+            fields = _encode({"type": kind, **self._place(block), **more})
+            self._frame, self._framed = b"event: %b\ndata: %b" % (kind.encode(), fields[:-1]), block.at
+        self._number += 1
+        return b'%b,"sequence_number":%d,"delta":%b}\n\n' % (self._frame, self._number - 1, _encode(text))
 
     def _done(self, block: Block) -> bytes:
         more: dict[str, Any] = {"text": block.text}
