@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from router.calls import call
+from router.calls.custom import arguments_of
 from router.calls.errors import CallFailed, invalid, unsupported
 from router.dialects.responses import requests
 from router.dialects.responses.requests import Item, Part
@@ -93,7 +94,8 @@ def _take(item: Item, where: str, gathered: _Gathered) -> None:
         case "function_call":
             gathered.called(_call(item, item.arguments, "arguments", where))
         case "custom_tool_call":
-            gathered.called(_call(item, item.input, "input", where))
+            text = None if item.input is None else arguments_of(item.input)
+            gathered.called(_call(item, text, "input", where))
         case "function_call_output" | "custom_tool_call_output":
             if item.call_id is None:
                 raise _missing("call_id", where)

@@ -6,11 +6,15 @@ import pytest
 
 from router.calls.call import Message, ToolCall
 from router.calls.errors import CallFailed
+from router.calls.events import Begun, Ended, Opening, Piece, Said, SaidCall, Usage
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
+from router.dialects.responses.answers import Response
 from router.dialects.responses.items import messages_of, sealed, unsealed
 from router.dialects.responses.requests import Item, Part
+from router.dialects.responses.teller import ResponseTeller, Shape
 from router.dialects.responses.tools import chat_choice, chat_tools, honoured
 from router.dispatch.steps import Output, StepRequest
+from router.traces.hits import Hits
 from tests.unit.router.dialects.asking import NotedText, post, told
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.hashing import unpack_tokens
@@ -88,7 +92,7 @@ def test_items_are_messages() -> None:
             "assistant",
             "look!",
             reasoning="long",
-            tool_calls=(ToolCall("c1", "one", "{}"), ToolCall("c2", "two", "ls")),
+            tool_calls=(ToolCall("c1", "one", "{}"), ToolCall("c2", "two", '{"input": "ls"}')),
         ),
         Message("tool", "1", tool_call_id="c1"),
         Message("tool", "2", tool_call_id="c2"),
@@ -256,6 +260,25 @@ def test_streamed_calls() -> None:
     whole = events[-1]["response"]["output"]
     assert [item["id"] for item in whole[1:]] == [event["item_id"] for event in done]
     assert all(item["call_id"] == event["item"]["call_id"] for item, event in zip(whole[1:], added[1:], strict=True))
+
+
+def test_calls_of_custom_tools_have_a_text() -> None:
+    begun = Response(id="resp_x", created_at=0, model="m", status="in_progress")
+    teller = ResponseTeller(begun, Shape(custom=frozenset({"patch"})), (), ())
+    usage = Usage(1, 0, 3, 0, 0, 0, 0, 0.0, 0, "", Hits())
+    pieces = [Said(calls=(SaidCall(0, "c1", "patch", ""),)), *(Said(calls=(SaidCall(0, None, None, t),)) for t in "ab")]
+    events = [Begun(0, Opening()), *(Piece(0, said, [1], ()) for said in pieces), Ended(0, "stop", True)]
+    told_events = told((teller.events(events) + teller.end(usage)).decode())
+    item = {"id": "ctc_x000", "type": "custom_tool_call", "call_id": "c1", "name": "patch", "status": "completed"}
+    assert told_events[-1]["response"]["output"] == [item | {"input": "ab"}]
+    assert [
+        (event["type"].removeprefix("response."), event.get("delta", event.get("input"))) for event in told_events[3:6]
+    ] == [
+        ("custom_tool_call_input.delta", "a"),
+        ("custom_tool_call_input.delta", "b"),
+        ("custom_tool_call_input.done", "ab"),
+    ]
+    assert [event["sequence_number"] for event in told_events] == list(range(len(told_events)))
 
 
 THOUGHT = "<think>\nlet me see\n</think>\n\nyes"
