@@ -1,6 +1,26 @@
 """Files that may change while we serve."""
 
+import asyncio
 from pathlib import Path
+from typing import Protocol
+
+EVERY_S = 1.0
+
+
+class Refreshed(Protocol):
+    """Comes of files."""
+
+    def refresh(self) -> None:
+        """Follow them, if they have changed."""
+        ...
+
+
+async def refreshing(*parts: Refreshed, every_s: float = EVERY_S) -> None:
+    """Has these follow their files, for as long as it runs."""
+    while True:
+        await asyncio.sleep(every_s)
+        for part in parts:
+            part.refresh()
 
 
 class Watched:

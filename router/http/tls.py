@@ -3,6 +3,7 @@
 import ssl
 from pathlib import Path
 
+from router.http.config import ApiConfig
 from router.http.files import Watched
 from tracehaul.runtime.log import Log
 
@@ -41,3 +42,14 @@ class Certificate:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self._cert, self._key)
         return context
+
+
+def certificate_of(config: ApiConfig) -> Certificate | None:
+    """What the config names; None: nothing.
+
+    Raises:
+        OSError, ssl.SSLError: as :class:`Certificate`.
+    """
+    if not config.tls_cert:
+        return None
+    return Certificate(Path(config.tls_cert), Path(config.tls_key) if config.tls_key else None)
