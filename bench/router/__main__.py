@@ -47,6 +47,8 @@ REFUSED_CHARACTERS = 4_000_000
 RSS_STEPS = 20
 RSS_FIRST_TOKENS = 3000
 RSS_STEP_TOKENS = 33
+SETTLE_S = 70.0
+"""Until a router has forgotten what it expected of prompts that nobody asks for, and has given memory back."""
 
 console = Console()
 Message = dict[str, str]
@@ -313,6 +315,7 @@ def rss(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     cpu_s = fleet.cpu_s() - cpu_s
     held_mb = fleet.rss_mb()
     forget(client, names)
+    client.poll(timeout_s=SETTLE_S)
     left_mb = fleet.rss_mb()
     return [
         Result("router.rss.before", before_mb, "MB"),
