@@ -47,7 +47,7 @@ REFUSED_CHARACTERS = 4_000_000
 RSS_STEPS = 20
 RSS_FIRST_TOKENS = 3000
 RSS_STEP_TOKENS = 33
-SETTLE_S = 70.0
+SETTLE_S = 15.0
 """Until a router has forgotten what it expected of prompts that nobody asks for, and has given memory back."""
 
 console = Console()
