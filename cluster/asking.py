@@ -7,7 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 import httpx
 import msgspec
 
-from cluster.config import Plan, base_url, load_plan, nodes_of
+from cluster.api import Api, here
+from cluster.config import Plan, load_plan, nodes_of
 from cluster.rundir import ClusterFault, RunDir, alive
 from router.fleet.members import NodeStatus
 from tracehaul.rpc.peers import Peers
@@ -67,36 +68,39 @@ class Answers(NamedTuple, Generic[A]):
     """Why there is no answer, and what to do."""
 
 
-def ask_router(url: str, hint: str) -> list[NodeStatus]:
-    """Every member of the cluster whose API is at ``url``.
+def ask_router(api: Api, hint: str) -> list[NodeStatus]:
+    """Every member of the cluster with that API.
 
     Raises:
         ClusterFault: no router answers there; ends with ``hint``.
     """
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/cluster", timeout=STATUS_TIMEOUT_S, trust_env=False)
+        answer = api.get("/cluster", STATUS_TIMEOUT_S)
         answer.raise_for_status()
         return msgspec.json.decode(answer.content, type=list[NodeStatus])
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ClusterFault(f"no router answers at {url}: {error}; {hint}") from error
+    except ClusterFault as fault:
+        raise ClusterFault(f"{fault}; {hint}") from fault
+    except httpx.HTTPError as error:
+        raise ClusterFault(f"no router answers at {api.url}: {error}; {hint}") from error
     except msgspec.DecodeError as error:
-        raise ClusterFault(f"{url} answers, but not as a tracehaul router: {error}") from error
+        raise ClusterFault(f"{api.url} answers, but not as a tracehaul router: {error}") from error
 
 
-def find(url: str | None, run: RunDir) -> Found:
-    """The cluster at ``url``, or the one that was started in ``run``, even if its router is silent.
+def find(url: str | None, run: RunDir, key: str | None = None) -> Found:
+    """The cluster at ``url``, or the one that was started in ``run``, even if its router is silent. ``key``: for the
+    one at ``url``.
 
     Raises:
         ClusterFault: there is none.
     """
     if url is not None:
-        statuses = ask_router(url, "is that the address of its HTTP API?")
+        statuses = ask_router(Api(url, key), "is that the address of its HTTP API?")
         return Found(_stores(statuses), _workers(statuses), None, None)
     plan = load_plan(run)
     lost: str | None = None
     statuses: list[NodeStatus] = []
     try:
-        statuses = ask_router(base_url(plan.config), f"its log is {run.log('router-0')}")
+        statuses = ask_router(here(plan.config, run), f"its log is {run.log('router-0')}")
     except ClusterFault as fault:
         if not any(alive(record) for record in run.records()):
             raise ClusterFault(f"no node of the cluster in {run.path} runs; start one with: tracehaul up") from fault

@@ -15,10 +15,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cluster.api import Api, here
 from cluster.asking import ask_router
 from cluster.config import base_url, load_config, load_plan, parse_quota
+from cluster.keys import app as keys_app
 from cluster.rundir import ClusterFault, RunDir, alive
-from cluster.store.command import parse_size
+from cluster.store.command import KeyOption, parse_size
 from cluster.store.commands import app as store_app
 from router.fleet.members import NodeStatus
 from tracehaul import __version__
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 
 app.add_typer(store_app, name="store")
+app.add_typer(keys_app, name="keys")
 
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
@@ -133,6 +136,21 @@ def up(
     without_store: Annotated[
         bool, typer.Option("--without-store", help="Steps neither read nor fill the store: to compare with.")
     ] = False,
+    keys: Annotated[
+        Path | None, typer.Option(help="API keys, as `tracehaul keys` makes them: whoever asks needs one.")
+    ] = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Without keys, listen also where others than this machine reach it.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Serve over TLS, with this certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, if it is not in the same file.")] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Pages of this origin may use the API from a browser; repeat for others, * for all."),
+    ] = None,
+    access_log: Annotated[
+        bool | None, typer.Option("--access-log/--no-access-log", help="A log line a request. Default: with keys.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; options given here win over it.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
@@ -169,6 +187,12 @@ def up(
         "quota_bytes": dict(quota) if quota else None,
         "s3_url": s3_url,
         "s3_bytes": s3_bytes,
+        "api.keys_file": _text(keys),
+        "api.open": open_to_all or None,
+        "api.tls_cert": _text(tls_cert),
+        "api.tls_key": _text(tls_key),
+        "api.origins": origin or None,
+        "api.access_log": access_log,
         "worker.chunk_tokens": chunk_tokens,
         "dispatch.policy": policy,
         "dispatch.use_store": False if without_store else None,
@@ -181,10 +205,16 @@ def up(
     typer.echo(f"ready {url}")
     messages = [{"role": "user", "content": "What is gravity?"}]
     body = msgspec.json.encode({"model": names[0], "temperature": 0, "messages": messages}).decode()
-    curl = f"curl -s {url}/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(body)}"
+    more = ' -H "authorization: Bearer $KEY"' if chosen.api.keys_file else ""
+    more += f" --cacert {shlex.quote(chosen.api.tls_cert)}" if chosen.api.tls_cert else ""
+    curl = f"curl -s {url}/v1/chat/completions -H 'content-type: application/json'{more} -d {shlex.quote(body)}"
     err.print(f"Try it:\n  {curl}", highlight=False, markup=False, soft_wrap=True)
     if len(names) > 1:
         err.print(f"Models: {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 @app.command()
@@ -204,6 +234,7 @@ def down(run_dir: RunDirOption = DEFAULT_RUN_DIR) -> None:
 @app.command()
 def status(
     url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
+    key: KeyOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
     """Show the nodes of a running cluster: health, load, and what they hold.
@@ -217,11 +248,13 @@ def status(
     local = None
     if url is None:
         local = RunDir(run_dir)
-        url = base_url(load_plan(local).config)
-    nodes = ask_router(url, f"the logs of a cluster here are in {run_dir}/logs")
+        api = here(load_plan(local).config, local)
+    else:
+        api = Api(url, key)
+    nodes = ask_router(api, f"the logs of a cluster here are in {run_dir}/logs")
     # A pipe has no width to respect.
     console = out if out.is_terminal else Console(width=WIDE_COLUMNS)
-    console.print(_status_table(url, nodes, local, wide=console.width >= WIDE_COLUMNS))
+    console.print(_status_table(api.url, nodes, local, wide=console.width >= WIDE_COLUMNS))
 
 
 @app.command()
@@ -230,6 +263,7 @@ def explain(
     salt: Annotated[str, typer.Option("--salt", help="The tenant's cache_salt, if it has one.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="What the router knows, as JSON.")] = False,
     url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
+    key: KeyOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
     """Tell a trace's story: its steps, where they ran and why, what was cached, what was lost and why.
@@ -240,11 +274,12 @@ def explain(
     """
     from cluster.explain import explain, fetch
 
-    base = url or base_url(load_plan(RunDir(run_dir)).config)
+    run = RunDir(run_dir)
+    api = Api(url, key) if url else here(load_plan(run).config, run)
     if as_json:
-        typer.echo(fetch(base, trace, salt))
+        typer.echo(fetch(api, trace, salt))
         return
-    for line in explain(base, trace, salt):
+    for line in explain(api, trace, salt):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

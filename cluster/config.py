@@ -4,6 +4,7 @@ What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a 
 everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
 """
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -188,7 +189,35 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
     names = [pool.serves or name for name, pool in config.pools.items()]
     if len(set(names)) < len(names):
         raise ClusterFault(f"the config is wrong{where}: two pools serve one name ({', '.join(sorted(names))})")
-    return config
+    check_open(config)
+    return _placed(config)
+
+
+def _placed(config: ClusterConfig) -> ClusterConfig:
+    """With the API's files named so that nodes find them, which run elsewhere."""
+    names = ("keys_file", "tls_cert", "tls_key")
+    placed = {name: str(Path(said).absolute()) for name in names if (said := getattr(config.api, name))}
+    return msgspec.structs.replace(config, api=msgspec.structs.replace(config.api, **placed)) if placed else config
+
+
+def check_open(config: ClusterConfig) -> None:
+    """Raises ClusterFault if the API would be there for everybody, and nobody said so."""
+    api = config.api
+    if not (api.keys_file or api.open or is_loopback(config.host)):
+        raise ClusterFault(
+            f"{config.host} can be reached from elsewhere, and the API asks nobody for a key: make some with "
+            "`tracehaul keys add` and say --keys FILE, or say --open"
+        )
+    if api.tls_key and not api.tls_cert:
+        raise ClusterFault("--tls-key needs the certificate too: --tls-cert")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def pools_of(config: ClusterConfig) -> dict[str, PoolConfig]:
@@ -213,7 +242,7 @@ def pools_of(config: ClusterConfig) -> dict[str, PoolConfig]:
 def base_url(config: ClusterConfig) -> str:
     """Where a client on this machine reaches the API."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104 - compared, not bound
-    return f"http://{authority(host, config.port)}"
+    return f"{'https' if config.api.tls_cert else 'http'}://{authority(host, config.port)}"
 
 
 def authority(host: str, port: int) -> str:

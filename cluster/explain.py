@@ -2,9 +2,9 @@
 
 from urllib.parse import quote
 
-import httpx
 import msgspec
 
+from cluster.api import Api
 from cluster.rundir import ClusterFault
 from router.traces.story import story
 from router.traces.views import TraceView
@@ -13,32 +13,30 @@ TIMEOUT_S = 5.0
 NOT_FOUND = 404
 
 
-def fetch(url: str, trace: str, salt: str) -> bytes:
-    """What the router at ``url`` knows of a trace, as JSON.
+def fetch(api: Api, trace: str, salt: str) -> bytes:
+    """What the router knows of a trace, as JSON.
 
     Raises:
         ClusterFault: no router answers there, or it does not know the trace.
     """
-    address = f"{url.rstrip('/')}/v1/traces/{quote(trace, safe='')}"
-    try:
-        answer = httpx.get(address, params={"cache_salt": salt}, timeout=TIMEOUT_S, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ClusterFault(f"no router answers at {url}: {error}") from error
+    answer = api.get(f"/v1/traces/{quote(trace, safe='')}", TIMEOUT_S, {"cache_salt": salt})
     if answer.status_code == NOT_FOUND:
         whose = f" of tenant {salt!r}" if salt else ""
-        raise ClusterFault(f"the router knows no trace {trace!r}{whose}: GET {url}/v1/traces lists those that it knows")
+        raise ClusterFault(
+            f"the router knows no trace {trace!r}{whose}: GET {api.url}/v1/traces lists those that it knows"
+        )
     if answer.is_error:
-        raise ClusterFault(f"the router at {url} refuses: {answer.text[:500]}")
+        raise ClusterFault(f"the router at {api.url} refuses: {answer.text[:500]}")
     return answer.content
 
 
-def explain(url: str, trace: str, salt: str) -> list[str]:
+def explain(api: Api, trace: str, salt: str) -> list[str]:
     """The story's lines.
 
     Raises:
         ClusterFault: as :func:`fetch`.
     """
     try:
-        return story(msgspec.json.decode(fetch(url, trace, salt), type=TraceView))
+        return story(msgspec.json.decode(fetch(api, trace, salt), type=TraceView))
     except msgspec.DecodeError as error:
-        raise ClusterFault(f"{url} answers, but not as a tracehaul router of this version: {error}") from error
+        raise ClusterFault(f"{api.url} answers, but not as a tracehaul router of this version: {error}") from error

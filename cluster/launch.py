@@ -7,6 +7,7 @@ import asyncio
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -20,6 +21,7 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 
+from cluster.api import here, make_operator_key
 from cluster.config import (
     ROUTER,
     ClusterConfig,
@@ -27,7 +29,6 @@ from cluster.config import (
     Plan,
     PoolConfig,
     PoolPlan,
-    base_url,
     load_plan,
     nodes_of,
     pools_of,
@@ -38,6 +39,9 @@ from cluster.config import (
 )
 from cluster.model import kv_layout, note
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
+from router.http.access import KeysOnDisk
+from router.http.keys import BadKeys
+from router.http.tls import certificate_of
 from tracehaul.model.source import SourceError, resolve
 from tracehaul.runtime import clock
 from tracehaul.transfer.memory import available_bytes
@@ -63,6 +67,9 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
         run.record(LAUNCHER, os.getpid())
         try:
             check_port(config)
+            check_access(config)
+            if config.api.keys_file:
+                make_operator_key(run)
             plan = make_plan(config, console)
             for said in filter(None, (note(pool.model) for pool in plan.pools)):
                 console.print(said, highlight=False, markup=False, soft_wrap=True)
@@ -131,6 +138,21 @@ def check_port(config: ClusterConfig) -> None:
         raise ClusterFault(
             f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another with --port or --host"
         ) from error
+
+
+def check_access(config: ClusterConfig) -> None:
+    """Raises ClusterFault if the keys or the certificate cannot be read: better said now than by the router."""
+    try:
+        if config.api.keys_file:
+            KeysOnDisk(Path(config.api.keys_file))
+        certificate_of(config.api)
+    except BadKeys as error:
+        raise ClusterFault(f"{config.api.keys_file} holds no keys: {error}") from error
+    except FileNotFoundError as error:
+        hint = "; make keys with: tracehaul keys add" if error.filename == config.api.keys_file else ""
+        raise ClusterFault(f"there is no {error.filename}{hint}") from error
+    except (OSError, ssl.SSLError) as error:
+        raise ClusterFault(f"cannot use the keys or the certificate: {error}") from error
 
 
 def make_plan(config: ClusterConfig, console: Console) -> Plan:
@@ -259,10 +281,10 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
             if all(state.phase == "ready" for state in states.values()):
                 break
             await asyncio.sleep(POLL_S)
-    async with httpx.AsyncClient(trust_env=False, timeout=2.0) as client:
+    with here(plan.config, run).client(timeout_s=2.0) as client:
         while True:
             try:
-                answer = await client.get(f"{base_url(plan.config)}/cluster")
+                answer = await asyncio.to_thread(client.get, "/cluster")
                 if answer.status_code == 200:
                     members = {node["info"]["node"] for node in answer.json()}
                     if all(name in members or name == ROUTER for name in children):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -22,6 +23,7 @@ from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
+from router.http.keys import BadKeys
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.member import Member, serving
@@ -31,6 +33,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.runtime.tasks import Tasks
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.opening import open_transport
@@ -57,7 +60,7 @@ def run_node(name: str, run: RunDir) -> int:
             raise ClusterFault(f"the plan has no node {name}")
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, WrongPool, SourceError, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
+    except (ClusterFault, WrongPool, SourceError, BadKeys, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -219,9 +222,13 @@ class _Node:
 
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
+        from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
         from router.assemble import Router
+        from router.http.access import KeysOnDisk
+        from router.http.files import refreshing
         from router.http.server import serve
+        from router.http.tls import certificate_of
         from tracehaul.model.text import Text
 
         config = self._plan.config
@@ -240,10 +247,17 @@ class _Node:
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]
             texts = {source.name: await offload.run(partial(Text.load, source)) for source in sources}
-            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render)
+            certificate = certificate_of(config.api)
+            keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
+            keyring = None if keys is None else keys.keyring
+            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render, keyring=keyring)
             grace_s = max(1, int(config.drain_timeout_s))
-            api = await serve(app, config.host, config.port, grace_s=grace_s)
+            api = await serve(
+                app, config.host, config.port, grace_s=grace_s, config=config.api, certificate=certificate
+            )
             stack.push_async_callback(api.close)
+            tasks = await stack.enter_async_context(Tasks("router"))
+            tasks.start(refreshing(*filter(None, (keys, certificate))), "files")
             settle()
             self._tell(phase="ready", metrics=authority(api.host, api.port))
             ended = asyncio.ensure_future(api.wait())

@@ -1,8 +1,9 @@
 """A cluster's run directory: what runs, how far each node has come, and where the logs are.
 
 Layout: ``cluster.json`` (the plan that every node reads), ``processes/NAME.json`` (who to stop), ``state/NAME.json``
-(written by the node itself), ``logs/NAME.log``. A process is named by its pid *and* its start time, so that a pid
-that the kernel has given to somebody else is never signalled.
+(written by the node itself), ``logs/NAME.log``, ``operator.key`` (an API key for the commands that are run here). A
+process is named by its pid *and* its start time, so that a pid that the kernel has given to somebody else is never
+signalled.
 """
 
 import fcntl
@@ -123,6 +124,8 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.plan_file = self.path / "cluster.json"
+        self.operator_key = self.path / "operator.key"
+        """A key of this launch's own, for the commands that are run here; where the API asks for keys."""
 
     def create(self) -> None:
         """Makes the directories.
@@ -199,6 +202,7 @@ class RunDir:
         for state in (self.path / "state").glob("*.json"):
             state.unlink(missing_ok=True)
         self.plan_file.unlink(missing_ok=True)
+        self.operator_key.unlink(missing_ok=True)
 
     def write_state(self, name: str, state: NodeState) -> None:
         """Called by the node ``name`` itself."""

@@ -14,6 +14,7 @@ from router.calls.text import Text
 from router.dispatch.dispatch import Dispatch, DispatchConfig
 from router.http.app import create_app
 from router.http.config import ApiConfig
+from router.http.keys import Keyring
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.offload import Offload
@@ -43,9 +44,10 @@ class Router:
         offload: Offload,
         metrics: Callable[[], bytes],
         dice: random.Random = UNFORESEEN,
+        keyring: Keyring | None = None,
     ) -> ASGIApp:
         """Serves clients; the arguments are those of :func:`router.http.app.create_app`."""
-        return create_app(self.dispatch, texts, metrics, config, offload, dice)
+        return create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""

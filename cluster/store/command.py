@@ -27,10 +27,14 @@ err = Console(stderr=True)
 out = Console()
 PIPE_COLUMNS = 200
 """A pipe has no width to respect."""
-ALL = ("url", "run_dir")
+ALL = ("url", "key", "run_dir")
 """Options of every command."""
 BLOCKS = ("prompt", "chat", "tokens", "hashes", "salt")
 """Options of a command that is about blocks: exactly one of the first four."""
+
+KeyOption = Annotated[
+    str | None, typer.Option("--key", envvar="TRACEHAUL_KEY", help="An API key that may steer, for the one at --url.")
+]
 
 
 def parse_size(text: str) -> int:
@@ -78,6 +82,7 @@ class Args(msgspec.Struct, frozen=True, kw_only=True):
     ] = None
     as_json: Annotated[bool, typer.Option("--json", help="For scripts: answers and errors by node, as JSON.")] = False
     url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None
+    key: KeyOption = None
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.")] = Path(".run")
 
 
@@ -149,7 +154,7 @@ class Command(msgspec.Struct, frozen=True):
         Raises:
             ClusterFault: not everything was done; the rest has been told.
         """
-        found = find(args.url, RunDir(args.run_dir))
+        found = find(args.url, RunDir(args.run_dir), args.key)
         if found.router_lost is not None:
             warning = f"tracehaul: {found.router_lost}. Asking the store nodes that were started here."
             err.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -2,21 +2,46 @@
 
 from typing import Literal
 
-Cause = Literal["invalid", "not_found", "conflict", "too_large", "too_slow", "late", "unavailable", "failed"]
-"""Whose doing it is: the client's, up to ``too_slow``; nobody's: its time is over (``late``), or nobody is there now
-(``unavailable``: try again); ours."""
+Cause = Literal[
+    "invalid",
+    "unauthorized",
+    "forbidden",
+    "not_found",
+    "conflict",
+    "too_large",
+    "unsupported_media",
+    "too_slow",
+    "limited",
+    "late",
+    "unavailable",
+    "failed",
+]
+"""Whose doing it is: the client's, up to ``limited`` (asked for more than it may have for now); nobody's: its time is
+over (``late``), or nobody is there now (``unavailable``: try again); ours."""
 
 
 class CallFailed(Exception):
     """A call that ends with an error."""
 
-    def __init__(self, cause: Cause, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        cause: Cause,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.cause: Cause = cause
         self.param = param
         """What in the client's words is at fault."""
         self.code = code
         """A name for programs; None: there is none."""
+        self.request: str | None = None
+        """The request's id, where it has one."""
+        self.retry_after_s = retry_after_s
+        """When it may go better; None: nobody knows."""
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> CallFailed:

@@ -79,7 +79,7 @@ class Begun(msgspec.Struct, frozen=True, gc=False):
     choice: int
     opening: Opening
     usage: Usage | None = None
-    """Of the call after this, where it is wanted with each event."""
+    """Of the call after this, where it is wanted with each event or with this one."""
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -101,6 +101,8 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     called: bool
     """It has called a tool."""
     usage: Usage | None = None
+    stop: str | None = None
+    """The stop string that ended it; None: something else did."""
 
 
 CallEvent = Begun | Piece | Ended
@@ -115,3 +117,5 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     marks: Sequence[Mark]
     reason: FinishReason
     called: bool
+    stop: str | None = None
+    """As in :class:`Ended`."""

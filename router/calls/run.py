@@ -97,6 +97,16 @@ class Run:
             self._take(index, event, events)
         return events
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(prompt.tokens for prompt in self._accepted.prompts)
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(len(answer.tokens) for answer in self._answers)
+
     def choices(self) -> list[Choice]:
         """All of them, once they have ended."""
         assert self.done
@@ -116,9 +126,9 @@ class Run:
             cached += min(computed_from, prompt.tokens)
         parts = [answer.usage for answer in self._answers]
         return Usage(
-            prompt_tokens=sum(prompt.tokens for prompt in prompts),
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=cached,
-            output_tokens=sum(len(answer.tokens) for answer in self._answers),
+            output_tokens=self.output_tokens,
             reasoning_tokens=sum(answer.reader.reasoning_tokens for answer in self._answers),
             resident_tokens=sum(part.resident_tokens for part in parts),
             pulled_tokens=sum(part.pulled_tokens for part in parts),
@@ -156,10 +166,10 @@ class Run:
         usage = self.usage() if self._options.continuous_usage else None
         if self._openings[index] is None:
             self._openings[index] = opening = self._opening(index)
-            events.append(Begun(index, opening, usage))
+            events.append(Begun(index, opening, self.usage() if self._options.opening_usage else usage))
         events.append(Piece(index, growth.said, growth.tokens, growth.marks, usage))
         if reason is not None:
-            events.append(Ended(index, reason, answer.reader.called, usage))
+            events.append(Ended(index, reason, answer.reader.called, usage, answer.stop))
             self._answered(index)
 
     def _grow(self, answer: Answer, event: Output | Finished) -> Growth | None:

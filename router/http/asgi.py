@@ -1,13 +1,17 @@
 """The edge to the server: bodies in, answers out, and clients that leave."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from router.calls.errors import CallFailed
-from router.dialects.base import Dialect
+from router.dialects.base import Dialect, Teller
 from router.http.errors import STATUS, headers_of
+from router.http.inflate import Inflation, inflation
+from tracehaul.runtime import clock
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -20,32 +24,67 @@ class ClientGone(Exception):
 
 
 async def read_body(scope: Scope, receive: Receive, *, bytes_max: int, timeout_s: float) -> bytes:
-    """The request's body.
+    """The request's body, unpacked if its ``Content-Encoding`` says that it is packed.
 
     Raises:
-        CallFailed: it is too long, or takes too long.
+        CallFailed: it is too long, packed or unpacked; it takes too long; or it cannot be unpacked.
         ClientGone: the client left.
     """
     too_long = CallFailed("too_large", f"the body is longer than {bytes_max} bytes", code="body_too_large")
-    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    announced = header(scope, b"content-length")
     if announced.isdigit() and int(announced[:20]) > bytes_max:
         raise too_long
+    packed = inflation(header(scope, b"content-encoding").decode("latin-1"))
     parts: list[bytes] = []
-    size = 0
+    arrived = 0
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > bytes_max:
+                data = message.get("body", b"")
+                arrived += len(data)
+                if arrived > bytes_max:
+                    raise too_long
+                if packed is None:
+                    parts.append(data)
+                elif not await _unpack(packed, data, parts, bytes_max):
                     raise too_long
                 if not message.get("more_body", False):
-                    return b"".join(parts)
+                    break
     except TimeoutError:
         raise CallFailed("too_slow", f"the body did not arrive within {timeout_s} s", code="timeout") from None
+    if packed is not None:
+        packed.end()
+    return b"".join(parts)
+
+
+async def _unpack(packed: Inflation, data: bytes, parts: list[bytes], bytes_max: int) -> bool:
+    """Add what ``data`` holds to the parts, in turns with everything else on this loop. False: it is too much."""
+    for part in packed.feed(data):
+        if packed.size > bytes_max:
+            return False
+        parts.append(part)
+        await asyncio.sleep(0)
+    return True
+
+
+def header(scope: Scope, name: bytes) -> bytes:
+    """The first header of that name, in lower case; empty if there is none."""
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+async def body_of(request: Request, *, bytes_max: int, timeout_s: float) -> bytes:
+    """The same, of a page.
+
+    Raises:
+        CallFailed: likewise, or the client left.
+    """
+    try:
+        return await read_body(request.scope, request.receive, bytes_max=bytes_max, timeout_s=timeout_s)
+    except ClientGone:
+        raise CallFailed("invalid", "the client left", code="client_gone") from None
 
 
 async def disconnected(receive: Receive) -> None:
@@ -79,11 +118,13 @@ class Reply:
     """
 
     def __init__(
-        self, send: Send, dialect: Dialect, timeout_s: float, silence_s: float, chunks: Chunks | None = None
+        self, send: Send, dialect: Dialect[Teller], timeout_s: float, silence_s: float, chunks: Chunks | None = None
     ) -> None:
         self._send = send
         self._chunks = chunks
         self._dialect = dialect
+        self.broken = dialect.broken
+        """How a stream that has begun ends with an error."""
         self._timeout_s = timeout_s
         self._silence_s = silence_s
         self._clock = asyncio.get_running_loop().time
@@ -96,6 +137,12 @@ class Reply:
         self._started = False
         self._ended = False
         self.headers: Headers = []
+        self.standing: Callable[[], Headers] | None = None
+        """More headers, as they are when the answer begins."""
+        self.status: int | None = None
+        """Of the answer that has begun."""
+        self.first_s: float | None = None
+        """When it began."""
 
     async def json(self, status: int, body: bytes, headers: Headers | None = None) -> None:
         """Answer at once."""
@@ -156,10 +203,11 @@ class Reply:
         """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
         if self._ended:
             return
+        failure.request = next((value.decode() for name, value in self.headers if name == b"x-request-id"), None)
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._started:
-                    await self.events(self._dialect.broken(failure), last=True)
+                    await self.events(self.broken(failure), last=True)
                     return
                 headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
                 await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)
@@ -175,7 +223,9 @@ class Reply:
 
     async def _start(self, status: int, headers: Headers) -> None:
         self._started = True
-        await self._say({"type": "http.response.start", "status": status, "headers": headers + self.headers})
+        self.status, self.first_s = status, clock.now_s()
+        more = self.standing() if self.standing is not None else []
+        await self._say({"type": "http.response.start", "status": status, "headers": headers + self.headers + more})
 
     async def _say(self, message: dict[str, object], *, last: bool = False) -> None:
         self._ended = last

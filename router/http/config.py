@@ -1,4 +1,4 @@
-"""Limits of the HTTP surface."""
+"""Limits of the HTTP surface, and who may use it."""
 
 from typing import Annotated
 
@@ -20,3 +20,28 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     """A client that reads nothing for this long is taken for gone."""
     keepalive_s: Seconds = 10.0
     """After this much silence a stream starts, if it has not, and carries a comment."""
+    responses_max: Count = 4096
+    """Responses that are kept for later calls (``store``); beyond it, as beyond the next, old ones are forgotten."""
+    responses_bytes_max: Count = 256 * 2**20
+    responses_age_s: Seconds = 86400.0
+    """Older ones are forgotten, too."""
+    background_max: Count = 64
+    """Responses that run in the background; more are answered 503."""
+    headers_timeout_s: Seconds = 20.0
+    """A connection whose headers are not complete by then is closed."""
+    headers_bytes_max: Count = 64 * 2**10
+    """More of them are answered 431."""
+    keys_file: str = ""
+    """API keys, as ``tracehaul keys`` writes them; empty: nobody is asked for one."""
+    open: bool = False
+    """Without keys, addresses beyond this machine may be listened on."""
+    tls_cert: str = ""
+    """The certificate's chain, in PEM; with it the API is served over TLS alone."""
+    tls_key: str = ""
+    """Its private key; empty: it is in the same file."""
+    origins: tuple[str, ...] = ()
+    """Web pages of these origins may use the API from a browser; ``*``: all."""
+    access_log: bool | None = None
+    """A line in the log for each request; None: where there are keys."""
+    log_content: bool = False
+    """With what was asked and answered."""

@@ -1,15 +1,21 @@
 """One decided status for each cause of a failure. Pure."""
 
+import math
+
 from router.calls.errors import CallFailed, Cause
 
 RETRY_AFTER_S = 1
 
 STATUS: dict[Cause, int] = {
     "invalid": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "too_slow": 408,
     "conflict": 409,
     "too_large": 413,
+    "unsupported_media": 415,
+    "limited": 429,
     "failed": 500,
     "unavailable": 503,
     "late": 504,
@@ -19,8 +25,11 @@ STATUS: dict[Cause, int] = {
 def headers_of(failure: CallFailed) -> dict[str, str]:
     """What an answer with that error says beside its body."""
     match failure.cause:
-        case "unavailable":
-            return {"retry-after": str(RETRY_AFTER_S)}
+        case "unavailable" | "limited":
+            after_s = RETRY_AFTER_S if failure.retry_after_s is None else max(1, math.ceil(failure.retry_after_s))
+            return {"retry-after": str(after_s)}
+        case "unauthorized":
+            return {"www-authenticate": "Bearer"}
         case "too_slow":
             return {"connection": "close"}  # the rest of the body may come for ever
         case _:

@@ -9,7 +9,9 @@ from starlette.responses import Response
 
 from router.calls.errors import model_not_found
 from router.dispatch.steps import Dispatcher
+from router.http.access import caller_of
 from router.http.errors import RETRY_AFTER_S
+from tracehaul import __version__
 from tracehaul.runtime.clock import wall_s
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,6 +41,12 @@ class Health(msgspec.Struct, frozen=True):
     reason: str | None = None
 
 
+class Version(msgspec.Struct, frozen=True):
+    """``GET /version``."""
+
+    version: str
+
+
 class Pages:
     """The endpoints that only look."""
 
@@ -49,12 +57,12 @@ class Pages:
 
     async def models(self, request: Request) -> Response:
         """What can be asked for now."""
-        return json_response(ModelList(self._entries()))
+        return json_response(ModelList(self._entries(request)))
 
     async def model(self, request: Request) -> Response:
         """One of those; ids may hold slashes."""
         name = request.path_params["name"]
-        for entry in self._entries():
+        for entry in self._entries(request):
             if entry.id == name:
                 return json_response(entry)
         raise model_not_found(name)
@@ -71,14 +79,22 @@ class Pages:
 
     async def metrics(self, request: Request) -> Response:
         """For Prometheus."""
+        caller_of(request.scope).steer("/metrics")
         return Response(self._metrics_render(), media_type=METRICS_TYPE)
 
     async def cluster(self, request: Request) -> Response:
         """Every known node."""
+        caller_of(request.scope).steer("/cluster")
         return json_response(self._dispatcher.nodes())
 
-    def _entries(self) -> list[ModelEntry]:
-        return [ModelEntry(card.name, self._created, card.context_max) for card in self._dispatcher.models()]
+    async def version(self, request: Request) -> Response:
+        """Of this build."""
+        return json_response(Version(__version__))
+
+    def _entries(self, request: Request) -> list[ModelEntry]:
+        caller = caller_of(request.scope)
+        cards = self._dispatcher.models()
+        return [ModelEntry(card.name, self._created, card.context_max) for card in cards if caller.serves(card.name)]
 
 
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -10,6 +10,9 @@ from router.calls.identity import ID_CHARACTERS_MAX, fresh_name
 
 _REQUEST_ID = re.compile(rf"[!-~]{{1,{ID_CHARACTERS_MAX}}}", re.ASCII)
 
+REQUEST_ID = "tracehaul.request_id"
+"""Where a page's scope has it."""
+
 
 class RequestIds:
     """Gives every answer an ``X-Request-Id``: the client's own, or a fresh one."""
@@ -22,7 +25,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        name = request_id(Headers(scope=scope).get("x-request-id"), fresh_name(self._dice))
+        name = scope[REQUEST_ID] = request_id(Headers(scope=scope).get("x-request-id"), fresh_name(self._dice))
 
         async def tell(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -5,13 +5,18 @@ import contextlib
 import socket
 import weakref
 from collections.abc import Generator
-from typing import cast
+from typing import Any, cast
 
+import msgspec
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.types import ASGIApp, Message
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from router.calls.errors import invalid
+from router.dialects.openai.errors import error_body
 from router.http.asgi import CHUNKS
+from router.http.config import ApiConfig
+from router.http.tls import Certificate
 
 CONNECTIONS_MAX = 8192
 """Open connections; calls on more are answered 503 by the server itself."""
@@ -28,14 +33,126 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _TooLarge(Exception):
+    """The headers are; the parser hands it on as one of its own errors."""
+
+
 class _Protocol(HttpToolsProtocol):
-    """Offers each call's :class:`_Chunks`."""
+    """Offers each call's :class:`_Chunks`, and ends connections whose headers are too large or do not end."""
+
+    headers_timeout_s = 0.0
+    headers_bytes_max = 0
+    _header_bytes = 0
+    """Of the message that is read now."""
+    _unread_bytes = 0
+    """Fed to the parser since it last told of something: of a part that does not end."""
+    _heading = True
+    """Headers are awaited, or have begun."""
+    _timer: asyncio.TimerHandle | None = None
+    """While it waits for headers to end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.headers_timeout_s, self._close_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._heard()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._unread_bytes += len(data)
+        super().data_received(data)
+        if self.transport.is_closing():
+            return
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if self._unread_bytes > self.headers_bytes_max:
+            self.send_400_response("")
+        elif self._timer is None and (self._heading or cycle is None or cycle.response_complete):
+            self._timer = self.loop.call_later(self.headers_timeout_s, self._close_late)
+
+    def on_message_begin(self) -> None:
+        self._header_bytes, self._heading = 0, True
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._unread_bytes, self._heading = 0, False
+        self._heard()
         super().on_headers_complete()
         cycle = cast("RequestResponseCycle | None", self.cycle)  # none where another protocol takes over
         if cycle is not None:
             cast(dict[str, object], cycle.scope)["extensions"] = {CHUNKS: _Chunks(cycle)}
+            if cycle.scope["http_version"] == "1.0":
+                cast(Any, cycle).send = _Delimited(cycle)
+
+    def on_body(self, body: bytes) -> None:
+        self._unread_bytes = 0
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """As far as it is one: a message that is too large has a status of its own."""
+        if max(self._header_bytes, self._unread_bytes) > self.headers_bytes_max:
+            self._refuse(431, f"headers are longer than {self.headers_bytes_max} bytes")
+        else:
+            super().send_400_response(msg)
+
+    def _count(self, size: int) -> None:
+        self._unread_bytes = 0
+        self._header_bytes += size
+        if self._header_bytes > self.headers_bytes_max:
+            raise _TooLarge
+
+    def _heard(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _close_late(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self._header_bytes or self._unread_bytes:
+            self._refuse(408, f"headers did not arrive within {self.headers_timeout_s:g} s")
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answer and close; not within another answer."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        if cycle is not None and not cycle.response_complete:
+            self.transport.abort()
+            return
+        body = msgspec.json.encode(error_body(invalid(why)))
+        head = "content-type: application/json\r\nconnection: close\r\n"
+        self.transport.write(STATUS_LINE[status] + f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+class _Delimited:
+    """Sends to a client of HTTP/1.0, which knows no chunks: what has no length ends with the connection."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = weakref.ref(cycle)  # whose attribute this is
+        self._until_close = False
+
+    async def __call__(self, message: Message) -> None:
+        cycle = self._cycle()
+        if cycle is None:
+            return
+        if message["type"] == "http.response.start":
+            self._until_close = all(name.lower() != b"content-length" for name, _ in message.get("headers", []))
+            if self._until_close:
+                cycle.chunked_encoding = False
+        elif self._until_close and message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await RequestResponseCycle.send(cycle, cast(Any, message))
 
 
 class _Chunks:
@@ -81,19 +198,37 @@ class ApiServer:
             await asyncio.wait(left, timeout=CANCEL_TIMEOUT_S)
 
 
-async def serve(app: ASGIApp, host: str, port: int, *, grace_s: int = 5) -> ApiServer:
-    """Start serving ``app``; port 0 takes any free one. ``grace_s``: for calls in progress when it is closed.
+async def serve(
+    app: ASGIApp,
+    host: str,
+    port: int,
+    *,
+    grace_s: int = 5,
+    config: ApiConfig | None = None,
+    certificate: Certificate | None = None,
+) -> ApiServer:
+    """Start serving ``app``.
+
+    Args:
+        app: what is served.
+        host: where, one address of this machine, or all.
+        port: 0 takes any free one.
+        grace_s: for calls in progress when it is closed.
+        config: limits of headers.
+        certificate: serve over TLS, with it.
 
     Raises:
         OSError: the address cannot be bound; says which.
     """
+    limits = config or ApiConfig()
+    bounds = {"headers_timeout_s": limits.headers_timeout_s, "headers_bytes_max": limits.headers_bytes_max}
     listener = await _bind(host, port)
-    config = uvicorn.Config(
+    settings = uvicorn.Config(
         app,
         loop="none",
-        http=_Protocol,
+        http=type("Protocol", (_Protocol,), bounds),
         ws="none",
-        lifespan="off",
+        lifespan="auto",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -103,7 +238,9 @@ async def serve(app: ASGIApp, host: str, port: int, *, grace_s: int = 5) -> ApiS
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
     )
-    server = _Server(config)
+    settings.load()
+    settings.ssl = certificate.context if certificate is not None else None
+    server = _Server(settings)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="http-server")
     try:
         async with asyncio.timeout(START_TIMEOUT_S):

@@ -26,6 +26,8 @@ def error_body(failure: CallFailed) -> ErrorBody:
     match failure.cause:
         case "unavailable":
             kind = "service_unavailable"
+        case "limited":
+            kind = "rate_limit_error"
         case "late":
             kind = "timeout"
         case "failed":
