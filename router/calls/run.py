@@ -155,7 +155,7 @@ class Run:
             events.append(Begun(index, opening, usage))
         events.append(Piece(index, growth.said, growth.tokens, growth.marks, usage))
         if reason is not None:
-            events.append(Ended(index, reason, answer.reader.called, usage))
+            events.append(Ended(index, reason, answer.reader.called_in_pieces, usage))
             self._answered(index)
 
     def _grow(self, answer: Answer, event: Output | Finished) -> Growth | None:

@@ -15,7 +15,7 @@ LLAMA = '{"name": "add", "parameters": {"a": [1, {"b": 2}]}}'
 
 
 def read(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    reader = ToolReader(form, NAMES)
+    reader = ToolReader(form, NAMES if form == "llama3" else None)
     events: list[Event] = []
     for piece in pieces:
         events += reader.feed(piece)
