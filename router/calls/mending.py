@@ -87,7 +87,7 @@ class ObjectMender:
         match self._wants, mark:
             case "open", "{":
                 self._open(mark)
-            case ("first" | "item" | "next"), ("}" | "]") if self._closers[-1] == mark:
+            case (("first" | "item" | "next"), ("}" | "]")) if self._closers[-1] == mark:
                 self._told.append(self._comma[1:] + mark)  # without a comma that nothing follows
                 self._comma = ""
                 self._closers.pop()
@@ -97,13 +97,13 @@ class ObjectMender:
             case "colon", ":":
                 self._told.append(mark)
                 self._wants = "value"
-            case ("first" | "item"), '"' if in_object:
+            case (("first" | "item"), '"') if in_object:
                 self._begin(mark)
                 self._wants = "colon"
-            case ("first" | "item" | "value"), '"':
+            case (("first" | "item" | "value"), '"'):
                 self._begin(mark)
                 self._wants = "next"
-            case ("first" | "item"), ("{" | "[") if not in_object:
+            case (("first" | "item"), ("{" | "[")) if not in_object:
                 self._open(mark)
             case "value", ("{" | "["):
                 self._open(mark)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from router.calls.call import Call, Conversation
 from router.calls.text import Text
 from router.dialects.body import parse
+from router.dialects.chat.functions import asked
 from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatRequest
 from router.dialects.chat.teller import ChatTeller
@@ -21,16 +22,17 @@ class Chat(OpenAIErrors):
     def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, ChatTeller]:
         request = parse(body, ChatRequest)
         opts = options(request)
+        asks = asked(request)
         call = Call(
             id=f"chatcmpl-{fresh}",
             model=request.model,
             wanted=wanted_of(request),
-            tools=tools_of(request.tools, request.tool_choice, request.parallel_tool_calls),
-            prompts=(Conversation(messages_of(request.messages), names_of(request.tools)),),
+            tools=tools_of(asks.tools, asks.choice, asks.parallel),
+            prompts=(Conversation(messages_of(request.messages), names_of(asks.tools)),),
             where="messages",
             options=opts,
             trace=request.trace_fields,
             tenant=request.tenant,
             nbytes=len(body),
         )
-        return call, ChatTeller(Head(call.id, created, call.model), opts, text_of(call.model))
+        return call, ChatTeller(Head(call.id, created, call.model), opts, text_of(call.model), older=asks.older)
