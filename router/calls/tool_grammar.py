@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from router.calls.errors import invalid
+from router.calls.errors import CallFailed, invalid
 from router.calls.schemas import bare, softened
 from router.calls.structured import SOURCE_CHARACTERS_MAX, Check, pattern_constraint, too_deep
 from router.calls.tool_formats import BEGIN, END, ToolFormat
@@ -71,13 +71,16 @@ def calls_constraint(
             return grammar
         loosened = _loosened(parts)
         if loosened is None:
-            raise invalid(wrong, "tools", "invalid_grammar")
+            raise invalid(f"the tools together cannot be used: {wrong}", "tools", "invalid_grammar")
         parts = loosened
 
 
 def _part(function: Function) -> Part:
-    # Whatever a schema says: arguments are an object.
-    return Part(function.name, {**bare(function.parameters or {}), **_ANY}, not function.strict)
+    parameters = function.parameters or {}
+    kind = parameters.get("type", "object")
+    if function.strict and kind != "object":
+        raise _unusable(function, f"their type is {str(kind)[:64]!r}, and arguments are an object")
+    return Part(function.name, {**bare(parameters), **_ANY}, not function.strict)
 
 
 def _usable(function: Function, check: Check) -> Part:
@@ -102,8 +105,12 @@ def _usable(function: Function, check: Check) -> Part:
         if part.lenient and not wrong_with(part):
             return part
     if function.strict:
-        raise invalid(f"the parameters of the tool {function.name!r}: {wrong}", "tools", "invalid_grammar")
+        raise _unusable(function, wrong)
     return Part(function.name, _ANY, lenient=True)
+
+
+def _unusable(function: Function, why: str) -> CallFailed:
+    return invalid(f"the parameters of the tool {function.name!r} cannot be used: {why}", "tools", "invalid_grammar")
 
 
 def _loosened(parts: Sequence[Part]) -> list[Part] | None:
