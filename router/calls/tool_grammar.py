@@ -35,6 +35,11 @@ class Part(msgspec.Struct, frozen=True):
     lenient: bool
 
     @property
+    def source(self) -> str:
+        """The schema as JSON."""
+        return json.dumps(self.schema, ensure_ascii=False)
+
+    @property
     def inline(self) -> str:
         """The schema in a grammar."""
         return inline_json(self.schema, lenient=self.lenient)
@@ -59,11 +64,13 @@ def calls_constraint(
         return grammar, check(grammar)
 
     functions = tools.forced or tools.callable
-    parts = [] if any(too_deep(function.parameters) for function in functions) else [_part(f) for f in functions]
-    if parts:
-        grammar, wrong = made(parts)
-        if not wrong:
-            return grammar
+    if not any(too_deep(function.parameters) for function in functions):
+        parts = [_part(function) for function in functions]
+        # The library follows references by recursion: a part is no longer than a schema may be.
+        if all(len(part.source) <= SOURCE_CHARACTERS_MAX for part in parts):
+            grammar, wrong = made(parts)
+            if not wrong:
+                return grammar
     parts = [_usable(function, check) for function in functions]
     while True:
         grammar, wrong = made(parts)
@@ -87,7 +94,7 @@ def _usable(function: Function, check: Check) -> Part:
     """A tool by itself, with what can be enforced of it. Raises CallFailed if it is strict and cannot be."""
 
     def wrong_with(part: Part) -> str:
-        source = json.dumps(part.schema, ensure_ascii=False)
+        source = part.source
         if len(source) > SOURCE_CHARACTERS_MAX:
             return f"they must have at most {SOURCE_CHARACTERS_MAX} characters"
         return check(Constraint("json_schema", source, part.lenient))

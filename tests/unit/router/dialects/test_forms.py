@@ -223,7 +223,9 @@ def test_one_call_alone_where_more_are_not_wanted() -> None:
         ({"tools": [WEATHER], "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
         (
             {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "what"}}}],
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "what"}}}
+                ],
                 "tool_choice": "required",
             },
             "tools",

@@ -120,3 +120,22 @@ def test_references_arrive_as_they_were_written() -> None:
         hermes("b", {"anchored": "Rome"}),
         hermes("a", {"data": {"$ref": "#/$defs/p0/not/a/reference"}}),
     ) == [True, True, False, False, False]
+
+
+def test_a_schema_that_is_too_large_alone_is_left_to_the_model_unless_it_is_strict() -> None:
+    chain = {f"a{at}": {"$ref": f"#/$defs/a{at + 1}"} for at in range(30_000)}
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a0"}}, "$defs": {**chain, "a30000": {}}}
+    constraint = asked(tools=[function("f", schema), CLOCK], tool_choice="required")
+    assert matching(constraint, hermes("f", {"a": 1}), hermes("f", [1])) == [True, False]
+    told = refused(tools=[function("f", schema, strict=True)], tool_choice="required")["message"]
+    assert "'f'" in told
+    assert "65536" in told
+
+
+def test_a_schema_that_is_nested_too_deeply_is_left_to_the_model_unless_it_is_strict() -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(120):
+        schema = {"items": schema}
+    schema["type"] = "object"
+    assert matching(asked(tools=[function("f", schema)], tool_choice="required"), hermes("f", {})) == [True]
+    assert "deep" in refused(tools=[function("f", schema, strict=True)], tool_choice="required")["message"]
