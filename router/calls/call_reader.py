@@ -7,7 +7,7 @@ import json
 import re
 from typing import Literal
 
-from router.calls.mending import Broken, ObjectMender, mended
+from router.calls.slips import Broken, ObjectMender, whole_object
 
 _NAME = re.compile(r"[\w.:/-]{1,256}")
 _SPACE = " \t\r\n"
@@ -185,7 +185,7 @@ class CallReader:
         elif self._key in _ARGUMENTS:
             # As text, or nothing at all.
             text = _text(value).strip() if kind == "string" else value
-            told = "{}" if not text or text in _NOTHING else mended(text)
+            told = "{}" if not text or text in _NOTHING else whole_object(text)
             if told is None:
                 raise NoCall
             self._told.append(told)
@@ -223,6 +223,6 @@ class CallReader:
 
 def _text(quoted: str) -> str:
     """The text of a JSON string, slips mended."""
-    found = mended(f'{{"text": {quoted}}}')
+    found = whole_object(f'{{"text": {quoted}}}')
     assert found is not None  # a string ends where the reader says so
     return json.loads(found)["text"]

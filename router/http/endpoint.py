@@ -15,6 +15,7 @@ from router.calls.run import Run
 from router.dialects.base import Dialect, Teller
 from router.http.asgi import CHUNKS, ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
+from router.http.reading import WARNING, read
 from router.http.request_ids import request_id
 from router.http.translate import translate
 from tracehaul.runtime.clock import wall_s
@@ -74,7 +75,8 @@ class Endpoint:
 
     async def _answer(self, headers: Mapping[str, str], body: bytes, reply: Reply) -> None:
         fresh = fresh_name(self._dice)
-        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
+        call, teller, warnings = read(self._dialect, body, fresh, int(wall_s()), self._calls.text)
+        reply.headers += [(WARNING, warning.encode()) for warning in warnings]
         with self._calls.identified(call, headers, fresh) as identity:
             reply.headers.append((b"x-trace-id", identity.trace.encode()))
             async with await self._calls.accept(call, identity) as run:

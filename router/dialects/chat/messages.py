@@ -44,7 +44,7 @@ def _message(message: ChatMessage, index: int, called: str) -> call.Message:
         _ROLES[message.role],
         content if isinstance(content, str) else _joined(content or (), f"messages[{index}].content"),
         message.name,
-        message.reasoning_content,
+        message.reasoning if message.reasoning_content is None else message.reasoning_content,
         _calls(message, index),
         message.tool_call_id if message.role != "function" else called,
     )

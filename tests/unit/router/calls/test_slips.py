@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.calls.mending import Broken, ObjectMender, mended
+from router.calls.slips import Broken, ObjectMender, whole_object
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from router.calls.mending import Broken, ObjectMender, mended
     ],
 )  # fmt: skip
 def test_slips_are_mended(text: str, told: str) -> None:
-    assert mended(text) == told
+    assert whole_object(text) == told
     assert isinstance(json.loads(told), dict)
     for at in range(len(text)):
         mender = ObjectMender()
@@ -66,7 +66,7 @@ def test_slips_are_mended(text: str, told: str) -> None:
     ],
 )
 def test_what_means_nothing_sure_is_none(text: str) -> None:
-    assert mended(text) is None
+    assert whole_object(text) is None
 
 
 VALUES = st.recursive(
@@ -105,11 +105,11 @@ def test_valid_objects_are_told_to_the_letter(
 @given(OBJECTS)
 def test_slips_change_no_value(value: dict[str, object]) -> None:
     text = json.dumps(value, ensure_ascii=False)
-    assert json.loads(mended(text) or "") == value
+    assert json.loads(whole_object(text) or "") == value
     raw = text.replace("\\n", "\n").replace("\\t", "\t") if "\\\\" not in text else text
-    assert json.loads(mended(raw) or "") == value
+    assert json.loads(whole_object(raw) or "") == value
     if value:
-        assert json.loads(mended(text[:-1] + ",}") or "") == value
+        assert json.loads(whole_object(text[:-1] + ",}") or "") == value
 
 
 PARTS = st.sampled_from([*'{}[]":,\\ \nu1da', '{"', '":', '",', "True", "null", "\\u", "\\ud83d", "\\ude00", "\x07"])
