@@ -51,7 +51,13 @@ class ObjectMender:
             Broken: it cannot be mended.
         """
         while at < len(text) and not self.done:
-            at = self._string(text, at) if self._quoted else self._structure(text, at)
+            if not self._quoted:
+                at = self._structure(text, at)
+            elif not self._escape and not self._high and (plain := _PLAIN.match(text, at)):
+                self._told.append(plain.group())
+                at = plain.end()
+            else:
+                at = self._string(text, at)
         return at
 
     def told(self) -> str:

@@ -105,7 +105,7 @@ class ToolReader:
         events: list[Event] = []
         while self._advance(events):
             pass
-        return self._merged(events)
+        return self._merged(events) if events else events
 
     def finish(self) -> list[Event]:
         """The text ended: what is still held back."""
@@ -184,7 +184,7 @@ class ToolReader:
             self._read_of_call.append(held[: no.at])
             self._give_up(events, held[no.at :])
             return True
-        self._read_of_call.append(held[:at])
+        self._read_of_call.append(held if at == len(held) else held[:at])
         self._held = held[at:]
         if call.complete or not self._waits:
             self._tell(events)
@@ -237,6 +237,8 @@ class ToolReader:
 
     def _merged(self, events: list[Event]) -> list[Event]:
         """Neighbouring contents as one, empty ones left out, and all where there can be none."""
+        if len(events) == 1 and not isinstance(events[0], Content):
+            return events
         result: list[Event] = []
         for event in events:
             if isinstance(event, Content):
