@@ -13,17 +13,14 @@ import msgspec
 from router.calls.call import Conversation, Message
 from router.calls.errors import invalid
 from router.calls.messages import template_messages
-from router.calls.story import ANSWER, story, untold
+from router.calls.story import HERE, story, untold
 from router.calls.text import Text
 from router.traces.hits import Changed
 from router.traces.texts import CutTokens, common_prefix
 from router.traces.texts import Text as Remembered
-from router.traces.turns import Difference, Known, Story, Turn, difference, known, packed_turns
+from router.traces.turns import Difference, Turn, compared, packed_turns
 from tracehaul.runtime.clock import wall_s
 from tracehaul.wire.errors import InvalidRequest
-
-_HERE = "[tracehaul: the last message goes on here]"
-"""Stands at the end of a message that goes on: what the template writes behind it is left out."""
 
 
 class Rendered(msgspec.Struct, frozen=True):
@@ -54,7 +51,9 @@ class Rendering:
         told = story(asked.messages, tools, asked.variables)
         dated_s = next((text.dated_s for text in texts if text.dated_s), 0.0) or wall_s()
         messages = template_messages(asked.messages)
-        before = self._before(asked, told, texts)
+        before, difference = compared(texts, self._cut_tokens.model, told)
+        if asked.continue_final_message and before is not None and len(before.turns) == len(asked.messages):
+            before = None  # the answer itself is to go on
         rest = None if before is None else self._rest(asked, messages, tools, len(before.turns), dated_s)
         if before is not None and rest is not None:
             turns = [*before.turns, *map(Turn, told.sent[len(before.turns) :])]
@@ -62,13 +61,8 @@ class Rendering:
         else:
             turns = [*map(Turn, told.sent)]
             text = self._whole(asked, messages, tools, dated_s)
-        changed = _changed(difference(texts, self._cut_tokens.model, told), asked.messages, text)
+        changed = _changed(difference, asked.messages, text)
         return Rendered(text, packed_turns(told.context, turns), dated_s, changed)
-
-    def _before(self, asked: Conversation, told: Story, texts: Sequence[Remembered]) -> Known | None:
-        before = known(texts, self._cut_tokens.model, told)
-        goes_on = asked.continue_final_message and before is not None and len(before.turns) == len(asked.messages)
-        return None if goes_on else before
 
     def _whole(
         self,
@@ -81,8 +75,9 @@ class Rendering:
         if not asked.continue_final_message:
             return self._text.render(messages, tools, asked.add_generation_prompt, asked.variables, dated_s)
         *before, last = messages
-        goes_on = [*before, last | {"content": last["content"] + _HERE}]
-        shown, found, _ = self._text.render(goes_on, tools, False, asked.variables, dated_s).rpartition(_HERE)
+        # What the template writes behind it is left out.
+        goes_on = [*before, last | {"content": last["content"] + HERE}]
+        shown, found, _ = self._text.render(goes_on, tools, False, asked.variables, dated_s).rpartition(HERE)
         if not found:
             raise invalid("the chat template does not show the message that is to go on", "continue_final_message")
         return shown
@@ -102,7 +97,7 @@ class Rendering:
             text = self._whole(asked, marked, tools, dated_s)
         except InvalidRequest:
             return None
-        at = text.rfind(ANSWER)
+        at = text.rfind(HERE)
         end = self._cut_tokens.after(text, at) if at >= 0 else None
         return None if end is None else text[end:]
 

@@ -1,7 +1,9 @@
 """By what a conversation's messages are known again in a later call. Pure."""
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -12,8 +14,8 @@ from router.calls.custom import arguments_of
 from router.calls.events import Said
 from router.traces.turns import KEY_BYTES, Story
 
-ANSWER = "\ufdd1answer\ufdd1"
-"""Stands for an answer that is not to be told again: in a noncharacter's shade no text says that."""
+HERE = f"\ufdd1{secrets.token_hex(8)}\ufdd1"
+"""Marks a place in what a template tells: nobody is shown it, and no stranger's text can hold it."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -23,6 +25,7 @@ def story(
 ) -> Story:
     """The keys of a call's messages, and of what is told before them."""
 
+    @cache
     def said(at: int) -> bytes:
         return says(messages[at])
 
@@ -54,11 +57,11 @@ def canonical(arguments: str) -> str:
 
 
 def untold(message: dict[str, Any]) -> dict[str, Any]:
-    """An answer, in the shape that templates read, with :data:`ANSWER` for all that it says."""
+    """An answer, in the shape that templates read, with :data:`HERE` for all that it says."""
     told = {key: value for key, value in message.items() if key != "reasoning_content"}
-    told["content"] = ANSWER
+    told["content"] = HERE
     if calls := message.get("tool_calls"):
-        function = {**calls[0]["function"], "arguments": {ANSWER: ANSWER}}
+        function = {**calls[0]["function"], "arguments": {HERE: HERE}}
         told["tool_calls"] = [{**calls[0], "function": function}]
     return told
 

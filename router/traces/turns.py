@@ -61,24 +61,6 @@ def with_turn(packed: bytes, turn: Turn) -> bytes:
     return packed + _TURN.pack(*turn)
 
 
-def unpacked_turns(packed: bytes) -> tuple[bytes, list[Turn]]:
-    """The context and the turns of a text."""
-    return packed[:KEY_BYTES], [Turn._make(turn) for turn in _TURN.iter_unpack(packed[KEY_BYTES:])]
-
-
-def known(texts: Iterable[Text], model: str, story: Story) -> Known | None:
-    """The longest beginning of ``story`` that one of ``texts`` tells, up to the end of an answer; of equals from the
-    first one. None if none does."""
-    best: Known | None = None
-    for text in texts:
-        if text.model != model or text.turns[:KEY_BYTES] != story.context:
-            continue
-        turns = _shared(text.turns, story)
-        if turns and (best is None or len(turns) > len(best.turns)):
-            best = Known(text, turns)
-    return best
-
-
 class Difference(NamedTuple):
     """Where a conversation says another thing than one that was run."""
 
@@ -87,33 +69,40 @@ class Difference(NamedTuple):
     """-1: what stands before the messages differs."""
 
 
-def difference(texts: Iterable[Text], model: str, story: Story) -> Difference | None:
-    """From the text that it shares most messages with; None if it continues one, is a beginning of one, or none is
-    there to compare with."""
+class Compared(NamedTuple):
+    """What remembered texts tell of a conversation."""
+
+    known: Known | None
+    """The longest beginning that one of them tells, up to the end of an answer; of equals the first one's."""
+    difference: Difference | None
+    """From the one that it shares most messages with; None where it continues one, or is a beginning of one."""
+
+
+def compared(texts: Iterable[Text], model: str, story: Story) -> Compared:
+    """``story`` with the texts of that model."""
+    known: Known | None = None
     most: Difference | None = None
+    goes_on = False
     for text in texts:
         if text.model != model or not text.turns:
             continue
-        at = -1 if text.turns[:KEY_BYTES] != story.context else _same(text.turns, story)
-        if at in ((len(text.turns) - KEY_BYTES) // _TURN.size, len(story.sent)):
-            return None
-        if most is None or at > most.message:
-            most = Difference(text, at)
-    return most
+        if text.turns[:KEY_BYTES] != story.context:
+            most = most or Difference(text, -1)
+            continue
+        turns = list(_TURN.iter_unpack(text.turns[KEY_BYTES:]))
+        same = _same(turns, story)
+        goes_on = goes_on or same in (len(turns), len(story.sent))
+        if most is None or same > most.message:
+            most = Difference(text, same)
+        answers = next((at for at in range(same, 0, -1) if turns[at - 1][2]), 0)
+        if answers > (0 if known is None else len(known.turns)):
+            known = Known(text, tuple(Turn._make(turn) for turn in turns[:answers]))
+    return Compared(known, None if goes_on else most)
 
 
-def _same(packed: bytes, story: Story) -> int:
+def _same(turns: Sequence[tuple[bytes, bytes, int]], story: Story) -> int:
     """How many of its first messages are the same."""
-    count = 0
-    for count, (turn, sent) in enumerate(zip(unpacked_turns(packed)[1], story.sent, strict=False)):
-        if turn.sent != sent and (turn.says == NO_KEY or turn.says != story.says(count)):
-            return count
-    return min((len(packed) - KEY_BYTES) // _TURN.size, len(story.sent))
-
-
-def _shared(packed: bytes, story: Story) -> tuple[Turn, ...]:
-    """The turns up to the last answer that both have."""
-    turns = unpacked_turns(packed)[1][: _same(packed, story)]
-    while turns and not turns[-1].end:
-        turns.pop()
-    return tuple(turns)
+    for at, ((turn_sent, turn_says, _), sent) in enumerate(zip(turns, story.sent, strict=False)):
+        if turn_sent != sent and (turn_says == NO_KEY or turn_says != story.says(at)):
+            return at
+    return min(len(turns), len(story.sent))

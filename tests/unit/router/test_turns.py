@@ -1,7 +1,7 @@
 """What of a conversation is known again, and up to where."""
 
 from router.traces.texts import Said, Text, fresh, remember
-from router.traces.turns import Story, Turn, difference, known, packed_turns, with_turn
+from router.traces.turns import Difference, Known, Story, Turn, compared, packed_turns, with_turn
 
 CONTEXT = b"c" * 8
 
@@ -17,6 +17,14 @@ def text(*turns: Turn, context: bytes = CONTEXT, model: str = "m") -> Text:
 
 def story(*sent: str, says: dict[int, str] | None = None, context: bytes = CONTEXT) -> Story:
     return Story(context, [key(name) for name in sent], lambda at: key((says or {})[at]))
+
+
+def known(texts: list[Text], model: str, told: Story) -> Known | None:
+    return compared(texts, model, told).known
+
+
+def difference(texts: list[Text], model: str, told: Story) -> Difference | None:
+    return compared(texts, model, told).difference
 
 
 ASKED, ANSWERED = Turn(key("ask")), Turn(key("told"), key("meaning"), 40)

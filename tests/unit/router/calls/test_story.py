@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from router.calls.call import Message, ToolCall
 from router.calls.events import Said, SaidCall
-from router.calls.story import ANSWER, answered, canonical, says, sent, untold
+from router.calls.story import HERE, answered, canonical, says, sent, untold
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -63,8 +63,8 @@ def test_what_takes_an_answers_place_has_its_shape() -> None:
     calls = [{"id": str(at), "type": "function", "function": {"name": "f", "arguments": {}}} for at in range(2)]
     message = {"role": "assistant", "content": "x", "reasoning_content": "y", "tool_calls": calls}
     marked = untold(message)
-    assert (marked["content"], len(marked["tool_calls"]), "reasoning_content" in marked) == (ANSWER, 1, False)
-    assert marked["tool_calls"][0]["function"] == {"name": "f", "arguments": {ANSWER: ANSWER}}
+    assert (marked["content"], len(marked["tool_calls"]), "reasoning_content" in marked) == (HERE, 1, False)
+    assert marked["tool_calls"][0]["function"] == {"name": "f", "arguments": {HERE: HERE}}
     assert "tool_calls" not in untold({"role": "assistant", "content": "x"})
 
 

@@ -226,3 +226,16 @@ def test_what_was_told_in_other_words_stays_as_it_was_written(says: str, fields:
         assert talk.grows
 
     asyncio.run(main())
+
+
+def test_what_strangers_write_marks_no_place() -> None:
+    async def main() -> None:
+        model = text(TEMPLATE)
+        talk = Talk(model, [CALL, "done"])
+        told = spelled(await talk.say([USER]))
+        results = [{"role": "tool", "content": f"{at} \ufdd1answer\ufdd1", "tool_call_id": "x"} for at in range(3)]
+        await talk.say([USER, told, *results])
+        assert talk.grows
+        assert [f"\n{at} \ufdd1" in model.raw(talk.ran) for at in range(3)] == [True] * 3
+
+    asyncio.run(main())
