@@ -76,7 +76,9 @@ class TokenPages:
             else:
                 special = wanted.add_special_tokens is not False
                 ids = await self._offload.run(lambda: text.encode(prompt, special=special))
-            pieces = [text.token_text(token) for token in ids] if wanted.return_token_strs else None
+            pieces = None
+            if wanted.return_token_strs:
+                pieces = await self._offload.run(lambda: [text.token_text(token) for token in ids])
             return json_response(Tokenized(len(ids), card.context_max, ids, pieces))
 
     async def detokenize(self, request: Request) -> Response:

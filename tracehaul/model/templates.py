@@ -67,41 +67,37 @@ class ChatTemplate:
         found = adapted(messages, self.needs)
         if tools and self.needs.tools_unseen:
             found = with_tools(found, tools)
-        return self._rendered(found, tools, add_generation_prompt, more, now_s)
+        now = partial(_strftime, wall_s() if now_s is None else now_s)
+        return self._rendered(found, tools, more, add_generation_prompt=add_generation_prompt, strftime_now=now)
 
     def _rendered(
         self,
         messages: Sequence[Message],
-        tools: Sequence[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-        now_s: float | None = None,
+        tools: Sequence[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+        **given: Any,
     ) -> str:
         """The prompt of messages that need no change; tools without what they may lack are tried first."""
         try:
-            return self._tried(messages, tools, add_generation_prompt, variables, now_s)
+            return self._tried(messages, tools, variables, given)
         except InvalidRequest:
             complete = filled(tools)
             if complete == tools:
                 raise
-            return self._tried(messages, complete, add_generation_prompt, variables, now_s)
+            return self._tried(messages, complete, variables, given)
 
     def _tried(
         self,
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any] | None,
-        now_s: float | None,
+        variables: Mapping[str, Any],
+        given: Mapping[str, Any],
     ) -> str:
+        fixed = {**given, **self._special}
+        tools = None if tools is None else list(tools)
         try:
             return self._template.render(
-                {"documents": None, **(variables or {})},
-                messages=list(messages),
-                tools=None if tools is None else list(tools),
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=partial(_strftime, wall_s() if now_s is None else now_s),
-                **self._special,
+                {"documents": None, **variables}, messages=list(messages), tools=tools, **fixed
             )
         # A template is a program of the model's: on messages that it did not expect it may raise nearly anything.
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -145,7 +141,9 @@ class ChatTemplate:
     ) -> bool:
         """Whether it takes these messages and shows each of these texts, in order."""
         try:
-            rendered = self._rendered(adapted(messages, needs), tools, variables=variables)
+            found = adapted(messages, needs)
+            now = partial(_strftime, 0.0)
+            rendered = self._rendered(found, tools, variables or {}, add_generation_prompt=True, strftime_now=now)
         except InvalidRequest:
             return False
         at = 0

@@ -104,7 +104,7 @@ class Text:
         ``special``: with what the model wants around a plain prompt, such as a begin token; rendered templates
         bring their own.
         """
-        if MARK in text:
+        if MARK in text and not special:
             return self._literals.encode(text, self._encode_plain, self.special_token)
         # A batch of one: unlike a single text it is tokenized without holding the interpreter's lock.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids

@@ -2,19 +2,18 @@
 
 from collections.abc import Callable
 
-from router.calls.call import Call, Conversation
+from router.calls.call import Call
 from router.calls.text import Text
 from router.dialects.body import parse
 from router.dialects.chat.functions import asked
-from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatRequest
 from router.dialects.chat.teller import ChatTeller
-from router.dialects.chat.template import generation_prompt_of, told_of, variables_of
+from router.dialects.chat.template import conversation_of, told_of
 from router.dialects.openai.errors import OpenAIErrors
 from router.dialects.openai.requests import options
 from router.dialects.openai.response import Head
 from router.dialects.openai.structured import wanted_of
-from router.dialects.openai.tools import names_of, tools_of
+from router.dialects.openai.tools import tools_of
 
 
 class Chat(OpenAIErrors):
@@ -24,14 +23,7 @@ class Chat(OpenAIErrors):
         request = parse(body, ChatRequest)
         opts = options(request)
         asks = asked(request)
-        opens, goes_on = generation_prompt_of(request)
-        conversation = Conversation(
-            messages_of(request.messages),
-            names_of(asks.tools),
-            variables=variables_of(request),
-            add_generation_prompt=opens,
-            continue_final_message=goes_on,
-        )
+        conversation = conversation_of(request, asks.tools)
         call = Call(
             id=f"chatcmpl-{fresh}",
             model=request.model,

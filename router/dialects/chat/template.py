@@ -1,13 +1,16 @@
 """What a request says to the model's chat template. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from router.calls.call import Conversation
 from router.calls.errors import invalid
+from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatMessage, ChatRequest
 from router.dialects.openai.response import Told
+from router.dialects.openai.tools import names_of
 
 GIVEN = frozenset(
     (
@@ -27,6 +30,22 @@ GIVEN = frozenset(
 )
 """What templates are always given, or their convention keeps for itself."""
 THINKS_NOT = ("none", "minimal")
+
+
+def conversation_of(request: ChatRequest, tools: Sequence[dict[str, Any]] | None) -> Conversation:
+    """The request's conversation; ``tools``: all that it names.
+
+    Raises:
+        CallFailed: a message, or what is said to the template, cannot be honoured.
+    """
+    opens, goes_on = generation_prompt_of(request)
+    return Conversation(
+        messages_of(request.messages),
+        names_of(tools),
+        variables=variables_of(request),
+        add_generation_prompt=opens,
+        continue_final_message=goes_on,
+    )
 
 
 def variables_of(request: ChatRequest) -> Mapping[str, Any] | None:

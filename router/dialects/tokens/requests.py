@@ -5,12 +5,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from router.calls.call import Call, Conversation, Plain
+from router.calls.call import Call, Plain
 from router.calls.errors import invalid
-from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatMessage, ChatRequest
-from router.dialects.chat.template import generation_prompt_of, variables_of
-from router.dialects.openai.tools import names_of, tools_of
+from router.dialects.chat.template import conversation_of
+from router.dialects.openai.tools import tools_of
 
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
@@ -70,13 +69,6 @@ def asked(request: TokenizeRequest, model: str, name: str, nbytes: int) -> Call:
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
     )
-    opens, goes_on = generation_prompt_of(chat)
-    conversation = Conversation(
-        messages_of(request.messages),
-        names_of(request.tools),
-        variables=variables_of(chat),
-        add_generation_prompt=opens,
-        continue_final_message=goes_on,
-    )
+    prompts = (conversation_of(chat, request.tools),)
     tools = tools_of(request.tools, None, None)
-    return Call(id=name, model=model, prompts=(conversation,), where="messages", tools=tools, nbytes=nbytes)
+    return Call(id=name, model=model, prompts=prompts, where="messages", tools=tools, nbytes=nbytes)

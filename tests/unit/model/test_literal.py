@@ -64,6 +64,8 @@ def test_calls_and_tools_are_looked_at_too(text: Text) -> None:
 
 def test_plain_completions_keep_their_meaning(text: Text) -> None:
     assert controls(text, text.encode("<|start|>x<|end|>")) == 2
+    noted = text.encode(f"<{MARK}|end|>", special=True)
+    assert (controls(text, noted), text.raw(noted)) == (0, f"<{MARK}|end|>")
 
 
 def test_what_holds_none_is_left_as_it_is() -> None:
