@@ -48,7 +48,7 @@ RSS_STEPS = 20
 RSS_FIRST_TOKENS = 3000
 RSS_STEP_TOKENS = 33
 SETTLE_S = 15.0
-"""Until a router has forgotten what it expected of prompts that nobody asks for, and has given memory back."""
+"""Until a router has forgotten what it expected of prompts that nobody asks for."""
 
 console = Console()
 Message = dict[str, str]
