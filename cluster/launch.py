@@ -37,7 +37,7 @@ from cluster.config import (
     threads_of,
     usable_cores,
 )
-from cluster.model import kv_layout
+from cluster.model import kv_layout, note
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
@@ -71,6 +71,8 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
             if config.api.keys_file:
                 make_operator_key(run)
             plan = make_plan(config, console)
+            for said in filter(None, (note(pool.model) for pool in plan.pools)):
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
             save_plan(run, plan)
             asyncio.run(_start(plan, run, console))
         finally:

@@ -1,10 +1,11 @@
-"""What a launch must know of a model before any engine runs: how large a block of its KV is.
+"""What a launch must know of a model before any engine runs: how large a block of its KV is, and what it takes.
 
-Read from the files' headers alone, without torch, so that a launch stays quick.
+Read from the files' headers and the tokenizer, without torch, so that a launch stays quick.
 """
 
 from cluster.rundir import ClusterFault
 from tracehaul.model.source import ModelSource, SourceError, read_config
+from tracehaul.model.text import Text
 from tracehaul.wire.hashing import KVLayout
 
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -28,3 +29,14 @@ def kv_layout(source: ModelSource, dtype: str) -> KVLayout:
         head_dim=config.head_dim,
         element_bytes=_ELEMENT_BYTES[dtype],
     )
+
+
+def note(source: ModelSource) -> str:
+    """What is to be said of a model before it is served, in a line; empty if nothing. Reads its tokenizer."""
+    try:
+        template = Text.load(source).template
+    except SourceError:
+        return ""  # who needs it will tell
+    if template is None:
+        return f"{source.name} has no chat template: only plain completions are possible"
+    return f"{source.name}'s chat template: {template.needs.note}" if template.needs.note else ""

@@ -5,7 +5,7 @@ track of what was generated asks for other tokens, and its prompt is told from t
 surface's ``Text``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 VOCAB = 256
@@ -74,7 +74,7 @@ class SimText:
         token = _IDS.get(text)
         return token if token in _SPECIAL else None
 
-    def stream(self, shown: Sequence[str] = ()) -> SimTextStream:
+    def stream(self, shown: Sequence[str] | None = ()) -> SimTextStream:
         return SimTextStream()
 
     def render(
@@ -82,5 +82,7 @@ class SimText:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         return render([(message["role"], message["content"]) for message in messages])

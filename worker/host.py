@@ -126,7 +126,11 @@ class WorkerHost:
         deadline.check(deadline_s)
         longest = usable_context(self.engine.info)
         if token_count(packed) >= longest:
-            raise ContextTooLong(f"{token_count(packed)} tokens do not fit {longest}")
+            tokens = token_count(packed)
+            message = (
+                f"This model's maximum context length is {longest} tokens. However, you requested {tokens + 1} tokens"
+            )
+            raise ContextTooLong(message)
         capacity = min(capacity, longest)
         if suspended is None:
             arrival = next(self._arrivals)

@@ -14,12 +14,15 @@ from tracehaul.wire.steps import FinishReason, StepUsage, TokenLogprobs
 class StopMatcher:
     """Finds stop strings in text that comes in pieces, and holds back what may be the beginning of one.
 
+    ``include``: they are shown themselves.
+
     The result does not depend on how the text is cut into pieces: of several matches, the one that ends first counts.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         assert all(stops)
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
     @property
@@ -28,14 +31,15 @@ class StopMatcher:
         return bool(self._stops)
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Text that can be shown now, and True if it ends before a stop string."""
+        """Text that can be shown now, and True if it ends before a stop string, or with it."""
         if not self._stops:
             return text, False
         buffer = self._held + text
         matches = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if matches:
             self._held = ""
-            return buffer[: min(matches)[1]], True
+            end, at = min(matches)
+            return buffer[: end if self._include else at], True
         keep = max(_overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - keep :]
         return buffer[: len(buffer) - keep], False
@@ -75,12 +79,16 @@ class Answer:
         stops: Sequence[str],
         stop_tokens: Sequence[int],
         min_tokens: int,
+        include_stops: bool = False,
     ) -> None:
+        """``include_stops``: what ends it is shown itself."""
         self._stream = stream
         self.reader = reader or AnswerReader()
         """Reads what it says."""
-        self._matcher = StopMatcher(stops)
+        self._matcher = StopMatcher(stops, include=include_stops)
         self._stop_tokens = frozenset(stop_tokens)
+        self._silent = frozenset[int]() if include_stops else self._stop_tokens
+        """What says that the text ended, and is none itself."""
         self._min_tokens = min_tokens
         self._texts: list[str] = []
         self._decoded = 0
@@ -111,9 +119,8 @@ class Answer:
     def grow(self, tokens: list[int]) -> Said:
         """Take the next tokens of a plain one."""
         self.tokens += tokens
-        stops = self._stop_tokens
-        # What says that the text ended is none itself.
-        text = self._stream.push(tokens if stops.isdisjoint(tokens) else [t for t in tokens if t not in stops])
+        silent = self._silent
+        text = self._stream.push(tokens if silent.isdisjoint(tokens) else [t for t in tokens if t not in silent])
         self._decoded += len(text)
         self._texts.append(text)
         return self.reader.feed(text, len(tokens))
@@ -129,7 +136,7 @@ class Answer:
             self.tokens.append(token)
             if logprobs is not None:
                 self.marks.append(Mark(token, self._decoded, logprobs[count - 1]))
-            if token in self._stop_tokens:
+            if token in self._silent:
                 continue
             text = self._stream.push((token,))
             self._decoded += len(text)

@@ -35,6 +35,12 @@ class Conversation(msgspec.Struct, frozen=True):
     messages: tuple[Message, ...]
     kit: tuple[str, ...] = ()
     """Names of all tools that the client has, also of those that this call must not use; in order."""
+    variables: Mapping[str, Any] | None = None
+    """Of the chat template, as JSON has them, beside those that it is always given."""
+    add_generation_prompt: bool = True
+    """The prompt ends with what begins the assistant's message."""
+    continue_final_message: bool = False
+    """The prompt ends where the last message does, which is the assistant's and goes on."""
 
 
 class Plain(msgspec.Struct, frozen=True):
@@ -86,6 +92,10 @@ class Options(msgspec.Struct, frozen=True):
     seed: int | None = None
     stops: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stops: bool = False
+    """The text has what ended it: the stop string, or the stop token's text."""
+    special_shown: bool = False
+    """The text has special tokens, too."""
     min_tokens: int = 0
     ignore_eos: bool = False
     n: int = 1
@@ -99,6 +109,10 @@ class TraceFields(msgspec.Struct, frozen=True):
     metadata: Mapping[str, Any] | None = None
     prompt_cache_key: str | None = None
     previous_response_id: str | None = None
+    session: str | None = None
+    """A name of the task or of one of its agents, in whatever words."""
+    parent: str | None = None
+    """A name of what began that, likewise."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +130,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """None: there are none, or it must not use them."""
     wanted: Wanted | None = None
     trace: TraceFields = TraceFields()
+    priority: int | None = None
+    """As in :class:`router.calls.urgency.Urgency`; None: the body says nothing of it."""
     tenant: str = ""
     """Keeps tenants' traces, texts and blocks apart."""
     quota: str | None = None

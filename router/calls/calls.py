@@ -10,7 +10,7 @@ from blake3 import blake3
 from router.calls.admission import Admission
 from router.calls.answers import Answer
 from router.calls.call import Call, Conversation, Options
-from router.calls.conversation import beginnings, lineage
+from router.calls.conversation import beginnings, heard, lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
 from router.calls.forms import Form
@@ -70,7 +70,7 @@ class Calls:
             CallFailed: one of our own headers holds what is no id.
         """
         identity = identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
-        identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s()))
+        identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s(), call.priority))
         asked = call.prompts[0]
         if not isinstance(asked, Conversation):
             yield identity
@@ -81,9 +81,12 @@ class Calls:
             yield identity
             return
         conversation = beginnings(asked, call.tenant)
-        with self._memory.placed(call.tenant, conversation, said.opening, identity.trace) as place:
-            parent = identity.parent or place.parent
-            yield msgspec.structs.replace(identity, trace=place.trace, parent=parent)
+        answer = heard(asked, conversation)
+        with self._memory.placed(
+            call.tenant, conversation, said.opening, identity.trace, first=answer is None, heard=answer
+        ) as place:
+            parent, beginning = identity.parent or place.parent, conversation[-1] if conversation else b""
+            yield msgspec.structs.replace(identity, trace=place.trace, parent=parent, beginning=beginning)
 
     async def accept(self, call: Call, identity: Identity) -> Run:
         """Make everything ready for a call's steps; the caller enters the run.
@@ -129,11 +132,12 @@ class Calls:
                 sampling = self._sampling(options, served.text, max_tokens, choice_seed(seed, k), constraint)
                 answers.append(
                     Answer(
-                        served.forms.stream(form),
+                        served.text.stream(None) if options.special_shown else served.forms.stream(form),
                         served.forms.reader(form, prompt.rendered, name),
                         stops=options.stops,
                         stop_tokens=sampling.stop_tokens,
                         min_tokens=options.min_tokens,
+                        include_stops=options.include_stops,
                     )
                 )
                 steps.append(
@@ -154,12 +158,13 @@ class Calls:
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
+                        changed=prompt.changed,
                         agent=identity.agent,
                     )
                 )
         scored = options.logprobs is not None
         echoes = [Echo(served.text, prompt, scored=scored) for prompt in prompts] if options.echo else []
-        return Accepted(call, prompts, steps, answers, echoes)
+        return Accepted(call, prompts, steps, answers, echoes, identity.beginning)
 
     def _sampling(
         self, options: Options, text: Text, max_tokens: int, seed: int, constraint: Constraint | None

@@ -6,7 +6,8 @@ import msgspec
 from blake3 import blake3
 
 from router.calls.call import Conversation, Message
-from router.traces.prefixes import digests
+from router.calls.story import canonical
+from router.traces.prefixes import Heard, digests
 
 TOOLS_MAX = 16
 NAME_CHARACTERS_MAX = 64
@@ -36,6 +37,25 @@ def lineage(conversation: Conversation) -> Lineage:
 def beginnings(conversation: Conversation, tenant: str) -> list[bytes]:
     """Digests of each beginning of the messages, to find their trace by: see :mod:`router.traces.prefixes`."""
     return digests(tenant, map(_encode, conversation.messages))
+
+
+def heard(conversation: Conversation, beginnings: Sequence[bytes]) -> Heard | None:
+    """The last answer in it; None: there is none. ``beginnings``: its own."""
+    messages = conversation.messages
+    at = next((at for at in range(len(messages) - 1, -1, -1) if messages[at].role == "assistant"), None)
+    if at is None:
+        return None
+    answer = messages[at]
+    calls = [(call.name, call.arguments) for call in answer.tool_calls]
+    return Heard(at, answer_name(beginnings[at - 1] if at else b"", answer.content, calls))
+
+
+def answer_name(before: bytes, content: str, calls: Sequence[tuple[str, str]]) -> str:
+    """Names an answer, told by the last of the :func:`beginnings` of what it answers, so that it is known again: by
+    what it says and which tools it calls with which arguments, however a client spells them, and without its reasoning.
+    """
+    spelled = [(name, canonical(arguments)) for name, arguments in calls]
+    return "heard-" + blake3(before + _encode((content.strip(), spelled))).hexdigest(16)
 
 
 def called(messages: Sequence[Message]) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 import asyncio
 import codecs
+import json
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
@@ -31,13 +32,14 @@ _IDS = _SPECIAL | {text: token for token, text in _MERGED.items()}
 
 
 class FakeTextStream:
-    """Bytes to text, in whole characters."""
+    """Bytes to text, in whole characters. ``special``: with special tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, special: bool = False) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._shown = {token: text.encode() for text, token in _SPECIAL.items()} if special else {}
 
     def push(self, tokens: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(_token_bytes(token) for token in tokens))
+        return self._decoder.decode(b"".join(self._shown.get(token) or _token_bytes(token) for token in tokens))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -80,18 +82,22 @@ class FakeText:
     def special_token(self, text: str) -> int | None:
         return _SPECIAL.get(text)
 
-    def stream(self, shown: Sequence[str] = ()) -> FakeTextStream:
-        return FakeTextStream()
+    def stream(self, shown: Sequence[str] | None = ()) -> FakeTextStream:
+        return FakeTextStream(special=shown is None)
 
     def render(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
         if any(message["content"] == "refuse" for message in messages):
             raise InvalidRequest("the template refuses this")
         text = f"<|im_start|>tools\n{len(tools)}<|im_end|>\n" if tools else ""
+        if variables:
+            text += f"<|im_start|>variables\n{json.dumps(dict(variables), sort_keys=True)}<|im_end|>\n"
         for message in messages:
             text += f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
         return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")

@@ -4,8 +4,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from router.traces.book import Book
-from router.traces.prefixes import Place
-from router.traces.texts import CutTokens, Encoded, Said
+from router.traces.prefixes import Heard, Place
+from router.traces.texts import Said, Text
 from router.traces.trace import TraceKey
 from tracehaul.wire.ids import StepId, TraceId
 
@@ -18,7 +18,14 @@ class Memory:
 
     @contextmanager
     def placed(
-        self, tenant: str, conversation: Sequence[bytes], opening: int, fresh: TraceId
+        self,
+        tenant: str,
+        conversation: Sequence[bytes],
+        opening: int,
+        fresh: TraceId,
+        *,
+        first: bool,
+        heard: Heard | None,
     ) -> Generator[Place, None, None]:
         """The trace of a call without a name, by what was said, for as long as the call lasts.
 
@@ -27,23 +34,32 @@ class Memory:
             conversation: :func:`router.traces.prefixes.digests` of its messages.
             opening: how many of the first messages many conversations share.
             fresh: the trace's name if it is a new one.
+            first: nothing in it was answered.
+            heard: the last answer in it.
         """
-        place = self._book.place(tenant, conversation, opening, fresh)
+        place = self._book.place(tenant, conversation, opening, fresh, first=first, heard=heard)
         try:
             yield place
         finally:
             self._book.over(tenant, place.trace)
 
-    def known(self, traces: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
-        """The longest beginning of ``text`` whose ids are known in one of ``traces``; empty if none is."""
-        return self._book.known(traces, text, cut_tokens)
+    def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
+        """What was said in ``traces``, of each the newest first."""
+        return self._book.texts(traces)
 
     def response(self, tenant: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response; None if it is unknown or forgotten."""
         return self._book.response(tenant, response)
 
     def answered(
-        self, trace: TraceKey, step: StepId, *, response: str | None, tools: tuple[str, ...] | None, said: Said | None
+        self,
+        trace: TraceKey,
+        step: StepId,
+        *,
+        response: str | None,
+        tools: tuple[str, ...] | None,
+        said: Said | None,
+        heard: str | None,
     ) -> None:
         """A step is over for its client, in whatever way: once for each step.
 
@@ -53,5 +69,6 @@ class Memory:
             response: what later calls may name to go on from here.
             tools: what the answer calls; None where that is not known, or nothing is to follow.
             said: what was said; None likewise.
+            heard: what calls are recognised by that go on from here; None: they have another name for the trace.
         """
-        self._book.answered(*trace, step, response=response, tools=tools, said=said)
+        self._book.answered(*trace, step, response=response, tools=tools, said=said, heard=heard)

@@ -1,11 +1,12 @@
 """A conversation in the shape that chat templates read. Pure."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from router.calls.call import Message
+from router.calls.mending import mended
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -33,10 +34,23 @@ def _message(message: Message) -> dict[str, Any]:
     return result
 
 
-def _arguments(arguments: str) -> Any:
-    """As an object, since templates print it as JSON again; as it is where it is none."""
+def _arguments(arguments: str) -> dict[str, Any]:
+    """As an object, since templates print it as JSON again, and models are trained on objects. What is none, or is
+    broken off, becomes the only value of one."""
+    if not arguments.strip():
+        return {}
     try:
-        parsed = msgspec.json.decode(arguments)
+        parsed = _decoded(arguments)
     except (ValueError, RecursionError):
-        return arguments
-    return parsed if isinstance(parsed, dict) else arguments
+        parsed = arguments
+    return cast(dict[str, Any], parsed) if isinstance(parsed, dict) else {"arguments": parsed}
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except ValueError:
+        whole = mended(text.encode())
+        if whole is None:
+            raise
+        return msgspec.json.decode(whole)

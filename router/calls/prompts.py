@@ -9,10 +9,12 @@ import numpy as np
 from router.calls.call import Asked, Call, Conversation, Ids, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
-from router.calls.messages import template_messages
+from router.calls.rendering import Rendered, Rendering
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
-from router.traces.texts import CutTokens, Encoded, extend
+from router.traces.hits import Changed
+from router.traces.texts import CutTokens, Encoded, extend, find
+from router.traces.texts import Text as Remembered
 from router.traces.trace import TraceKey
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.hashing import token_count, unpack_tokens
@@ -33,6 +35,8 @@ class Prompt(msgspec.Struct, frozen=True):
     """Its text; None if the client sent ids."""
     conversation: bool = False
     """The chat template made it, so that its answer is a message."""
+    changed: Changed | None = None
+    """Where it parts from what its trace has run."""
 
     @property
     def tokens(self) -> int:
@@ -56,6 +60,7 @@ class Prompts:
     def __init__(self, text: Text, offload: Offload, memory: Memory, model: str) -> None:
         self._text = text
         self._cut_tokens = CutTokens({text.token_text(token): token for token in text.eos_tokens}, model)
+        self._rendering = Rendering(text, self._cut_tokens)
         self._offload = offload
         self._memory = memory
 
@@ -78,29 +83,31 @@ class Prompts:
             case Ids(ids):
                 return Prompt(check_ids(ids, self._text.vocab_size, call.where), None)
             case Plain(text):
-                encoded = await self._encode(text, traces, card, plain=True, where=call.where)
+                texts = self._memory.texts(traces)
+                encoded = await self._encode(text, texts, card, plain=True, where=call.where)
                 return Prompt(encoded.packed, encoded)
             case Conversation():
-                text = await self._render(asked, call)
-                encoded = await self._encode(text, traces, card, plain=False, where=call.where)
-                return Prompt(encoded.packed, encoded, conversation=True)
+                texts = self._memory.texts(traces)
+                rendered = await self._render(asked, call, texts)
+                encoded = await self._encode(rendered.text, texts, card, plain=False, where=call.where)
+                encoded = msgspec.structs.replace(encoded, turns=rendered.turns, dated_s=rendered.dated_s)
+                return Prompt(encoded.packed, encoded, conversation=True, changed=rendered.changed)
 
-    async def _render(self, asked: Conversation, call: Call) -> str:
-        messages = template_messages(asked.messages)
+    async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
         tools = None if call.tools is None else call.tools.told
 
-        def render() -> str:
+        def render() -> Rendered:
             try:
-                return self._text.render(messages, tools)
+                return self._rendering.of(asked, tools, texts)
             except RecursionError:
                 raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 
         return render() if call.nbytes < OFFLOAD_CHARACTERS else await self._offload.run(render)
 
     async def _encode(
-        self, text: str, traces: Sequence[TraceKey], card: ModelCard, *, plain: bool, where: str
+        self, text: str, texts: Sequence[Remembered], card: ModelCard, *, plain: bool, where: str
     ) -> Encoded:
-        known = self._memory.known(traces, text, self._cut_tokens)
+        known = find(texts, text, self._cut_tokens)
         rest = text[len(known.text) :]
         left = max(0, card.context_max - token_count(known.packed))
 
@@ -118,7 +125,7 @@ class Prompts:
             encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if isinstance(encoded, int):
             # To learn by how much would take longer than all else that is done for a call.
-            raise _too_long(f"at least {card.context_max - left + encoded}", "", card, where)
+            raise _too_long(card.context_max - left + encoded, 1, card, where, "at least ")
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded
@@ -137,16 +144,15 @@ def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:
 
 
 def output_budget(prompt_tokens: int, max_tokens: int | None, card: ModelCard, param: str) -> int:
-    """Output tokens that a step may have: what was asked for, or the rest of the window.
+    """Output tokens that a step may have: what was asked for, as far as the rest of the window has room for it.
 
     Raises:
-        CallFailed: it does not fit the window.
+        CallFailed: the window has no room for output at all.
     """
     left = card.context_max - prompt_tokens
-    if left < (max_tokens or 1):
-        wanted = f" and asks for {max_tokens} more" if max_tokens else ", which leaves no room for output"
-        raise _too_long(str(prompt_tokens), wanted, card, param)
-    return max_tokens or left
+    if left < 1:
+        raise _too_long(prompt_tokens, max_tokens or 1, card, param)
+    return min(max_tokens or left, left)
 
 
 def numbered(trace: TraceId, prompt: int) -> TraceId:
@@ -154,6 +160,11 @@ def numbered(trace: TraceId, prompt: int) -> TraceId:
     return trace if prompt == 0 else TraceId(f"{trace}.{prompt}")
 
 
-def _too_long(tokens: str, wanted: str, card: ModelCard, param: str) -> CallFailed:
-    message = f"this model's context is {card.context_max} tokens; the prompt has {tokens}{wanted}"
+def _too_long(tokens: int, output_tokens: int, card: ModelCard, param: str, least: str = "") -> CallFailed:
+    # Clients look for these words, to shorten the conversation and to ask again.
+    message = (
+        f"This model's maximum context length is {card.context_max} tokens. However, you requested "
+        f"{least}{tokens + output_tokens} tokens ({least}{tokens} in the {param}, {output_tokens} in the completion). "
+        f"Please reduce the length of the {param} or completion."
+    )
     return invalid(message, param, "context_length_exceeded")

@@ -8,15 +8,17 @@ import msgspec
 
 from router.calls.answers import Answer, Growth
 from router.calls.call import Call
-from router.calls.conversation import names_of
+from router.calls.conversation import answer_name, names_of
 from router.calls.echo import Echo
 from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece, Usage
 from router.calls.memory import Memory
 from router.calls.prompts import Prompt
 from router.calls.running import running
+from router.calls.story import answered, says, sent
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
 from router.traces.hits import together
 from router.traces.texts import Said
+from router.traces.turns import Turn, with_turn
 from tracehaul.wire.hashing import pack_tokens
 
 
@@ -31,6 +33,8 @@ class Accepted(msgspec.Struct, frozen=True):
     """One for each choice, all empty."""
     echoes: Sequence[Echo]
     """One for each prompt, where the client wants them."""
+    beginning: bytes = b""
+    """As in :class:`router.calls.identity.Identity`."""
 
 
 class Outlet(Protocol):
@@ -195,14 +199,28 @@ class Run:
         self._told[index] = True
         n, call = self._options.n, self._accepted.call
         step, answer, prompt = self._accepted.steps[index], self._answers[index], self._accepted.prompts[index // n]
-        said, tools = None, None
+        said, tools, heard = None, None, None
         if answer.reason is not None and not step.final:
             if prompt.encoded is not None:
-                # After a stop string the client has the text up to it, which may end inside a token.
-                text, ids = ("", ()) if answer.matched else (answer.text, answer.generated)
-                said = Said(prompt.encoded, text, pack_tokens(ids), call.model)
+                # After a stop string the client has the text up to it, which may end inside a token; and a text that
+                # shows what others hide is no template's.
+                hides = not (self._options.include_stops or self._options.special_shown)
+                whole_said = hides and not answer.matched
+                text, ids = (answer.text, answer.generated) if whole_said else ("", ())
+                turns = prompt.encoded.turns
+                if turns and whole_said:
+                    told = answered(answer.reader.whole)
+                    turns = with_turn(turns, Turn(sent(told), says(told), len(prompt.encoded.text) + len(text)))
+                said = Said(prompt.encoded, text, pack_tokens(ids), turns, call.model)
             if prompt.conversation:
-                tools = names_of([made.name or "" for made in answer.reader.whole.calls])
+                whole = answer.reader.whole
+                tools = names_of([made.name or "" for made in whole.calls])
+                if before := self._accepted.beginning:
+                    heard = answer_name(
+                        before, whole.content, [(made.name or "", made.arguments) for made in whole.calls]
+                    )
         # The prompts after the first are traces of their own: the response's name means the first.
         response = call.id if index < n else None
-        self._memory.answered((step.salt, step.trace), step.step, response=response, tools=tools, said=said)
+        self._memory.answered(
+            (step.salt, step.trace), step.step, response=response, tools=tools, said=said, heard=heard
+        )

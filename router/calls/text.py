@@ -1,6 +1,6 @@
 """What calls ask of a model's tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 
@@ -59,8 +59,9 @@ class Text(Protocol):
         """The special token of that text; None if there is none."""
         ...
 
-    def stream(self, shown: Sequence[str] = ()) -> TextStream:
-        """A new incremental reader of one step's output; of special tokens it shows those named in ``shown``."""
+    def stream(self, shown: Sequence[str] | None = ()) -> TextStream:
+        """A new incremental reader of one step's output; of special tokens it shows those named in ``shown``, with None
+        all."""
         ...
 
     def render(
@@ -68,8 +69,10 @@ class Text(Protocol):
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
-        """The prompt that the chat template makes of a conversation.
+        """The prompt that the chat template makes of a conversation. ``variables``: more that it may read.
 
         Raises:
             InvalidRequest: the model has no template, or the template does not take these messages.

@@ -21,12 +21,13 @@ class Urgency(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
 
 
-def urgency(headers: Mapping[str, str], now_s: float) -> Urgency:
+def urgency(headers: Mapping[str, str], now_s: float, priority: int | None = None) -> Urgency:
     """``X-Step-Class``, ``X-Priority`` and ``X-Deadline-S``: seconds that the call may take from now on.
 
     Args:
         headers: looked up by lower-case name.
         now_s: of the clock that the deadline is to be of.
+        priority: the body's, which counts where no header tells one.
 
     Raises:
         CallFailed: one of them holds no such value.
@@ -34,7 +35,7 @@ def urgency(headers: Mapping[str, str], now_s: float) -> Urgency:
     deadline_in_s = _deadline_in_s(headers.get("x-deadline-s"))
     return Urgency(
         step_class=_step_class(headers.get("x-step-class")),
-        priority=_priority(headers.get("x-priority")),
+        priority=_priority(headers.get("x-priority"), priority or 0),
         deadline_s=None if deadline_in_s is None else now_s + deadline_in_s,
     )
 
@@ -49,9 +50,9 @@ def _step_class(value: str | None) -> StepClass:
     raise invalid(f"x-step-class must be one of {', '.join(classes)}", "x-step-class", "invalid_value")
 
 
-def _priority(value: str | None) -> int:
+def _priority(value: str | None, default: int) -> int:
     if value is None:
-        return 0
+        return default
     try:
         priority = int(value[:16])
     except ValueError:

@@ -11,6 +11,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
+INVALID_JSON = "invalid_json"
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -32,6 +33,6 @@ def parse(body: bytes, kind: type[T]) -> T:
         where = f" for '{path}'" if path else ""
         raise invalid(f"invalid value{where}: {message}", path or None, "invalid_type") from None
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise invalid(f"the body could not be parsed as JSON: {error}", code="invalid_json") from None
+        raise invalid(f"the body could not be parsed as JSON: {error}", code=INVALID_JSON) from None
     except RecursionError:
-        raise invalid("the body is nested too deeply", code="invalid_json") from None
+        raise invalid("the body is nested too deeply", code=INVALID_JSON) from None

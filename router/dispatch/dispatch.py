@@ -223,8 +223,12 @@ class Dispatch:
         if not decodes:
             raise Unavailable(f"no decode worker is ready{in_pool(run.request.pool)}")
         tokens = run.request.prompt_tokens + len(run.emitted)
-        if tokens >= max(worker.context_max for worker in decodes):
-            raise ContextTooLong(f"{tokens} tokens do not fit any worker's context")
+        longest = max(worker.context_max for worker in decodes)
+        if tokens >= longest:
+            message = (
+                f"This model's maximum context length is {longest} tokens. However, you requested {tokens + 1} tokens"
+            )
+            raise ContextTooLong(message)
         run.cut(decodes[0])
         found = self.index.match(run.hashes)
         placement = self._price(run, found.runs, run.leaves)
@@ -360,7 +364,8 @@ class Dispatch:
         self.stats.indexed_tokens += hits.indexed
         self.stats.chosen_tokens += hits.chosen
         self.stats.delivered_tokens += hits.delivered
-        for reason, tokens in hits.losses.items():
+        changed = {} if hits.changed is None else {"prompt_changed": hits.changed.tokens}
+        for reason, tokens in (hits.losses | changed).items():
             self.stats.recomputed_tokens[reason] = self.stats.recomputed_tokens.get(reason, 0) + tokens
         if sum(hits.losses.values()) >= run.block_tokens:
             log.warning("tokens were computed again", step=run.request.step, **hits.losses)

@@ -6,6 +6,7 @@ outlive the router.
 """
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from router.traces.effects import (
     StopSteps,
     Told,
 )
-from router.traces.events import ContextRecalled, Event, PinHeld, Tick
+from router.traces.events import ContextRecalled, Event, PinHeld, StepBegan, StepEnded, Tick
 from router.traces.machine import Traces
 from router.traces.trace import PinWish, Trace, TraceKey
 from tracehaul.rpc.peers import Peers
@@ -54,6 +55,8 @@ PREFETCH_POLL_S = 0.2
 GIVE_BACK_BYTES = 8 * 2**20
 """Of traces that are gone: worth the work of giving the memory back to the system, a little later."""
 GIVE_BACK_S = 0.5
+FEW_RUN = 64
+"""Up to so many steps all objects are looked at in some ten milliseconds."""
 
 R = TypeVar("R", bound=Reply)
 
@@ -93,6 +96,8 @@ class Retainer:
         self._most_bytes = 0
         """Of the traces, since memory was given back."""
         self._giving: asyncio.TimerHandle | None = None
+        self._running = 0
+        """Steps."""
         self._recalls: dict[TraceKey, asyncio.Task[None]] = {}
         self._prefetches: dict[TraceKey, asyncio.Task[None]] = {}
 
@@ -110,6 +115,7 @@ class Retainer:
 
     def send(self, event: Event) -> None:
         """Let something happen to a trace."""
+        self._running += isinstance(event, StepBegan) - isinstance(event, StepEnded)
         for effect in self._traces.handle(event, clock.now_s()):
             self._do(effect)
         self._plan()
@@ -195,6 +201,8 @@ class Retainer:
         again = gone > GIVE_BACK_BYTES // 16 and not self._closed
         self._giving = asyncio.get_running_loop().call_later(GIVE_BACK_S, self._give_back) if again else None
         self._most_bytes = self._traces.nbytes
+        if self._running < FEW_RUN:
+            gc.collect()  # takes with it what the interpreter keeps for objects to come
         self._start(asyncio.to_thread(give_back), "give memory back")
 
     async def _set_pin(self, pin: SetPin) -> None:

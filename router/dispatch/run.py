@@ -16,7 +16,7 @@ from tracehaul.runtime import deadline
 from tracehaul.runtime.interruptible import Interruptible
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import TraceDeleted
-from tracehaul.wire.hashing import extend_chain, pack_tokens, salted
+from tracehaul.wire.hashing import extend_chain, pack_tokens, salted, token_count
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
 
@@ -73,6 +73,7 @@ class Run:
         self._root = BlockHash(b"")
         self._cut = Cut(b"", (), None, 0)
         self._expected: Expected | None = None
+        self._changed = request.changed
         self._warm_gone = False
         self._attempts = 0
         self._waits = Interruptible()
@@ -101,6 +102,9 @@ class Run:
             return
         self._root, self.block_tokens = root, worker.block_tokens
         self._cut = cut(root, self.request.prompt, worker.block_tokens, self._lefts)
+        if self._lefts and self._changed is not None:
+            had = token_count(self._lefts[-1].packed)
+            self._changed = msgspec.structs.replace(self._changed, tokens=max(0, had - self._cut.shared_tokens))
         left = self._cut.left
         if left is not None and left.warm is not None and self.warm is None:
             kept = min(left.warm.retained_tokens, self._cut.shared_tokens)
@@ -181,7 +185,7 @@ class Run:
         usage = self.usage
         if usage is None or self._expected is None:
             return Hits()
-        self.hits = attribute(
+        hits = attribute(
             self._expected,
             Outcome(
                 delivered=min(usage.computed_from, self.request.prompt_tokens),
@@ -192,6 +196,7 @@ class Run:
                 warm_gone=self._warm_gone,
             ),
         )
+        self.hits = hits if self._changed is None else msgspec.structs.replace(hits, changed=self._changed)
         return self.hits
 
     def ended(self) -> FinishReason | None:

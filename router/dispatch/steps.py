@@ -7,7 +7,7 @@ import msgspec
 
 from router.fleet.members import NodeStatus
 from router.traces.book import Book
-from router.traces.hits import Hits
+from router.traces.hits import Changed, Hits
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.steps import FinishReason, Sampling, StepClass, StepUsage, TokenLogprobs
@@ -43,6 +43,8 @@ class StepRequest(msgspec.Struct, frozen=True):
     """The client says that no further step of this trace follows."""
     tools: tuple[str, ...] = ()
     """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
+    changed: Changed | None = None
+    """Where the prompt parts from what its trace has run, as far as its text tells; tokens are not counted yet."""
     agent: str = ""
     """Names the kind of agent, as far as the call tells: see :class:`router.traces.trace.Trace`."""
 

@@ -17,6 +17,7 @@ from router.dialects.base import Dialect, Teller
 from router.http.asgi import CHUNKS, ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
 from router.http.entrance import Edge
+from router.http.reading import WARNING, read
 from router.http.request_ids import request_id
 from router.http.translate import translate
 from router.http.visits import LEFT, Visit
@@ -104,7 +105,8 @@ class Endpoint:
         if visits.content:
             visit.asked = body.decode(errors="replace")
         fresh = fresh_name(self._dice)
-        call, teller = self._dialect.read(body, fresh, int(wall_s()), self._calls.text)
+        call, teller, warnings = read(self._dialect, body, fresh, int(wall_s()), self._calls.text)
+        reply.headers += [(WARNING, warning.encode()) for warning in warnings]
         call = caller.placed(call)
         visit.model, visit.tenant = call.model, call.tenant if call.quota is None else call.quota
         with self._calls.identified(call, headers, fresh) as identity:

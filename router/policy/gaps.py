@@ -5,10 +5,13 @@ known of more gaps: those of any agent's use of these tools, those of this agent
 :data:`ENOUGH` samples of its own a kind of gap is judged by these alone.
 """
 
-from collections import OrderedDict, deque
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+
+import msgspec
+import numpy as np
+from blake3 import blake3
 
 WINDOW = 256
 """Gaps of one kind that count: the last ones."""
@@ -19,6 +22,9 @@ KINDS_MAX = 1024
 
 Tools = tuple[str, ...] | None
 """What ran: names of tools; none of them (a person, or a program that reads what was said); or None: not known yet."""
+
+Kind = tuple[str | None, Tools]
+"""An agent or any, tools or any."""
 
 TOOLS_GUESS = ((0.0, 0.05), (0.5, 1.1), (0.9, 2.0), (0.99, 20.0), (1.0, 600.0))
 """Quantiles of tools' durations in seconds, for a cluster that has seen none."""
@@ -48,28 +54,51 @@ class Gaps:
     """What was seen of gaps."""
 
     def __init__(self) -> None:
-        self._seen: OrderedDict[tuple[str | None, Tools], deque[float]] = OrderedDict()
+        # In blocks, and kinds as digests: small things here and there keep all that is around them from being freed.
+        self._kinds = np.zeros(KINDS_MAX, np.uint64)
+        self._used = np.zeros(KINDS_MAX, np.int64)
+        """When each kind was seen last; 0: its row is free."""
+        self._seen = np.zeros(KINDS_MAX, np.int64)
+        """Gaps of each kind so far."""
+        self._seconds = np.zeros((KINDS_MAX, WINDOW))
+        self._turn = 0
 
     def saw(self, agent: str, tools: Tools, seconds: float) -> None:
         """A gap has ended."""
         for kind in dict.fromkeys(((agent, tools), (None, tools), (agent, None), (None, None))):
-            window = self._seen.setdefault(kind, deque(maxlen=WINDOW))
-            self._seen.move_to_end(kind)
-            window.append(seconds)
-        while len(self._seen) > KINDS_MAX:
-            self._seen.popitem(last=False)
+            digest = _digest(kind)
+            row = self._row(digest)
+            if row is None:
+                row = int(self._used.argmin())
+                self._kinds[row], self._seen[row] = digest, 0
+            self._turn += 1
+            self._used[row] = self._turn
+            self._seconds[row, self._seen[row] % WINDOW] = seconds
+            self._seen[row] += 1
 
     def expect(self, agent: str, tools: Tools) -> Gap:
         """What is to be expected of a gap."""
         samples: Sequence[float] = _guess(PEOPLE_GUESS if tools == () else TOOLS_GUESS)
         seen = 0
         for kind in dict.fromkeys(((None, None), (agent, None), (None, tools), (agent, tools))):
-            window = self._seen.get(kind, ())
+            window = self._window(kind)
             seen = len(window)
             if seen == 0 and len(samples) == ENOUGH:
                 continue
-            samples = [*window, *_thinned(samples, ENOUGH - seen)] if seen < ENOUGH else list(window)
+            samples = [*window, *_thinned(samples, ENOUGH - seen)] if seen < ENOUGH else window
         return Gap(samples, seen)
+
+    def _row(self, digest: int) -> int | None:
+        rows = np.flatnonzero((self._kinds == digest) & (self._used > 0))
+        return int(rows[0]) if len(rows) else None
+
+    def _window(self, kind: Kind) -> list[float]:
+        row = self._row(_digest(kind))
+        return [] if row is None else self._seconds[row, : self._seen[row]].tolist()
+
+
+def _digest(kind: Kind) -> int:
+    return int.from_bytes(blake3(msgspec.msgpack.encode(kind)).digest(8), "little")
 
 
 @cache

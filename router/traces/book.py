@@ -14,8 +14,8 @@ from router.traces.events import (
     Suspended,
 )
 from router.traces.machine import Traces
-from router.traces.prefixes import Place, own
-from router.traces.texts import CutTokens, Encoded, Said
+from router.traces.prefixes import Heard, Place, own
+from router.traces.texts import Said, Text
 from router.traces.trace import PinWish, Trace, TraceKey
 from router.traces.views import TraceList, TraceView, trace_list, view
 from tracehaul.wire.blocks import PinKind, Pinned
@@ -55,7 +55,16 @@ class Book:
 
     # --- for calls ----------------------------------------------------------------------------------------------
 
-    def place(self, salt: str, conversation: Sequence[bytes], opening: int, fresh: TraceId) -> Place:
+    def place(
+        self,
+        salt: str,
+        conversation: Sequence[bytes],
+        opening: int,
+        fresh: TraceId,
+        *,
+        first: bool = False,
+        heard: Heard | None = None,
+    ) -> Place:
         """The trace of a call without a name, which is remembered. :meth:`over` must follow.
 
         Args:
@@ -63,19 +72,23 @@ class Book:
             conversation: :func:`router.traces.prefixes.digests` of its messages.
             opening: how many of the first messages many conversations share.
             fresh: the trace's name if it is a new one.
+            first: nothing in it was answered: what begins in the same words is not the same.
+            heard: the last answer in it.
         """
         digests = own(conversation, opening)
-        place = self._traces.place(salt, digests, fresh)
-        self._keeper.send(Recognised((salt, place.trace), digests))
+        if heard is not None:
+            heard = Heard(heard.at - (len(conversation) - len(digests)), heard.name)
+        place = self._traces.place(salt, digests, fresh, first=first, heard=heard)
+        self._keeper.send(Recognised((salt, place.trace), digests, place.shared))
         return place
 
     def over(self, salt: str, trace: TraceId) -> None:
         """The call that was given that place is over. Where it began no step, nothing stays of it."""
         self._keeper.send(CallOver((salt, trace)))
 
-    def known(self, traces: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
-        """The longest beginning of ``text`` whose token ids one of these traces knows; empty if none does."""
-        return self._traces.known(traces, text, cut_tokens)
+    def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
+        """What was said in these traces, of each the newest first."""
+        return self._traces.texts(traces)
 
     def response(self, salt: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response."""
@@ -90,10 +103,11 @@ class Book:
         response: str | None,
         tools: tuple[str, ...] | None = None,
         said: Said | None = None,
+        heard: str | None = None,
     ) -> None:
         """A step is over for its caller, whatever way: once for each step. See
         :class:`router.traces.events.Answered`."""
-        self._keeper.send(Answered((salt, trace), step, response, tools, said))
+        self._keeper.send(Answered((salt, trace), step, response, tools, said, heard))
 
     # --- for clients --------------------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ class Recognised(OfTrace, frozen=True, gc=False, tag="recognised"):
 
     digests: tuple[bytes, ...]
     """Of the beginnings of its conversation: see :func:`router.traces.prefixes.own`."""
+    shared: bool = False
+    """As in :class:`router.traces.prefixes.Place`."""
 
 
 class CallOver(OfTrace, frozen=True, gc=False, tag="call_over"):
@@ -88,6 +90,8 @@ class Answered(OfTrace, frozen=True, gc=False, tag="answered"):
     """What its answer calls; None: nobody could tell."""
     said: Said | None = None
     """None where the client sent tokens, or nothing was answered, or nothing follows."""
+    heard: str | None = None
+    """What calls are recognised by that go on from here: see :class:`router.traces.prefixes.Heard`."""
 
 
 class ContextRecalled(OfTrace, frozen=True, gc=False, tag="context_recalled"):

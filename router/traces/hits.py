@@ -33,6 +33,22 @@ LossReason = Literal[
 """
 
 
+class Changed(msgspec.Struct, frozen=True, gc=False):
+    """Where a prompt parts from what its trace has run: what the trace had after that is of no use to it. The reason is
+    ``prompt_changed``, and the client's alone."""
+
+    section: Literal["tools", "system", "messages"]
+    """What differs: the tools, or a variable of the template; a message of the system; or another one."""
+    message: int | None
+    """Its number from 0; None for tools."""
+    offset: int
+    """Characters of the prompt up to there."""
+    characters: int
+    """What the trace had run after that."""
+    tokens: int = 0
+    """The same in tokens."""
+
+
 class Hits(msgspec.Struct, frozen=True):
     """One step's hits in leading prompt tokens, and what was lost on the way."""
 
@@ -46,6 +62,8 @@ class Hits(msgspec.Struct, frozen=True):
     """What nobody computed again. More than theoretical where another trace has left the same."""
     losses: dict[str, int] = {}
     """Tokens by :data:`LossReason`; they add up to what is missing from ``theoretical``."""
+    changed: Changed | None = None
+    """What is not in ``theoretical`` because the client changed it; None if it only added to the prompt."""
 
 
 class Expected(msgspec.Struct, frozen=True):
@@ -110,6 +128,7 @@ def together(parts: Sequence[Hits]) -> Hits:
         sum(part.chosen for part in parts),
         sum(part.delivered for part in parts),
         dict(losses),
+        next((part.changed for part in parts if part.changed is not None), None),
     )
 
 

@@ -36,9 +36,9 @@ from router.traces.events import (
     Tick,
 )
 from router.traces.lookups import Lookups
-from router.traces.prefixes import Place
+from router.traces.prefixes import Heard, Place
 from router.traces.rows import Pause
-from router.traces.texts import CutTokens, Encoded, Text, find, remember
+from router.traces.texts import Text, remember
 from router.traces.trace import (
     CHILDREN_MAX,
     UNANSWERED_MAX,
@@ -109,25 +109,34 @@ class Traces:
         parent = self._parent(trace)
         return parent.lefts if parent is not None else (), trace.lefts
 
-    def place(self, salt: str, digests: Sequence[bytes], fresh: TraceId) -> Place:
+    def place(
+        self,
+        salt: str,
+        digests: Sequence[bytes],
+        fresh: TraceId,
+        *,
+        first: bool = False,
+        heard: Heard | None = None,
+    ) -> Place:
         """The trace of a call with these digests (see :func:`router.traces.prefixes.own`); ``fresh`` if it is a new
-        one."""
+        one. ``heard.at``: its place among them."""
         longest = self._lookups.longest(digests)
+        if first and digests and longest == digests[-1]:
+            return Place(fresh, shared=True)
+        if heard is not None and (longest is None or digests.index(longest) < heard.at):
+            # Nobody has gone on from this answer yet.
+            trace = self._lookups.response(salt, heard.name)
+            if trace is not None:
+                return Place(trace)
         key = self._lookups.owner(longest) if longest is not None else None
         if key is None or key[0] != salt:
             return Place(fresh)
         return Place(key[1]) if self._traces[key].tip == longest else Place(fresh, key[1])
 
-    def known(self, keys: Sequence[TraceKey], text: str, cut_tokens: CutTokens) -> Encoded:
-        """The longest beginning of ``text`` whose ids are known in one of these traces; empty if none is."""
-
-        def texts() -> Iterator[Text]:
-            for key in keys:
-                trace = self._traces.get(key)
-                if trace is not None:
-                    yield from reversed(trace.texts)
-
-        return find(texts(), text, cut_tokens)
+    def texts(self, keys: Sequence[TraceKey]) -> list[Text]:
+        """What was said in these traces, of each the newest first."""
+        known = [trace for key in keys if (trace := self._traces.get(key)) is not None]
+        return [text for trace in known for text in reversed(trace.texts)]
 
     def response(self, salt: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response."""
@@ -220,6 +229,7 @@ class Traces:
             other = self._traces[loser]
             left = tuple(digest for digest in other.digests if digest != tip)
             self._put(replace(other, digests=left, tip=None if other.tip == tip else other.tip))
+        tip = tip if not event.shared else None
         digests = self._lookups.take(event.key, trace.digests, event.digests)
         self._put(replace(trace, digests=digests, tip=tip or trace.tip, calls_open=trace.calls_open + 1))
         self._traces.move_to_end(event.key)
@@ -313,9 +323,9 @@ class Traces:
         if event.step not in trace.unanswered:
             return trace
         trace = replace(trace, unanswered=tuple(step for step in trace.unanswered if step != event.step))
-        if event.response is not None:
-            responses = self._lookups.gave(trace.key, trace.responses, event.response)
-            trace = replace(trace, responses=responses)
+        for name in (event.response, event.heard):
+            if name is not None:
+                trace = replace(trace, responses=self._lookups.gave(trace.key, trace.responses, name))
         if event.tools is not None:
             trace = replace(trace, calls=event.tools)
         if event.said is not None and trace.state != "ended":

@@ -23,6 +23,17 @@ class Place(msgspec.Struct, frozen=True):
     trace: TraceId
     parent: TraceId | None = None
     """What it was forked from, at this call."""
+    shared: bool = False
+    """Another began with the very same messages: by them alone neither is found again."""
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """The answer that a conversation goes on from."""
+
+    at: int
+    """Which of the messages it is."""
+    name: str
+    """Names it and all that was said before it, in whatever spelling the client sends it."""
 
 
 def digests(salt: str, messages: Iterable[bytes]) -> list[bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from router.policy.retention import Retention, Situation
-from router.traces.hits import Hits
+from router.traces.hits import Changed, Hits
 
 LENGTH_BYTES = 4
 
@@ -24,6 +24,7 @@ class Pause(msgspec.Struct, frozen=True, gc=False):
 
 _NESTED: dict[str, type[msgspec.Struct]] = {
     "hits": Hits,
+    "changed": Changed,
     "pause": Pause,
     "situation": Situation,
     "retention": Retention,

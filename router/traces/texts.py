@@ -34,6 +34,10 @@ class Encoded(msgspec.Struct, frozen=True, gc=False):
     """Its tokens in wire form."""
     cuts: bytes = b""
     """For each cut token, the characters and the tokens before it: unsigned integers of 32 bits."""
+    turns: bytes = b""
+    """The messages that it tells: see :mod:`router.traces.turns`."""
+    dated_s: float = 0.0
+    """The time that it tells, in seconds since 1970: of its trace's first step. 0: none is known."""
 
     @property
     def ids(self) -> list[int]:
@@ -50,6 +54,8 @@ class Said(msgspec.Struct, frozen=True, gc=False):
     """As the client has it, so as the next prompt will quote it."""
     generated: bytes = b""
     """The tokens that it came in (wire form), without the stop token."""
+    turns: bytes = b""
+    """The prompt's messages and the answer, as in :class:`Encoded`."""
     model: str = ""
     """Whose they are: another has others for the same text."""
 
@@ -76,6 +82,11 @@ class CutTokens:
     def at(self, text: str, start: int) -> bool:
         """True if a cut token starts there."""
         return self._pattern is not None and self._pattern.match(text, start) is not None
+
+    def after(self, text: str, start: int) -> int | None:
+        """Where the first cut token begins that is not before ``start``; None if there is none."""
+        found = self._pattern.search(text, start) if self._pattern is not None else None
+        return None if found is None else found.start()
 
     def find(self, text: str, packed: bytes) -> list[tuple[int, int]]:
         """Cuts of a freshly tokenized text; none where text and ids do not tell the same story."""
@@ -118,6 +129,10 @@ class Text(msgspec.Struct, frozen=True, gc=False):
     """As in :class:`Encoded`."""
     model: str
     """As in :class:`Said`."""
+    turns: bytes = b""
+    """As in :class:`Said`."""
+    dated_s: float = 0.0
+    """As in :class:`Encoded`."""
 
     @property
     def tokens(self) -> int:
@@ -127,7 +142,7 @@ class Text(msgspec.Struct, frozen=True, gc=False):
     @property
     def nbytes(self) -> int:
         """Memory that it takes without ``packed``, about."""
-        return sys.getsizeof(self.text) + len(self.rest) + len(self.cuts) + 400
+        return sys.getsizeof(self.text) + len(self.rest) + len(self.cuts) + len(self.turns) + 400
 
     def sharing(self, packed: bytes) -> "Text":
         """With its tokens in ``packed``, if they begin alike."""
@@ -142,7 +157,7 @@ class Text(msgspec.Struct, frozen=True, gc=False):
 
     def usable(self, text: str, cut_tokens: CutTokens) -> tuple[int, int]:
         """How much of ``text``, in characters and tokens, can be taken from here."""
-        common = _common_prefix(text, self.text)
+        common = common_prefix(text, self.text)
         whole = common == len(self.text)
         if whole and (self.generated or common == len(text) or cut_tokens.at(text, common)):
             return common, self.tokens
@@ -180,6 +195,8 @@ def remember(texts: Sequence[Text], said: Said) -> tuple[Text, ...]:
         bool(said.generated),
         prompt.cuts,
         said.model,
+        said.turns,
+        prompt.dated_s,
     )
     others = [known for known in texts if known.model != new.model or not new.text.startswith(known.text)]
     return (*others[-(TEXTS_MAX - 1) :], new)
@@ -200,7 +217,7 @@ def _packed_cuts(cuts: Iterable[tuple[int, int]]) -> bytes:
     return array("I", chain.from_iterable(cuts)).tobytes()
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
     """Length of the longest common beginning, by bisection: comparing slices runs at memory speed."""
     low, high = 0, min(len(a), len(b))
     if a[:high] == b[:high]:

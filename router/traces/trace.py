@@ -30,8 +30,8 @@ STEPS_MAX = 64
 CHILDREN_MAX = 256
 TOOLS_MAX = 64
 """Tools of one trace that are told apart; more count as the last resort does."""
-RESPONSES_MAX = 16
-"""Responses of one trace that calls may name."""
+RESPONSES_MAX = 32
+"""Answers of one trace that calls may name, or be recognised by."""
 UNANSWERED_MAX = 256
 OTHER_TOOLS = "(others)"
 

@@ -183,8 +183,10 @@ def test_openai_client_knows_the_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(**(ask("hi") | {"model": "other"}))
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
-        client.chat.completions.create(**ask("hi"), max_tokens=100_000)
-    assert long.value.code == "context_length_exceeded"
+        client.chat.completions.create(**ask("hi " * 100_000))
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "messages")
+    assert "This model's maximum context length is " in long.value.message
+    assert client.chat.completions.create(**ask("hi"), max_tokens=100_000).usage, "what the window has is enough"
     with pytest.raises(openai.InternalServerError) as busy:
         client.chat.completions.create(**ask("overload"), stream=True)
     assert busy.value.status_code == 503
@@ -280,7 +282,7 @@ def test_a_broken_connection_aborts_at_once(cluster: Cluster, asked: str, reset:
         b"[" * 200_000,
         b'{"model":"org/fake","metadata":' + b'{"a":' * 100_000,
         b'{"model":"org/fake","messages":[{"role":"user","content":"\xff\xfe"}]}',
-        b'{"model":"org/fake","messages":[{"role":"user","content":"\\ud800"}]}',
+        b'{"model":"org/fake","messages":[{"role":"user","content":"\\ud800"}]',
         b'{"model":"org/fake","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
         b'{"model":"org/fake","messages":[{"role":"user","content":"x"}],"max_tokens":1' + b"0" * 4000 + b"}",
         b'{"model":"org/fake","messages":[{"role":"user","content":"x"}],"seed":1e308}',
@@ -291,6 +293,12 @@ def test_hostile_bodies(cluster: Cluster, body: bytes) -> None:
     answer = httpx.post(f"{cluster.url}/v1/chat/completions", content=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_half_a_surrogate_pair_does_not_end_a_conversation(cluster: Cluster) -> None:
+    body = b'{"model":"org/fake","messages":[{"role":"user","content":"\\ud800"}]}'
+    answer = httpx.post(f"{cluster.url}/v1/chat/completions", content=body)
+    assert (answer.status_code, "x-tracehaul-warning" in answer.headers) == (200, True)
 
 
 def test_surrogate_pairs_and_nul_are_text(cluster: Cluster) -> None:

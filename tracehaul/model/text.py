@@ -3,16 +3,11 @@
 import codecs
 import json
 import re
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import DecodeStream
@@ -24,8 +19,9 @@ from tokenizers.processors import TemplateProcessing
 
 from tracehaul.model.counting import at_least
 from tracehaul.model.gguf_file import GGUFError, read_gguf
+from tracehaul.model.literal import MARK, Literals
 from tracehaul.model.source import ModelSource, SourceError
-from tracehaul.runtime.clock import wall_s
+from tracehaul.model.templates import ChatTemplate
 from tracehaul.wire.errors import InvalidRequest
 
 SHRINKS_MAX = 4
@@ -58,15 +54,16 @@ class Text:
     ) -> None:
         """``special`` holds what templates may name: ``bos_token`` and such."""
         self._tokenizer = tokenizer
-        self._special = special
-        self.chat_template = chat_template
-        """Its source; None if the model has none."""
-        self._template = None if chat_template is None else _environment().from_string(chat_template)
+        self._plain: Tokenizer | None = None
+        """The same, which takes special tokens for text; once it was needed."""
+        self.template = None if chat_template is None else ChatTemplate(chat_template, special)
+        """None if the model has none."""
         self._bytes = _token_bytes(tokenizer) if _is_byte_level(tokenizer) else None
         self._bytes_max = _token_bytes_max(tokenizer, self._bytes)
         """Of text in one token; 0: not known."""
         added = tokenizer.get_added_tokens_decoder()
         self._hidden = frozenset(token for token, entry in added.items() if entry.special)
+        self._literals = Literals(entry.content for entry in added.values() if entry.special)
         self.eos_tokens = eos_tokens
         """Tokens that end a turn or a text; at least one for any model that ends by itself."""
 
@@ -87,6 +84,11 @@ class Text:
             raise SourceError(f"{source.name}: the tokenizer's files lack {error}") from error
 
     @property
+    def chat_template(self) -> str | None:
+        """The template's source; None if the model has none."""
+        return None if self.template is None else self.template.source
+
+    @property
     def vocab_size(self) -> int:
         """Token ids are below this (the model's own table may be padded further)."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -96,13 +98,23 @@ class Text:
         return self._tokenizer.to_str()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of ``text``. Special tokens written out in it are recognized.
+        """Token ids of ``text``. Special tokens written out in it are recognized, but for those that :meth:`render` was
+        given in messages.
 
         ``special``: with what the model wants around a plain prompt, such as a begin token; rendered templates
         bring their own.
         """
+        if MARK in text:
+            return self._literals.encode(text, self._encode_plain, self.special_token)
         # A batch of one: unlike a single text it is tokenized without holding the interpreter's lock.
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if self._plain is None:
+            plain = Tokenizer.from_str(self._tokenizer.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def tokens_min(self, text: str) -> int:
         """So many tokens ``text`` has at least, without tokenizing it; 0 where the tokenizer's rules do not tell."""
@@ -139,9 +151,10 @@ class Text:
         token = self._tokenizer.token_to_id(text)
         return token if token in self._hidden else None
 
-    def stream(self, shown: Sequence[str] = ()) -> TextStream:
-        """An incremental decoder for one step's output; of special tokens it shows those named in ``shown``."""
-        shown_tokens = {token: text for text in shown if (token := self.special_token(text)) is not None}
+    def stream(self, shown: Sequence[str] | None = ()) -> TextStream:
+        """An incremental decoder for one step's output; of special tokens it shows those in ``shown``, or all: None."""
+        texts = map(self.token_text, self._hidden) if shown is None else shown
+        shown_tokens = {token: text for text in texts if (token := self.special_token(text)) is not None}
         hidden = self._hidden - shown_tokens.keys()
         if self._bytes is not None:
             return _ByteStream(self._bytes, hidden)
@@ -152,25 +165,23 @@ class Text:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now_s: float | None = None,
     ) -> str:
-        """The prompt that the model's chat template makes of a conversation; encode it without ``special``.
+        """The prompt that the model's chat template makes of a conversation; encode it without ``special``. Special
+        tokens spelled out in messages and tools stay text: they are marked.
+
+        Args:
+            messages, tools, add_generation_prompt, variables, now_s: as in
+                :meth:`tracehaul.model.templates.ChatTemplate.render`.
 
         Raises:
             InvalidRequest: the model has no template, or the template does not take these messages.
         """
-        if self._template is None:
+        if self.template is None:
             raise InvalidRequest("this model has no chat template: use plain completions")
-        try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None if tools is None else list(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
-            )
-        # A template is a program of the model's: on messages that it did not expect it may raise nearly anything.
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
+        mark = self._literals.mark
+        return self.template.render(mark(list(messages)), mark(tools), add_generation_prompt, mark(variables), now_s)
 
 
 class _ByteStream:
@@ -257,49 +268,6 @@ def _token_bytes_max(tokenizer: Tokenizer, table: list[bytes] | None) -> int:
         case _:
             return 0
     return shrinks * max(map(len, table)) if table else 0
-
-
-# --- chat template ------------------------------------------------------------------------------------------
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks what the model wrote, for training; here its body is simply shown."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance variable
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Templates see what the hub's conventions promise, and nothing of this process."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    functions: Any = environment.globals
-    functions.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Not jinja2's own filter: that one escapes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.fromtimestamp(wall_s(), UTC).astimezone().strftime(form)
 
 
 # --- loading ------------------------------------------------------------------------------------------------

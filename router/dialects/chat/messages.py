@@ -20,14 +20,14 @@ def messages_of(messages: Sequence[ChatMessage]) -> tuple[call.Message, ...]:
 
 def _message(message: ChatMessage, index: int) -> call.Message:
     content = message.content
-    if content is None and message.role != "assistant":
+    if content is None and message.role not in ("assistant", "tool"):
         raise invalid(f"a {message.role} message needs content", f"messages[{index}].content")
     return call.Message(
         # Templates know the older name of what is now called developer.
         "system" if message.role == "developer" else message.role,
         content if isinstance(content, str) else _joined(content or (), f"messages[{index}].content"),
         message.name,
-        message.reasoning_content,
+        message.reasoning if message.reasoning_content is None else message.reasoning_content,
         tuple(call.ToolCall(c.id, c.function.name, c.function.arguments) for c in message.tool_calls or ()),
         message.tool_call_id,
     )

@@ -7,6 +7,9 @@ import msgspec
 from router.calls.errors import invalid
 from router.dialects.openai.requests import TOP_LOGPROBS_MAX, GenerationRequest, integer
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]
+
 
 class Part(msgspec.Struct, frozen=True):
     """One part of a message's content; only text can be honoured."""
@@ -38,6 +41,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     content: str | list[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same by a newer name."""
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
@@ -60,6 +65,9 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    service_tier: ServiceTier | None = None
+    store: bool | None = None
 
     def output_limit(self) -> tuple[str, int | None, int]:
         if self.max_completion_tokens is not None:

@@ -111,5 +111,17 @@ class ChatTeller:
     def _response(
         self, kind: ChatObject, choices: Sequence[msgspec.Struct], usage: UsageField, prompt_ids: list[int] | UnsetType
     ) -> Response:
-        head = self._head
-        return Response(head.id, kind, head.created, head.model, choices, usage, prompt_token_ids=prompt_ids)
+        head, told = self._head, self._head.told
+        tier = None if told.service_tier is UNSET and kind == "chat.completion" else told.service_tier
+        return Response(
+            head.id,
+            kind,
+            head.created,
+            head.model,
+            choices,
+            usage,
+            prompt_token_ids=prompt_ids,
+            service_tier=tier,
+            store=told.store,
+            reasoning_effort=told.reasoning_effort,
+        )

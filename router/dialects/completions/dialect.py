@@ -5,6 +5,7 @@ from collections.abc import Callable
 from router.calls.call import Call, Ids, Plain
 from router.calls.text import Text
 from router.dialects.body import parse
+from router.dialects.completions.infill import infilled
 from router.dialects.completions.requests import CompletionRequest, split
 from router.dialects.completions.teller import TextTeller
 from router.dialects.openai.errors import OpenAIErrors
@@ -19,7 +20,8 @@ class Completions(OpenAIErrors):
     def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, TextTeller]:
         request = parse(body, CompletionRequest)
         opts = options(request)
-        prompts = split(request.prompt)
+        text = text_of(request.model)
+        prompts = infilled(split(request.prompt), request, text)
         call = Call(
             id=f"cmpl-{fresh}",
             model=request.model,
@@ -28,7 +30,8 @@ class Completions(OpenAIErrors):
             where="prompt",
             options=opts,
             trace=request.trace_fields,
+            priority=request.priority,
             tenant=request.tenant,
             nbytes=len(body),
         )
-        return call, TextTeller(Head(call.id, created, call.model), opts, text_of(call.model))
+        return call, TextTeller(Head(call.id, created, call.model), opts, text)

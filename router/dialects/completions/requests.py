@@ -3,6 +3,9 @@
 from router.calls.errors import invalid
 from router.dialects.openai.requests import TOP_LOGPROBS_MAX, GenerationRequest, integer
 
+OUTPUT_TOKENS = 16
+"""Where nothing is said of ``max_tokens``, as OpenAI has it."""
+
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """``POST /v1/completions``."""
@@ -13,7 +16,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     suffix: str | None = None
 
     def output_limit(self) -> tuple[str, int | None, int]:
-        return "max_tokens", self.max_tokens, 0 if self.echo else 1
+        return "max_tokens", OUTPUT_TOKENS if self.max_tokens is None else self.max_tokens, 0 if self.echo else 1
 
     def likeliest(self) -> int | None:
         if self.logprobs is None or self.logprobs is False:

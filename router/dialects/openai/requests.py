@@ -6,6 +6,8 @@ import msgspec
 
 from router.calls.call import Options, TraceFields
 from router.calls.errors import CallFailed, invalid, unsupported
+from router.calls.urgency import PRIORITY_MAX
+from router.dialects.openai.agents import named_by
 from router.dialects.openai.structured import Wishes
 
 STOPS_MAX = 4
@@ -51,19 +53,33 @@ class GenerationRequest(Wishes, frozen=True, kw_only=True):
     repetition_penalty: float | None = None
     min_p: float | None = None
     logit_bias: dict[str, float] | None = None
-    # What cannot be honoured yet: values that change nothing are accepted (see _NO_OPS).
+    priority: int | None = None
     best_of: int | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    # Names of agents and sessions, in no settled form: see router.dialects.openai.agents.
+    agentic_context: Any = None
+    agent_hint: Any = None
+    vllm_xargs: Any = None
+    session_id: Any = None
+    # What cannot be honoured yet: values that change nothing are accepted (see _NO_OPS).
     use_beam_search: bool | None = None
     prompt_logprobs: int | bool | None = None
     bad_words: list[str] | None = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
 
     @property
     def trace_fields(self) -> TraceFields:
         """What the body says about its trace."""
-        return TraceFields(self.metadata, self.prompt_cache_key, self.previous_response_id)
+        xargs = self.vllm_xargs if isinstance(self.vllm_xargs, dict) else {}
+        contexts = (
+            self.agentic_context,
+            xargs.get("agentic_context"),
+            self.agent_hint,
+            {"session_id": self.session_id},
+        )
+        named = named_by(*contexts)
+        return TraceFields(self.metadata, self.prompt_cache_key, self.previous_response_id, named.session, named.parent)
 
     @property
     def tenant(self) -> str:
@@ -87,18 +103,12 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "prompt_logprobs": (False,),
     "bad_words": ([],),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "truncate_prompt_tokens": (),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"], []),
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "suffix": ("",),
 }
 """Fields that cannot be honoured yet, and the values of each that ask for nothing; null always does."""
 
@@ -140,6 +150,8 @@ def options(request: GenerationRequest) -> Options:
         seed=None if request.seed is None else integer("seed", request.seed, -(2**63), 2**63 - 1, 0),
         stops=_stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
+        include_stops=bool(request.include_stop_str_in_output),
+        special_shown=request.skip_special_tokens is False,
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos),
         n=integer("n", request.n, 1, 128, 1),
@@ -152,8 +164,9 @@ def _check_supported(request: GenerationRequest) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in accepted:
             raise unsupported(name, f"{name}={_short(value)}")
-    if request.best_of not in (None, 1):
+    if request.best_of not in (None, 1, request.n):
         raise unsupported("best_of", "choosing the best of several completions (ask for n of them instead)")
+    integer("priority", request.priority, -PRIORITY_MAX, PRIORITY_MAX, 0)
     if request.stop_token_ids is not None and len(request.stop_token_ids) > STOP_TOKENS_MAX:
         raise invalid(f"at most {STOP_TOKENS_MAX} stop tokens are possible", "stop_token_ids")
 

@@ -9,12 +9,21 @@ from msgspec import UNSET, UnsetType
 from router.dialects.openai.usage import UsageField
 
 
+class Told(msgspec.Struct, frozen=True):
+    """What became of fields of the request, where it had them; null: nothing."""
+
+    service_tier: Literal["default"] | UnsetType = UNSET
+    store: UnsetType | None = UNSET
+    reasoning_effort: str | UnsetType | None = UNSET
+
+
 class Head(msgspec.Struct, frozen=True):
     """What is the same in every object of one call."""
 
     id: str
     created: int
     model: str
+    told: Told = Told()
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -28,6 +37,9 @@ class Response(msgspec.Struct, frozen=True):
     usage: UsageField = UNSET
     system_fingerprint: None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
+    service_tier: Literal["default"] | UnsetType | None = UNSET
+    store: UnsetType | None = UNSET
+    reasoning_effort: str | UnsetType | None = UNSET
 
 
 class Frame(msgspec.Struct, frozen=True):

@@ -111,6 +111,31 @@ def test_a_template_that_uses_everything_renders_as_in_transformers(tmp_path: Pa
         ours.render([{"role": 5}])  # the template adds it to a string
 
 
+def test_templates_read_variables_but_not_instead_of_what_is_theirs(tmp_path: Path) -> None:
+    Tokenizer(BPE({"a": 0, "<s>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    given = "{{ bos_token }}{{ messages | length }}{{ tools }}{{ add_generation_prompt }}"
+    (tmp_path / "chat_template.jinja").write_text(given + "|{{ enable_thinking }}{{ documents }}")
+    ours = Text.load(ModelSource("tiny", tmp_path, "hf", "llama"))
+    assert ours.render([]) == "<s>0NoneTrue|None"
+    taken = {
+        "bos_token": "x",
+        "messages": [1, 2],
+        "tools": [3],
+        "add_generation_prompt": False,
+        "enable_thinking": False,
+    }
+    assert ours.render([], variables=taken | {"documents": ["d"]}) == "<s>0NoneTrue|False['d']"
+
+
+def test_special_tokens_are_shown_where_all_are(text: Text) -> None:
+    tokens = text.encode("<|im_start|>a<|im_end|>")
+    shown = {None: "<|im_start|>a<|im_end|>", ("<|im_end|>",): "a<|im_end|>", (): "a"}
+    for names, expected in shown.items():
+        stream = text.stream(names)
+        assert stream.push(tokens) + stream.finish() == expected
+
+
 def test_a_template_cannot_reach_into_the_process(tmp_path: Path) -> None:
     Tokenizer(BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")

@@ -1,8 +1,10 @@
 """Where tokens were lost, as a table."""
 
+import msgspec
 import pytest
 
-from router.traces.hits import Expected, Hits, Outcome, attribute, together
+from router.traces.hits import Changed, Expected, Hits, Outcome, attribute, together
+from router.traces.rows import named, packed, unpacked
 
 BLOCK = 16
 
@@ -50,3 +52,11 @@ def test_hits_add_up() -> None:
         6, 5, 4, 2, {"missed": 4}
     )
     assert together([]) == Hits()
+
+
+def test_what_was_changed_is_kept_with_a_step() -> None:
+    told = Hits(9, 8, 7, 6, {"evicted": 3}, Changed("messages", 4, 30, 20, 10))
+    for hits in (told, Hits()):
+        row = unpacked(packed(hits))
+        assert msgspec.convert(named(Hits, row), Hits) == hits
+    assert together([Hits(), told]).changed == told.changed

@@ -7,7 +7,7 @@ from router.policy.retention import RetentionConfig
 from router.traces.book import Book
 from router.traces.events import Event, StepBegan, StepEnded
 from router.traces.machine import Traces
-from router.traces.prefixes import DIGESTS_MAX, Place, digests
+from router.traces.prefixes import DIGESTS_MAX, Heard, Place, digests
 from tracehaul.wire.ids import StepId, TraceId
 
 
@@ -26,15 +26,24 @@ class Agents:
         self.traces.handle(event, self.now_s())
         self.traces.check()
 
-    def call(self, messages: str, salt: str = "", *, refused: bool = False) -> Place:
-        """One with one step."""
+    def call(
+        self, messages: str, salt: str = "", *, refused: bool = False, first: bool = False, answer: str | None = None
+    ) -> Place:
+        """One with one step. ``answer``: what is said; others go on from it with it, or with an ``A`` of another
+        spelling where it is an ``a``."""
         self.calls += 1
         conversation = digests(salt, [message.encode() for message in messages])
-        place = self.book.place(salt, conversation, messages.startswith("S"), TraceId(f"t{self.calls}"))
+        at = max(messages.rfind("a"), messages.rfind("A"))
+        heard = Heard(at, f"{salt}|{messages[:at]}a") if at >= 0 and not first else None
+        place = self.book.place(
+            salt, conversation, messages.startswith("S"), TraceId(f"t{self.calls}"), first=first, heard=heard
+        )
         if not refused:
             key, step = (salt, place.trace), StepId(str(self.calls))
             self.send(StepBegan(key, step, place.parent, 1))
             self.send(StepEnded(key, step, "stop", 1, None, None, 0.0, False))
+            name = None if answer is None else f"{salt}|{messages}{answer}"
+            self.book.answered(salt, place.trace, step, response=None, heard=name)
         self.book.over(salt, place.trace)
         return place
 
@@ -78,6 +87,42 @@ def test_going_back_is_a_fork() -> None:
     assert agents.call("u") == Place(TraceId("t5"), TraceId("t1")), "its beginning again"
     assert agents.call("uz") == Place(TraceId("t5"))
     assert agents.call("uatatat") == Place(TraceId("t1"))
+
+
+def test_what_begins_alike_is_not_the_same() -> None:
+    agents = Agents()
+    assert agents.call("Su", first=True, answer="b") == Place(TraceId("t1"))
+    assert agents.call("Su", first=True, answer="a") == Place(TraceId("t2"), shared=True)
+    assert agents.call("Su", first=True, answer="c") == Place(TraceId("t3"), shared=True)
+    assert agents.call("SuAt") == Place(TraceId("t2")), "what was answered tells them apart"
+    assert agents.call("SuAtax") == Place(TraceId("t2"))
+    assert agents.call("Suxt") == Place(TraceId("t6"), TraceId("t3")), "by the beginning alone nobody is found"
+    assert agents.call("Su", first=True) == Place(TraceId("t7"), shared=True)
+    assert agents.call("Sv", first=True) == Place(TraceId("t8"))
+
+
+def test_of_those_who_gave_an_answer_the_last_one_goes_on() -> None:
+    agents = Agents()
+    for _ in "12":
+        agents.call("Su", first=True, answer="a")
+    assert agents.call("SuAt") == Place(TraceId("t2"))
+    assert agents.call("SuAx") == Place(TraceId("t4"), TraceId("t2"))
+
+
+def test_an_answer_is_gone_on_from_once() -> None:
+    agents = Agents()
+    agents.call("Su", first=True, answer="a")
+    assert agents.call("SuAt") == Place(TraceId("t1"))
+    assert agents.call("SuAx") == Place(TraceId("t3"), TraceId("t1")), "the others are forks"
+    assert agents.call("SuAt") == Place(TraceId("t1")), "a call made again"
+    assert agents.call("SuAt", salt="red") == Place(TraceId("t5"))
+
+
+def test_an_answer_is_forgotten_with_its_trace() -> None:
+    agents = Agents(traces_max=1)
+    agents.call("Su", first=True, answer="a")
+    agents.call("Sv", first=True)
+    assert agents.call("SuAt") == Place(TraceId("t3"))
 
 
 def test_what_is_old_is_forgotten() -> None:

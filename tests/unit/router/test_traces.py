@@ -21,7 +21,7 @@ from router.traces.events import (
 )
 from router.traces.hits import Hits
 from router.traces.machine import Traces
-from router.traces.texts import CutTokens, Said, fresh
+from router.traces.texts import CutTokens, Said, find, fresh
 from router.traces.trace import OTHER_TOOLS, RESPONSES_MAX, STEPS_MAX, TOOLS_MAX, PinWish, Trace, TraceKey
 from tracehaul.wire.hashing import chain, pack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
@@ -275,8 +275,8 @@ def test_texts_are_those_of_the_trace_and_share_their_tokens_with_its_context() 
             m.answer(name, step, 1.0, said=said)
         trace = m.trace(name)
         assert trace.texts[0].packed is trace.lefts[0].packed
-        assert m.traces.known([key(name)], "helloxy and", CutTokens({})).ids == [1, 2, 3, 4, 5]
-    assert m.traces.known([key("nobody"), key("tTrue")], "hello", CutTokens({})).ids == [1, 2, 3]
+        assert find(m.traces.texts([key(name)]), "helloxy and", CutTokens({})).ids == [1, 2, 3, 4, 5]
+    assert find(m.traces.texts([key("nobody"), key("tTrue")]), "hello", CutTokens({})).ids == [1, 2, 3]
     step = m.begin("tTrue", 2.0)
     m.end("tTrue", step, 3.0, final=True)
     m.answer("tTrue", step, 3.0)

@@ -17,7 +17,7 @@ from router.traces.events import (
     Suspended,
     Tick,
 )
-from router.traces.texts import CutTokens, Said, fresh
+from router.traces.texts import Said, fresh
 from router.traces.trace import PinWish
 from tests.unit.router.test_traces import HOME, WORKER, Machine, key, left
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
@@ -120,7 +120,7 @@ def test_nothing_of_a_deleted_trace_stays_in_memory() -> None:
     gc.collect()
     assert [sys.getrefcount(thing) for thing in things] == before
     assert m.traces.nbytes < kept
-    assert m.traces.known([key(name)], "hello", CutTokens({})).text == ""
+    assert m.traces.texts([key(name)]) == []
     assert m.traces.response("", response) is None
     assert m.traces.place("", [b"1" * 16, digest.encode()], TraceId("new")).trace == "new"
     assert m.traces.next_alarm_s is None

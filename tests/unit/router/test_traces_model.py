@@ -30,8 +30,8 @@ from router.traces.events import (
     Tick,
 )
 from router.traces.machine import Traces
-from router.traces.prefixes import Place, digests
-from router.traces.texts import TEXTS_MAX, CutTokens, Said, fresh
+from router.traces.prefixes import Heard, Place, digests
+from router.traces.texts import TEXTS_MAX, CutTokens, Said, find, fresh
 from router.traces.trace import PinWish, Trace
 from tracehaul.wire.hashing import chain, pack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
@@ -87,6 +87,8 @@ class Model(RuleBasedStateMachine):
         self.traces = Traces(TRACES_MAX, BYTES_MAX, self.config)
         self.known: dict[tuple[str, str], Known] = {}
         """In the order of their use."""
+        self.given: dict[str, tuple[str, TraceId]] = {}
+        """Who gave a response last."""
         self.now_s = 0.0
         self.steps: list[tuple[tuple[str, TraceId], StepId]] = []
 
@@ -115,6 +117,7 @@ class Model(RuleBasedStateMachine):
 
     def forget(self, key: tuple[str, str]) -> None:
         del self.known[key]
+        self.given = {response: owner for response, owner in self.given.items() if owner != key}
 
     def touch(self, key: tuple[str, str]) -> Known:
         known = self.known.pop(key, None) or Known()
@@ -257,8 +260,9 @@ class Model(RuleBasedStateMachine):
         tools=st.sampled_from([None, (), ("bash",)]),
         said=st.none() | st.tuples(words, words),
         response=st.sampled_from([None, "r1", "r2", "r3"]),
+        name=st.sampled_from([None, "h1", "h2"]),
     )
-    def answer(self, at, tools, said, response) -> None:
+    def answer(self, at, tools, said, response, name) -> None:
         if not self.steps:
             return
         key, step = self.steps[at % len(self.steps)]
@@ -268,15 +272,17 @@ class Model(RuleBasedStateMachine):
             prompt, answer = said
             ids = [ord(c) % 2 for c in prompt + answer]
             heard = Said(fresh(prompt, ids[: len(prompt)], []), answer, pack_tokens(ids[len(prompt) :]))
-        effects = self.send(Answered(key, step, response, tools, heard))
+        effects = self.send(Answered(key, step, response, tools, heard, name))
         if known is None or step not in known.unanswered:
             assert effects == []
             self.settle_limits()
             return
         known.unanswered.remove(step)
         known.calls = known.calls if tools is None else tools
-        if response is not None and not any(response in other.responses for other in self.known.values()):
-            known.responses.append(response)
+        for found in (response, name):
+            if found is not None:
+                self.given[found] = key
+                known.responses += [found] if found not in known.responses else []
         if said is not None and known.state != "ended":
             kept = [text for text in known.texts if not (prompt + answer).startswith(text[0] + text[1])]
             known.texts = [*kept[-(TEXTS_MAX - 1) :], (prompt, answer, ids)]
@@ -294,15 +300,26 @@ class Model(RuleBasedStateMachine):
             known.contexts[0][2] = warm
         self.settle_limits()
 
-    @rule(words=st.text("pq", min_size=0, max_size=4), salt=st.sampled_from(["", "red"]))
-    def call(self, words, salt) -> None:
+    @rule(
+        words=st.text("pq", min_size=0, max_size=4),
+        salt=st.sampled_from(["", "red"]),
+        first=st.booleans(),
+        heard=st.none() | st.builds(Heard, st.integers(0, 3), st.sampled_from(["h1", "h2"])),
+    )
+    def call(self, words, salt, first, heard) -> None:
         """A conversation is placed, and begins a step or not; what it holds open may be over at any time."""
         conversation = digests(salt, [word.encode() for word in words])
         fresh_name = TraceId(f"call-{len(self.steps)}")
-        place = self.traces.place(salt, conversation, fresh_name)
+        place = self.traces.place(salt, conversation, fresh_name, first=first, heard=heard)
         owners = {digest: key for key, known in self.known.items() for digest in known.messages}
         longest = next((digest for digest in reversed(conversation) if digest in owners), None)
-        if longest is None:
+        unheard = heard is not None and (longest is None or conversation.index(longest) < heard.at)
+        heard_by = [self.given[heard.name]] if unheard and self.given.get(heard.name, ("nobody's",))[0] == salt else []
+        if first and longest is not None and longest == conversation[-1]:
+            assert place == Place(fresh_name, shared=True)
+        elif heard_by:
+            assert place == Place(heard_by[0][1])
+        elif longest is None:
             assert place == Place(fresh_name)
         else:
             owner = owners[longest]
@@ -318,8 +335,8 @@ class Model(RuleBasedStateMachine):
                     loser.messages.remove(digest)
                     loser.tip = None if loser.tip == digest else loser.tip
                 known.messages.append(digest)
-        known.tip = conversation[-1] if conversation else known.tip
-        assert self.send(Recognised(key, tuple(conversation))) == []
+        known.tip = conversation[-1] if conversation and not place.shared else known.tip
+        assert self.send(Recognised(key, tuple(conversation), place.shared)) == []
         self.settle_limits()
 
     @rule(at=st.integers(0))
@@ -437,7 +454,7 @@ class Model(RuleBasedStateMachine):
             assert list(trace.responses) == known.responses
             assert [text.text for text in trace.texts] == [prompt + answer for prompt, answer, _ in known.texts]
             for prompt, answer, ids in known.texts:
-                found = self.traces.known([key], prompt + answer + "z", NO_CUTS)
+                found = find(self.traces.texts([key]), prompt + answer + "z", NO_CUTS)
                 assert (found.text, found.ids) == max(
                     ((p + a, i) for p, a, i in known.texts if (prompt + answer).startswith(p + a)),
                     key=lambda pair: len(pair[0]),
@@ -445,8 +462,8 @@ class Model(RuleBasedStateMachine):
                 assert found.ids == ids
         shown = [trace.key for trace in self.traces.all()]
         assert shown == [key for key, known in self.known.items() if known.steps]
-        for response in ("r1", "r2", "r3"):
-            owner = next((key for key, known in self.known.items() if response in known.responses), None)
+        for response in ("r1", "r2", "r3", "h1"):
+            owner = self.given.get(response)
             for salt in ("", "red"):
                 expected = owner[1] if owner is not None and owner[0] == salt else None
                 assert self.traces.response(salt, response) == expected

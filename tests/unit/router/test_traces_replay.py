@@ -1,6 +1,7 @@
 """The traces' events, written down and handled again."""
 
 import msgspec
+import numpy as np
 import pytest
 
 from router.dispatch.dispatch import DispatchConfig
@@ -72,6 +73,8 @@ def state(part: object) -> object:
     """All that a machine or a part of it knows, in its order, down to what was learned of pauses."""
     if isinstance(part, (Traces, Alarms, Lookups, Gaps)):
         return {name: state(value) for name, value in vars(part).items() if name != "_between"}
+    if isinstance(part, np.ndarray):
+        return part.tolist()
     return list(part.items()) if isinstance(part, dict) else part
 
 

@@ -1,12 +1,16 @@
 """Which trace a call belongs to."""
 
 from collections.abc import Callable
+from typing import Any
 
+import msgspec
 import pytest
 
 from router.calls.call import TraceFields
 from router.calls.errors import CallFailed
 from router.calls.identity import Identity, foreign_id, identify
+from router.dialects.body import parse
+from router.dialects.completions.requests import CompletionRequest
 from router.http.errors import STATUS
 from router.http.request_ids import request_id
 from tracehaul.wire.ids import TraceId
@@ -37,10 +41,15 @@ def test_a_call_that_says_nothing_is_a_trace_of_its_own() -> None:
         "x-dynamo-session-id",
         "x-claude-code-session-id",
         "session-id",
+        "thread-id",
+        "x-dynamo-trajectory-id",
     ],
 )
 def test_every_header_that_clients_send(name: str) -> None:
     assert of({name: "abc-1"}).trace == "abc-1"
+    if name != "x-trace-id":
+        assert of({name.replace("-", "_"): "abc-1"}).trace == "abc-1", "not every client writes dashes"
+        assert of({name: " "}).trace == "fresh"
 
 
 def test_every_field_that_clients_send() -> None:
@@ -65,6 +74,66 @@ def test_parent_and_end() -> None:
     dynamo = {"x-dynamo-session-id": "s", "x-dynamo-parent-session-id": "p", "x-dynamo-session-final": "1"}
     assert of(dynamo) == Identity(TraceId("s"), TraceId("p"), True)
     assert not of({"x-trace-final": "false"}).final
+
+
+CLAUDE = {"x-claude-code-session-id": "s"}
+
+
+def test_agents_of_one_claude_code_session_are_traces_of_their_own() -> None:
+    assert of(CLAUDE) == Identity(TraceId("s"), None, False)
+    child = CLAUDE | {"x-claude-code-agent-id": "a"}
+    assert of(child) == Identity(TraceId("s:a"), TraceId("s"), False)
+    grandchild = CLAUDE | {"x-claude-code-agent-id": "b", "x-claude-code-parent-agent-id": "a"}
+    assert of(grandchild) == Identity(TraceId("s:b"), TraceId("s:a"), False)
+    assert of(CLAUDE | {"x-claude-code-agent-id": ""}).trace == "s"
+    assert of(CLAUDE | {"x-claude-code-parent-agent-id": "a"}) == Identity(TraceId("s"), None, False)
+    assert of(child | {"x-trace-id": "t", "x-parent-trace-id": "p"}) == Identity(TraceId("t"), TraceId("p"), False)
+
+
+def test_threads_of_one_codex_session_are_traces_of_their_own() -> None:
+    first = {"session-id": "s", "thread-id": "s"}
+    assert of(first) == Identity(TraceId("s"), None, False)
+    child = first | {"thread-id": "t"}
+    assert of(child) == Identity(TraceId("t"), TraceId("s"), False)
+    assert of(child | {"x-codex-parent-thread-id": "u"}) == Identity(TraceId("t"), TraceId("u"), False)
+    assert of({"session_id": "s", "thread_id": "t"}) == Identity(TraceId("t"), TraceId("s"), False)
+    assert of(child, TraceFields(prompt_cache_key="s")).trace == "t", "all threads share that"
+
+
+def test_opencodes_and_dynamos_parents() -> None:
+    opencode = {"x-session-id": "s", "x-session-affinity": "s", "x-parent-session-id": "p"}
+    assert of(opencode) == Identity(TraceId("s"), TraceId("p"), False)
+    assert of({"x-session-affinity": "s", "x_parent_session_id": "p"}) == Identity(TraceId("s"), TraceId("p"), False)
+    dynamo = {"x-dynamo-trajectory-id": "s", "x-dynamo-parent-trajectory-id": "p", "x-dynamo-trajectory-final": "1"}
+    assert of(dynamo) == Identity(TraceId("s"), TraceId("p"), True)
+    assert of({"x-session-id": "s", "x-dynamo-parent-session-id": "p"}).parent == "p"
+    assert of({"x-session-id": "s", "x-parent-session-id": "s"}).parent is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "trace", "parent"),
+    [
+        ({"agentic_context": {"session_id": "s"}}, "s", None),
+        ({"agentic_context": {"trace_id": "t", "session_id": "s", "parent_session_id": "p"}}, "t", "p"),
+        ({"agentic_context": {"session_id": "s", "agent_id": "a"}}, "s:a", "s"),
+        ({"agentic_context": {"task_id": "s", "agent_id": "s:a", "parent_id": "s:b"}}, "s:a", "s:b"),
+        ({"agentic_context": '{"program_id": "x", "parent_program_id": "y"}'}, "x", "y"),
+        ({"vllm_xargs": {"agentic_context": {"program_id": "x"}}}, "x", None),
+        ({"agent_hint": {"session_id": "s", "parent_session_id": "p", "cache_control": {}}}, "s", "p"),
+        ({"session_id": "s"}, "s", None),
+        ({"session_id": "s", "agentic_context": {"session_id": "c"}}, "c", None),
+        ({"session_id": 5, "agentic_context": [1], "vllm_xargs": "x", "agent_hint": {"session_id": {}}}, None, None),
+        ({"agentic_context": "{" * 100_000}, None, None),
+        ({"agentic_context": "[" * 10_000}, None, None),
+        ({"agentic_context": "5", "session_id": ""}, None, None),
+    ],
+)
+def test_what_bodies_say_of_agents(fields: dict[str, Any], trace: str | None, parent: str | None) -> None:
+    body = msgspec.json.encode({"model": "m", "prompt": "x", **fields})
+    said = parse(body, CompletionRequest).trace_fields
+    assert (said.session, said.parent) == (trace, parent)
+    found = of({"x-session-id": "header"}, said)
+    assert (found.trace, found.parent) == (trace or "header", parent)
 
 
 def test_our_own_headers_must_hold_ids() -> None:

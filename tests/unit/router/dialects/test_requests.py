@@ -7,10 +7,8 @@ import pytest
 
 from router.calls.call import Options
 from router.calls.errors import CallFailed
-from router.calls.messages import template_messages
 from router.calls.prompts import output_budget
 from router.dialects.body import parse
-from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatRequest
 from router.dialects.completions.requests import CompletionRequest, split
 from router.dialects.openai.errors import error_body
@@ -84,11 +82,12 @@ def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
         "functions": [],
         "modalities": ["text"],
         "skip_special_tokens": True,
-        "chat_template_kwargs": {},
+        "include_stop_str_in_output": False,
         "some_field_of_next_year": {"deep": [1, None]},
         "store": True,
         "parallel_tool_calls": True,
         "reasoning_effort": "low",
+        "service_tier": "auto",
     }
     assert options(chat(**no_ops)) == options(chat())
     assert options(text(logprobs=None, echo=False, suffix=None, best_of=1)) == options(text())
@@ -102,7 +101,7 @@ def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"continue_final_message": True}, "continue_final_message"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
     ],
 )
 def test_what_cannot_be_honoured_is_said(fields: dict[str, Any], param: str) -> None:
@@ -110,10 +109,22 @@ def test_what_cannot_be_honoured_is_said(fields: dict[str, Any], param: str) -> 
     assert (error.param, error.code) == (param, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 2, "n": 2}, {"prompt_logprobs": 1}])
+@pytest.mark.parametrize("fields", [{"best_of": 2}, {"best_of": 3, "n": 2}, {"prompt_logprobs": 1}])
 def test_what_completions_cannot_honour_is_said(fields: dict[str, Any]) -> None:
     error = refused(lambda: options(text(**fields)))
     assert (error.param, error.code) == (next(iter(fields)), "unsupported_parameter")
+
+
+def test_the_best_of_as_many_is_each() -> None:
+    assert options(text(best_of=2, n=2)) == options(text(n=2))
+    assert options(text(best_of=1)) == options(text())
+
+
+def test_a_completion_has_sixteen_tokens_unless_more_are_asked_for() -> None:
+    assert options(text()).max_tokens == 16
+    assert options(text(max_tokens=None, echo=True)).max_tokens == 16
+    assert options(text(max_tokens=17)).max_tokens == 17
+    assert options(chat()).max_tokens is None
 
 
 def test_sampling_parameters() -> None:
@@ -194,6 +205,7 @@ def test_logprobs_out_of_range(wanted: int) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"cache_salt": ""}, "cache_salt"),
         ({"cache_salt": "x" * 1000}, "cache_salt"),
+        ({"priority": 10**7}, "priority"),
     ],
 )
 def test_values_out_of_range_name_their_field(fields: dict[str, Any], param: str) -> None:
@@ -214,6 +226,16 @@ def test_values_out_of_range_name_their_field(fields: dict[str, Any], param: str
         ({"messages": [{"content": "x"}]}, "messages[0].role"),
         ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
         ({"metadata": [1]}, "metadata"),
+        ({"reasoning_effort": 3}, "reasoning_effort"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"service_tier": "gold"}, "service_tier"),
+        ({"service_tier": 1}, "service_tier"),
+        ({"store": "yes"}, "store"),
+        ({"priority": "high"}, "priority"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"messages": [{"role": "assistant", "reasoning": 5}]}, "messages[0].reasoning"),
+        ({"best_of": 1.5}, "best_of"),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens"),
     ],
 )
 def test_wrong_types_name_their_field(fields: dict[str, Any], param: str) -> None:
@@ -277,58 +299,6 @@ def test_streams_may_ask_for_usage() -> None:
     assert (only.include_usage, only.continuous_usage) == (False, False)
 
 
-def test_messages_as_templates_read_them() -> None:
-    request = chat(
-        messages=[
-            {"role": "developer", "content": "be brief"},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "u"},
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [
-                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}},
-                    {"id": "2", "function": {"name": "g", "arguments": "not json"}},
-                ],
-            },
-            {"role": "tool", "content": "r", "tool_call_id": "1"},
-            {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
-        ]
-    )
-    assert template_messages(messages_of(request.messages)) == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "ab", "name": "u"},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [
-                {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1]}}},
-                {"id": "2", "type": "function", "function": {"name": "g", "arguments": "not json"}},
-            ],
-        },
-        {"role": "tool", "content": "r", "tool_call_id": "1"},
-        {"role": "assistant", "content": "no"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("messages", "param", "code"),
-    [
-        ([], "messages", None),
-        ([{"role": "user", "content": None}], "messages[0].content", None),
-        ([{"role": "user"}], "messages[0].content", None),
-        (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-            "messages[0].content[0]",
-            "unsupported_parameter",
-        ),
-        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text", None),
-    ],
-)
-def test_messages_that_cannot_be_honoured(messages: list[Any], param: str, code: str | None) -> None:
-    error = refused(lambda: messages_of(chat(messages=messages).messages))
-    assert (error.param, error.code) == (param, code)
-
-
 def test_tools_are_told_unless_none_is_to_be_used() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     told = tools_of(tools, None, None)
@@ -352,6 +322,17 @@ def test_the_window_limits_output() -> None:
     assert output_budget(60, None, card, "messages") == 40
     assert output_budget(60, 40, card, "messages") == 40
     assert output_budget(99, None, card, "messages") == 1
-    for prompt, wanted in ((60, 41), (100, None), (101, None), (100, 1)):
+    assert output_budget(60, 32_000, card, "messages") == 40, "clients send what their model could say at most"
+    for prompt, wanted in ((100, None), (101, None), (100, 1)):
         error = refused(lambda prompt=prompt, wanted=wanted: output_budget(prompt, wanted, card, "messages"))
         assert (error.param, error.code) == ("messages", "context_length_exceeded")
+
+
+def test_overflow_is_told_in_the_words_that_clients_look_for() -> None:
+    for wanted, output in ((None, 1), (40, 40)):
+        error = refused(lambda wanted=wanted: output_budget(120, wanted, ModelCard("m", 100), "messages"))
+        assert str(error) == (
+            f"This model's maximum context length is 100 tokens. However, you requested {120 + output} tokens "
+            f"(120 in the messages, {output} in the completion). "
+            "Please reduce the length of the messages or completion."
+        )

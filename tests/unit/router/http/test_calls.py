@@ -89,6 +89,7 @@ def test_a_chat_completion() -> None:
                 "chosen": 0,
                 "delivered": len(prompt) // 2,
                 "losses": {"evicted": 1},
+                "changed": None,
             },
         },
     }
@@ -249,7 +250,7 @@ def test_a_stop_string_ends_the_step_and_the_usage_is_still_right() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "context_max"), [({}, 21), ({"max_tokens": 10}, 30), ({"max_completion_tokens": 4096}, 4096)]
+    ("fields", "context_max"), [({}, 21), ({"max_tokens": 10}, 20), ({"max_completion_tokens": 4096}, 12)]
 )
 def test_what_does_not_fit_the_window_is_refused_before_any_work(fields: dict[str, Any], context_max: int) -> None:
     dispatcher = FakeDispatcher(say("x"), context_max)

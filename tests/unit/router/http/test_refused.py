@@ -86,7 +86,10 @@ def test_a_prompt_that_cannot_fit_says_how_long_it_is_at_least() -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
     least = FakeText().tokens_min(LONG)
-    assert error["message"] == f"this model's context is 1000 tokens; the prompt has at least {least}"
+    assert error["message"] == (
+        f"This model's maximum context length is 1000 tokens. However, you requested at least {least + 1} tokens "
+        f"(at least {least} in the prompt, 1 in the completion). Please reduce the length of the prompt or completion."
+    )
 
 
 @pytest.mark.parametrize(("prompt", "status"), [("x" * 9000, 400), ("<|im_end|>" * 900, 200)])
@@ -101,6 +104,6 @@ def test_a_prompt_that_will_hardly_fit_is_counted_first(prompt: str, status: int
         assert answer.status_code == status, answer.text
         assert (prompt in text.encoded) == (status == 200)
         if status == 400:
-            assert answer.json()["error"]["message"].endswith("the prompt has at least 1012")
+            assert "(at least 1012 in the prompt, " in answer.json()["error"]["message"]
 
     asyncio.run(main())

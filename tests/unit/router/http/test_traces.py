@@ -73,6 +73,42 @@ def test_a_conversation_without_a_name_keeps_its_trace_and_forks() -> None:
     assert len({request.agent for request in dispatcher.requests}) == 1
 
 
+def test_calls_that_begin_alike_are_traces_of_their_own_and_go_on_by_what_was_answered() -> None:
+    """Without names, with answers that clients spell their own way."""
+    call = '<tool_call>\n{"name": "f", "arguments": {"b": "\u00e9", "a": [1]}}\n</tool_call>'
+    answers = iter(["one", " two \n", call, "three", "and on"] * 2)
+    dispatcher = FakeDispatcher(lambda request: say(next(answers))(request))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    called = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a":[1], "b":"\\u00e9"}'}}
+
+    async def use(client: httpx.AsyncClient) -> None:
+        async def ask(*messages: dict[str, Any], **fields: Any) -> httpx.Response:
+            said = [{"role": "system", "content": "S"}, {"role": "user", "content": "count"}, *messages]
+            answer = await client.post(PATH, json={"model": "org/fake", "messages": said, "tools": tools} | fields)
+            assert answer.status_code == 200
+            return answer
+
+        def trace(answer: httpx.Response) -> str:
+            return answer.headers["x-trace-id"]
+
+        one, two, called_trace = trace(await ask()), trace(await ask(stream=True)), trace(await ask())
+        assert len({one, two, called_trace}) == 3
+        question = {"role": "user", "content": "more"}
+        again = await ask({"role": "assistant", "content": "two", "reasoning": "hm"}, question)
+        assert trace(again) == two
+        result = {"role": "tool", "tool_call_id": "x", "content": "r"}
+        went_on = await ask({"role": "assistant", "content": None, "tool_calls": [called]}, result)
+        assert trace(went_on) == called_trace
+        unknown = await ask({"role": "assistant", "content": "never said"}, question)
+        assert trace(unknown) not in (one, two, called_trace)
+        assert trace(await ask({"role": "assistant", "content": "one"}, question)) == one
+        assert trace(await ask({"role": "assistant", "content": "one"}, question, cache_salt="red")) != one
+
+    served(use, dispatcher)
+    parents = {request.parent for request in dispatcher.requests[:5]}
+    assert parents == {None}, "what begins alike is no fork"
+
+
 def conversation(request: ChatRequest) -> Lineage:
     return lineage(Conversation(messages_of(request.messages), names_of(request.tools)))
 
