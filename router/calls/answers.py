@@ -24,6 +24,8 @@ class StopMatcher:
         self._stops = tuple(stops)
         self._include = include
         self._held = ""
+        self.matched: str | None = None
+        """What was found."""
 
     @property
     def matches(self) -> bool:
@@ -35,10 +37,10 @@ class StopMatcher:
         if not self._stops:
             return text, False
         buffer = self._held + text
-        matches = [(at + len(stop), at) for stop in self._stops if (at := buffer.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if matches:
             self._held = ""
-            end, at = min(matches)
+            end, at, self.matched = min(matches)
             return buffer[: end if self._include else at], True
         keep = max(_overlap(buffer, stop) for stop in self._stops)
         self._held = buffer[len(buffer) - keep :]
@@ -100,6 +102,11 @@ class Answer:
         self.reason: FinishReason | None = None
         self.matched = False
         """A stop string ended it."""
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that ended it; None: something else did."""
+        return self._matcher.matched
 
     @property
     def text(self) -> str:
@@ -177,4 +184,4 @@ class Answer:
     def whole(self, opening: Opening) -> Choice:
         """All of it, once it has ended."""
         assert self.reason is not None
-        return Choice(opening, self.reader.whole, self.tokens, self.marks, self.reason, self.reader.called)
+        return Choice(opening, self.reader.whole, self.tokens, self.marks, self.reason, self.reader.called, self.stop)

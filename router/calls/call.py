@@ -75,6 +75,8 @@ class Options(msgspec.Struct, frozen=True):
     """At a stream's end."""
     continuous_usage: bool = False
     """With each event of a stream."""
+    opening_usage: bool = False
+    """With each choice's beginning."""
     max_tokens: int | None = None
     """None: the rest of the window. 0: nothing but the echo of the prompt."""
     temperature: float = 1.0
@@ -125,7 +127,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """At least one; each has :attr:`Options.n` choices."""
     where: str
     """The parameter that holds the prompts."""
-    options: Options
+    options: Options = Options()
     tools: Tools | None = None
     """None: there are none, or it must not use them."""
     wanted: Wanted | None = None

@@ -26,10 +26,11 @@ from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
 from tracehaul.runtime import clock
 from tracehaul.runtime.deadline import until
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.ids import StepId
+from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
+UNLIMITED_TOKENS = 2**62
 UNFORESEEN = random.SystemRandom()
 
 
@@ -56,6 +57,30 @@ class Calls:
         """Of that model; of any other where it is not known, for a call that will be refused."""
         served = self._served.get(model)
         return next(iter(self._served.values())).text if served is None else served.text
+
+    def model(self, name: str | None) -> str:
+        """The name of a model that may be asked for; None: the only one.
+
+        Raises:
+            CallFailed: there is none of that name, or there are several.
+        """
+        if name is None and len(self._served) > 1:
+            raise invalid("there are several models: name one", "model", "missing_required_parameter")
+        found = next(iter(self._served)) if name is None else name
+        if found not in self._served:
+            raise model_not_found(found)
+        return found
+
+    async def tokens(self, call: Call) -> list[int]:
+        """A call's first prompt in tokens, in no trace and of any length.
+
+        Raises:
+            CallFailed, InvalidRequest: it cannot be rendered, or is empty.
+        """
+        served = self._served[self.model(call.model)]
+        unlimited = ModelCard(call.model, UNLIMITED_TOKENS)
+        prompts = await served.prompts.of(call, TraceId(call.id), None, unlimited)
+        return prompts[0].ids
 
     @contextmanager
     def identified(self, call: Call, headers: Mapping[str, str], fresh: str) -> Generator[Identity, None, None]:

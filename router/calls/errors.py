@@ -38,6 +38,8 @@ class CallFailed(Exception):
         """What in the client's words is at fault."""
         self.code = code
         """A name for programs; None: there is none."""
+        self.request: str | None = None
+        """The request's id, where it has one."""
         self.retry_after_s = retry_after_s
         """When it may go better; None: nobody knows."""
 

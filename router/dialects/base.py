@@ -1,7 +1,7 @@
 """What a dialect is: a form in which clients ask and are answered."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from router.calls.call import Call
 from router.calls.errors import CallFailed
@@ -25,7 +25,10 @@ class Teller(Protocol):
         ...
 
 
-class Dialect(Protocol):
+T_co = TypeVar("T_co", bound=Teller, covariant=True)
+
+
+class Dialect(Protocol[T_co]):
     """One form. Knows a call's body and the bytes of its answer; everything between is the same for all."""
 
     @property
@@ -33,7 +36,7 @@ class Dialect(Protocol):
         """What a stream says in silence."""
         ...
 
-    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, Teller]:
+    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, T_co]:
         """What a body asks for, and who tells the answer.
 
         Args:

@@ -74,6 +74,16 @@ class Caller(msgspec.Struct, frozen=True):
             message = f"this API key may not steer the cluster: {what} is for keys that may"
             raise CallFailed("forbidden", message, param=param, code="steering_not_allowed")
 
+    def use(self, model: str) -> None:
+        """It asks for that model.
+
+        Raises:
+            CallFailed: it may not.
+        """
+        if not self.serves(model):
+            message = f"this API key may not use the model {model[:128]!r}"
+            raise CallFailed("forbidden", message, param="model", code="model_not_allowed")
+
     def placed(self, call: Call) -> Call:
         """A call of its own: in its space, and of a model that it may ask for.
 
@@ -82,9 +92,7 @@ class Caller(msgspec.Struct, frozen=True):
         """
         if self.key is None:
             return call
-        if not self.serves(call.model):
-            message = f"this API key may not use the model {call.model[:128]!r}"
-            raise CallFailed("forbidden", message, param="model", code="model_not_allowed")
+        self.use(call.model)
         space = self.space(call.tenant)
         return msgspec.structs.replace(call, tenant=space.salt, quota=space.tenant)
 

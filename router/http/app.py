@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from router.calls.calls import UNFORESEEN, Calls
 from router.calls.errors import CallFailed
 from router.calls.text import Text
-from router.dialects.base import Dialect
+from router.dialects.base import Dialect, Teller
 from router.dialects.chat import Chat
 from router.dialects.completions import Completions
+from router.dialects.messages import Messages
 from router.dialects.openai.errors import error_body
 from router.dispatch.steps import Dispatcher
 from router.http.access import Gate
@@ -27,17 +28,23 @@ from router.http.errors import STATUS, headers_of
 from router.http.keys import Keyring
 from router.http.pages import Pages, json_response
 from router.http.request_ids import RequestIds
+from router.http.responses import ResponsePages, ResponsesEndpoint
+from router.http.tokens import TokenPages
 from router.http.traces import TracePages
 from router.http.translate import translate
 from router.http.visits import Visits
 from tracehaul.runtime.offload import Offload
 from tracehaul.wire.errors import ClusterError
 
-DIALECTS: Mapping[str, Dialect] = {
+DIALECTS: Mapping[str, Dialect[Teller]] = {
     "/v1/chat/completions": Chat(),
     "/v1/completions": Completions(),
+    "/v1/messages": Messages(),
 }
-"""The dialect at each path: the one place that names them."""
+"""The dialect at each path, of those that keep nothing."""
+NOT_SERVED = ("/v1/embeddings", "/v1/audio/{rest:path}", "/v1/images/{rest:path}")
+"""What OpenAI serves, and models of text cannot."""
+METHODS = ["GET", "POST", "DELETE"]
 
 
 def create_app(
@@ -47,7 +54,7 @@ def create_app(
     config: ApiConfig,
     offload: Offload,
     dice: random.Random = UNFORESEEN,
-    dialects: Mapping[str, Dialect] = DIALECTS,
+    dialects: Mapping[str, Dialect[Teller]] = DIALECTS,
     keyring: Keyring | None = None,
 ) -> ASGIApp:
     """The whole HTTP surface.
@@ -67,10 +74,23 @@ def create_app(
     traces = TracePages(dispatcher.book)
     logged = keyring is not None if config.access_log is None else config.access_log
     edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
-    endpoints = {path: Endpoint(dialect, calls, config, dice, edge) for path, dialect in dialects.items()}
+    responses = ResponsesEndpoint(calls, config, dice, edge)
+    kept = ResponsePages(responses)
+    tokens = TokenPages(calls, dispatcher, responses, config, offload, dice)
+    endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
+    endpoints["/v1/responses"] = responses
     rest = Starlette(
         routes=[
             *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
+            Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}", kept.show, methods=["GET"]),
+            Route("/v1/responses/{id}", kept.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", kept.cancel, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", kept.input_items, methods=["GET"]),
+            Route("/v1/messages/count_tokens", tokens.message_tokens, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            *(Route(path, not_served, methods=METHODS) for path in NOT_SERVED),
             Route("/v1/models", pages.models, methods=["GET"]),
             Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
             Route("/v1/traces", traces.list, methods=["GET"]),
@@ -84,6 +104,7 @@ def create_app(
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
+        lifespan=responses.living,
         middleware=[Middleware(RequestIds, dice=dice), *edge.origins.middleware(), Middleware(Entrance, edge=edge)],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
@@ -95,6 +116,12 @@ def create_app(
         await (endpoint or rest)(scope, receive, send)
 
     return app
+
+
+async def not_served(request: Request) -> Response:
+    """What is not served here is told with what is."""
+    served = "models of text: /v1/chat/completions, /v1/completions, /v1/responses and /v1/messages"
+    raise CallFailed("not_found", f"{request.url.path[:256]} is not served here, which has {served}", code="not_served")
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from router.calls.errors import CallFailed
-from router.dialects.base import Dialect
+from router.dialects.base import Dialect, Teller
 from router.http.errors import STATUS, headers_of
 from router.http.inflate import Inflation, inflation
 from tracehaul.runtime import clock
@@ -74,6 +75,18 @@ def header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
 
 
+async def body_of(request: Request, *, bytes_max: int, timeout_s: float) -> bytes:
+    """The same, of a page.
+
+    Raises:
+        CallFailed: likewise, or the client left.
+    """
+    try:
+        return await read_body(request.scope, request.receive, bytes_max=bytes_max, timeout_s=timeout_s)
+    except ClientGone:
+        raise CallFailed("invalid", "the client left", code="client_gone") from None
+
+
 async def disconnected(receive: Receive) -> None:
     """Returns when the client leaves. Only after the body was read."""
     while (await receive())["type"] != "http.disconnect":
@@ -105,11 +118,13 @@ class Reply:
     """
 
     def __init__(
-        self, send: Send, dialect: Dialect, timeout_s: float, silence_s: float, chunks: Chunks | None = None
+        self, send: Send, dialect: Dialect[Teller], timeout_s: float, silence_s: float, chunks: Chunks | None = None
     ) -> None:
         self._send = send
         self._chunks = chunks
         self._dialect = dialect
+        self.broken = dialect.broken
+        """How a stream that has begun ends with an error."""
         self._timeout_s = timeout_s
         self._silence_s = silence_s
         self._clock = asyncio.get_running_loop().time
@@ -188,10 +203,11 @@ class Reply:
         """End with an error: a status if nothing was sent yet, else as the dialect ends a broken stream."""
         if self._ended:
             return
+        failure.request = next((value.decode() for name, value in self.headers if name == b"x-request-id"), None)
         try:
             async with asyncio.timeout(self._timeout_s):
                 if self._started:
-                    await self.events(self._dialect.broken(failure), last=True)
+                    await self.events(self.broken(failure), last=True)
                     return
                 headers = [(name.encode(), value.encode()) for name, value in headers_of(failure).items()]
                 await self.json(STATUS[failure.cause], self._dialect.failed(failure), headers)

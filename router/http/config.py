@@ -20,6 +20,13 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     """A client that reads nothing for this long is taken for gone."""
     keepalive_s: Seconds = 10.0
     """After this much silence a stream starts, if it has not, and carries a comment."""
+    responses_max: Count = 4096
+    """Responses that are kept for later calls (``store``); beyond it, as beyond the next, old ones are forgotten."""
+    responses_bytes_max: Count = 256 * 2**20
+    responses_age_s: Seconds = 86400.0
+    """Older ones are forgotten, too."""
+    background_max: Count = 64
+    """Responses that run in the background; more are answered 503."""
     headers_timeout_s: Seconds = 20.0
     """A connection whose headers are not complete by then is closed."""
     headers_bytes_max: Count = 64 * 2**10

@@ -4,10 +4,12 @@ import asyncio
 import random
 from collections.abc import Mapping
 from functools import partial
+from typing import Generic, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from router.calls.call import Call
 from router.calls.calls import Calls
 from router.calls.errors import unavailable
 from router.calls.events import Piece
@@ -23,11 +25,13 @@ from router.http.translate import translate
 from router.http.visits import LEFT, Visit
 from tracehaul.runtime.clock import wall_s
 
+T = TypeVar("T", bound=Teller)
 
-class Endpoint:
+
+class Endpoint(Generic[T]):
     """An ASGI application. Answers each call, whatever happens."""
 
-    def __init__(self, dialect: Dialect, calls: Calls, config: ApiConfig, dice: random.Random, edge: Edge) -> None:
+    def __init__(self, dialect: Dialect[T], calls: Calls, config: ApiConfig, dice: random.Random, edge: Edge) -> None:
         self._dialect = dialect
         self._calls = calls
         self._config = config
@@ -101,14 +105,20 @@ class Endpoint:
             done, _ = await asyncio.wait((work, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
 
     async def _answer(self, headers: Mapping[str, str], body: bytes, reply: Reply, visit: Visit) -> None:
-        gate, visits, caller = self._edge.gate, self._edge.visits, visit.caller
-        if visits.content:
+        caller = visit.caller
+        if self._edge.visits.content:
             visit.asked = body.decode(errors="replace")
         fresh = fresh_name(self._dice)
         call, teller, warnings = read(self._dialect, body, fresh, int(wall_s()), self._calls.text)
         reply.headers += [(WARNING, warning.encode()) for warning in warnings]
         call = caller.placed(call)
         visit.model, visit.tenant = call.model, call.tenant if call.quota is None else call.quota
+        await self._serve(call, teller, headers, fresh, reply, visit)
+
+    async def _serve(
+        self, call: Call, teller: T, headers: Mapping[str, str], fresh: str, reply: Reply, visit: Visit
+    ) -> None:
+        gate, visits, caller = self._edge.gate, self._edge.visits, visit.caller
         with self._calls.identified(call, headers, fresh) as identity:
             visit.trace = identity.trace
             reply.headers.append((b"x-trace-id", identity.trace.encode()))
@@ -123,7 +133,7 @@ class Endpoint:
                     visits.ran(visit, run)
 
     async def _collect(self, run: Run, teller: Teller, reply: Reply) -> None:
-        run.outlet = _Collected()
+        run.outlet = Collected()
         while not run.done:
             await run.next()
         await reply.json(200, teller.whole(run.choices(), run.usage()))
@@ -139,7 +149,7 @@ class Endpoint:
         await reply.events(data + teller.end(run.usage()), last=True)
 
 
-class _Collected:
+class Collected:
     """Implements :class:`router.calls.run.Outlet` where the answer is told as a whole."""
 
     ready = True

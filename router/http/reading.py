@@ -1,6 +1,7 @@
 """From a body to a call, without what spoils it, and what the client is told of that. Pure."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from router.calls.call import Call
 from router.calls.errors import CallFailed
@@ -10,13 +11,15 @@ from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
 from router.dialects.body import INVALID_JSON
 
+T = TypeVar("T", bound=Teller)
+
 WARNING = b"x-tracehaul-warning"
 """One header for each thing of a body that was not taken as it is."""
 
 
 def read(
-    dialect: Dialect, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]
-) -> tuple[Call, Teller, list[str]]:
+    dialect: Dialect[T], body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]
+) -> tuple[Call, T, list[str]]:
     """As :meth:`router.dialects.base.Dialect.read`, and with warnings.
 
     Raises:

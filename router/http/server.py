@@ -243,7 +243,7 @@ async def serve(
         loop="none",
         http=type("Protocol", (_Protocol,), bounds),
         ws="none",
-        lifespan="off",
+        lifespan="auto",
         log_config=None,
         access_log=False,
         server_header=False,

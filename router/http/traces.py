@@ -14,7 +14,7 @@ from router.calls.identity import ID_CHARACTERS_MAX
 from router.dialects.body import parse
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
 from router.http.access import caller_of
-from router.http.asgi import ClientGone, read_body
+from router.http.asgi import body_of
 from router.http.pages import json_response
 from router.traces.book import Book, TraceBusy
 from router.traces.views import TraceDeleted, TraceView
@@ -78,7 +78,7 @@ class TracePages:
     async def list(self, request: Request) -> Response:
         """``GET /v1/traces?limit=&after=``: the last used first."""
         after = request.query_params.get("after")
-        page = self._book.page(_salt(request), _limit(request), TraceId(after) if after is not None else None)
+        page = self._book.page(salt(request), page_limit(request), TraceId(after) if after is not None else None)
         if page is None:
             raise invalid(f"no trace {str(after)[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
         return json_response(page)
@@ -86,13 +86,13 @@ class TracePages:
     async def show(self, request: Request) -> Response:
         """``GET /v1/traces/{id}``."""
         trace = _trace(request)
-        return _answer(trace, self._book.view(_salt(request), trace))
+        return _answer(trace, self._book.view(salt(request), trace))
 
     async def suspend(self, request: Request) -> Response:
         """``POST /v1/traces/{id}/suspend``: a tool runs, or a person reads, and that will take about so long."""
         trace, body = _trace(request), await _body(request, Suspend)
         try:
-            view = self._book.suspend(_salt(request), trace, body.expected_s, body.deadline_s, body.tool)
+            view = self._book.suspend(salt(request), trace, body.expected_s, body.deadline_s, body.tool)
         except TraceBusy as busy:
             raise CallFailed("conflict", str(busy), param="id", code="trace_busy") from None
         return _answer(trace, view)
@@ -101,7 +101,7 @@ class TracePages:
         """``POST /v1/traces/{id}/resume``: the tool is done, so that its context should come back now."""
         trace, _ = _trace(request), await _body(request, Resume)
         try:
-            view = self._book.resume(_salt(request), trace)
+            view = self._book.resume(salt(request), trace)
         except TraceBusy as busy:
             raise CallFailed("conflict", str(busy), param="id", code="trace_busy") from None
         return _answer(trace, view)
@@ -110,7 +110,7 @@ class TracePages:
         """``POST /v1/traces/{id}/pin``: keep its contexts in the store; ``ttl_s`` 0 ends that."""
         caller_of(request.scope).steer("pins")
         trace, body = _trace(request), await _body(request, PinBody)
-        pinned = await self._book.pin(_salt(request), trace, body.kind, body.ttl_s, body.priority, body.replicas)
+        pinned = await self._book.pin(salt(request), trace, body.kind, body.ttl_s, body.priority, body.replicas)
         if pinned is None:
             raise not_found(trace)
         return json_response(PinAnswer(trace, pinned.blocks, pinned.held, pinned.remaining_s))
@@ -118,7 +118,7 @@ class TracePages:
     async def delete(self, request: Request) -> Response:
         """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
         trace = _trace(request)
-        if not self._book.delete(_salt(request), trace):
+        if not self._book.delete(salt(request), trace):
             raise not_found(trace)
         return json_response(TraceDeleted(trace))
 
@@ -138,11 +138,7 @@ async def _body(request: Request, kind: type[B]) -> B:
     Raises:
         CallFailed: it is too long or too slow, or not what the endpoint takes; names the field.
     """
-    receive = request.receive
-    try:
-        body = await read_body(request.scope, receive, bytes_max=BODY_BYTES_MAX, timeout_s=BODY_TIMEOUT_S)
-    except ClientGone:
-        raise invalid("the client left", code="client_gone") from None
+    body = await body_of(request, bytes_max=BODY_BYTES_MAX, timeout_s=BODY_TIMEOUT_S)
     return parse(body or b"{}", kind)
 
 
@@ -156,14 +152,16 @@ def _trace(request: Request) -> TraceId:
     return TraceId(str(request.path_params["id"]))
 
 
-def _salt(request: Request) -> str:
+def salt(request: Request) -> str:
+    """Whose traces, or whatever else, are asked for. Raises CallFailed if it is too long."""
     salt = request.query_params.get("cache_salt", "")
     if len(salt) > SALT_CHARACTERS_MAX:
         raise invalid(f"cache_salt must have at most {SALT_CHARACTERS_MAX} characters", "cache_salt")
     return caller_of(request.scope).space(salt).salt
 
 
-def _limit(request: Request) -> int:
+def page_limit(request: Request) -> int:
+    """How many of a list are asked for. Raises CallFailed if that is no number, or too many."""
     text = request.query_params.get("limit", str(LIMIT))
     if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= LIMIT_MAX:
         raise invalid(f"limit must be from 1 to {LIMIT_MAX}", "limit", "invalid_value")

@@ -110,7 +110,7 @@ class TextTeller:
 
     def _response(self, choices: Sequence[TextChoice], usage: UsageField) -> Response:
         head = self._head
-        return Response(head.id, "text_completion", head.created, head.model, choices, usage)
+        return Response(head.id, "text_completion", head.created, head.model, head.fingerprint, choices, usage)
 
 
 def _moved(marks: Sequence[Mark], by: int) -> list[Mark]:

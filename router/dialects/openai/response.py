@@ -6,7 +6,9 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from router.calls.text import Text
 from router.dialects.openai.usage import UsageField
+from tracehaul import __version__
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -23,7 +25,13 @@ class Head(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
+    fingerprint: str
     told: Told = Told()
+
+
+def fingerprint(text: Text) -> str:
+    """What an answer's tokens depend on beside its call: the model's files and this build."""
+    return f"fp_{text.revision or 'unknown'}_{__version__}"
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -33,9 +41,9 @@ class Response(msgspec.Struct, frozen=True):
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: Sequence[msgspec.Struct]
     usage: UsageField = UNSET
-    system_fingerprint: None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
     service_tier: Literal["default"] | UnsetType | None = UNSET
     store: UnsetType | None = UNSET

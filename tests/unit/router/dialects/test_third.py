@@ -117,15 +117,16 @@ def test_nothing_below_a_dialect_knows_one(room: str) -> None:
     assert not any(above.values()), above
 
 
-def test_the_table_is_the_only_place_that_names_a_dialect() -> None:
+def test_only_the_table_and_the_pages_of_a_dialect_name_it() -> None:
     shared = {"base", "body", "openai"}
     folders = {f"router.dialects.{path.name}" for path in (ROUTER / "dialects").iterdir() if path.is_dir()}
     dialects = {name for name in folders if name.rpartition(".")[2] not in {*shared, "__pycache__"}}
-    assert dialects == {"router.dialects.chat", "router.dialects.completions"}
+    names = ("chat", "completions", "messages", "responses", "tokens")
+    assert dialects == {f"router.dialects.{name}" for name in names}
     naming = {
         path.relative_to(ROUTER).as_posix()
         for path in ROUTER.rglob("*.py")
         if not path.is_relative_to(ROUTER / "dialects")
         and any(module == name or module.startswith(f"{name}.") for module in imported(path) for name in dialects)
     }
-    assert naming == {"http/app.py"}
+    assert naming == {"http/app.py", "http/responses.py", "http/tokens.py"}

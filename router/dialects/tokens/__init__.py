@@ -1,0 +1,1 @@
+"""What a text or a conversation is in tokens, in vLLM's form."""

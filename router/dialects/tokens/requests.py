@@ -1,0 +1,82 @@
+"""What clients send to ``/tokenize`` and ``/detokenize``, and receive. Pure."""
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from router.calls.call import Call, Conversation, Plain
+from router.calls.errors import invalid
+from router.dialects.chat.messages import messages_of
+from router.dialects.chat.requests import ChatMessage, ChatRequest
+from router.dialects.chat.template import generation_prompt_of, variables_of
+from router.dialects.openai.tools import names_of, tools_of
+
+TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """``POST /tokenize``: a prompt, or messages as in chat completions. Unknown fields are ignored."""
+
+    model: str | None = None
+    """May be left out where there is one."""
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    """What the model wants around a prompt; templates have it themselves."""
+    return_token_strs: bool | None = None
+
+
+class Tokenized(msgspec.Struct, frozen=True):
+    """The answer."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """``POST /detokenize``."""
+
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    """The answer."""
+
+    prompt: str
+
+
+def asked(request: TokenizeRequest, model: str, name: str, nbytes: int) -> Call:
+    """The call whose prompt is asked for.
+
+    Raises:
+        CallFailed: there is none, or two, or it cannot be honoured.
+    """
+    if (request.prompt is None) == (request.messages is None):
+        raise invalid("either prompt or messages are needed", "prompt")
+    if request.messages is None:
+        return Call(id=name, model=model, prompts=(Plain(request.prompt or ""),), where="prompt", nbytes=nbytes)
+    chat = ChatRequest(
+        model=model,
+        messages=request.messages,
+        chat_template_kwargs=request.chat_template_kwargs,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+    )
+    opens, goes_on = generation_prompt_of(chat)
+    conversation = Conversation(
+        messages_of(request.messages),
+        names_of(request.tools),
+        variables=variables_of(chat),
+        add_generation_prompt=opens,
+        continue_final_message=goes_on,
+    )
+    tools = tools_of(request.tools, None, None)
+    return Call(id=name, model=model, prompts=(conversation,), where="messages", tools=tools, nbytes=nbytes)
