@@ -18,6 +18,7 @@ from router.dialects.base import Dialect, Teller
 from router.dialects.chat import Chat
 from router.dialects.completions import Completions
 from router.dialects.messages import Messages
+from router.dialects.messages.answers import error_body as messages_error
 from router.dialects.openai.errors import error_body
 from router.dispatch.steps import Dispatcher
 from router.http.access import Gate
@@ -26,6 +27,7 @@ from router.http.endpoint import Endpoint
 from router.http.entrance import Edge, Entrance, Origins
 from router.http.errors import STATUS, headers_of
 from router.http.keys import Keyring
+from router.http.openapi import document
 from router.http.pages import Pages, json_response
 from router.http.request_ids import RequestIds
 from router.http.responses import ResponsePages, ResponsesEndpoint
@@ -101,13 +103,20 @@ def create_app(
             Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
             Route("/health", pages.health, methods=["GET"]),
             Route("/version", pages.version, methods=["GET"]),
+            Route("/openapi.json", pages.openapi, methods=["GET"]),
             Route("/metrics", pages.metrics, methods=["GET"]),
             Route("/cluster", pages.cluster, methods=["GET"]),
         ],
         lifespan=responses.living,
-        middleware=[Middleware(RequestIds, dice=dice), *edge.origins.middleware(), Middleware(Entrance, edge=edge)],
+        middleware=[
+            Middleware(RequestIds, dice=dice),
+            *edge.origins.middleware(),
+            Middleware(Entrance, edge=edge, refusal=_told),
+        ],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
+
+    pages.described = document(rest.routes, keyed=keyring is not None)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # Through the application's layers each event of a stream would pass three functions more.
@@ -130,5 +139,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
         message = f"{request.method} {request.url.path[:256]}: {error.detail}"
         told = CallFailed("invalid", message, code=codes.get(error.status_code))
         return json_response(error_body(told), error.status_code, dict(error.headers or {}))
-    told = translate(error)
-    return json_response(error_body(told), STATUS[told.cause], headers_of(told))
+    return _told(request.url.path, translate(error))
+
+
+def _told(path: str, failure: CallFailed) -> Response:
+    """In the form of that path's clients."""
+    body = messages_error(failure) if path.startswith("/v1/messages/") else error_body(failure)
+    return json_response(body, STATUS[failure.cause], headers_of(failure))

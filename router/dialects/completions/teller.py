@@ -108,7 +108,7 @@ class TextTeller:
     def _chunk(self, choices: Sequence[TextChoice], usage: UsageField) -> bytes:
         return event(self._response(choices, usage))
 
-    def _response(self, choices: Sequence[TextChoice], usage: UsageField) -> Response:
+    def _response(self, choices: Sequence[TextChoice], usage: UsageField) -> Response[TextChoice]:
         head = self._head
         return Response(head.id, "text_completion", head.created, head.model, head.fingerprint, choices, usage)
 

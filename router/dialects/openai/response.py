@@ -1,7 +1,7 @@
 """The object around every answer and every chunk of OpenAI's older dialects. Pure."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -34,7 +34,10 @@ def fingerprint(text: Text) -> str:
     return f"fp_{text.revision or 'unknown'}_{__version__}"
 
 
-class Response(msgspec.Struct, frozen=True):
+C = TypeVar("C", bound=msgspec.Struct)
+
+
+class Response(msgspec.Struct, Generic[C], frozen=True):
     """Every answer and every chunk of a generation; chunks of a stream without usage leave it out."""
 
     id: str
@@ -42,7 +45,7 @@ class Response(msgspec.Struct, frozen=True):
     created: int
     model: str
     system_fingerprint: str
-    choices: Sequence[msgspec.Struct]
+    choices: Sequence[C]
     usage: UsageField = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     service_tier: Literal["default"] | UnsetType | None = UNSET
