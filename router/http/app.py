@@ -77,36 +77,12 @@ def create_app(
     logged = keyring is not None if config.access_log is None else config.access_log
     edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
     responses = ResponsesEndpoint(calls, config, dice, edge)
-    kept = ResponsePages(responses)
     tokens = TokenPages(calls, dispatcher, responses, config, offload, dice)
     endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
     endpoints["/v1/responses"] = responses
+    called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
     rest = Starlette(
-        routes=[
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
-            Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
-            Route("/v1/responses/{id}", kept.show, methods=["GET"]),
-            Route("/v1/responses/{id}", kept.delete, methods=["DELETE"]),
-            Route("/v1/responses/{id}/cancel", kept.cancel, methods=["POST"]),
-            Route("/v1/responses/{id}/input_items", kept.input_items, methods=["GET"]),
-            Route("/v1/messages/count_tokens", tokens.message_tokens, methods=["POST"]),
-            Route("/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/detokenize", tokens.detokenize, methods=["POST"]),
-            *(Route(path, not_served, methods=METHODS) for path in NOT_SERVED),
-            Route("/v1/models", pages.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
-            Route("/v1/traces", traces.list, methods=["GET"]),
-            Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
-            Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
-            Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
-            Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
-            Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
-            Route("/health", pages.health, methods=["GET"]),
-            Route("/version", pages.version, methods=["GET"]),
-            Route("/openapi.json", pages.openapi, methods=["GET"]),
-            Route("/metrics", pages.metrics, methods=["GET"]),
-            Route("/cluster", pages.cluster, methods=["GET"]),
-        ],
+        routes=[*called, *_pages(ResponsePages(responses), tokens, pages, traces)],
         lifespan=responses.living,
         middleware=[
             Middleware(RequestIds, dice=dice),
@@ -115,16 +91,43 @@ def create_app(
         ],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
-
     pages.described = document(rest.routes, keyed=keyring is not None)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # Through the application's layers each event of a stream would pass three functions more.
-        called = scope["type"] == "http" and scope["method"] == "POST"
-        endpoint = endpoints.get(scope["path"]) if called else None
+        posted = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = endpoints.get(scope["path"]) if posted else None
         await (endpoint or rest)(scope, receive, send)
 
     return app
+
+
+def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages) -> list[Route]:
+    """All but the calls."""
+    return [
+        Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
+        Route("/v1/responses/{id}", kept.show, methods=["GET"]),
+        Route("/v1/responses/{id}", kept.delete, methods=["DELETE"]),
+        Route("/v1/responses/{id}/cancel", kept.cancel, methods=["POST"]),
+        Route("/v1/responses/{id}/input_items", kept.input_items, methods=["GET"]),
+        Route("/v1/messages/count_tokens", tokens.message_tokens, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        *(Route(path, not_served, methods=METHODS) for path in NOT_SERVED),
+        Route("/v1/models", pages.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
+        Route("/v1/traces", traces.list, methods=["GET"]),
+        Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
+        Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
+        Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
+        Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
+        Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
+        Route("/health", pages.health, methods=["GET"]),
+        Route("/version", pages.version, methods=["GET"]),
+        Route("/openapi.json", pages.openapi, methods=["GET"]),
+        Route("/metrics", pages.metrics, methods=["GET"]),
+        Route("/cluster", pages.cluster, methods=["GET"]),
+    ]
 
 
 async def not_served(request: Request) -> Response:
