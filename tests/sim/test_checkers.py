@@ -16,7 +16,6 @@ from kvstore.node.node import StoreNode
 from router.calls.memory import Memory
 from router.dispatch.dispatch import Dispatch
 from router.fleet.index import Index
-from router.traces.texts import EMPTY
 from sim import run as run_module
 from sim.checker import Findings, OutputChecker, TerminalChecker
 from sim.faults import Crash, FaultPlan, Storm
@@ -218,7 +217,7 @@ def test_the_index_equals_the_stores(monkeypatch):
 
 
 def test_a_prompt_is_told_in_the_tokens_that_were_generated(monkeypatch):
-    monkeypatch.setattr(Memory, "known", lambda self, traces, text, cut_tokens: EMPTY)
+    monkeypatch.setattr(Memory, "texts", lambda self, traces: [])
     assert "prompt" in rules()
 
 
