@@ -7,7 +7,6 @@ import asyncio
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -142,17 +141,20 @@ def check_port(config: ClusterConfig) -> None:
 
 def check_access(config: ClusterConfig) -> None:
     """Raises ClusterFault if the keys or the certificate cannot be read: better said now than by the router."""
+    api = config.api
     try:
-        if config.api.keys_file:
-            KeysOnDisk(Path(config.api.keys_file))
-        certificate_of(config.api)
+        if api.keys_file:
+            KeysOnDisk(Path(api.keys_file))
     except BadKeys as error:
-        raise ClusterFault(f"{config.api.keys_file} holds no keys: {error}") from error
-    except FileNotFoundError as error:
-        hint = "; make keys with: tracehaul keys add" if error.filename == config.api.keys_file else ""
-        raise ClusterFault(f"there is no {error.filename}{hint}") from error
-    except (OSError, ssl.SSLError) as error:
-        raise ClusterFault(f"cannot use the keys or the certificate: {error}") from error
+        raise ClusterFault(f"{api.keys_file} holds no keys: {error}") from error
+    except OSError as error:
+        hint = f"make one with: tracehaul keys add --keys {api.keys_file}"
+        raise ClusterFault(f"cannot read the keys {api.keys_file} ({error.strerror}); {hint}") from error
+    try:
+        certificate_of(api)
+    except OSError as error:  # of which errors of TLS are some
+        files = " and ".join(filter(None, (api.tls_cert, api.tls_key)))
+        raise ClusterFault(f"cannot use the certificate in {files}: {error}") from error
 
 
 def make_plan(config: ClusterConfig, console: Console) -> Plan:

@@ -53,6 +53,7 @@ class SimText:
 
     vocab_size = VOCAB
     eos_tokens: tuple[int, ...] = (END,)
+    revision = "sim"
     chat_template: str | None = None
 
     def token_text(self, token: int) -> str:

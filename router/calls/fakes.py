@@ -51,6 +51,7 @@ class FakeText:
     def __init__(self) -> None:
         self.vocab_size = 258 + len(_MERGED)
         self.eos_tokens: tuple[int, ...] = (IM_END,)
+        self.revision = "fake"
         self.chat_template: str | None = None
         self.encoded: list[str] = []
         """Every text that was tokenized."""

@@ -29,6 +29,11 @@ class Text(Protocol):
         """Ids that end a turn or a text."""
         ...
 
+    @property
+    def revision(self) -> str:
+        """Which edition of the model's files it is of; empty: not known."""
+        ...
+
     def token_text(self, token: int) -> str:
         """Text of one token, special or not."""
         ...

@@ -18,6 +18,7 @@ from router.dialects.base import Dialect, Teller
 from router.dialects.chat import Chat
 from router.dialects.completions import Completions
 from router.dialects.messages import Messages
+from router.dialects.messages.answers import error_body as messages_error
 from router.dialects.openai.errors import error_body
 from router.dispatch.steps import Dispatcher
 from router.http.access import Gate
@@ -26,6 +27,7 @@ from router.http.endpoint import Endpoint
 from router.http.entrance import Edge, Entrance, Origins
 from router.http.errors import STATUS, headers_of
 from router.http.keys import Keyring
+from router.http.openapi import document
 from router.http.pages import Pages, json_response
 from router.http.request_ids import RequestIds
 from router.http.responses import ResponsePages, ResponsesEndpoint
@@ -75,47 +77,57 @@ def create_app(
     logged = keyring is not None if config.access_log is None else config.access_log
     edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
     responses = ResponsesEndpoint(calls, config, dice, edge)
-    kept = ResponsePages(responses)
     tokens = TokenPages(calls, dispatcher, responses, config, offload, dice)
     endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
     endpoints["/v1/responses"] = responses
+    called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
     rest = Starlette(
-        routes=[
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()),
-            Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
-            Route("/v1/responses/{id}", kept.show, methods=["GET"]),
-            Route("/v1/responses/{id}", kept.delete, methods=["DELETE"]),
-            Route("/v1/responses/{id}/cancel", kept.cancel, methods=["POST"]),
-            Route("/v1/responses/{id}/input_items", kept.input_items, methods=["GET"]),
-            Route("/v1/messages/count_tokens", tokens.message_tokens, methods=["POST"]),
-            Route("/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/detokenize", tokens.detokenize, methods=["POST"]),
-            *(Route(path, not_served, methods=METHODS) for path in NOT_SERVED),
-            Route("/v1/models", pages.models, methods=["GET"]),
-            Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
-            Route("/v1/traces", traces.list, methods=["GET"]),
-            Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
-            Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
-            Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
-            Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
-            Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
-            Route("/health", pages.health, methods=["GET"]),
-            Route("/version", pages.version, methods=["GET"]),
-            Route("/metrics", pages.metrics, methods=["GET"]),
-            Route("/cluster", pages.cluster, methods=["GET"]),
-        ],
+        routes=[*called, *_pages(ResponsePages(responses), tokens, pages, traces)],
         lifespan=responses.living,
-        middleware=[Middleware(RequestIds, dice=dice), *edge.origins.middleware(), Middleware(Entrance, edge=edge)],
+        middleware=[
+            Middleware(RequestIds, dice=dice),
+            *edge.origins.middleware(),
+            Middleware(Entrance, edge=edge, refusal=_told),
+        ],
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
+    pages.described = document(rest.routes, keyed=keyring is not None)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         # Through the application's layers each event of a stream would pass three functions more.
-        called = scope["type"] == "http" and scope["method"] == "POST"
-        endpoint = endpoints.get(scope["path"]) if called else None
+        posted = scope["type"] == "http" and scope["method"] == "POST"
+        endpoint = endpoints.get(scope["path"]) if posted else None
         await (endpoint or rest)(scope, receive, send)
 
     return app
+
+
+def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages) -> list[Route]:
+    """All but the calls."""
+    return [
+        Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
+        Route("/v1/responses/{id}", kept.show, methods=["GET"]),
+        Route("/v1/responses/{id}", kept.delete, methods=["DELETE"]),
+        Route("/v1/responses/{id}/cancel", kept.cancel, methods=["POST"]),
+        Route("/v1/responses/{id}/input_items", kept.input_items, methods=["GET"]),
+        Route("/v1/messages/count_tokens", tokens.message_tokens, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        *(Route(path, not_served, methods=METHODS) for path in NOT_SERVED),
+        Route("/v1/models", pages.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
+        Route("/v1/traces", traces.list, methods=["GET"]),
+        Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
+        Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
+        Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
+        Route("/v1/traces/{id:path}", traces.show, methods=["GET"]),
+        Route("/v1/traces/{id:path}", traces.delete, methods=["DELETE"]),
+        Route("/health", pages.health, methods=["GET"]),
+        Route("/version", pages.version, methods=["GET"]),
+        Route("/openapi.json", pages.openapi, methods=["GET"]),
+        Route("/metrics", pages.metrics, methods=["GET"]),
+        Route("/cluster", pages.cluster, methods=["GET"]),
+    ]
 
 
 async def not_served(request: Request) -> Response:
@@ -130,5 +142,10 @@ async def _refuse(request: Request, error: Exception) -> Response:
         message = f"{request.method} {request.url.path[:256]}: {error.detail}"
         told = CallFailed("invalid", message, code=codes.get(error.status_code))
         return json_response(error_body(told), error.status_code, dict(error.headers or {}))
-    told = translate(error)
-    return json_response(error_body(told), STATUS[told.cause], headers_of(told))
+    return _told(request.url.path, translate(error))
+
+
+def _told(path: str, failure: CallFailed) -> Response:
+    """In the form of that path's clients."""
+    body = messages_error(failure) if path.startswith("/v1/messages/") else error_body(failure)
+    return json_response(body, STATUS[failure.cause], headers_of(failure))

@@ -1,20 +1,18 @@
 """What every page is behind: keys, web pages of other origins, the access log. Calls pass it in their endpoint, which
 no layer may wrap."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from starlette.datastructures import Headers as HeaderMap
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.calls.errors import CallFailed
-from router.dialects.openai.errors import error_body
 from router.http.access import CALLER, PUBLIC, Gate
 from router.http.asgi import Headers
-from router.http.errors import STATUS, headers_of
-from router.http.pages import json_response
 from router.http.request_ids import REQUEST_ID
 from router.http.visits import LEFT, Visit, Visits
 from tracehaul.runtime import clock
@@ -73,10 +71,11 @@ class Edge(NamedTuple):
 
 
 class Entrance:
-    """Lets requests for pages in."""
+    """Lets requests for pages in. ``refusal``: what those are told that it does not, in the form of their path."""
 
-    def __init__(self, app: ASGIApp, edge: Edge) -> None:
+    def __init__(self, app: ASGIApp, edge: Edge, refusal: Callable[[str, CallFailed], Response]) -> None:
         self._app = app
+        self._refusal = refusal
         self._gate = edge.gate
         self._visits = edge.visits
 
@@ -99,7 +98,6 @@ class Entrance:
                 visit.tenant = "" if visit.caller.key is None else visit.caller.key.tenant
             await self._app(scope, receive, tell)
         except CallFailed as refused:
-            answer = json_response(error_body(refused), STATUS[refused.cause], headers_of(refused))
-            await answer(scope, receive, tell)
+            await self._refusal(scope["path"], refused)(scope, receive, tell)
         finally:
             self._visits.over(visit, status, first_s)

@@ -54,6 +54,8 @@ class Pages:
         self._dispatcher = dispatcher
         self._metrics_render = metrics_render
         self._created = int(wall_s())
+        self.described = b"{}"
+        """All paths in OpenAPI's form, once they are known."""
 
     async def models(self, request: Request) -> Response:
         """What can be asked for now."""
@@ -90,6 +92,10 @@ class Pages:
     async def version(self, request: Request) -> Response:
         """Of this build."""
         return json_response(Version(__version__))
+
+    async def openapi(self, request: Request) -> Response:
+        """All paths, as OpenAPI says it."""
+        return Response(self.described, media_type="application/json")
 
     def _entries(self, request: Request) -> list[ModelEntry]:
         caller = caller_of(request.scope)

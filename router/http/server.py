@@ -46,6 +46,11 @@ class _Protocol(HttpToolsProtocol):
     """Of the message that is read now."""
     _unread_bytes = 0
     """Fed to the parser since it last told of something: of a part that does not end."""
+    _head_bytes = 0
+    """Of a head that has not ended, as it came."""
+    _head_alone = True
+    """What came last is of a head, from its beginning to its end."""
+    _in_body = False
     _heading = True
     """Headers are awaited, or have begun."""
     _timer: asyncio.TimerHandle | None = None
@@ -61,17 +66,21 @@ class _Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unread_bytes += len(data)
+        self._head_alone = not self._in_body
         super().data_received(data)
         if self.transport.is_closing():
             return
         cycle = cast("RequestResponseCycle | None", self.cycle)
-        if self._unread_bytes > self.headers_bytes_max:
+        if self._heading and self._head_alone:
+            self._head_bytes += len(data)
+        if max(self._unread_bytes, self._head_bytes) > self.headers_bytes_max:
             self.send_400_response("")
         elif self._timer is None and (self._heading or cycle is None or cycle.response_complete):
             self._timer = self.loop.call_later(self.headers_timeout_s, self._close_late)
 
     def on_message_begin(self) -> None:
-        self._header_bytes, self._heading = 0, True
+        self._header_bytes = self._head_bytes = 0
+        self._heading = True
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -83,7 +92,9 @@ class _Protocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._unread_bytes, self._heading = 0, False
+        self._unread_bytes = self._head_bytes = 0
+        self._heading = self._head_alone = False
+        self._in_body = True
         self._heard()
         super().on_headers_complete()
         cycle = cast("RequestResponseCycle | None", self.cycle)  # none where another protocol takes over
@@ -96,9 +107,13 @@ class _Protocol(HttpToolsProtocol):
         self._unread_bytes = 0
         super().on_body(body)
 
+    def on_message_complete(self) -> None:
+        self._unread_bytes, self._in_body = 0, False
+        super().on_message_complete()
+
     def send_400_response(self, msg: str) -> None:
         """As far as it is one: a message that is too large has a status of its own."""
-        if max(self._header_bytes, self._unread_bytes) > self.headers_bytes_max:
+        if max(self._header_bytes, self._unread_bytes, self._head_bytes) > self.headers_bytes_max:
             self._refuse(431, f"headers are longer than {self.headers_bytes_max} bytes")
         else:
             super().send_400_response(msg)

@@ -20,6 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from tracehaul.model.counting import at_least
 from tracehaul.model.gguf_file import GGUFError, read_gguf
 from tracehaul.model.literal import MARK, Literals
+from tracehaul.model.revision import revision
 from tracehaul.model.source import ModelSource, SourceError
 from tracehaul.model.templates import ChatTemplate
 from tracehaul.wire.errors import InvalidRequest
@@ -66,6 +67,8 @@ class Text:
         self._literals = Literals(entry.content for entry in added.values() if entry.special)
         self.eos_tokens = eos_tokens
         """Tokens that end a turn or a text; at least one for any model that ends by itself."""
+        self.revision = ""
+        """Which edition of the model's files it is of; empty: not known."""
 
     @classmethod
     def load(cls, source: ModelSource) -> "Text":
@@ -75,7 +78,9 @@ class Text:
             SourceError: a needed file is missing or damaged, or its tokenizer is of an unknown kind.
         """
         try:
-            return _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
+            text = _from_gguf(source.path) if source.kind == "gguf" else _from_folder(source.path)
+            text.revision = revision(source)
+            return text
         except jinja2.TemplateSyntaxError as error:
             raise SourceError(f"{source.name}: bad chat template: {error}") from error
         except (GGUFError, OSError) as error:

@@ -11,7 +11,7 @@ from router.dialects.chat.teller import ChatTeller
 from router.dialects.chat.template import conversation_of, told_of
 from router.dialects.openai.errors import OpenAIErrors
 from router.dialects.openai.requests import options
-from router.dialects.openai.response import Head
+from router.dialects.openai.response import Head, fingerprint
 from router.dialects.openai.structured import wanted_of
 from router.dialects.openai.tools import tools_of
 
@@ -38,5 +38,5 @@ class Chat(OpenAIErrors):
             nbytes=len(body),
         )
         text = text_of(call.model)
-        head = Head(call.id, created, call.model, told_of(request, text.chat_template))
+        head = Head(call.id, created, call.model, fingerprint(text), told_of(request, text.chat_template))
         return call, ChatTeller(head, opts, text, older=asks.older)

@@ -111,7 +111,7 @@ class ChatTeller:
 
     def _response(
         self, kind: ChatObject, choices: Sequence[msgspec.Struct], usage: UsageField, prompt_ids: list[int] | UnsetType
-    ) -> Response:
+    ) -> Response[msgspec.Struct]:
         head, told = self._head, self._head.told
         tier = None if told.service_tier is UNSET and kind == "chat.completion" else told.service_tier
         return Response(
@@ -119,6 +119,7 @@ class ChatTeller:
             kind,
             head.created,
             head.model,
+            head.fingerprint,
             choices,
             usage,
             prompt_token_ids=prompt_ids,

@@ -108,9 +108,9 @@ class TextTeller:
     def _chunk(self, choices: Sequence[TextChoice], usage: UsageField) -> bytes:
         return event(self._response(choices, usage))
 
-    def _response(self, choices: Sequence[TextChoice], usage: UsageField) -> Response:
+    def _response(self, choices: Sequence[TextChoice], usage: UsageField) -> Response[TextChoice]:
         head = self._head
-        return Response(head.id, "text_completion", head.created, head.model, choices, usage)
+        return Response(head.id, "text_completion", head.created, head.model, head.fingerprint, choices, usage)
 
 
 def _moved(marks: Sequence[Mark], by: int) -> list[Mark]:

@@ -1,12 +1,14 @@
 """The object around every answer and every chunk of OpenAI's older dialects. Pure."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from router.calls.text import Text
 from router.dialects.openai.usage import UsageField
+from tracehaul import __version__
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -23,19 +25,28 @@ class Head(msgspec.Struct, frozen=True):
     id: str
     created: int
     model: str
+    fingerprint: str
     told: Told = Told()
 
 
-class Response(msgspec.Struct, frozen=True):
+def fingerprint(text: Text) -> str:
+    """What an answer's tokens depend on beside its call: the model's files and this build."""
+    return f"fp_{text.revision or 'unknown'}_{__version__}"
+
+
+C = TypeVar("C", bound=msgspec.Struct)
+
+
+class Response(msgspec.Struct, Generic[C], frozen=True):
     """Every answer and every chunk of a generation; chunks of a stream without usage leave it out."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
     created: int
     model: str
-    choices: Sequence[msgspec.Struct]
+    system_fingerprint: str
+    choices: Sequence[C]
     usage: UsageField = UNSET
-    system_fingerprint: None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
     service_tier: Literal["default"] | UnsetType | None = UNSET
     store: UnsetType | None = UNSET

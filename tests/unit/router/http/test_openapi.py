@@ -1,0 +1,152 @@
+"""What the API says of itself is what it does."""
+
+import asyncio
+import re
+from typing import Any
+
+import httpx
+import jsonschema
+import msgspec
+import pytest
+
+from router.calls.fakes import FakeDispatcher, FakeText, say
+from router.http import ApiConfig, create_app
+from router.http.app import NOT_SERVED
+from router.http.keys import Key, Keyring, hashed
+from router.http.openapi import OPERATIONS
+from tracehaul.runtime.offload import InlineOffload
+
+SECRET = f"th-0123abcd-{'s' * 43}"
+SAID = {"messages": [{"role": "user", "content": "hi"}]}
+BODIES: dict[str, Any] = {
+    "/v1/chat/completions": SAID,
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi"},
+    "/v1/messages": SAID | {"max_tokens": 10},
+    "/v1/responses/input_tokens": {"input": "hi"},
+    "/v1/messages/count_tokens": SAID,
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [104]},
+    "/v1/traces/{id}/suspend": {"expected_s": 1},
+    "/v1/traces/{id}/pin": {},
+    "/v1/traces/{id}/resume": {},
+}
+
+
+def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str) -> list[httpx.Response]:
+    keyring = Keyring([Key("0123abcd", hashed(SECRET), requests_per_minute=100)]) if keyed else None
+
+    async def main() -> list[httpx.Response]:
+        app = create_app(
+            FakeDispatcher(say("hi")),
+            {"org/fake": FakeText()},
+            lambda: b"steps 1\n",
+            ApiConfig(body_bytes_max=10_000),
+            InlineOffload(),
+            keyring=keyring,
+        )
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+            told: list[httpx.Response] = []
+            for method, path, body in requests:
+                sent = {"content": body} if isinstance(body, bytes) else {"json": body}
+                told.append(await client.request(method, path, **sent, headers=headers))
+            return told
+
+    return asyncio.run(main())
+
+
+def document(*, keyed: bool = False) -> dict[str, Any]:
+    return answers(("GET", "/openapi.json", None), keyed=keyed)[0].json()
+
+
+def check(described: dict[str, Any], method: str, path: str, answer: httpx.Response) -> None:
+    """That this answer is among those that are described."""
+    told = described["paths"][path][method.lower()]["responses"]
+    assert str(answer.status_code) in told, (method, path, answer.status_code, answer.text)
+    kind = answer.headers["content-type"].partition(";")[0]
+    content = told[str(answer.status_code)]["content"]
+    assert kind in content, (path, kind)
+    if kind == "application/json":
+        schema = {"components": described["components"], **content[kind]["schema"]}
+        jsonschema.Draft202012Validator(schema).validate(answer.json())
+
+
+def test_every_path_is_described() -> None:
+    described = document()
+    never = {re.sub(r":path", "", path) for path in NOT_SERVED}
+    there = {(m.upper(), path) for path, methods in described["paths"].items() for m in methods if path not in never}
+    assert there == set(OPERATIONS)
+    for path in never:
+        for each in described["paths"][path].values():
+            assert "200" not in each["responses"]
+            assert "404" in each["responses"]
+    names = [each["operationId"] for methods in described["paths"].values() for each in methods.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_answered_is_what_is_described() -> None:
+    described = document()
+    asked: list[tuple[str, str, str, Any]] = []
+    for method, path in OPERATIONS:
+        body = BODIES.get(path)
+        if body is not None and "{" not in path and path != "/detokenize":
+            body = body | {"model": "org/fake"}
+        at = path.replace("{name}", "org/fake").replace("{id}", "unknown")
+        asked.append((method, path, at, body))
+        if method == "POST":
+            asked += [(method, path, at, wrong) for wrong in (b"", b"[]", b"{", b'{"model": 1}', b"x" * 20_000)]
+            asked.append((method, path, at, (body or {}) | {"model": "other"}))
+            if OPERATIONS[method, path].streams:
+                asked.append((method, path, at, body | {"stream": True}))
+    asked = [each for each in asked if each[0] == "GET"] + [each for each in asked if each[0] != "GET"]
+    for (method, path, _, _), answer in zip(
+        asked, answers(*((method, at, body) for method, _, at, body in asked)), strict=True
+    ):
+        check(described, method, path, answer)
+    good = [
+        (method, at, body)
+        for method, path, at, body in asked
+        if body is not None and not isinstance(body, bytes) and body.get("model") == "org/fake"
+    ]
+    assert len(good) >= 10
+    assert [a.status_code for a in answers(*good)] == [200] * len(good)
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-api-key": SECRET}, {"content-encoding": "br", "x-api-key": SECRET}])
+def test_with_keys_the_document_says_so(headers: dict[str, str]) -> None:
+    described = document(keyed=True)
+    assert set(described["components"]["securitySchemes"]) == {"bearer", "header"}
+    for method, path in OPERATIONS:
+        at = path.replace("{name}", "org/fake").replace("{id}", "unknown")
+        (answer,) = answers((method, at, BODIES.get(path)), keyed=True, **headers)
+        check(described, method, path, answer)
+        assert ("security" in described["paths"][path][method.lower()]) == (
+            path not in ("/health", "/version", "/openapi.json")
+        )
+
+
+def test_the_document_is_openapi() -> None:
+    described = document()
+    text = msgspec.json.encode(described).decode()
+    names = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
+    assert names <= set(described["components"]["schemas"])
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in described["components"]["schemas"])
+    assert described["openapi"].startswith("3.1")
+    chat = described["paths"]["/v1/chat/completions"]["post"]
+    assert "text/event-stream" in chat["responses"]["200"]["content"]
+    assert "429" not in chat["responses"], "without keys nobody is limited"
+
+
+def test_fingerprints_name_files_and_build() -> None:
+    from tracehaul import __version__
+
+    chat, text, stream = answers(
+        ("POST", "/v1/chat/completions", SAID | {"model": "org/fake"}),
+        ("POST", "/v1/completions", {"prompt": "hi", "model": "org/fake"}),
+        ("POST", "/v1/chat/completions", SAID | {"model": "org/fake", "stream": True}),
+    )
+    expected = f"fp_fake_{__version__}"
+    assert chat.json()["system_fingerprint"] == text.json()["system_fingerprint"] == expected
+    chunks = [msgspec.json.decode(line[6:]) for line in stream.content.split(b"\n\n") if line.startswith(b"data: {")]
+    assert {chunk["system_fingerprint"] for chunk in chunks} == {expected}
