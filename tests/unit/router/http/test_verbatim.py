@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.http import ApiConfig, create_app
+from router.traces.kept import Answers, NoAnswers
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.hashing import unpack_tokens
@@ -49,10 +50,12 @@ def text(template: str) -> Text:
 class Talk:
     """One conversation; ``says`` is what the model says, turn by turn."""
 
-    def __init__(self, model: Text, says: list[str]) -> None:
+    def __init__(self, model: Text, says: list[str], answers: Answers | None = None, trace: str | None = "t") -> None:
         self._says = list(says)
         self._model = model
+        self._headers = {} if trace is None else {"x-trace-id": trace}
         self.dispatcher = FakeDispatcher(self._script, context_max=10_000)
+        self.dispatcher.book.answers = answers or NoAnswers()
         self.app = create_app(self.dispatcher, {"org/fake": model}, lambda: b"", ApiConfig(), InlineOffload())
         self.ran: list[int] = []
         """The last prompt and what was generated."""
@@ -67,7 +70,7 @@ class Talk:
     async def say(self, messages: list[Message], **fields: Any) -> Message:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://router") as http:
             body = {"model": "org/fake", "messages": messages, "tools": [TOOL]} | fields
-            answer = await http.post("/v1/chat/completions", json=body, headers={"x-trace-id": "t"})
+            answer = await http.post("/v1/chat/completions", json=body, headers=self._headers)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["message"]
 
