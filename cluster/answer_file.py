@@ -212,9 +212,6 @@ class AnswerFile:
         for whose, row in found:
             self._add(whose.key, row, whose.heard).calls_left = CALLS_MAX
 
-    def __len__(self) -> int:
-        return self._count
-
     def keep(self, key: TraceKey, said: Said, heard: str | None) -> None:
         if len(self._new) >= WAITING_MAX:
             self._refuses("too many answers wait")
