@@ -18,6 +18,10 @@ from tracehaul.wire.ids import TraceId
 CONTEXT = b"c" * KEY_BYTES
 BYTES = 500
 """Of an answer."""
+RECORD_BYTES = 1200
+"""Of a whole record: the answer is in its name once more."""
+ROUND = 2
+"""Answers that are written at once: by so many a limit may be passed."""
 
 
 def key(name: str, salt: str = "") -> tuple[str, TraceId]:
@@ -175,7 +179,9 @@ def test_the_traces_that_rested_longest_go(tmp_path: Path, limits: dict[str, int
         for at in range(100):
             used = [("used", str(at))] if at % 10 == 0 else []
             await fill(path, *used, (f"t{at}", "?" * BYTES), **limits)
-            assert path.stat().st_size < 42 * (BYTES + 300)
+            names = ["used", "old", *(f"t{one}" for one in range(at + 1))]
+            assert sum(map(len, await answers_of(path, *names, **limits))) <= limits.get("answers_max", 100) + ROUND
+            assert path.stat().st_size <= limits.get("answers_bytes_max", 100_000) + ROUND * RECORD_BYTES
         used, old, last, before = await answers_of(path, "used", "old", "t99", "t10", **limits)
         assert old == before == []
         assert last == ["?" * BYTES]
