@@ -5,25 +5,22 @@ anew without the traces whose last answer is the oldest. A disk that refuses cos
 """
 
 import asyncio
-import os
-import struct
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
+from cluster.answer_bytes import AnswerBytes, Damaged, New, Row
 from router.dispatch.dispatch import DispatchConfig
-from router.traces.kept import Answers, Kept, NoAnswers, Whose, kept
+from router.traces.kept import Answers, Kept, NoAnswers, Whose
 from router.traces.texts import Said
 from router.traces.trace import RESPONSES_MAX, TraceKey
 from tracehaul.runtime.clock import perf_s
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload, ThreadOffload
-from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import TraceId
 
 log = Log(__name__)
@@ -40,158 +37,23 @@ CALLS_MAX = 8
 """Calls of a trace for which answers of a former life are looked through: those of branches that were left are never
 told."""
 
-_MAGIC = b"tracehaul answers 1\n"
-_FRAME = struct.Struct("<IQ")
-"""Length and checksum of what follows; 0: it was dropped."""
-_PIECE_BYTES = 1 << 20
 _NOT_KEPT = "answers are not kept: a restart of the router will not know of them"
-
-_decode = msgspec.msgpack.Decoder(Kept).decode
-_decode_whose = msgspec.msgpack.Decoder(Whose).decode
-
-
-class Damaged(Exception):
-    """The file is not what was written."""
-
-
-class _Row(msgspec.Struct, gc=False):
-    """One answer, by where it is in the file."""
-
-    at: int = 0
-    size: int = 0
-    """0: it is not there yet, or not any more."""
-    gone: bool = False
-    """It is to be dropped."""
 
 
 class _Trace(msgspec.Struct, gc=False):
     """What is kept of one."""
 
-    rows: list[_Row]
+    rows: list[Row]
     heard: list[str]
     calls_left: int = 0
     """For which its rows may be looked through though it has texts."""
-
-
-class _New(NamedTuple):
-    """What is to be written."""
-
-    row: _Row
-    key: TraceKey
-    said: Said
-    heard: str | None
-
-
-class _File:
-    """The bytes. Blocking; one call at a time. Everything raises OSError where the disk does."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.fchmod(self._fd, 0o600)
-        self.size = os.fstat(self._fd).st_size
-
-    def load(self) -> list[tuple[Whose, _Row]]:
-        """All that is in it. What a killed process left half written at the end is cut off.
-
-        Raises:
-            Damaged: it is not what was written.
-        """
-        found: list[tuple[Whose, _Row]] = []
-        end, at = self.size, len(_MAGIC)
-        with open(self._fd, "rb", buffering=_PIECE_BYTES, closefd=False) as file:
-            begins = file.read(at)
-            if begins != _MAGIC[: len(begins)]:
-                raise Damaged("it begins with something else")
-            while at < end:
-                header = file.read(_FRAME.size)
-                length, summed = _FRAME.unpack(header) if len(header) == _FRAME.size else (end, 0)
-                after = at + _FRAME.size + length
-                body = file.read(length) if after <= end else b""
-                if after > end or (after == end and summed and checksum(body) != summed):
-                    log.info("the last answer that was kept is torn", bytes=end - at)
-                    break
-                if summed:
-                    found.append((_whose(body, summed), _Row(at, _FRAME.size + length)))
-                at = after
-        if at > end:
-            os.pwrite(self._fd, _MAGIC, 0)
-        os.ftruncate(self._fd, at)
-        self.size = at
-        return found
-
-    def drop(self, rows: Sequence[_Row]) -> None:
-        """Overwrite these."""
-        for row in rows:
-            if row.size:
-                os.pwrite(self._fd, _FRAME.pack(row.size - _FRAME.size, 0) + bytes(row.size - _FRAME.size), row.at)
-                row.size = 0
-
-    def append(self, new: Sequence[_New]) -> None:
-        """Add what is not to go already."""
-        frames = [(one.row, frame) for one in new if not one.row.gone and (frame := _frame(one)) is not None]
-        if not frames:
-            return
-        data = b"".join(frame for _, frame in frames)
-        try:
-            put = os.pwrite(self._fd, data, self.size)
-            if put != len(data):
-                raise OSError(f"no room for {len(data)} bytes")
-        except OSError:
-            with suppress(OSError):
-                os.ftruncate(self._fd, self.size)
-            raise
-        for row, frame in frames:
-            row.at, row.size = self.size, len(frame)
-            self.size += len(frame)
-
-    def read(self, rows: Sequence[_Row]) -> list[Kept]:
-        """Those that can be read."""
-        found: list[Kept] = []
-        for row in rows:
-            data = os.pread(self._fd, row.size, row.at) if row.size else b""
-            if len(data) > _FRAME.size and checksum(data[_FRAME.size :]) == _FRAME.unpack_from(data)[1]:
-                found.append(_decode(data[_FRAME.size :]))
-        return found
-
-    def rewrite(self, rows: Sequence[_Row]) -> Iterator[None]:
-        """Hold these and nothing else: as a whole, or not at all. In turns."""
-        fresh = self._path.with_name(self._path.name + ".new")
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            places: list[int] = []
-            size = os.pwrite(fd, _MAGIC, 0)
-            piece = bytearray()
-            for row in (rows := sorted((row for row in rows if row.size), key=lambda row: row.at)):
-                places.append(size + len(piece))
-                piece += os.pread(self._fd, row.size, row.at)
-                if len(piece) >= _PIECE_BYTES:
-                    size += _put(fd, piece, size)
-                    yield
-            size += _put(fd, piece, size)
-            os.fsync(fd)
-            fresh.replace(self._path)
-        except OSError:
-            os.close(fd)
-            with suppress(OSError):
-                fresh.unlink()
-            raise
-        os.close(self._fd)
-        self._fd, self.size = fd, size
-        for row, at in zip(rows, places, strict=True):
-            row.at = at
-
-    def close(self) -> None:
-        """Give it up."""
-        os.close(self._fd)
 
 
 class AnswerFile:
     """Implements :class:`router.traces.kept.Answers` with a file; :func:`opened_answers` makes one."""
 
     def __init__(
-        self, file: _File, found: Sequence[tuple[Whose, _Row]], offload: Offload, bytes_max: int, answers_max: int
+        self, file: AnswerBytes, found: Sequence[tuple[Whose, Row]], offload: Offload, bytes_max: int, answers_max: int
     ) -> None:
         self._file = file
         self._offload = offload
@@ -201,8 +63,8 @@ class AnswerFile:
         """The one that was given an answer last is the last."""
         self._heard: dict[str, TraceKey] = {}
         self._count = 0
-        self._new: list[_New] = []
-        self._gone: list[_Row] = []
+        self._new: list[New] = []
+        self._gone: list[Row] = []
         self._lock = asyncio.Lock()
         """Of the file."""
         self._timer: asyncio.TimerHandle | None = None
@@ -216,9 +78,9 @@ class AnswerFile:
         if len(self._new) >= WAITING_MAX:
             self._refuses("too many answers wait")
             return
-        row = _Row()
+        row = Row()
         self._add(key, row, heard or "")
-        self._new.append(_New(row, key, said, heard))
+        self._new.append(New(row, key, said, heard))
         if self._timer is None and self._writing is None:
             self._timer = asyncio.get_running_loop().call_later(LATE_S, self._begin)
 
@@ -266,7 +128,7 @@ class AnswerFile:
         await self.dropped()
         self._file.close()
 
-    def _add(self, key: TraceKey, row: _Row, heard: str) -> _Trace:
+    def _add(self, key: TraceKey, row: Row, heard: str) -> _Trace:
         trace = self._traces.get(key)
         if trace is None:
             trace = self._traces[key] = _Trace([], [])
@@ -284,7 +146,7 @@ class AnswerFile:
         if self._heard.get(heard) == key:
             del self._heard[heard]
 
-    def _forget(self, key: TraceKey) -> list[_Row]:
+    def _forget(self, key: TraceKey) -> list[Row]:
         """Know nothing of a trace; returns its rows."""
         trace = self._traces.pop(key)
         for heard in trace.heard:
@@ -314,7 +176,7 @@ class AnswerFile:
             if self._new:
                 self._timer = asyncio.get_running_loop().call_later(LATE_S, self._begin)
 
-    async def _round(self, new: Sequence[_New], gone: Sequence[_Row]) -> None:
+    async def _round(self, new: Sequence[New], gone: Sequence[Row]) -> None:
         async with self._lock:
             try:
                 await self._offload.run(partial(self._file.drop, gone))
@@ -378,8 +240,8 @@ async def _open(path: Path, config: DispatchConfig, offload: Offload) -> AnswerF
     return AnswerFile(file, found, offload, config.answers_bytes_max, config.answers_max)
 
 
-def _opened(path: Path) -> tuple[_File, list[tuple[Whose, _Row]]]:
-    file = _File(path)
+def _opened(path: Path) -> tuple[AnswerBytes, list[tuple[Whose, Row]]]:
+    file = AnswerBytes(path)
     try:
         return file, file.load()
     except Damaged as damaged:
@@ -387,32 +249,5 @@ def _opened(path: Path) -> tuple[_File, list[tuple[Whose, _Row]]]:
         log.warning("the answers that were kept cannot be read: the file was put aside", file=aside, why=damaged)
         file.close()
         path.replace(aside)
-    file = _File(path)
+    file = AnswerBytes(path)
     return file, file.load()
-
-
-def _whose(body: bytes, summed: int) -> Whose:
-    if checksum(body) != summed:
-        raise Damaged("a checksum is wrong")
-    try:
-        return _decode_whose(body)
-    except msgspec.DecodeError as error:
-        raise Damaged(str(error)) from None
-
-
-def _frame(new: _New) -> bytes | None:
-    """None: it has half a surrogate pair, which nothing keeps."""
-    try:
-        body = msgspec.msgpack.encode(kept(new.key, new.said, new.heard))
-    except UnicodeEncodeError:
-        return None
-    return _FRAME.pack(len(body), checksum(body)) + body
-
-
-def _put(fd: int, piece: bytearray, at: int) -> int:
-    """Write all of it; returns its length, and empties it."""
-    put, size = os.pwrite(fd, piece, at), len(piece)
-    if put != size:
-        raise OSError(f"no room for {size} bytes")
-    piece.clear()
-    return size
