@@ -222,6 +222,7 @@ class _Node:
 
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
+        from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
         from router.assemble import Router
@@ -242,6 +243,8 @@ class _Node:
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
             router.dispatch.retainer.told = decisions.write
+            answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
+            router.dispatch.book.answers = await stack.enter_async_context(answers)
             server = await network.listen(self._plan.router_address, router.service)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)

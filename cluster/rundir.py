@@ -196,7 +196,7 @@ class RunDir:
         (self.path / "state" / f"{name}.json").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes everything but the logs."""
+        """Removes everything but the logs and what traces were answered."""
         for record in (self.path / "processes").glob("*.json"):
             record.unlink(missing_ok=True)
         for state in (self.path / "state").glob("*.json"):
@@ -222,6 +222,10 @@ class RunDir:
     def log(self, name: str) -> Path:
         """Where that node's output goes."""
         return self.path / "logs" / f"{name}.log"
+
+    def answers(self, name: str) -> Path:
+        """Where that router keeps what its traces were answered."""
+        return self.path / "answers" / name
 
     def log_tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a node's output."""

@@ -4,6 +4,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 from router.traces.book import Book
+from router.traces.kept import Kept
 from router.traces.prefixes import Heard, Place
 from router.traces.texts import Said, Text
 from router.traces.trace import TraceKey
@@ -47,6 +48,18 @@ class Memory:
         """What was said in ``traces``, of each the newest first."""
         return self._book.texts(traces)
 
+    def keeps(self, traces: Sequence[TraceKey], *, former: bool) -> bool:
+        """Whether answers of ``traces`` are kept: see :class:`router.traces.kept.Answers`."""
+        return any(self._book.answers.known(trace, former=former) for trace in traces)
+
+    async def kept(self, trace: TraceKey) -> list[Kept]:
+        """A trace's answers, in the order in which they were given."""
+        return await self._book.answers.read(trace)
+
+    def placed_again(self, trace: TraceKey, *, all_of_them: bool) -> None:
+        """See :meth:`router.traces.kept.Answers.placed`."""
+        self._book.answers.placed(trace, all_of_them=all_of_them)
+
     def response(self, tenant: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response; None if it is unknown or forgotten."""
         return self._book.response(tenant, response)
@@ -60,6 +73,7 @@ class Memory:
         tools: tuple[str, ...] | None,
         said: Said | None,
         heard: str | None,
+        final: bool,
     ) -> None:
         """A step is over for its client, in whatever way: once for each step.
 
@@ -70,5 +84,6 @@ class Memory:
             tools: what the answer calls; None where that is not known, or nothing is to follow.
             said: what was said; None likewise.
             heard: what calls are recognised by that go on from here; None: they have another name for the trace.
+            final: it was answered, and the client says that nothing follows.
         """
-        self._book.answered(*trace, step, response=response, tools=tools, said=said, heard=heard)
+        self._book.answered(*trace, step, response=response, tools=tools, said=said, heard=heard, final=final)

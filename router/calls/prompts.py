@@ -10,6 +10,7 @@ from router.calls.call import Asked, Call, Conversation, Ids, Plain
 from router.calls.errors import CallFailed, invalid
 from router.calls.memory import Memory
 from router.calls.rendering import Rendered, Rendering
+from router.calls.restoring import Restoring
 from router.calls.text import Text
 from router.dispatch.steps import ModelCard
 from router.traces.hits import Changed
@@ -87,18 +88,36 @@ class Prompts:
                 encoded = await self._encode(text, texts, card, plain=True, where=call.where)
                 return Prompt(encoded.packed, encoded)
             case Conversation():
-                texts = self._memory.texts(traces)
-                rendered = await self._render(asked, call, texts)
+                texts, dated_s = await self._texts(asked, call, traces)
+                rendered = await self._render(asked, call, texts, dated_s)
                 encoded = await self._encode(rendered.text, texts, card, plain=False, where=call.where)
                 encoded = msgspec.structs.replace(encoded, turns=rendered.turns, dated_s=rendered.dated_s)
                 return Prompt(encoded.packed, encoded, conversation=True, changed=rendered.changed)
 
-    async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered]) -> Rendered:
+    async def _texts(
+        self, asked: Conversation, call: Call, traces: Sequence[TraceKey]
+    ) -> tuple[Sequence[Remembered], float]:
+        """What was said in ``traces``, the newest first, and the time that it tells, where no text does."""
+        texts = self._memory.texts(traces)
+        if not self._memory.keeps(traces, former=bool(texts)):
+            return texts, 0.0
+        tools = None if call.tools is None else call.tools.told
+        dated_s = 0.0
+        # The parent's first: they were given first.
+        for trace in reversed(traces):
+            answers = await self._memory.kept(trace)
+            restoring = Restoring(self._text, self._cut_tokens, self._rendering, asked, tools, answers, texts)
+            await self._offload.turns(iter(restoring))
+            self._memory.placed_again(trace, all_of_them=restoring.all_told)
+            texts, dated_s = restoring.texts, restoring.dated_s or dated_s
+        return texts, dated_s
+
+    async def _render(self, asked: Conversation, call: Call, texts: Sequence[Remembered], dated_s: float) -> Rendered:
         tools = None if call.tools is None else call.tools.told
 
         def render() -> Rendered:
             try:
-                return self._rendering.of(asked, tools, texts)
+                return self._rendering.of(asked, tools, texts, dated_s)
             except RecursionError:
                 raise invalid(f"the {call.where} are nested too deeply", call.where) from None
 

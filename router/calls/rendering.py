@@ -41,15 +41,22 @@ class Rendering:
         self._text = text
         self._cut_tokens = cut_tokens
 
-    def of(self, asked: Conversation, tools: list[dict[str, Any]] | None, texts: Sequence[Remembered]) -> Rendered:
-        """The prompt's text. ``texts``: what was said in its trace, the newest first.
+    def of(
+        self,
+        asked: Conversation,
+        tools: list[dict[str, Any]] | None,
+        texts: Sequence[Remembered],
+        dated_s: float = 0.0,
+    ) -> Rendered:
+        """The prompt's text. ``texts``: what was said in its trace, the newest first. ``dated_s``: the time to tell
+        where no text knows one; 0: now.
 
         Raises:
             CallFailed, InvalidRequest: the template does not take the messages, or does not show the one that is to go
                 on.
         """
         told = story(asked.messages, tools, asked.variables)
-        dated_s = next((text.dated_s for text in texts if text.dated_s), 0.0) or wall_s()
+        dated_s = next((text.dated_s for text in texts if text.dated_s), dated_s) or wall_s()
         messages = template_messages(asked.messages)
         before, difference = compared(texts, self._cut_tokens.model, told)
         if asked.continue_final_message and before is not None and len(before.turns) == len(asked.messages):

@@ -221,6 +221,7 @@ class Run:
                     )
         # The prompts after the first are traces of their own: the response's name means the first.
         response = call.id if index < n else None
+        final = step.final and answer.reason is not None
         self._memory.answered(
-            (step.salt, step.trace), step.step, response=response, tools=tools, said=said, heard=heard
+            (step.salt, step.trace), step.step, response=response, tools=tools, said=said, heard=heard, final=final
         )

@@ -54,6 +54,11 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     traces_bytes_max: Annotated[int, Meta(ge=0)] = 768 * 2**20
     """Memory for all that is known of them: texts, tokens, block hashes, steps and decisions, 10 bytes a token. Of a
     trace that is forgotten the next step is tokenized and hashed anew, and nobody can say what was lost of it."""
+    answers_bytes_max: Annotated[int, Meta(ge=0)] = 256 * 2**20
+    """Disk for what their models answered, which a restarted router goes on from: some kilobytes a step. 0: none is
+    kept."""
+    answers_max: Annotated[int, Meta(ge=1)] = 100_000
+    """Answers kept there; where there are more, or they take more, those of the traces that have rested longest go."""
     policy: Policy = "cost"
     """How decode workers are chosen; ``sticky`` and ``round-robin`` are there to compare with."""
     use_store: bool = True

@@ -118,7 +118,7 @@ class TracePages:
     async def delete(self, request: Request) -> Response:
         """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
         trace = _trace(request)
-        if not self._book.delete(salt(request), trace):
+        if not await self._book.delete(salt(request), trace):
             raise not_found(trace)
         return json_response(TraceDeleted(trace))
 

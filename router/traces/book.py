@@ -13,6 +13,7 @@ from router.traces.events import (
     Resumed,
     Suspended,
 )
+from router.traces.kept import Answers, NoAnswers, worth
 from router.traces.machine import Traces
 from router.traces.prefixes import Heard, Place, own
 from router.traces.texts import Said, Text
@@ -52,6 +53,8 @@ class Book:
     def __init__(self, traces: Traces, keeper: Keeper) -> None:
         self._traces = traces
         self._keeper = keeper
+        self.answers: Answers = NoAnswers()
+        """What outlives the router."""
 
     # --- for calls ----------------------------------------------------------------------------------------------
 
@@ -79,6 +82,10 @@ class Book:
         if heard is not None:
             heard = Heard(heard.at - (len(conversation) - len(digests)), heard.name)
         place = self._traces.place(salt, digests, fresh, first=first, heard=heard)
+        if heard is not None and place == Place(fresh):
+            trace = self.answers.heard(salt, heard.name)
+            # Of one that is remembered, what is remembered counts.
+            place = Place(trace) if trace is not None and self._traces.get((salt, trace)) is None else place
         self._keeper.send(Recognised((salt, place.trace), digests, place.shared))
         return place
 
@@ -104,10 +111,17 @@ class Book:
         tools: tuple[str, ...] | None = None,
         said: Said | None = None,
         heard: str | None = None,
+        final: bool = False,
     ) -> None:
         """A step is over for its caller, whatever way: once for each step. See
-        :class:`router.traces.events.Answered`."""
-        self._keeper.send(Answered((salt, trace), step, response, tools, said, heard))
+        :class:`router.traces.events.Answered`. ``final``: nothing follows it."""
+        key = (salt, trace)
+        known = self._traces.get(key)
+        if known is not None and step in known.unanswered and said is not None and worth(said):
+            self.answers.keep(key, said, heard)
+        self._keeper.send(Answered(key, step, response, tools, said, heard))
+        if final:
+            self.answers.drop(key)
 
     # --- for clients --------------------------------------------------------------------------------------------
 
@@ -121,13 +135,15 @@ class Book:
         known = self._traces.get((salt, trace))
         return None if known is None else view(known, self._keeper.now_s())
 
-    def delete(self, salt: str, trace: TraceId) -> bool:
-        """Forget one, and end what runs of it; False if it is not known."""
+    async def delete(self, salt: str, trace: TraceId) -> bool:
+        """Forget one, and end what runs of it; False if it is not known. What is kept of it is gone on return."""
         known = self._traces.get((salt, trace))
-        if known is None:
-            return False
-        self._keeper.send(Deleted(known.key))
-        return True
+        if known is not None:
+            self._keeper.send(Deleted(known.key))
+        if self.answers.drop((salt, trace)):
+            await self.answers.dropped()
+            return True
+        return known is not None
 
     def suspend(
         self, salt: str, trace: TraceId, expected_s: float, deadline_s: float | None, tool: str | None

@@ -61,6 +61,16 @@ def with_turn(packed: bytes, turn: Turn) -> bytes:
     return packed + _TURN.pack(*turn)
 
 
+def last_turn(packed: bytes) -> Turn | None:
+    """The last message of a text; None: it tells no conversation."""
+    return Turn._make(_TURN.unpack(packed[-_TURN.size :])) if len(packed) > KEY_BYTES else None
+
+
+def unpacked_turns(packed: bytes) -> tuple[bytes, list[Turn]]:
+    """The context and the turns of a text."""
+    return packed[:KEY_BYTES], [Turn._make(turn) for turn in _TURN.iter_unpack(packed[KEY_BYTES:])]
+
+
 class Difference(NamedTuple):
     """Where a conversation says another thing than one that was run."""
 

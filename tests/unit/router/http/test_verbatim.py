@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx
@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.http import ApiConfig, create_app
+from router.traces.kept import Answers, NoAnswers
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.hashing import unpack_tokens
@@ -37,9 +38,9 @@ CALL = '<tool_call>\n{"name":"write" ,"arguments":{"path":"a.py","text":"caf\\u0
 Message = dict[str, Any]
 
 
-def text(template: str) -> Text:
-    alphabet = sorted(ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+def text(template: str, merges: Sequence[tuple[str, str]] = ()) -> Text:
+    vocabulary = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(BPE({token: at for at, token in enumerate(vocabulary)}, list(merges)))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     tokenizer.add_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
@@ -49,25 +50,31 @@ def text(template: str) -> Text:
 class Talk:
     """One conversation; ``says`` is what the model says, turn by turn."""
 
-    def __init__(self, model: Text, says: list[str]) -> None:
+    def __init__(self, model: Text, says: list[str], answers: Answers | None = None, trace: str | None = "t") -> None:
         self._says = list(says)
         self._model = model
+        self.headers = {} if trace is None else {"x-trace-id": trace}
         self.dispatcher = FakeDispatcher(self._script, context_max=10_000)
+        self.dispatcher.book.answers = NoAnswers() if answers is None else answers
         self.app = create_app(self.dispatcher, {"org/fake": model}, lambda: b"", ApiConfig(), InlineOffload())
         self.ran: list[int] = []
         """The last prompt and what was generated."""
         self.before: list[int] = []
 
     def _script(self, request: StepRequest) -> Script:
-        ids = [*self._model.encode(self._says.pop(0)), *self._model.eos_tokens]
+        ids = [*self.generated(self._says.pop(0)), *self._model.eos_tokens]
         self.before, self.ran = self.ran, [*unpack_tokens(request.prompt), *ids[:-1]]
         usage = StepUsage(prompt_tokens=request.prompt_tokens, output_tokens=len(ids))
         return [Output(ids, usage), Finished("stop", usage)]
 
+    def generated(self, says: str) -> list[int]:
+        """Letter by letter, which is not how a tokenizer with merges would read it."""
+        return [token for letter in says for token in self._model.encode(letter)]
+
     async def say(self, messages: list[Message], **fields: Any) -> Message:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://router") as http:
             body = {"model": "org/fake", "messages": messages, "tools": [TOOL]} | fields
-            answer = await http.post("/v1/chat/completions", json=body, headers={"x-trace-id": "t"})
+            answer = await http.post("/v1/chat/completions", json=body, headers=self.headers)
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["message"]
 
