@@ -47,6 +47,8 @@ REFUSED_CHARACTERS = 4_000_000
 RSS_STEPS = 20
 RSS_FIRST_TOKENS = 3000
 RSS_STEP_TOKENS = 33
+SETTLE_S = 15.0
+"""Until a router has forgotten what it expected of prompts that nobody asks for, and has given memory back."""
 
 console = Console()
 Message = dict[str, str]
@@ -139,7 +141,6 @@ def ttft(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
         cost.call(fleet.request(fleet.opening(fleet.name(), prompts.take(STEP_TOKENS - 50)), ANSWER_TOKENS))
     trips_s = fleet.trips(STEP_TOKENS, scale.short_calls)
     results = short.results("1k", trips_s) + rested.results("1k", trips_s, ".rested")
-
     trace, messages = fleet.name(), conversation(fleet, prompts, LONG_TOKENS)
     must(client.ask(fleet.request(messages, ANSWER_TOKENS, trace)))
     for _ in range(scale.long_calls):
@@ -149,7 +150,6 @@ def ttft(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     check_warm(client, trace)
     trips_s = fleet.trips(100 * STEP_TOKENS, scale.long_calls)
     results += long.results("100k", trips_s)
-
     for _ in range(scale.cold_calls):
         messages = conversation(fleet, prompts, 100 * STEP_TOKENS)
         cold.call(fleet.request(messages, ANSWER_TOKENS, fleet.name()))
@@ -277,8 +277,8 @@ def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
             messages = fleet.opening(fleet.name(), prompts.characters(characters))
             gaps.append(gap_ms(fleet.request(messages, 1), 200 if size == "400k" else 400))
         results.append(Result(f"router.stall.{size}", max(gaps), "ms"))
-    worst = max(result.value for result in results)
     client.close()
+    worst = max(result.value for result in results)
     return [Result("router.stall", worst, "ms", "router.stall.idle", worst / results[0].value), *results]
 
 
@@ -313,6 +313,7 @@ def rss(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     cpu_s = fleet.cpu_s() - cpu_s
     held_mb = fleet.rss_mb()
     forget(client, names)
+    client.poll(timeout_s=SETTLE_S)
     left_mb = fleet.rss_mb()
     return [
         Result("router.rss.before", before_mb, "MB"),

@@ -20,6 +20,8 @@ class SaidCall(msgspec.Struct, frozen=True, gc=False):
     """With the first piece of a call, as the name is."""
     name: str | None
     arguments: str
+    custom: bool = False
+    """It is a custom tool's: ``arguments`` are the text that it takes."""
 
 
 class Said(msgspec.Struct, frozen=True, gc=False):
@@ -99,7 +101,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     choice: int
     reason: FinishReason
     called: bool
-    """It has called a tool."""
+    """It has called tools, and all that was told of calls is complete: their arguments are objects."""
     usage: Usage | None = None
     stop: str | None = None
     """The stop string that ended it; None: something else did."""
@@ -117,5 +119,6 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
     marks: Sequence[Mark]
     reason: FinishReason
     called: bool
+    """The same of :attr:`said`."""
     stop: str | None = None
     """As in :class:`Ended`."""

@@ -9,9 +9,11 @@ from router.calls.call import Call, Options, Wanted
 from router.calls.errors import invalid
 from router.calls.reading import AnswerReader
 from router.calls.reasoning import CLOSE, OPEN, ThinkReader
+from router.calls.structured import Check, settled
 from router.calls.text import Text, TextStream
 from router.calls.tool_formats import MARKERS, ToolFormat, ToolReader
-from router.calls.tools import Tools, answer_or_calls, calls_constraint, format_of
+from router.calls.tool_grammar import calls_constraint
+from router.calls.tools import Tools, format_of
 from tracehaul.engine.grammar import GrammarCheck
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint
@@ -48,18 +50,13 @@ class Forms:
             if wanted is not None:
                 message = f"{wanted.param} and a tool_choice that forces a call contradict each other"
                 raise invalid(message, wanted.param)
-            wanted = Wanted(calls_constraint(tools, self._format, self._text.special_token), "tools")
-        elif tools is not None and wanted is not None:
-            both = answer_or_calls(wanted.constraint, tools, self._format, self._text.special_token)
-            if both is None:
-                # A call could not be told from such an answer, so there is none.
-                tools = None
-            else:
-                wanted = Wanted(both, wanted.param)
+            return Form(await self._checked(tools, None, call.options), tools)
         if wanted is None:
             return Form(None, tools)
-        await self._check(wanted, call.options)
-        return Form(wanted.constraint, tools)
+        if wanted.constraint.kind != "json_schema":
+            # A call could not be told from such an answer, so there is none.
+            tools = None
+        return Form(await self._checked(tools, wanted, call.options), tools)
 
     def constraint(self, form: Form, prompt: str | None) -> Constraint | None:
         """What an answer is held to that follows ``prompt``, a rendered conversation (None: it is none)."""
@@ -79,24 +76,43 @@ class Forms:
         if prompt is None:
             return AnswerReader()
         think = ThinkReader(opened=prompt.rstrip().endswith(OPEN)) if self._thinks else None
-        tools = None if form.tools is None else ToolReader(self._format, form.tools.names)
-        parallel = form.tools is None or form.tools.parallel
-        return AnswerReader(think, tools, parallel=parallel, call_id=lambda index: self._call_id(f"{name}-{index}"))
+        tools = form.tools
+
+        def call_id(index: int) -> str:
+            return self._call_id(f"{name}-{index}")
+
+        if tools is None:
+            return AnswerReader(think)
+        # Where something marks a call, one of a tool that is not there is the client's to refuse.
+        names = tools.names if self._format == "llama3" or tools.allowed is not None else None
+        reader = ToolReader(self._format, names, forced=bool(tools.forced))
+        return AnswerReader(think, reader, parallel=tools.parallel, customs=tools.customs, call_id=call_id)
 
     def _call_id(self, name: str) -> str:
         digest = int.from_bytes(blake3(name.encode()).digest(24))
         letters = _base(digest, 24)
         return letters[:MISTRAL_ID_CHARACTERS] if self._format == "mistral" else f"call_{letters}"
 
-    async def _check(self, wanted: Wanted, opts: Options) -> None:
-        param = wanted.param
+    async def _checked(self, tools: Tools | None, wanted: Wanted | None, opts: Options) -> Constraint:
+        """Calls of tools, what is wanted, or either."""
+        param = "tools" if wanted is None else wanted.param
         for name, given in (("min_tokens", opts.min_tokens > 0), ("ignore_eos", opts.ignore_eos)):
             if given:
                 raise invalid(f"{name} contradicts {param}, which alone says where the answer ends", name)
+
+        def find(check: Check) -> Constraint:
+            answer = None if wanted is None else settled(wanted.constraint, check)
+            if tools is None and answer is not None:
+                return answer
+            assert tools is not None
+            return calls_constraint(tools, self._format, self._text.special_token, check, answer)
+
         try:
-            await self._grammars.check(wanted.constraint)
+            return await self._grammars.find((self._format, tools, wanted), find)
         except InvalidRequest as error:
             raise invalid(str(error), param, "invalid_grammar") from None
+        except RecursionError:
+            raise invalid("the tools are nested too deeply", "tools") from None
 
 
 def _base(number: int, length: int) -> str:

@@ -169,7 +169,7 @@ class Run:
             events.append(Begun(index, opening, self.usage() if self._options.opening_usage else usage))
         events.append(Piece(index, growth.said, growth.tokens, growth.marks, usage))
         if reason is not None:
-            events.append(Ended(index, reason, answer.reader.called, usage, answer.stop))
+            events.append(Ended(index, reason, answer.reader.called_in_pieces, usage, answer.stop))
             self._answered(index)
 
     def _grow(self, answer: Answer, event: Output | Finished) -> Growth | None:
@@ -213,11 +213,11 @@ class Run:
                     turns = with_turn(turns, Turn(sent(told), says(told), len(prompt.encoded.text) + len(text)))
                 said = Said(prompt.encoded, text, pack_tokens(ids), turns, call.model)
             if prompt.conversation:
-                whole = answer.reader.whole
-                tools = names_of([made.name or "" for made in whole.calls])
+                whole = answered(answer.reader.whole)
+                tools = names_of([made.name for made in whole.tool_calls])
                 if before := self._accepted.beginning:
                     heard = answer_name(
-                        before, whole.content, [(made.name or "", made.arguments) for made in whole.calls]
+                        before, whole.content, [(made.name, made.arguments) for made in whole.tool_calls]
                     )
         # The prompts after the first are traces of their own: the response's name means the first.
         response = call.id if index < n else None

@@ -8,6 +8,7 @@ import msgspec
 from blake3 import blake3
 
 from router.calls.call import Message, ToolCall
+from router.calls.custom import arguments_of
 from router.calls.events import Said
 from router.traces.turns import KEY_BYTES, Story
 
@@ -64,7 +65,10 @@ def untold(message: dict[str, Any]) -> dict[str, Any]:
 
 def answered(said: Said) -> Message:
     """An answer as its client has it."""
-    calls = [ToolCall(call.id or "", call.name or "", call.arguments) for call in said.calls]
+    calls = [
+        ToolCall(call.id or "", call.name or "", arguments_of(call.arguments) if call.custom else call.arguments)
+        for call in said.calls
+    ]
     return Message("assistant", said.content, tool_calls=tuple(calls))
 
 

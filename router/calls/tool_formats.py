@@ -6,8 +6,9 @@ Three formats, told apart by what marks a call:
 - ``mistral``: ``[TOOL_CALLS]`` and a list of such objects, or ``name{...}``, or ``name[ARGS]{...}``
 - ``llama3``: the whole answer is such an object, with ``parameters``; or several with ``;`` between them
 
-What turns out to be no call is content, to the letter; white space around calls is not. Once a call's name was told it
-is a call: if the text ends in the middle of its arguments, those are what there is of them.
+What turns out to be no call is content, to the letter; white space around calls is not. Where calls are marked they are
+told as they come, so that what was told of one may be taken back; if the text ends in the middle of its arguments,
+those are what there is of them. Where nothing marks them, a call is told when it is complete.
 """
 
 from typing import Literal
@@ -27,10 +28,12 @@ MARKERS: dict[ToolFormat, tuple[str, ...]] = {
     "llama3": (BEGIN["llama3"],),
 }
 """What may be special tokens of a model, and has to be read all the same."""
-_CLOSING = " \t\r\n]"
-"""What may follow the last call of a list."""
-_BETWEEN = _CLOSING + ",;"
-"""What may stand between two calls."""
+_CLOSING: dict[ToolFormat, str] = {"hermes": " \t\r\n]}", "mistral": " \t\r\n]", "llama3": " \t\r\n]"}
+"""What may follow the last call of a list, or a call that was closed once too often."""
+_SEPARATORS = ",;"
+"""What may stand between two calls, too."""
+RETRIED_CHARACTERS_MAX = 1024
+"""Of what began like a call: inside of more than that none is looked for, which would take long."""
 
 
 class Content(msgspec.Struct, frozen=True):
@@ -47,33 +50,54 @@ class CallStart(msgspec.Struct, frozen=True):
 
 
 class CallArguments(msgspec.Struct, frozen=True):
-    """The next piece of a call's arguments: together they are JSON."""
+    """The next piece of a call's arguments: together they are the beginning of a JSON object."""
 
     index: int
     text: str
 
 
-Event = Content | CallStart | CallArguments
+class CallEnd(msgspec.Struct, frozen=True):
+    """A call is complete, and its arguments are a JSON object; one without this was cut."""
+
+    index: int
+
+
+class CallBroken(msgspec.Struct, frozen=True):
+    """What was told of a call is none: it follows as content."""
+
+    index: int
+
+
+Event = Content | CallStart | CallArguments | CallEnd | CallBroken
 
 
 class ToolReader:
     """Reads text in pieces; apart from where contents and arguments are cut, the result does not depend on those.
 
-    ``names``: the tools there are. Where nothing marks a call (``llama3``), only an object with one of them is one.
+    Args:
+        form: how calls are written.
+        names: the only names that a call can have; None: any. Where nothing marks a call there must be some.
+        forced: the text is calls and nothing else, so that no part of one is content.
     """
 
-    def __init__(self, form: ToolFormat, names: frozenset[str]) -> None:
+    def __init__(self, form: ToolFormat, names: frozenset[str] | None, *, forced: bool = False) -> None:
+        assert names is not None or form != "llama3"
         self._form: ToolFormat = form
-        self._names = names if form == "llama3" else None
+        self._names = names
+        self._forced = forced
+        self._waits = form == "llama3" and not forced
+        """A call is told when it is complete."""
         self._state: Literal["begin", "text", "plain", "call", "after"] = "begin" if form == "llama3" else "text"
         self._held = ""
-        self._doubtful = ""
-        """What was read of a call that has no name yet, from the white space before it on."""
+        self._read_of_call: list[str] = []
+        """What was read of a call, from the white space before it on."""
         self._marked = 0
         """How much of that comes before the call itself."""
         self._call = CallReader()
+        self._started = False
+        """The call was told."""
         self.calls = 0
-        """Calls begun."""
+        """Calls that were told."""
 
     def feed(self, text: str) -> list[Event]:
         """What ``text``, and what was held back before it, tells now."""
@@ -81,21 +105,27 @@ class ToolReader:
         events: list[Event] = []
         while self._advance(events):
             pass
-        return _merged(events)
+        return self._merged(events) if events else events
 
     def finish(self) -> list[Event]:
         """The text ended: what is still held back."""
         held, self._held = self._held, ""
         if self._state == "call":
-            if self._call.name is None:
-                return [Content(self._doubtful)]
-            rest = self._call.finish()
-            return [CallArguments(self.calls - 1, rest)] if rest else []
-        if self.calls and not held.strip(_CLOSING):
+            return self._merged(self._cut())
+        if self.calls and not held.strip(_CLOSING[self._form]):
             return []
-        if self._state == "after" and END.startswith(held.lstrip(_BETWEEN)):
+        if self._state == "after" and END.startswith(held.lstrip(_CLOSING[self._form] + _SEPARATORS)):
             return []
-        return [Content(held)] if held else []
+        return self._merged([Content(held)])
+
+    def _cut(self) -> list[Event]:
+        """The text ended inside a call."""
+        if not self._started:
+            return [Content("".join(self._read_of_call))]
+        if self._call.argued:
+            return [CallEnd(self.calls - 1)]
+        rest = self._call.rest()
+        return [CallArguments(self.calls - 1, rest)] if rest else []
 
     def _advance(self, events: list[Event]) -> bool:
         """Take what can be taken from the beginning of what is held; False: nothing more without more text."""
@@ -142,48 +172,58 @@ class ToolReader:
 
     def _start(self, marked: int) -> None:
         """A call may begin after the first ``marked`` characters."""
-        self._doubtful, self._held, self._marked = self._held[:marked], self._held[marked:], marked
-        self._state = "call"
-        self._call = CallReader(self._names, bare=self._form == "mistral")
+        self._read_of_call, self._held, self._marked = [self._held[:marked]], self._held[marked:], marked
+        self._state, self._started = "call", False
+        self._call = CallReader(self._names, only=self._form == "llama3", bare=self._form == "mistral")
 
     def _read(self, events: list[Event]) -> bool:
         call, held = self._call, self._held
-        for at, character in enumerate(held):
-            named = call.name is not None
-            try:
-                ended = call.take(character)
-            except NoCall:
-                self._tell(events)
-                self._give_up(events, held[at:])
-                return True
-            if not named:
-                self._doubtful += character
-                if call.name is not None:
-                    events.append(CallStart(self.calls, call.name))
-                    self.calls += 1
-            if ended:
-                self._tell(events)
-                self._held, self._state = held[at + 1 :], "after"
-                return True
-        self._tell(events)
-        self._held = ""
-        return False
+        try:
+            at = call.read(held, 0)
+        except NoCall as no:
+            self._read_of_call.append(held[: no.at])
+            self._give_up(events, held[no.at :])
+            return True
+        self._read_of_call.append(held if at == len(held) else held[:at])
+        self._held = held[at:]
+        if call.complete or not self._waits:
+            self._tell(events)
+        if call.complete:
+            events.append(CallEnd(self.calls - 1))
+            self._state = "after"
+        return call.complete
 
     def _tell(self, events: list[Event]) -> None:
+        """What is known of the call since the last time."""
+        if self._call.name is None:
+            return
+        if not self._started:
+            events.append(CallStart(self.calls, self._call.name))
+            self.calls, self._started = self.calls + 1, True
         if arguments := self._call.told():
             events.append(CallArguments(self.calls - 1, arguments))
 
     def _give_up(self, events: list[Event], rest: str) -> None:
         """It is no call, or not any more."""
-        self._state = "plain" if self._form == "llama3" else "text"
-        if self._call.name is not None:
-            self._held = rest
+        named = self._call.name is not None
+        if not self._waits:
+            self._tell(events)
+        if named and self._call.argued and not self._waits:
+            # All of it is there: what follows belongs to nothing.
+            events.append(CallEnd(self.calls - 1))
+            self._held, self._state = rest, "after"
             return
-        events.append(Content(self._doubtful[: self._marked]))
-        self._held = self._doubtful[self._marked :] + rest
+        if self._started:
+            events.append(CallBroken(self.calls - 1))
+        self._state = "plain" if self._form == "llama3" else "text"
+        text = "".join(self._read_of_call)
+        settled = len(text) if named or len(text) > RETRIED_CHARACTERS_MAX else self._marked
+        events.append(Content(text[:settled]))
+        self._held = text[settled:] + rest
 
     def _after(self) -> bool:
-        rest = self._held.lstrip(_BETWEEN)
+        closing = _CLOSING[self._form]
+        rest = self._held.lstrip(closing + _SEPARATORS)
         if not rest or (self._form == "hermes" and END.startswith(rest) and rest != END):
             return False
         if rest.startswith("{"):
@@ -191,20 +231,21 @@ class ToolReader:
         elif self._form == "hermes" and rest.startswith(END):
             self._held, self._state = rest[len(END) :], "text"
         else:
-            self._held = self._held.lstrip(_CLOSING)
+            self._held = self._held.lstrip(closing)
             self._state = "plain" if self._form == "llama3" else "text"
         return True
 
-
-def _merged(events: list[Event]) -> list[Event]:
-    """Neighbouring contents as one, empty ones left out."""
-    result: list[Event] = []
-    for event in events:
-        if isinstance(event, Content):
-            if not event.text:
-                continue
-            if result and isinstance(last := result[-1], Content):
-                result[-1] = Content(last.text + event.text)
-                continue
-        result.append(event)
-    return result
+    def _merged(self, events: list[Event]) -> list[Event]:
+        """Neighbouring contents as one, empty ones left out, and all where there can be none."""
+        if len(events) == 1 and not isinstance(events[0], Content):
+            return events
+        result: list[Event] = []
+        for event in events:
+            if isinstance(event, Content):
+                if self._forced or not event.text:
+                    continue
+                if result and isinstance(last := result[-1], Content):
+                    result[-1] = Content(last.text + event.text)
+                    continue
+            result.append(event)
+        return result

@@ -261,6 +261,8 @@ class Dispatch:
         self._predicted.sweep(clock.now_s())
         again = len(self._predicted) > 0
         self._sweeping = asyncio.get_running_loop().call_later(TTL_S, self._sweep) if again else None
+        if not again:
+            self.retainer.rest()
 
     def _elsewhere(self, run: Run, prefill: Key) -> Placement | None:
         """Where a step would be placed now if not by that prefill worker; None if nowhere."""

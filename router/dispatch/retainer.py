@@ -123,6 +123,11 @@ class Retainer:
         if self._most_bytes - self._traces.nbytes > GIVE_BACK_BYTES and self._giving is None and not self._closed:
             self._giving = asyncio.get_running_loop().call_later(GIVE_BACK_S, self._give_back)
 
+    def rest(self) -> None:
+        """Nothing was asked for a while: a good time to give memory back."""
+        if self._giving is None and not self._closed:
+            self._give_back()
+
     async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
         """Pin its context, and those of its next steps, as its client wishes.
 

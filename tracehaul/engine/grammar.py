@@ -10,9 +10,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
+from blake3 import blake3
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import any_to_lark
 
@@ -21,12 +23,15 @@ from tracehaul.model.source import SourceError
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 COMPILE_TIMEOUT_S = 10.0
 """For a grammar to be compiled, those before it in line included."""
 COMPILED_MAX = 64
-"""Compiled grammars that are kept for the next step that needs the same (about a megabyte each)."""
+"""Compiled grammars that are kept for the next step that needs the same (a common one has about a megabyte)."""
+SOURCES_CHARACTERS_MAX = 2**22
+"""Of their sources: compiled, a large one has about a hundred bytes for each."""
 CHECKED_MAX = 1024
 """Verdicts on grammars that are kept."""
 WHITESPACE_MAX = 32
@@ -43,9 +48,32 @@ def _limits() -> LLParserLimits:
         step_lexer_fuel=50_000,
         step_max_items=20_000,
         max_lexer_states=20_000,
-        max_grammar_size=100_000,
+        max_grammar_size=65_000,  # what has more symbols than fit sixteen bits ends in a panic of the library
         verbose_errors=False,
     )
+
+
+class _Kept(Generic[K, T]):
+    """What was used last: at most so many, of at most that size together (but always one)."""
+
+    def __init__(self, count_max: int, size_max: int = 0) -> None:
+        self._count_max = count_max
+        self._size_max = size_max
+        self._size = 0
+        self._items: OrderedDict[K, tuple[T, int]] = OrderedDict()
+
+    def get(self, key: K) -> T | None:
+        found = self._items.get(key)
+        if found is None:
+            return None
+        self._items.move_to_end(key)
+        return found[0]
+
+    def put(self, key: K, item: T, size: int = 0) -> None:
+        self._items[key] = (item, size)
+        self._size += size
+        while len(self._items) > self._count_max or (self._size > self._size_max and len(self._items) > 1):
+            self._size -= self._items.popitem(last=False)[1][1]
 
 
 class GrammarGuide:
@@ -74,7 +102,7 @@ class Grammars:
     def __init__(self, vocabulary: Callable[[], LLTokenizer]) -> None:
         self._vocabulary = vocabulary
         self._loaded: LLTokenizer | None = None
-        self._compiled: OrderedDict[Constraint, LLMatcher] = OrderedDict()
+        self._compiled: _Kept[Constraint, LLMatcher] = _Kept(COMPILED_MAX, SOURCES_CHARACTERS_MAX)
         self._thread = _Thread("grammar")
 
     async def guide(self, constraint: Constraint, output: Sequence[int]) -> GrammarGuide:
@@ -93,10 +121,8 @@ class Grammars:
         """The same on the caller's thread."""
         compiled = self._compiled.get(constraint)
         if compiled is None:
-            compiled = self._compiled[constraint] = self._compile(constraint)
-            if len(self._compiled) > COMPILED_MAX:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(constraint)
+            compiled = self._compile(constraint)
+            self._compiled.put(constraint, compiled, len(constraint.source))
         matcher = compiled.deep_copy()
         if output and not matcher.consume_tokens(list(output)):
             raise InvalidRequest(f"the output so far does not match its grammar: {_short(matcher.get_error())}")
@@ -124,19 +150,47 @@ class GrammarCheck:
     """Tells whether a grammar is one, without a vocabulary: what names tokens is checked where there is one."""
 
     def __init__(self) -> None:
-        self._verdicts: OrderedDict[Constraint, str] = OrderedDict()
+        self._verdicts: _Kept[bytes, str] = _Kept(CHECKED_MAX)
+        """By a digest of the constraint."""
+        self._found: _Kept[bytes, Constraint] = _Kept(COMPILED_MAX, SOURCES_CHARACTERS_MAX)
         self._thread = _Thread("grammar-check")
+
+    async def find(self, named: object, search: Callable[[Callable[[Constraint], str]], Constraint]) -> Constraint:
+        """What ``search`` finds, which is given what tells why a constraint is no grammar (empty: it is one).
+
+        Args:
+            named: tells it from all other searches: what was found is kept for the next of that name.
+            search: runs on a thread of its own.
+
+        Raises:
+            InvalidRequest: it takes too long.
+        """
+        return await self._thread.run(lambda: self._search(named, search))
 
     async def check(self, constraint: Constraint) -> None:
         """Raises InvalidRequest with the library's message if the grammar is none or too complex."""
-        verdict = self._verdicts.get(constraint)
-        if verdict is None:
-            verdict = await self._thread.run(lambda: _verdict(constraint))
-            self._verdicts[constraint] = verdict
-            if len(self._verdicts) > CHECKED_MAX:
-                self._verdicts.popitem(last=False)
-        if verdict:
+        if verdict := await self._thread.run(lambda: self._verdict(constraint)):
             raise InvalidRequest(verdict)
+
+    def _search(self, named: object, search: Callable[[Callable[[Constraint], str]], Constraint]) -> Constraint:
+        name = _digest(named)
+        found = self._found.get(name)
+        if found is None:
+            found = search(self._verdict)
+            self._found.put(name, found, len(found.source))
+        return found
+
+    def _verdict(self, constraint: Constraint) -> str:
+        name = _digest(constraint)
+        verdict = self._verdicts.get(name)
+        if verdict is None:
+            verdict = _verdict(constraint)
+            self._verdicts.put(name, verdict)
+        return verdict
+
+
+def _digest(named: object) -> bytes:
+    return blake3(msgspec.json.encode(named)).digest()
 
 
 def _verdict(constraint: Constraint) -> str:

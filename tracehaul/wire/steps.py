@@ -14,7 +14,8 @@ StepClass = Literal["interactive", "standard", "background"]
 """Somebody waits for every token; an agent waits for the answer; nobody waits."""
 
 
-CONSTRAINT_CHARACTERS_MAX = 65_536
+CONSTRAINT_CHARACTERS_MAX = 2**21
+"""Several hundred tools with schemas of some kilobytes each make one grammar."""
 
 
 class Constraint(msgspec.Struct, frozen=True):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from router.calls.call import Call, Conversation
 from router.calls.text import Text
 from router.dialects.body import parse
+from router.dialects.chat.functions import asked
 from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatRequest
 from router.dialects.chat.teller import ChatTeller
@@ -22,10 +23,11 @@ class Chat(OpenAIErrors):
     def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, ChatTeller]:
         request = parse(body, ChatRequest)
         opts = options(request)
+        asks = asked(request)
         opens, goes_on = generation_prompt_of(request)
         conversation = Conversation(
             messages_of(request.messages),
-            names_of(request.tools),
+            names_of(asks.tools),
             variables=variables_of(request),
             add_generation_prompt=opens,
             continue_final_message=goes_on,
@@ -34,7 +36,7 @@ class Chat(OpenAIErrors):
             id=f"chatcmpl-{fresh}",
             model=request.model,
             wanted=wanted_of(request),
-            tools=tools_of(request.tools, request.tool_choice, request.parallel_tool_calls),
+            tools=tools_of(asks.tools, asks.choice, asks.parallel),
             prompts=(conversation,),
             where="messages",
             options=opts,
@@ -45,4 +47,4 @@ class Chat(OpenAIErrors):
         )
         text = text_of(call.model)
         head = Head(call.id, created, call.model, told_of(request, text.chat_template))
-        return call, ChatTeller(head, opts, text)
+        return call, ChatTeller(head, opts, text, older=asks.older)

@@ -26,18 +26,26 @@ class FunctionCall(msgspec.Struct, frozen=True):
     arguments: str = ""
 
 
+class CustomCall(msgspec.Struct, frozen=True):
+    """What the assistant called with a text."""
+
+    name: str
+    input: str = ""
+
+
 class ToolCall(msgspec.Struct, frozen=True):
-    """A call in an earlier turn."""
+    """A call in an earlier turn: of a function or of a custom tool."""
 
     id: str
-    function: FunctionCall
-    type: Literal["function"] = "function"
+    function: FunctionCall | None = None
+    custom: CustomCall | None = None
+    type: Literal["function", "custom"] = "function"
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
@@ -45,6 +53,8 @@ class ChatMessage(msgspec.Struct, frozen=True):
     """The same by a newer name."""
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    function_call: FunctionCall | None = None
+    """A call in the older form, whose result is the next message of role ``function``."""
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -58,7 +68,7 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     functions: list[dict[str, Any]] | None = None
-    function_call: Any = None
+    function_call: str | dict[str, Any] | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     chat_template: str | None = None

@@ -37,12 +37,20 @@ class CalledFunction(msgspec.Struct, frozen=True):
     arguments: str = ""
 
 
+class CalledCustom(msgspec.Struct, frozen=True):
+    """The same of a custom tool, which takes a text."""
+
+    name: str | UnsetType = UNSET
+    input: str = ""
+
+
 class ToolCall(msgspec.Struct, frozen=True):
     """One call of a tool, or a piece of one; only pieces have an index, only first ones an id."""
 
-    function: CalledFunction
+    function: CalledFunction | UnsetType = UNSET
+    custom: CalledCustom | UnsetType = UNSET
     id: str | UnsetType = UNSET
-    type: Literal["function"] | UnsetType = UNSET
+    type: Literal["function", "custom"] | UnsetType = UNSET
     index: int | UnsetType = UNSET
 
 
@@ -54,9 +62,11 @@ class AnswerMessage(msgspec.Struct, frozen=True):
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: CalledFunction | UnsetType = UNSET
+    """The call, where the client speaks of functions."""
 
 
-ChatFinishReason = Literal["stop", "length", "tool_calls"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -76,6 +86,7 @@ class Delta(msgspec.Struct, frozen=True):
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
+    function_call: CalledFunction | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True):

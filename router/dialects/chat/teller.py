@@ -22,9 +22,10 @@ ChatObject = Literal["chat.completion", "chat.completion.chunk"]
 
 
 class ChatTeller:
-    """Tells one call. ``text`` reads the tokens that logprobs are of."""
+    """Tells one call. ``text`` reads the tokens that logprobs are of; ``older``: see :mod:`.said`."""
 
-    def __init__(self, head: Head, options: Options, text: Text) -> None:
+    def __init__(self, head: Head, options: Options, text: Text, *, older: bool = False) -> None:
+        self._older = older
         self._head = head
         self._options = options
         self._text = text
@@ -42,7 +43,7 @@ class ChatTeller:
                 case Begun(index, opening, usage):
                     chunks.append(self._begin(index, opening.prompt_ids, chunk_usage(usage, self._options)))
                 case Ended(index, reason, called, usage):
-                    ended = ChatDelta(index, Delta(), finish_reason(reason, called=called))
+                    ended = ChatDelta(index, Delta(), finish_reason(reason, called=called, older=self._older))
                     chunks.append(self._chunk([ended], chunk_usage(usage, self._options)))
         return b"".join(chunks)
 
@@ -54,8 +55,8 @@ class ChatTeller:
         told = [
             ChatChoice(
                 index,
-                message(choice.said),
-                finish_reason(choice.reason, called=choice.called),
+                message(choice.said, older=self._older),
+                finish_reason(choice.reason, called=choice.called, older=self._older),
                 logprobs=self._logprobs(choice.marks),
                 token_ids=choice.tokens if with_ids else UNSET,
             )
@@ -73,7 +74,7 @@ class ChatTeller:
             if said.content:
                 chunks.append(self._frame(piece.choice).around(b'{"content":%b}' % _encode(said.content)))
             return
-        told = deltas(said)
+        told = deltas(said, older=self._older)
         if plain:
             for delta in told:
                 chunks.append(self._frame(piece.choice).around(_encode(delta)))

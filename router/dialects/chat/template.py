@@ -76,4 +76,4 @@ def generation_prompt_of(request: ChatRequest) -> tuple[bool, bool]:
 
 
 def _goes_on(message: ChatMessage) -> bool:
-    return message.role == "assistant" and not message.tool_calls
+    return message.role == "assistant" and not message.tool_calls and message.function_call is None

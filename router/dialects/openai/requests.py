@@ -104,8 +104,6 @@ _NO_OPS: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (False,),
     "bad_words": ([],),
     "truncate_prompt_tokens": (),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
     "modalities": (["text"], []),
     "audio": (),
     "chat_template": (),

@@ -7,15 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.calls.reasoning import ThinkReader
-from router.calls.tool_formats import CallArguments, CallStart, Content, Event, ToolFormat, ToolReader
+from router.calls.tool_formats import (
+    CallArguments,
+    CallBroken,
+    CallEnd,
+    CallStart,
+    Content,
+    Event,
+    ToolFormat,
+    ToolReader,
+)
 
 NAMES = frozenset({"look_up", "add"})
 HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\"{"}}\n</tool_call>'
 LLAMA = '{"name": "add", "parameters": {"a": [1, {"b": 2}]}}'
 
 
-def read(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    reader = ToolReader(form, NAMES)
+def read(form: ToolFormat, pieces: list[str], *, forced: bool = False) -> tuple[str, list[tuple[str, str]]]:
+    reader = ToolReader(form, NAMES if form == "llama3" else None, forced=forced)
     events: list[Event] = []
     for piece in pieces:
         events += reader.feed(piece)
@@ -24,20 +33,27 @@ def read(form: ToolFormat, pieces: list[str]) -> tuple[str, list[tuple[str, str]
 
 def told(events: list[Event]) -> tuple[str, list[tuple[str, str]]]:
     """All content, and each call's name and arguments; asserts what a client relies on."""
-    content, calls = "", list[tuple[str, str]]()
+    content, calls = "", dict[int, tuple[str, str]]()
+    opened = -1
     for event in events:
         match event:
             case Content(text):
                 assert text
                 content += text
             case CallStart(index, name):
-                assert index == len(calls)
-                calls.append((name, ""))
+                assert index == opened + 1
+                opened, calls[index] = index, (name, "")
             case CallArguments(index, text):
-                assert index == len(calls) - 1
+                assert index == opened
                 assert text
                 calls[index] = (calls[index][0], calls[index][1] + text)
-    return content, calls
+            case CallEnd(index):
+                assert index == opened
+                assert isinstance(json.loads(calls[index][1]), dict)
+            case CallBroken(index):
+                assert index == opened
+                del calls[index]
+    return content, list(calls.values())
 
 
 CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
@@ -61,6 +77,23 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
      '<tool_call>{"name": 5, "arguments": {}}</tool_call>', []),
     ("hermes", "trailing space \n", "trailing space \n", []),
+    # Slips are mended.
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "x\ny", "b": True,}}</tool_call>', "",
+     [("add", '{"a": "x\\ny", "b": true}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": \\"C:\\dir\\"}"}</tool_call>', "",
+     [("add", '{"a": "C:\\\\dir"}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}}}\n</tool_call>', "", [("add", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}\n</tool_call>', "", [("add", '{"a": 1}')]),
+    ("hermes", '<tool_call>{"name": "add", "arguments": ""}</tool_call>', "", [("add", "{}")]),
+    # What cannot be mended is content.
+    ("hermes", 'so <tool_call>{"name": "add", "arguments": [1]}</tool_call>',
+     'so <tool_call>{"name": "add", "arguments": [1]}</tool_call>', []),
+    ("hermes", '<tool_call>{"name": "add", "arguments": {"a": b}}</tool_call> x',
+     '<tool_call>{"name": "add", "arguments": {"a": b}}</tool_call> x', []),
+    ("hermes", f'<tool_call>{{"name": "add", "arguments": 5}}</tool_call>{HERMES}',
+     '<tool_call>{"name": "add", "arguments": 5}</tool_call>', [("add", '{"a": 1, "b": "}\\"{"}')]),
+    ("mistral", "[TOOL_CALLS]add{'a': 1}", "[TOOL_CALLS]add{'a': 1}", []),
+    ("mistral", '[TOOL_CALLS]add{"a": "x\ty",}', "", [("add", '{"a": "x\\ty"}')]),
     ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"name": "c", "arguments": {}}]', "",
      [("add", '{"a": 1}'), ("c", "{}")]),
     ("mistral", '[TOOL_CALLS]add{"a": {"b": 1}}[TOOL_CALLS]look_up[ARGS]{}', "",
@@ -73,7 +106,13 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     ("llama3", '{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
     ("llama3", '{"answer": 42}', '{"answer": 42}', []),
     ("llama3", f"I say: {LLAMA}", f"I say: {LLAMA}", []),
-    ("llama3", '{"name": "add", "parameters": {"a"', "", [("add", '{"a"')]),
+    # Where nothing marks calls, all of one is there or none of it.
+    ("llama3", '{"name": "add", "parameters": {"a"', '{"name": "add", "parameters": {"a"', []),
+    ("llama3", '{"name": "add", "parameters": {}, "x": 1}', '{"name": "add", "parameters": {}, "x": 1}', []),
+    ("llama3", '{"name": "add", "parameters": {"a": b}}', '{"name": "add", "parameters": {"a": b}}', []),
+    ("llama3", f'{LLAMA}; {{"name": "look_up", "parameters": {{}}}}', "",
+     [("add", '{"a": [1, {"b": 2}]}'), ("look_up", "{}")]),
+    ("llama3", f'{LLAMA}; {{"name": "look_up"', '; {"name": "look_up"', [("add", '{"a": [1, {"b": 2}]}')]),
     ("llama3", "", "", []),
 ]  # fmt: skip
 
@@ -88,9 +127,29 @@ def test_what_is_a_call_and_what_is_not(
         assert read(form, [text[:at], text[at:]]) == (content, calls)
 
 
+FORCED: list[tuple[ToolFormat, str, list[tuple[str, str]]]] = [
+    ("hermes", "<tool_c", []),
+    ("hermes", '<tool_call>\n{"na', []),
+    ("hermes", '<tool_call>\n{"name": "add", "arguments": {"a": "x', [("add", '{"a": "x')]),
+    ("hermes", f"{HERMES}\n<", [("add", '{"a": 1, "b": "}\\"{"}')]),
+    ("hermes", f"{HERMES}\n<tool_call>", [("add", '{"a": 1, "b": "}\\"{"}')]),
+    ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}}, {"na', [("add", '{"a": 1}')]),
+    ("llama3", '{"name": "add", "parameters": {"a": 1', [("add", '{"a": 1')]),
+    ("llama3", f"{LLAMA}; ", [("add", '{"a": [1, {"b": 2}]}')]),
+    ("llama3", '{"name', []),
+]
+
+
+@pytest.mark.parametrize(("form", "text", "calls"), FORCED)
+def test_no_markup_of_a_forced_call_is_content(form: ToolFormat, text: str, calls: list[tuple[str, str]]) -> None:
+    for pieces in ([text], list(text), *([text[:at], text[at:]] for at in range(len(text)))):
+        assert read(form, pieces, forced=True) == ("", calls)
+
+
 ALPHABET = st.sampled_from(
     [*'{}[]":,;\\ \n<>/x1', "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>",
-     '"name"', '"add"', '"arguments"', '"parameters"', "add", "null", '{"name": "add", "arguments": {"a": 1}}']
+     '"name"', '"add"', '"arguments"', '"parameters"', "add", "null", '{"name": "add", "arguments": {"a": 1}}',
+     '{"name": "add", "arguments": {"a": "', '{"name": "add", "parameters": {', ',"b":', "True,}"]
 )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.calls.tool_formats import ToolFormat
-from router.calls.tools import calls_constraint, format_of
+from router.calls.tool_grammar import calls_constraint
+from router.calls.tools import Tools, format_of
 from router.dialects.openai.tools import tools_of
 from router.http import ApiConfig, create_app
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
@@ -222,7 +223,9 @@ def test_one_call_alone_where_more_are_not_wanted() -> None:
         ({"tools": [WEATHER], "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
         (
             {
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "what"}}}],
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"type": "what"}}}
+                ],
                 "tool_choice": "required",
             },
             "tools",
@@ -273,16 +276,20 @@ def test_a_forced_call_can_be_nothing_else(form: ToolFormat, one: str, several: 
     named = tools_of([WEATHER, CLOCK], {"type": "function", "function": {"name": "weather"}}, False)
     assert required is not None
     assert named is not None
-    assert matches(calls_constraint(required, form, plain), good)
-    assert matches(calls_constraint(required, form, plain), clock)
-    assert matches(calls_constraint(named, form, plain), good)
-    assert not matches(calls_constraint(named, form, plain), clock)
-    for constraint in (calls_constraint(required, form, plain), calls_constraint(named, form, plain)):
+
+    def constraint_of(tools: Tools) -> Constraint:
+        return calls_constraint(tools, form, plain, lambda _: "")
+
+    assert matches(constraint_of(required), good)
+    assert matches(constraint_of(required), clock)
+    assert matches(constraint_of(named), good)
+    assert not matches(constraint_of(named), clock)
+    for constraint in (constraint_of(required), constraint_of(named)):
         assert not matches(constraint, bad)
         assert not matches(constraint, "Hello")
     if several is not None:
-        assert matches(calls_constraint(required, form, plain), good + several + clock)
-        assert not matches(calls_constraint(named, form, plain), good + several + good)
+        assert matches(constraint_of(required), good + several + clock)
+        assert not matches(constraint_of(named), good + several + good)
 
 
 def test_a_schema_and_tools_leave_both_open() -> None:

@@ -97,7 +97,6 @@ def test_nulls_and_no_ops_and_unknown_fields_change_nothing() -> None:
     ("fields", "param"),
     [
         ({"best_of": 2}, "best_of"),
-        ({"functions": [{"name": "f"}]}, "functions"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"chat_template": "{{ x }}"}, "chat_template"),

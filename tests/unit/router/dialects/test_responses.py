@@ -281,6 +281,19 @@ def test_calls_of_custom_tools_have_a_text() -> None:
     assert [event["sequence_number"] for event in told_events] == list(range(len(told_events)))
 
 
+@pytest.mark.parametrize("choice", ["auto", {"type": "custom", "name": "patch"}])
+def test_custom_tools_are_called_and_answered(choice: Any) -> None:
+    said = '<tool_call>\n{"name": "patch", "arguments": {"input": "a\\nb"}}\n</tool_call>'
+    dispatcher = FakeDispatcher(say(said))
+    ask = ASK | {"tools": [{"type": "custom", "name": "patch"}], "tool_choice": choice}
+    whole, stream = post(dispatcher, PATH, ask, ask | {"stream": True})
+    (call,) = whole.json()["output"]
+    assert (call["type"], call["name"], call["input"]) == ("custom_tool_call", "patch", "a\nb")
+    events = [event for event in told(stream.text) if "custom" in event["type"]]
+    assert "".join(event.get("delta", "") for event in events) == events[-1]["input"] == "a\nb"
+    assert (dispatcher.requests[0].sampling.constraint is not None) == (choice != "auto")
+
+
 THOUGHT = "<think>\nlet me see\n</think>\n\nyes"
 
 

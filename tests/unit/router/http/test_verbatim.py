@@ -201,3 +201,28 @@ def test_what_a_client_changed_is_said() -> None:
         assert (found.section, found.message) == ("tools", None)
 
     asyncio.run(main())
+
+
+CUSTOM = {"type": "custom", "custom": {"name": "code"}}
+
+
+@pytest.mark.parametrize(
+    ("says", "fields"),
+    [
+        ('<tool_call>{"name": "write", "arguments": {"a": "x\ny", "b": True,}}</tool_call>', {}),
+        ('Hm. <tool_call>{"name": "write", "arguments": {"a": b}}</tool_call>', {}),
+        ('<tool_call>{"name": "write", "arguments": {"a": "x', {}),
+        ('<tool_call>{"name": "code" , "arguments": {"input":"caf\\u00e9\n"}}</tool_call>', {"tools": [CUSTOM]}),
+        (CALL, {"tools": None, "functions": [TOOL["function"]]}),
+    ],
+    ids=["mended", "no call", "cut", "custom", "function"],
+)
+def test_what_was_told_in_other_words_stays_as_it_was_written(says: str, fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        talk = Talk(text(TEMPLATE), [says, "done"])
+        told = await talk.say([USER], **fields)
+        await talk.say([USER, told, USER], **fields)
+        assert talk.before
+        assert talk.grows
+
+    asyncio.run(main())
