@@ -27,7 +27,28 @@ FILES = {
 }
 NAMES = {"openai": ("gpt-6-astra", "gpt-3.5-turbo-instruct"), "anthropic": ("claude-opus-5-5",)}
 
-EXCEPTIONS: dict[str, dict[str, str]] = {"openai": {}, "anthropic": {}}
+EXCEPTIONS: dict[str, dict[str, str]] = {
+    "openai": {
+        "chat.*::test_[mrs]*_create_with_all_params_*": "asks for sound (audio), which a text model does not make",
+        "chat.completions.*::test_[mrs]*_list*": "chat completions are not kept, so their messages are not listed",
+        "chat.test_completions.*::test_[mrs]*_list*": "chat completions are not kept: responses are",
+        "chat.test_completions.*::test_[mrs]*_retrieve*": "chat completions are not kept: responses are",
+        "chat.test_completions.*::test_[mrs]*_update*": "chat completions are not kept: responses are",
+        "chat.test_completions.*::test_[mrs]*_delete*": "chat completions are not kept: responses are",
+        "test_completions.*::test_[mrs]*_create_with_all_params_*": "asks for the best of zero answers (best_of)",
+        "test_models.*::test_[mrs]*_delete*": "models are not deleted over the API",
+        "*::test_[mrs]*_create_with_all_params_*": "names a conversation object, which the server does not keep",
+        "test_responses.*::test_[mrs]*_create_*": "names no model",
+        "test_responses.*::test_[mrs]*_compact*": "responses are not compacted",
+        "test_responses.*::test_[mrs]*_cancel*": "asks for a response that the suite never made",
+        "test_responses.*::test_[mrs]*_delete*": "asks for a response that the suite never made",
+        "test_responses.*::test_[mrs]*_retrieve*": "asks for a response that the suite never made",
+        "responses.test_input_items.*::test_[mrs]*_list*": "asks for a response that the suite never made",
+        "responses.test_input_tokens.*::test_[mrs]*_count_with_all_params*": "names a conversation object",
+        "responses.test_input_tokens.*::test_[mrs]*_count*": "names no model",
+    },
+    "anthropic": {},
+}
 """What fails and why, by a pattern of ``module.Class::test``. The first pattern that fits counts."""
 
 
@@ -44,16 +65,16 @@ def fetch(suite: str, python: str, folder: Path) -> Path:
 
 def pools(names: tuple[str, ...], port: int) -> str:
     """A cluster's configuration: one decode worker for each name. Little KV memory keeps endless answers short."""
-    text = f"port = {port}\nkv_tokens = 2048\n"
+    text = f"port = {port}\nkv_tokens = 512\n"
     for at, name in enumerate(names):
-        text += f'[pools.name-{at}]\nmodel = "{MODEL}"\nserves = "{name}"\nprefill = 0\ndecode = 1\n'
+        text += f'[pools.name{at}]\nmodel = "{MODEL}"\nserves = "{name}"\nprefill = 0\ndecode = 1\n'
     return text
 
 
 def run_tests(suite: str, source: Path, python: str, url: str, report: Path) -> None:
     """Writes JUnit's XML to ``report``."""
     files = [f"tests/api_resources/{name}" for name in FILES[suite]]
-    options = ["-q", "--tb=line", "-o", "addopts=", "-p", "no:logging", "--timeout", "120", f"--junitxml={report}"]
+    options = ["-q", "--tb=line", "-o", "addopts=", "-n", "4", "-p", "no:logging", "--timeout", "120", f"--junitxml={report}"]
     base = f"{url}/v1" if suite == "openai" else url
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
@@ -74,7 +95,7 @@ def judge(suite: str, report: Path) -> int:
         if case.find("skipped") is not None:
             continue
         broken = case.find("failure") if case.find("failure") is not None else case.find("error")
-        pattern = next((p for p in EXCEPTIONS[suite] if fnmatch.fnmatchcase(name.replace("[", "("), p)), None)
+        pattern = next((p for p in EXCEPTIONS[suite] if fnmatch.fnmatchcase(name, p)), None)
         if broken is None:
             passed[module] += 1
             if pattern is not None:
