@@ -23,7 +23,7 @@ MODEL = "smollm2-135m-instruct"
 
 FILES = {
     "openai": ("chat", "test_completions.py", "test_models.py", "test_responses.py", "responses"),
-    "anthropic": ("test_messages.py", "test_models.py"),
+    "anthropic": ("test_messages.py",),
 }
 NAMES = {"openai": ("gpt-6-astra", "gpt-3.5-turbo-instruct"), "anthropic": ("claude-opus-5-5",)}
 
@@ -47,7 +47,10 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "responses.test_input_tokens.*::test_[mrs]*_count_with_all_params*": "names a conversation object",
         "responses.test_input_tokens.*::test_[mrs]*_count*": "names no model",
     },
-    "anthropic": {},
+    "anthropic": {
+        "*::test_[mrs]*_create_with_all_params_*": 'gives a strict tool a schema that is none ({"foo": "bar"} as properties)',
+        "*::test_deprecated_model_warning*": "asks for every model that was ever withdrawn, by name",
+    },
 }
 """What fails and why, by a pattern of ``module.Class::test``. The first pattern that fits counts."""
 
@@ -88,7 +91,7 @@ def judge(suite: str, report: Path) -> int:
     excused: Counter[str] = Counter()
     differ: list[str] = []
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))  # noqa: S314 - our own pytest wrote it
-    assert len(cases) > 50, "hardly any test was found"
+    assert len(cases) > 40, "hardly any test was found"
     for case in cases:
         module = case.attrib["classname"].removeprefix("tests.api_resources.")
         name = f"{module}::{case.attrib['name']}"
