@@ -24,7 +24,9 @@ WEATHER: Any = {"type": "function", "function": {"name": "get_weather", "paramet
 
 
 def needs(module: str) -> Any:
-    return pytest.importorskip(module, reason=f"{module} is not installed here: ./scripts/clients does", exc_type=ImportError)
+    return pytest.importorskip(
+        module, reason=f"{module} is not installed here: ./scripts/clients does", exc_type=ImportError
+    )
 
 
 @pytest.fixture(autouse=True)
