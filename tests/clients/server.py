@@ -42,7 +42,7 @@ async def main() -> None:
     offload = ThreadOffload("tokenize")
     app = create_app(FakeDispatcher(script), {MODEL: FakeText()}, lambda: b"", ApiConfig(), offload)
     server = await serve(app, "127.0.0.1", 0, grace_s=1)
-    print(server.port, flush=True)
+    print(server.port, flush=True)  # noqa: T201 - who started this waits for it
     await asyncio.to_thread(sys.stdin.read)
     await server.close()
     offload.close()
