@@ -33,7 +33,7 @@ ONE_SYSTEM = HEAD + "{% if m.role != 'system' or loop.first %}" + SAID + "{% end
 NO_CALLS = HEAD + "[{{ m.role }}]{{ m.content }}{% endfor %}{{ xml_tools }}"
 EACH = "{% for t in tools %}{{ t.function.name + ': ' + t.function.description }}{% endfor %}"
 OWN_TOOLS = EACH + HEAD + SAID + "{% endfor %}"
-ASKED = "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ raise_exception('no user') }}{% endif %}"
+ASKED = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}"
 WORDS = (
     HEAD
     + "{% if m.role == 'assistant' and not (m.content or m.tool_calls) %}{{ raise_exception('no words') }}{% endif %}"
