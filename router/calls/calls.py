@@ -26,7 +26,7 @@ from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
 from tracehaul.runtime import clock
 from tracehaul.runtime.deadline import until
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
@@ -71,15 +71,27 @@ class Calls:
             raise model_not_found(found)
         return found
 
-    async def tokens(self, call: Call) -> list[int]:
-        """A call's first prompt in tokens, in no trace and of any length.
+    async def tokens(self, call: Call, headers: Mapping[str, str]) -> list[int]:
+        """A call's first prompt in tokens, of any length: those that it would have if it ran now.
+
+        Args:
+            call: the call.
+            headers: as of :meth:`identified`.
 
         Raises:
             CallFailed, InvalidRequest: it cannot be rendered, or is empty.
         """
         served = self._served[self.model(call.model)]
         unlimited = ModelCard(call.model, UNLIMITED_TOKENS)
-        prompts = await served.prompts.of(call, TraceId(call.id), None, unlimited)
+        fresh, asked = call.id, call.prompts[0]
+        identity = self._identity(call, headers, fresh)
+        trace, parent = identity.trace, identity.parent
+        if trace == fresh and isinstance(asked, Conversation):
+            opening, conversation = lineage(asked).opening, beginnings(asked, call.tenant)
+            answer = heard(asked, conversation)
+            place = self._memory.found(call.tenant, conversation, opening, trace, first=answer is None, heard=answer)
+            trace, parent = place.trace, parent or place.parent
+        prompts = await served.prompts.of(call, trace, parent, unlimited)
         return prompts[0].ids
 
     @contextmanager
@@ -94,7 +106,7 @@ class Calls:
         Raises:
             CallFailed: one of our own headers holds what is no id.
         """
-        identity = identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
+        identity = self._identity(call, headers, fresh)
         identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s(), call.priority))
         asked = call.prompts[0]
         if not isinstance(asked, Conversation):
@@ -112,6 +124,9 @@ class Calls:
         ) as place:
             parent, beginning = identity.parent or place.parent, conversation[-1] if conversation else b""
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent, beginning=beginning)
+
+    def _identity(self, call: Call, headers: Mapping[str, str], fresh: str) -> Identity:
+        return identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
 
     async def accept(self, call: Call, identity: Identity) -> Run:
         """Make everything ready for a call's steps; the caller enters the run.
