@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from router.calls.admission import Admission
 from router.calls.answers import Answer
-from router.calls.call import Call, Conversation, Options
+from router.calls.call import Asked, Call, Conversation, Options
 from router.calls.conversation import beginnings, heard, lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
@@ -167,13 +167,14 @@ class Calls:
             wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
             max_tokens = output_budget(prompt.tokens, wanted, card, call.where)
             constraint = served.forms.constraint(form, prompt.rendered)
+            taken = _ids(call.prompts[at]) if form.tools is not None else frozenset[str]()
             for k in range(options.n):
                 name = f"{call.id}-{len(steps)}"
                 sampling = self._sampling(options, served.text, max_tokens, choice_seed(seed, k), constraint)
                 answers.append(
                     Answer(
                         served.text.stream(None) if options.special_shown else served.forms.stream(form),
-                        served.forms.reader(form, prompt.rendered, name),
+                        served.forms.reader(form, prompt.rendered, name, taken),
                         stops=options.stops,
                         stop_tokens=sampling.stop_tokens,
                         min_tokens=options.min_tokens,
@@ -226,6 +227,13 @@ class Calls:
             logprobs=options.logprobs,
             constraint=constraint,
         )
+
+
+def _ids(asked: Asked) -> frozenset[str]:
+    """Of the calls in a conversation."""
+    if not isinstance(asked, Conversation):
+        return frozenset()
+    return frozenset(made.id for message in asked.messages for made in message.tool_calls)
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -175,6 +175,27 @@ def test_calls_that_were_told_can_be_sent_back_to_a_template_that_takes_one(know
     asyncio.run(main())
 
 
+WITH_IDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.tool_call_id }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[TOOL_CALLS] "
+    '[{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}]'
+    "{% endfor %}<|im_end|>\n{% endfor %}{{ tools | tojson if tools }}<|im_start|>assistant\n"
+)
+
+
+def test_the_id_that_a_model_gave_is_that_of_its_result() -> None:
+    async def main() -> None:
+        model = text(WITH_IDS)
+        talk = Talk(model, ['[TOOL_CALLS] [{"name":"write","arguments":{},"id":"abc123DEF"}]', "done"])
+        told = await talk.say([USER])
+        (call,) = told["tool_calls"]
+        await talk.say([USER, spelled(told), {"role": "tool", "content": "ok", "tool_call_id": call["id"]}])
+        assert talk.grows
+        assert model.raw(talk.ran).count("abc123DEF") == 2
+
+    asyncio.run(main())
+
+
 def test_what_says_another_thing_is_another_answer() -> None:
     async def main() -> None:
         talk = Talk(text(TEMPLATE), [CALL, "done"])
