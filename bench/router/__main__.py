@@ -42,7 +42,9 @@ STREAM_ENDS = 10
 """Tokens of each stream after those that count, as all end at once."""
 TOLD_WITHIN_S = 0.1
 STALL_PER_S = 50
-STALL_SIZES = {"400k": 400_000, "1m": 1_000_000, "4m": 4_000_000}
+STALL_SIZES = {"400k": 400_000, "1m": 1_000_000, "4m": 4_000_000, "20m": 20_000_000}
+PACKED = "20m"
+"""Of that size one is sent packed, too."""
 REFUSED_CHARACTERS = 4_000_000
 RSS_STEPS = 20
 RSS_FIRST_TOKENS = 3000
@@ -277,6 +279,11 @@ def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
             messages = fleet.opening(fleet.name(), prompts.characters(characters))
             gaps.append(gap_ms(fleet.request(messages, 1), 200 if size == "400k" else 400))
         results.append(Result(f"router.stall.{size}", max(gaps), "ms"))
+    packed: list[float] = []
+    for _ in range(scale.stall_rounds):
+        messages = fleet.opening(fleet.name(), prompts.characters(STALL_SIZES[PACKED]))
+        packed.append(gap_ms(fleet.request(messages, 1, packed=True), 400))
+    results.append(Result(f"router.stall.{PACKED}.gzip", max(packed), "ms"))
     client.close()
     worst = max(result.value for result in results)
     return [Result("router.stall", worst, "ms", "router.stall.idle", worst / results[0].value), *results]
