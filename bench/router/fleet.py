@@ -36,12 +36,17 @@ CONTEXT_MAX = 131_072
 """Tokens: 400 kB of the prompts' text fit, 1 MB does not."""
 REQUESTS_MAX = 4096
 BODY_BYTES_MAX = 32 << 20
+CONNECTIONS = 16
+ANSWER_TOKENS = 16
 WORD = " people"
 """All that the fake worker says: one token, and nothing else in an answer looks like it."""
 READY_S = 60.0
 STOP_S = 15.0
 CHUNK_TOKENS = 500
 """The prompts are made of pieces of so many."""
+
+
+Message = dict[str, str]
 
 
 class Prompts:
