@@ -13,6 +13,7 @@ from router.calls.call import Asked, Call, Conversation, Options
 from router.calls.conversation import beginnings, heard, lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
+from router.calls.events import Compared
 from router.calls.forms import Form
 from router.calls.identity import Identity, identify
 from router.calls.limits import CallLimits
@@ -145,7 +146,21 @@ class Calls:
             form = await served.forms.of(call)
             prompts = await served.prompts.of(call, identity.trace, identity.parent, card)
         accepted = self._accepted(call, served, form, prompts, identity, card)
+        if call.trace.baseline is not None:
+            accepted = msgspec.structs.replace(accepted, compared=self._compared(call, identity, prompts[0]))
         return Run(accepted, self._dispatcher, self._memory)
+
+    def _compared(self, call: Call, identity: Identity, prompt: Prompt) -> Compared:
+        """With the call's baseline."""
+        trace = self._memory.response(call.tenant, call.trace.baseline or "")
+        if trace is None:
+            return Compared("unknown")
+        if trace not in (identity.trace, identity.parent):
+            return Compared("elsewhere")
+        texts = self._memory.texts([(call.tenant, trace)])
+        if texts and all(text.model != call.model for text in texts):
+            return Compared("model", texts[0].tokens)
+        return Compared("same" if prompt.changed is None else prompt.changed.section)
 
     def _check(self, call: Call, text: Text) -> None:
         prompts, options = len(call.prompts), call.options
