@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.dialects.openai.usage import ClusterUsage, usage_of
@@ -171,6 +172,8 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     output: Sequence[OutputItem] = ()
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
+    priority: UnsetType | None = UNSET
+    """Null, where it was said: it decides nothing yet."""
     prompt_cache_diagnostics: CacheDiagnostics | None = None
     prompt_cache_key: str | None = None
     reasoning: dict[str, str | None] = {}

@@ -12,6 +12,7 @@ from router.calls.text import Text
 from router.dialects.body import parse
 from router.dialects.openai.errors import OpenAIErrors, error_body
 from router.dialects.openai.requests import options
+from router.dialects.openai.response import priority_told
 from router.dialects.openai.tools import names_of, tools_of
 from router.dialects.responses.answers import Response
 from router.dialects.responses.items import asked_items, messages_of
@@ -109,6 +110,7 @@ def _begun(request: ResponsesRequest, name: str, created: int, tools: list[dict[
         metadata=request.metadata or {},
         parallel_tool_calls=request.parallel_tool_calls is not False,
         previous_response_id=request.previous_response_id,
+        priority=priority_told(request.priority),
         prompt_cache_key=request.prompt_cache_key,
         reasoning={
             "effort": reasoning.effort if reasoning else None,
