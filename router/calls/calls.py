@@ -214,6 +214,7 @@ class Calls:
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
+                        keep_s=call.keep_s,
                         changed=prompt.changed,
                         agent=identity.agent,
                     )

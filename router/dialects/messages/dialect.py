@@ -10,7 +10,7 @@ from router.calls.structured import schema_constraint
 from router.calls.text import Text
 from router.dialects.body import parse
 from router.dialects.messages.answers import error_body
-from router.dialects.messages.conversation import conversation_of, tools_asked
+from router.dialects.messages.conversation import conversation_of, keep_s, tools_asked
 from router.dialects.messages.requests import Asked, MessagesRequest
 from router.dialects.messages.teller import PING, MessageTeller
 
@@ -47,6 +47,7 @@ def _call(asked: Asked, name: str, options: Options, nbytes: int, baseline: str 
         where="messages",
         options=options,
         trace=TraceFields(baseline=baseline),
+        keep_s=keep_s(asked),
         tenant=asked.cache_salt or "",
         nbytes=nbytes,
     )

@@ -12,10 +12,15 @@ Stop = Annotated[str, Meta(min_length=1, max_length=STOP_CHARACTERS_MAX)]
 
 
 class CacheControl(msgspec.Struct, frozen=True):
-    """``cache_control``: blocks are cached whether or not it is there."""
+    """``cache_control``: blocks are cached whether or not it is there, and kept for longer if it is."""
 
     type: str
     ttl: str | None = None
+
+    @property
+    def keep_s(self) -> float:
+        """For how long its client means them to be kept."""
+        return 3600.0 if self.ttl == "1h" else 300.0
 
 
 class Block(msgspec.Struct, frozen=True):

@@ -170,6 +170,31 @@ def test_unknown_fields_and_hints_are_taken() -> None:
     assert answer.status_code == 200
     post(plain, PATH, ASK | {"system": "rules", "tools": [CLOCK]})
     assert marked.requests[0].prompt == plain.requests[0].prompt
+    assert (marked.requests[0].keep_s, plain.requests[0].keep_s) == (3600.0, 0.0)
+
+
+MARK: dict[str, Any] = {"cache_control": {"type": "ephemeral"}}
+TEXT_BLOCK: dict[str, Any] = {"type": "text", "text": "hi"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        MARK,
+        {"system": [TEXT_BLOCK, TEXT_BLOCK | MARK]},
+        {"tools": [CLOCK | MARK]},
+        {"messages": [{"role": "user", "content": [TEXT_BLOCK | MARK, TEXT_BLOCK]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [TEXT_BLOCK | {"cache_control": {"type": "ephemeral", "ttl": "5m"}}]}
+            ]
+        },
+    ],
+)
+def test_a_mark_anywhere_asks_to_keep_the_context(fields: dict[str, Any]) -> None:
+    dispatcher = FakeDispatcher(say("x"))
+    post(dispatcher, PATH, ASK | fields)
+    assert dispatcher.requests[0].keep_s == 300.0
 
 
 @pytest.mark.parametrize(
