@@ -12,7 +12,7 @@ from xxhash import xxh3_64_digest
 from router.calls.call import Message, ToolCall
 from router.calls.custom import arguments_of
 from router.calls.events import Said
-from router.traces.turns import Story
+from router.traces.turns import KEY_BYTES, Story
 
 HERE = f"\ufdd1{secrets.token_hex(8)}\ufdd1"
 """Marks a place in what a template tells: nobody is shown it, and no stranger's text can hold it."""
@@ -29,7 +29,14 @@ def story(
     def said(at: int) -> bytes:
         return says(messages[at])
 
-    return Story(_key(_encode((tools, variables)), ""), [sent(message) for message in messages], said)
+    half = KEY_BYTES // 2
+    context = _key(_encode(tools), "")[:half] + _key(_encode(variables), "")[:half]
+    return Story(context, [sent(message) for message in messages], said)
+
+
+def same_tools(context: bytes, other: bytes) -> bool:
+    """Whether two contexts of stories differ in variables of the template alone."""
+    return context[: KEY_BYTES // 2] == other[: KEY_BYTES // 2]
 
 
 def sent(message: Message) -> bytes:

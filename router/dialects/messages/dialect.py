@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from router.calls.call import Call, Options, Wanted
+from router.calls.call import Call, Options, TraceFields, Wanted
 from router.calls.errors import CallFailed
 from router.calls.structured import schema_constraint
 from router.calls.text import Text
@@ -22,7 +22,8 @@ class Messages:
 
     def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, MessageTeller]:
         request = parse(body, MessagesRequest)
-        call = _call(request, f"msg_{fresh}", _options(request), len(body))
+        baseline = request.diagnostics.previous_message_id if request.diagnostics else None
+        call = _call(request, f"msg_{fresh}", _options(request), len(body), baseline)
         return call, MessageTeller(call.id, call.model)
 
     def counted(self, body: bytes, fresh: str) -> Call:
@@ -36,7 +37,7 @@ class Messages:
         return b"event: error\ndata: " + self.failed(failure) + b"\n\n"
 
 
-def _call(asked: Asked, name: str, options: Options, nbytes: int) -> Call:
+def _call(asked: Asked, name: str, options: Options, nbytes: int, baseline: str | None = None) -> Call:
     return Call(
         id=name,
         model=asked.model,
@@ -45,6 +46,7 @@ def _call(asked: Asked, name: str, options: Options, nbytes: int) -> Call:
         prompts=(conversation_of(asked),),
         where="messages",
         options=options,
+        trace=TraceFields(baseline=baseline),
         tenant=asked.cache_salt or "",
         nbytes=nbytes,
     )

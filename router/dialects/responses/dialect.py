@@ -38,6 +38,7 @@ class Responses(OpenAIErrors):
         instructions = _instructions(request)
         asked = asked_items(request.input)
         variables = _variables(request)
+        baseline = request.prompt_cache_options.comparison_response_id if request.prompt_cache_options else None
         conversation = Conversation((*instructions, *messages_of(asked)), names_of(known), variables=variables)
         call = Call(
             id=f"resp_{fresh}",
@@ -47,7 +48,7 @@ class Responses(OpenAIErrors):
             prompts=(conversation,),
             where="input",
             options=opts,
-            trace=request.trace_fields,
+            trace=msgspec.structs.replace(request.trace_fields, baseline=baseline),
             priority=request.priority,
             tenant=request.tenant,
             nbytes=len(body),
