@@ -95,7 +95,7 @@ class TokenPages:
         try:
             with self._calls.admission.admitted():
                 body = await self._body(request)
-                call = self._messages.counted(body, fresh_name(self._dice))
+                call = self._messages.counted(body, fresh_name(self._dice), self._calls)
                 call = caller_of(request.scope).placed(call)
                 return json_response(MessageTokens(await self._count(call)))
         except Exception as error:

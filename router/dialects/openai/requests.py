@@ -7,6 +7,7 @@ import msgspec
 from router.calls.call import Options, TraceFields
 from router.calls.errors import CallFailed, invalid, unsupported
 from router.calls.urgency import PRIORITY_MAX
+from router.dialects.body import ModelName
 from router.dialects.openai.agents import named_by
 from router.dialects.openai.structured import Wishes
 
@@ -29,7 +30,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class GenerationRequest(Wishes, frozen=True, kw_only=True):
     """The fields that the dialects share. Unknown ones are ignored."""
 
-    model: str
+    model: ModelName | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None

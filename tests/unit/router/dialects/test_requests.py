@@ -242,7 +242,7 @@ def test_wrong_types_name_their_field(fields: dict[str, Any], param: str) -> Non
 
 
 def test_missing_fields_are_named() -> None:
-    for body, param in ((b"{}", "model"), (b'{"model":"m"}', "messages")):
+    for body, param in ((b"{}", "messages"), (b'{"messages":[{}]}', "messages[0].role")):
         error = refused(lambda body=body: parse(body, ChatRequest))
         assert (error.param, error.code) == (param, "missing_required_parameter")
 
