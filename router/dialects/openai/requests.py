@@ -163,7 +163,7 @@ def _check_supported(request: GenerationRequest) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in accepted:
             raise unsupported(name, f"{name}={_short(value)}")
-    if request.best_of not in (None, 1, request.n):
+    if request.best_of not in (None, 0, 1, request.n):
         raise unsupported("best_of", "choosing the best of several completions (ask for n of them instead)")
     integer("priority", request.priority, -PRIORITY_MAX, PRIORITY_MAX, 0)
     if request.stop_token_ids is not None and len(request.stop_token_ids) > STOP_TOKENS_MAX:

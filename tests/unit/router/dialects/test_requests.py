@@ -116,7 +116,7 @@ def test_what_completions_cannot_honour_is_said(fields: dict[str, Any]) -> None:
 
 def test_the_best_of_as_many_is_each() -> None:
     assert options(text(best_of=2, n=2)) == options(text(n=2))
-    assert options(text(best_of=1)) == options(text())
+    assert options(text(best_of=1)) == options(text(best_of=0)) == options(text())
 
 
 def test_a_completion_has_sixteen_tokens_unless_more_are_asked_for() -> None:
