@@ -59,15 +59,17 @@ class Calls:
         served = self._served.get(model)
         return next(iter(self._served.values())).text if served is None else served.text
 
+    def named(self, name: str | None) -> str:
+        """What a call asks for that says this; the first model's name where it says none."""
+        return name or next(iter(self._served))
+
     def model(self, name: str | None) -> str:
-        """The name of a model that may be asked for; None: the only one.
+        """The same, of a model that may be asked for.
 
         Raises:
-            CallFailed: there is none of that name, or there are several.
+            CallFailed: there is none of that name.
         """
-        if name is None and len(self._served) > 1:
-            raise invalid("there are several models: name one", "model", "missing_required_parameter")
-        found = next(iter(self._served)) if name is None else name
+        found = self.named(name)
         if found not in self._served:
             raise model_not_found(found)
         return found

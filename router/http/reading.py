@@ -7,8 +7,7 @@ from router.calls.call import Call
 from router.calls.errors import CallFailed
 from router.calls.mending import mended
 from router.calls.noise import without_noise
-from router.calls.text import Text
-from router.dialects.base import Dialect, Teller
+from router.dialects.base import Dialect, Models, Teller
 from router.dialects.body import INVALID_JSON
 
 T = TypeVar("T", bound=Teller)
@@ -18,15 +17,13 @@ WARNING = b"x-tracehaul-warning"
 """One header for each thing of a body that was not taken as it is."""
 
 
-def read(
-    dialect: Dialect[T], body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]
-) -> tuple[Call, T, list[str]]:
+def read(dialect: Dialect[T], body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, T, list[str]]:
     """As :meth:`router.dialects.base.Dialect.read`, and with warnings.
 
     Raises:
         CallFailed: likewise.
     """
-    (call, teller), warnings = mending(body, lambda data: dialect.read(data, fresh, created, text_of))
+    (call, teller), warnings = mending(body, lambda data: dialect.read(data, fresh, created, models))
     call, dropped = quiet(call)
     return call, teller, [*warnings, *dropped]
 

@@ -103,7 +103,7 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
 
     def counted(self, body: bytes, caller: Caller) -> Call:
         """The call whose prompt such a body has. Raises CallFailed as the dialect and :meth:`continued` do."""
-        call, teller = self._dialect.read(body, fresh_name(self._dice), 0, self._calls.text)
+        call, teller = self._dialect.read(body, fresh_name(self._dice), 0, self._calls)
         return self.continued(caller.placed(call), teller)[0]
 
     def continued(self, call: Call, teller: ResponseTeller) -> tuple[Call, Turn | None]:

@@ -86,7 +86,7 @@ class TokenPages:
 
         async def count(request: Request, caller: Caller, body: bytes) -> _Counted:
             fresh = fresh_name(self._dice)
-            call, warnings = mending(body, lambda data: self._messages.counted(data, fresh))
+            call, warnings = mending(body, lambda data: self._messages.counted(data, fresh, self._calls))
             call, dropped = quiet(caller.placed(call))
             return _Counted(MessageTokens(len(await self._ids(request, call))), [*warnings, *dropped])
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from router.dialects.body import ModelName
 from router.dialects.openai.requests import INTEGER_MAX, SALT_CHARACTERS_MAX, STOP_CHARACTERS_MAX
 
 STOPS_MAX = 64
@@ -104,7 +105,7 @@ class DiagnosticsAsked(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints take. Unknown fields are ignored."""
 
-    model: str
+    model: ModelName | None = None
     messages: list[Message]
     system: str | list[Block] | None = None
     tools: list[Tool] | None = None

@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from router.calls.call import Call, Plain
 from router.calls.errors import invalid
+from router.dialects.body import ModelName
 from router.dialects.chat.requests import ChatMessage, ChatRequest
 from router.dialects.chat.template import conversation_of
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
@@ -18,8 +19,7 @@ TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """``POST /tokenize``: a prompt, or messages as in chat completions. Unknown fields are ignored."""
 
-    model: str | None = None
-    """May be left out where there is one."""
+    model: ModelName | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -46,7 +46,7 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """``POST /detokenize``."""
 
     tokens: list[TokenId]
-    model: str | None = None
+    model: ModelName | None = None
 
 
 class Detokenized(msgspec.Struct, frozen=True):
