@@ -1,7 +1,7 @@
 """What clients receive from ``/v1/messages``. Pure."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from blake3 import blake3
@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.calls.errors import CallFailed
+from router.calls.slips import is_object
 from router.dialects.blocks import Block
 from router.dialects.openai.usage import ClusterUsage, usage_of
 from tracehaul.wire.steps import FinishReason
@@ -184,8 +185,4 @@ def signature(thinking: str) -> str:
 
 def _input(arguments: str) -> msgspec.Raw:
     """An object, as it was written; where the answer was cut in it, an empty one."""
-    try:
-        parsed: Any = msgspec.json.decode(arguments)
-    except (ValueError, RecursionError):
-        parsed = None
-    return msgspec.Raw(arguments.encode()) if isinstance(parsed, dict) else msgspec.Raw(b"{}")
+    return msgspec.Raw(arguments.encode() if is_object(arguments) else b"{}")

@@ -249,6 +249,13 @@ def test_calls_of_tools() -> None:
     assert answer.json()["stop_reason"] == "tool_use"
 
 
+def test_deep_arguments_are_told() -> None:
+    deep = '{"a":' * 3000 + "1" + "}" * 3000
+    dispatcher = FakeDispatcher(say(f'<tool_call>{{"name": "clock", "arguments": {deep}}}</tool_call>'), 1 << 16)
+    (answer,) = post(dispatcher, PATH, ASK | {"tools": [CLOCK]})
+    assert f'"input":{deep}' in answer.text
+
+
 def test_one_call_at_a_time() -> None:
     choice = {"type": "auto", "disable_parallel_tool_use": True}
     (answer,) = post(FakeDispatcher(say(CALLS)), PATH, ASK | {"tools": [CLOCK], "tool_choice": choice})

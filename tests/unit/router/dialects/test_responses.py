@@ -210,6 +210,32 @@ def test_calls_of_functions() -> None:
     assert len({text["id"], first["id"], second["id"]}) == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "stops", "statuses"),
+    [
+        (CALLS, None, ["completed"] * 3),
+        ('<tool_call>{"name": "clock", "arguments": {"zone": "東京 日本"}}</tool_call>', ["日"], ["incomplete"]),
+        ('<tool_call>{"name": "clock", "arguments": {"zone": "a', None, ["incomplete"]),
+        ('<tool_call>{"name": "patch", "arguments": {"input": "a', None, ["incomplete"]),
+        ('<tool_call>{"name": "patch", "arguments": {"input": "a"}}</tool_call>', None, ["completed"]),
+        ('<tool_call>{"name": "clock", "arguments": ' + '{"a":' * 3000 + "1" + "}" * 3001, None, ["completed"]),
+    ],
+    ids=["whole", "a stop string", "the model's end", "custom", "custom, whole", "deep"],
+)
+def test_a_call_that_was_cut_is_incomplete(
+    answer: str, stops: list[str] | None, statuses: list[str], stream: bool
+) -> None:
+    tools = [CLOCK, {"type": "custom", "name": "patch"}]
+    fields: dict[str, Any] = {"tools": tools, "stream": stream} | ({"stop": stops} if stops else {})
+    (answered,) = post(FakeDispatcher(say(answer), context_max=1 << 16), PATH, ASK | fields)
+    events = told(answered.text) if stream else []
+    response = events[-1]["response"] if stream else answered.json()
+    assert [item["status"] for item in response["output"]] == statuses
+    done = [event["item"]["status"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == (statuses if stream else [])
+
+
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [
