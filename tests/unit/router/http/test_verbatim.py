@@ -285,6 +285,8 @@ def test_what_a_client_changed_is_said() -> None:
         assert (found.section, found.message) == ("messages", 1)
         found = await changed([*opening, told, result], tools=[TOOL | {"function": {"name": "other"}}])
         assert (found.section, found.message) == ("tools", None)
+        found = await changed([*opening, told, result], chat_template_kwargs={"mood": "calm"})
+        assert (found.section, found.message) == ("variables", None)
 
     asyncio.run(main())
 
