@@ -283,10 +283,10 @@ def test_what_a_client_changed_is_said() -> None:
         assert found.characters == len(model.raw(talk.before)) - found.offset
         found = await changed([rule, USER | {"content": "go on"}, told, result])
         assert (found.section, found.message) == ("messages", 1)
-        found = await changed([*opening, told, result], tools=[TOOL | {"function": {"name": "other"}}])
-        assert (found.section, found.message) == ("tools", None)
         found = await changed([*opening, told, result], chat_template_kwargs={"mood": "calm"})
         assert (found.section, found.message) == ("variables", None)
+        found = await changed([*opening, told, result], tools=[TOOL | {"function": {"name": "other"}}])
+        assert (found.section, found.message) == ("tools", None)
 
     asyncio.run(main())
 
