@@ -39,4 +39,4 @@ def note(source: ModelSource) -> str:
         return ""  # who needs it will tell
     if template is None:
         return f"{source.name} has no chat template: only plain completions are possible"
-    return f"{source.name}'s chat template: {template.needs.note}" if template.needs.note else ""
+    return f"{source.name}'s chat template: {template.note}" if template.note else ""

@@ -40,6 +40,15 @@ class ChatTemplate:
         self.needs = self._probed()
         """What it does not take by itself."""
 
+    @property
+    def note(self) -> str:
+        """What a person who serves the model should know of it, in a line; empty if nothing."""
+        try:
+            self.render(_ASKED)
+        except InvalidRequest as error:
+            return f"it refuses even a single question ({error.__cause__})"
+        return self.needs.note
+
     def render(
         self,
         messages: Sequence[Message],

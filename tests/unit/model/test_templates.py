@@ -177,8 +177,11 @@ def test_tools_that_a_template_never_shows_are_told_by_the_system() -> None:
     assert shown.endswith("</tool_call>[user]u")
     assert template.render([{"role": "system", "content": "s"}, USER], [tool]).startswith("[system]s\n\nYou can call")
     assert template.render([USER]) == "[user]u"
-    assert "never shows tools" in template.needs.note
-    assert ChatTemplate(PLAIN, {}).needs.note == ""
+    assert "never shows tools" in template.note
+    assert ChatTemplate(PLAIN, {}).note == ""
+    assert (
+        ChatTemplate("{{ 'x' + functions }}", {}).note == "it refuses even a single question ('functions' is undefined)"
+    )
 
 
 def test_variables_are_passed_on_and_take_nothing_over() -> None:
