@@ -25,10 +25,11 @@ from router.http.asgi import Reply
 from router.http.config import ApiConfig
 from router.http.endpoint import Collected, Endpoint
 from router.http.entrance import Edge
+from router.http.errors import STATUS
 from router.http.pages import json_response
 from router.http.traces import page_limit, salt
 from router.http.translate import translate
-from router.http.visits import Visit
+from router.http.visits import LEFT, Visit
 from tracehaul.runtime import clock
 
 
@@ -84,7 +85,7 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
             tenant = call.tenant if call.quota is None else call.quota
             self._check_room(tenant, shared=visit.caller.key is not None)
             self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
-            work = self._work(call, teller, headers, fresh, visit.caller)
+            work = self._work(call, teller, headers, fresh, visit.again())
             task = asyncio.create_task(work, name=f"background-{call.id}")
             self._running[key] = _Running(task, teller.begun, tenant)
             self._edge.gate.went_on(visit.caller)
@@ -166,13 +167,15 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         self._edge.gate.ended(caller)
 
     async def _work(
-        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, caller: Caller
+        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, visit: Visit
     ) -> None:
         """Run a call that nobody waits for; whatever happens is told in its response."""
-        key, gate = (call.tenant, call.id), self._edge.gate
+        key, gate, caller = (call.tenant, call.id), self._edge.gate, visit.caller
         teller.keep = lambda response: self.kept.change(key, response, ended=True)
+        status = LEFT
         try:
             with self._calls.admission.admitted(), self._calls.identified(call, headers, fresh) as identity:
+                visit.trace = identity.trace
                 async with await self._calls.accept(call, identity) as run:
                     going = msgspec.structs.replace(teller.begun, status="in_progress")
                     self.kept.change(key, going, ended=False)
@@ -183,9 +186,15 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
                             await run.next()
                     finally:
                         gate.spent(caller, run.output_tokens)
+                        self._edge.visits.ran(visit, run)
                     teller.whole(run.choices(), run.usage())
+            status = 200
         except Exception as error:
-            self.kept.change(key, teller.failed(translate(error)), ended=True)
+            failure = translate(error)
+            status = STATUS[failure.cause]
+            self.kept.change(key, teller.failed(failure), ended=True)
+        finally:
+            self._edge.visits.over(visit, status, None)
 
     async def cancel(self, key: Key) -> None:
         """End a response that runs in the background; returns when it has."""

@@ -1,4 +1,5 @@
-"""The access log: one line for each request, and nothing of its content unless that is asked for."""
+"""The access log: one line for each request, one more for what runs in the background after it, and nothing of its
+content unless that is asked for."""
 
 from router.calls.events import Usage
 from router.calls.run import Run
@@ -30,6 +31,12 @@ class Visit:
         self.asked = ""
         self.answered = ""
         self.began_s = clock.now_s()
+
+    def again(self) -> "Visit":
+        """For what goes on after its answer, and has a line of its own."""
+        visit = Visit(self.request, self.method, self.path)
+        visit.caller, visit.tenant, visit.model, visit.asked = self.caller, self.tenant, self.model, self.asked
+        return visit
 
 
 class Visits:

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -306,6 +307,20 @@ class Lines(logging.Handler):
             self.fields.append(record.__dict__["tracehaul_fields"])
 
 
+@contextmanager
+def logged() -> Iterator[list[dict[str, Any]]]:
+    """The lines that are written meanwhile."""
+    handler, logger = Lines(), logging.getLogger("router.http.visits")
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        yield handler.fields
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("keys", "config", "lines"),
     [
@@ -325,19 +340,12 @@ def test_the_access_log(keys: Sequence[Key] | None, config: ApiConfig, lines: in
         await send(ACME, "GET", "/v1/traces/mine", x_request_id="two")
         await send(ACME, "GET", "/health")
 
-    handler, logger = Lines(), logging.getLogger("router.http.visits")
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
+    with logged() as fields:
         served(use, keys, config=config, dispatcher=FakeDispatcher(say("hidden words")))
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    assert len(handler.fields) == lines
+    assert len(fields) == lines
     if not lines:
         return
-    called, streamed, refused, page = handler.fields
+    called, streamed, refused, page = fields
     assert (called["request"], called["trace"], called["status"]) == ("one", "mine", 200)
     assert called["model"] == "org/fake"
     assert called["output_tokens"] == len("hidden words") + 1
@@ -348,9 +356,32 @@ def test_the_access_log(keys: Sequence[Key] | None, config: ApiConfig, lines: in
     assert streamed["output_tokens"] == called["output_tokens"]
     assert refused["status"] == (403 if keys else 404)
     assert (page["path"], page["request"], page["status"]) == ("/v1/traces/mine", "two", 200)
-    said = json.dumps(handler.fields)
+    said = json.dumps(fields)
     assert ("secret words" in said) == ("hidden words" in said) == config.log_content
     assert secret(ACME) not in said
+
+
+def test_what_runs_in_the_background_has_a_line_when_it_ends() -> None:
+    async def use(send: Send) -> None:
+        body = {"model": "org/fake", "input": "hi", "background": True}
+        for name in ("one", "two"):
+            made = (await send(ACME, "POST", "/v1/responses", body, x_trace_id="mine", x_request_id=name)).json()
+            if name == "two":
+                await send(ACME, "POST", f"/v1/responses/{made['id']}/cancel")
+            status = "queued"
+            while status in ("queued", "in_progress"):
+                await asyncio.sleep(0.01)
+                status = (await send(ACME, "GET", f"/v1/responses/{made['id']}")).json()["status"]
+
+    with logged() as fields:
+        served(use, dispatcher=FakeDispatcher(say("hi", delay_s=0.02)))
+    begun, ended, again, cancelled = [line for line in fields if line["path"] == "/v1/responses"]
+    assert (begun["request"], begun["status"], "output_tokens" in begun) == ("one", 200, False)
+    assert (ended["request"], ended["status"], ended["output_tokens"], ended["trace"]) == ("one", 200, 3, "mine")
+    assert (ended["tenant"], ended["key"], ended["model"]) == ("acme", ACME, "org/fake")
+    assert ended["took_s"] > 0
+    assert (again["request"], again["status"]) == ("two", 200)
+    assert (cancelled["request"], cancelled["status"]) == ("two", 499)
 
 
 def test_a_file_of_keys_is_strict() -> None:
