@@ -47,6 +47,23 @@ def test_a_message(client: anthropic.Anthropic) -> None:
     assert counted.input_tokens == answer.usage.input_tokens + answer.usage.cache_read_input_tokens
 
 
+def test_why_less_is_cached(client: anthropic.Anthropic) -> None:
+    first = client.messages.create(**ask("hi", system="rules"), diagnostics={"previous_message_id": None})
+    assert first.diagnostics is None
+    compared: Any = {"diagnostics": {"previous_message_id": first.id}}
+    assert client.messages.create(**ask("hi", system="rules"), **compared).diagnostics is None
+    changed = client.messages.create(**ask("hi", system="other"), **compared).diagnostics
+    assert changed is not None
+    assert changed.cache_miss_reason is not None
+    assert changed.cache_miss_reason.type == "system_changed"
+    assert changed.cache_miss_reason.cache_missed_input_tokens >= 0
+    with client.messages.stream(**ask("hi", system="others"), **compared) as stream:
+        told = stream.get_final_message().diagnostics
+    assert told is not None
+    assert told.cache_miss_reason is not None
+    assert told.cache_miss_reason.type == "system_changed"
+
+
 def test_a_stream_adds_up(client: anthropic.Anthropic) -> None:
     with client.messages.stream(**ask("slow", stop_sequences=["three"])) as stream:
         assert "".join(stream.text_stream) == "one two "

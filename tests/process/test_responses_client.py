@@ -47,6 +47,22 @@ def test_a_response_is_made_and_found_again(client: openai.OpenAI) -> None:
         client.responses.retrieve(made.id)
 
 
+def test_why_less_is_cached(client: openai.OpenAI) -> None:
+    first = client.responses.create(model=MODEL, input="hi", instructions="rules")
+    options: Any = {"prompt_cache_options": {"comparison_response_id": first.id}}
+    same = client.responses.create(model=MODEL, input="hi", instructions="rules", **options)
+    assert same.prompt_cache_diagnostics is not None
+    assert same.prompt_cache_diagnostics.type == "cache_hit"
+    changed = client.responses.create(model=MODEL, input="hi", instructions="other", **options)
+    assert changed.prompt_cache_diagnostics is not None
+    assert changed.prompt_cache_diagnostics.type == "cache_miss"
+    assert changed.prompt_cache_diagnostics.reason == "input_changed"
+    options = {"prompt_cache_options": {"comparison_response_id": "resp_none"}}
+    unknown = client.responses.create(model=MODEL, input="hi", **options)
+    assert unknown.prompt_cache_diagnostics is not None
+    assert unknown.prompt_cache_diagnostics.type == "comparison_response_not_found"
+
+
 def test_a_stream_adds_up(client: openai.OpenAI) -> None:
     events = list(client.responses.create(model=MODEL, input="slow", stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
