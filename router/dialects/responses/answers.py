@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.dialects.openai.usage import ClusterUsage, usage_of
@@ -120,7 +121,8 @@ class Incomplete(msgspec.Struct, frozen=True):
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """A response, as far as it is. What a request said and nothing came of is null."""
+    """A response, as far as it is. What a request said and nothing came of is null, or left out
+    where OpenAI's own description has no null."""
 
     id: str
     created_at: int
@@ -140,7 +142,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     previous_response_id: str | None = None
     prompt_cache_key: str | None = None
     reasoning: dict[str, str | None] = {}
-    safety_identifier: str | None = None
+    safety_identifier: str | UnsetType = UNSET
     service_tier: Literal["default"] = "default"
     store: bool = True
     temperature: float = 1.0
@@ -151,7 +153,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
-    user: str | None = None
+    user: str | UnsetType = UNSET
 
 
 def response_usage(told: events.Usage) -> ResponseUsage:
