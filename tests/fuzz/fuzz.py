@@ -130,10 +130,30 @@ def cut(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         for method in METHODS:
             if method in methods and "200" in own.get(method, {}).get("responses", {}):
                 statuses = {status: {"description": ""} for status in own[method]["responses"]}
-                told = methods[method] | {"responses": statuses | {"200": methods[method]["responses"]["200"]}}
+                good = methods[method]["responses"]["200"]
+                good = good | {"content": own[method]["responses"]["200"]["content"] | good.get("content", {})}
+                told = methods[method] | {"responses": statuses | {"200": good}}
                 paths.setdefault(base + path, {k: v for k, v in methods.items() if k not in METHODS})[method] = told
     assert paths, "nothing of it is served here"
-    return {"openapi": theirs["openapi"], "info": theirs["info"], "paths": paths, "components": theirs["components"]}
+    return undiscriminated(
+        {
+            "openapi": theirs["openapi"],
+            "info": theirs["info"],
+            "paths": paths,
+            "components": {"schemas": ours["components"]["schemas"] | theirs["components"]["schemas"]},
+        }
+    )
+
+
+def undiscriminated(told: Any) -> Any:
+    """Without what says how to choose among schemas: several of OpenAI's have the same value there."""
+    if isinstance(told, list):
+        return [undiscriminated(each) for each in told]
+    if not isinstance(told, dict):
+        return told
+    hints = told.get("discriminator")
+    drop = isinstance(hints, dict) and isinstance(hints.get("propertyName"), str)
+    return {key: undiscriminated(value) for key, value in told.items() if not (drop and key == "discriminator")}
 
 
 def plain(path: str) -> str:

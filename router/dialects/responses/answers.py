@@ -140,7 +140,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     output: Sequence[OutputItem] = ()
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
-    prompt_cache_key: str | None = None
+    prompt_cache_key: str | UnsetType = UNSET
     reasoning: dict[str, str | None] = {}
     safety_identifier: str | UnsetType = UNSET
     service_tier: Literal["default"] = "default"

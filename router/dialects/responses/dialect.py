@@ -112,7 +112,7 @@ def _begun(request: ResponsesRequest, name: str, created: int, tools: list[dict[
         metadata=request.metadata or {},
         parallel_tool_calls=request.parallel_tool_calls is not False,
         previous_response_id=request.previous_response_id,
-        prompt_cache_key=request.prompt_cache_key,
+        prompt_cache_key=_said(request.prompt_cache_key),
         reasoning={
             "effort": reasoning.effort if reasoning else None,
             "summary": (reasoning.summary or reasoning.generate_summary) if reasoning else None,

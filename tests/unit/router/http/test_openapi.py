@@ -202,12 +202,11 @@ def test_what_cannot_be_honoured_is_told(path: str) -> None:
 
 def test_what_no_response_says_of_its_caller_is_left_out() -> None:
     """OpenAI's own description has no null there."""
-    plain, said = answers(
-        ("POST", "/v1/responses", {"model": "org/fake", "input": "hi"}),
-        ("POST", "/v1/responses", {"model": "org/fake", "input": "hi", "user": "u", "safety_identifier": ""}),
-    )
-    assert not {"user", "safety_identifier"} & plain.json().keys()
-    assert (said.json()["user"], said.json()["safety_identifier"]) == ("u", "")
+    said = {"user": "u", "safety_identifier": "", "prompt_cache_key": "k"}
+    asked = {"model": "org/fake", "input": "hi"}
+    plain, full = answers(("POST", "/v1/responses", asked), ("POST", "/v1/responses", asked | said))
+    assert not said.keys() & plain.json().keys()
+    assert {name: full.json()[name] for name in said} == said
 
 
 LEAF = (
