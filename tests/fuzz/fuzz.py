@@ -171,8 +171,7 @@ def configured(models: list[str], responses: list[str], traces: list[str]) -> st
     lines: list[str] = []
     for name, values in (("models", models), ("responses", responses), ("traces", traces)):
         lines += [f"[dictionaries.{name}]", f"values = {json.dumps(values)}"]
-    lines += ["[parameters]", '"body.model" = { dictionary = "models", probability = 0.9 }']
-    lines += ['"body.previous_response_id" = { dictionary = "responses", probability = 0.5 }']
+    lines += ["[parameters]", '"body.previous_response_id" = { dictionary = "responses", probability = 0.5 }']
     for name, parameters in PARAMETERS.items():
         chosen = f'{{ dictionary = "{name}", probability = 0.7 }}'
         lines += ["[[operations]]", f'include-path-regex = "^/v1/{name}/"', "[operations.parameters]"]

@@ -17,17 +17,31 @@ FIELDS = {
     "/v1/messages": ("max_tokens",),
     "/v1/responses/input_tokens": (),
 }
+INTEGER_MAX = 2**53
 counts: Counter[str] = Counter()
+
+
+def whole(value: Any) -> Any:
+    """Without a fraction of zero: to JSON Schema 1.0 is an integer, and to those who type it not."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < INTEGER_MAX:
+        return int(value)
+    if isinstance(value, list):
+        return [whole(each) for each in value]
+    return {name: whole(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """A call asks for a model, where it may but does not, and for at most so many tokens."""
-    body, fields = case.body, FIELDS.get(case.path)
-    if fields is None or not isinstance(body, dict):
+    """What should be right asks for a model that is there, and its numbers are written as they are meant; a call asks
+    for at most so many tokens."""
+    if not isinstance(case.body, dict):
         return
+    fields = FIELDS.get(case.path)
     if case.meta is not None and case.meta.generation.mode.is_positive:
-        body.setdefault("model", os.environ["FUZZ_MODEL"])
+        case.body = whole(case.body)
+        if fields is not None or "model" in case.body:
+            case.body["model"] = os.environ["FUZZ_MODEL"]
+    body = case.body
     if LIMIT is None or not fields:
         return
     for name in fields:
