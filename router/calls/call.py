@@ -115,6 +115,8 @@ class TraceFields(msgspec.Struct, frozen=True):
     """A name of the task or of one of its agents, in whatever words."""
     parent: str | None = None
     """A name of what began that, likewise."""
+    baseline: str | None = None
+    """The answer with whose call the client compares this one: why is less of it cached than was to be expected?"""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):

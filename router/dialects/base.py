@@ -1,12 +1,24 @@
 """What a dialect is: a form in which clients ask and are answered."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from router.calls.call import Call
 from router.calls.errors import CallFailed
 from router.calls.events import CallEvent, Choice, Usage
 from router.calls.text import Text
+
+
+class Models(Protocol):
+    """The models that may be asked for."""
+
+    def named(self, name: str | None) -> str:
+        """What a call asks for that says this; the first model's name where it says none."""
+        ...
+
+    def text(self, model: str) -> Text:
+        """Of that model; of any other where it is not known, for a call that will be refused."""
+        ...
 
 
 class Teller(Protocol):
@@ -36,14 +48,14 @@ class Dialect(Protocol[T_co]):
         """What a stream says in silence."""
         ...
 
-    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, T_co]:
+    def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, T_co]:
         """What a body asks for, and who tells the answer.
 
         Args:
             body: as the client sent it.
             fresh: told from all others, for the call's name.
             created: seconds since 1970.
-            text_of: a model's; reads the tokens that logprobs are of.
+            models: name the one that is meant where the body names none, and read the tokens that logprobs are of.
 
         Raises:
             CallFailed: it is no body of this dialect, or asks for what cannot be honoured.

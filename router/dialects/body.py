@@ -1,13 +1,16 @@
 """From a body's bytes to the type that a dialect gives it. Pure."""
 
 import re
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from router.calls.errors import invalid
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+ModelName = Annotated[str, Meta(description="Left out or empty: the first model that is served.")]
 
 _PATH = re.compile(r" - at `\$\.?([^`]*)`$")
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")

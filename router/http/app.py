@@ -77,7 +77,7 @@ def create_app(
     logged = keyring is not None if config.access_log is None else config.access_log
     edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
     responses = ResponsesEndpoint(calls, config, dice, edge)
-    tokens = TokenPages(calls, dispatcher, responses, config, offload, dice)
+    tokens = TokenPages(calls, dispatcher, responses, config, offload, dice, edge.gate, _told)
     endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
     endpoints["/v1/responses"] = responses
     called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]

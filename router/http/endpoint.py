@@ -109,7 +109,7 @@ class Endpoint(Generic[T]):
         if self._edge.visits.content:
             visit.asked = body.decode(errors="replace")
         fresh = fresh_name(self._dice)
-        call, teller, warnings = read(self._dialect, body, fresh, int(wall_s()), self._calls.text)
+        call, teller, warnings = read(self._dialect, body, fresh, int(wall_s()), self._calls)
         reply.headers += [(WARNING, warning.encode()) for warning in warnings]
         call = caller.placed(call)
         visit.model, visit.tenant = call.model, call.tenant if call.quota is None else call.quota

@@ -86,12 +86,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/responses/{id}/input_items"): Operation(
         "What it answers", None, ItemPage, (400, 404), query=(*_PAGES, "order")
     ),
-    ("POST", "/v1/responses/input_tokens"): Operation("Count its prompt", ResponsesRequest, ResponseTokens, CALL),
-    ("POST", "/v1/messages/count_tokens"): Operation(
-        "Count its prompt", MessagesRequest, MessageTokens, CALL, error=MessagesError
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        "Count its prompt", ResponsesRequest, ResponseTokens, CALL, limited=True
     ),
-    ("POST", "/tokenize"): Operation("A prompt in tokens", TokenizeRequest, Tokenized, CALL),
-    ("POST", "/detokenize"): Operation("Tokens as text", DetokenizeRequest, Detokenized, CALL),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "Count its prompt", MessagesRequest, MessageTokens, CALL, limited=True, error=MessagesError
+    ),
+    ("POST", "/tokenize"): Operation("A prompt in tokens", TokenizeRequest, Tokenized, CALL, limited=True),
+    ("POST", "/detokenize"): Operation("Tokens as text", DetokenizeRequest, Detokenized, CALL, limited=True),
     ("GET", "/v1/models"): Operation("What can be asked for now", None, ModelList),
     ("GET", "/v1/models/{name}"): Operation("One of those", None, ModelEntry, (404,)),
     ("GET", "/v1/traces"): Operation("Traces, the last used first", None, TraceList, (400,), query=_PAGES),

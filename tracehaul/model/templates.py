@@ -118,6 +118,10 @@ class ChatTemplate:
             needs = needs.but(turns=True)
         if not self._shows(needs, _SYSTEMS, "first rule", "second rule", "late rule"):
             needs = needs.but(one_system=True)
+        if not (self._shows(needs, _UNASKED, "first rule") and self._shows(needs, _UNASKED, tools=filled([_TOOL]))):
+            needs = needs.but(user=True)
+        if not self._shows(needs, _SILENT, "first said", "second said"):
+            needs = needs.but(words=True)
         return needs.but(**self._tools_at(needs))
 
     def _tools_at(self, needs: Needs) -> dict[str, Any]:
@@ -194,6 +198,8 @@ _SYSTEMS: list[Message] = [
     {"role": "system", "content": "late rule"},
     _USER,
 ]
+_UNASKED: list[Message] = _SYSTEMS[:1]
+_SILENT: list[Message] = [_USER, {"role": "assistant", "content": ""}, _NEIGHBOURS[1]]
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "probe_one", "description": "", "parameters": {"type": "object", "properties": {}}},

@@ -1,9 +1,7 @@
 """``/v1/chat/completions``: a conversation in, messages out."""
 
-from collections.abc import Callable
-
 from router.calls.call import Call
-from router.calls.text import Text
+from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.chat.functions import asked
 from router.dialects.chat.requests import ChatRequest
@@ -19,14 +17,14 @@ from router.dialects.openai.tools import tools_of
 class Chat(OpenAIErrors):
     """The dialect."""
 
-    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, ChatTeller]:
+    def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, ChatTeller]:
         request = parse(body, ChatRequest)
         opts = options(request)
         asks = asked(request)
         conversation = conversation_of(request, asks.tools)
         call = Call(
             id=f"chatcmpl-{fresh}",
-            model=request.model,
+            model=models.named(request.model),
             wanted=wanted_of(request),
             tools=tools_of(asks.tools, asks.choice, asks.parallel),
             prompts=(conversation,),
@@ -37,6 +35,6 @@ class Chat(OpenAIErrors):
             tenant=request.tenant,
             nbytes=len(body),
         )
-        text = text_of(call.model)
+        text = models.text(call.model)
         head = Head(call.id, created, call.model, fingerprint(text), told_of(request, text.chat_template))
         return call, ChatTeller(head, opts, text, older=asks.older)

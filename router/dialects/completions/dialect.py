@@ -1,9 +1,7 @@
 """``/v1/completions``: texts or token ids in, what follows them out."""
 
-from collections.abc import Callable
-
 from router.calls.call import Call, Ids, Plain
-from router.calls.text import Text
+from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.completions.infill import infilled
 from router.dialects.completions.requests import CompletionRequest, split
@@ -17,14 +15,15 @@ from router.dialects.openai.structured import wanted_of
 class Completions(OpenAIErrors):
     """The dialect."""
 
-    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, TextTeller]:
+    def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, TextTeller]:
         request = parse(body, CompletionRequest)
         opts = options(request)
-        text = text_of(request.model)
+        model = models.named(request.model)
+        text = models.text(model)
         prompts = infilled(split(request.prompt), request, text)
         call = Call(
             id=f"cmpl-{fresh}",
-            model=request.model,
+            model=model,
             wanted=wanted_of(request),
             prompts=tuple(Plain(prompt) if isinstance(prompt, str) else Ids(prompt) for prompt in prompts),
             where="prompt",

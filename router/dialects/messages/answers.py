@@ -1,10 +1,11 @@
 """What clients receive from ``/v1/messages``. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from blake3 import blake3
+from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.calls.errors import CallFailed
@@ -12,7 +13,22 @@ from router.dialects.blocks import Block
 from router.dialects.openai.usage import ClusterUsage, usage_of
 from tracehaul.wire.steps import FinishReason
 
+MissReason = Literal[
+    "model_changed",
+    "system_changed",
+    "tools_changed",
+    "messages_changed",
+    "previous_message_not_found",
+    "unavailable",
+]
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+_CHANGED: Mapping[str, MissReason] = {
+    "model": "model_changed",
+    "system": "system_changed",
+    "tools": "tools_changed",
+    "messages": "messages_changed",
+}
+"""By :attr:`router.calls.events.Compared.outcome`."""
 ERRORS = {
     "unauthorized": "authentication_error",
     "forbidden": "permission_error",
@@ -72,6 +88,20 @@ class MessageUsage(msgspec.Struct, frozen=True):
     service_tier: None = None
 
 
+class CacheMissReason(msgspec.Struct, frozen=True):
+    """Why a beginning of the prompt that was computed before was of no use."""
+
+    type: MissReason
+    cache_missed_input_tokens: int | UnsetType = UNSET
+    """Only where something changed."""
+
+
+class Diagnostics(msgspec.Struct, frozen=True):
+    """``diagnostics``."""
+
+    cache_miss_reason: CacheMissReason
+
+
 class Answer(msgspec.Struct, frozen=True):
     """A message, as far as it is."""
 
@@ -81,6 +111,8 @@ class Answer(msgspec.Struct, frozen=True):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+    diagnostics: Diagnostics | None = None
+    """None: they were not asked for, or nothing differs."""
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
     stop_details: None = None
@@ -116,6 +148,21 @@ def message_usage(told: events.Usage) -> MessageUsage:
     """A call's usage."""
     fresh = told.prompt_tokens - told.cached_tokens
     return MessageUsage(fresh, 0, told.cached_tokens, told.output_tokens, usage_of(told).tracehaul)
+
+
+def diagnostics(told: events.Usage) -> Diagnostics | None:
+    """What the comparison with an earlier message has shown."""
+    compared = told.compared
+    match None if compared is None else compared.outcome:
+        case None | "same":
+            return None
+        case "unknown":
+            return Diagnostics(CacheMissReason("previous_message_not_found"))
+        case "elsewhere" | "variables":
+            return Diagnostics(CacheMissReason("unavailable"))
+        case "model" | "tools" | "system" | "messages" as section:
+            assert compared is not None
+            return Diagnostics(CacheMissReason(_CHANGED[section], compared.tokens))
 
 
 def stop_reason(reason: FinishReason, called: bool, stop: str | None) -> StopReason:

@@ -1,13 +1,11 @@
 """``/v1/messages``: blocks in, blocks out."""
 
-from collections.abc import Callable
-
 import msgspec
 
-from router.calls.call import Call, Options, Wanted
+from router.calls.call import Call, Options, TraceFields, Wanted
 from router.calls.errors import CallFailed
 from router.calls.structured import schema_constraint
-from router.calls.text import Text
+from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.messages.answers import error_body
 from router.dialects.messages.conversation import conversation_of, tools_asked
@@ -20,14 +18,15 @@ class Messages:
 
     keepalive = PING
 
-    def read(self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]) -> tuple[Call, MessageTeller]:
+    def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, MessageTeller]:
         request = parse(body, MessagesRequest)
-        call = _call(request, f"msg_{fresh}", _options(request), len(body))
+        baseline = request.diagnostics.previous_message_id if request.diagnostics else None
+        call = _call(request, f"msg_{fresh}", models, _options(request), len(body), baseline)
         return call, MessageTeller(call.id, call.model)
 
-    def counted(self, body: bytes, fresh: str) -> Call:
+    def counted(self, body: bytes, fresh: str, models: Models) -> Call:
         """What ``/v1/messages/count_tokens`` counts. Raises CallFailed as :meth:`read` does."""
-        return _call(parse(body, Asked), f"count_{fresh}", Options(), len(body))
+        return _call(parse(body, Asked), f"count_{fresh}", models, Options(), len(body))
 
     def failed(self, failure: CallFailed) -> bytes:
         return msgspec.json.encode(error_body(failure))
@@ -36,15 +35,16 @@ class Messages:
         return b"event: error\ndata: " + self.failed(failure) + b"\n\n"
 
 
-def _call(asked: Asked, name: str, options: Options, nbytes: int) -> Call:
+def _call(asked: Asked, name: str, models: Models, options: Options, nbytes: int, baseline: str | None = None) -> Call:
     return Call(
         id=name,
-        model=asked.model,
+        model=models.named(asked.model),
         wanted=_wanted(asked),
         tools=tools_asked(asked),
         prompts=(conversation_of(asked),),
         where="messages",
         options=options,
+        trace=TraceFields(baseline=baseline),
         tenant=asked.cache_salt or "",
         nbytes=nbytes,
     )

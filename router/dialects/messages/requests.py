@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from router.dialects.body import ModelName
 from router.dialects.openai.requests import INTEGER_MAX, SALT_CHARACTERS_MAX, STOP_CHARACTERS_MAX
 
 STOPS_MAX = 64
@@ -89,10 +90,17 @@ class Metadata(msgspec.Struct, frozen=True):
     user_id: str | None = None
 
 
+class DiagnosticsAsked(msgspec.Struct, frozen=True):
+    """``diagnostics``."""
+
+    previous_message_id: str | None = None
+    """The answer to compare with; None: there is none yet."""
+
+
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints take. Unknown fields are ignored."""
 
-    model: str
+    model: ModelName | None = None
     messages: Annotated[list[Message], Meta(extra_json_schema={"minItems": 1})]
     system: str | list[Block] | None = None
     tools: list[Tool] | None = None
@@ -113,4 +121,5 @@ class MessagesRequest(Asked, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=INTEGER_MAX)] | None = None
     stop_sequences: Annotated[list[Stop], Meta(max_length=STOPS_MAX)] | None = None
     metadata: Metadata | None = None
+    diagnostics: DiagnosticsAsked | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None

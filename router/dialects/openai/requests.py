@@ -9,6 +9,7 @@ from msgspec import Meta
 from router.calls.call import Options, TraceFields
 from router.calls.errors import CallFailed, invalid, unsupported
 from router.calls.urgency import PRIORITY_MAX
+from router.dialects.body import ModelName
 from router.dialects.openai.agents import named_by
 from router.dialects.openai.structured import Wishes
 
@@ -56,7 +57,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class GenerationRequest(Wishes, frozen=True, kw_only=True):
     """The fields that the dialects share. Unknown ones are ignored."""
 
-    model: str
+    model: ModelName | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -189,7 +190,7 @@ def _check_supported(request: GenerationRequest) -> None:
         value = getattr(request, name, None)
         if value is not None and value not in accepted:
             raise unsupported(name, f"{name}={_short(value)}")
-    if request.best_of not in (None, 1, request.n):
+    if request.best_of not in (None, 0, 1, request.n):
         raise unsupported("best_of", "choosing the best of several completions (ask for n of them instead)")
     integer("priority", request.priority, 0)
     if request.stop_token_ids is not None and len(request.stop_token_ids) > STOP_TOKENS_MAX:

@@ -1,6 +1,6 @@
 """``/v1/responses``: items in, items out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -8,7 +8,7 @@ import msgspec
 from router.calls.call import Call, Conversation, Message, Wanted
 from router.calls.errors import CallFailed, invalid, unsupported
 from router.calls.structured import schema_constraint
-from router.calls.text import Text
+from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.openai.errors import OpenAIErrors, error_body
 from router.dialects.openai.requests import options
@@ -26,9 +26,7 @@ class Responses(OpenAIErrors):
     """The dialect. What came before, where a request names a response, is added by whoever keeps it:
     :meth:`router.dialects.responses.teller.ResponseTeller.continued`."""
 
-    def read(
-        self, body: bytes, fresh: str, created: int, text_of: Callable[[str], Text]
-    ) -> tuple[Call, ResponseTeller]:
+    def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, ResponseTeller]:
         request = parse(body, ResponsesRequest)
         check(request)
         opts = options(request)
@@ -38,16 +36,17 @@ class Responses(OpenAIErrors):
         instructions = _instructions(request)
         asked = asked_items(request.input)
         variables = _variables(request)
+        baseline = request.prompt_cache_options.comparison_response_id if request.prompt_cache_options else None
         conversation = Conversation((*instructions, *messages_of(asked)), names_of(known), variables=variables)
         call = Call(
             id=f"resp_{fresh}",
-            model=request.model,
+            model=models.named(request.model),
             wanted=_wanted(request.text.format if request.text else None),
             tools=tools_of(known, chat_choice(request.tool_choice), request.parallel_tool_calls),
             prompts=(conversation,),
             where="input",
             options=opts,
-            trace=request.trace_fields,
+            trace=msgspec.structs.replace(request.trace_fields, baseline=baseline),
             priority=request.priority,
             tenant=request.tenant,
             nbytes=len(body),
@@ -57,7 +56,7 @@ class Responses(OpenAIErrors):
             summarised=request.reasoning is not None and request.reasoning.summarised,
             sealed=ENCRYPTED in (request.include or ()),
         )
-        begun = _begun(request, call.id, created, tools)
+        begun = _begun(request, call, created, tools)
         return call, ResponseTeller(begun, shape, asked, instructions)
 
     def broken(self, failure: CallFailed) -> bytes:
@@ -97,14 +96,14 @@ def _said(value: str | None) -> str | msgspec.UnsetType:
     return msgspec.UNSET if value is None else value
 
 
-def _begun(request: ResponsesRequest, name: str, created: int, tools: list[dict[str, Any]] | None) -> Response:
+def _begun(request: ResponsesRequest, call: Call, created: int, tools: list[dict[str, Any]] | None) -> Response:
     form = request.text.format if request.text else None
     reasoning = request.reasoning
     choice = request.tool_choice
     return Response(
-        id=name,
+        id=call.id,
         created_at=created,
-        model=request.model,
+        model=call.model,
         status="queued" if request.background else "in_progress",
         background=bool(request.background),
         instructions=request.instructions,

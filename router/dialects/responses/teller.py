@@ -23,6 +23,7 @@ from router.dialects.responses.answers import (
     Response,
     Status,
     SummaryText,
+    cache_diagnostics,
     response_usage,
 )
 from router.dialects.responses.items import messages_of, sealed
@@ -127,6 +128,7 @@ class ResponseTeller:
             incomplete_details=Incomplete() if cut else None,
             output=[self._item(block, block.text, told) for block, told in zip(blocks, statuses, strict=True)],
             usage=response_usage(usage),
+            prompt_cache_diagnostics=cache_diagnostics(usage),
         )
         if self.keep is not None:
             self.keep(response)

@@ -197,6 +197,7 @@ def test_errors_have_anthropics_form(failure: dict[str, Any], status: int, kind:
 
 def test_keys_are_asked_for_in_anthropics_form() -> None:
     sent, key = key_of("a", 1, models=("org/fake",), requests_per_minute=1)
+    counts, other = key_of("a", 2, models=("org/fake",))
 
     async def use(client: httpx.AsyncClient) -> None:
         for headers, fields, status, kind in (
@@ -206,11 +207,11 @@ def test_keys_are_asked_for_in_anthropics_form() -> None:
         ):
             refused = await client.post(PATH, json=ASK | fields, headers=headers)
             assert (refused.status_code, refused.json()["error"]["type"]) == (status, kind)
-        counted = await client.post(COUNT, json=ASK | {"model": "other"}, headers={"x-api-key": sent})
+        counted = await client.post(COUNT, json=ASK | {"model": "other"}, headers={"x-api-key": counts})
         assert (counted.status_code, counted.json()["error"]["type"]) == (403, "permission_error")
-        assert (await client.post(COUNT, json=ASK, headers={"x-api-key": sent})).status_code == 200
+        assert (await client.post(COUNT, json=ASK, headers={"x-api-key": counts})).status_code == 200
 
-    served(FakeDispatcher(say("x")), use, keyring=Keyring([key]))
+    served(FakeDispatcher(say("x")), use, keyring=Keyring([key, other]))
 
 
 def test_calls_of_tools() -> None:

@@ -274,6 +274,41 @@ def test_the_background_is_bounded() -> None:
     served(dispatcher, use, config=ApiConfig(background_max=2))
 
 
+def test_a_tenant_leaves_as_many_places_in_the_background_as_it_has() -> None:
+    sents, keys = zip(*(key_of(tenant, at) for at, tenant in enumerate("aabc")), strict=True)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        async def begin(sent: str) -> httpx.Response:
+            return await client.post(PATH, json=ASK | {"background": True}, headers={"x-api-key": sent})
+
+        # Both of the first tenant's keys count.
+        first = [await begin(sents[at % 2]) for at in range(5)]
+        assert [answer.status_code for answer in first] == [200] * 4 + [429]
+        assert first[-1].json()["error"]["code"] == "rate_limit_exceeded"
+        assert [(await begin(sents[2])).status_code for _ in range(3)] == [200, 200, 429]
+        assert [(await begin(sents[3])).status_code for _ in range(2)] == [200, 429]
+        path = f"{PATH}/{first[0].json()['id']}/cancel"
+        assert (await client.post(path, headers={"x-api-key": sents[1]})).status_code == 200
+        assert (await begin(sents[3])).status_code == 200
+
+    served(FakeDispatcher(lambda _: [60.0]), use, config=ApiConfig(background_max=8), keyring=Keyring(keys))
+
+
+def test_what_runs_in_the_background_runs_at_once_with_others() -> None:
+    sent, key = key_of("a", 1, concurrency=2)
+
+    async def use(client: httpx.AsyncClient) -> None:
+        client.headers["x-api-key"] = sent
+        made = [await client.post(PATH, json=ASK | {"background": True}) for _ in range(3)]
+        assert [answer.status_code for answer in made] == [200, 200, 429]
+        assert (await client.post(PATH, json=ASK)).status_code == 429
+        assert (await client.post(f"{PATH}/{made[0].json()['id']}/cancel")).status_code == 200
+        assert (await client.post(f"{PATH}/{made[1].json()['id']}/cancel")).status_code == 200
+        assert (await client.post(f"{PATH}/input_tokens", json=ASK)).status_code == 200
+
+    served(FakeDispatcher(lambda _: [60.0]), use, keyring=Keyring([key]))
+
+
 def test_old_responses_go_where_there_are_too_many() -> None:
     async def use(client: httpx.AsyncClient) -> None:
         names = [(await client.post(PATH, json=ASK)).json()["id"] for _ in range(3)]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from router.calls.call import Call, Conversation, Message, Options
 from router.calls.errors import CallFailed, invalid
 from router.calls.events import Begun, CallEvent, Choice, Ended, Piece, Usage
-from router.calls.text import Text
 from router.calls.tools import Function, Tools
+from router.dialects.base import Models
 
 ROLES = {"you": "user", "me": "assistant", "all": "system"}
 TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}
@@ -39,7 +39,7 @@ class ToyTeller:
 class Toy:
     keepalive = b"...\n"
 
-    def read(self, body: bytes, fresh: str, created: int, text: Text) -> tuple[Call, ToyTeller]:
+    def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, ToyTeller]:
         model, how, *lines = body.decode().splitlines()
         if how not in ("live", "whole"):
             raise invalid(f"neither live nor whole: {how}", "line 2")
@@ -48,7 +48,7 @@ class Toy:
         messages = tuple(Message(ROLES[who], words) for who, words in said)  # type: ignore[arg-type]
         call = Call(
             id=f"toy-{fresh}",
-            model=model,
+            model=models.named(model),
             prompts=(Conversation(messages),),
             where="lines",
             options=Options(stream=how == "live"),
