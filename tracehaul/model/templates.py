@@ -127,10 +127,13 @@ class ChatTemplate:
             needs = needs.but(turns=True)
         if not self._shows(needs, _SYSTEMS, "first rule", "second rule", "late rule"):
             needs = needs.but(one_system=True)
-        if not (self._shows(needs, _UNASKED, "first rule") and self._shows(needs, _UNASKED, tools=filled([_TOOL]))):
-            needs = needs.but(user=True)
-        if not self._shows(needs, _SILENT, "first said", "second said"):
-            needs = needs.but(words=True)
+        with_user = needs.but(user=True)
+        alone = self._shows(needs, _UNASKED, "first rule") and self._shows(needs, _UNASKED, tools=filled([_TOOL]))
+        if not alone and self._shows(with_user, _UNASKED, "first rule"):
+            needs = with_user
+        in_words = needs.but(words=True)
+        if not self._shows(needs, _SILENT, "first said", "second said") and self._shows(in_words, _SILENT):
+            needs = in_words
         return needs.but(**self._tools_at(needs))
 
     def _tools_at(self, needs: Needs) -> dict[str, Any]:

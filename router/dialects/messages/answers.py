@@ -81,6 +81,12 @@ class MessageUsage(msgspec.Struct, frozen=True):
     cache_read_input_tokens: int
     output_tokens: int
     tracehaul: ClusterUsage
+    # What a service may have besides, and this one has not.
+    cache_creation: None = None
+    inference_geo: None = None
+    output_tokens_details: None = None
+    server_tool_use: None = None
+    service_tier: None = None
 
 
 class CacheMissReason(msgspec.Struct, frozen=True):
@@ -110,6 +116,8 @@ class Answer(msgspec.Struct, frozen=True):
     """None: they were not asked for, or nothing differs."""
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
+    stop_details: None = None
+    container: None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):

@@ -106,7 +106,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints take. Unknown fields are ignored."""
 
     model: ModelName | None = None
-    messages: list[Message]
+    messages: Annotated[list[Message], Meta(extra_json_schema={"minItems": 1})]
     system: str | list[Block] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None

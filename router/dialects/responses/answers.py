@@ -154,7 +154,8 @@ CacheDiagnostics = CacheMiss | CacheHit | ComparisonNotFound | Unavailable
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """A response, as far as it is. What a request said and nothing came of is null."""
+    """A response, as far as it is. What a request said and nothing came of is null, or left out
+    where OpenAI's own description has no null."""
 
     id: str
     created_at: int
@@ -175,9 +176,9 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     priority: UnsetType | None = UNSET
     """Null, where it was said: it decides nothing yet."""
     prompt_cache_diagnostics: CacheDiagnostics | None = None
-    prompt_cache_key: str | None = None
+    prompt_cache_key: str | UnsetType = UNSET
     reasoning: dict[str, str | None] = {}
-    safety_identifier: str | None = None
+    safety_identifier: str | UnsetType = UNSET
     service_tier: Literal["default"] = "default"
     store: bool = True
     temperature: float = 1.0
@@ -188,7 +189,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
-    user: str | None = None
+    user: str | UnsetType = UNSET
 
 
 def response_usage(told: events.Usage) -> ResponseUsage:

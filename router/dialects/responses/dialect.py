@@ -93,6 +93,10 @@ def _variables(request: ResponsesRequest) -> Mapping[str, Any] | None:
     return None if effort is None else {"reasoning_effort": effort, "enable_thinking": effort not in THINKS_NOT}
 
 
+def _said(value: str | None) -> str | msgspec.UnsetType:
+    return msgspec.UNSET if value is None else value
+
+
 def _begun(request: ResponsesRequest, call: Call, created: int, tools: list[dict[str, Any]] | None) -> Response:
     form = request.text.format if request.text else None
     reasoning = request.reasoning
@@ -109,17 +113,17 @@ def _begun(request: ResponsesRequest, call: Call, created: int, tools: list[dict
         parallel_tool_calls=request.parallel_tool_calls is not False,
         previous_response_id=request.previous_response_id,
         priority=priority_told(request.priority),
-        prompt_cache_key=request.prompt_cache_key,
+        prompt_cache_key=_said(request.prompt_cache_key),
         reasoning={
             "effort": reasoning.effort if reasoning else None,
             "summary": (reasoning.summary or reasoning.generate_summary) if reasoning else None,
         },
-        safety_identifier=request.safety_identifier,
+        safety_identifier=_said(request.safety_identifier),
         store=request.stored,
         temperature=1.0 if request.temperature is None else request.temperature,
         text={"format": {"type": "text"} if form is None else form},
         tool_choice="auto" if choice is None else choice,
         tools=tools or (),
         top_p=1.0 if request.top_p is None else request.top_p,
-        user=request.user,
+        user=_said(request.user),
     )

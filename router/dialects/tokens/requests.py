@@ -8,7 +8,7 @@ from msgspec import Meta
 from router.calls.call import Call, Plain
 from router.calls.errors import invalid
 from router.dialects.body import ModelName
-from router.dialects.chat.requests import ChatMessage, ChatRequest
+from router.dialects.chat.requests import TOLD_MESSAGES, ChatMessage, ChatRequest
 from router.dialects.chat.template import conversation_of
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
 from router.dialects.openai.tools import tools_of
@@ -21,7 +21,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], TOLD_MESSAGES] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
