@@ -62,6 +62,8 @@ class AnswerFile:
         self._traces: OrderedDict[TraceKey, _Trace] = OrderedDict()
         """The one that was given an answer last is the last."""
         self._heard: dict[str, TraceKey] = {}
+        self._most = 0
+        """Of them since the table was made."""
         self._count = 0
         self._new: list[New] = []
         self._gone: list[Row] = []
@@ -149,9 +151,12 @@ class AnswerFile:
     def _forget(self, key: TraceKey) -> list[Row]:
         """Know nothing of a trace; returns its rows."""
         trace = self._traces.pop(key)
+        self._most = max(self._most, len(self._heard))
         for heard in trace.heard:
             self._unheard(key, heard)
         self._count -= len(trace.rows)
+        if len(self._heard) < self._most // 4:  # a table never shrinks by itself
+            self._traces, self._heard, self._most = OrderedDict(self._traces), dict(self._heard), len(self._heard)
         return trace.rows
 
     def _begin(self) -> None:

@@ -18,13 +18,23 @@ import typer
 from rich.console import Console
 
 from bench.common.report import Result, finish, percentile
-from bench.router.client import Answer, Client, Connection
-from bench.router.fleet import CONTEXT_MAX, WORD, Prompts, RouterAlone, http, router_alone
+from bench.router.client import Answer, Client, Connection, must
+from bench.router.fleet import (
+    ANSWER_TOKENS,
+    CONNECTIONS,
+    CONTEXT_MAX,
+    WORD,
+    Message,
+    Prompts,
+    RouterAlone,
+    http,
+    router_alone,
+)
+from bench.router.memory import rss
 from tracehaul.model.source import resolve
 from tracehaul.model.text import Text
 from tracehaul.runtime import clock
 
-ANSWER_TOKENS = 16
 WARM_UP = 20
 """Calls that do not count."""
 REST_S = 0.002
@@ -35,23 +45,17 @@ POLL_S = 0.05
 LONG_TOKENS = 90_000
 """Where the long conversation begins: it passes 100k in the middle of what is measured."""
 STEP_TOKENS = 1000
-CONNECTIONS = 16
 STREAMS = 2000
 STREAM_PER_S = 20
 STREAM_ENDS = 10
 """Tokens of each stream after those that count, as all end at once."""
 TOLD_WITHIN_S = 0.1
 STALL_PER_S = 50
-STALL_SIZES = {"400k": 400_000, "1m": 1_000_000, "4m": 4_000_000}
+STALL_SIZES = {"400k": 400_000, "1m": 1_000_000, "4m": 4_000_000, "20m": 20_000_000}
+PACKED = "20m"
+"""Of that size one is sent packed, too."""
 REFUSED_CHARACTERS = 4_000_000
-RSS_STEPS = 20
-RSS_FIRST_TOKENS = 3000
-RSS_STEP_TOKENS = 33
-SETTLE_S = 15.0
-"""Until a router has forgotten what it expected of prompts that nobody asks for."""
-
 console = Console()
-Message = dict[str, str]
 
 
 class Scale(msgspec.Struct, frozen=True):
@@ -68,13 +72,6 @@ class Scale(msgspec.Struct, frozen=True):
 
 
 QUICK = Scale(50, 8, 2, 3.0, 3.0, 1, 5, 200)
-
-
-def must(answer: Answer, status: int = 200) -> Answer:
-    """That answer, if it is as expected."""
-    if answer.status != status or (status == 200 and not answer.told_s):
-        raise RuntimeError(f"the router answered {answer.status}, not {status}: {answer.body[:300]!r}")
-    return answer
 
 
 def until_ready(client: Client, connection: Connection) -> None:
@@ -277,6 +274,11 @@ def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
             messages = fleet.opening(fleet.name(), prompts.characters(characters))
             gaps.append(gap_ms(fleet.request(messages, 1), 200 if size == "400k" else 400))
         results.append(Result(f"router.stall.{size}", max(gaps), "ms"))
+    packed: list[float] = []
+    for _ in range(scale.stall_rounds):
+        messages = fleet.opening(fleet.name(), prompts.characters(STALL_SIZES[PACKED]))
+        packed.append(gap_ms(fleet.request(messages, 1, packed=True), 400))
+    results.append(Result(f"router.stall.{PACKED}.gzip", max(packed), "ms"))
     client.close()
     worst = max(result.value for result in results)
     return [Result("router.stall", worst, "ms", "router.stall.idle", worst / results[0].value), *results]
@@ -302,75 +304,13 @@ def refused(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
     ]
 
 
-def rss(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
-    """Traces of 20 steps, the last of 4k tokens, all through HTTP with the router's default limits; then their end."""
-    fleet.pin()
-    client = fleet.client(CONNECTIONS)
-    walk(fleet, client, prompts, 50)
-    before_mb = fleet.rss_mb()
-    cpu_s = fleet.cpu_s()
-    names = walk(fleet, client, prompts, scale.rss_traces, delete=False)
-    cpu_s = fleet.cpu_s() - cpu_s
-    held_mb = fleet.rss_mb()
-    forget(client, names)
-    client.poll(timeout_s=SETTLE_S)
-    left_mb = fleet.rss_mb()
-    return [
-        Result("router.rss.before", before_mb, "MB"),
-        Result("router.rss", held_mb, "MB", "router.rss.before", held_mb / before_mb),
-        Result("router.rss.deleted", left_mb, "MB", "router.rss.before", left_mb / before_mb),
-        Result("router.cpu.4k.warm", cpu_s / (len(names) * RSS_STEPS) * 1e3, "ms"),
-    ]
-
-
-def walk(fleet: RouterAlone, client: Client, prompts: Prompts, traces: int, *, delete: bool = True) -> list[str]:
-    """So many traces, each from its first step to its last; returns their names."""
-    names: list[str] = []
-    places = [("", list[Message]()) for _ in client.connections]
-    steps = [RSS_STEPS] * len(places)
-
-    def following(at: int, last: Answer | None) -> bytes | None:
-        if last is not None:
-            must(last)
-        if steps[at] == RSS_STEPS:
-            if len(names) == traces:
-                return None
-            steps[at] = 0
-            names.append(fleet.name())
-            places[at] = names[-1], fleet.opening(names[-1], prompts.take(RSS_FIRST_TOKENS))
-        name, messages = places[at]
-        if steps[at]:
-            messages.append({"role": "assistant", "content": WORD * ANSWER_TOKENS})
-            messages.append({"role": "user", "content": prompts.take(RSS_STEP_TOKENS)})
-        steps[at] += 1
-        return fleet.request(messages, ANSWER_TOKENS, name)
-
-    client.each(following)
-    if delete:
-        forget(client, names)
-    return names
-
-
-def forget(client: Client, names: Sequence[str]) -> None:
-    """Delete traces."""
-    left = list(names)
-
-    def following(_: int, last: Answer | None) -> bytes | None:
-        if last is not None and last.status != 200:
-            raise RuntimeError(f"a trace was not deleted: {last.body!r}")
-        return http("DELETE", f"/v1/traces/{left.pop()}") if left else None
-
-    client.each(following)
-    client.poll(timeout_s=1.0)
-
-
 FIGURES: dict[str, tuple[Callable[[RouterAlone, Prompts, Scale], list[Result]], int]] = {
     "ttft": (ttft, 400_000),
     "rate": (rate, 400_000),
     "streams": (streams, 10_000),
     "stall": (stall, 1_100_000),
     "refused": (refused, 1_100_000),
-    "rss": (rss, 400_000),
+    "rss": (lambda fleet, prompts, scale: rss(fleet, prompts, scale.rss_traces), 400_000),
 }
 """Each with the tokens of text that it goes round in."""
 

@@ -193,3 +193,10 @@ class Client:
         for connection in self.connections:
             connection.close()
         self._epoll.close()
+
+
+def must(answer: Answer, status: int = 200) -> Answer:
+    """That answer, if it is as expected."""
+    if answer.status != status or (status == 200 and not answer.told_s):
+        raise RuntimeError(f"the router answered {answer.status}, not {status}: {answer.body[:300]!r}")
+    return answer

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import os
 import subprocess
 import sys
@@ -34,12 +35,18 @@ from tracehaul.wire.steps import DecodeStep, Sampling, Tokens
 CONTEXT_MAX = 131_072
 """Tokens: 400 kB of the prompts' text fit, 1 MB does not."""
 REQUESTS_MAX = 4096
+BODY_BYTES_MAX = 32 << 20
+CONNECTIONS = 16
+ANSWER_TOKENS = 16
 WORD = " people"
 """All that the fake worker says: one token, and nothing else in an answer looks like it."""
 READY_S = 60.0
 STOP_S = 15.0
 CHUNK_TOKENS = 500
 """The prompts are made of pieces of so many."""
+
+
+Message = dict[str, str]
 
 
 class Prompts:
@@ -94,10 +101,18 @@ class RouterAlone:
             {"role": "user", "content": text},
         ]
 
-    def request(self, messages: Sequence[dict[str, str]], answer_tokens: int, trace: str | None = None) -> bytes:
-        """A streamed chat call, ready to be sent."""
-        body = {"model": self.model, "messages": messages, "max_tokens": answer_tokens, "stream": True}
-        return http("POST", "/v1/chat/completions", msgspec.json.encode(body), trace)
+    def request(
+        self,
+        messages: Sequence[dict[str, str]],
+        answer_tokens: int,
+        trace: str | None = None,
+        *,
+        packed: bool = False,
+    ) -> bytes:
+        """A streamed chat call, ready to be sent; ``packed`` with gzip."""
+        asked = {"model": self.model, "messages": messages, "max_tokens": answer_tokens, "stream": True}
+        body = msgspec.json.encode(asked)
+        return http("POST", "/v1/chat/completions", gzip.compress(body, 1) if packed else body, trace, packed=packed)
 
     def client(self, connections: int = 1) -> Client:
         """One that counts the worker's word."""
@@ -143,18 +158,19 @@ class RouterAlone:
         return trips
 
 
-def http(method: str, path: str, body: bytes = b"", trace: str | None = None) -> bytes:
+def http(method: str, path: str, body: bytes = b"", trace: str | None = None, *, packed: bool = False) -> bytes:
     """A request, ready to be sent."""
     lines = [f"{method} {path} HTTP/1.1", "host: router", f"content-length: {len(body)}"]
     lines += ["content-type: application/json"] if body else []
     lines += [f"x-trace-id: {trace}"] if trace is not None else []
+    lines += ["content-encoding: gzip"] if packed else []
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 @contextmanager
 def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, None]:
     """A fresh router and its worker; both end with the context."""
-    api = ApiConfig(requests_max=REQUESTS_MAX)
+    api = ApiConfig(requests_max=REQUESTS_MAX, body_bytes_max=BODY_BYTES_MAX)
     config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, api=api)
     token = text.encode(WORD)
     assert len(token) == 1, token

@@ -115,6 +115,8 @@ class TraceFields(msgspec.Struct, frozen=True):
     """A name of the task or of one of its agents, in whatever words."""
     parent: str | None = None
     """A name of what began that, likewise."""
+    baseline: str | None = None
+    """The answer with whose call the client compares this one: why is less of it cached than was to be expected?"""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +134,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """None: there are none, or it must not use them."""
     wanted: Wanted | None = None
     trace: TraceFields = TraceFields()
+    keep_s: float = 0.0
+    """For how long the client means its context to be kept; 0: it does not say."""
     priority: int | None = None
     """As in :class:`router.calls.urgency.Urgency`; None: the body says nothing of it."""
     tenant: str = ""

@@ -50,9 +50,16 @@ class CallReader:
         self._told: list[str] = []
         self.name: str | None = None
         """Once it is known."""
+        self.id = ""
+        """That the model gave it, once it is known; empty: none."""
         self.argued = False
         """Its arguments are complete."""
         self.complete = False
+
+    @property
+    def settled(self) -> bool:
+        """What is told with its beginning cannot change any more."""
+        return self.complete or self.id != "" or self._state == "bare"
 
     def read(self, text: str, at: int) -> int:
         """Read on from ``at``, up to the end of the call or of the text; where that is.
@@ -182,6 +189,8 @@ class CallReader:
             if kind != "string":
                 raise NoCall
             self._name(_text(value))
+        elif self._key == "id" and kind == "string":
+            self.id = self.id or _text(value)
         elif self._key in _ARGUMENTS:
             # As text, or nothing at all.
             text = _text(value).strip() if kind == "string" else value
@@ -212,6 +221,7 @@ class CallReader:
             if tags and not (tags.endswith("ARGS]") or tags.startswith("CALL_ID]")):
                 raise NoCall
             self._name(name.strip())
+            self.id = tags.removeprefix("CALL_ID]").partition("[")[0].strip() if tags.startswith("CALL_ID]") else ""
             self._mender = ObjectMender()
         elif character.isalnum() or character in "_-." or ("[" in text or character == "[") or character in _SPACE:
             self._value.append(character)

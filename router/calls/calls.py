@@ -9,10 +9,11 @@ from blake3 import blake3
 
 from router.calls.admission import Admission
 from router.calls.answers import Answer
-from router.calls.call import Call, Conversation, Options
+from router.calls.call import Asked, Call, Conversation, Options
 from router.calls.conversation import beginnings, heard, lineage
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
+from router.calls.events import Compared
 from router.calls.forms import Form
 from router.calls.identity import Identity, identify
 from router.calls.limits import CallLimits
@@ -26,7 +27,7 @@ from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
 from tracehaul.runtime import clock
 from tracehaul.runtime.deadline import until
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.ids import StepId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
@@ -73,15 +74,27 @@ class Calls:
             raise model_not_found(found)
         return found
 
-    async def tokens(self, call: Call) -> list[int]:
-        """A call's first prompt in tokens, in no trace and of any length.
+    async def tokens(self, call: Call, headers: Mapping[str, str]) -> list[int]:
+        """A call's first prompt in tokens, of any length: those that it would have if it ran now.
+
+        Args:
+            call: the call.
+            headers: as of :meth:`identified`.
 
         Raises:
             CallFailed, InvalidRequest: it cannot be rendered, or is empty.
         """
         served = self._served[self.model(call.model)]
         unlimited = ModelCard(call.model, UNLIMITED_TOKENS)
-        prompts = await served.prompts.of(call, TraceId(call.id), None, unlimited)
+        fresh, asked = call.id, call.prompts[0]
+        identity = self._identity(call, headers, fresh)
+        trace, parent = identity.trace, identity.parent
+        if trace == fresh and isinstance(asked, Conversation):
+            opening, conversation = lineage(asked).opening, beginnings(asked, call.tenant)
+            answer = heard(asked, conversation)
+            place = self._memory.found(call.tenant, conversation, opening, trace, first=answer is None, heard=answer)
+            trace, parent = place.trace, parent or place.parent
+        prompts = await served.prompts.of(call, trace, parent, unlimited)
         return prompts[0].ids
 
     @contextmanager
@@ -96,7 +109,7 @@ class Calls:
         Raises:
             CallFailed: one of our own headers holds what is no id.
         """
-        identity = identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
+        identity = self._identity(call, headers, fresh)
         identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s(), call.priority))
         asked = call.prompts[0]
         if not isinstance(asked, Conversation):
@@ -115,6 +128,9 @@ class Calls:
             parent, beginning = identity.parent or place.parent, conversation[-1] if conversation else b""
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent, beginning=beginning)
 
+    def _identity(self, call: Call, headers: Mapping[str, str], fresh: str) -> Identity:
+        return identify(headers, call.trace, lambda name: self._memory.response(call.tenant, name), fresh)
+
     async def accept(self, call: Call, identity: Identity) -> Run:
         """Make everything ready for a call's steps; the caller enters the run.
 
@@ -132,7 +148,21 @@ class Calls:
             form = await served.forms.of(call)
             prompts = await served.prompts.of(call, identity.trace, identity.parent, card)
         accepted = self._accepted(call, served, form, prompts, identity, card)
+        if call.trace.baseline is not None:
+            accepted = msgspec.structs.replace(accepted, compared=self._compared(call, identity, prompts[0]))
         return Run(accepted, self._dispatcher, self._memory)
+
+    def _compared(self, call: Call, identity: Identity, prompt: Prompt) -> Compared:
+        """With the call's baseline."""
+        trace = self._memory.response(call.tenant, call.trace.baseline or "")
+        if trace is None:
+            return Compared("unknown")
+        if trace not in (identity.trace, identity.parent):
+            return Compared("elsewhere")
+        texts = self._memory.texts([(call.tenant, trace)])
+        if texts and all(text.model != call.model for text in texts):
+            return Compared("model", texts[0].tokens)
+        return Compared("same" if prompt.changed is None else prompt.changed.section)
 
     def _check(self, call: Call, text: Text) -> None:
         prompts, options = len(call.prompts), call.options
@@ -154,13 +184,14 @@ class Calls:
             wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
             max_tokens = output_budget(prompt.tokens, wanted, card, call.where)
             constraint = served.forms.constraint(form, prompt.rendered)
+            taken = _ids(call.prompts[at]) if form.tools is not None else frozenset[str]()
             for k in range(options.n):
                 name = f"{call.id}-{len(steps)}"
                 sampling = self._sampling(options, served.text, max_tokens, choice_seed(seed, k), constraint)
                 answers.append(
                     Answer(
                         served.text.stream(None) if options.special_shown else served.forms.stream(form),
-                        served.forms.reader(form, prompt.rendered, name),
+                        served.forms.reader(form, prompt.rendered, name, taken),
                         stops=options.stops,
                         stop_tokens=sampling.stop_tokens,
                         min_tokens=options.min_tokens,
@@ -185,6 +216,7 @@ class Calls:
                         decode=identity.decode,
                         final=identity.final,
                         tools=identity.tools,
+                        keep_s=call.keep_s,
                         changed=prompt.changed,
                         agent=identity.agent,
                     )
@@ -213,6 +245,13 @@ class Calls:
             logprobs=options.logprobs,
             constraint=constraint,
         )
+
+
+def _ids(asked: Asked) -> frozenset[str]:
+    """Of the calls in a conversation."""
+    if not isinstance(asked, Conversation):
+        return frozenset()
+    return frozenset(made.id for message in asked.messages for made in message.tool_calls)
 
 
 def choice_seed(seed: int, choice: int) -> int:

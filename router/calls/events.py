@@ -5,6 +5,7 @@ Of each choice: one :class:`Begun`, any number of :class:`Piece`, one :class:`En
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -56,6 +57,16 @@ class Opening(msgspec.Struct, frozen=True, gc=False):
     prompt_ids: list[int] | None = None
 
 
+class Compared(msgspec.Struct, frozen=True, gc=False):
+    """How a call's prompt stands to that of an answer, its baseline."""
+
+    outcome: Literal["same", "unknown", "elsewhere", "model", "tools", "variables", "system", "messages"]
+    """It is the same, as far as that went; the answer is not known, or of a trace that this call has nothing to do
+    with; or the first thing that the client changed, as in :class:`router.traces.hits.Changed`."""
+    tokens: int = 0
+    """What is of no use because of a change: of the trace's context, in tokens."""
+
+
 class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of a call, and where its prompts' KV came from, summed over the choices."""
 
@@ -73,6 +84,8 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     missed_blocks: int
     prefill_fallback: str
     hits: Hits
+    compared: Compared | None = None
+    """None: nothing was to be compared."""
 
 
 class Begun(msgspec.Struct, frozen=True, gc=False):

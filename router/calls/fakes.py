@@ -164,7 +164,7 @@ class FakeDispatcher:
         key, step, prompt = (request.salt, request.trace), request.step, request.prompt_tokens
         self.requests.append(request)
         self.running += 1
-        self.keeper.send(StepBegan(key, step, request.parent, prompt, request.tools, request.agent))
+        self.keeper.send(StepBegan(key, step, request.parent, prompt, request.tools, request.agent, request.keep_s))
         emitted: list[int] = []
         ending = None
         try:

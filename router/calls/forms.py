@@ -1,6 +1,8 @@
 """The form of a call's answers: what they are held to, and how they are read."""
 
+import re
 import string
+from collections.abc import Set as AbstractSet
 
 import msgspec
 from blake3 import blake3
@@ -21,6 +23,12 @@ from tracehaul.wire.steps import Constraint
 _LETTERS = string.ascii_letters + string.digits
 MISTRAL_ID_CHARACTERS = 9
 """Mistral's templates take ids of no other length."""
+_ID: dict[ToolFormat, re.Pattern[str]] = {
+    "hermes": re.compile(r"[\w-]{1,64}", re.ASCII),
+    "llama3": re.compile(r"[\w-]{1,64}", re.ASCII),
+    "mistral": re.compile(rf"[A-Za-z0-9]{{{MISTRAL_ID_CHARACTERS}}}"),
+}
+"""Those of a model that can be told to a client and sent back."""
 
 
 class Form(msgspec.Struct, frozen=True):
@@ -37,6 +45,8 @@ class Forms:
         self._text = text
         self._format: ToolFormat = tool_format or format_of(text.chat_template)
         self._thinks = CLOSE in (text.chat_template or "")
+        self._ids_last = self._format == "mistral" and '"id"' in (text.chat_template or "")
+        """It is shown calls whose ids come last, so it may write such."""
         self._grammars = GrammarCheck()
 
     async def of(self, call: Call) -> Form:
@@ -71,21 +81,29 @@ class Forms:
         """Reads the text of an answer of that form."""
         return self._text.stream(MARKERS[self._format] if form.tools is not None else ())
 
-    def reader(self, form: Form, prompt: str | None, name: str) -> AnswerReader:
-        """Reads what an answer says that follows ``prompt``, as above; ``name`` tells it from all others."""
+    def reader(self, form: Form, prompt: str | None, name: str, taken: AbstractSet[str] = frozenset()) -> AnswerReader:
+        """Reads what an answer says that follows ``prompt``, as above; ``name`` tells it from all others.
+        ``taken``: ids of the conversation's calls, which no other call can have."""
         if prompt is None:
             return AnswerReader()
         think = ThinkReader(opened=prompt.rstrip().endswith(OPEN)) if self._thinks else None
         tools = form.tools
+        given = set(taken)
 
-        def call_id(index: int) -> str:
-            return self._call_id(f"{name}-{index}")
+        def call_id(index: int, chosen: str) -> str:
+            found = self._call_id(f"{name}-{index}")
+            if chosen not in given and _ID[self._format].fullmatch(chosen):
+                found = chosen
+            given.add(found)
+            return found
 
         if tools is None:
             return AnswerReader(think)
         # Where something marks a call, one of a tool that is not there is the client's to refuse.
         names = tools.names if self._format == "llama3" or tools.allowed is not None else None
-        reader = ToolReader(self._format, names, forced=bool(tools.forced))
+        # What is held to a grammar has no ids.
+        ids = self._ids_last and form.constraint is None
+        reader = ToolReader(self._format, names, forced=bool(tools.forced), ids=ids)
         return AnswerReader(think, reader, parallel=tools.parallel, customs=tools.customs, call_id=call_id)
 
     def _call_id(self, name: str) -> str:

@@ -89,6 +89,8 @@ def identify(
         trace = answered(fields.previous_response_id)
     if trace is None and fields.prompt_cache_key:
         trace = foreign_id(fields.prompt_cache_key)
+    if trace is None and fields.baseline:
+        trace = answered(fields.baseline)
     parent = _own(headers, "x-parent-trace-id") or named_parent
     final = any(_flag(headers, name) for name in FINAL)
     decode = headers.get("x-decode-worker")

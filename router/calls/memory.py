@@ -44,6 +44,19 @@ class Memory:
         finally:
             self._book.over(tenant, place.trace)
 
+    def found(
+        self,
+        tenant: str,
+        conversation: Sequence[bytes],
+        opening: int,
+        fresh: TraceId,
+        *,
+        first: bool,
+        heard: Heard | None,
+    ) -> Place:
+        """The same of a call that does not run: nothing is remembered of it."""
+        return self._book.find(tenant, conversation, opening, fresh, first=first, heard=heard)
+
     def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
         """What was said in ``traces``, of each the newest first."""
         return self._book.texts(traces)

@@ -18,7 +18,7 @@ class AnswerReader:
         tools: takes calls out; None where there are no tools to call.
         parallel: False: calls after the first are left out.
         customs: names of the tools that take a text instead of arguments.
-        call_id: the id of a call, by its number.
+        call_id: the id of a call, by its number and the id that the model gave it, if it did.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class AnswerReader:
         *,
         parallel: bool = True,
         customs: frozenset[str] = frozenset(),
-        call_id: Callable[[int], str] = str,
+        call_id: Callable[[int, str], str] = lambda at, given: given or str(at),
     ) -> None:
         self._think = think
         self._tools = tools
@@ -110,11 +110,11 @@ class AnswerReader:
         index = event.index
         reader = self._inputs.get(index)
         match event:
-            case CallStart(name=name):
+            case CallStart(name=name, id=given):
                 self._open.add(index)
                 if name in self._customs:
                     self._inputs[index] = InputReader()
-                calls.append(SaidCall(index, self._call_id(index), name, "", name in self._customs))
+                calls.append(SaidCall(index, self._call_id(index, given), name, "", name in self._customs))
             case CallArguments(text=text):
                 if told := text if reader is None else reader.feed(text):
                     calls.append(SaidCall(index, None, None, told, reader is not None))

@@ -13,7 +13,7 @@ import msgspec
 from router.calls.call import Conversation, Message
 from router.calls.errors import invalid
 from router.calls.messages import template_messages
-from router.calls.story import HERE, story, untold
+from router.calls.story import HERE, same_tools, story, untold
 from router.calls.text import Text
 from router.traces.hits import Changed
 from router.traces.texts import CutTokens, common_prefix
@@ -68,7 +68,7 @@ class Rendering:
         else:
             turns = [*map(Turn, told.sent)]
             text = self._whole(asked, messages, tools, dated_s)
-        changed = _changed(difference, asked.messages, text)
+        changed = _changed(difference, told.context, asked.messages, text)
         return Rendered(text, packed_turns(told.context, turns), dated_s, changed)
 
     def _whole(
@@ -109,13 +109,13 @@ class Rendering:
         return None if end is None else text[end:]
 
 
-def _changed(found: Difference | None, messages: Sequence[Message], text: str) -> Changed | None:
+def _changed(found: Difference | None, context: bytes, messages: Sequence[Message], text: str) -> Changed | None:
     """What a client changed, by where the prompt's text parts from the one that was run."""
     if found is None:
         return None
     offset = common_prefix(text, found.text.text)
     lost = len(found.text.text) - offset
     if found.message < 0:
-        return Changed("tools", None, offset, lost)
+        return Changed("variables" if same_tools(context, found.text.turns) else "tools", None, offset, lost)
     system = messages[found.message].role == "system"
     return Changed("system" if system else "messages", found.message, offset, lost)

@@ -10,7 +10,7 @@ from router.calls.answers import Answer, Growth
 from router.calls.call import Call
 from router.calls.conversation import answer_name, names_of
 from router.calls.echo import Echo
-from router.calls.events import Begun, CallEvent, Choice, Ended, Opening, Piece, Usage
+from router.calls.events import Begun, CallEvent, Choice, Compared, Ended, Opening, Piece, Usage
 from router.calls.memory import Memory
 from router.calls.prompts import Prompt
 from router.calls.running import running
@@ -35,6 +35,8 @@ class Accepted(msgspec.Struct, frozen=True):
     """One for each prompt, where the client wants them."""
     beginning: bytes = b""
     """As in :class:`router.calls.identity.Identity`."""
+    compared: Compared | None = None
+    """Of the first prompt; None: nothing was to be compared."""
 
 
 class Outlet(Protocol):
@@ -125,6 +127,9 @@ class Run:
             computed_from = min(answer.usage.computed_from for answer in self._answers[index * n : (index + 1) * n])
             cached += min(computed_from, prompt.tokens)
         parts = [answer.usage for answer in self._answers]
+        hits, compared = together([answer.hits for answer in self._answers]), self._accepted.compared
+        if compared is not None and hits.changed is not None and compared.tokens == 0:
+            compared = msgspec.structs.replace(compared, tokens=hits.changed.tokens)
         return Usage(
             prompt_tokens=self.prompt_tokens,
             cached_tokens=cached,
@@ -136,7 +141,8 @@ class Run:
             pull_s=sum(part.pull_s for part in parts),
             missed_blocks=sum(part.missed_blocks for part in parts),
             prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
-            hits=together([answer.hits for answer in self._answers]),
+            hits=hits,
+            compared=compared,
         )
 
     def _tell(self, tokens: list[int]) -> bool:

@@ -7,6 +7,8 @@ Mended is what can mean one thing only: control characters inside strings, a bac
 import re
 from typing import Literal
 
+import msgspec
+
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]+')
 _SPACE = re.compile(r"[ \t\r\n]+")
 _WORD = re.compile(r"[^\s,:{}\[\]\"]+")
@@ -211,3 +213,13 @@ def whole_object(text: str) -> str | None:
     except Broken:
         return None
     return mender.told() if mender.done and end == len(text) else None
+
+
+def is_object(text: str) -> bool:
+    """Whether it is a JSON object, however deep."""
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except ValueError:
+        return False
+    except RecursionError:
+        return whole_object(text) == text

@@ -47,6 +47,8 @@ class CallStart(msgspec.Struct, frozen=True):
 
     index: int
     name: str
+    id: str = ""
+    """That the model gave it; empty: none that was known in time."""
 
 
 class CallArguments(msgspec.Struct, frozen=True):
@@ -78,15 +80,19 @@ class ToolReader:
         form: how calls are written.
         names: the only names that a call can have; None: any. Where nothing marks a call there must be some.
         forced: the text is calls and nothing else, so that no part of one is content.
+        ids: the model gives its calls ids, which may come last: a call is told when its id is known, or it ends.
     """
 
-    def __init__(self, form: ToolFormat, names: frozenset[str] | None, *, forced: bool = False) -> None:
+    def __init__(
+        self, form: ToolFormat, names: frozenset[str] | None, *, forced: bool = False, ids: bool = False
+    ) -> None:
         assert names is not None or form != "llama3"
         self._form: ToolFormat = form
         self._names = names
         self._forced = forced
         self._waits = form == "llama3" and not forced
         """A call is told when it is complete."""
+        self._ids = ids
         self._state: Literal["begin", "text", "plain", "call", "after"] = "begin" if form == "llama3" else "text"
         self._held = ""
         self._read_of_call: list[str] = []
@@ -120,12 +126,15 @@ class ToolReader:
 
     def _cut(self) -> list[Event]:
         """The text ended inside a call."""
+        events: list[Event] = []
+        if not self._waits:
+            self._tell(events)
         if not self._started:
             return [Content("".join(self._read_of_call))]
         if self._call.argued:
-            return [CallEnd(self.calls - 1)]
+            return [*events, CallEnd(self.calls - 1)]
         rest = self._call.rest()
-        return [CallArguments(self.calls - 1, rest)] if rest else []
+        return [*events, CallArguments(self.calls - 1, rest)] if rest else events
 
     def _advance(self, events: list[Event]) -> bool:
         """Take what can be taken from the beginning of what is held; False: nothing more without more text."""
@@ -186,7 +195,7 @@ class ToolReader:
             return True
         self._read_of_call.append(held if at == len(held) else held[:at])
         self._held = held[at:]
-        if call.complete or not self._waits:
+        if call.complete or not (self._waits or (self._ids and not call.settled)):
             self._tell(events)
         if call.complete:
             events.append(CallEnd(self.calls - 1))
@@ -198,7 +207,7 @@ class ToolReader:
         if self._call.name is None:
             return
         if not self._started:
-            events.append(CallStart(self.calls, self._call.name))
+            events.append(CallStart(self.calls, self._call.name, self._call.id))
             self.calls, self._started = self.calls + 1, True
         if arguments := self._call.told():
             events.append(CallArguments(self.calls - 1, arguments))
@@ -206,7 +215,7 @@ class ToolReader:
     def _give_up(self, events: list[Event], rest: str) -> None:
         """It is no call, or not any more."""
         named = self._call.name is not None
-        if not self._waits:
+        if not self._waits and (not self._ids or self._started or self._call.argued):
             self._tell(events)
         if named and self._call.argued and not self._waits:
             # All of it is there: what follows belongs to nothing.

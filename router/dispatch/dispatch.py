@@ -148,8 +148,10 @@ class Dispatch:
 
     async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         key = (request.salt, request.trace)
-        tokens = request.prompt_tokens
-        self.retainer.send(StepBegan(key, request.step, request.parent, tokens, request.tools, request.agent))
+        began = StepBegan(
+            key, request.step, request.parent, request.prompt_tokens, request.tools, request.agent, request.keep_s
+        )
+        self.retainer.send(began)
         self.stats.steps += 1
         run = Run(request, *self.traces.lefts(key), tell)
         self._runs[run] = None

@@ -43,6 +43,8 @@ class StepRequest(msgspec.Struct, frozen=True):
     """The client says that no further step of this trace follows."""
     tools: tuple[str, ...] = ()
     """What the trace did between its last step and this one, as the prompt tells: names of the tools."""
+    keep_s: float = 0.0
+    """As in :class:`router.traces.events.StepBegan`."""
     changed: Changed | None = None
     """Where the prompt parts from what its trace has run, as far as its text tells; tokens are not counted yet."""
     agent: str = ""

@@ -142,6 +142,11 @@ class Gate:
                 retry_after_s=refused.retry_after_s,
             )
 
+    def went_on(self, caller: Caller) -> None:
+        """What a call of it began runs after its answer; :meth:`ended` follows."""
+        if caller.key is not None:
+            self._limiter.go_on(caller.key.id, clock.now_s())
+
     def spent(self, caller: Caller, tokens: int) -> None:
         """Its call used these."""
         if caller.key is not None:

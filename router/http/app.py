@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from router.calls.calls import UNFORESEEN, Calls
@@ -77,7 +77,7 @@ def create_app(
     logged = keyring is not None if config.access_log is None else config.access_log
     edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
     responses = ResponsesEndpoint(calls, config, dice, edge)
-    tokens = TokenPages(calls, dispatcher, responses, config, offload, dice)
+    tokens = TokenPages(calls, dispatcher, responses, config, offload, dice, edge.gate, _told)
     endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
     endpoints["/v1/responses"] = responses
     called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
@@ -141,8 +141,18 @@ async def _refuse(request: Request, error: Exception) -> Response:
         codes = {404: "not_found", 405: "method_not_allowed"}
         message = f"{request.method} {request.url.path[:256]}: {error.detail}"
         told = CallFailed("invalid", message, code=codes.get(error.status_code))
-        return json_response(error_body(told), error.status_code, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = _allowed(request)
+        return json_response(error_body(told), error.status_code, headers)
     return _told(request.url.path, translate(error))
+
+
+def _allowed(request: Request) -> str:
+    """The methods of a path, which may be those of several routes."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    path = next(route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in routes if route.path == path for method in route.methods or ()}))
 
 
 def _told(path: str, failure: CallFailed) -> Response:

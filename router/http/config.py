@@ -26,7 +26,8 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     responses_age_s: Seconds = 86400.0
     """Older ones are forgotten, too."""
     background_max: Count = 64
-    """Responses that run in the background; more are answered 503."""
+    """Responses that run in the background; more are answered 503. A key's tenant has no more of them than are free
+    beside; more are answered 429."""
     headers_timeout_s: Seconds = 20.0
     """A connection whose headers are not complete by then is closed."""
     headers_bytes_max: Count = 64 * 2**10

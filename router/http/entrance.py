@@ -20,6 +20,7 @@ from tracehaul.runtime import clock
 EXPOSED = (
     "x-request-id",
     "x-trace-id",
+    "x-tracehaul-warning",
     "retry-after",
     *(f"x-ratelimit-{name}-{kind}" for kind in ("requests", "tokens") for name in ("limit", "remaining", "reset")),
 )

@@ -94,13 +94,17 @@ class Limiter:
         account.running += 1
         return None
 
+    def go_on(self, key: str, now_s: float) -> None:
+        """What a request began runs after it, until :meth:`end`."""
+        self._account(key, now_s).running += 1
+
     def spend(self, key: str, quota: Quota, tokens: int, now_s: float) -> None:
         """It used these."""
         if quota.tokens_per_minute is not None:
             self._account(key, now_s).tokens.take(quota.tokens_per_minute, now_s, tokens)
 
     def end(self, key: str) -> None:
-        """A request that began is over."""
+        """A request that began, or what went on of it, is over."""
         account = self._accounts[key]
         assert account.running > 0
         account.running -= 1

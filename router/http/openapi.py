@@ -16,6 +16,7 @@ from router.dialects.messages.answers import Answer, ContentBlock
 from router.dialects.messages.answers import ErrorBody as MessagesError
 from router.dialects.messages.requests import MessagesRequest
 from router.dialects.openai.errors import ErrorBody
+from router.dialects.openai.requests import LIMITS, NO_OPS
 from router.dialects.openai.response import Response
 from router.dialects.responses.answers import OutputItem
 from router.dialects.responses.answers import Response as ResponsesAnswer
@@ -42,6 +43,11 @@ _EITHER: Mapping[Any, tuple[str, tuple[Any, ...]]] = {
     ResponsesAnswer: ("output", get_args(OutputItem)),
 }
 """Answers with a list of several types, told apart by what they hold."""
+_EITHER_FIELD: Mapping[Any, tuple[str, ...]] = {
+    ResponsesRequest: ("input", "previous_response_id"),
+    TokenizeRequest: ("prompt", "messages"),
+}
+"""Bodies that need one of these fields."""
 _PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
 
 
@@ -80,12 +86,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/responses/{id}/input_items"): Operation(
         "What it answers", None, ItemPage, (400, 404), query=(*_PAGES, "order")
     ),
-    ("POST", "/v1/responses/input_tokens"): Operation("Count its prompt", ResponsesRequest, ResponseTokens, CALL),
-    ("POST", "/v1/messages/count_tokens"): Operation(
-        "Count its prompt", MessagesRequest, MessageTokens, CALL, error=MessagesError
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        "Count its prompt", ResponsesRequest, ResponseTokens, CALL, limited=True
     ),
-    ("POST", "/tokenize"): Operation("A prompt in tokens", TokenizeRequest, Tokenized, CALL),
-    ("POST", "/detokenize"): Operation("Tokens as text", DetokenizeRequest, Detokenized, CALL),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "Count its prompt", MessagesRequest, MessageTokens, CALL, limited=True, error=MessagesError
+    ),
+    ("POST", "/tokenize"): Operation("A prompt in tokens", TokenizeRequest, Tokenized, CALL, limited=True),
+    ("POST", "/detokenize"): Operation("Tokens as text", DetokenizeRequest, Detokenized, CALL, limited=True),
     ("GET", "/v1/models"): Operation("What can be asked for now", None, ModelList),
     ("GET", "/v1/models/{name}"): Operation("One of those", None, ModelEntry, (404,)),
     ("GET", "/v1/traces"): Operation("Traces, the last used first", None, TraceList, (400,), query=_PAGES),
@@ -134,7 +142,21 @@ def _schemas(kinds: Iterable[Any]) -> tuple[dict[Any, Any], dict[str, Any]]:
         if kind in named:
             component = components[named[kind]["$ref"].removeprefix(_COMPONENTS)]
             component["properties"][field]["items"] = {"anyOf": [named[part] for part in either]}
+    for kind in (ChatRequest, CompletionRequest, ResponsesRequest):
+        _limit(components[kind.__name__]["properties"])
+    for kind, names in _EITHER_FIELD.items():
+        components[kind.__name__]["anyOf"] = [{"required": [name]} for name in names]
     return named, components
+
+
+def _limit(properties: dict[str, Any]) -> None:
+    """Say what is checked only after a body is read."""
+    for name, (low, high) in LIMITS.items():
+        for option in properties.get(name, {}).get("anyOf", ()):
+            if option.get("type") in ("integer", "number"):
+                option |= {"minimum": low, "maximum": high}
+    for name in NO_OPS.keys() & properties.keys():
+        properties[name] = {"enum": [None, *NO_OPS[name]], "default": None}
 
 
 def _open(kind: Any) -> type[msgspec.Struct]:

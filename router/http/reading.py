@@ -1,5 +1,6 @@
 """From a body to a call, without what spoils it, and what the client is told of that. Pure."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from router.calls.call import Call
@@ -10,6 +11,7 @@ from router.dialects.base import Dialect, Models, Teller
 from router.dialects.body import INVALID_JSON
 
 T = TypeVar("T", bound=Teller)
+R = TypeVar("R")
 
 WARNING = b"x-tracehaul-warning"
 """One header for each thing of a body that was not taken as it is."""
@@ -21,14 +23,23 @@ def read(dialect: Dialect[T], body: bytes, fresh: str, created: int, models: Mod
     Raises:
         CallFailed: likewise.
     """
-    warnings: list[str] = []
+    (call, teller), warnings = mending(body, lambda data: dialect.read(data, fresh, created, models))
+    call, dropped = quiet(call)
+    return call, teller, [*warnings, *dropped]
+
+
+def mending(body: bytes, take: Callable[[bytes], R]) -> tuple[R, list[str]]:
+    """What ``take`` makes of a body, mended where it needs to be, and with warnings. Raises CallFailed as it does."""
     try:
-        call, teller = dialect.read(body, fresh, created, models)
+        return take(body), []
     except CallFailed as failure:
         better = mended(body) if failure.code == INVALID_JSON else None
         if better is None:
             raise
-        warnings.append("halves of surrogate pairs were read as U+FFFD")
-        call, teller = dialect.read(better, fresh, created, models)
+        return take(better), ["halves of surrogate pairs were read as U+FFFD"]
+
+
+def quiet(call: Call) -> tuple[Call, list[str]]:
+    """The call without noise, and with warnings."""
     call, dropped = without_noise(call)
-    return call, teller, [*warnings, *(f"{what} was left out" for what in dropped)]
+    return call, [f"{what} was left out" for what in dropped]

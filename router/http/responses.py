@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -56,6 +56,15 @@ class Kind(msgspec.Struct, frozen=True):
     id: str
 
 
+class _Running(NamedTuple):
+    """What runs in the background."""
+
+    task: asyncio.Task[None]
+    begun: Response
+    tenant: str
+    """Whose it is."""
+
+
 class ResponsesEndpoint(Endpoint[ResponseTeller]):
     """Answers ``POST /v1/responses``, and keeps what it answers."""
 
@@ -63,7 +72,7 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         super().__init__(Responses(), calls, config, dice, edge)
         limits = Limits(config.responses_max, config.responses_bytes_max, config.responses_age_s)
         self.kept = Kept(limits)
-        self._running: dict[Key, tuple[asyncio.Task[None], Response]] = {}
+        self._running: dict[Key, _Running] = {}
         """In the background."""
 
     async def _serve(
@@ -72,13 +81,14 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         key = (call.tenant, call.id)
         call, before = self.continued(call, teller)
         if teller.begun.background:
-            if len(self._running) >= self._config.background_max:
-                raise unavailable("too many responses run in the background", "overloaded")
+            tenant = call.tenant if call.quota is None else call.quota
+            self._check_room(tenant, shared=visit.caller.key is not None)
             self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
             work = self._work(call, teller, headers, fresh, visit.caller)
             task = asyncio.create_task(work, name=f"background-{call.id}")
-            self._running[key] = task, teller.begun
-            task.add_done_callback(lambda _: self._running.pop(key, None))
+            self._running[key] = _Running(task, teller.begun, tenant)
+            self._edge.gate.went_on(visit.caller)
+            task.add_done_callback(lambda _: self._over(key, visit.caller))
             await reply.json(200, msgspec.json.encode(teller.begun))
             return
         reply.broken = teller.broken
@@ -137,6 +147,24 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
 
     # --- in the background ----------------------------------------------------------------------------------
 
+    def _check_room(self, tenant: str, *, shared: bool) -> None:
+        """For one more. ``shared``: with tenants who have as good a right to it.
+
+        Raises:
+            CallFailed: there is none, or the tenant would have more places than it leaves to others.
+        """
+        free = self._config.background_max - len(self._running)
+        if free <= 0:
+            raise unavailable("too many responses run in the background", "overloaded")
+        own = sum(running.tenant == tenant for running in self._running.values())
+        if shared and own >= free:
+            message = f"{own} responses of this API key's tenant run in the background, which leaves as many to others"
+            raise CallFailed("limited", message, code="rate_limit_exceeded")
+
+    def _over(self, key: Key, caller: Caller) -> None:
+        del self._running[key]
+        self._edge.gate.ended(caller)
+
     async def _work(
         self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, caller: Caller
     ) -> None:
@@ -162,10 +190,9 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
     async def cancel(self, key: Key) -> None:
         """End a response that runs in the background; returns when it has."""
         if (running := self._running.get(key)) is not None:
-            task, begun = running
-            task.cancel()
-            await asyncio.wait((task,))
-            self.kept.change(key, msgspec.structs.replace(begun, status="cancelled"), ended=True)
+            running.task.cancel()
+            await asyncio.wait((running.task,))
+            self.kept.change(key, msgspec.structs.replace(running.begun, status="cancelled"), ended=True)
 
     async def close(self) -> None:
         """End all of them."""

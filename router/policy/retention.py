@@ -17,6 +17,8 @@ HALF_LIFE_S = 60.0
 """Of the stores' soft pins: a pin of priority 2**n lasts n of them."""
 OCTAVES_MAX = 4
 """Of pins for learned gaps: what comes back late must not outlast what comes back soon by more than that."""
+OCTAVES_HINTED_MAX = 8
+"""Of pins for contexts that their client marked as worth keeping: it need not come back."""
 OCTAVES_TOLD_MAX = 32
 """Of pins for suspensions: the client has said that it comes back."""
 RETURN_SHARE = 0.4
@@ -60,7 +62,9 @@ class Retention(msgspec.Struct, frozen=True):
     """When it should start to come back; None: not by itself."""
 
 
-def decide(gap: Gap, now: Situation, config: RetentionConfig, *, told_s: float | None = None) -> Retention:
+def decide(
+    gap: Gap, now: Situation, config: RetentionConfig, *, told_s: float | None = None, keep_s: float = 0.0
+) -> Retention:
     """What to do with a context in a gap.
 
     Args:
@@ -68,11 +72,14 @@ def decide(gap: Gap, now: Situation, config: RetentionConfig, *, told_s: float |
         now: what losing it costs.
         config: what may be done.
         told_s: the client says that the gap ends by then; None: it says nothing.
+        keep_s: the client means the context to be kept for so long; 0: it does not say.
     """
-    longest_s = gap.quantile(0.99) if told_s is None else told_s
-    octaves = min(
-        max(1.0, (longest_s + PIN_MARGIN_S) / HALF_LIFE_S), OCTAVES_MAX if told_s is None else OCTAVES_TOLD_MAX
-    )
+    longest_s, octaves_max = gap.quantile(0.99), OCTAVES_MAX
+    if told_s is not None:
+        longest_s, octaves_max = told_s, OCTAVES_TOLD_MAX
+    elif keep_s > longest_s:
+        longest_s, octaves_max = keep_s, OCTAVES_HINTED_MAX
+    octaves = min(max(1.0, (longest_s + PIN_MARGIN_S) / HALF_LIFE_S), octaves_max)
     pin_s = min(longest_s + PIN_MARGIN_S, octaves * HALF_LIFE_S, config.pin_max_s)
     margin_s = now.reload_s + (config.margin_s if told_s is None else CERTAIN_MARGIN_S)
     recall_s = max(0.0, gap.quantile(RETURN_SHARE) - margin_s)

@@ -65,7 +65,7 @@ class Between:
         self._alarms.clear(key)
         effects.append(StopPrefetch(key))
         situation = Situation(trace.context_tokens, trace.context_tokens * trace.reload_token_s)
-        plan = decide(gap, situation, self._config, told_s=told_s)
+        plan = decide(gap, situation, self._config, told_s=told_s, keep_s=trace.keep_s)
         median_s, longest_s = gap.quantile(0.5), gap.quantile(0.99)
         retained = Retained(trace.calls, gap.seen, median_s, longest_s, situation, plan)
         trace = noted(replace(trace, retention=plan), retained, now_s, effects)

@@ -58,7 +58,7 @@ class Book:
 
     # --- for calls ----------------------------------------------------------------------------------------------
 
-    def place(
+    def find(
         self,
         salt: str,
         conversation: Sequence[bytes],
@@ -68,7 +68,7 @@ class Book:
         first: bool = False,
         heard: Heard | None = None,
     ) -> Place:
-        """The trace of a call without a name, which is remembered. :meth:`over` must follow.
+        """The trace that a call without a name belongs to; nothing is remembered of it.
 
         Args:
             salt: the tenant.
@@ -86,7 +86,21 @@ class Book:
             trace = self.answers.heard(salt, heard.name)
             # Of one that is remembered, what is remembered counts.
             place = Place(trace) if trace is not None and self._traces.get((salt, trace)) is None else place
-        self._keeper.send(Recognised((salt, place.trace), digests, place.shared))
+        return place
+
+    def place(
+        self,
+        salt: str,
+        conversation: Sequence[bytes],
+        opening: int,
+        fresh: TraceId,
+        *,
+        first: bool = False,
+        heard: Heard | None = None,
+    ) -> Place:
+        """As :meth:`find`, and it is remembered. :meth:`over` must follow."""
+        place = self.find(salt, conversation, opening, fresh, first=first, heard=heard)
+        self._keeper.send(Recognised((salt, place.trace), own(conversation, opening), place.shared))
         return place
 
     def over(self, salt: str, trace: TraceId) -> None:

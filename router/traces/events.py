@@ -46,6 +46,8 @@ class StepBegan(OfTrace, frozen=True, gc=False, tag="step_began"):
     tools: tuple[str, ...] = ()
     """What ran before it, as the prompt tells."""
     agent: str = ""
+    keep_s: float = 0.0
+    """For how long the client means its context to be kept; 0: it does not say."""
 
 
 class StepPlaced(OfTrace, frozen=True, gc=False, tag="step_placed"):

@@ -37,10 +37,10 @@ class Changed(msgspec.Struct, frozen=True, gc=False):
     """Where a prompt parts from what its trace has run: what the trace had after that is of no use to it. The reason is
     ``prompt_changed``, and the client's alone."""
 
-    section: Literal["tools", "system", "messages"]
-    """What differs: the tools, or a variable of the template; a message of the system; or another one."""
+    section: Literal["tools", "variables", "system", "messages"]
+    """What differs: the tools; a variable of the template; a message of the system; or another one."""
     message: int | None
-    """Its number from 0; None for tools."""
+    """Its number from 0; None for the first two."""
     offset: int
     """Characters of the prompt up to there."""
     characters: int

@@ -256,6 +256,7 @@ class Traces:
                 unanswered=(*trace.unanswered[1 - UNANSWERED_MAX :], event.step),
                 steps_count=trace.steps_count + 1,
                 last_step=event.step,
+                keep_s=event.keep_s,
                 idle_since_s=None,
                 calls=None,
                 suspension=None,

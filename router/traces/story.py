@@ -130,7 +130,7 @@ def _hits(hits: Hits | None) -> Iterator[str]:
         return
     yield f"Cached: {hits.delivered} of the {hits.theoretical} tokens that its trace had."
     if (changed := hits.changed) is not None:
-        what = "its tools" if changed.message is None else f"message {changed.message} ({changed.section})"
+        what = f"its {changed.section}" if changed.message is None else f"message {changed.message} ({changed.section})"
         yield f"Its client changed {what}: {changed.tokens} tokens more could not be used (prompt_changed)."
     for reason, tokens in sorted(hits.losses.items(), key=lambda loss: -loss[1]):
         yield f"{tokens} {LOSSES.get(reason, reason)}."

@@ -145,6 +145,8 @@ class Trace(msgspec.Struct, frozen=True, gc=False):
     decided: bool = False
     """``retention`` is that of the last step."""
     pin: PinWish | None = None
+    keep_s: float = 0.0
+    """As in :class:`router.traces.events.StepBegan`, of the last step."""
     ended: bool = False
     digests: tuple[bytes, ...] = ()
     """Beginnings of conversations that it is found by."""

@@ -124,7 +124,7 @@ def test_a_deleted_trace_ends_its_step_and_frees_its_worker():
         running = asyncio.ensure_future(cluster.step("a", PREFIX + output + [5], max_tokens=500))
         await asyncio.sleep(0.2)
         assert not running.done()
-        assert cluster.dispatch.book.delete("", TraceId("a"))
+        assert await cluster.dispatch.book.delete("", TraceId("a"))
         with pytest.raises(TraceDeleted):
             await running
         await asyncio.sleep(1.0)
@@ -175,7 +175,7 @@ def test_a_context_that_gave_way_comes_back_at_the_clients_word():
             await cluster.step(f"big-{others}", [100 + others % 100, *PREFIX, *PREFIX], max_tokens=1)
             await asyncio.sleep(0.1)
         for name in [trace.key for trace in cluster.dispatch.traces.all() if trace.trace != "a"]:
-            cluster.dispatch.book.delete(*name)
+            await cluster.dispatch.book.delete(*name)
         await asyncio.sleep(0.5)
         before = cluster.computed
         assert cluster.dispatch.book.resume("", TraceId("a")) is not None

@@ -34,6 +34,10 @@ class Needs(msgspec.Struct, frozen=True):
     """The variable in which it reads tools; empty: as all do."""
     tools_unseen: bool = False
     """It never shows tools: the system tells of them."""
+    user: bool = False
+    """Without a user it fails, or is silent of the system: one who says nothing follows the system."""
+    words: bool = False
+    """Answers say something: one that says nothing says a space."""
 
     @property
     def note(self) -> str:
@@ -61,8 +65,13 @@ def adapted(messages: Sequence[Message], needs: Needs) -> list[Message]:
         found = list(_one_call(found))
     if needs.short_ids:
         found = [_short_ids(message) for message in found]
+    if needs.user and not any(message["role"] == "user" for message in found):
+        opening = next((at for at, message in enumerate(found) if message["role"] != "system"), len(found))
+        found.insert(opening, {"role": "user", "content": ""})
     if needs.turns:
         found = _turns(found)
+    if needs.words:
+        found = [_in_words(message) for message in found]
     return found
 
 
@@ -190,6 +199,11 @@ def _turns(messages: Sequence[Message]) -> list[Message]:
         found.append(message)
         speaks = "assistant" if role == "user" else "user"
     return found
+
+
+def _in_words(message: Message) -> Message:
+    silent = message["role"] == "assistant" and not message["content"] and not message.get("tool_calls")
+    return {**message, "content": " "} if silent else message
 
 
 def _joined(first: str, then: str) -> str:

@@ -118,6 +118,13 @@ class ChatTemplate:
             needs = needs.but(turns=True)
         if not self._shows(needs, _SYSTEMS, "first rule", "second rule", "late rule"):
             needs = needs.but(one_system=True)
+        with_user = needs.but(user=True)
+        alone = self._shows(needs, _UNASKED, "first rule") and self._shows(needs, _UNASKED, tools=filled([_TOOL]))
+        if not alone and self._shows(with_user, _UNASKED, "first rule"):
+            needs = with_user
+        in_words = needs.but(words=True)
+        if not self._shows(needs, _SILENT, "first said", "second said") and self._shows(in_words, _SILENT):
+            needs = in_words
         return needs.but(**self._tools_at(needs))
 
     def _tools_at(self, needs: Needs) -> dict[str, Any]:
@@ -194,6 +201,8 @@ _SYSTEMS: list[Message] = [
     {"role": "system", "content": "late rule"},
     _USER,
 ]
+_UNASKED: list[Message] = _SYSTEMS[:1]
+_SILENT: list[Message] = [_USER, {"role": "assistant", "content": ""}, _NEIGHBOURS[1]]
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {"name": "probe_one", "description": "", "parameters": {"type": "object", "properties": {}}},

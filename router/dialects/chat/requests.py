@@ -1,13 +1,15 @@
 """What clients send to ``/v1/chat/completions``. Pure."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from router.calls.errors import invalid
-from router.dialects.openai.requests import TOP_LOGPROBS_MAX, GenerationRequest, integer
+from router.dialects.openai.requests import GenerationRequest, integer
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+TOLD_MESSAGES = Meta(extra_json_schema={"minItems": 1})
 ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]
 
 
@@ -60,7 +62,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], TOLD_MESSAGES]
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -87,4 +89,4 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     def likeliest(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs to be true", "top_logprobs")
-        return integer("top_logprobs", self.top_logprobs, 0, TOP_LOGPROBS_MAX, 0) if self.logprobs else None
+        return integer("top_logprobs", self.top_logprobs, 0) if self.logprobs else None

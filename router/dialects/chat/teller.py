@@ -126,4 +126,5 @@ class ChatTeller:
             service_tier=tier,
             store=told.store,
             reasoning_effort=told.reasoning_effort,
+            priority=told.priority,
         )

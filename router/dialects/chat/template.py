@@ -9,7 +9,7 @@ from router.calls.call import Conversation
 from router.calls.errors import invalid
 from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatMessage, ChatRequest
-from router.dialects.openai.response import Told
+from router.dialects.openai.response import Told, priority_told
 from router.dialects.openai.tools import names_of
 
 GIVEN = frozenset(
@@ -75,6 +75,7 @@ def told_of(request: ChatRequest, template: str | None) -> Told:
         service_tier="default" if request.service_tier is not None else UNSET,
         store=None if request.store else UNSET,
         reasoning_effort=effort,
+        priority=priority_told(request.priority),
     )
 
 

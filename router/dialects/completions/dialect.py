@@ -8,7 +8,7 @@ from router.dialects.completions.requests import CompletionRequest, split
 from router.dialects.completions.teller import TextTeller
 from router.dialects.openai.errors import OpenAIErrors
 from router.dialects.openai.requests import options
-from router.dialects.openai.response import Head, fingerprint
+from router.dialects.openai.response import Head, Told, fingerprint, priority_told
 from router.dialects.openai.structured import wanted_of
 
 
@@ -33,4 +33,5 @@ class Completions(OpenAIErrors):
             tenant=request.tenant,
             nbytes=len(body),
         )
-        return call, TextTeller(Head(call.id, created, call.model, fingerprint(text)), opts, text)
+        told = Told(priority=priority_told(request.priority))
+        return call, TextTeller(Head(call.id, created, call.model, fingerprint(text), told), opts, text)

@@ -1,8 +1,13 @@
 """What clients send to ``/v1/completions``. Pure."""
 
-from router.calls.errors import invalid
-from router.dialects.openai.requests import TOP_LOGPROBS_MAX, GenerationRequest, integer
+from typing import Annotated
 
+from msgspec import Meta
+
+from router.calls.errors import invalid
+from router.dialects.openai.requests import GenerationRequest, integer
+
+TOLD_ITEMS = Meta(extra_json_schema={"minItems": 1})
 OUTPUT_TOKENS = 16
 """Where nothing is said of ``max_tokens``, as OpenAI has it."""
 
@@ -10,7 +15,7 @@ OUTPUT_TOKENS = 16
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | Annotated[list[str | int | Annotated[list[int], TOLD_ITEMS]], TOLD_ITEMS]
     logprobs: int | bool | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -21,7 +26,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     def likeliest(self) -> int | None:
         if self.logprobs is None or self.logprobs is False:
             return None
-        return integer("logprobs", int(self.logprobs), 0, TOP_LOGPROBS_MAX, 0)
+        return integer("logprobs", int(self.logprobs), 0)
 
     def echoed(self) -> bool:
         return bool(self.echo)

@@ -110,7 +110,10 @@ class TextTeller:
 
     def _response(self, choices: Sequence[TextChoice], usage: UsageField) -> Response[TextChoice]:
         head = self._head
-        return Response(head.id, "text_completion", head.created, head.model, head.fingerprint, choices, usage)
+        told = head.told.priority
+        return Response(
+            head.id, "text_completion", head.created, head.model, head.fingerprint, choices, usage, priority=told
+        )
 
 
 def _moved(marks: Sequence[Mark], by: int) -> list[Mark]:

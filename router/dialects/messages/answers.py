@@ -1,18 +1,35 @@
 """What clients receive from ``/v1/messages``. Pure."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 from blake3 import blake3
+from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.calls.errors import CallFailed
+from router.calls.slips import is_object
 from router.dialects.blocks import Block
 from router.dialects.openai.usage import ClusterUsage, usage_of
 from tracehaul.wire.steps import FinishReason
 
+MissReason = Literal[
+    "model_changed",
+    "system_changed",
+    "tools_changed",
+    "messages_changed",
+    "previous_message_not_found",
+    "unavailable",
+]
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+_CHANGED: Mapping[str, MissReason] = {
+    "model": "model_changed",
+    "system": "system_changed",
+    "tools": "tools_changed",
+    "messages": "messages_changed",
+}
+"""By :attr:`router.calls.events.Compared.outcome`."""
 ERRORS = {
     "unauthorized": "authentication_error",
     "forbidden": "permission_error",
@@ -64,6 +81,26 @@ class MessageUsage(msgspec.Struct, frozen=True):
     cache_read_input_tokens: int
     output_tokens: int
     tracehaul: ClusterUsage
+    # What a service may have besides, and this one has not.
+    cache_creation: None = None
+    inference_geo: None = None
+    output_tokens_details: None = None
+    server_tool_use: None = None
+    service_tier: None = None
+
+
+class CacheMissReason(msgspec.Struct, frozen=True):
+    """Why a beginning of the prompt that was computed before was of no use."""
+
+    type: MissReason
+    cache_missed_input_tokens: int | UnsetType = UNSET
+    """Only where something changed."""
+
+
+class Diagnostics(msgspec.Struct, frozen=True):
+    """``diagnostics``."""
+
+    cache_miss_reason: CacheMissReason
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -75,8 +112,12 @@ class Answer(msgspec.Struct, frozen=True):
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
+    diagnostics: Diagnostics | None = None
+    """None: they were not asked for, or nothing differs."""
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
+    stop_details: None = None
+    container: None = None
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -110,6 +151,21 @@ def message_usage(told: events.Usage) -> MessageUsage:
     return MessageUsage(fresh, 0, told.cached_tokens, told.output_tokens, usage_of(told).tracehaul)
 
 
+def diagnostics(told: events.Usage) -> Diagnostics | None:
+    """What the comparison with an earlier message has shown."""
+    compared = told.compared
+    match None if compared is None else compared.outcome:
+        case None | "same":
+            return None
+        case "unknown":
+            return Diagnostics(CacheMissReason("previous_message_not_found"))
+        case "elsewhere" | "variables":
+            return Diagnostics(CacheMissReason("unavailable"))
+        case "model" | "tools" | "system" | "messages" as section:
+            assert compared is not None
+            return Diagnostics(CacheMissReason(_CHANGED[section], compared.tokens))
+
+
 def stop_reason(reason: FinishReason, called: bool, stop: str | None) -> StopReason:
     """Why an answer ended."""
     if reason == "length":
@@ -137,8 +193,4 @@ def signature(thinking: str) -> str:
 
 def _input(arguments: str) -> msgspec.Raw:
     """An object, as it was written; where the answer was cut in it, an empty one."""
-    try:
-        parsed: Any = msgspec.json.decode(arguments)
-    except (ValueError, RecursionError):
-        parsed = None
-    return msgspec.Raw(arguments.encode()) if isinstance(parsed, dict) else msgspec.Raw(b"{}")
+    return msgspec.Raw(arguments.encode() if is_object(arguments) else b"{}")

@@ -39,6 +39,15 @@ def conversation_of(asked: Asked) -> Conversation:
     )
 
 
+def keep_s(asked: Asked) -> float:
+    """For how long the longest of its marks wants a context to be kept; 0: there is none."""
+    marks = [asked.cache_control, *(tool.cache_control for tool in asked.tools or ())]
+    contents = [asked.system, *(message.content for message in asked.messages)]
+    for blocks in (content for content in contents if not isinstance(content, str) and content is not None):
+        marks += [block.cache_control for block in blocks]
+    return max((mark.keep_s for mark in marks if mark is not None), default=0.0)
+
+
 def tools_asked(asked: Asked) -> Tools | None:
     """The tools of a call; None if it has none or must not use them.
 

@@ -2,13 +2,13 @@
 
 import msgspec
 
-from router.calls.call import Call, Options, Wanted
+from router.calls.call import Call, Options, TraceFields, Wanted
 from router.calls.errors import CallFailed
 from router.calls.structured import schema_constraint
 from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.messages.answers import error_body
-from router.dialects.messages.conversation import conversation_of, tools_asked
+from router.dialects.messages.conversation import conversation_of, keep_s, tools_asked
 from router.dialects.messages.requests import Asked, MessagesRequest
 from router.dialects.messages.teller import PING, MessageTeller
 
@@ -20,7 +20,8 @@ class Messages:
 
     def read(self, body: bytes, fresh: str, created: int, models: Models) -> tuple[Call, MessageTeller]:
         request = parse(body, MessagesRequest)
-        call = _call(request, f"msg_{fresh}", models, _options(request), len(body))
+        baseline = request.diagnostics.previous_message_id if request.diagnostics else None
+        call = _call(request, f"msg_{fresh}", models, _options(request), len(body), baseline)
         return call, MessageTeller(call.id, call.model)
 
     def counted(self, body: bytes, fresh: str, models: Models) -> Call:
@@ -34,7 +35,7 @@ class Messages:
         return b"event: error\ndata: " + self.failed(failure) + b"\n\n"
 
 
-def _call(asked: Asked, name: str, models: Models, options: Options, nbytes: int) -> Call:
+def _call(asked: Asked, name: str, models: Models, options: Options, nbytes: int, baseline: str | None = None) -> Call:
     return Call(
         id=name,
         model=models.named(asked.model),
@@ -43,6 +44,8 @@ def _call(asked: Asked, name: str, models: Models, options: Options, nbytes: int
         prompts=(conversation_of(asked),),
         where="messages",
         options=options,
+        trace=TraceFields(baseline=baseline),
+        keep_s=keep_s(asked),
         tenant=asked.cache_salt or "",
         nbytes=nbytes,
     )

@@ -13,10 +13,15 @@ Stop = Annotated[str, Meta(min_length=1, max_length=STOP_CHARACTERS_MAX)]
 
 
 class CacheControl(msgspec.Struct, frozen=True):
-    """``cache_control``: blocks are cached whether or not it is there."""
+    """``cache_control``: blocks are cached whether or not it is there, and kept for longer if it is."""
 
     type: str
     ttl: str | None = None
+
+    @property
+    def keep_s(self) -> float:
+        """For how long its client means them to be kept."""
+        return 3600.0 if self.ttl == "1h" else 300.0
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -90,11 +95,18 @@ class Metadata(msgspec.Struct, frozen=True):
     user_id: str | None = None
 
 
+class DiagnosticsAsked(msgspec.Struct, frozen=True):
+    """``diagnostics``."""
+
+    previous_message_id: str | None = None
+    """The answer to compare with; None: there is none yet."""
+
+
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What both endpoints take. Unknown fields are ignored."""
 
     model: ModelName | None = None
-    messages: list[Message]
+    messages: Annotated[list[Message], Meta(extra_json_schema={"minItems": 1})]
     system: str | list[Block] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -114,4 +126,5 @@ class MessagesRequest(Asked, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=INTEGER_MAX)] | None = None
     stop_sequences: Annotated[list[Stop], Meta(max_length=STOPS_MAX)] | None = None
     metadata: Metadata | None = None
+    diagnostics: DiagnosticsAsked | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None

@@ -7,7 +7,7 @@ import msgspec
 
 from router.calls.events import Begun, CallEvent, Choice, Ended, Piece, Usage
 from router.dialects.blocks import Block, Blocks, Close, More, Open, Turn, blocks_of
-from router.dialects.messages.answers import Answer, content_block, message_usage, signature, stop_reason
+from router.dialects.messages.answers import Answer, content_block, diagnostics, message_usage, signature, stop_reason
 
 _encode = msgspec.json.Encoder().encode
 _STARTS: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ class MessageTeller:
                     self._tell(self._blocks.feed(said), told)
                 case Begun(usage=usage):
                     assert usage is not None
-                    begun = Answer(self._name, self._model, (), None, None, message_usage(usage))
+                    begun = Answer(self._name, self._model, (), None, None, message_usage(usage), diagnostics(usage))
                     told.append(_event("message_start", message=begun))
                     told.append(PING)
                 case Ended():
@@ -59,7 +59,8 @@ class MessageTeller:
         choice = choices[0]
         content = [content_block(block) for block in blocks_of(choice.said)]
         reason = stop_reason(choice.reason, choice.called, choice.stop)
-        return _encode(Answer(self._name, self._model, content, reason, choice.stop, message_usage(usage)))
+        told = message_usage(usage)
+        return _encode(Answer(self._name, self._model, content, reason, choice.stop, told, diagnostics(usage)))
 
     def _tell(self, turns: Sequence[Turn], told: list[bytes]) -> None:
         for turn in turns:

@@ -1,8 +1,10 @@
 """The fields that OpenAI's dialects share, and what of them is honoured: checked here, before any work. Pure."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from router.calls.call import Options, TraceFields
 from router.calls.errors import CallFailed, invalid, unsupported
@@ -18,6 +20,31 @@ TOP_LOGPROBS_MAX = 20
 LOGIT_BIAS_MAX = 1024
 SALT_CHARACTERS_MAX = 256
 INTEGER_MAX = 2**31 - 1
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "max_tokens": (0, INTEGER_MAX),
+    "max_completion_tokens": (1, INTEGER_MAX),
+    "max_output_tokens": (1, INTEGER_MAX),
+    "min_tokens": (0, INTEGER_MAX),
+    "temperature": (0.0, 2.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, INTEGER_MAX),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "seed": (-(2**63), 2**63 - 1),
+    "n": (1, 128),
+    "priority": (-PRIORITY_MAX, PRIORITY_MAX),
+    "logprobs": (0, TOP_LOGPROBS_MAX),
+    "top_logprobs": (0, TOP_LOGPROBS_MAX),
+    "logit_bias": (-100.0, 100.0),
+}
+"""The least and the most that each number may be."""
+TOLD_BIAS = Meta(extra_json_schema={"maxProperties": LOGIT_BIAS_MAX, "propertyNames": {"pattern": "^[0-9]{1,10}$"}})
+Bias = Annotated[float, Meta(extra_json_schema=dict(zip(("minimum", "maximum"), LIMITS["logit_bias"], strict=True)))]
+TOLD_SALT = Meta(extra_json_schema={"minLength": 1, "maxLength": SALT_CHARACTERS_MAX})
+Stop = Annotated[str, Meta(extra_json_schema={"minLength": 1, "maxLength": STOP_CHARACTERS_MAX})]
+Stops = Annotated[list[Stop], Meta(extra_json_schema={"maxItems": STOPS_MAX})]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -38,8 +65,8 @@ class GenerationRequest(Wishes, frozen=True, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[list[int], Meta(extra_json_schema={"maxItems": STOP_TOKENS_MAX})] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     n: int | None = None
@@ -48,12 +75,12 @@ class GenerationRequest(Wishes, frozen=True, kw_only=True):
     prompt_cache_key: str | None = None
     previous_response_id: str | None = None
     return_token_ids: bool | None = None
-    cache_salt: str | None = None
+    cache_salt: Annotated[str, TOLD_SALT] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     min_p: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, Bias], TOLD_BIAS] | None = None
     priority: int | None = None
     best_of: int | None = None
     include_stop_str_in_output: bool | None = None
@@ -63,7 +90,7 @@ class GenerationRequest(Wishes, frozen=True, kw_only=True):
     agent_hint: Any = None
     vllm_xargs: Any = None
     session_id: Any = None
-    # What cannot be honoured yet: values that change nothing are accepted (see _NO_OPS).
+    # What cannot be honoured yet: values that change nothing are accepted (see NO_OPS).
     use_beam_search: bool | None = None
     prompt_logprobs: int | bool | None = None
     bad_words: list[str] | None = None
@@ -100,7 +127,7 @@ class GenerationRequest(Wishes, frozen=True, kw_only=True):
         return False
 
 
-_NO_OPS: dict[str, tuple[Any, ...]] = {
+NO_OPS: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "prompt_logprobs": (False,),
     "bad_words": ([],),
@@ -123,11 +150,11 @@ def options(request: GenerationRequest) -> Options:
         raise invalid("stream_options needs stream to be true", "stream_options")
     usage = request.stream_options or StreamOptions()
     max_tokens = _max_tokens(request)
-    min_tokens = integer("min_tokens", request.min_tokens, 0, INTEGER_MAX, 0)
+    min_tokens = integer("min_tokens", request.min_tokens, 0)
     if max_tokens is not None and min_tokens > max_tokens:
         raise invalid("min_tokens must not be greater than max_tokens", "min_tokens")
-    top_p = _number("top_p", request.top_p, 0.0, 1.0, 1.0)
-    temperature = _number("temperature", request.temperature, 0.0, 2.0, 1.0)
+    top_p = _number("top_p", request.top_p, 1.0)
+    temperature = _number("temperature", request.temperature, 1.0)
     if request.cache_salt is not None and not 0 < len(request.cache_salt) <= SALT_CHARACTERS_MAX:
         raise invalid(f"cache_salt must have 1 to {SALT_CHARACTERS_MAX} characters", "cache_salt")
     return Options(
@@ -138,41 +165,41 @@ def options(request: GenerationRequest) -> Options:
         # A top_p of 0 leaves the likeliest token only.
         temperature=temperature if top_p > 0 else 0.0,
         top_p=top_p if top_p > 0 else 1.0,
-        top_k=max(integer("top_k", request.top_k, -1, INTEGER_MAX, 0), 0),
-        min_p=_number("min_p", request.min_p, 0.0, 1.0, 0.0),
-        repetition_penalty=_number("repetition_penalty", request.repetition_penalty, 0.01, 100.0, 1.0),
-        presence_penalty=_number("presence_penalty", request.presence_penalty, -2.0, 2.0, 0.0),
-        frequency_penalty=_number("frequency_penalty", request.frequency_penalty, -2.0, 2.0, 0.0),
+        top_k=max(integer("top_k", request.top_k, 0), 0),
+        min_p=_number("min_p", request.min_p, 0.0),
+        repetition_penalty=_number("repetition_penalty", request.repetition_penalty, 1.0),
+        presence_penalty=_number("presence_penalty", request.presence_penalty, 0.0),
+        frequency_penalty=_number("frequency_penalty", request.frequency_penalty, 0.0),
         logit_bias=_logit_bias(request.logit_bias),
         logprobs=request.likeliest(),
         echo=request.echoed(),
-        seed=None if request.seed is None else integer("seed", request.seed, -(2**63), 2**63 - 1, 0),
+        seed=None if request.seed is None else integer("seed", request.seed, 0),
         stops=_stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
         include_stops=bool(request.include_stop_str_in_output),
         special_shown=request.skip_special_tokens is False,
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos),
-        n=integer("n", request.n, 1, 128, 1),
+        n=integer("n", request.n, 1),
         return_token_ids=bool(request.return_token_ids),
     )
 
 
 def _check_supported(request: GenerationRequest) -> None:
-    for name, accepted in _NO_OPS.items():
+    for name, accepted in NO_OPS.items():
         value = getattr(request, name, None)
         if value is not None and value not in accepted:
             raise unsupported(name, f"{name}={_short(value)}")
     if request.best_of not in (None, 0, 1, request.n):
         raise unsupported("best_of", "choosing the best of several completions (ask for n of them instead)")
-    integer("priority", request.priority, -PRIORITY_MAX, PRIORITY_MAX, 0)
+    integer("priority", request.priority, 0)
     if request.stop_token_ids is not None and len(request.stop_token_ids) > STOP_TOKENS_MAX:
         raise invalid(f"at most {STOP_TOKENS_MAX} stop tokens are possible", "stop_token_ids")
 
 
 def _max_tokens(request: GenerationRequest) -> int | None:
     name, value, lowest = request.output_limit()
-    return None if value is None else integer(name, value, lowest, INTEGER_MAX, 1)
+    return None if value is None else integer(name, value, 1, lowest)
 
 
 def _logit_bias(wanted: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
@@ -184,7 +211,7 @@ def _logit_bias(wanted: dict[str, float] | None) -> tuple[tuple[int, float], ...
     for key, value in wanted.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise invalid(f"logit_bias goes by token ids, and {_short(key)!r} is none", "logit_bias")
-        bias[int(key)] = _number("logit_bias", value, -100.0, 100.0, 0.0)
+        bias[int(key)] = _number("logit_bias", value, 0.0)
     return tuple(sorted(bias.items()))
 
 
@@ -197,18 +224,24 @@ def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     return stops
 
 
-def integer(name: str, value: int | None, low: int, high: int, default: int) -> int:
-    """``value``, or ``default`` where there is none. Raises CallFailed if it is not from ``low`` to ``high``."""
+def integer(name: str, value: int | None, default: int, lowest: int | None = None) -> int:
+    """``value``, or ``default`` where there is none.
+
+    Raises:
+        CallFailed: it is not within its :data:`LIMITS`, or below ``lowest``, which is then the least.
+    """
     if value is None:
         return default
-    if not low <= value <= high:
-        raise _out_of_range(name, value, low, high)
+    low, high = LIMITS[name]
+    if not (low if lowest is None else lowest) <= value <= high:
+        raise _out_of_range(name, value, low if lowest is None else lowest, high)
     return value
 
 
-def _number(name: str, value: float | None, low: float, high: float, default: float) -> float:
+def _number(name: str, value: float | None, default: float) -> float:
     if value is None:
         return default
+    low, high = LIMITS[name]
     if not low <= value <= high:
         raise _out_of_range(name, value, low, high)
     return value

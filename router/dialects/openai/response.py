@@ -17,6 +17,12 @@ class Told(msgspec.Struct, frozen=True):
     service_tier: Literal["default"] | UnsetType = UNSET
     store: UnsetType | None = UNSET
     reasoning_effort: str | UnsetType | None = UNSET
+    priority: UnsetType | None = UNSET
+
+
+def priority_told(wanted: int | None) -> UnsetType | None:
+    """What an answer says of a call's priority, which travels with its steps and decides nothing yet."""
+    return UNSET if wanted is None else None
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -51,6 +57,7 @@ class Response(msgspec.Struct, Generic[C], frozen=True):
     service_tier: Literal["default"] | UnsetType | None = UNSET
     store: UnsetType | None = UNSET
     reasoning_effort: str | UnsetType | None = UNSET
+    priority: UnsetType | None = UNSET
 
 
 class Frame(msgspec.Struct, frozen=True):

@@ -1,13 +1,15 @@
 """What clients receive from ``/v1/responses``. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.dialects.openai.usage import ClusterUsage, usage_of
 
+MissReason = Literal["model_changed", "tools_changed", "reasoning_effort_changed", "input_changed"]
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
@@ -119,8 +121,41 @@ class Incomplete(msgspec.Struct, frozen=True):
     reason: Literal["max_output_tokens"] = "max_output_tokens"
 
 
+class CacheMiss(msgspec.Struct, frozen=True, tag="cache_miss"):
+    """The beginning of the prompt that another response shares is shorter than it was: what the client changed first,
+    and what could not be used because of it."""
+
+    reason: MissReason
+    cache_missed_tokens: int
+
+
+class CacheHit(msgspec.Struct, frozen=True, tag="cache_hit"):
+    """The prompt begins as that of the other response did, and was not computed again."""
+
+
+class ComparisonNotFound(msgspec.Struct, frozen=True, tag="comparison_response_not_found"):
+    """That response is not known."""
+
+
+class Unavailable(msgspec.Struct, frozen=True, tag="unavailable"):
+    """The client changed nothing, or the two have nothing to do with each other."""
+
+
+_REASONS: Mapping[str, MissReason] = {
+    "model": "model_changed",
+    "tools": "tools_changed",
+    "variables": "reasoning_effort_changed",
+    "system": "input_changed",
+    "messages": "input_changed",
+}
+"""By :attr:`router.calls.events.Compared.outcome`."""
+CacheDiagnostics = CacheMiss | CacheHit | ComparisonNotFound | Unavailable
+"""``prompt_cache_diagnostics``."""
+
+
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """A response, as far as it is. What a request said and nothing came of is null."""
+    """A response, as far as it is. What a request said and nothing came of is null, or left out
+    where OpenAI's own description has no null."""
 
     id: str
     created_at: int
@@ -138,9 +173,12 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     output: Sequence[OutputItem] = ()
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
-    prompt_cache_key: str | None = None
+    priority: UnsetType | None = UNSET
+    """Null, where it was said: it decides nothing yet."""
+    prompt_cache_diagnostics: CacheDiagnostics | None = None
+    prompt_cache_key: str | UnsetType = UNSET
     reasoning: dict[str, str | None] = {}
-    safety_identifier: str | None = None
+    safety_identifier: str | UnsetType = UNSET
     service_tier: Literal["default"] = "default"
     store: bool = True
     temperature: float = 1.0
@@ -151,7 +189,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
-    user: str | None = None
+    user: str | UnsetType = UNSET
 
 
 def response_usage(told: events.Usage) -> ResponseUsage:
@@ -165,3 +203,20 @@ def response_usage(told: events.Usage) -> ResponseUsage:
         usage.total_tokens,
         usage.tracehaul,
     )
+
+
+def cache_diagnostics(told: events.Usage) -> CacheDiagnostics | None:
+    """What the comparison with an earlier response has shown; None: there was none."""
+    compared = told.compared
+    match None if compared is None else compared.outcome:
+        case None:
+            return None
+        case "unknown":
+            return ComparisonNotFound()
+        case "same":
+            return CacheHit() if told.cached_tokens else Unavailable()
+        case "elsewhere":
+            return Unavailable()
+        case "model" | "tools" | "variables" | "system" | "messages" as section:
+            assert compared is not None
+            return CacheMiss(_REASONS[section], compared.tokens)

@@ -12,6 +12,7 @@ from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.openai.errors import OpenAIErrors, error_body
 from router.dialects.openai.requests import options
+from router.dialects.openai.response import priority_told
 from router.dialects.openai.tools import names_of, tools_of
 from router.dialects.responses.answers import Response
 from router.dialects.responses.items import asked_items, messages_of
@@ -36,6 +37,7 @@ class Responses(OpenAIErrors):
         instructions = _instructions(request)
         asked = asked_items(request.input)
         variables = _variables(request)
+        baseline = request.prompt_cache_options.comparison_response_id if request.prompt_cache_options else None
         conversation = Conversation((*instructions, *messages_of(asked)), names_of(known), variables=variables)
         call = Call(
             id=f"resp_{fresh}",
@@ -45,7 +47,7 @@ class Responses(OpenAIErrors):
             prompts=(conversation,),
             where="input",
             options=opts,
-            trace=request.trace_fields,
+            trace=msgspec.structs.replace(request.trace_fields, baseline=baseline),
             priority=request.priority,
             tenant=request.tenant,
             nbytes=len(body),
@@ -91,6 +93,10 @@ def _variables(request: ResponsesRequest) -> Mapping[str, Any] | None:
     return None if effort is None else {"reasoning_effort": effort, "enable_thinking": effort not in THINKS_NOT}
 
 
+def _said(value: str | None) -> str | msgspec.UnsetType:
+    return msgspec.UNSET if value is None else value
+
+
 def _begun(request: ResponsesRequest, call: Call, created: int, tools: list[dict[str, Any]] | None) -> Response:
     form = request.text.format if request.text else None
     reasoning = request.reasoning
@@ -106,17 +112,18 @@ def _begun(request: ResponsesRequest, call: Call, created: int, tools: list[dict
         metadata=request.metadata or {},
         parallel_tool_calls=request.parallel_tool_calls is not False,
         previous_response_id=request.previous_response_id,
-        prompt_cache_key=request.prompt_cache_key,
+        priority=priority_told(request.priority),
+        prompt_cache_key=_said(request.prompt_cache_key),
         reasoning={
             "effort": reasoning.effort if reasoning else None,
             "summary": (reasoning.summary or reasoning.generate_summary) if reasoning else None,
         },
-        safety_identifier=request.safety_identifier,
+        safety_identifier=_said(request.safety_identifier),
         store=request.stored,
         temperature=1.0 if request.temperature is None else request.temperature,
         text={"format": {"type": "text"} if form is None else form},
         tool_choice="auto" if choice is None else choice,
         tools=tools or (),
         top_p=1.0 if request.top_p is None else request.top_p,
-        user=request.user,
+        user=_said(request.user),
     )

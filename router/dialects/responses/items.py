@@ -78,7 +78,8 @@ class _Gathered:
 def _take(item: Item, where: str, gathered: _Gathered) -> None:
     match item.type or "message":
         case "message":
-            text = _text(item.content, f"{where}.content")
+            content = "" if item.content is None and item.role == "assistant" else item.content
+            text = _text(content, f"{where}.content")
             match item.role:
                 case None:
                     raise _missing("role", where)
@@ -99,9 +100,8 @@ def _take(item: Item, where: str, gathered: _Gathered) -> None:
         case "function_call_output" | "custom_tool_call_output":
             if item.call_id is None:
                 raise _missing("call_id", where)
-            if item.output is None:
-                raise _missing("output", where)
-            gathered.add(call.Message("tool", _text(item.output, f"{where}.output"), tool_call_id=item.call_id))
+            text = _text(item.output or "", f"{where}.output")  # it may have said nothing
+            gathered.add(call.Message("tool", text, tool_call_id=item.call_id))
         case requests.REFERENCE:
             if item.id is None:
                 raise _missing("id", where)

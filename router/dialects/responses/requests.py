@@ -69,6 +69,12 @@ class Reasoning(msgspec.Struct, frozen=True):
         return (self.summary or self.generate_summary or "none") != "none"
 
 
+class CacheOptions(msgspec.Struct, frozen=True):
+    """``prompt_cache_options``: what is cached, and for how long, is not the client's to say."""
+
+    comparison_response_id: str | None = None
+
+
 class ResponsesRequest(GenerationRequest, frozen=True, kw_only=True):
     """``POST /v1/responses``."""
 
@@ -89,6 +95,7 @@ class ResponsesRequest(GenerationRequest, frozen=True, kw_only=True):
     service_tier: str | None = None
     conversation: Any = None
     prompt: Any = None
+    prompt_cache_options: CacheOptions | None = None
 
     def output_limit(self) -> tuple[str, int | None, int]:
         return "max_output_tokens", self.max_output_tokens, 1

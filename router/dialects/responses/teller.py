@@ -8,6 +8,7 @@ import msgspec
 from router.calls import call
 from router.calls.errors import CallFailed
 from router.calls.events import Begun, CallEvent, Choice, Ended, Piece, Usage
+from router.calls.slips import is_object
 from router.dialects.blocks import Block, Blocks, Close, More, Open, Turn, blocks_of
 from router.dialects.responses.answers import (
     CustomCallItem,
@@ -23,6 +24,7 @@ from router.dialects.responses.answers import (
     Response,
     Status,
     SummaryText,
+    cache_diagnostics,
     response_usage,
 )
 from router.dialects.responses.items import messages_of, sealed
@@ -65,6 +67,8 @@ class ResponseTeller:
         self._blocks = Blocks()
         self._number = 0
         self._reason: FinishReason = "stop"
+        self._called = True
+        """No call was cut, as far as is known."""
         self._frame, self._framed = b"", -1
         """What deltas of a block begin with, and of which block: encoded once."""
 
@@ -90,8 +94,8 @@ class ResponseTeller:
                     started = msgspec.structs.replace(self.begun, status="in_progress")
                     told.append(self._event("response.created", response=started))
                     told.append(self._event("response.in_progress", response=started))
-                case Ended(reason=reason):
-                    self._reason = reason
+                case Ended(reason=reason, called=called):
+                    self._reason, self._called = reason, called
                     self._tell(self._blocks.finish(), told)
         return b"".join(told)
 
@@ -101,6 +105,7 @@ class ResponseTeller:
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         choice = choices[0]
+        self._called = choice.called
         return _encode(self._ended(blocks_of(choice.said), choice.reason, usage))
 
     def broken(self, failure: CallFailed) -> bytes:
@@ -118,8 +123,8 @@ class ResponseTeller:
     def _ended(self, blocks: Sequence[Block], reason: FinishReason, usage: Usage) -> Response:
         cut = reason == "length"
         statuses: list[ItemStatus] = ["completed"] * len(blocks)
-        if cut and statuses:
-            statuses[-1] = "incomplete"
+        if statuses:
+            statuses[-1] = "incomplete" if cut else self._status(blocks[-1])
         status: Status = "incomplete" if cut else "completed"
         response = msgspec.structs.replace(
             self.begun,
@@ -127,6 +132,7 @@ class ResponseTeller:
             incomplete_details=Incomplete() if cut else None,
             output=[self._item(block, block.text, told) for block, told in zip(blocks, statuses, strict=True)],
             usage=response_usage(usage),
+            prompt_cache_diagnostics=cache_diagnostics(usage),
         )
         if self.keep is not None:
             self.keep(response)
@@ -143,7 +149,7 @@ class ResponseTeller:
                 case Close(block):
                     told.append(self._done(block))
                     told.extend(self._part("done", block))
-                    told.append(self._output("done", block, self._item(block, block.text, "completed")))
+                    told.append(self._output("done", block, self._item(block, block.text, self._status(block))))
 
     def _output(self, what: str, block: Block, item: OutputItem) -> bytes:
         return self._event(f"response.output_item.{what}", output_index=block.at, item=item)
@@ -204,7 +210,9 @@ class ResponseTeller:
             case "call" if self._custom(block):
                 return CustomCallItem(name, block.id, block.name, text or "", status)
             case "call":
-                return FunctionCallItem(name, block.id, block.name, text or "", status)
+                # What was cut, by whatever, is not to be run.
+                cut = status == "completed" and not is_object(text or "")
+                return FunctionCallItem(name, block.id, block.name, text or "", "incomplete" if cut else status)
             case "reasoning":
                 hidden = None if text is None or not self._shape.sealed else sealed(text)
                 if text is None:
@@ -212,6 +220,10 @@ class ResponseTeller:
                 if self._shape.summarised:
                     return ReasoningItem(name, (SummaryText(text),), (), status, hidden)
                 return ReasoningItem(name, (), (ReasoningText(text),), status, hidden)
+
+    def _status(self, block: Block) -> ItemStatus:
+        """Of the last one: nobody sees by a text whether it is whole."""
+        return "incomplete" if block.kind == "call" and self._custom(block) and not self._called else "completed"
 
     def _custom(self, block: Block) -> bool:
         return block.name in self._shape.custom

@@ -8,8 +8,9 @@ from msgspec import Meta
 from router.calls.call import Call, Plain
 from router.calls.errors import invalid
 from router.dialects.body import ModelName
-from router.dialects.chat.requests import ChatMessage, ChatRequest
+from router.dialects.chat.requests import TOLD_MESSAGES, ChatMessage, ChatRequest
 from router.dialects.chat.template import conversation_of
+from router.dialects.openai.requests import SALT_CHARACTERS_MAX
 from router.dialects.openai.tools import tools_of
 
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -20,7 +21,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     model: ModelName | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], TOLD_MESSAGES] | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
@@ -28,6 +29,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     """What the model wants around a prompt; templates have it themselves."""
     return_token_strs: bool | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=SALT_CHARACTERS_MAX)] | None = None
+    """Whose conversation it is, as in calls."""
 
 
 class Tokenized(msgspec.Struct, frozen=True):
@@ -61,7 +64,10 @@ def asked(request: TokenizeRequest, model: str, name: str, nbytes: int) -> Call:
     if (request.prompt is None) == (request.messages is None):
         raise invalid("either prompt or messages are needed", "prompt")
     if request.messages is None:
-        return Call(id=name, model=model, prompts=(Plain(request.prompt or ""),), where="prompt", nbytes=nbytes)
+        prompts = (Plain(request.prompt or ""),)
+        return Call(
+            id=name, model=model, prompts=prompts, where="prompt", tenant=request.cache_salt or "", nbytes=nbytes
+        )
     chat = ChatRequest(
         model=model,
         messages=request.messages,
@@ -71,4 +77,5 @@ def asked(request: TokenizeRequest, model: str, name: str, nbytes: int) -> Call:
     )
     prompts = (conversation_of(chat, request.tools),)
     tools = tools_of(request.tools, None, None)
-    return Call(id=name, model=model, prompts=prompts, where="messages", tools=tools, nbytes=nbytes)
+    tenant = request.cache_salt or ""
+    return Call(id=name, model=model, prompts=prompts, where="messages", tools=tools, tenant=tenant, nbytes=nbytes)

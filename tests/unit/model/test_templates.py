@@ -33,6 +33,26 @@ ONE_SYSTEM = HEAD + "{% if m.role != 'system' or loop.first %}" + SAID + "{% end
 NO_CALLS = HEAD + "[{{ m.role }}]{{ m.content }}{% endfor %}{{ xml_tools }}"
 EACH = "{% for t in tools %}{{ t.function.name + ': ' + t.function.description }}{% endfor %}"
 OWN_TOOLS = EACH + HEAD + SAID + "{% endfor %}"
+ASKED = "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}"
+WORDS = (
+    HEAD
+    + "{% if m.role == 'assistant' and not (m.content or m.tool_calls) %}{{ raise_exception('no words') }}{% endif %}"
+    + TOLD
+)
+STRICT = (
+    "{% set first = messages[0].content if messages[0].role == 'system' else '' %}"
+    + "{% set rest = messages[1:] if messages[0].role == 'system' else messages %}"
+    + "{% set n = namespace(at=0) %}{% for m in rest %}"
+    + "{% if m.role in ('user', 'assistant') and not m.tool_calls %}{% if (m.role == 'user') != (n.at % 2 == 0) %}"
+    + "{{ raise_exception('conversation roles must alternate') }}{% endif %}{% set n.at = n.at + 1 %}{% endif %}"
+    + "{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}{{ raise_exception('length 9') }}{% endif %}"
+    + "{{ c.function.name }}{{ c.id }}{% endfor %}"
+    + "{% if m.role == 'system' %}{{ raise_exception('only user, assistant and tool') }}{% endif %}"
+    + "{% if m.role == 'tool' %}{{ m.tool_call_id }}{% endif %}[{{ m.role }}]"
+    + "{{ first if loop.last and m.role == 'user' }}{{ m.content }}{% endfor %}"
+    + "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+)
+"""As Mistral's are: whoever speaks takes turns, the system speaks once, ids have nine letters."""
 
 
 def call(name: str, at: int) -> dict[str, Any]:
@@ -57,6 +77,9 @@ TWICE = [USER, {"role": "assistant", "content": "a", "tool_calls": [call("f", 1)
         (ONE_SYSTEM, Needs(one_system=True, tools_unseen=True)),
         (NO_CALLS, Needs(calls_as_text=True, tools_as="xml_tools")),
         (OWN_TOOLS, Needs()),
+        (ASKED + PLAIN, Needs(user=True)),
+        (WORDS, Needs(words=True)),
+        (STRICT, Needs(short_ids=True, turns=True, one_system=True, user=True)),
     ],
 )
 def test_what_a_template_needs(source: str, needs: Needs) -> None:
@@ -88,6 +111,45 @@ def test_who_speaks_twice_speaks_once_longer() -> None:
     assert template.render([USER, {"role": "user", "content": "v"}]) == "[user]u\n\nv"
     assert template.render([*TWICE, USER]) == "[user]u[assistant]a<f {}><g {}>[tool]r1[tool]r2[assistant][user]u"
     assert template.render([{"role": "assistant", "content": "a"}, USER]) == "[user][assistant]a[user]u"
+
+
+SYSTEM = {"role": "system", "content": "s1"}
+ANSWER = {"role": "assistant", "content": "a1"}
+RESULT = {"role": "tool", "content": "r1", "tool_call_id": "call_0fypS1hVX8aa"}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [call("look", 1) | {"id": "call_0fypS1hVX8aa"}]}
+V, W = {"role": "user", "content": "v"}, {"role": "user", "content": "w"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "shown"),
+    [
+        ([V, W], ["v", "w"]),
+        ([V, CALLED, RESULT, W], ["v", "look", "r1", "w"]),
+        ([SYSTEM, SYSTEM | {"content": "s2"}, V], ["s1", "s2", "v"]),
+        ([SYSTEM, ANSWER, W], ["a1", "s1", "w"]),
+        ([V, ANSWER, SYSTEM, W], ["v", "a1", "s1", "w"]),
+    ],
+    ids=["user, user", "user after tool", "system, developer", "system, assistant", "system in the middle"],
+)
+def test_whoever_speaks_a_strict_template_takes_it(messages: list[dict[str, Any]], shown: list[str]) -> None:
+    rendered = ChatTemplate(STRICT, {}).render(messages)
+    places = [rendered.find(text) for text in shown]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert rendered.count(short_id("call_0fypS1hVX8aa")) == (2 if CALLED in messages else 0)
+
+
+def test_where_nobody_asks_a_user_says_nothing() -> None:
+    template = ChatTemplate(ASKED + PLAIN, {})
+    assert template.render([SYSTEM]) == "[system]s1[user]"
+    assert template.render([SYSTEM, ANSWER]) == "[system]s1[user][assistant]a1"
+    assert template.render([ANSWER, V]) == "[assistant]a1[user]v"
+
+
+def test_an_answer_without_words_is_a_space_where_it_has_to_say_something() -> None:
+    silent = {"role": "assistant", "content": ""}
+    assert ChatTemplate(WORDS, {}).render([V, silent, W]) == "[user]v[assistant] [user]w"
+    assert ChatTemplate(PLAIN, {}).render([V, silent, W]) == "[user]v[assistant][user]w"
 
 
 def test_what_the_system_says_later_is_the_users() -> None:
@@ -148,7 +210,7 @@ MESSAGES = st.lists(
 )
 
 
-@given(MESSAGES, st.builds(Needs, *[st.booleans()] * 5))
+@given(MESSAGES, st.builds(Needs, *[st.booleans()] * 5, user=st.booleans(), words=st.booleans()))
 def test_nothing_is_lost(messages: list[dict[str, Any]], needs: Needs) -> None:
     made = adapted(messages, needs)
     for kind in ("user", "system", "assistant", "r1"):

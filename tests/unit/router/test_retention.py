@@ -5,7 +5,7 @@ import math
 import pytest
 
 from router.policy.gaps import ENOUGH, KINDS_MAX, Gap, Gaps, certain
-from router.policy.retention import OCTAVES_MAX, RetentionConfig, Situation, decide
+from router.policy.retention import OCTAVES_HINTED_MAX, OCTAVES_MAX, RetentionConfig, Situation, decide
 
 NOW = Situation(tokens=10_000, reload_s=0.5)
 ALL = RetentionConfig()
@@ -66,6 +66,17 @@ def test_what_the_client_says_is_believed() -> None:
     assert told.pin_s == 905.0
     assert math.log2(told.priority) * 60 >= told.pin_s
     assert told.recall_s == pytest.approx(600 - 0.5 - 0.2)
+
+
+def test_what_a_client_marked_is_kept_for_longer_but_not_as_long_as_it_likes() -> None:
+    short, long = Gap([1.0] * 100, 100), Gap([1000.0] * 100, 100)
+    marked = decide(short, NOW, ALL, keep_s=300.0)
+    assert marked.pin_s == 305.0
+    assert math.log2(marked.priority) * 60 >= marked.pin_s
+    assert decide(short, NOW, ALL, keep_s=3600.0).pin_s == OCTAVES_HINTED_MAX * 60.0
+    assert decide(long, NOW, ALL, keep_s=300.0) == decide(long, NOW, ALL)
+    assert decide(certain(600.0), NOW, ALL, told_s=900.0, keep_s=3600.0).pin_s == 905.0, "it said when it comes back"
+    assert marked.recall_s == decide(short, NOW, ALL).recall_s
 
 
 def test_it_starts_to_come_back_before_it_is_needed() -> None:

@@ -32,6 +32,18 @@ def test_what_is_decided_rests_on_the_tools_and_on_what_was_seen() -> None:
     assert retained[2].situation.reload_s == pytest.approx(0.010)
 
 
+def test_what_its_client_marked_is_pinned_for_longer() -> None:
+    def pinned_s(keep_s: float) -> float:
+        m = Machine()
+        for at in range(50):
+            m.step("a", 3.0 * at, [*range(8 + at)], called=("bash",), agent="x", keep_s=keep_s)
+        retained = [e.decision for e in m.trace("a").decisions if isinstance(e.decision, Retained)]
+        return retained[-1].retention.pin_s
+
+    assert pinned_s(0.0) < 200.0
+    assert pinned_s(300.0) == 305.0
+
+
 def test_a_late_answer_counts_from_the_steps_end() -> None:
     m = Machine()
     for at in range(120):

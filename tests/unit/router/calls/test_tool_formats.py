@@ -23,8 +23,10 @@ HERMES = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "}\\"{"}}\n</t
 LLAMA = '{"name": "add", "parameters": {"a": [1, {"b": 2}]}}'
 
 
-def read(form: ToolFormat, pieces: list[str], *, forced: bool = False) -> tuple[str, list[tuple[str, str]]]:
-    reader = ToolReader(form, NAMES if form == "llama3" else None, forced=forced)
+def read(
+    form: ToolFormat, pieces: list[str], *, forced: bool = False, ids: bool = False
+) -> tuple[str, list[tuple[str, str]]]:
+    reader = ToolReader(form, NAMES if form == "llama3" else None, forced=forced, ids=ids)
     events: list[Event] = []
     for piece in pieces:
         events += reader.feed(piece)
@@ -40,7 +42,7 @@ def told(events: list[Event]) -> tuple[str, list[tuple[str, str]]]:
             case Content(text):
                 assert text
                 content += text
-            case CallStart(index, name):
+            case CallStart(index, name, _):
                 assert index == opened + 1
                 opened, calls[index] = index, (name, "")
             case CallArguments(index, text):
@@ -146,9 +148,55 @@ def test_no_markup_of_a_forced_call_is_content(form: ToolFormat, text: str, call
         assert read(form, pieces, forced=True) == ("", calls)
 
 
+def ids(pieces: list[str], form: ToolFormat = "mistral", *, late: bool = True) -> list[str]:
+    reader = ToolReader(form, NAMES if form == "llama3" else None, ids=late)
+    events = [event for piece in pieces for event in reader.feed(piece)] + reader.finish()
+    told(events)
+    return [event.id for event in events if isinstance(event, CallStart)]
+
+
+LISTED = '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "abc123DEF"}, {"name": "c", "arguments": {}}]'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "found"),
+    [
+        ("mistral", LISTED, ["abc123DEF", ""]),
+        ("mistral", '[TOOL_CALLS] [{"id": "abc123DEF", "name": "add", "arguments": {}}]', ["abc123DEF"]),
+        ("mistral", '[TOOL_CALLS]add[CALL_ID]a1b2c3d4e[ARGS]{"a": 1}[TOOL_CALLS]c[ARGS]{}', ["a1b2c3d4e", ""]),
+        ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {}, "id": 5}]', [""]),
+        ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {}, "id": "abc', [""]),
+        ("hermes", '<tool_call>{"id": "call_1", "name": "add", "arguments": {}}</tool_call>', ["call_1"]),
+        ("llama3", '{"name": "add", "parameters": {}, "id": "x"}', ["x"]),
+    ],
+)
+def test_ids_that_a_model_gives_are_told_with_its_calls(form: ToolFormat, text: str, found: list[str]) -> None:
+    for pieces in ([text], list(text), *([text[:at], text[at:]] for at in range(len(text)))):
+        assert ids(pieces, form) == found
+
+
+def test_an_id_that_comes_last_is_waited_for_where_there_may_be_one() -> None:
+    assert ids(list(LISTED), late=False) == ["", ""]
+    reader = ToolReader("mistral", None, ids=True)
+    assert reader.feed('[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}') == []
+    assert reader.feed(', "id": "abc123DEF"')[0] == CallStart(0, "add", "abc123DEF")
+    early = ToolReader("mistral", None, ids=True)
+    assert early.feed('[TOOL_CALLS]add[CALL_ID]a1b2c3d4e[ARGS]{"a"')[0] == CallStart(0, "add", "a1b2c3d4e")
+
+
+@pytest.mark.parametrize(("form", "text", "content", "calls"), CASES)
+def test_who_waits_for_ids_reads_the_same(
+    form: ToolFormat, text: str, content: str, calls: list[tuple[str, str]]
+) -> None:
+    if form == "mistral":
+        for pieces in ([text], list(text), *([text[:at], text[at:]] for at in range(len(text)))):
+            assert read(form, pieces, ids=True) == (content, calls)
+
+
 ALPHABET = st.sampled_from(
     [*'{}[]":,;\\ \n<>/x1', "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>",
-     '"name"', '"add"', '"arguments"', '"parameters"', "add", "null", '{"name": "add", "arguments": {"a": 1}}',
+     '"name"', '"id"', '"abc123DEF"', '"add"', '"arguments"', '"parameters"', "add", "null",
+     '{"name": "add", "arguments": {"a": 1}}',
      '{"name": "add", "arguments": {"a": "', '{"name": "add", "parameters": {', ',"b":', "True,}"]
 )  # fmt: skip
 
@@ -165,6 +213,7 @@ def test_cuts_change_nothing(form: ToolFormat, parts: list[str], data: st.DataOb
     whole = "".join(pieces)
     assert read(form, pieces) == read(form, [whole]) == read(form, list(whole))
     content, calls = read(form, [whole])
+    assert read(form, pieces, ids=True) == read(form, [whole], ids=True) == (content, calls)
     if not calls:
         assert content == whole
 

@@ -15,7 +15,7 @@ from router.dialects.responses.teller import ResponseTeller, Shape
 from router.dialects.responses.tools import chat_choice, chat_tools, honoured
 from router.dispatch.steps import Output, StepRequest
 from router.traces.hits import Hits
-from tests.unit.router.dialects.asking import NotedText, post, told
+from tests.unit.router.dialects.asking import post, told
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.hashing import unpack_tokens
 
@@ -102,6 +102,19 @@ def test_items_are_messages() -> None:
     )
 
 
+def test_tools_and_answers_may_have_said_nothing() -> None:
+    items = [
+        Item("function_call_output", call_id="c1"),
+        Item("custom_tool_call_output", call_id="c2", output=[]),
+        Item("message", role="assistant"),
+    ]
+    assert messages_of(items) == (
+        Message("tool", "", tool_call_id="c1"),
+        Message("tool", "", tool_call_id="c2"),
+        Message("assistant", ""),
+    )
+
+
 @pytest.mark.parametrize("foreign", [None, "", "th1", "th1.***", "th1._w==", "gAAAAA", "th1.AA=A"])
 def test_what_others_sealed_is_not_read(foreign: str | None) -> None:
     assert unsealed(foreign) is None
@@ -121,7 +134,6 @@ def test_what_others_sealed_is_not_read(foreign: str | None) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
         ({"input": [{"type": "function_call", "call_id": "c", "name": "n"}]}, "input[0].arguments"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
-        ({"input": [{"type": "function_call_output", "call_id": "x"}]}, "input[0].output"),
         ({"input": [{"type": "item_reference"}]}, "input[0].id"),
         ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type"),
         ({"instructions": 1}, "instructions"),
@@ -196,6 +208,32 @@ def test_calls_of_functions() -> None:
     assert (second["arguments"], second["status"]) == ("{}", "completed")
     assert first["call_id"] != second["call_id"]
     assert len({text["id"], first["id"], second["id"]}) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("answer", "stops", "statuses"),
+    [
+        (CALLS, None, ["completed"] * 3),
+        ('<tool_call>{"name": "clock", "arguments": {"zone": "東京 日本"}}</tool_call>', ["日"], ["incomplete"]),
+        ('<tool_call>{"name": "clock", "arguments": {"zone": "a', None, ["incomplete"]),
+        ('<tool_call>{"name": "patch", "arguments": {"input": "a', None, ["incomplete"]),
+        ('<tool_call>{"name": "patch", "arguments": {"input": "a"}}</tool_call>', None, ["completed"]),
+        ('<tool_call>{"name": "clock", "arguments": ' + '{"a":' * 3000 + "1" + "}" * 3001, None, ["completed"]),
+    ],
+    ids=["whole", "a stop string", "the model's end", "custom", "custom, whole", "deep"],
+)
+def test_a_call_that_was_cut_is_incomplete(
+    answer: str, stops: list[str] | None, statuses: list[str], stream: bool
+) -> None:
+    tools = [CLOCK, {"type": "custom", "name": "patch"}]
+    fields: dict[str, Any] = {"tools": tools, "stream": stream} | ({"stop": stops} if stops else {})
+    (answered,) = post(FakeDispatcher(say(answer), context_max=1 << 16), PATH, ASK | fields)
+    events = told(answered.text) if stream else []
+    response = events[-1]["response"] if stream else answered.json()
+    assert [item["status"] for item in response["output"]] == statuses
+    done = [event["item"]["status"] for event in events if event["type"] == "response.output_item.done"]
+    assert done == (statuses if stream else [])
 
 
 @pytest.mark.parametrize(
@@ -292,49 +330,6 @@ def test_custom_tools_are_called_and_answered(choice: Any) -> None:
     events = [event for event in told(stream.text) if "custom" in event["type"]]
     assert "".join(event.get("delta", "") for event in events) == events[-1]["input"] == "a\nb"
     assert (dispatcher.requests[0].sampling.constraint is not None) == (choice != "auto")
-
-
-THOUGHT = "<think>\nlet me see\n</think>\n\nyes"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("summary", [False, True])
-def test_reasoning(stream: bool, summary: bool) -> None:
-    fields = {"stream": stream, "include": ["reasoning.encrypted_content"]}
-    fields["reasoning"] = {"effort": "low", "summary": "auto" if summary else None}
-    text = NotedText(thinks=True)
-    (answer,) = post(FakeDispatcher(say(THOUGHT)), PATH, ASK | fields, text=text)
-    body = told(answer.text)[-1]["response"] if stream else answer.json()
-    thought, message = body["output"]
-    assert message["content"][0]["text"] == "yes"
-    assert unsealed(thought["encrypted_content"]) == "let me see"
-    summarised, content = [{"type": "summary_text"}], [{"type": "reasoning_text"}]
-    texts = (summarised, []) if summary else ([], content)
-    shown = tuple([part | {"text": "let me see"} for part in parts] for parts in texts)
-    assert (thought["summary"], thought["content"]) == shown
-    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
-    assert body["reasoning"] == fields["reasoning"]
-    assert text.variables == [{"reasoning_effort": "low", "enable_thinking": True}]
-
-
-@pytest.mark.parametrize("summary", [False, True])
-def test_streamed_reasoning(summary: bool) -> None:
-    fields = {"stream": True, "reasoning": {"summary": "detailed"} if summary else {}}
-    (answer,) = post(FakeDispatcher(say(THOUGHT)), PATH, ASK | fields, text=NotedText(thinks=True))
-    events = told(answer.text)
-    kinds = list(dict.fromkeys(event["type"].removeprefix("response.") for event in events if "item_id" in event))
-    text = ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
-    thought = ["content_part.added", "reasoning_text.delta", "reasoning_text.done", "content_part.done"]
-    summarised = [
-        "reasoning_summary_part.added",
-        "reasoning_summary_text.delta",
-        "reasoning_summary_text.done",
-        "reasoning_summary_part.done",
-    ]
-    assert kinds == list(dict.fromkeys([*(summarised if summary else thought), *text]))
-    first = [event for event in events if event.get("output_index") == 0 and "delta" in event]
-    assert "".join(event["delta"] for event in first) == "let me see"
-    assert all(event["summary_index" if summary else "content_index"] == 0 for event in first)
 
 
 def test_a_stream_that_breaks_says_that_the_response_failed() -> None:

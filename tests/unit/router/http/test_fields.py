@@ -297,6 +297,13 @@ def test_what_has_no_effect_is_told_as_null() -> None:
     assert not any({"store", "reasoning_effort"} & answer.keys() for answer in told(store=False))
     for answer in told(store=True, reasoning_effort="low"):
         assert (answer["store"], answer["reasoning_effort"]) == (None, None)
+    for answer in told(priority=3):
+        assert answer["priority"] is None
+    assert not any("priority" in answer for answer in told())
+    for path, body in ((TEXT_PATH, TEXT), ("/v1/responses", {"model": "org/fake", "input": "hi"})):
+        for fields in ({}, {"priority": 3}):
+            answer = post(FakeDispatcher(say("x")), path, body | fields).json()
+            assert answer.get("priority", 0) == (None if fields else 0)
     for template in ("{% if enable_thinking %}", "{{ reasoning_effort }}"):
         assert {answer["reasoning_effort"] for answer in told(template, reasoning_effort="low")} == {"low"}
 

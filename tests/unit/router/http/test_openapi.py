@@ -8,8 +8,11 @@ import httpx
 import jsonschema
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
+from router.dialects.openai.requests import INTEGER_MAX, LIMITS, NO_OPS
 from router.http import ApiConfig, create_app
 from router.http.app import NOT_SERVED
 from router.http.keys import Key, Keyring, hashed
@@ -150,3 +153,101 @@ def test_fingerprints_name_files_and_build() -> None:
     assert chat.json()["system_fingerprint"] == text.json()["system_fingerprint"] == expected
     chunks = [msgspec.json.decode(line[6:]) for line in stream.content.split(b"\n\n") if line.startswith(b"data: {")]
     assert {chunk["system_fingerprint"] for chunk in chunks} == {expected}
+
+
+def test_a_method_that_a_path_has_not_is_answered_with_those_that_it_has() -> None:
+    described = document()
+    for path, methods in described["paths"].items():
+        at = re.sub(r"\{\w+\}", "x", path)
+        (answer,) = answers(("PATCH", at, None))
+        allowed = set(answer.headers["allow"].split(", "))
+        assert answer.status_code == 405
+        assert allowed - {"HEAD"} == {method.upper() for method in methods}, path
+
+
+@pytest.mark.parametrize("name", sorted(LIMITS.keys() - {"max_completion_tokens", "max_output_tokens", "top_logprobs"}))
+def test_numbers_have_the_limits_that_are_told(name: str) -> None:
+    low, high = LIMITS[name]
+    told = document()["components"]["schemas"]["CompletionRequest"]["properties"][name]
+    numbers = next(each for each in told["anyOf"] if each.get("type") in ("integer", "number", "object"))
+    numbers = numbers.get("additionalProperties", numbers)
+    assert (numbers["minimum"], numbers["maximum"]) == (low, high)
+    step = 1 if isinstance(low, int) else 0.1
+    base = {"model": "org/fake", "prompt": "hi", "echo": name == "max_tokens", "max_tokens": INTEGER_MAX}
+    lowest, highest, under, over = answers(
+        *(
+            ("POST", "/v1/completions", base | {name: {"5": value} if name == "logit_bias" else value})
+            for value in (low, high, low - step, high + step)
+        )
+    )
+    assert lowest.status_code == 200, lowest.text
+    if name != "n":  # of choices a call may have fewer
+        assert highest.status_code == 200, highest.text
+    for answer in (under, over):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value"), answer.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_cannot_be_honoured_is_told(path: str) -> None:
+    described = document()
+    told = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    properties = described["components"]["schemas"][told.rpartition("/")[2]]["properties"]
+    body = {"model": "org/fake"} | BODIES[path]
+    for name in NO_OPS.keys() & properties.keys():
+        told = properties[name]["enum"]
+        assert [a.status_code for a in answers(*(("POST", path, body | {name: value}) for value in told))] == [
+            200
+        ] * len(told), name
+
+
+def test_what_no_response_says_of_its_caller_is_left_out() -> None:
+    """OpenAI's own description has no null there."""
+    said = {"user": "u", "safety_identifier": "", "prompt_cache_key": "k"}
+    asked = {"model": "org/fake", "input": "hi"}
+    plain, full = answers(("POST", "/v1/responses", asked), ("POST", "/v1/responses", asked | said))
+    assert not said.keys() & plain.json().keys()
+    assert {name: full.json()[name] for name in said} == said
+
+
+LEAF = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8)
+)
+WORDS = st.sampled_from(
+    ["type", "text", "name", "id", "role", "content", "function", "arguments", "input", "output", "schema", "$ref"]
+)
+JSON = st.recursive(
+    LEAF | st.sampled_from(["function", "custom", "user", "text", "object", "json_schema", "fake", "#/$defs/a"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS | st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def fields(described: dict[str, Any], path: str) -> list[str]:
+    """Those that the document knows of that path's body."""
+    told = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    return sorted(described["components"]["schemas"][told["$ref"].rpartition("/")[2]].get("properties", {})) or ["x"]
+
+
+@pytest.mark.parametrize("path", list(BODIES))
+def test_any_body_is_answered_as_described(path: str) -> None:
+    described = document()
+    app = create_app(FakeDispatcher(say("hi")), {"org/fake": FakeText()}, lambda: b"", ApiConfig(), InlineOffload())
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    at = path.replace("{id}", "unknown")
+    body = BODIES[path] if at != path else BODIES[path] | {"model": "org/fake"}
+    statuses: set[int] = set()
+
+    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.dictionaries(st.sampled_from(fields(described, path)), JSON, max_size=3))
+    def every(changed: dict[str, Any]) -> None:
+        async def main() -> httpx.Response:
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+                return await client.post(at, json=body | changed)
+
+        answer = asyncio.run(main())
+        assert answer.status_code < 500, answer.text
+        check(described, "POST", path, answer)
+        statuses.add(answer.status_code)
+
+    every()
+    assert len(statuses) >= 2, "some of them are refused, and some are not"

@@ -5,7 +5,19 @@ from typing import Any
 
 import pytest
 
-from tests.unit.router.tool_calls import CLOCK, LLAMA, WEATHER, Told, asked, calls_of, hermes, matching, streamed, whole
+from tests.unit.router.tool_calls import (
+    CLOCK,
+    LLAMA,
+    MISTRAL,
+    WEATHER,
+    Told,
+    asked,
+    calls_of,
+    hermes,
+    matching,
+    streamed,
+    whole,
+)
 
 both = pytest.mark.parametrize("told", [whole, streamed])
 
@@ -141,3 +153,53 @@ def test_what_a_limit_leaves_of_forced_calls_is_no_content(
     assert not choice["message"]["content"]
     assert calls_of(choice) == calls
     assert choice["finish_reason"] == "length"
+
+
+# --- ids that models give -----------------------------------------------------------------------------------------
+
+IDS_LAST = MISTRAL + '{"name": {{ call.name }}, "id": {{ call.id }}}'
+
+
+def ids(choice: dict[str, Any]) -> list[str]:
+    return [call["id"] for call in choice["message"]["tool_calls"]]
+
+
+@both
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "a"}, "id": "abc123DEF"}]',
+        '[TOOL_CALLS]weather[CALL_ID]abc123DEF[ARGS]{"place": "a"}',
+    ],
+)
+def test_the_id_that_a_model_gave_is_told(told: Told, answer: str) -> None:
+    choice = told(answer, template=IDS_LAST, tools=[WEATHER])
+    assert ids(choice) == ["abc123DEF"]
+    assert calls_of(choice) == [("weather", '{"place": "a"}')]
+
+
+@both
+def test_ids_that_cannot_be_used_are_made(told: Told) -> None:
+    def call(chosen: str) -> str:
+        return f'{{"name": "clock", "arguments": {{}}, "id": "{chosen}"}}'
+
+    before = {"id": "abc123DEF", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [before]},
+        {"role": "tool", "tool_call_id": "abc123DEF", "content": "noon"},
+    ]
+    chosen = ["abc123DEF", "new456GHI", "new456GHI", "call_1", "é23456789", ""]
+    answer = f"[TOOL_CALLS] [{', '.join(map(call, chosen))}]"
+    found = ids(told(answer, template=IDS_LAST, tools=[CLOCK], messages=messages))
+    assert found[1] == "new456GHI"
+    assert len({*found, "abc123DEF"}) == 7
+    assert all(len(one) == 9 and one.isascii() and one.isalnum() for one in found)
+
+
+@both
+def test_where_no_ids_come_last_arguments_are_told_as_they_come(told: Told) -> None:
+    answer = '[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "a"}, "id": "abc123DEF"}]'
+    (found,) = ids(told(answer, template=MISTRAL, tools=[WEATHER]))
+    assert len(found) == 9
+    assert found != "abc123DEF"

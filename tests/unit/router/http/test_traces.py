@@ -19,7 +19,7 @@ from router.http import ApiConfig, create_app
 from router.traces.contexts import Left
 from router.traces.decisions import Asked, Moved, Placed, Replaced
 from router.traces.events import Answered, Resumed, StepBegan, StepEnded, StepMoved, StepPlaced, Suspended
-from router.traces.hits import Hits
+from router.traces.hits import Changed, Hits
 from router.traces.story import story
 from router.traces.views import TraceView
 from tracehaul.runtime.offload import InlineOffload
@@ -218,6 +218,30 @@ def test_a_trace_is_told_in_plain_words() -> None:
         "It waits: 5.0 s expected, at most 5.0 s (seen 0 times). 10 tokens that take 0 ms to pull are worth 15.0 s in "
         "the store; it comes back after 4.8 s.",
         "The client asked to resume.",
+    ]
+
+
+def test_what_a_client_changed_is_told_in_plain_words() -> None:
+    dispatcher = FakeDispatcher(say("x"))
+    key, told = ("", TraceId("c")), list[str]()
+    changes = (
+        (Changed("tools", None, 0, 9, 8), "its tools"),
+        (Changed("variables", None, 0, 9, 7), "its variables"),
+        (Changed("system", 0, 5, 9, 6), "message 0 (system)"),
+        (Changed("messages", 3, 5, 9, 5), "message 3 (messages)"),
+    )
+
+    async def use(client: httpx.AsyncClient) -> None:
+        for at, (changed, _) in enumerate(changes):
+            step = StepId(f"c-{at}")
+            dispatcher.keeper.send(StepBegan(key, step, None, 40))
+            dispatcher.keeper.send(StepEnded(key, step, "stop", 3, Hits(changed=changed), None, 0.0, final=False))
+        answer = await client.get("/v1/traces/c")
+        told.extend(story(msgspec.json.decode(answer.content, type=TraceView)))
+
+    served(use, dispatcher)
+    assert [line.split("Its client ")[1] for line in told if "Its client " in line] == [
+        f"changed {what}: {changed.tokens} tokens more could not be used (prompt_changed)." for changed, what in changes
     ]
 
 

@@ -117,6 +117,85 @@ def test_a_call_stays_as_it_was_written(template: str, client: Callable[[Message
     asyncio.run(main())
 
 
+LINES = "".join(f"print('caf\u00e9', {at})\n" for at in range(250))
+FILE = {"path": "a.py", "text": LINES}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        json.dumps(FILE, separators=(",", ":"), ensure_ascii=False),
+        json.dumps(FILE, indent=2, ensure_ascii=False),
+        json.dumps(FILE),
+    ],
+    ids=["unspaced", "indented", "escaped"],
+)
+def test_of_a_long_file_no_token_is_computed_again(arguments: str) -> None:
+    async def main() -> None:
+        talk = Talk(
+            text(TEMPLATE), [f'<tool_call>\n{{"name": "write", "arguments": {arguments}}}\n</tool_call>', "done"]
+        )
+        told = await talk.say([USER])
+        assert json.loads(told["tool_calls"][0]["function"]["arguments"]) == FILE
+        await talk.say([USER, spelled(told), {"role": "tool", "content": "ok", "tool_call_id": "x"}])
+        assert len(talk.before) > 4000
+        assert talk.grows
+
+    asyncio.run(main())
+
+
+ONE_CALL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls and m.tool_calls | length > 1 %}"
+    "{{ raise_exception('only single tool-calls') }}{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}'
+    "<|im_end|>\n{% endfor %}{{ tools | tojson if tools }}<|im_start|>assistant\n{# <|python_tag|> #}"
+)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_calls_that_were_told_can_be_sent_back_to_a_template_that_takes_one(known: bool) -> None:
+    async def main() -> None:
+        says = '{"name": "write", "parameters": {"a":1}}; {"name": "write", "parameters": {"a":2}}'
+        talk = Talk(text(ONE_CALL), [says, "done"])
+        told = await talk.say([USER])
+        assert [call["function"]["arguments"] for call in told["tool_calls"]] == ['{"a":1}', '{"a":2}']
+        results = [
+            {"role": "tool", "content": f"r{at}", "tool_call_id": call["id"]}
+            for at, call in enumerate(told["tool_calls"])
+        ]
+        if not known:
+            talk.headers = {"x-trace-id": "another"}
+        await talk.say([USER, told, *results])
+        shown = text(ONE_CALL).raw(talk.ran)
+        assert talk.grows == known
+        assert [shown.count(part) for part in ('{"a":1}', '{"a":2}', '{"a": 1}', '{"a": 2}', "r0", "r1")] == (
+            [1, 1, 0, 0, 1, 1] if known else [0, 0, 1, 1, 1, 1]
+        )
+
+    asyncio.run(main())
+
+
+WITH_IDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.tool_call_id }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[TOOL_CALLS] "
+    '[{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}]'
+    "{% endfor %}<|im_end|>\n{% endfor %}{{ tools | tojson if tools }}<|im_start|>assistant\n"
+)
+
+
+def test_the_id_that_a_model_gave_is_that_of_its_result() -> None:
+    async def main() -> None:
+        model = text(WITH_IDS)
+        talk = Talk(model, ['[TOOL_CALLS] [{"name":"write","arguments":{},"id":"abc123DEF"}]', "done"])
+        told = await talk.say([USER])
+        (call,) = told["tool_calls"]
+        await talk.say([USER, spelled(told), {"role": "tool", "content": "ok", "tool_call_id": call["id"]}])
+        assert talk.grows
+        assert model.raw(talk.ran).count("abc123DEF") == 2
+
+    asyncio.run(main())
+
+
 def test_what_says_another_thing_is_another_answer() -> None:
     async def main() -> None:
         talk = Talk(text(TEMPLATE), [CALL, "done"])
@@ -204,6 +283,8 @@ def test_what_a_client_changed_is_said() -> None:
         assert found.characters == len(model.raw(talk.before)) - found.offset
         found = await changed([rule, USER | {"content": "go on"}, told, result])
         assert (found.section, found.message) == ("messages", 1)
+        found = await changed([*opening, told, result], chat_template_kwargs={"mood": "calm"})
+        assert (found.section, found.message) == ("variables", None)
         found = await changed([*opening, told, result], tools=[TOOL | {"function": {"name": "other"}}])
         assert (found.section, found.message) == ("tools", None)
 
