@@ -71,11 +71,11 @@ EXCEPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "anthropic": {
         "test_messages.*::test_method_create_with_all_params_overload_[12][[]*": (
             "has a strict tool whose properties are words instead of schemas",
-            "400",
+            "the parameters of the tool 'name' cannot be used",
         ),
         "test_messages.*::test_deprecated_model_warning[[]*": (
             "asks for each model that was ever withdrawn, by its name, and none of them is served",
-            "404",
+            "404 - {'error': {'type': 'not_found_error', 'message': \"the model ",
         ),
     },
 }
