@@ -1,7 +1,7 @@
 """Sends what schemathesis makes of an OpenAPI document, and looks at each answer: see ``scripts/fuzz``.
 
 Without ``--spec`` the document is the one that the server serves. Another one (OpenAI's, Anthropic's) is cut to what is
-served here: its operations keep what they say of bodies and of answers of 200; all other statuses, and events, are ours.
+served here: its operations keep what they say of bodies and of answers of 200; other statuses, and events, are ours.
 """
 
 import argparse
