@@ -38,6 +38,12 @@ ALWAYS = (408, 431, 500)
 """Of any request."""
 KEYED = (401, 403)
 _COMPONENTS = "#/components/schemas/"
+_EVENT = {
+    "type": "object",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+"""Before OpenAPI 3.2 a stream's schema is commonly read as that of each event."""
 _EITHER: Mapping[Any, tuple[str, tuple[Any, ...]]] = {
     Answer: ("content", get_args(ContentBlock)),
     ResponsesAnswer: ("output", get_args(OutputItem)),
@@ -210,7 +216,7 @@ def _error(status: int, each: Operation, named: Mapping[Any, Any]) -> Any:
 def _contents(each: Operation, named: Mapping[Any, Any]) -> dict[str, Any]:
     content = {each.media: {"schema": named[each.answer]}}
     if each.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return content
 
 

@@ -1,7 +1,7 @@
 """Sends what schemathesis makes of an OpenAPI document, and looks at each answer: see ``scripts/fuzz``.
 
 Without ``--spec`` the document is the one that the server serves. Another one (OpenAI's, Anthropic's) is cut to what is
-served here: its operations keep what they say of bodies and of answers of 200, and all other statuses are ours.
+served here: its operations keep what they say of bodies and of answers of 200; other statuses, and events, are ours.
 """
 
 import argparse
@@ -131,7 +131,8 @@ def cut(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
             if method in methods and "200" in own.get(method, {}).get("responses", {}):
                 statuses = {status: {"description": ""} for status in own[method]["responses"]}
                 good = methods[method]["responses"]["200"]
-                good = good | {"content": own[method]["responses"]["200"]["content"] | good.get("content", {})}
+                whole = {kind: told for kind, told in good.get("content", {}).items() if "stream" not in kind}
+                good = good | {"content": own[method]["responses"]["200"]["content"] | whole}
                 told = methods[method] | {"responses": statuses | {"200": good}}
                 paths.setdefault(base + path, {k: v for k, v in methods.items() if k not in METHODS})[method] = told
     assert paths, "nothing of it is served here"

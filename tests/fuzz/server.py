@@ -9,6 +9,7 @@ import sys
 from zlib import crc32
 
 import msgspec
+import uvloop
 
 from router.calls.fakes import FakeDispatcher, FakeKeeper, FakeText, Script, say
 from router.dispatch.steps import ModelCard, Output, StepRequest
@@ -75,4 +76,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())
