@@ -45,7 +45,7 @@ def prompt(seed: int) -> list[int]:
     return [generator.randrange(1000, 40_000) for _ in range(PROMPT_TOKENS)]
 
 
-def chat(cluster: Fleet, model: str) -> httpx.Response:
+def chat(cluster: Fleet, model: str | None) -> httpx.Response:
     body: dict[str, Any] = {"model": model, "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]}
     return httpx.post(f"{cluster.url}/v1/chat/completions", json=body, trust_env=False, timeout=60)
 
@@ -56,6 +56,7 @@ def test_each_model_answers_under_its_name(cluster: Fleet) -> None:
     for model in ("org/one", "two"):
         answer = chat(cluster, model)
         assert (answer.status_code, answer.json()["model"]) == (200, model)
+    assert chat(cluster, None).json()["model"] == "org/one"
     assert chat(cluster, "one").status_code == 404
     assert {node["info"]["node"]: node["info"]["pool"] for node in cluster.nodes()} == {
         "decode-one-0": "one",
