@@ -65,8 +65,8 @@ class SimText:
     def encode(self, text: str, special: bool = False) -> list[int]:
         return spelled(text)
 
-    def tokens_min(self, text: str) -> int:
-        return len(text)
+    def tokens_min(self, characters: int) -> int:
+        return characters
 
     def tokens_at_least(self, text: str, enough: int) -> int:
         return len(text)

@@ -51,7 +51,8 @@ STREAM_ENDS = 10
 """Tokens of each stream after those that count, as all end at once."""
 TOLD_WITHIN_S = 0.1
 STALL_PER_S = 50
-STALL_SIZES = {"400k": 400_000, "1m": 1_000_000, "4m": 4_000_000, "20m": 20_000_000}
+STALL_SIZES = {"400k": (400_000, 200), "1m": (1_000_000, 400), "4m": (4_000_000, 400), "20m": (20_000_000, 413)}
+"""Characters of a prompt, and how it is answered."""
 PACKED = "20m"
 """Of that size one is sent packed, too."""
 REFUSED_CHARACTERS = 4_000_000
@@ -268,16 +269,17 @@ def stall(fleet: RouterAlone, prompts: Prompts, scale: Scale) -> list[Result]:
 
     gap_ms(None, 200)
     results = [Result("router.stall.idle", gap_ms(None, 200), "ms")]
-    for size, characters in STALL_SIZES.items():
+    for size, (characters, status) in STALL_SIZES.items():
         gaps: list[float] = []
         for _ in range(scale.stall_rounds):
             messages = fleet.opening(fleet.name(), prompts.characters(characters))
-            gaps.append(gap_ms(fleet.request(messages, 1), 200 if size == "400k" else 400))
+            gaps.append(gap_ms(fleet.request(messages, 1), status))
         results.append(Result(f"router.stall.{size}", max(gaps), "ms"))
     packed: list[float] = []
+    characters, status = STALL_SIZES[PACKED]
     for _ in range(scale.stall_rounds):
-        messages = fleet.opening(fleet.name(), prompts.characters(STALL_SIZES[PACKED]))
-        packed.append(gap_ms(fleet.request(messages, 1, packed=True), 400))
+        messages = fleet.opening(fleet.name(), prompts.characters(characters))
+        packed.append(gap_ms(fleet.request(messages, 1, packed=True), status))
     results.append(Result(f"router.stall.{PACKED}.gzip", max(packed), "ms"))
     client.close()
     worst = max(result.value for result in results)

@@ -7,6 +7,7 @@ import select
 import socket
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 
 from tracehaul.runtime import clock
 
@@ -78,15 +79,11 @@ class Connection:
         self.write()
 
     def write(self) -> None:
-        """Give the socket what it takes."""
+        """Give the socket what it takes now; of much a part, in turn with the other connections."""
         assert self._socket is not None
-        while self._rest:
-            try:
-                self._rest = self._rest[self._socket.send(self._rest[:READ_BYTES]) :]
-            except BlockingIOError:
-                self._epoll.modify(self._socket, select.EPOLLIN | select.EPOLLOUT)
-                return
-        self._epoll.modify(self._socket, select.EPOLLIN)
+        with suppress(BlockingIOError, ConnectionError):  # a refused body is not read to its end
+            self._rest = self._rest[self._socket.send(self._rest[:READ_BYTES]) :]
+        self._epoll.modify(self._socket, select.EPOLLIN | (select.EPOLLOUT if self._rest else 0))
 
     def read(self) -> None:
         """Take what has come."""

@@ -35,7 +35,6 @@ from tracehaul.wire.steps import DecodeStep, Sampling, Tokens
 CONTEXT_MAX = 131_072
 """Tokens: 400 kB of the prompts' text fit, 1 MB does not."""
 REQUESTS_MAX = 4096
-BODY_BYTES_MAX = 32 << 20
 CONNECTIONS = 16
 ANSWER_TOKENS = 16
 WORD = " people"
@@ -170,7 +169,7 @@ def http(method: str, path: str, body: bytes = b"", trace: str | None = None, *,
 @contextmanager
 def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, None]:
     """A fresh router and its worker; both end with the context."""
-    api = ApiConfig(requests_max=REQUESTS_MAX, body_bytes_max=BODY_BYTES_MAX)
+    api = ApiConfig(requests_max=REQUESTS_MAX)
     config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, api=api)
     token = text.encode(WORD)
     assert len(token) == 1, token

@@ -107,8 +107,11 @@ class Calls:
             fresh: the name of a new trace.
 
         Raises:
-            CallFailed: one of our own headers holds what is no id.
+            CallFailed: one of our own headers holds what is no id, or the call is far too long.
         """
+        served, card = self._served.get(call.model), self._dispatcher.model(call.model)
+        if served is not None and card is not None:
+            served.prompts.check_length(call, card)
         identity = self._identity(call, headers, fresh)
         identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s(), call.priority))
         asked = call.prompts[0]

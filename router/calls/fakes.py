@@ -73,8 +73,8 @@ class FakeText:
             at = match.end()
         return ids + list(text[at:].encode())
 
-    def tokens_min(self, text: str) -> int:
-        return len(text) // TOKEN_CHARACTERS_MAX
+    def tokens_min(self, characters: int) -> int:
+        return characters // TOKEN_CHARACTERS_MAX
 
     def tokens_at_least(self, text: str, enough: int) -> int:
         piece = text[: enough + 2 * TOKEN_CHARACTERS_MAX]  # its last token may be a part of one

@@ -79,6 +79,19 @@ class Prompts:
             prompts.append(await self._prompt(asked, call, known, card))
         return prompts
 
+    def check_length(self, call: Call, card: ModelCard) -> None:
+        """Before anything is done with a call that is far too long.
+
+        Raises:
+            CallFailed: a conversation cannot fit the window, whatever its chat template leaves out.
+        """
+        if call.nbytes <= card.context_max:
+            return
+        for asked in call.prompts:
+            least = self._text.tokens_min(_shown(asked)) if isinstance(asked, Conversation) else 0
+            if least >= card.context_max:
+                raise _too_long(least, 1, card, call.where, "at least ")
+
     async def _prompt(self, asked: Asked, call: Call, traces: Sequence[TraceKey], card: ModelCard) -> Prompt:
         match asked:
             case Ids(ids):
@@ -139,7 +152,7 @@ class Prompts:
             ids = self._text.encode(rest, special=plain and not known.text) if rest else []
             return extend(known, text, ids, self._cut_tokens)
 
-        encoded = self._text.tokens_min(rest)
+        encoded = self._text.tokens_min(len(rest))
         if encoded < left:
             encoded = encode() if len(rest) < OFFLOAD_CHARACTERS else await self._offload.run(encode)
         if isinstance(encoded, int):
@@ -148,6 +161,11 @@ class Prompts:
         if not encoded.packed:
             raise invalid("the prompt is empty", where)
         return encoded
+
+
+def _shown(asked: Conversation) -> int:
+    """So many characters of a conversation are in its prompt at least."""
+    return sum(len(said.content.strip()) for said in asked.messages if said.role in ("user", "tool"))
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str) -> bytes:

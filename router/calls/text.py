@@ -46,8 +46,8 @@ class Text(Protocol):
         """Token ids of ``text``; with ``special``, with what the model wants around a plain prompt."""
         ...
 
-    def tokens_min(self, text: str) -> int:
-        """So many tokens ``text`` has at least, told at once; 0 where that cannot be told."""
+    def tokens_min(self, characters: int) -> int:
+        """So many tokens a text of that length has at least; 0 where that cannot be told."""
         ...
 
     def tokens_at_least(self, text: str, enough: int) -> int:

@@ -121,11 +121,11 @@ class Text:
             self._plain = plain
         return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def tokens_min(self, text: str) -> int:
-        """So many tokens ``text`` has at least, without tokenizing it; 0 where the tokenizer's rules do not tell."""
+    def tokens_min(self, characters: int) -> int:
+        """So many tokens a text of that length has at least; 0 where the tokenizer's rules do not tell."""
         if not self._bytes_max:
             return 0
-        return -(-len(text) // self._bytes_max)  # a character has at least a byte
+        return -(-characters // self._bytes_max)  # a character has at least a byte
 
     def tokens_at_least(self, text: str, enough: int) -> int:
         """So many tokens ``text`` has at least, counted up to about ``enough``: see

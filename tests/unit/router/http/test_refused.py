@@ -85,11 +85,34 @@ def test_a_prompt_that_cannot_fit_says_how_long_it_is_at_least() -> None:
     answer = asyncio.run(main())
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, "prompt", "context_length_exceeded")
-    least = FakeText().tokens_min(LONG)
+    least = FakeText().tokens_min(len(LONG))
     assert error["message"] == (
         f"This model's maximum context length is 1000 tokens. However, you requested at least {least + 1} tokens "
         f"(at least {least} in the prompt, 1 in the completion). Please reduce the length of the prompt or completion."
     )
+
+
+class UnrenderedText(FakeText):
+    """Must not be asked to render."""
+
+    def render(self, *_: Any, **__: Any) -> str:
+        raise AssertionError("a hopeless conversation is not rendered")
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_hopeless_conversation_is_refused_before_it_is_rendered(role: str) -> None:
+    async def main() -> httpx.Response:
+        text = UnrenderedText()
+        app = create_app(FakeDispatcher(say("x"), 1000), {"org/fake": text}, lambda: b"", ApiConfig(), InlineOffload())
+        said = {"role": role, "content": LONG} | ({"tool_call_id": "a"} if role == "tool" else {})
+        messages = [{"role": "user", "content": "go"}, said]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+            return await client.post("/v1/chat/completions", json={"model": "org/fake", "messages": messages})
+
+    answer = asyncio.run(main())
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, "messages", "context_length_exceeded")
+    assert "(at least " in error["message"]
 
 
 @pytest.mark.parametrize(("prompt", "status"), [("x" * 9000, 400), ("<|im_end|>" * 900, 200)])
