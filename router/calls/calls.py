@@ -10,7 +10,7 @@ from blake3 import blake3
 from router.calls.admission import Admission
 from router.calls.answers import Answer
 from router.calls.call import Asked, Call, Conversation, Options
-from router.calls.conversation import beginnings, heard, lineage
+from router.calls.conversation import lineage, sought
 from router.calls.echo import Echo
 from router.calls.errors import invalid, model_not_found, unavailable
 from router.calls.events import Compared
@@ -90,9 +90,7 @@ class Calls:
         identity = self._identity(call, headers, fresh)
         trace, parent = identity.trace, identity.parent
         if trace == fresh and isinstance(asked, Conversation):
-            opening, conversation = lineage(asked).opening, beginnings(asked, call.tenant)
-            answer = heard(asked, conversation)
-            place = self._memory.found(call.tenant, conversation, opening, trace, first=answer is None, heard=answer)
+            place = self._memory.found(call.tenant, sought(asked, call.tenant), trace)
             trace, parent = place.trace, parent or place.parent
         prompts = await served.prompts.of(call, trace, parent, unlimited)
         return prompts[0].ids
@@ -123,12 +121,9 @@ class Calls:
         if identity.trace != fresh:
             yield identity
             return
-        conversation = beginnings(asked, call.tenant)
-        answer = heard(asked, conversation)
-        with self._memory.placed(
-            call.tenant, conversation, said.opening, identity.trace, first=answer is None, heard=answer
-        ) as place:
-            parent, beginning = identity.parent or place.parent, conversation[-1] if conversation else b""
+        told = sought(asked, call.tenant)
+        with self._memory.placed(call.tenant, told, identity.trace) as place:
+            parent, beginning = identity.parent or place.parent, told.conversation[-1] if told.conversation else b""
             yield msgspec.structs.replace(identity, trace=place.trace, parent=parent, beginning=beginning)
 
     def _identity(self, call: Call, headers: Mapping[str, str], fresh: str) -> Identity:

@@ -7,7 +7,7 @@ from blake3 import blake3
 
 from router.calls.call import Conversation, Message
 from router.calls.story import canonical
-from router.traces.prefixes import Heard, digests
+from router.traces.prefixes import Heard, Sought, digests
 
 TOOLS_MAX = 16
 NAME_CHARACTERS_MAX = 64
@@ -18,8 +18,6 @@ _encode = msgspec.json.Encoder().encode
 class Lineage(msgspec.Struct, frozen=True):
     """One call's messages, seen as a part of its trace."""
 
-    opening: int
-    """How many of the first messages are the system's, so that many traces share them."""
     agent: str
     """Names the kind of agent: the same for calls with the same opening and the same tools."""
     called: tuple[str, ...]
@@ -29,9 +27,13 @@ class Lineage(msgspec.Struct, frozen=True):
 def lineage(conversation: Conversation) -> Lineage:
     """What the messages say."""
     messages = conversation.messages
-    opening = next((i for i, m in enumerate(messages) if m.role != "system"), len(messages))
-    kind = blake3(b"|".join([_encode(sorted(conversation.kit)), *map(_encode, messages[:opening])]))
-    return Lineage(opening, kind.hexdigest(8), called(messages))
+    kind = blake3(b"|".join([_encode(sorted(conversation.kit)), *map(_encode, messages[: opening(messages)])]))
+    return Lineage(kind.hexdigest(8), called(messages))
+
+
+def opening(messages: Sequence[Message]) -> int:
+    """How many of the first messages are the system's, so that many traces share them."""
+    return next((at for at, message in enumerate(messages) if message.role != "system"), len(messages))
 
 
 def beginnings(conversation: Conversation, tenant: str) -> list[bytes]:
@@ -48,6 +50,13 @@ def heard(conversation: Conversation, beginnings: Sequence[bytes]) -> Heard | No
     answer = messages[at]
     calls = [(call.name, call.arguments) for call in answer.tool_calls]
     return Heard(at, answer_name(beginnings[at - 1] if at else b"", answer.content, calls))
+
+
+def sought(conversation: Conversation, tenant: str) -> Sought:
+    """What its trace is found by."""
+    begun = beginnings(conversation, tenant)
+    answer = heard(conversation, begun)
+    return Sought(begun, opening(conversation.messages), answer is None, answer)
 
 
 def answer_name(before: bytes, content: str, calls: Sequence[tuple[str, str]]) -> str:

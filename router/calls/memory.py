@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from router.traces.book import Book
 from router.traces.kept import Kept
-from router.traces.prefixes import Heard, Place
+from router.traces.prefixes import Place, Sought
 from router.traces.texts import Said, Text
 from router.traces.trace import TraceKey
 from tracehaul.wire.ids import StepId, TraceId
@@ -18,44 +18,17 @@ class Memory:
         self._book = book
 
     @contextmanager
-    def placed(
-        self,
-        tenant: str,
-        conversation: Sequence[bytes],
-        opening: int,
-        fresh: TraceId,
-        *,
-        first: bool,
-        heard: Heard | None,
-    ) -> Generator[Place, None, None]:
-        """The trace of a call without a name, by what was said, for as long as the call lasts.
-
-        Args:
-            tenant: whose call it is.
-            conversation: :func:`router.traces.prefixes.digests` of its messages.
-            opening: how many of the first messages many conversations share.
-            fresh: the trace's name if it is a new one.
-            first: nothing in it was answered.
-            heard: the last answer in it.
-        """
-        place = self._book.place(tenant, conversation, opening, fresh, first=first, heard=heard)
+    def placed(self, tenant: str, sought: Sought, fresh: TraceId) -> Generator[Place, None, None]:
+        """The trace of a tenant's call, for as long as the call lasts; ``fresh`` if it is a new one."""
+        place = self._book.place(tenant, sought, fresh)
         try:
             yield place
         finally:
             self._book.over(tenant, place.trace)
 
-    def found(
-        self,
-        tenant: str,
-        conversation: Sequence[bytes],
-        opening: int,
-        fresh: TraceId,
-        *,
-        first: bool,
-        heard: Heard | None,
-    ) -> Place:
+    def found(self, tenant: str, sought: Sought, fresh: TraceId) -> Place:
         """The same of a call that does not run: nothing is remembered of it."""
-        return self._book.find(tenant, conversation, opening, fresh, first=first, heard=heard)
+        return self._book.find(tenant, sought, fresh)
 
     def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
         """What was said in ``traces``, of each the newest first."""

@@ -15,7 +15,7 @@ from router.traces.events import (
 )
 from router.traces.kept import Answers, NoAnswers, worth
 from router.traces.machine import Traces
-from router.traces.prefixes import Heard, Place, own
+from router.traces.prefixes import Heard, Place, Sought, own
 from router.traces.texts import Said, Text
 from router.traces.trace import PinWish, Trace, TraceKey
 from router.traces.views import TraceList, TraceView, trace_list, view
@@ -58,49 +58,22 @@ class Book:
 
     # --- for calls ----------------------------------------------------------------------------------------------
 
-    def find(
-        self,
-        salt: str,
-        conversation: Sequence[bytes],
-        opening: int,
-        fresh: TraceId,
-        *,
-        first: bool = False,
-        heard: Heard | None = None,
-    ) -> Place:
-        """The trace that a call without a name belongs to; nothing is remembered of it.
-
-        Args:
-            salt: the tenant.
-            conversation: :func:`router.traces.prefixes.digests` of its messages.
-            opening: how many of the first messages many conversations share.
-            fresh: the trace's name if it is a new one.
-            first: nothing in it was answered: what begins in the same words is not the same.
-            heard: the last answer in it.
-        """
-        digests = own(conversation, opening)
+    def find(self, salt: str, sought: Sought, fresh: TraceId) -> Place:
+        """The trace that a tenant's call belongs to, ``fresh`` if it is a new one; nothing is remembered of it."""
+        digests, heard = own(sought.conversation, sought.opening), sought.heard
         if heard is not None:
-            heard = Heard(heard.at - (len(conversation) - len(digests)), heard.name)
-        place = self._traces.place(salt, digests, fresh, first=first, heard=heard)
+            heard = Heard(heard.at - (len(sought.conversation) - len(digests)), heard.name)
+        place = self._traces.place(salt, digests, fresh, first=sought.first, heard=heard)
         if heard is not None and place == Place(fresh):
             trace = self.answers.heard(salt, heard.name)
             # Of one that is remembered, what is remembered counts.
             place = Place(trace) if trace is not None and self._traces.get((salt, trace)) is None else place
         return place
 
-    def place(
-        self,
-        salt: str,
-        conversation: Sequence[bytes],
-        opening: int,
-        fresh: TraceId,
-        *,
-        first: bool = False,
-        heard: Heard | None = None,
-    ) -> Place:
+    def place(self, salt: str, sought: Sought, fresh: TraceId) -> Place:
         """As :meth:`find`, and it is remembered. :meth:`over` must follow."""
-        place = self.find(salt, conversation, opening, fresh, first=first, heard=heard)
-        self._keeper.send(Recognised((salt, place.trace), own(conversation, opening), place.shared))
+        place = self.find(salt, sought, fresh)
+        self._keeper.send(Recognised((salt, place.trace), own(sought.conversation, sought.opening), place.shared))
         return place
 
     def over(self, salt: str, trace: TraceId) -> None:

@@ -36,6 +36,19 @@ class Heard(msgspec.Struct, frozen=True):
     """Names it and all that was said before it, in whatever spelling the client sends it."""
 
 
+class Sought(msgspec.Struct, frozen=True):
+    """What a call that names no trace says of it."""
+
+    conversation: Sequence[bytes]
+    """:func:`digests` of its messages."""
+    opening: int
+    """How many of the first messages many conversations share."""
+    first: bool = False
+    """Nothing in it was answered: what begins in the same words is not the same."""
+    heard: Heard | None = None
+    """The last answer in it."""
+
+
 def digests(salt: str, messages: Iterable[bytes]) -> list[bytes]:
     """A digest for each beginning of a conversation; tenants' conversations never have one in common."""
     found: list[bytes] = []

@@ -7,7 +7,7 @@ from router.policy.retention import RetentionConfig
 from router.traces.book import Book
 from router.traces.events import Event, StepBegan, StepEnded
 from router.traces.machine import Traces
-from router.traces.prefixes import DIGESTS_MAX, Heard, Place, digests
+from router.traces.prefixes import DIGESTS_MAX, Heard, Place, Sought, digests
 from tracehaul.wire.ids import StepId, TraceId
 
 
@@ -35,9 +35,8 @@ class Agents:
         conversation = digests(salt, [message.encode() for message in messages])
         at = max(messages.rfind("a"), messages.rfind("A"))
         heard = Heard(at, f"{salt}|{messages[:at]}a") if at >= 0 and not first else None
-        place = self.book.place(
-            salt, conversation, messages.startswith("S"), TraceId(f"t{self.calls}"), first=first, heard=heard
-        )
+        sought = Sought(conversation, messages.startswith("S"), first, heard)
+        place = self.book.place(salt, sought, TraceId(f"t{self.calls}"))
         if not refused:
             key, step = (salt, place.trace), StepId(str(self.calls))
             self.send(StepBegan(key, step, place.parent, 1))
@@ -147,7 +146,7 @@ def test_calls_at_once_are_told_apart_before_their_steps_begin() -> None:
     agents = Agents()
     agents.call("Sp")
     conversations = [digests("", [m.encode() for m in f"Spa{name}"]) for name in "12"]
-    one, two = (agents.book.place("", c, 1, TraceId(f"u{at}")) for at, c in enumerate(conversations))
+    one, two = (agents.book.place("", Sought(c, 1), TraceId(f"u{at}")) for at, c in enumerate(conversations))
     assert (one, two) == (Place(TraceId("t1")), Place(TraceId("u1"), TraceId("t1")))
     assert [trace.trace for trace in agents.traces.all()] == ["t1"], "what has no step yet is not shown"
 

@@ -8,7 +8,7 @@ import httpx
 import msgspec
 
 from router.calls.call import Conversation
-from router.calls.conversation import Lineage, called, lineage
+from router.calls.conversation import Lineage, called, lineage, opening
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dialects.body import parse
 from router.dialects.chat.messages import messages_of
@@ -121,7 +121,7 @@ def test_what_messages_say_of_agent_and_tools() -> None:
     with_tools = conversation(of(tools=tools))
     assert with_tools.agent == conversation(of(tools=tools[::-1])).agent
     assert with_tools.agent != conversation(of()).agent
-    assert with_tools.opening == 1
+    assert opening(messages_of(of(tools=tools).messages)) == 1
     assert conversation(of(tools=[{"function": 5}, {}])).agent == conversation(of()).agent
     calls = [{"id": str(i), "function": {"name": name}} for i, name in enumerate(("bash", "bash", "n" * 100))]
     messages = of(messages=[{"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": "r"}]).messages
