@@ -1,7 +1,6 @@
 """The form of a call's answers: what they are held to, and how they are read."""
 
 import re
-import string
 from collections.abc import Set as AbstractSet
 
 import msgspec
@@ -17,16 +16,14 @@ from router.calls.tool_formats import MARKERS, ToolFormat, ToolReader
 from router.calls.tool_grammar import calls_constraint
 from router.calls.tools import Tools, format_of
 from tracehaul.engine.grammar import GrammarCheck
+from tracehaul.model.adapting import SHORT_ID_CHARACTERS, in_letters
 from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint
 
-_LETTERS = string.ascii_letters + string.digits
-MISTRAL_ID_CHARACTERS = 9
-"""Mistral's templates take ids of no other length."""
 _ID: dict[ToolFormat, re.Pattern[str]] = {
     "hermes": re.compile(r"[\w-]{1,64}", re.ASCII),
     "llama3": re.compile(r"[\w-]{1,64}", re.ASCII),
-    "mistral": re.compile(rf"[A-Za-z0-9]{{{MISTRAL_ID_CHARACTERS}}}"),
+    "mistral": re.compile(rf"[A-Za-z0-9]{{{SHORT_ID_CHARACTERS}}}"),
 }
 """Those of a model that can be told to a client and sent back."""
 
@@ -107,9 +104,8 @@ class Forms:
         return AnswerReader(think, reader, parallel=tools.parallel, customs=tools.customs, call_id=call_id)
 
     def _call_id(self, name: str) -> str:
-        digest = int.from_bytes(blake3(name.encode()).digest(24))
-        letters = _base(digest, 24)
-        return letters[:MISTRAL_ID_CHARACTERS] if self._format == "mistral" else f"call_{letters}"
+        letters = in_letters(blake3(name.encode()).digest(24), 24)
+        return letters[:SHORT_ID_CHARACTERS] if self._format == "mistral" else f"call_{letters}"
 
     async def _checked(self, tools: Tools | None, wanted: Wanted | None, opts: Options) -> Constraint:
         """Calls of tools, what is wanted, or either."""
@@ -131,12 +127,3 @@ class Forms:
             raise invalid(str(error), param, "invalid_grammar") from None
         except RecursionError:
             raise invalid("the tools are nested too deeply", "tools") from None
-
-
-def _base(number: int, length: int) -> str:
-    """The lowest ``length`` digits of ``number``, in letters and digits."""
-    digits: list[str] = []
-    for _ in range(length):
-        number, digit = divmod(number, len(_LETTERS))
-        digits.append(_LETTERS[digit])
-    return "".join(digits)

@@ -11,14 +11,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import yaml
+
+from tests.served import served
 
 HERE = Path(__file__).parent
 METHODS = ("get", "post", "delete")
@@ -52,7 +53,7 @@ def main() -> int:
     )
     options.add_argument("--max-tokens", type=int, help="the most that a call may ask for, to be done sooner")
     arguments, more = options.parse_known_args()
-    with served(arguments.url) as url, tempfile.TemporaryDirectory(prefix="tracehaul-fuzz-") as folder:
+    with at(arguments.url) as url, tempfile.TemporaryDirectory(prefix="tracehaul-fuzz-") as folder:
         document = json.loads(asked(f"{url}/openapi.json"))
         if arguments.spec is not None:
             document = cut(yaml.safe_load(arguments.spec.read_text()), document)
@@ -74,24 +75,9 @@ def main() -> int:
         return status
 
 
-@contextmanager
-def served(url: str | None) -> Iterator[str]:
+def at(url: str | None) -> AbstractContextManager[str]:
     """Where the server is, without a slash at the end."""
-    if url is not None:
-        yield url.rstrip("/")
-        return
-    python = os.environ.get("TRACEHAUL_PYTHON", sys.executable)
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    command = [python, str(HERE / "server.py")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as server:
-        assert server.stdout is not None
-        assert server.stdin is not None
-        try:
-            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-            server.stdin.close()
-            server.wait(20)
-        finally:
-            server.kill()
+    return served(HERE / "server.py") if url is None else nullcontext(url.rstrip("/"))
 
 
 def asked(url: str, body: Any = None) -> bytes:

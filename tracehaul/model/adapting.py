@@ -97,9 +97,13 @@ def short_id(given: str) -> str:
     """An id of nine letters and digits: itself if it is one, else one that is always the same for it."""
     if len(given) == SHORT_ID_CHARACTERS and given.isascii() and given.isalnum():
         return given
-    number = int.from_bytes(blake3(given.encode(errors="surrogatepass")).digest(16))
-    letters: list[str] = []
-    for _ in range(SHORT_ID_CHARACTERS):
+    return in_letters(blake3(given.encode(errors="surrogatepass")).digest(16), SHORT_ID_CHARACTERS)
+
+
+def in_letters(digest: bytes, length: int) -> str:
+    """The lowest ``length`` digits of a number, in letters and digits."""
+    number, letters = int.from_bytes(digest), list[str]()
+    for _ in range(length):
         number, digit = divmod(number, len(_LETTERS))
         letters.append(_LETTERS[digit])
     return "".join(letters)
