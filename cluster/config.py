@@ -1,11 +1,10 @@
 """One config for a whole cluster: a TOML file, then the command line on top; strict, parsed once.
 
-What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a :class:`Plan`: the same, with
-everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
+What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a :class:`cluster.plan.Plan`: the same,
+with everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
 """
 
 import ipaddress
-import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
 from router.dispatch.dispatch import DispatchConfig
 from router.http.config import ApiConfig
-from tracehaul.model.source import DEFAULT_MODEL, ModelSource
+from tracehaul.model.source import DEFAULT_MODEL
 from tracehaul.transfer.opening import Kind
 from tracehaul.wire.hashing import KVLayout
 from worker.config import WorkerConfig
@@ -117,40 +116,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From the first process to the last one ready."""
     drain_timeout_s: Seconds = 10.0
     """What a node may take to end its work when it is told to stop."""
-
-
-class NodeSpec(msgspec.Struct, frozen=True):
-    """One process to run."""
-
-    name: str
-    role: Role
-    pool: str = ""
-    """A worker's; empty for other roles, and for the one pool of a cluster that names none."""
-
-
-class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One pool as launched."""
-
-    name: str
-    model: ModelSource
-    """Under the name that clients call it by."""
-    config: PoolConfig
-    """With nothing left open."""
-
-
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A cluster as launched; every node reads it."""
-
-    config: ClusterConfig
-    pools: tuple[PoolPlan, ...]
-    router_address: str
-    """``host:port`` of the router's control plane: fixed, so that nodes find a restarted router."""
-    store: StoreConfig
-    threads: int
-
-    def pool(self, name: str) -> PoolPlan:
-        """The pool of that name, which is one of the plan's."""
-        return next(pool for pool in self.pools if pool.name == name)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
@@ -248,63 +213,6 @@ def base_url(config: ClusterConfig) -> str:
 def authority(host: str, port: int) -> str:
     """``host:port`` as URLs have it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def load_plan(run: RunDir) -> Plan:
-    """What was launched in this run directory.
-
-    Raises:
-        ClusterFault: there is no readable plan.
-    """
-    try:
-        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
-    except FileNotFoundError as error:
-        raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
-    except (OSError, msgspec.DecodeError) as error:
-        raise ClusterFault(f"cannot read {run.plan_file}: {error}") from error
-
-
-def save_plan(run: RunDir, plan: Plan) -> None:
-    """Puts the plan where :func:`load_plan` finds it."""
-    run.write_plan(msgspec.json.format(msgspec.json.encode(plan, enc_hook=str)))
-
-
-def nodes_of(config: ClusterConfig) -> list[NodeSpec]:
-    """Every process of the cluster, in the order to start them."""
-    pools = pools_of(config)
-    specs = [NodeSpec(ROUTER, "router"), *(NodeSpec(f"store-{i}", "store") for i in range(config.nodes.store))]
-    for name, pool in pools.items():
-        counts: tuple[tuple[Role, int], ...] = (("prefill", pool.prefill), ("decode", pool.decode))
-        for role, count in counts:
-            kind = f"{role}-{name}" if name else role
-            specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
-    return specs
-
-
-def workers_of(config: ClusterConfig) -> int:
-    """How many there are, in all pools."""
-    return sum(pool.prefill + pool.decode for pool in pools_of(config).values())
-
-
-def threads_of(config: ClusterConfig, cores: int) -> int:
-    """Compute threads of each worker.
-
-    At least two where there are two cores, even if the workers then share them: the prefill and the decode of one
-    trace take turns, so on a small machine each may have what the other leaves.
-    """
-    if config.threads is not None:
-        return config.threads
-    return max(min(cores, 2), cores // workers_of(config))
-
-
-def shared_cores(config: ClusterConfig, threads: int, cores: int) -> float:
-    """The share of a worker's ``threads`` that have no core of their own where all workers compute."""
-    return min(1.0, max(0.0, (workers_of(config) * threads - cores) / threads))
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def store_config(config: ClusterConfig, layouts: Sequence[KVLayout]) -> StoreConfig:
