@@ -142,20 +142,23 @@ def check_access(config: ClusterConfig) -> None:
         raise ClusterFault(f"cannot use the certificate in {files}: {error}") from error
 
 
-def make_plan(config: ClusterConfig, console: Console) -> Plan:
+def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ...] | None = None) -> Plan:
     """Decides what is open in ``config``: fetches the model if it is not here, and picks addresses and sizes.
+
+    ``nodes``: those of a fleet; None: all run on this machine.
 
     Raises:
         ClusterFault: the model cannot be had, or the arenas do not fit.
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
     layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
-    check_memory(config, layouts)
+    if nodes is None:
+        check_memory(config, layouts)
     return Plan(
         config=config,
         pools=tuple(pools),
         store=store_config(config, layouts),
-        nodes=nodes_of(config, free_port()),
+        nodes=nodes_of(config, free_port()) if nodes is None else nodes,
     )
 
 

@@ -1,7 +1,8 @@
 """Ways to a host: the system's ssh, one connection for all that is asked of it, or this machine itself.
 
-Everything of the user's is used: config, agents, jump hosts, known host keys. Nothing is asked: a key that is not known,
-or a password that would be needed, is an error that says so. ``TRACEHAUL_SSH`` replaces the command (``ssh -F FILE``).
+Everything of the user's is used: config, agents, jump hosts, known host keys. Nothing is asked: a key that is not
+known, or a password that would be needed, is an error that says so. ``TRACEHAUL_SSH`` replaces the command
+(``ssh -F FILE``).
 """
 
 import asyncio
@@ -42,7 +43,7 @@ _HINTS = {
     "Connection refused": "no sshd listens there",
     "timed out": "nothing answers at that address: is it up, and the port open?",
     "No route to host": "there is no way to that address",
-    "Too many authentication failures": "the agent offers too many keys: say `IdentitiesOnly yes` for it in ~/.ssh/config",
+    "Too many authentication failures": "the agent offers too many keys: say `IdentitiesOnly yes` in ~/.ssh/config",
 }
 
 
@@ -139,7 +140,7 @@ class Local:
 @asynccontextmanager
 async def connections(hosts: Sequence[HostConfig]) -> AsyncGenerator[Mapping[str, Connection]]:
     """One to each host, by its name; nothing is connected before it is used."""
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:  # noqa: S108 - a socket's path must be short
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:  # short: a socket's path
         ways: dict[str, Connection] = {
             host.name: Local() if host.target == LOCAL else Ssh(host.target, Path(folder)) for host in hosts
         }
