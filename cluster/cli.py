@@ -19,6 +19,7 @@ from cluster.api import Api, here
 from cluster.asking import ask_router
 from cluster.config import base_url, parse_quota
 from cluster.config_file import load_config
+from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir, alive
@@ -42,6 +43,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(host_app, name="host", hidden=True)
 
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
