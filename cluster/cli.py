@@ -45,7 +45,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
-app.add_typer(host_app, name="host")
+app.add_typer(host_app, name="host", hidden=True)
 fleet.register(app)
 
 RunDirOption = Annotated[
