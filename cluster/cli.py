@@ -21,6 +21,7 @@ from cluster.asking import ask_router
 from cluster.config import base_url, parse_quota
 from cluster.config_file import load_config
 from cluster.fleet import command as fleet
+from cluster.hosts import pair_command
 from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
 app.add_typer(host_app, name="host", hidden=True)
+pair_command.register(host_app)
 fleet.register(app)
 
 RunDirOption = Annotated[

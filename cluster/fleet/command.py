@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 from rich.console import Console
 
 from cluster.fleet import tables
+from cluster.fleet.doctor import Health, of_reports, try_pairs
 from cluster.fleet.operations import Opened, encode, fault_of, launch, look_at, opened, reports_of, restart, stop
 from cluster.rundir import ClusterFault
 
@@ -178,7 +180,39 @@ async def _logs(path: Path, node: str, lines: int) -> None:
             silent = f" ({', '.join(outcome.faults)} did not answer)" if outcome.faults else ""
             raise ClusterFault(f"no node {node}{silent}; there are {', '.join(there)}")
         hand = next(hand for hand in fleet.hands if hand.host.name == there[node])
-        sys.stdout.buffer.write(await hand.tell(["host", "logs", node, "--lines", str(lines)]))
+        told = msgspec.json.decode(await hand.tell(["host", "logs", node, "--lines", str(lines)]))
+        for line in told["lines"]:
+            typer.echo(line)
+
+
+def doctor(config: ConfigOption = CONFIG_FILE, as_json: JsonOption = False) -> None:
+    """Look for what is wrong, before a start or at any time: a line for each fault, with what to do.
+
+    Asks every host of its Python, memory, ports, clock, GPUs, networks and models, and tries every host against every
+    other by the transport that the nodes use.
+
+    Example:
+
+      tracehaul doctor --config cluster.toml
+    """
+    asyncio.run(_doctor(config, as_json=as_json))
+
+
+async def _doctor(path: Path, *, as_json: bool) -> None:
+    async with opened(path) as fleet:
+        ready = await look_at(fleet, err)
+        pairs, more = await try_pairs(fleet.config, ready.plan, fleet.hands, ready.found)
+        findings = [*ready.found.findings, *of_reports(ready.found.reports), *more]
+        if as_json:
+            named = {f"{reader}<{owner}": each for (reader, owner), each in pairs.items()}
+            typer.echo(msgspec.json.format(msgspec.json.encode(Health(findings, named))))
+        else:
+            console = _wide()
+            if pairs:
+                console.print(tables.pairs(pairs))
+            console.print(tables.faults(findings) if findings else "Nothing is wrong.")
+        if any(finding.fatal for finding in findings):
+            raise typer.Exit(1)
 
 
 def bundle(
@@ -237,4 +271,5 @@ def register(app: typer.Typer) -> None:
     app.command("remove-host")(remove_host)
     app.command("upgrade")(upgrade)
     app.command("logs")(logs)
+    app.command("doctor")(doctor)
     app.command("bundle")(bundle)

@@ -1,4 +1,4 @@
-"""What the nodes of a host take of its memory. Pure."""
+"""What the nodes of a host take of its memory."""
 
 from cluster.fleet.config import HostConfig
 from cluster.model import kv_layout

@@ -1,4 +1,4 @@
-"""Which nodes run on which host, at which ports. Pure."""
+"""Which nodes run on which host, at which ports."""
 
 from collections.abc import Mapping
 from pathlib import Path

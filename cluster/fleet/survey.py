@@ -3,6 +3,7 @@
 import asyncio
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 import msgspec
@@ -44,11 +45,24 @@ class Hand(NamedTuple):
         Raises:
             HostFault: it fails; the message is its last line.
         """
-        line = " ".join([_home(self.tracehaul), *map(shlex.quote, words), "--run-dir", _home(self.run_dir)])
+        return await self._ask(" ".join([self._words(words), "--run-dir", _home(self.run_dir)]), stdin, timeout_s)
+
+    async def ask(self, words: Sequence[str], stdin: bytes, timeout_s: float) -> bytes:
+        """As :meth:`tell`, of a command that is about no cluster."""
+        return await self._ask(self._words(words), stdin, timeout_s)
+
+    async def _ask(self, line: str, stdin: bytes, timeout_s: float) -> bytes:
         done = await self.way.run(["sh", "-c", line], stdin, timeout_s)
         if done.code != 0:
             raise HostFault(done.last_line.removeprefix("tracehaul: ") or f"exit code {done.code}")
         return done.out
+
+    def hold(self, words: Sequence[str]) -> AbstractAsyncContextManager[bytes]:
+        """As :meth:`cluster.fleet.connection.Connection.hold`, of a command of ``tracehaul`` there."""
+        return self.way.hold(["sh", "-c", self._words(words)])
+
+    def _words(self, words: Sequence[str]) -> str:
+        return " ".join([_home(self.tracehaul), *map(shlex.quote, words)])
 
     async def report(self) -> HostReport | None:
         """What runs there; None: nothing was installed there.

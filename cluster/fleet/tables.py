@@ -10,6 +10,7 @@ from cluster.fleet.findings import Finding
 from cluster.fleet.needs import needs_of
 from cluster.fleet.survey import Survey, nodes_on
 from cluster.hosts.orders import HostReport, NodeReport
+from cluster.hosts.pair import Measured
 from cluster.plan import Plan
 
 _COLOURS = {"running": "green", "starting": "yellow", "backoff": "yellow", "stopped": "dim"}
@@ -58,6 +59,22 @@ def faults(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         colour = "red" if finding.fatal else "yellow"
         table.add_row(finding.host, finding.subject, f"[{colour}]{finding.fault}[/]", finding.remedy)
+    return table
+
+
+def pairs(measured: Mapping[tuple[str, str], Measured]) -> Table:
+    """What each host found of each other."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("host", "from and to"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ping", "first MiB", "read", "written"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for (reader, owner), each in measured.items():
+        if each.fault:
+            table.add_row(reader, owner, f"{each.ping_s * 1e3:.2f} ms" if each.ping_s else "", "[red]no[/]")
+            continue
+        rates = [f"{rate / 1e9:.2f} GB/s" for rate in (each.read_bytes_s, each.write_bytes_s)]
+        table.add_row(reader, owner, f"{each.ping_s * 1e3:.2f} ms", f"{each.first_s * 1e3:.1f} ms", *rates)
     return table
 
 
