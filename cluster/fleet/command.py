@@ -10,9 +10,11 @@ import msgspec
 import typer
 from rich.console import Console
 
+from cluster.config import authority, is_loopback
 from cluster.fleet import tables
 from cluster.fleet.doctor import Health, of_reports, try_pairs
 from cluster.fleet.operations import Opened, encode, fault_of, launch, look_at, opened, reports_of, restart, stop
+from cluster.fleet.survey import addresses_of
 from cluster.rundir import ClusterFault
 
 err = Console(stderr=True)
@@ -115,18 +117,18 @@ async def _launch(
         if (fault := fault_of(outcome)) is not None:
             raise fault
         if not as_json:
-            typer.echo(f"ready {', '.join(_urls(fleet))}")
+            typer.echo(f"ready {', '.join(await _urls(fleet))}")
 
 
-def _urls(fleet: Opened) -> list[str]:
-    from cluster.config import authority, is_loopback
-
+async def _urls(fleet: Opened) -> list[str]:
     config = fleet.config
     scheme = "https" if config.api.tls_cert else "http"
-    routers = [host for host in config.hosts if host.nodes.router]
+    routers = [hand for hand in fleet.hands if hand.host.nodes.router]
     if is_loopback(config.host):
-        return [f"{scheme}://{authority(config.host, config.port)} on {host.name}" for host in routers]
-    return [f"{scheme}://{authority(host.address or host.target.rpartition('@')[2], config.port)}" for host in routers]
+        return [f"{scheme}://{authority(config.host, config.port)} on {hand.host.name}" for hand in routers]
+    found = await addresses_of(routers)
+    addresses = [hand.host.address or found[hand.host.name] for hand in routers]
+    return [f"{scheme}://{authority(address, config.port)}" for address in addresses]
 
 
 def stop_command(hosts: HostsArgument = None, config: ConfigOption = CONFIG_FILE) -> None:

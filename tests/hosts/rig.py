@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-import time
+import time  # noqa: TID251 - a wait for other processes
 import uuid
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -192,7 +192,9 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(folder: Path, names: Sequence[str], prefix: str = "tht", network: str = "10.77.9") -> Generator[Rig, None, None]:
+def rig(
+    folder: Path, names: Sequence[str], prefix: str = "tht", network: str = "10.77.9"
+) -> Generator[Rig, None, None]:
     """Hosts of these names, for as long as the context is open."""
     made = Rig(folder, names, prefix, network)
     made.down()  # of a run that was killed

@@ -71,7 +71,7 @@ def test_a_good_host_has_nothing_wrong():
         ({}, {"ucx_devices": ("mlx5_7:1",)}, "rdma", "no device mlx5_7:1"),
     ],
 )
-def test_each_fault_is_one_line_with_what_to_do(facts, host, subject, words):  # noqa: ANN001 - plain values
+def test_each_fault_is_one_line_with_what_to_do(facts, host, subject, words):
     findings = found(msgspec.structs.replace(GOOD, **facts), msgspec.structs.replace(HOST, **host))
     assert [finding.subject for finding in findings] == [subject]
     assert words in findings[0].fault

@@ -66,7 +66,7 @@ def test_nodes_are_named_after_their_hosts_and_have_fixed_ports(tmp_path: Path) 
 
 def test_hosts_that_come_and_go_change_no_other_node(tmp_path: Path) -> None:
     both = place(load_config(fleet(tmp_path), {}), {})
-    alone = FLEET[: FLEET.index("[[hosts]]\nname = \"gpu-2\"")]
+    alone = FLEET[: FLEET.index('[[hosts]]\nname = "gpu-2"')]
     assert place(load_config(fleet(tmp_path, alone), {}), {}) == tuple(n for n in both if n.host == "gpu-1")
 
 
@@ -96,9 +96,7 @@ def test_an_address_is_asked_for_only_where_none_is_said(tmp_path: Path) -> None
         ("h200 = 3.5", "h200 = -1", 2, "prices"),
     ],
 )  # fmt: skip
-def test_each_error_names_its_line_and_its_key(
-    tmp_path: Path, before: str, after: str, line: int, words: str
-) -> None:
+def test_each_error_names_its_line_and_its_key(tmp_path: Path, before: str, after: str, line: int, words: str) -> None:
     assert before in FLEET
     with pytest.raises(ClusterFault, match=words) as caught:
         load_config(fleet(tmp_path, FLEET.replace(before, after, 1)), {})
