@@ -5,6 +5,7 @@ Either every node is ready when this returns, or nothing of what it started stil
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -156,6 +157,7 @@ def make_plan(config: ClusterConfig, console: Console) -> Plan:
         pools=tuple(pools),
         store=store_config(config, layouts),
         nodes=nodes_of(config, free_port()),
+        name=secrets.token_hex(4),
     )
 
 

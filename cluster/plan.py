@@ -54,6 +54,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreConfig
     nodes: tuple[NodeSpec, ...]
     """In the order to start them."""
+    name: str = ""
+    """What tells this cluster from others: a node of another one is refused; empty: nothing does."""
 
     def pool(self, name: str) -> PoolPlan:
         """The pool of that name, which is one of the plan's."""

@@ -22,6 +22,8 @@ from tracehaul.runtime import clock
 LOG_TAIL_BYTES = 8192
 FAULT_EXIT = 3
 """Exit code of a node whose last line of output says in one line why it could not run."""
+FENCED_EXIT = 4
+"""Exit code of a node that another of its name has replaced: it must not be started again."""
 
 
 class ClusterFault(Exception):
@@ -226,6 +228,10 @@ class RunDir:
     def answers(self, name: str) -> Path:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
+
+    def epochs(self, name: str) -> Path:
+        """Where that router keeps the epochs that it knows of."""
+        return self.path / "epochs" / name
 
     def log_tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a node's output."""

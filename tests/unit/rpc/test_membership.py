@@ -51,7 +51,7 @@ class World:
         self.seen: list[Members] = []
         self.load = NodeLoad(running=1)
         peers = Peers(self.network.at(ME.address))
-        self.membership = Membership(peers, ROUTER, ME, lambda: self.load, self.seen.append)
+        self.membership = Membership(peers, [ROUTER], ME, lambda: self.load, self.seen.append)
         self.task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
