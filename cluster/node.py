@@ -1,7 +1,7 @@
 """The host process of one node: assembles its room's service, joins the cluster, serves, drains, ends.
 
 A node ends with code 0 when it is told to stop, with :data:`cluster.rundir.FAULT_EXIT` and one line when it cannot
-run for a reason that an operator can mend, with :data:`cluster.rundir.FENCED_EXIT` and one line when another node has its
+run for a reason that an operator can mend, with :data:`cluster.rundir.FENCED_EXIT` and one line when another has its
 name, and with a traceback in its log when it is our mistake.
 """
 

@@ -37,7 +37,7 @@ from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES, checksum
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, NodeId
 
 BATCH_BYTES = 64 << 20
 BATCHES = 4

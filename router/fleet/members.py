@@ -259,7 +259,7 @@ class MemberRegistry:
             self._whole_at_s = now_s + LOST_AFTER_S
         if self._ticking is None:
             self._tick_at_s = now_s + TICK_S
-            self._ticking = asyncio.get_running_loop().call_at(self._tick_at_s, self._tick)
+            self._ticking = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _tick(self) -> None:
         self._ticking = None
