@@ -1,8 +1,8 @@
 """Which versions of the messages understand each other. Pure.
 
-The major number grows when a message changes its meaning or must be understood; the minor one when something is added
-that the other side may leave unread: a field is ignored by who does not know it, and has a default for who is not sent
-it. So what is new is told only to those that know it, and versions of one major number run side by side.
+The major number grows when a message changes its meaning, or takes a value that it never had; the minor one when a
+field is added that the other side may leave unread: it is ignored by who does not know it, and has a default for who is
+not sent it. A message that is new is sent only to who knows it. So versions of one major number run side by side.
 """
 
 from typing import NamedTuple
