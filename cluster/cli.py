@@ -14,6 +14,7 @@ import msgspec
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.api import Api, here
@@ -365,14 +366,16 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
     pools = any(node.info.pool for node in nodes)
     for column in ("node", "role", *(("pool",) if pools else ()), "health"):
         table.add_column(column, no_wrap=True)
-    for column in ("running", "waiting", "blocks", "MiB used", "generation"):
+    for column in ("running", "waiting", "blocks", "MiB used", "started"):
         table.add_column(column, justify="right", no_wrap=True)
-    if wide and local:
+    if wide:
         table.add_column("metrics", no_wrap=True)
     for node in nodes:
         info, load = node.info, node.load
         healthy = node.health == "ready"
         health = f"[green]{node.health}[/]" if healthy else f"[yellow]{node.health} {node.heartbeat_age_s:.0f}s[/]"
+        if load.fault:
+            health += f" [yellow]{escape(load.fault)}[/]"
         row = [
             info.node,
             info.role,
@@ -382,10 +385,9 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
             str(load.waiting),
             str(load.blocks) if info.role == "store" else "",
             f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}",
-            # A generation is the wall clock of a start: as a time of day it can be read.
-            f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}Z",
+            f"{datetime.fromtimestamp(info.started_s, UTC):%H:%M:%S}Z" if info.started_s else "",
         ]
-        table.add_row(*row, *([local.state(info.node).metrics] if wide and local else []))
+        table.add_row(*row, *([info.metrics] if wide else []))
     if local is None:
         return table
     members = {node.info.node for node in nodes}

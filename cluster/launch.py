@@ -5,6 +5,7 @@ Either every node is ready when this returns, or nothing of what it started stil
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from rich.table import Table
 from cluster.api import here, make_operator_key
 from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
 from cluster.model import kv_layout, note
-from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
+from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
@@ -159,6 +160,7 @@ def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ..
         pools=tuple(pools),
         store=store_config(config, layouts),
         nodes=nodes_of(config, free_port()) if nodes is None else nodes,
+        name=secrets.token_hex(4) if nodes is None else fleet_name(config, nodes),
     )
 
 

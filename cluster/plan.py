@@ -1,5 +1,6 @@
 """What was decided at launch: every process, where it runs and how it is reached. Each node reads it."""
 
+import hashlib
 import os
 
 import msgspec
@@ -58,6 +59,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreConfig
     nodes: tuple[NodeSpec, ...]
     """In the order to start them."""
+    name: str = ""
+    """What tells this cluster from others: a node of another one is refused; empty: nothing does."""
 
     def pool(self, name: str) -> PoolPlan:
         """The pool of that name, which is one of the plan's."""
@@ -115,6 +118,12 @@ def nodes_of(config: ClusterConfig, router_port: int = 0) -> tuple[NodeSpec, ...
             kind = f"{role}-{name}" if name else role
             specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
     return tuple(specs)
+
+
+def fleet_name(config: ClusterConfig, nodes: tuple[NodeSpec, ...]) -> str:
+    """What tells a fleet from others, whoever launches it: what its config says, or else where its routers are."""
+    where = " ".join(spec.control for spec in nodes if spec.role == "router")
+    return config.name or hashlib.sha256(where.encode()).hexdigest()[:8]
 
 
 def threads_of(config: ClusterConfig, workers: int, cores: int) -> int:
