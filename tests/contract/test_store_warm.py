@@ -59,7 +59,7 @@ class Counting(TcpTransfer):
     """Knows what it was asked for; fails as often as it is told."""
 
     def __init__(self, owner: str, failures: int = 0) -> None:
-        super().__init__(owner, "127.0.0.1")
+        super().__init__(owner)
         self.reads: list[int] = []
         self.failures = failures
 
@@ -92,7 +92,7 @@ async def bed(stall_s: float = 0.0, failures: int = 0) -> AsyncIterator[Bed]:
     async with contextlib.AsyncExitStack() as stack:
         arena = allocate(4 * SLOT, "arena")
         stack.callback(arena.close)
-        transfer = TcpTransfer("s0#1", "127.0.0.1")
+        transfer = TcpTransfer("s0#1")
         stack.push_async_callback(transfer.close)
         config = StoreConfig(arena_bytes=4 * SLOT, slot_bytes=SLOT)
         planes = [Plane(transfer, transfer.register(arena))]

@@ -5,6 +5,7 @@ from typing import Literal
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Transfer
+from tracehaul.transfer.place import Place
 from tracehaul.wire.errors import TransferError
 
 log = Log(__name__)
@@ -29,7 +30,7 @@ def open_transport(kind: str, owner: str, host: str, offload: Offload) -> Transf
             from tracehaul.transfer.tcp import TcpTransfer
 
             log.info("transport", kind="tcp", why="configured")
-            return TcpTransfer(owner, host)
+            return TcpTransfer(owner, Place(host))
         case "nixl":
             from tracehaul.transfer.network import open_network
 
