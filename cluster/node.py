@@ -35,10 +35,9 @@ from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.runtime.tasks import Tasks
-from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import NoMemory, allocate
-from tracehaul.transfer.opening import open_transport
-from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.opening import Planes, open_planes
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import TransferError, WrongPool
 from tracehaul.wire.ids import Generation, NodeId
@@ -100,9 +99,9 @@ class _Node:
             await peers.close()
         log.info("ended")
 
-    def _info(self, role: Role) -> NodeInfo:
-        listen = authority(self._spec.listen, self._spec.control_port)
-        return NodeInfo(NodeId(self._spec.name), self._generation, role, listen, pool=self._spec.pool)
+    def _info(self, role: Role, transports: tuple[str, ...]) -> NodeInfo:
+        name, listen = NodeId(self._spec.name), authority(self._spec.listen, self._spec.control_port)
+        return NodeInfo(name, self._generation, role, listen, pool=self._spec.pool, transports=transports)
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
@@ -113,7 +112,7 @@ class _Node:
 
     async def _serve(self, room: Room, network: TcpNetwork, peers: Peers) -> None:
         """Listen, join, serve until told to stop."""
-        member = room.member
+        member = room.member._replace(announce=self._spec.address)
         async with AsyncExitStack() as stack:
             node = await stack.enter_async_context(serving(member, network, peers, self._plan.routers[0]))
             page = await NodeMetrics(member.stats, member.load, room.metrics).serve(self._plan.config.metrics_host)
@@ -133,12 +132,12 @@ class _Node:
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
-    def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
-        """The transport that was asked for."""
+    async def _planes(self, stack: AsyncExitStack, offload: ThreadOffload, memory: Memory) -> Planes:
+        """The transports that were asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload)
-        stack.push_async_callback(transfer.close)
-        return transfer
+        planes = await open_planes(self._plan.transports, owner, self._spec.data, memory, offload)
+        stack.push_async_callback(planes.close)
+        return planes
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
         memory = allocate(nbytes, self._spec.name)
@@ -152,15 +151,14 @@ class _Node:
 
         chosen, config = self._plan.config, self._plan.store
         memory = self._memory(stack, config.arena_bytes)
-        transfer = self._transfer(stack, offload)
-        planes = [Plane(transfer, transfer.register(memory))]
+        planes, how = await self._planes(stack, offload, memory)
         backing = await open_backing(chosen, self._run, self._spec.name, config.slot_bytes)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = assemble_store(config, self._generation, planes, memory, offload, backing, others)
         stack.push_async_callback(store.aclose)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        background = (store.run, transfer.broken)
-        member = Member(self._info("store"), store, store.load, store.set_members, background, store.counts)
+        background = (store.run, *(plane.transfer.broken for plane in planes))
+        member = Member(self._info("store", how), store, store.load, store.set_members, background, store.counts)
         return Room(member, metrics)
 
     async def _worker(
@@ -180,11 +178,13 @@ class _Node:
         stack.push_async_callback(engine.aclose)
         if engine.info.layout.block_bytes > buffer_bytes:
             raise ClusterFault(f"{pool.model} is not the model that this cluster was launched with: start it anew")
+        memory = self._memory(stack, limits.staging_blocks * buffer_bytes)
+        planes, how = await self._planes(stack, offload, memory)
         worker = assemble_worker(
-            self._info(role),
+            self._info(role, how),
             engine,
-            self._memory(stack, limits.staging_blocks * buffer_bytes),
-            [self._transfer(stack, offload)],
+            memory,
+            planes,
             peers,
             offload,
             limits,
@@ -246,7 +246,8 @@ class _Node:
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
-            server = await network.listen(authority(self._spec.listen, self._spec.control_port), router.service)
+            listen = authority(self._spec.listen, self._spec.control_port)
+            server = await network.listen(listen, router.service, self._spec.address)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]

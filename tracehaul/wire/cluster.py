@@ -73,6 +73,8 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """A worker's own when it joined; heartbeats correct them."""
     pool: str = ""
     """Which of the fleet's pools a worker belongs to; the one that has no name, and that of a store node, is empty."""
+    transports: tuple[str, ...] = ()
+    """How KV moves to and from it, a line for each, nearest first: ``shm``, ``tcp 10.0.0.1:7101``."""
 
 
 class NodeLoad(msgspec.Struct, frozen=True):

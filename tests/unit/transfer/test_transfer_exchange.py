@@ -10,9 +10,10 @@ import pytest
 from tracehaul.transfer import exchange as exchange_module
 from tracehaul.transfer import lanes, notes
 from tracehaul.transfer.base import Copy
+from tracehaul.transfer.devices import rdma_devices
 from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, NameTaken, Waking
 from tracehaul.transfer.lanes import Movement, Way
-from tracehaul.transfer.nixl import best_pull, harmful_setting, rdma_devices
+from tracehaul.transfer.nixl import best_pull, harmful_setting
 from tracehaul.transfer.notes import Note, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
