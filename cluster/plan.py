@@ -9,6 +9,9 @@ from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, p
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
+from tracehaul.runtime.addresses import literal
+from tracehaul.transfer.opening import Kind
+from tracehaul.transfer.place import Place
 
 LOOPBACK = "127.0.0.1"
 
@@ -32,6 +35,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     """Of its control plane; 0, here and below: any that is free."""
     data_port: int = 0
     metrics_port: int = 0
+    ucx_devices: tuple[str, ...] = ()
+    """Those that UCX may use; empty: it chooses."""
     gpus: tuple[int, ...] = ()
     """Those of its host that it sees; empty: all."""
 
@@ -39,6 +44,15 @@ class NodeSpec(msgspec.Struct, frozen=True):
     def control(self) -> str:
         """``host:port`` that others reach its control plane by."""
         return authority(self.address, self.control_port)
+
+    @property
+    def data(self) -> Place:
+        """Where its data plane is. One that has an address of its own is bound to that, unless all are bound."""
+        address = self.data_address or self.address
+        bound = literal(self.listen)
+        everywhere = bound is not None and bound.is_unspecified
+        listen = self.listen if everywhere or not self.data_address else self.data_address
+        return Place(listen, address, self.data_port, self.ucx_devices)
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,6 +95,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def routers(self) -> tuple[str, ...]:
         """``host:port`` of each router's control plane: fixed, so that nodes find one that was restarted."""
         return tuple(spec.control for spec in self.nodes if spec.role == "router")
+
+    @property
+    def transports(self) -> tuple[Kind, ...]:
+        """How KV moves between processes: where there are several hosts, within one through shared memory."""
+        kind = self.config.transport
+        if len({spec.host for spec in self.nodes}) == 1:
+            return ("shm",) if kind == "auto" else (kind,)
+        return ("shm", "auto" if kind == "shm" else kind)
 
     def workers_on(self, host: str) -> int:
         """How many share that host's cores."""

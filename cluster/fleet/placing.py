@@ -50,6 +50,7 @@ def _nodes_on(host: HostConfig, config: ClusterConfig, address: str) -> list[Nod
                     control_port=port,
                     data_port=port + 1,
                     metrics_port=port + 2,
+                    ucx_devices=host.ucx_devices,
                     gpus=gpus,
                 )
             )
