@@ -3,16 +3,18 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from typing import Literal
 
 import msgspec
 
 from cluster.config import ClusterConfig
 from cluster.fleet.connection import HostFault
 from cluster.fleet.findings import Finding
-from cluster.fleet.survey import Hand, Survey
+from cluster.fleet.survey import Hand, Survey, nodes_on
 from cluster.hosts.orders import HostReport
 from cluster.hosts.pair import Answers, Measured, Offer, Questions
 from cluster.plan import NodeSpec, Plan
+from tracehaul.transfer.place import Place
 
 TRIAL_PORT = 190
 """From the config's first: between the routers' and the stores'."""
@@ -53,7 +55,7 @@ async def try_pairs(
         offers: dict[str, Offer] = {}
         for hand in able:
             try:
-                line = await stack.enter_async_context(hand.hold(_offer_words(hand, config, plan)))
+                line = await stack.enter_async_context(hand.hold(_words("offer", hand, config, plan)))
                 offers[hand.host.name] = msgspec.json.decode(line, type=Offer)
             except (HostFault, msgspec.DecodeError) as fault:
                 findings.append(
@@ -67,8 +69,7 @@ async def try_pairs(
                 {spec.name: spec.control for spec in plan.nodes if spec.host in others and _runs(spec, found)},
             )
             try:
-                words = ["host", "measure", "--kind", config.transport, "--listen", _listen(hand, plan)]
-                told = await hand.ask(words, msgspec.json.encode(asked), MEASURE_S)
+                told = await hand.ask(_words("measure", hand, config, plan), msgspec.json.encode(asked), MEASURE_S)
                 answers = msgspec.json.decode(told, type=Answers)
             except (HostFault, msgspec.DecodeError) as fault:
                 findings.append(Finding(name, "network", str(fault), "see `tracehaul host measure --help` there"))
@@ -92,16 +93,14 @@ def _runs(spec: NodeSpec, found: Survey) -> bool:
     return report is not None and any(node.name == spec.name and node.pid is not None for node in report.nodes)
 
 
-def _offer_words(hand: Hand, config: ClusterConfig, plan: Plan) -> list[str]:
-    nodes = [spec for spec in plan.nodes if spec.host == hand.host.name]
-    address = nodes[0].data_address or nodes[0].address if nodes else hand.host.address
-    words = ["host", "offer", "--kind", config.transport, "--listen", _listen(hand, plan), "--address", address]
-    return [*words, "--port", str(config.network.ports + TRIAL_PORT)]
-
-
-def _listen(hand: Hand, plan: Plan) -> str:
-    nodes = [spec for spec in plan.nodes if spec.host == hand.host.name]
-    return nodes[0].listen if nodes else hand.host.listen or hand.host.address
+def _words(command: Literal["offer", "measure"], hand: Hand, config: ClusterConfig, plan: Plan) -> list[str]:
+    """What that host runs: where its nodes would be, at ports that no node has."""
+    port = config.network.ports + TRIAL_PORT
+    nodes = nodes_on(plan, hand.host.name)
+    place = nodes[0].data if nodes else Place(hand.host.listen or hand.host.address, hand.host.address)
+    place = msgspec.structs.replace(place, port=port + 1 if command == "offer" else port + 2)
+    words = ["host", command, "--kind", plan.transports[-1], "--place", msgspec.json.encode(place).decode()]
+    return [*words, "--port", str(port)] if command == "offer" else words
 
 
 def of_pairs(measured: Pairs) -> list[Finding]:

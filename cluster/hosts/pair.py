@@ -5,6 +5,7 @@ One offers memory and answers pings; others measure it. For ``tracehaul doctor``
 
 import asyncio
 import contextlib
+import secrets
 import statistics
 from collections.abc import Coroutine, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Copy, Region, Transfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.opening import open_transport
+from tracehaul.transfer.place import Place
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError
 
@@ -65,10 +67,8 @@ class Answers(msgspec.Struct, frozen=True):
     """Why, by node."""
 
 
-async def offer(
-    kind: str, listen: str, address: str, port: int, ended: asyncio.Event, told: asyncio.Future[Offer]
-) -> None:
-    """Offer memory, and answer pings at ``port``, until ``ended`` is set; ``told`` gets what others need.
+async def offer(kind: str, place: Place, port: int, ended: asyncio.Event, told: asyncio.Future[Offer]) -> None:
+    """Offer memory at ``place``, and answer pings at ``port``, until ``ended`` is set; ``told`` gets what others need.
 
     Raises:
         OSError, TransferError: an address cannot be bound, or the transport does not start here.
@@ -78,11 +78,11 @@ async def offer(
         stack.callback(offload.close)
         memory = allocate(REGION_BYTES, "pair")
         stack.callback(memory.close)
-        transfer = open_transport(kind, f"pair-{listen}#{clock.wall_ns()}", listen, offload)
+        transfer = open_transport(kind, _owner(), place, offload).transfer
         stack.push_async_callback(transfer.close)
-        server = await asyncio.start_server(_echo, listen, port)
+        server = await asyncio.start_server(_echo, place.listen, port)
         stack.callback(server.close)
-        control = join_address(address, server.sockets[0].getsockname()[1])
+        control = join_address(place.announced, server.sockets[0].getsockname()[1])
         told.set_result(Offer(control, transfer.register(memory).descriptor))
         await ended.wait()
 
@@ -95,14 +95,22 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-async def measure(kind: str, listen: str, questions: Questions) -> Answers:
-    """Try all that is offered, one after the other."""
+def _owner() -> str:
+    return f"pair-{secrets.token_hex(8)}#1"
+
+
+async def measure(kind: str, place: Place, questions: Questions) -> Answers:
+    """Try all that is offered, one after the other.
+
+    Raises:
+        OSError, TransferError: the transport does not start here.
+    """
     async with contextlib.AsyncExitStack() as stack:
         offload = ThreadOffload("pair", 1)
         stack.callback(offload.close)
         memory = allocate(REGION_BYTES, "pair")
         stack.callback(memory.close)
-        transfer = open_transport(kind, f"pair-{listen}#{clock.wall_ns()}", listen, offload)
+        transfer = open_transport(kind, _owner(), place, offload).transfer
         stack.push_async_callback(transfer.close)
         region = transfer.register(memory)
         measured = {name: await _measured(transfer, region, there) for name, there in sorted(questions.offers.items())}
