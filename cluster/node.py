@@ -144,7 +144,8 @@ class _Node:
         """Listen, join, serve until told to stop."""
         member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
-            page = await NodeMetrics(member.stats, member.load, room.metrics).serve(plan.config.metrics_host)
+            counts = NodeMetrics(member.stats, member.load, room.metrics)
+            page = await counts.serve(plan.config.metrics_host, self._spec.metrics_port)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
             member = member._replace(info=msgspec.structs.replace(member.info, metrics=metrics))

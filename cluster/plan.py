@@ -5,7 +5,7 @@ import os
 
 import msgspec
 
-from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, pools_of
+from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, base_url, is_loopback, pools_of
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
@@ -146,6 +146,15 @@ def fleet_name(config: ClusterConfig, nodes: tuple[NodeSpec, ...]) -> str:
     """What tells a fleet from others, whoever launches it: what its config says, or else where its routers are."""
     where = " ".join(spec.control for spec in nodes if spec.role == "router")
     return config.name or hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def api_url(plan: Plan) -> str:
+    """Where a client reaches the API: of a fleet at its first router, unless that listens for its own host alone."""
+    config = plan.config
+    router = next(spec for spec in plan.nodes if spec.role == "router")
+    if not router.host or is_loopback(config.host):
+        return base_url(config)
+    return base_url(msgspec.structs.replace(config, host=router.address))
 
 
 def threads_of(config: ClusterConfig, workers: int, cores: int) -> int:

@@ -143,6 +143,7 @@ def test_a_host_that_fails_takes_no_other_along(operator: Operator) -> None:
 
 
 def test_a_damaged_bundle_is_not_installed(operator: Operator, tmp_path: Path) -> None:
+    operator.ask("stop")
     operator.write(fleet(a="+{ router = 1, store = 1, decode = 1 }"))
     wheels = tmp_path / "wheels"
     wheels.mkdir()
