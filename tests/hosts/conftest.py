@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -102,5 +103,12 @@ def operator(hosts_rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Genera
     """With an empty file; what it has started is stopped in the end."""
     made = Operator(hosts_rig, tmp_path_factory.mktemp("operator"))
     yield made
+    for host in hosts_rig.hosts.values():
+        host.mend()
     if made.file.exists():
         made.ask("stop")
+    for host in hosts_rig.hosts.values():  # the next module's are as new
+        host.kill()
+        shutil.rmtree(host.root)
+        host.start()
+    hosts_rig.wait()
