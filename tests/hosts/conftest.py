@@ -66,6 +66,12 @@ class Operator:
         )
         return json.loads(done.stdout)
 
+    def get(self, host: str, path: str) -> Any:
+        """A page of a router's, from the operator's place."""
+        words = ["curl", "-sS", "-m", "10", self.url(host) + path]
+        done = subprocess.run(self.rig.at_control(*words), capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
     def step(self, host: str, trace: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
         """One step of a trace at the router of that host."""
         body = {"model": MODEL, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0}

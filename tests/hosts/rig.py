@@ -122,6 +122,16 @@ class Host:
         """Plugs it in again."""
         ip("link", "set", self.link, "up")
 
+    def impair(self) -> None:
+        """Loses one packet in fifty that comes in, at random."""
+        rules = "add table inet lossy; add chain inet lossy in { type filter hook input priority 0; }; "
+        rules += "add rule inet lossy in numgen random mod 50 < 1 drop"
+        self.run("nft", rules)
+
+    def unimpair(self) -> None:
+        """Loses none any more."""
+        self.run("nft", "delete table inet lossy", check=False)
+
     def shape(self, rate: str) -> None:
         """Lets no more than that out of and into it: ``1gbit``."""
         for words in (["dev", self.link], ["dev", "eth0"]):
