@@ -67,10 +67,10 @@ class Operator:
         return json.loads(done.stdout)
 
     def get(self, host: str, path: str) -> Any:
-        """A page of a router's, from the operator's place."""
+        """A page of a router's, from the operator's place; None if nobody answers."""
         words = ["curl", "-sS", "-m", "10", self.url(host) + path]
-        done = subprocess.run(self.rig.at_control(*words), capture_output=True, text=True, check=True)
-        return json.loads(done.stdout)
+        done = subprocess.run(self.rig.at_control(*words), capture_output=True, text=True, check=False)
+        return json.loads(done.stdout) if done.returncode == 0 else None
 
     def step(self, host: str, trace: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
         """One step of a trace at the router of that host."""

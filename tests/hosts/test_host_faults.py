@@ -27,8 +27,10 @@ def three(operator: Operator) -> Operator:
 
 
 def members(operator: Operator, router: str) -> set[str]:
-    """Those that a router takes for well."""
-    return {node["info"]["node"] for node in operator.get(router, "/cluster") if node["health"] == "ready"}
+    """Those that a router takes for well; nobody while it does not answer."""
+    if (answer := operator.get(router, "/cluster")) is None:
+        return set()
+    return {node["info"]["node"] for node in answer if node["health"] == "ready"}
 
 
 def until(operator: Operator, router: str, wanted: set[str], within_s: float = 30.0) -> None:
