@@ -56,8 +56,17 @@ def load_of(role: Role) -> NodeLoad:
     """As a busy node says it."""
     if role == "store":
         return NodeLoad(blocks=70_123, bytes_used=60 << 30, bytes_max=64 << 30, disk_blocks=1 << 20, disk_block_s=2e-4)
-    rates = {"token_s": 4.1e-4, "pair_s": 1.9e-7, "decode_s": 0.031, "pull_token_s": 1.3e-5}
-    return NodeLoad(running=17, waiting=3, bytes_used=30 << 30, bytes_max=40 << 30, free_tokens=9_123, **rates)
+    return NodeLoad(
+        running=17,
+        waiting=3,
+        bytes_used=30 << 30,
+        bytes_max=40 << 30,
+        free_tokens=9_123,
+        token_s=4.1e-4,
+        pair_s=1.9e-7,
+        decode_s=0.031,
+        pull_token_s=1.3e-5,
+    )
 
 
 class Nodes:
