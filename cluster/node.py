@@ -39,10 +39,9 @@ from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import Offload, ThreadOffload
 from tracehaul.runtime.tasks import Tasks
-from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import NoMemory, allocate
-from tracehaul.transfer.opening import open_transport
-from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.opening import Planes, open_planes
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import Fenced, JoinRefused, TransferError
 from tracehaul.wire.ids import NodeId
@@ -119,7 +118,7 @@ class _Node:
             await peers.close()
         log.info("ended")
 
-    def _info(self, role: Role) -> NodeInfo:
+    def _info(self, role: Role, transports: tuple[str, ...]) -> NodeInfo:
         listen = authority(self._spec.listen, self._spec.control_port)
         return NodeInfo(
             NodeId(self._spec.name),
@@ -131,6 +130,7 @@ class _Node:
             version=__version__,
             host=self._spec.host or socket.gethostname(),
             log=str(self._run.log(self._spec.name)),
+            transports=transports,
         )
 
     def _tell(self, **changes: str) -> None:
@@ -142,7 +142,7 @@ class _Node:
 
     async def _serve(self, room: Room, network: TcpNetwork, peers: Peers) -> None:
         """Listen, join, serve until told to stop."""
-        member, plan = room.member, self._plan
+        member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
             page = await NodeMetrics(member.stats, member.load, room.metrics).serve(plan.config.metrics_host)
             stack.push_async_callback(page.close)
@@ -163,12 +163,12 @@ class _Node:
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
-    def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
-        """The transport that was asked for."""
+    async def _planes(self, stack: AsyncExitStack, offload: ThreadOffload, memory: Memory) -> Planes:
+        """The transports that were asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload)
-        stack.push_async_callback(transfer.close)
-        return transfer
+        planes = await open_planes(self._plan.transports, owner, self._spec.data, memory, offload)
+        stack.push_async_callback(planes.close)
+        return planes
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
         memory = allocate(nbytes, self._spec.name)
@@ -182,15 +182,14 @@ class _Node:
 
         chosen, config = self._plan.config, self._plan.store
         memory = self._memory(stack, config.arena_bytes)
-        transfer = self._transfer(stack, offload)
-        planes = [Plane(transfer, transfer.register(memory))]
+        planes, how = await self._planes(stack, offload, memory)
         backing = await open_backing(chosen, self._run, self._spec.name, config.slot_bytes)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = assemble_store(config, self._generation, planes, memory, offload, backing, others)
         stack.push_async_callback(store.aclose)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        background = (store.run, transfer.broken)
-        member = Member(self._info("store"), store, store.load, store.set_members, background, store.counts)
+        background = (store.run, *(plane.transfer.broken for plane in planes))
+        member = Member(self._info("store", how), store, store.load, store.set_members, background, store.counts)
         return Room(member, metrics)
 
     async def _worker(
@@ -210,11 +209,13 @@ class _Node:
         stack.push_async_callback(engine.aclose)
         if engine.info.layout.block_bytes > buffer_bytes:
             raise ClusterFault(f"{pool.model} is not the model that this cluster was launched with: start it anew")
+        memory = self._memory(stack, limits.staging_blocks * buffer_bytes)
+        planes, how = await self._planes(stack, offload, memory)
         worker = assemble_worker(
-            self._info(role),
+            self._info(role, how),
             engine,
-            self._memory(stack, limits.staging_blocks * buffer_bytes),
-            [self._transfer(stack, offload)],
+            memory,
+            planes,
             peers,
             offload,
             limits,
@@ -284,7 +285,8 @@ class _Node:
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
-            server = await network.listen(authority(self._spec.listen, self._spec.control_port), router.service)
+            listen = authority(self._spec.listen, self._spec.control_port)
+            server = await network.listen(listen, router.service, self._spec.address)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]

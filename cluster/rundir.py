@@ -126,6 +126,8 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.plan_file = self.path / "cluster.json"
+        self.host_file = self.path / "host.json"
+        """What a supervisor here was ordered to do."""
         self.operator_key = self.path / "operator.key"
         """A key of this launch's own, for the commands that are run here; where the API asks for keys."""
 
@@ -220,6 +222,10 @@ class RunDir:
     def write_plan(self, data: bytes) -> None:
         """What the nodes read."""
         self._write(self.plan_file, data)
+
+    def write_host(self, data: bytes) -> None:
+        """What a supervisor goes on with when it is started anew."""
+        self._write(self.host_file, data)
 
     def log(self, name: str) -> Path:
         """Where that node's output goes."""

@@ -28,10 +28,11 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
-from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer import shm
 from tracehaul.transfer.copying import compiled
 from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.opening import open_transport
+from tracehaul.transfer.place import Place
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
@@ -55,7 +56,7 @@ Span = tuple[float, float]
 def planes(transfer_kind: str, owner: str, host: str, nbytes: int, offload: ThreadOffload) -> tuple[list[Plane], Any]:
     """One transport and its memory."""
     memory = allocate(nbytes, owner.replace("#", "-"))
-    transfer = open_transport(transfer_kind, owner, host, offload)
+    transfer = open_transport(transfer_kind, owner, Place(host), offload).transfer
     return [Plane(transfer, transfer.register(memory))], memory
 
 

@@ -45,6 +45,8 @@ class Member(NamedTuple):
     """Runs for as long as the node serves; its failure is the node's."""
     stats: Mapping[str, msgspec.Struct] = {}
     """Counts of its life, by the part of the node that counts."""
+    announce: str = ""
+    """The host that the others reach it by; empty: where it listens."""
 
 
 class Serving:
@@ -128,7 +130,7 @@ async def serving(
     Raises:
         OSError: the address cannot be bound.
     """
-    server = await network.listen(member.info.address, member.service)
+    server = await network.listen(member.info.address, member.service, member.announce)
     try:
         yield Serving(member, server, peers, routers, cluster=cluster, heartbeat_s=heartbeat_s)
     finally:

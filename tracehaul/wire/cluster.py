@@ -87,6 +87,9 @@ class NodeInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     log: str = ""
     """Where its log is, on its host."""
 
+    transports: tuple[str, ...] = ()
+    """How KV moves to and from it, a line for each, nearest first: ``shm``, ``tcp 10.0.0.1:7101``."""
+
     @property
     def rank(self) -> tuple[Epoch, Generation]:
         """Total order of the lives of one name. Routers that could not see each other may have issued one epoch twice:
