@@ -6,6 +6,7 @@ import os
 import msgspec
 
 from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, base_url, is_loopback, pools_of
+from cluster.known import known_part
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
@@ -110,13 +111,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_plan(run: RunDir) -> Plan:
-    """What was launched in this run directory.
+    """What was launched in this run directory. What a later version has added to plans is not read.
 
     Raises:
         ClusterFault: there is no readable plan.
     """
     try:
-        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
+        said = msgspec.json.decode(run.plan_file.read_bytes())
+        known = msgspec.json.encode(known_part(said, msgspec.inspect.type_info(Plan)))
+        return msgspec.json.decode(known, type=Plan, dec_hook=lambda kind, value: kind(value))
     except FileNotFoundError as error:
         raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
     except (OSError, msgspec.DecodeError) as error:
