@@ -116,6 +116,10 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """How much of a worker's computing is at the cost of others on the same cores, while they compute, too: 0 to 1."""
     free_tokens: int = 0
     """KV memory of a worker that nothing is in, not even what is kept for later; in tokens."""
+    serving: bool = True
+    """Whether it can do what it is there for; while it cannot it gets no work."""
+    fault: str = ""
+    """Why it cannot, in a few words; empty if it can, or does not know yet."""
 
 
 class Join(Message, frozen=True):
