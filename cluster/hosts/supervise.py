@@ -216,7 +216,7 @@ class Supervised:
         running = {record.name: record for record in self._run.records() if alive(record)}
         said = digests_here(order)
         for spec in order.nodes:
-            lives = self._lives.setdefault(spec.name, Lives(spec, self._run))
+            lives = self._lives.setdefault(spec.name, Lives(spec, self._run, self._restore))
             lives.spec = spec
             if spec.name in running:
                 lives.adopt(running[spec.name], self._launch(order, spec))
@@ -224,19 +224,22 @@ class Supervised:
                 lives.name_digest(said[spec.name])
         for name, record in running.items():
             if name not in self._lives and (role := role_of(name)) is not None:
-                stranger = Lives(NodeSpec(name, role, host=order.host), self._run)
+                stranger = Lives(NodeSpec(name, role, host=order.host), self._run, self._restore)
                 if stranger.adopt(record, Launch([], {}, "", order.restarts)):
                     self._lives[name] = stranger
 
     def _start(self, names: Sequence[str]) -> None:
         order = self._ordered()
-        with suppress(OSError, ClusterFault):  # who empties the run directory ends no node for ever
-            if not self._run.plan_file.exists():
-                self._run.create()
-                save_plan(self._run, order.plan)
         for spec in order.nodes:
             if spec.name in names:
                 self._lives[spec.name].start(self._launch(order, spec))
+
+    def _restore(self) -> None:
+        """Puts back what nodes read, where somebody emptied the run directory."""
+        with suppress(OSError, ClusterFault):
+            if self._order is not None and not self._run.plan_file.exists():
+                self._run.create()
+                save_plan(self._run, self._order.plan)
 
     async def _stop(self, names: Sequence[str]) -> None:
         """Those that let work in first, so that nothing new comes to the others."""
