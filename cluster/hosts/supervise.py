@@ -73,12 +73,13 @@ class Supervised:
         self._stopped: set[str] = set()  # by an operator
         self._faults: dict[str, str] = {}
         self._changing = asyncio.Lock()
+        self._resumed = asyncio.Event()
         self._ended = asyncio.Event()
         self._answering: set[asyncio.Task[Any]] = set()
 
     async def serve(self, order: Order | None) -> None:
         """Until told to stop, when no node runs any more, or to leave."""
-        server = await self._listen()
+        listening = self._name()
         loop = asyncio.get_running_loop()
         ending: set[asyncio.Task[Any]] = set()
 
@@ -88,9 +89,11 @@ class Supervised:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the terminal that began it is gone
+        server = await asyncio.start_unix_server(self._answer, sock=listening, limit=LINE_BYTES_MAX)
         logs = asyncio.create_task(self._keep_logs_small())
         try:
             await self._resume(order)
+            self._resumed.set()
             await self._ended.wait()
         finally:
             logs.cancel()
@@ -99,14 +102,19 @@ class Supervised:
                 await asyncio.wait(rest, timeout=ASKED_TIMEOUT_S)
         log.info("ended")
 
-    async def _listen(self) -> asyncio.Server:
+    def _name(self) -> socket.socket:
+        """Who has this address is the supervisor.
+
+        Raises:
+            ClusterFault: somebody else has it.
+        """
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listening.bind(address(self._run))
         except OSError as error:
             listening.close()
             raise ClusterFault(f"the nodes of {self._run.path} have a supervisor already") from error
-        return await asyncio.start_unix_server(self._answer, sock=listening, limit=LINE_BYTES_MAX)
+        return listening
 
     async def _resume(self, order: Order | None) -> None:
         """What was ordered last goes on, unless there is a new order."""
@@ -151,6 +159,7 @@ class Supervised:
             return Refused(str(fault))
 
     async def _handle(self, question: Ask) -> HostReport:
+        await self._resumed.wait()
         match question:
             case Status():
                 return self.report()
