@@ -122,7 +122,9 @@ drain() {
   stopping=yes
   say "draining"
   kill -TERM "${keepers[@]}" 2>/dev/null
-  scancel --quiet --signal=TERM "$SLURM_JOB_ID" # of the steps: this script is told otherwise
+  # The steps, as this script knows already. While a job ends Slurm has told them itself, and this would wait in vain.
+  scancel --quiet --signal=TERM "$SLURM_JOB_ID" 2>/dev/null &
+  telling=$!
 }
 trap drain TERM INT
 
@@ -170,6 +172,10 @@ for keeper in "${keepers[@]}"; do
   while kill -0 "$keeper" 2>/dev/null; do wait "$keeper"; code=$?; done
   [ "$code" -eq 0 ] || worst=$code
 done
-if [ -n "$stopping" ]; then say "drained"; exit 0; fi
+if [ -n "$stopping" ]; then
+  say "drained"
+  kill "$telling" 2>/dev/null
+  exit 0
+fi
 exit "$worst"
 """

@@ -3,10 +3,12 @@
 import os
 import socket
 import subprocess
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.launch import free_port
+from tracehaul.runtime import clock
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 HOSTS = {"site-a": "127.0.0.2", "site-b": "127.0.0.3", "site-c": "127.0.0.4"}
@@ -25,7 +27,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 ReturnToService=2
-SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0
+SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0,sched_interval=1,bf_interval=1
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -42,6 +44,7 @@ class SlurmSite:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._pause = threading.Event()
         self._daemons: list[subprocess.Popen[bytes]] = []
         name = socket.gethostname()
         nodes = "\n".join(
@@ -93,12 +96,11 @@ class SlurmSite:
         lines = self.call("squeue", "--steps", "--noheader", f"--jobs={number}", "--format=%i %j").splitlines()
         return {line.split()[1]: line.split()[0] for line in lines if line.split()[1].startswith("tracehaul-")}
 
-    def until(self, true: object, what: str, timeout_s: float = 60.0) -> None:
-        began = time.monotonic()
-        assert callable(true)
+    def until(self, true: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+        began = clock.perf_s()
         while not true():
-            assert time.monotonic() - began < timeout_s, f"{what}\n{self.told()}"
-            time.sleep(0.1)
+            assert clock.perf_s() - began < timeout_s, f"{what}\n{self.told()}"
+            self._pause.wait(0.1)
 
     def told(self) -> str:
         """The ends of all logs and outputs."""
