@@ -38,12 +38,13 @@ def make_order(stores: int = 2, router: str = "", **config: object) -> Order:
 class Host:
     """Speaks to ``tracehaul host`` as a launch over ssh does."""
 
-    def __init__(self, path: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._environment = environment
+        self.prefix: list[str] = []
+        self._environment: dict[str, str] | None = None
 
     def call(self, *words: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        command = [sys.executable, "-m", "cluster.cli", "host", *words, "--run-dir", str(self.path)]
+        command = [*self.prefix, sys.executable, "-m", "cluster.cli", "host", *words, "--run-dir", str(self.path)]
         return subprocess.run(command, input=given, capture_output=True, timeout=60, env=self._environment)
 
     def ask(self, *words: str, given: bytes = b"") -> HostReport:
