@@ -23,7 +23,7 @@ LOG_TAIL_BYTES = 8192
 FAULT_EXIT = 3
 """Exit code of a node whose last line of output says in one line why it could not run."""
 FENCED_EXIT = 4
-"""Exit code of a node whose name another has taken: it is not started again."""
+"""Exit code of a node that another of its name has replaced: it must not be started again."""
 
 
 class ClusterFault(Exception):
@@ -234,6 +234,10 @@ class RunDir:
     def answers(self, name: str) -> Path:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
+
+    def epochs(self, name: str) -> Path:
+        """Where that router keeps the epochs that it knows of."""
+        return self.path / "epochs" / name
 
     def log_tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a node's output."""

@@ -12,6 +12,7 @@ from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
+from tracehaul.runtime.addresses import BACKLOG, announced, bound
 from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
 
@@ -31,7 +32,6 @@ _WRITE_BUFFER_BYTES = 1 << 20
 _LINUX_OPTIONS = {"TCP_USER_TIMEOUT": 10_000, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that acknowledges nothing for 10 s (the first is in ms) is gone; a frozen process's host still does."""
 _PORT_MAX = 65_535
-_BACKLOG = 512
 
 _peer_numbers = itertools.count(1)
 """Names of connections are unique in this process's life, whatever ports are used again."""
@@ -51,10 +51,10 @@ class TcpNetwork:
         self._server_tls = server_tls
         self._client_tls = client_tls
 
-    async def listen(self, address: str, service: Service) -> "TcpServer":
+    async def listen(self, address: str, service: Service, announce: str = "") -> "TcpServer":
         host, port = split_address(address)
         server = TcpServer(service, self._limits)
-        await server.start(host, port, self._server_tls)
+        await server.start(host, port, announced(host, announce), self._server_tls)
         return server
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
@@ -93,11 +93,13 @@ class TcpServer:
         self._address = ""
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-        """Bind and serve; raises OSError."""
+    async def start(self, host: str, port: int, announce: str, tls: ssl.SSLContext | None) -> None:
+        """Bind to ``host``, and serve under the name ``announce``; raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._accept, host, port, ssl=tls, backlog=_BACKLOG)
-        self._address = join_address(host, self._server.sockets[0].getsockname()[1])
+        sock = await loop.run_in_executor(None, bound, host, port)
+        sock.setblocking(False)
+        self._server = await loop.create_server(self._accept, sock=sock, ssl=tls, backlog=BACKLOG)
+        self._address = join_address(announce, sock.getsockname()[1])
 
     @property
     def address(self) -> str:
