@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from cluster.hosts.asks import Status, address, ask
+from cluster.launch import down
 from cluster.rundir import RunDir, start_ticks
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
 from tests.process.test_api_http import wait_until
@@ -160,3 +161,17 @@ def test_a_frozen_node_is_killed_and_an_emptied_folder_ends_nobody(host: Host):
             answer = b""
         assert answer == b""
     assert host.node("store-0").state == "starting"
+
+
+def test_a_host_that_nobody_supervises_is_stopped_and_down_stops_its_supervisor_too(host: Host):
+    order = make_order(2, "elsewhere")
+    there = pids(host.apply(order))
+    kill_supervisor(host)
+    alone = by_name(host.ask("stop", "store-1"))
+    assert (alone["store-1"].state, alone["store-0"].pid) == ("stopped", there["store-0"])
+    assert host.status().supervisor == "none"
+
+    assert by_name(host.apply(order))["store-0"].pid == there["store-0"]
+    stopped, killed = down(RunDir(host.path))
+    assert (sorted(stopped), killed) == (["store-0", "store-1"], [])
+    assert host.status().nodes == ()
