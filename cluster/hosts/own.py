@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from cluster.config import Role
 from cluster.hosts.asks import Apply, Ask, Leave, Restart, Status, Stop, ask
 from cluster.hosts.kept import idle_nodes, interpreter, load, release, save
 from cluster.hosts.logs import last_lines
@@ -54,7 +55,8 @@ class OwnSupervisor:
             return report
         # Nobody follows them, so nobody starts them again.
         records = {record.name: record for record in self._run.records() if alive(record)}
-        roles = {name: role for name in names or records if name in records and (role := role_of(name)) is not None}
+        wanted = [name for name in names or records if name in records]
+        roles: dict[str, Role] = {name: role for name in wanted if (role := role_of(name)) is not None}
         for stage in stages(roles):
             stop_processes([records[name] for name in stage], grace_s=self._drain_s(order) + GRACE_S)
         if kept is not None and names:

@@ -54,8 +54,9 @@ def placed(plan: Plan, addresses: dict[str, str]) -> Plan:
     alone = len(addresses) == 1
 
     def moved(spec: NodeSpec) -> NodeSpec:
-        address = LOOPBACK if alone else addresses[spec.host]
-        listen = spec.listen if spec.listen in ANYWHERE else address
+        everywhere = spec.listen in ANYWHERE
+        address = LOOPBACK if alone and not everywhere else addresses[spec.host]
+        listen = spec.listen if everywhere else address
         return msgspec.structs.replace(spec, address=address, data_address="", listen=listen)
 
     return msgspec.structs.replace(plan, nodes=tuple(moved(spec) for spec in plan.nodes))

@@ -135,7 +135,7 @@ def test_units_run_the_nodes(site: Site):
     assert by_name(there)["store-1"].state == "fenced"
 
     plan = order.plan
-    moved = msgspec.structs.replace(plan.nodes[1], listen="0.0.0.0")
+    moved = msgspec.structs.replace(plan.nodes[1], listen="127.0.0.2", address="127.0.0.2")
     apply(msgspec.structs.replace(order, plan=msgspec.structs.replace(plan, nodes=(plan.nodes[0], moved))))
     comes_to("store-0", "starting")
     after = site.ask("status")

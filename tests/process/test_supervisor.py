@@ -116,7 +116,7 @@ def test_only_what_changed_is_restarted_and_what_is_gone_is_stopped(host: Host):
     order = make_order(3, "elsewhere")
     there = pids(host.apply(order))
     plan = order.plan
-    moved = msgspec.structs.replace(plan.nodes[2], listen="0.0.0.0")
+    moved = msgspec.structs.replace(plan.nodes[2], listen="127.0.0.2", address="127.0.0.2")
     fewer = msgspec.structs.replace(order, plan=msgspec.structs.replace(plan, nodes=(*plan.nodes[:2], moved)))
     after = host.apply(fewer)
     assert [node.name for node in after.nodes] == ["store-0", "store-1"]

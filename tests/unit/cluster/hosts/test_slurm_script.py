@@ -73,6 +73,8 @@ def test_hosts_are_where_the_allocation_has_them():
 def test_a_plan_of_one_host_stays_on_its_loopback():
     alone = msgspec.structs.replace(plan(), nodes=(NodeSpec("router-0", "router"), NodeSpec("store-0", "store")))
     assert {spec.address for spec in placed(alone, {"": "10.9.0.1"}).nodes} == {"127.0.0.1"}
+    seen = msgspec.structs.replace(alone, nodes=(NodeSpec("store-0", "store", listen="::", address="10.0.0.9"),))
+    assert placed(seen, {"": "10.9.0.1"}).nodes[0].address == "10.9.0.1"
     assert gpus_of(alone) == 0
     assert not any("gres" in line for line in head(batch_script(alone, JOB)))
 
