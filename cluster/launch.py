@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
+from cluster.hosts.managers import present
 from cluster.model import kv_layout, note
 from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
@@ -80,6 +81,10 @@ def down(run: RunDir) -> tuple[list[str], list[str]]:
         grace_s = ClusterConfig().drain_timeout_s + ROLLBACK_GRACE_S
     stopped: list[str] = []
     killed: list[str] = []
+    if run.host_file.exists():  # else its supervisor would start again what is stopped here
+        stopped += [node.name for node in present(run).status().nodes if node.pid is not None]
+        present(run).stop(())
+        run.host_file.unlink(missing_ok=True)
     for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
         running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
         killed += stop(running, grace_s=grace_s)
