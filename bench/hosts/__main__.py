@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 
 from bench.common.report import Result, finish
-from bench.hosts import joins
+from bench.hosts import joins, launching
 
 app = typer.Typer(pretty_exceptions_enable=False)
-PARTS = ("join",)
+PARTS = ("join", "launch")
 
 
 @app.command()
@@ -29,6 +29,8 @@ def main(
         match part:
             case "join":
                 results += joins.measure(nodes, processes, seconds)
+            case "launch":
+                results += launching.measure()
             case _:
                 raise typer.BadParameter(f"there is no {part}; there are {', '.join(PARTS)}", param_hint="--only")
     config = {"nodes": nodes, "processes": processes, "seconds": seconds, "network": "TCP over loopback"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts.rig import Rig, rig, why_not
+from bench.hosts.rig import Rig, rig, why_not
 from tests.process.conftest import alone  # noqa: F401 - a fixture
 
 MODEL = "smollm2-135m-instruct"

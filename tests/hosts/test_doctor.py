@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.hosts.rig import Host
 from tests.hosts.conftest import ROOT, Operator
-from tests.hosts.rig import Host
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.timeout(300)]
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-import time  # noqa: TID251 - a wait for other processes
+import time  # noqa: TID251 - waits for other processes
 import uuid
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ class Host:
     def run(self, *command: str, check: bool = True, timeout_s: float = 60.0) -> str:
         """A command there, as somebody at its console."""
         process = self.process
-        assert process is not None
+        assert process is not None, "it runs"
         words = ["nsenter", "-t", str(self._init()), "--net", "--mount", "--uts", "--ipc", "--pid", "--", *command]
         done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
         if check and done.returncode != 0:
