@@ -277,7 +277,7 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
             if all(state.phase == "ready" for state in states.values()):
                 break
             await asyncio.sleep(POLL_S)
-    with here(plan.config, run).client(timeout_s=2.0) as client:
+    with here(plan, run).client(timeout_s=2.0) as client:
         while True:
             try:
                 answer = await asyncio.to_thread(client.get, "/cluster")
