@@ -282,7 +282,7 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
             try:
                 answer = await asyncio.to_thread(client.get, "/cluster")
                 if answer.status_code == 200:
-                    members = {node["info"]["node"] for node in answer.json()}
+                    members = {node["info"]["node"] for node in answer.json() if node["health"] == "ready"}
                     if all(name in members or name == ROUTER for name in children):
                         return
             except httpx.HTTPError:

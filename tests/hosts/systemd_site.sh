@@ -5,6 +5,7 @@ mount -t tmpfs tmpfs /run
 mkdir -p /run/systemd/system /run/systemd/journal /run/log/journal /run/user/0
 chmod 700 /run/user/0
 mount -t tmpfs tmpfs /var/lib/systemd
+[ ! -d /var/log/journal ] || mount -t tmpfs tmpfs /var/log/journal
 mkdir /var/lib/systemd/linger
 touch /var/lib/systemd/linger/root
 mkdir -p "$folder/config"

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.hosts.orders import NodeReport, Order
+from cluster.hosts.orders import HostReport, Order
 from cluster.hosts.units import unit_name
 from cluster.rundir import RunDir
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
@@ -63,10 +63,6 @@ class Site(Host):
         """Of a node's service, what systemd calls active."""
         return self.shell(f"systemctl {' '.join(self._scope)} show --value -p ActiveState {unit_name(name)}").strip()
 
-    def kill_process(self, node: NodeReport) -> None:
-        assert node.pid
-        self.shell(f"kill -9 {node.pid}")
-
     def close(self) -> None:
         self._parent.kill()  # and so all in its namespaces
         self._parent.wait()
@@ -90,37 +86,37 @@ def test_units_run_the_nodes(site: Site):
     order = msgspec.structs.replace(make_order(2, "elsewhere"), supervisor="auto")
     order = msgspec.structs.replace(order, restarts=msgspec.structs.replace(order.restarts, deaths_max=1))
 
-    def apply(order: Order) -> None:
-        site.ask("apply", given=encoded(order))
+    def apply(order: Order) -> HostReport:
+        return site.ask("apply", given=encoded(order))
 
-    def comes_to(name: str, state: str, shown: str = "active") -> NodeReport:
-        """Looked for by what costs little."""
+    def waits(name: str, shown: str = "active") -> None:
+        """Until it tries to join its router, or has failed: looked for by what costs little."""
         told = RunDir(site.path)
         wait_until(lambda: site.shows(name) == shown and (shown == "failed" or told.state(name).phase == "joining"))
-        found = by_name(site.ask("status"))[name]
-        assert found.state == state
-        return found
 
     apply(order)
-    comes_to("store-0", "starting")
-    comes_to("store-1", "starting")
+    waits("store-0")
+    waits("store-1")
     first = site.ask("status")
     assert first.supervisor == site.supervisor
-    status = site.shell(f"cat /proc/{first.nodes[0].pid}/status /proc/{first.nodes[0].pid}/limits")
-    assert "NoNewPrivs:\t1" in status
+    assert [(node.state, node.phase) for node in first.nodes] == [("starting", "joining")] * 2
+    pid = first.nodes[0].pid
+    assert "NoNewPrivs:\t1" in site.shell(f"cat /proc/{pid}/status")
     if site.supervisor == "systemd":
-        mounts = site.shell(f"cat /proc/{first.nodes[0].pid}/mounts").splitlines()
+        mounts = site.shell(f"cat /proc/{pid}/mounts").splitlines()
         assert any(line.split()[1] == "/" and line.split()[3].startswith("ro") for line in mounts)
         assert any(line.split()[1] == str(site.path) and line.split()[3].startswith("rw") for line in mounts)
 
-    site.kill_process(first.nodes[0])
+    site.shell(f"kill -9 {pid}")
     wait_until(lambda: not (site.path / "state" / "store-0.json").exists())
-    back = comes_to("store-0", "starting")
-    assert (back.restarts, back.pid != first.nodes[0].pid) == (1, True)
-    site.kill_process(back)
-    assert comes_to("store-0", "given up", "failed").exit_code == -signal.SIGKILL
-    apply(order)
-    comes_to("store-0", "starting")
+    waits("store-0")
+    back = by_name(site.ask("status"))["store-0"]
+    assert (back.restarts, back.pid != pid) == (1, True)
+    site.shell(f"kill -9 {back.pid}")
+    waits("store-0", "failed")
+    told = by_name(site.ask("status"))["store-0"]
+    assert (told.state, told.exit_code) == ("given up", -signal.SIGKILL)
+    assert by_name(apply(order))["store-0"].state == "starting"
 
     # A node that says that another has its name now is left alone, however often the same is ordered.
     folder = f"{site.units}/{unit_name('store-1')}.d"
@@ -129,20 +125,18 @@ def test_units_run_the_nodes(site: Site):
     )
     apply(order)
     site.ask("restart", "store-1")
-    comes_to("store-1", "fenced", "failed")
-    apply(order)
-    there = site.ask("status")
+    waits("store-1", "failed")
+    there = apply(order)
     assert by_name(there)["store-1"].state == "fenced"
 
     plan = order.plan
     moved = msgspec.structs.replace(plan.nodes[1], listen="127.0.0.2", address="127.0.0.2")
-    apply(msgspec.structs.replace(order, plan=msgspec.structs.replace(plan, nodes=(plan.nodes[0], moved))))
-    comes_to("store-0", "starting")
-    after = site.ask("status")
+    after = apply(msgspec.structs.replace(order, plan=msgspec.structs.replace(plan, nodes=(plan.nodes[0], moved))))
     assert list(pids(after)) == ["store-0"]
     assert pids(after)["store-0"] != pids(there)["store-0"]
+    waits("store-0")
 
-    site.ask("stop")
+    stopped = site.ask("stop")
+    assert by_name(stopped)["store-0"].pid is None
     assert msgspec.json.decode(site.call("logs", "store-0", "-n", "1").stdout)["lines"][0].endswith("ended")
     assert site.shell(f"ls {site.units} | grep '^tracehaul.*\\.service$'") == ""
-    assert by_name(site.ask("status"))["store-0"].pid is None

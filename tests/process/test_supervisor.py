@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import venv
 from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
 import pytest
 
+import cluster
 from cluster.hosts.asks import Status, address, ask
 from cluster.launch import down
 from cluster.rundir import RunDir, start_ticks
@@ -132,6 +134,26 @@ def test_only_what_changed_is_restarted_and_what_is_gone_is_stopped(host: Host):
     assert b"cannot write" in refused.stderr
     assert pids(host.status()) == pids(after)
     (host.path / "cluster.json").rmdir()
+
+
+def test_another_release_takes_over_from_the_supervisor_of_the_last(host: Host, tmp_path: Path):
+    order = make_order(1, "elsewhere")
+    there = host.apply(order)
+    last = supervisor_of(host)
+    venv.create(tmp_path / "next", symlinks=True)
+    paths = os.pathsep.join([str(Path(cluster.__file__).parents[1]), str(Path(msgspec.__file__).parents[1])])
+    command = [tmp_path / "next/bin/python", "-m", "cluster.cli", "host", "apply", "--run-dir", host.path]
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, input=encoded(order), capture_output=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    assert start_ticks(last) is None
+    assert supervisor_of(host) != last
+    after = host.status()
+    assert after.release != there.release
+    assert after.release.endswith("next/bin/python")
+    assert start_ticks(there.nodes[0].pid or 0) is None
+    run_by = Path(f"/proc/{after.nodes[0].pid}/cmdline").read_bytes()
+    assert run_by.startswith(os.fsencode(tmp_path / "next/bin/python"))
 
 
 def test_a_frozen_node_is_killed_and_an_emptied_folder_ends_nobody(host: Host):
