@@ -241,6 +241,43 @@ def bundle(
     typer.echo(made.path)
 
 
+def slurm(
+    config: ConfigOption = CONFIG_FILE,
+    run_dir: Annotated[Path, typer.Option("--run-dir", help="Where the hosts' state and logs are.")] = Path(".run"),
+    command: Annotated[str, typer.Option(help="What tracehaul is on the hosts. Default: this one.")] = "",
+    partition: Annotated[str, typer.Option(help="Where to run.")] = "",
+    time_limit: Annotated[str, typer.Option("--time", help="The job's limit, as Slurm writes it.")] = "",
+    cpus: Annotated[int, typer.Option(min=0, help="Of each host; 0: whole hosts.")] = 0,
+    option: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, as it is; repeat.")] = None,
+) -> None:
+    """Print a Slurm batch script of the file: its hosts are whichever Slurm gives, in the file's order.
+
+    One step per host, GPUs by --gres. A node or a step that dies is started again, the job is requeued when that does
+    not help, and all drains on the signal before the end.
+
+    Example:
+
+      tracehaul slurm --partition gpu --time 2-0 --run-dir /shared/run > job.sbatch && sbatch job.sbatch
+    """
+    from cluster.config_file import load_config
+    from cluster.fleet.placing import place
+    from cluster.hosts.kept import interpreter
+    from cluster.hosts.slurm import SlurmJob, batch_script
+    from cluster.launch import make_plan
+
+    chosen = load_config(config, {})
+    plan = make_plan(chosen, err, place(chosen, {host.name: host.name for host in chosen.hosts}))
+    job = SlurmJob(
+        command=command or f"{interpreter()} -m cluster.cli",
+        run_dir=str(run_dir.absolute()),
+        partition=partition,
+        time=time_limit,
+        cpus=cpus,
+        options=tuple(option or ()),
+    )
+    typer.echo(batch_script(plan, job), nl=False)
+
+
 async def fleet_status(path: Path, as_json: bool) -> None:
     """What ``tracehaul status`` shows of a config with hosts."""
     async with opened(path) as fleet:
@@ -276,3 +313,4 @@ def register(app: typer.Typer) -> None:
     app.command("logs")(logs)
     app.command("doctor")(doctor)
     app.command("bundle")(bundle)
+    app.command("slurm")(slurm)

@@ -10,12 +10,11 @@ from typing import Annotated
 import msgspec
 import typer
 
-from cluster.hosts.kept import interpreter
 from cluster.hosts.managers import apply as apply_order
 from cluster.hosts.managers import facts, present
 from cluster.hosts.orders import HostReport, Order
-from cluster.hosts.slurm import PLAN_VARIABLE, SlurmJob, batch_script, placed
-from cluster.plan import Plan, load_plan
+from cluster.hosts.slurm import PLAN_VARIABLE, placed
+from cluster.plan import Plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, RunDir
 from tracehaul.runtime import clock
 
@@ -144,37 +143,6 @@ def supervise(run_dir: RunDirOption = DEFAULT_RUN_DIR) -> None:
     from cluster.hosts.supervise import supervise
 
     supervise(RunDir(run_dir))
-
-
-@app.command()
-def slurm(
-    config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")] = DEFAULT_RUN_DIR
-    / "cluster.json",
-    run_dir: RunDirOption = DEFAULT_RUN_DIR,
-    command: Annotated[str, typer.Option(help="What tracehaul is on the hosts. Default: this one.")] = "",
-    partition: Annotated[str, typer.Option(help="Where to run.")] = "",
-    time_limit: Annotated[str, typer.Option("--time", help="The job's limit, as Slurm writes it.")] = "",
-    cpus: Annotated[int, typer.Option(min=0, help="Of each host; 0: whole hosts.")] = 0,
-    option: Annotated[list[str] | None, typer.Option(help="A further option of sbatch, as it is; repeat.")] = None,
-) -> None:
-    """Print a Slurm batch script of a plan: its hosts are whichever Slurm gives, in the plan's order.
-
-    One step per host, GPUs by --gres. A node or a step that dies is started again, the job is requeued when that does
-    not help, and all drains on the signal before the end.
-
-    Example:
-
-      tracehaul host slurm --partition gpu --time 2-0 > job.sbatch && sbatch job.sbatch
-    """
-    job = SlurmJob(
-        command=command or f"{interpreter()} -m cluster.cli",
-        run_dir=str(run_dir.absolute()),
-        partition=partition,
-        time=time_limit,
-        cpus=cpus,
-        options=tuple(option or ()),
-    )
-    typer.echo(batch_script(load_plan(RunDir(config.absolute().parent)), job), nl=False)
 
 
 @app.command(hidden=True)
