@@ -197,7 +197,7 @@ class MemberRegistry:
             if silent_s < SUSPECT_AFTER_S:
                 where = " on ".join(filter(None, (before.info.address, before.info.host)))
                 raise NameTaken(f"another {node} is alive at {where}, heard {silent_s:.1f} s ago")
-        why = refusal(info, (member.info for member in self._members.values()), terms.models)
+        why = refusal(info, self.infos(), terms.models)
         if why is not None:
             raise self._refused(WrongPool(why))
         if info.epoch == 0:

@@ -15,13 +15,15 @@ from kvstore.tiers.records import Record, pack_record
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.slots import SlotIndex
 from kvstore.tiers.tiering import Tiering, TieringConfig
+from router.fleet.epochs import Epochs
 from router.fleet.members import MemberRegistry, _Member
 from sim.faults import Crash, DiskRot, FaultPlan, Zombie
 from sim.run import simulate
 from sim.shape import FAULTS_END_S, FLEET, MIX
 from sim.storage import Below
 from tracehaul.runtime import clock
-from tracehaul.wire.cluster import Members, NodeLoad
+from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.ids import Epoch, Generation, NodeId
 
 SMALL = msgspec.structs.replace(MIX, traces=10)
 CALM = FaultPlan(faults=(), end_s=FAULTS_END_S, frame_delay_s=0.0005, copy_delay_s=0.0005)
@@ -173,24 +175,13 @@ def test_the_router_must_hear_of_the_tier(monkeypatch):
     assert "index" in rules(*ROT, *DEATH, slots=24)
 
 
-def test_a_life_that_was_replaced_must_not_come_back(monkeypatch):
-    async def stream(self, request, context):
-        info = request.info  # whoever joins last is believed
-        member = _Member(info, NodeLoad(), clock.now_s())
-        before = self._members.get(info.node)
-        self._members[info.node] = member
-        if before is not None:
-            before.changed.set()
-        self._changed()
-        try:
-            while self._members.get(info.node) is member:
-                member.changed.clear()
-                yield Members(self._version, self.infos())
-                await member.changed.wait()
-        finally:
-            if self._members.get(info.node) is member:
-                del self._members[info.node]
-                self._changed()
+def test_a_life_that_was_replaced_must_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(self: Epochs, node: NodeId, epoch: Epoch, generation: Generation) -> Epoch:
+        return epoch
 
-    monkeypatch.setattr(MemberRegistry, "stream", stream)
-    assert rules(Zombie(5.0, FLEET.stores[0], 4.0)) & {"references", "fenced"}
+    def end(self: MemberRegistry, before: _Member, info: NodeInfo) -> None:
+        before.wake.set()
+
+    monkeypatch.setattr(Epochs, "shown", shown)
+    monkeypatch.setattr(MemberRegistry, "_end", end)
+    assert rules(Zombie(5.0, FLEET.stores[0], 6.0)) & {"references", "fenced"}

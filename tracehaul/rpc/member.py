@@ -111,6 +111,7 @@ class Serving:
         await self.membership.joined.wait()
         if self._member.served is not None:
             await self._member.served()
+            await self.membership.say()
 
     async def _drain(self, timeout_s: float) -> None:
         load = self._member.load

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import msgspec
 
@@ -70,6 +70,9 @@ class Membership:
         self._was_member = False
         self._asking = asyncio.Lock()
         self._told = asyncio.Event()
+        self._states = self._said = 0
+        """How many states of this node were to be said at once, and the last of them that some router knows."""
+        self._hurry, self._heard = asyncio.Event(), asyncio.Event()
 
     @property
     def info(self) -> NodeInfo:
@@ -85,6 +88,15 @@ class Membership:
     def joined(self) -> asyncio.Event:
         """Set while at least one router lists us: for start-up and for health checks."""
         return self._joined
+
+    async def say(self) -> None:
+        """Tell routers the node's load now, not with the next heartbeat; returns once one of them knows it."""
+        self._states += 1
+        state = self._states
+        self._hurry.set()
+        self._hurry = asyncio.Event()
+        while self._said < state:
+            await self._heard.wait()
 
     async def run(self) -> None:
         """Join each router, and join again whenever one is lost. Ends by cancellation, or by a bug's exception.
@@ -172,10 +184,20 @@ class Membership:
     async def _beat(self, router: str, listed: asyncio.Event) -> None:
         await listed.wait()  # a heartbeat before the join names an unknown node
         while self._epochs[router] == self._info.epoch:
+            state, hurry = self._states, self._hurry
             beat = Heartbeat(self._info.node, self._info.generation, self._load())
             await self._peers.call(router, beat, timeout_s=HEARTBEAT_TIMEOUT_S)
-            await asyncio.sleep(self._heartbeat_s)
+            self._knows(state)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._heartbeat_s):
+                    await hurry.wait()
         raise PeerLost("another router has issued a higher epoch, which this one must know")
+
+    def _knows(self, state: int) -> None:
+        if state > self._said:
+            self._said = state
+            self._heard.set()
+            self._heard = asyncio.Event()
 
     # --- what is known ------------------------------------------------------------------------------------
 

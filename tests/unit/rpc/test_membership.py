@@ -167,6 +167,25 @@ def test_it_says_what_it_is_when_it_joins() -> None:
     virtual.run(main)
 
 
+def test_what_must_be_known_at_once_is_said_before_the_next_heartbeat() -> None:
+    async def main() -> None:
+        world = World()
+        await world.start()
+        beats = len(world.router.beats)
+        world.load = NodeLoad(serving=False)
+        await asyncio.sleep(0.2)
+        assert len(world.router.beats) == beats
+        world.network.freeze(ROUTER)
+        saying = asyncio.create_task(world.membership.say())
+        await asyncio.sleep(0.2)
+        assert not saying.done(), "nobody has answered"
+        world.network.thaw(ROUTER)
+        await asyncio.wait_for(saying, 0.1)
+        assert not world.router.beats[-1].load.serving
+
+    virtual.run(main)
+
+
 def test_changes_are_applied_and_a_gap_brings_the_whole_list() -> None:
     async def main() -> None:
         world = World()
