@@ -60,6 +60,8 @@ def _check_members(world: World, references: ReferenceChecker, router: Dispatch)
     """The newest life of each node is the member, and none that it replaced."""
     for info in router.members.infos():
         references.same("router", f"generation of {info.node}", info.generation, world.lives[info.node].generation)
+        load = router.members.load(info.node)
+        references.same(str(info.node), "serving and fault", (load.serving, load.fault), (True, ""))
     references.same("router", "members", len(router.members.infos()), len(ROLES) - 1)
     for life in world.zombies:
         if life.alive and life.membership is not None and life.store is not None:
