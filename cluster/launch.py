@@ -5,6 +5,7 @@ Either every node is ready when this returns, or nothing of what it started stil
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -22,8 +23,9 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
+from cluster.hosts.managers import present
 from cluster.model import kv_layout, note
-from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
+from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
@@ -79,6 +81,10 @@ def down(run: RunDir) -> tuple[list[str], list[str]]:
         grace_s = ClusterConfig().drain_timeout_s + ROLLBACK_GRACE_S
     stopped: list[str] = []
     killed: list[str] = []
+    if run.host_file.exists():  # else its supervisor would start again what is stopped here
+        stopped += [node.name for node in present(run).status().nodes if node.pid is not None]
+        present(run).stop(())
+        run.host_file.unlink(missing_ok=True)
     for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
         running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
         killed += stop(running, grace_s=grace_s)
@@ -142,20 +148,24 @@ def check_access(config: ClusterConfig) -> None:
         raise ClusterFault(f"cannot use the certificate in {files}: {error}") from error
 
 
-def make_plan(config: ClusterConfig, console: Console) -> Plan:
+def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ...] | None = None) -> Plan:
     """Decides what is open in ``config``: fetches the model if it is not here, and picks addresses and sizes.
+
+    ``nodes``: those of a fleet; None: all run on this machine.
 
     Raises:
         ClusterFault: the model cannot be had, or the arenas do not fit.
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
     layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
-    check_memory(config, layouts)
+    if nodes is None:
+        check_memory(config, layouts)
     return Plan(
         config=config,
         pools=tuple(pools),
         store=store_config(config, layouts),
-        nodes=nodes_of(config, free_port()),
+        nodes=nodes_of(config, free_port()) if nodes is None else nodes,
+        name=secrets.token_hex(4) if nodes is None else fleet_name(config, nodes),
     )
 
 
@@ -267,7 +277,7 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
             if all(state.phase == "ready" for state in states.values()):
                 break
             await asyncio.sleep(POLL_S)
-    with here(plan.config, run).client(timeout_s=2.0) as client:
+    with here(plan, run).client(timeout_s=2.0) as client:
         while True:
             try:
                 answer = await asyncio.to_thread(client.get, "/cluster")

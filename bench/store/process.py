@@ -23,6 +23,7 @@ from kvstore.client.staging import Staging, StagingBuffer
 from kvstore.config import StoreConfig
 from kvstore.index.arena import Arena
 from kvstore.node.assemble import assemble_store
+from tracehaul.rpc.member import new_generation
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
@@ -37,7 +38,7 @@ from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES, checksum
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, NodeId
 
 BATCH_BYTES = 64 << 20
 BATCHES = 4
@@ -63,7 +64,7 @@ async def node(transfer_kind: str, host: str, arena_bytes: int, slot_bytes: int)
     """A store node; answers any line with the CPU seconds it has used and its resident bytes."""
     offload = ThreadOffload("node", COPY_THREADS)
     config = StoreConfig(arena_bytes=arena_bytes, slot_bytes=slot_bytes, late_write_s=1.0)
-    generation = Generation(clock.wall_ns())
+    generation = new_generation()
     ways, memory = planes(transfer_kind, f"store-0#{generation}", host, arena_bytes, offload)
     store = assemble_store(config, generation, ways, memory, offload)
     server = await TcpNetwork().listen(f"{host}:0", store)

@@ -74,7 +74,7 @@ class World:
 async def start(world: World) -> asyncio.Task[None]:
     async def life() -> None:
         peers = Peers(world.network)
-        async with serving(world.member(), world.network, peers, ROUTER) as node:
+        async with serving(world.member(), world.network, peers, [ROUTER]) as node:
             assert node.info.address != INFO.address, "the port that it got"
             await world.run(node)
 
@@ -120,8 +120,13 @@ def test_it_is_ready_when_it_can_do_what_it_is_there_for() -> None:
         await asyncio.sleep(5.0)
         assert len(world.members) == 1
         assert world.told == [], "joined is not ready"
+        world.load = NodeLoad(serving=False)
+        await asyncio.sleep(1.1)
+        assert world.router.live("decode") == []
+        world.load = NodeLoad()
         served.set()
         await asyncio.sleep(0.01)
+        assert len(world.router.live("decode")) == 1, "no heartbeat's time is lost"
         assert [phase for _, phase in world.told] == ["ready"]
         world.stopping.set()
         await task
@@ -190,7 +195,7 @@ def test_a_node_can_be_stopped_before_there_is_a_router() -> None:
         world = World()
 
         async def life() -> None:
-            async with serving(world.member(), world.network, Peers(world.network), ROUTER) as node:
+            async with serving(world.member(), world.network, Peers(world.network), [ROUTER]) as node:
                 await world.run(node)
 
         task = asyncio.create_task(life())
@@ -212,7 +217,7 @@ def test_a_node_that_fits_no_pool_ends_with_that_alone() -> None:
 
             async def life(info: NodeInfo = info) -> None:
                 member = world.member()._replace(info=info)
-                async with serving(member, world.network, Peers(world.network), ROUTER) as node:
+                async with serving(member, world.network, Peers(world.network), [ROUTER]) as node:
                     await world.run(node)
 
             task = asyncio.create_task(life())
