@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 
 from bench.common.report import Result, finish
-from bench.hosts import joins
+from bench.hosts import joins, pull
 
 app = typer.Typer(pretty_exceptions_enable=False)
-PARTS = ("join",)
+PARTS = ("join", "pull")
 
 
 @app.command()
@@ -29,9 +29,16 @@ def main(
         match part:
             case "join":
                 results += joins.measure(nodes, processes, seconds)
+            case "pull":
+                results += pull.measure()
             case _:
                 raise typer.BadParameter(f"there is no {part}; there are {', '.join(PARTS)}", param_hint="--only")
-    config = {"nodes": nodes, "processes": processes, "seconds": seconds, "network": "TCP over loopback"}
+    config = {
+        "nodes": nodes,
+        "processes": processes,
+        "seconds": seconds,
+        "network": "joins: TCP over loopback; pulls: veth",
+    }
     finish(config, results, json, Console())
 
 
