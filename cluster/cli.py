@@ -126,7 +126,7 @@ def up(
         str | None, typer.Option(help="int8: round the weights, on the CPU. Default: of the dtype.")
     ] = None,
     transport: Annotated[
-        str | None, typer.Option(help="shm, tcp, nixl or ucxx: how KV moves between processes.")
+        str | None, typer.Option(help="auto, shm, tcp, nixl or ucxx: how KV moves between processes.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads of each worker.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV memory of each worker, in tokens.")] = None,

@@ -63,6 +63,8 @@ def _check_members(world: World, references: ReferenceChecker, routers: dict[Nod
     for name, router in routers.items():
         for info in router.members.infos():
             references.same(name, f"generation of {info.node}", info.generation, world.lives[info.node].generation)
+            load = router.members.load(info.node)
+            references.same(name, f"whether {info.node} serves, and why not", (load.serving, load.fault), (True, ""))
         references.same(name, "members", len(router.members.infos()), len(ROLES) - len(ROUTERS))
     for node, life in world.lives.items():
         if life.membership is None:

@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 
 from bench.common.report import Result, finish
-from bench.hosts import joins, launching
+from bench.hosts import joins, launching, pull
 
 app = typer.Typer(pretty_exceptions_enable=False)
-PARTS = ("join", "launch")
+PARTS = ("join", "launch", "pull")
 
 
 @app.command()
@@ -31,9 +31,16 @@ def main(
                 results += joins.measure(nodes, processes, seconds)
             case "launch":
                 results += launching.measure()
+            case "pull":
+                results += pull.measure()
             case _:
                 raise typer.BadParameter(f"there is no {part}; there are {', '.join(PARTS)}", param_hint="--only")
-    config = {"nodes": nodes, "processes": processes, "seconds": seconds, "network": "TCP over loopback"}
+    config = {
+        "nodes": nodes,
+        "processes": processes,
+        "seconds": seconds,
+        "network": "joins: TCP over loopback; pulls: veth",
+    }
     finish(config, results, json, Console())
 
 

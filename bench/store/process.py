@@ -98,7 +98,7 @@ class Client:
             case "put":
                 return await self._put(command["batch"])
             case "get":
-                return await self._get(command["batch"])
+                return await self._get(command["batch"], command.get("blocks"))
             case "unsummed":
                 with self._unsummed():
                     return await (self._put if command["way"] == "put" else self._get)(command["batch"])
@@ -138,9 +138,10 @@ class Client:
         assert set(outcomes) == {"published"}, set(outcomes)
         return start_s, end_s
 
-    async def _get(self, batch: int) -> Span:
-        hashes = self._hashes(batch)
-        buffers = self._buffers[(batch + 1) % BATCHES]
+    async def _get(self, batch: int, blocks: int | None = None) -> Span:
+        """A batch, or the first so many blocks of it."""
+        hashes = self._hashes(batch)[:blocks]
+        buffers = self._buffers[(batch + 1) % BATCHES][:blocks]
         start_s = clock.perf_s()
         sizes = await self._client.get(hashes, buffers, TIMEOUT_S)
         end_s = clock.perf_s()

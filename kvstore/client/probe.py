@@ -16,7 +16,7 @@ from tracehaul.wire.base import Ok
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, TransferError
 from tracehaul.wire.hashing import HASH_BYTES
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.operations import Discard
 
 seldom = Seldom(Log(__name__))
@@ -60,10 +60,10 @@ class StoreProbe:
         """See :class:`.proof.Proof`."""
         return self._proof.fault
 
-    def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[str] = ()) -> None:
+    def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """The membership, after the client was told of it; other roles are ignored."""
         lives = [StoreLife(info.node, info.generation) for info in nodes if info.role == "store"]
-        self._proof.set(lives, frozenset(draining), clock.now_s())
+        self._proof.set(lives, draining, clock.now_s())
         self._judged()
 
     async def served(self) -> None:

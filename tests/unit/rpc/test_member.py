@@ -120,8 +120,13 @@ def test_it_is_ready_when_it_can_do_what_it_is_there_for() -> None:
         await asyncio.sleep(5.0)
         assert len(world.members) == 1
         assert world.told == [], "joined is not ready"
+        world.load = NodeLoad(serving=False)
+        await asyncio.sleep(1.1)
+        assert world.router.live("decode") == []
+        world.load = NodeLoad()
         served.set()
         await asyncio.sleep(0.01)
+        assert len(world.router.live("decode")) == 1, "no heartbeat's time is lost"
         assert [phase for _, phase in world.told] == ["ready"]
         world.stopping.set()
         await task
