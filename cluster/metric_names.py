@@ -149,6 +149,14 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         ),
         "pool_output_tokens": Metric("pool_output_tokens", "tokens", "Of finished steps.", ("pool",)),
     },
+    "NotesStats": {
+        "unwritten": Metric(
+            "unwritten", "writes", "What a node would have noted in the run directory, which did not take it."
+        ),
+    },
+    "OutputStats": {
+        "lost": Metric("lost_lines", "lines", "Lines of the log that could not be written."),
+    },
     "RetentionStats": {
         "pins": Metric("pins", "requests", "Pins asked of stores for traces between two steps."),
         "pins_refused": Metric("refused_pins", "requests", "Of these, those refused or not answered."),
@@ -194,6 +202,8 @@ PARTS = {
     "worker": "WorkerStats",
     "router": "DispatchStats",
     "retention": "RetentionStats",
+    "notes": "NotesStats",
+    "output": "OutputStats",
 }
 """What comes after ``tracehaul_``, by struct: the table in the docs."""
 

@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
-from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Notes, RunDir
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
@@ -34,6 +34,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.runtime.output import OutputStats, forgiving
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
@@ -50,12 +51,14 @@ COPY_THREADS = 2
 
 def run_node(name: str, run: RunDir) -> int:
     """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code."""
+    output = forgiving()
     setup(name)
     try:
         plan = load_plan(run)
         spec = plan.node(name)
-        run.enter(name)
-        uvloop.run(_Node(spec, plan, run).run())
+        notes = Notes(run, name)
+        notes.enter()
+        uvloop.run(_Node(spec, plan, run, notes, output).run())
     except (ClusterFault, WrongPool, SourceError, BadKeys, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
@@ -74,10 +77,13 @@ class Room(NamedTuple):
 class _Node:
     """One life of one node."""
 
-    def __init__(self, spec: NodeSpec, plan: Plan, run: RunDir) -> None:
+    def __init__(self, spec: NodeSpec, plan: Plan, run: RunDir, notes: Notes, output: OutputStats) -> None:
         self._spec = spec
         self._plan = plan
         self._run = run
+        self._notes = notes
+        self._stats: dict[str, msgspec.Struct] = {"notes": notes.stats, "output": output}
+        """Counts of every node, whatever its role."""
         self._state = NodeState("starting")
         self._generation = Generation(clock.wall_ns())
         self._stopping = asyncio.Event()
@@ -106,7 +112,7 @@ class _Node:
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
-        self._run.write_state(self._spec.name, self._state)
+        self._notes.tell(self._state)
         log.info("state", **changes)
 
     # --- store, prefill, decode ---------------------------------------------------------------------------
@@ -116,7 +122,9 @@ class _Node:
         member = room.member
         async with AsyncExitStack() as stack:
             node = await stack.enter_async_context(serving(member, network, peers, self._plan.routers[0]))
-            page = await NodeMetrics(member.stats, member.load, room.metrics).serve(self._plan.config.metrics_host)
+            page = await NodeMetrics({**member.stats, **self._stats}, member.load, room.metrics).serve(
+                self._plan.config.metrics_host
+            )
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
             self._tell(phase="joining", address=node.info.address, metrics=metrics)
@@ -241,7 +249,7 @@ class _Node:
             models = {pool.name: pool.model.name for pool in self._plan.pools}
             router = Router(peers, config.dispatch, models)
             stack.push_async_callback(router.close)
-            decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
+            decisions = DecisionFile(self._run.decisions())
             stack.callback(decisions.close)
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
@@ -254,7 +262,9 @@ class _Node:
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
             keyring = None if keys is None else keys.keyring
-            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render, keyring=keyring)
+            app = router.app(
+                texts, config.api, offload, NodeMetrics({**router.stats, **self._stats}, None).render, keyring=keyring
+            )
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
                 app, config.host, config.port, grace_s=grace_s, config=config.api, certificate=certificate

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cluster.launch import down, refuse_if_running
-from cluster.rundir import ClusterFault, NodeState, ProcessRecord, RunDir, alive, start_ticks, stop
+from cluster.processes import ProcessRecord, alive, start_ticks, stop
+from cluster.rundir import ClusterFault, NodeState, RunDir
 
 DEAF = (
     "import signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(60)"
