@@ -45,7 +45,8 @@ DEFAULT_RUN_DIR = Path(".run")
 COMMANDS_GROUP = "tracehaul.commands"
 """Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
-WIDE_COLUMNS = 110
+WIDE_COLUMNS = 120
+PIPE_COLUMNS = 200
 
 
 SizeOption = Annotated[
@@ -249,7 +250,7 @@ def status(
     from cluster.status import mending, outside, table
 
     # A pipe has no width to respect.
-    console = out if out.is_terminal else Console(width=WIDE_COLUMNS)
+    console = out if out.is_terminal else Console(width=PIPE_COLUMNS)
     wide = console.width >= WIDE_COLUMNS
     if url is not None:
         nodes = ask_router(Api(url, key), f"the logs of a cluster here are in {run_dir}/logs")

@@ -42,14 +42,15 @@ def outside(run: RunDir, names: Sequence[str], members: Sequence[str], *, answer
 
 def _standing(record: ProcessRecord, state: NodeState, *, serves: bool, is_router: bool) -> tuple[str, str]:
     """What a living process that is no member is, and the color to say it in."""
-    age = _age(age_s(record))
+    up = f"(up {_age(age_s(record))})"
+    absent = "no answer" if is_router else "no member"
     if frozen(record):
-        return f"frozen, no member {age}", "yellow"
+        return f"frozen, {absent} {up}", "yellow"
     if serves:
         return "ready", "green"
     if state.phase in _ON_THE_WAY:
-        return f"{state.phase} {age}", "yellow"
-    return f"alive, {'does not answer' if is_router else 'no member'} {age}", "yellow"
+        return f"{state.phase} {up}", "yellow"
+    return f"alive, {absent} {up}", "yellow"
 
 
 def mending(run: RunDir, locals_: Sequence[Local], why: str) -> str:

@@ -12,10 +12,8 @@ from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.accepting import Acceptor, AcceptStats, listening
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
-
-log = Log(__name__)
 
 S = TypeVar("S", bound=Session)
 
@@ -46,14 +44,17 @@ class TcpNetwork:
         *,
         server_tls: ssl.SSLContext | None = None,
         client_tls: ssl.SSLContext | None = None,
+        accepts: AcceptStats | None = None,
     ) -> None:
         self._limits = limits
         self._server_tls = server_tls
         self._client_tls = client_tls
+        self.accepts = accepts or AcceptStats()
+        """Of all its servers."""
 
     async def listen(self, address: str, service: Service) -> "TcpServer":
         host, port = split_address(address)
-        server = TcpServer(service, self._limits)
+        server = TcpServer(service, self._limits, self.accepts)
         await server.start(host, port, self._server_tls)
         return server
 
@@ -86,18 +87,19 @@ class TcpNetwork:
 class TcpServer:
     """Implements :class:`tracehaul.rpc.base.Server`."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    def __init__(self, service: Service, limits: Limits, accepts: AcceptStats) -> None:
         self._service = service
         self._limits = limits
+        self._accepts = accepts
         self._sessions: dict[ServerSession, None] = {}
         self._address = ""
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
 
     async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
         """Bind and serve; raises OSError."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._accept, host, port, ssl=tls, backlog=_BACKLOG)
-        self._address = join_address(host, self._server.sockets[0].getsockname()[1])
+        listeners = await listening(host, port, _BACKLOG)
+        self._address = join_address(host, listeners[0].getsockname()[1])
+        self._acceptor = Acceptor(listeners, self._accept, self._accepts, what=self._address, tls=tls)
 
     @property
     def address(self) -> str:
@@ -108,7 +110,7 @@ class TcpServer:
 
     def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
         if len(self._sessions) >= self._limits.connections_max:
-            log.warning("connection refused: too many", address=self._address, connections=len(self._sessions))
+            self._accepts.refuse(self._address, "connections", connections=len(self._sessions))
             return None
         peer = f"{pipe.remote}#{next(_peer_numbers)}"
         session = ServerSession(pipe, self._limits, self._service, peer, self._forget)
@@ -119,8 +121,8 @@ class TcpServer:
         self._sessions.pop(session, None)
 
     async def close(self) -> None:
-        assert self._server is not None
-        self._server.close()
+        assert self._acceptor is not None
+        self._acceptor.close()
         await close_all(list(self._sessions))
 
 
