@@ -149,6 +149,15 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         ),
         "pool_output_tokens": Metric("pool_output_tokens", "tokens", "Of finished steps.", ("pool",)),
     },
+    "AcceptStats": {
+        "accepted": Metric("accepted_connections", "connections", "Connections taken."),
+        "refused": Metric(
+            "refused_connections",
+            "connections",
+            "Connections closed or answered 503: no descriptor was left, or there were as many as may be.",
+            ("reason",),
+        ),
+    },
     "NotesStats": {
         "unwritten": Metric(
             "unwritten", "writes", "What a node would have noted in the run directory, which did not take it."
@@ -202,6 +211,8 @@ PARTS = {
     "worker": "WorkerStats",
     "router": "DispatchStats",
     "retention": "RetentionStats",
+    "control": "AcceptStats",
+    "api": "AcceptStats",
     "notes": "NotesStats",
     "output": "OutputStats",
 }
@@ -268,6 +279,12 @@ OTHER_COUNTERS: dict[str, Metric] = {
         Metric("store_softened_pins", "pins", "Hard pins that outgrew their limits and became soft."),
         Metric("store_scrubbed_blocks", "blocks", "Blocks in memory verified by scrubs on demand."),
         Metric("store_subscriber_overflows", "subscribers", "Subscribers cut off because they fell too far behind."),
+        Metric(
+            "transfer_refused_connections",
+            "connections",
+            "Connections of the TCP transport closed at once.",
+            ("reason",),
+        ),
         Metric("transfer_dropped_notifications", "messages", "Notifications of peers that made no sense."),
     )
 }

@@ -25,12 +25,15 @@ from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from router.http.keys import BadKeys
+from router.http.server import ROOM
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.member import Member, serving
 from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.session import Limits
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
+from tracehaul.runtime.accepting import AcceptStats, raise_nofile
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import ThreadOffload
@@ -40,6 +43,7 @@ from tracehaul.transfer.base import Memory, Transfer
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.tcp_serving import CONNECTIONS_MAX as TCP_CONNECTIONS_MAX
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import TransferError, WrongPool
 from tracehaul.wire.ids import Generation, NodeId
@@ -47,6 +51,8 @@ from tracehaul.wire.ids import Generation, NodeId
 log = Log(__name__)
 
 COPY_THREADS = 2
+OTHER_FILES = 512
+"""Connections to others, files, pipes, memory."""
 
 
 def run_node(name: str, run: RunDir) -> int:
@@ -93,7 +99,9 @@ class _Node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        network = TcpNetwork()
+        raise_nofile(self._files())
+        network = TcpNetwork(Limits(connections_max=self._plan.config.connections_max))
+        self._stats["control"] = network.accepts
         peers = Peers(network)
         try:
             if self._spec.role == "router":
@@ -105,6 +113,16 @@ class _Node:
         finally:
             await peers.close()
         log.info("ended")
+
+    def _files(self) -> list[tuple[str, int]]:
+        """What this node may have to hold open at once."""
+        config = self._plan.config
+        files = [("connections_max", config.connections_max), ("other files", OTHER_FILES)]
+        if self._spec.role == "router":
+            files.append(("api.connections_max", config.api.connections_max + ROOM))
+        elif config.transport == "tcp":
+            files.append(("the tcp transport", TCP_CONNECTIONS_MAX))
+        return files
 
     def _info(self, role: Role) -> NodeInfo:
         listen = authority(self._spec.listen, self._spec.control_port)
@@ -262,12 +280,19 @@ class _Node:
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
             keyring = None if keys is None else keys.keyring
+            accepts = self._stats["api"] = AcceptStats()
             app = router.app(
                 texts, config.api, offload, NodeMetrics({**router.stats, **self._stats}, None).render, keyring=keyring
             )
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
-                app, config.host, config.port, grace_s=grace_s, config=config.api, certificate=certificate
+                app,
+                config.host,
+                config.port,
+                grace_s=grace_s,
+                config=config.api,
+                certificate=certificate,
+                accepts=accepts,
             )
             stack.push_async_callback(api.close)
             tasks = await stack.enter_async_context(Tasks("router"))

@@ -23,7 +23,7 @@ BURST = 64
 """Connections taken before others run."""
 PAUSE_S = 0.05
 """Where nothing can be taken: others must end first."""
-_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 _NO_MEMORY = (errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -172,7 +172,7 @@ class Acceptor:
             seldom.warning("no connection can be taken now", self._what, listener=self._what, why=error)
             self._pause()
             return False
-        if error.errno not in _NO_DESCRIPTOR:
+        if error.errno not in NO_DESCRIPTOR:
             return True  # the connection's own: it is gone already
         try:
             if self._spare.refuse_one(listener):

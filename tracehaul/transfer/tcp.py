@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from tracehaul.runtime.accepting import AcceptStats
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.cursor import Cursor
@@ -64,6 +65,11 @@ class TcpTransfer:
     @property
     def kind(self) -> str:
         return "tcp"
+
+    @property
+    def accepts(self) -> AcceptStats:
+        """Of those who copy from here and to here."""
+        return self._listener.accepts
 
     def register(self, memory: Memory) -> Registered:
         token = secrets.token_bytes(wire.TOKEN_BYTES)
@@ -116,6 +122,7 @@ class TcpTransfer:
             return
         self._closed = True
         await asyncio.get_running_loop().run_in_executor(None, self._pump.close)
+        self._listener.close()
         for order in list(self._orders.values()):  # now: nothing moves any more
             order.fail(TransferLost("this side closed its transport"))
         self._ends.clear()

@@ -18,6 +18,7 @@ from kvstore.tiers.object_tier import ObjectStats
 from kvstore.tiers.stack import StackStats
 from kvstore.tiers.tiering import TieringStats
 from router.dispatch.dispatch import DispatchStats
+from tracehaul.runtime.accepting import AcceptStats
 from tracehaul.runtime.output import OutputStats
 from tracehaul.wire.cluster import NodeLoad
 from worker.host import WorkerStats
@@ -39,6 +40,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
         ClientStats,
         WorkerStats,
         DispatchStats,
+        AcceptStats,
         NotesStats,
         OutputStats,
     ],
