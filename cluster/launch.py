@@ -23,7 +23,8 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ClusterConfig, PoolConfig, pools_of, store_config
-from cluster.model import kv_layout, note
+from cluster.memory import Available, needs, shortage
+from cluster.model import kv_layout, model_size, note
 from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
 from cluster.processes import ProcessRecord, alive, record_of, stop
 from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, NodeState, Phase, RunDir
@@ -33,8 +34,7 @@ from router.http.keys import BadKeys
 from router.http.tls import certificate_of
 from tracehaul.model.source import SourceError, resolve
 from tracehaul.runtime import clock
-from tracehaul.transfer.memory import available_bytes
-from tracehaul.wire.hashing import KVLayout
+from tracehaul.transfer.memory import available_memory
 
 LAUNCHER = "up"
 """Name under which the launching process itself is noted, so that ``down`` can stop a launch."""
@@ -167,13 +167,9 @@ def make_plan(config: ClusterConfig, console: Console) -> Plan:
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
     layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
-    check_memory(config, layouts)
-    return Plan(
-        config=config,
-        pools=tuple(pools),
-        store=store_config(config, layouts),
-        nodes=nodes_of(config, free_port()),
-    )
+    nodes, store = nodes_of(config, free_port()), store_config(config, layouts)
+    check_memory(config, nodes, pools, store.slot_bytes)
+    return Plan(config=config, pools=tuple(pools), store=store, nodes=nodes)
 
 
 def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
@@ -197,23 +193,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_memory(config: ClusterConfig, layouts: Sequence[KVLayout]) -> None:
-    """Raises ClusterFault if the arenas together cannot fit: better said now than by the last node to start.
-
-    ``layouts``: one for each of the pools.
-    """
-    kv_bytes = 0
-    for pool, layout in zip(pools_of(config).values(), layouts, strict=True):
-        if config.device != "cuda":
-            kv_bytes += (pool.prefill + pool.decode) * (pool.kv_tokens or config.kv_tokens) * layout.token_bytes
-    store_bytes = config.nodes.store * config.store_bytes
-    available = available_bytes()
-    if kv_bytes + store_bytes > available:
-        gib = 2**30
-        raise ClusterFault(
-            f"not enough memory: {store_bytes / gib:.1f} GiB for stores and {kv_bytes / gib:.1f} GiB for workers' KV "
-            f"asked, {available / gib:.1f} GiB available; lower --store-bytes or --kv-tokens"
-        )
+def check_memory(config: ClusterConfig, nodes: Sequence[NodeSpec], pools: Sequence[PoolPlan], slot_bytes: int) -> None:
+    """Raises ClusterFault if the nodes together do not fit here: better said now than by the last one to start."""
+    sizes = {pool.name: model_size(pool.model, pool.config, config.dtype) for pool in pools}
+    on_gpu = config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidiactl").exists())
+    asked = needs(config, nodes, pools, sizes, staging_bytes=slot_bytes, on_gpu=on_gpu)
+    if line := shortage(asked, Available(*available_memory())):
+        raise ClusterFault(line)
 
 
 async def _start(plan: Plan, run: RunDir, console: Console) -> None:
