@@ -14,7 +14,8 @@ from rich.console import Console
 
 from cluster.api import Api, here
 from cluster.asking import ask_router
-from cluster.config import ROUTER, base_url, load_config, parse_quota
+from cluster.config import ROUTER, base_url, parse_quota
+from cluster.config_file import load_config
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir

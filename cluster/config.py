@@ -1,18 +1,18 @@
-"""One config for a whole cluster: a TOML file, then the command line on top; strict, parsed once.
+"""One config for a whole cluster, whether it is this machine or many hosts (:mod:`cluster.config_file` reads it).
 
 What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a :class:`cluster.plan.Plan`: the same,
 with everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
 """
 
 import ipaddress
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from cluster.fleet.config import HOSTS_MAX, NODES_MAX, HostConfig, NetworkConfig, PoolName
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
 from kvstore.copies.copier import ReplicationConfig
@@ -28,9 +28,6 @@ from worker.config import WorkerConfig
 
 Role = Literal["router", "store", "prefill", "decode"]
 
-NODES_MAX = 64
-"""Of one role in one cluster."""
-
 OBJECTS_MAX = 4_000_000
 """Blocks of one store node in its bucket: its index is in memory, about half a KiB each."""
 
@@ -41,7 +38,6 @@ POOLS_MAX = 16
 Count = Annotated[int, Meta(ge=1, le=NODES_MAX)]
 KVTokens = Annotated[int, Meta(ge=32)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-PoolName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_.]{0,31}$")]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -107,6 +103,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...)."""
     s3_bytes: Annotated[int, Meta(ge=0)] = 0
     """The most that each store node keeps there."""
+    hosts: Annotated[tuple[HostConfig, ...], Meta(max_length=HOSTS_MAX)] = ()
+    """The hosts of a fleet (``[[hosts]]``), each with its nodes; then ``[nodes]`` and the pools' numbers of workers are
+    not said. Empty: this machine."""
+    network: NetworkConfig = NetworkConfig()
+    prices: dict[str, Annotated[float, Meta(ge=0)]] = {}
+    """Of an hour, by the hosts' kinds; in any currency."""
     tiering: TieringConfig = TieringConfig()
     replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
@@ -118,65 +120,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From the first process to the last one ready."""
     drain_timeout_s: Seconds = 10.0
     """What a node may take to end its work when it is told to stop."""
-
-
-def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
-    """The config in ``path`` (TOML), with ``overrides`` on top: dotted names, those that are None left out.
-
-    Raises:
-        ClusterFault: the file cannot be read, or names or holds what no config has.
-    """
-    merged: dict[str, Any] = {}
-    if path is not None:
-        try:
-            merged = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClusterFault(f"cannot read the config {path}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ClusterFault(f"{path} is not valid TOML: {error}") from error
-    for name, value in overrides.items():
-        if value is None:
-            continue
-        section = merged
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise ClusterFault(f"{path}: `{parent}` must be a section")
-        section[leaf] = value
-    where = f" (in {path} or on the command line)" if path else ""
-    if merged.get("pools"):
-        workers = merged["nodes"] if isinstance(merged.get("nodes"), dict) else {}
-        if said := [name for name in ("model", "prefill", "decode") if name in merged or name in workers]:
-            raise ClusterFault(f"the config is wrong{where}: with [pools] each pool says its own {', '.join(said)}")
-    try:
-        config = msgspec.convert(merged, ClusterConfig)
-    except msgspec.ValidationError as error:
-        raise ClusterFault(f"the config is wrong{where}: {error}") from error
-    names = [pool.serves or name for name, pool in config.pools.items()]
-    if len(set(names)) < len(names):
-        raise ClusterFault(f"the config is wrong{where}: two pools serve one name ({', '.join(sorted(names))})")
-    check_open(config)
-    return _placed(config)
-
-
-def _placed(config: ClusterConfig) -> ClusterConfig:
-    """With the API's files named so that nodes find them, which run elsewhere."""
-    names = ("keys_file", "tls_cert", "tls_key")
-    placed = {name: str(Path(said).absolute()) for name in names if (said := getattr(config.api, name))}
-    return msgspec.structs.replace(config, api=msgspec.structs.replace(config.api, **placed)) if placed else config
-
-
-def check_open(config: ClusterConfig) -> None:
-    """Raises ClusterFault if the API would be there for everybody, and nobody said so."""
-    api = config.api
-    if not (api.keys_file or api.open or is_loopback(config.host)):
-        raise ClusterFault(
-            f"{config.host} can be reached from elsewhere, and the API asks nobody for a key: make some with "
-            "`tracehaul keys add` and say --keys FILE, or say --open"
-        )
-    if api.tls_key and not api.tls_cert:
-        raise ClusterFault("--tls-key needs the certificate too: --tls-cert")
 
 
 def is_loopback(host: str) -> bool:

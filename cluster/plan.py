@@ -25,10 +25,14 @@ class NodeSpec(msgspec.Struct, frozen=True):
     """The address that its sockets are bound to."""
     address: str = LOOPBACK
     """What the others are told: an address, or a name."""
+    data_address: str = ""
+    """The same of its data plane; empty: the address."""
     control_port: int = 0
     """Of its control plane; 0, here and below: any that is free."""
     data_port: int = 0
     metrics_port: int = 0
+    gpus: tuple[int, ...] = ()
+    """Those of its host that it sees; empty: all."""
 
     @property
     def control(self) -> str:

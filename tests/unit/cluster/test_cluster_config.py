@@ -10,12 +10,12 @@ from cluster.config import (
     NodeCounts,
     base_url,
     disk_path,
-    load_config,
     parse_bytes,
     parse_quota,
     pools_of,
     store_config,
 )
+from cluster.config_file import load_config
 from cluster.plan import nodes_of, threads_of
 from cluster.rundir import ClusterFault, RunDir
 from tracehaul.wire.hashing import KVLayout

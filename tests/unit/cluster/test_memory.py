@@ -19,7 +19,8 @@ SHARED = SIZE._replace(shared="m bfloat16 None")
 
 
 def plans(config: ClusterConfig) -> list[PoolPlan]:
-    return [PoolPlan(name, msgspec.structs.replace(SOURCE, name=name or "m"), pool) for name, pool in pools_of(config).items()]
+    pools = pools_of(config).items()
+    return [PoolPlan(name, msgspec.structs.replace(SOURCE, name=name or "m"), pool) for name, pool in pools]
 
 
 def asked(config: ClusterConfig, size: ModelSize, *, on_gpu: bool = False) -> dict[str, int]:
