@@ -1,5 +1,6 @@
 """The ``tracehaul`` command."""
 
+import asyncio
 import logging
 import os
 import shlex
@@ -16,6 +17,9 @@ from cluster.api import Api, here
 from cluster.asking import ask_router
 from cluster.config import ROUTER, base_url, parse_quota
 from cluster.config_file import load_config
+from cluster.fleet import command as fleet
+from cluster.hosts import pair_command
+from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir
@@ -38,9 +42,15 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(host_app, name="host", hidden=True)
+pair_command.register(host_app)
+fleet.register(app)
 
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
+]
+FleetOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The file of a fleet, with its [[hosts]]. Default: this machine.")
 ]
 DEFAULT_RUN_DIR = Path(".run")
 COMMANDS_GROUP = "tracehaul.commands"
@@ -239,17 +249,24 @@ def status(
     url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
     key: KeyOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
+    config: FleetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a fleet, as JSON.")] = False,
 ) -> None:
-    """Show the nodes of a running cluster: health, load, and what they hold.
+    """Show the nodes of a running cluster: health, load, and what they hold; of a fleet, what its hosts say of them.
 
     Examples:
 
       tracehaul status
 
       tracehaul status --url http://127.0.0.1:8100
+
+      tracehaul status --config cluster.toml
     """
     from cluster.status import mending, outside, table
 
+    if config is not None:
+        asyncio.run(fleet.fleet_status(config, as_json))
+        return
     # A pipe has no width to respect.
     console = out if out.is_terminal else Console(width=PIPE_COLUMNS)
     wide = console.width >= WIDE_COLUMNS
@@ -259,7 +276,7 @@ def status(
         return
     run = RunDir(run_dir)
     plan = load_plan(run)
-    api = here(plan.config, run)
+    api = here(plan, run)
     nodes, fault = [], None
     try:
         nodes = ask_router(api, f"its log is {run.log(ROUTER)}")
@@ -299,7 +316,7 @@ def explain(
         if url is not None:
             return Api(url, key)
         local = RunDir(run_dir)
-        return here(load_plan(local).config, local)
+        return here(load_plan(local), local)
 
     if as_json:
         typer.echo(explain_json(ask, trace, salt, run))
@@ -310,15 +327,26 @@ def explain(
 
 @app.command()
 def restart(
-    names: Annotated[list[str], typer.Argument(help="Which nodes, such as decode-0.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which nodes, such as decode-0.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
+    config: FleetOption = None,
+    rolling: Annotated[
+        bool, typer.Option("--rolling", help="Of a fleet: one at a time, each once the one before it serves.")
+    ] = False,
 ) -> None:
-    """Stop nodes of the cluster that runs here and start them anew; the others serve on.
+    """Stop nodes of the cluster that runs here, or of a fleet, and start them anew; the others serve on.
 
-    Example:
+    Examples:
 
       tracehaul restart prefill-0 decode-0
+
+      tracehaul restart --config cluster.toml --rolling
     """
+    if config is not None:
+        asyncio.run(fleet.fleet_restart(config, names or [], rolling=rolling))
+        return
+    if not names:
+        raise ClusterFault("which nodes? `tracehaul status` names them")
     from cluster.launch import restart as start_again
 
     start_again(RunDir(run_dir.absolute()), names, out)

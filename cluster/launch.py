@@ -5,6 +5,7 @@ Either every node is ready when this returns, or nothing of what it started stil
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,9 +24,10 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ClusterConfig, PoolConfig, pools_of, store_config
+from cluster.hosts.managers import present
 from cluster.memory import Available, needs, shortage
 from cluster.model import kv_layout, model_size, note
-from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
+from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.processes import ProcessRecord, alive, record_of, stop
 from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, NodeState, Phase, RunDir
 from router.fleet.members import NodeStatus
@@ -89,6 +91,11 @@ def down(run: RunDir, tell: Callable[[str], None] = lambda line: None) -> tuple[
         tell(line)
     stopped: list[str] = []
     killed: list[str] = []
+    if run.host_file.exists():  # else its supervisor would start again what is stopped here
+        stopped += [node.name for node in present(run).status().nodes if node.pid is not None]
+        present(run).stop(())
+        with suppress(OSError):
+            run.host_file.unlink(missing_ok=True)
     for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
         running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
         killed += stop(running, grace_s=grace_s)
@@ -159,17 +166,27 @@ def check_access(config: ClusterConfig) -> None:
         raise ClusterFault(f"cannot use the certificate in {files}: {error}") from error
 
 
-def make_plan(config: ClusterConfig, console: Console) -> Plan:
+def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ...] | None = None) -> Plan:
     """Decides what is open in ``config``: fetches the model if it is not here, and picks addresses and sizes.
+
+    ``nodes``: those of a fleet; None: all run on this machine.
 
     Raises:
         ClusterFault: the model cannot be had, or the arenas do not fit.
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
     layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
-    nodes, store = nodes_of(config, free_port()), store_config(config, layouts)
-    check_memory(config, nodes, pools, store.slot_bytes)
-    return Plan(config=config, pools=tuple(pools), store=store, nodes=nodes)
+    store = store_config(config, layouts)
+    placed = nodes_of(config, free_port()) if nodes is None else nodes
+    if nodes is None:
+        check_memory(config, placed, pools, store.slot_bytes)
+    return Plan(
+        config=config,
+        pools=tuple(pools),
+        store=store,
+        nodes=placed,
+        name=secrets.token_hex(4) if nodes is None else fleet_name(config, nodes),
+    )
 
 
 def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
@@ -306,7 +323,7 @@ async def _wait_ready(
 def _listed(plan: Plan, run: RunDir) -> dict[str, int] | None:
     """The members' lives by their names, as the router says; None: it does not answer."""
     try:
-        with here(plan.config, run).client(ASK_TIMEOUT_S) as client:
+        with here(plan, run).client(ASK_TIMEOUT_S) as client:
             answer = client.get("/cluster")
         if answer.status_code == 200:
             statuses = msgspec.json.decode(answer.content, type=list[NodeStatus])

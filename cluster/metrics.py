@@ -45,8 +45,10 @@ class StructCollector(Collector):
         if self._load is not None:
             load = self._load()
             for field in msgspec.structs.fields(load):
-                metric = load_of(field.name)
-                yield GaugeMetricFamily(metric.name, metric.help, value=float(getattr(load, field.name)))
+                value = getattr(load, field.name)
+                if not isinstance(value, str):
+                    metric = load_of(field.name)
+                    yield GaugeMetricFamily(metric.name, metric.help, value=float(value))
 
 
 def _counter(metric: Named, value: float | dict[str, int]) -> Metric:
@@ -106,8 +108,8 @@ class NodeMetrics:
         """The page."""
         return generate_latest(self._registry)
 
-    async def serve(self, host: str) -> ApiServer:
-        """Answer ``/metrics`` on a free port of ``host``.
+    async def serve(self, host: str, port: int = 0) -> ApiServer:
+        """Answer ``/metrics`` at ``host``; port 0: any that is free.
 
         Raises:
             OSError: there is no such address here.
@@ -117,4 +119,4 @@ class NodeMetrics:
             return Response(self.render(), media_type=METRICS_TYPE)
 
         app = Starlette(routes=[Route("/metrics", page, methods=["GET"])])
-        return await serve(app, host, 0, grace_s=GRACE_S, config=ApiConfig(connections_max=CONNECTIONS_MAX))
+        return await serve(app, host, port, grace_s=GRACE_S, config=ApiConfig(connections_max=CONNECTIONS_MAX))

@@ -1,17 +1,20 @@
 """The host process of one node: assembles its room's service, joins the cluster, serves, drains, ends.
 
 A node ends with code 0 when it is told to stop, with :data:`cluster.rundir.FAULT_EXIT` and one line when it cannot
-run for a reason that an operator can mend, and with a traceback in its log when it is our mistake.
+run for a reason that an operator can mend, with :data:`cluster.rundir.FENCED_EXIT` and one line when another has its
+name, and with a traceback in its log when it is our mistake.
 """
 
 import asyncio
+import contextlib
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import uvloop
@@ -20,15 +23,17 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
-from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Notes, RunDir
+from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
+from router.fleet.members import Terms
 from router.http.keys import BadKeys
 from router.http.server import ROOM
+from tracehaul import __version__
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
-from tracehaul.rpc.member import Member, serving
+from tracehaul.rpc.member import Member, new_generation, serving
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.session import Limits
 from tracehaul.rpc.tcp import TcpNetwork
@@ -36,23 +41,28 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.accepting import AcceptStats, raise_nofile
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
-from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.runtime.offload import Offload, ThreadOffload
 from tracehaul.runtime.output import OutputStats, forgiving
 from tracehaul.runtime.tasks import Tasks
-from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import NoMemory, allocate
-from tracehaul.transfer.opening import open_transport
-from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.opening import Planes, open_planes
 from tracehaul.transfer.tcp_serving import CONNECTIONS_MAX as TCP_CONNECTIONS_MAX
 from tracehaul.wire.cluster import NodeInfo, Role
-from tracehaul.wire.errors import TransferError, WrongPool
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.errors import Fenced, JoinRefused, TransferError
+from tracehaul.wire.ids import NodeId
+
+if TYPE_CHECKING:  # it takes time to import, and only a router does
+    from router.assemble import Router
 
 log = Log(__name__)
 
 COPY_THREADS = 2
 OTHER_FILES = 512
 """Connections to others, files, pipes, memory."""
+RETURN_S = 5.0
+"""Nodes that have lost a router join it again within two seconds of its return."""
+RETURN_POLL_S = 0.05
 
 
 def run_node(name: str, run: RunDir) -> int:
@@ -65,7 +75,21 @@ def run_node(name: str, run: RunDir) -> int:
         notes = Notes(run, name)
         notes.enter()
         uvloop.run(_Node(spec, plan, run, notes, output).run())
-    except (ClusterFault, WrongPool, SourceError, BadKeys, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
+    except Fenced as fenced:
+        log.error("fenced", error=fenced)
+        print(fenced, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
+        return FENCED_EXIT
+    except (
+        ClusterFault,
+        JoinRefused,
+        SourceError,
+        BadKeys,
+        NoMemory,
+        NoDisk,
+        NoBucket,
+        TransferError,
+        OSError,
+    ) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -91,8 +115,10 @@ class _Node:
         self._stats: dict[str, msgspec.Struct] = {"notes": notes.stats, "output": output}
         """Counts of every node, whatever its role."""
         self._state = NodeState("starting")
-        self._generation = Generation(clock.wall_ns())
+        self._generation = new_generation()
+        self._started_s = clock.wall_s()
         self._stopping = asyncio.Event()
+        self._known: set[NodeId] = set()
 
     async def run(self) -> None:
         """Until told to stop."""
@@ -120,13 +146,24 @@ class _Node:
         files = [("connections_max", config.connections_max), ("other files", OTHER_FILES)]
         if self._spec.role == "router":
             files.append(("api.connections_max", config.api.connections_max + ROOM))
-        elif config.transport == "tcp":
+        elif "tcp" in self._plan.transports:
             files.append(("the tcp transport", TCP_CONNECTIONS_MAX))
         return files
 
-    def _info(self, role: Role) -> NodeInfo:
+    def _info(self, role: Role, transports: tuple[str, ...]) -> NodeInfo:
         listen = authority(self._spec.listen, self._spec.control_port)
-        return NodeInfo(NodeId(self._spec.name), self._generation, role, listen, pool=self._spec.pool)
+        return NodeInfo(
+            NodeId(self._spec.name),
+            self._generation,
+            role,
+            listen,
+            pool=self._spec.pool,
+            started_s=self._started_s,
+            version=__version__,
+            host=self._spec.host or socket.gethostname(),
+            log=str(self._run.log(self._spec.name)),
+            transports=transports,
+        )
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
@@ -137,14 +174,14 @@ class _Node:
 
     async def _serve(self, room: Room, network: TcpNetwork, peers: Peers) -> None:
         """Listen, join, serve until told to stop."""
-        member = room.member
+        member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
-            node = await stack.enter_async_context(serving(member, network, peers, self._plan.routers[0]))
-            page = await NodeMetrics({**member.stats, **self._stats}, member.load, room.metrics).serve(
-                self._plan.config.metrics_host
-            )
+            counts = NodeMetrics({**member.stats, **self._stats}, member.load, room.metrics)
+            page = await counts.serve(plan.config.metrics_host, self._spec.metrics_port)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
+            member = member._replace(info=msgspec.structs.replace(member.info, metrics=metrics))
+            node = await stack.enter_async_context(serving(member, network, peers, plan.routers, cluster=plan.name))
             self._tell(phase="joining", address=node.info.address, metrics=metrics)
             drain_timeout_s = self._plan.config.drain_timeout_s
             await node.run(self._stopping, drain_timeout_s=drain_timeout_s, told=lambda phase: self._tell(phase=phase))
@@ -159,12 +196,12 @@ class _Node:
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
-    def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
-        """The transport that was asked for."""
+    async def _planes(self, stack: AsyncExitStack, offload: ThreadOffload, memory: Memory) -> Planes:
+        """The transports that were asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload)
-        stack.push_async_callback(transfer.close)
-        return transfer
+        planes = await open_planes(self._plan.transports, owner, self._spec.data, memory, offload)
+        stack.push_async_callback(planes.close)
+        return planes
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
         memory = allocate(nbytes, self._spec.name)
@@ -178,15 +215,14 @@ class _Node:
 
         chosen, config = self._plan.config, self._plan.store
         memory = self._memory(stack, config.arena_bytes)
-        transfer = self._transfer(stack, offload)
-        planes = [Plane(transfer, transfer.register(memory))]
+        planes, how = await self._planes(stack, offload, memory)
         backing = await open_backing(chosen, self._run, self._spec.name, config.slot_bytes)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = assemble_store(config, self._generation, planes, memory, offload, backing, others)
         stack.push_async_callback(store.aclose)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        background = (store.run, transfer.broken)
-        member = Member(self._info("store"), store, store.load, store.set_members, background, store.counts)
+        background = (store.run, *(plane.transfer.broken for plane in planes))
+        member = Member(self._info("store", how), store, store.load, store.set_members, background, store.counts)
         return Room(member, metrics)
 
     async def _worker(
@@ -206,11 +242,13 @@ class _Node:
         stack.push_async_callback(engine.aclose)
         if engine.info.layout.block_bytes > buffer_bytes:
             raise ClusterFault(f"{pool.model} is not the model that this cluster was launched with: start it anew")
+        memory = self._memory(stack, limits.staging_blocks * buffer_bytes)
+        planes, how = await self._planes(stack, offload, memory)
         worker = assemble_worker(
-            self._info(role),
+            self._info(role, how),
             engine,
-            self._memory(stack, limits.staging_blocks * buffer_bytes),
-            [self._transfer(stack, offload)],
+            memory,
+            planes,
             peers,
             offload,
             limits,
@@ -247,6 +285,25 @@ class _Node:
 
     # --- router -------------------------------------------------------------------------------------------
 
+    def _terms(self, stack: AsyncExitStack, offload: Offload) -> Terms:
+        """What nodes must fit, with the epochs that the router's last life kept."""
+        from cluster.epoch_file import EpochFile
+
+        file = EpochFile(self._run.epochs(self._spec.name), offload)
+        stack.push_async_callback(file.close)
+        self._known = {mark.node for mark in file.epochs.marks()}
+        models = {pool.name: pool.model.name for pool in self._plan.pools}
+        return Terms(models, self._plan.name, file.epochs, file.changed)
+
+    async def _returned(self, router: "Router") -> None:
+        """Wait for a worker of each pool that this router's last life knew, for a while: clients that come before would
+        be turned away although the fleet is well."""
+        pools = {spec.pool for spec in self._plan.nodes if spec.role == "decode" and spec.name in self._known}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETURN_S):
+                while any(not router.dispatch.members.live("decode", pool) for pool in pools):  # noqa: ASYNC110
+                    await asyncio.sleep(RETURN_POLL_S)
+
     async def _route(self, network: TcpNetwork, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.answer_file import opened_answers
@@ -264,15 +321,15 @@ class _Node:
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            models = {pool.name: pool.model.name for pool in self._plan.pools}
-            router = Router(peers, config.dispatch, models)
+            router = Router(peers, config.dispatch, self._terms(stack, offload))
             stack.push_async_callback(router.close)
             decisions = DecisionFile(self._run.decisions())
             stack.callback(decisions.close)
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
-            server = await network.listen(authority(self._spec.listen, self._spec.control_port), router.service)
+            listen = authority(self._spec.listen, self._spec.control_port)
+            server = await network.listen(listen, router.service, self._spec.address)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]
@@ -280,10 +337,10 @@ class _Node:
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
             keyring = None if keys is None else keys.keyring
+            await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
-            app = router.app(
-                texts, config.api, offload, NodeMetrics({**router.stats, **self._stats}, None).render, keyring=keyring
-            )
+            shown = NodeMetrics({**router.stats, **self._stats}, None).render
+            app = router.app(texts, config.api, offload, shown, keyring=keyring)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
                 app,

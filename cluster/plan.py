@@ -1,13 +1,18 @@
 """What was decided at launch: every process, where it runs and how it is reached. Each node reads it."""
 
+import hashlib
 import os
 
 import msgspec
 
-from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, pools_of
+from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, base_url, is_loopback, pools_of
+from cluster.known import known_part
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
+from tracehaul.runtime.addresses import literal
+from tracehaul.transfer.opening import Kind
+from tracehaul.transfer.place import Place
 
 LOOPBACK = "127.0.0.1"
 
@@ -31,6 +36,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     """Of its control plane; 0, here and below: any that is free."""
     data_port: int = 0
     metrics_port: int = 0
+    ucx_devices: tuple[str, ...] = ()
+    """Those that UCX may use; empty: it chooses."""
     gpus: tuple[int, ...] = ()
     """Those of its host that it sees; empty: all."""
 
@@ -38,6 +45,15 @@ class NodeSpec(msgspec.Struct, frozen=True):
     def control(self) -> str:
         """``host:port`` that others reach its control plane by."""
         return authority(self.address, self.control_port)
+
+    @property
+    def data(self) -> Place:
+        """Where its data plane is. One that has an address of its own is bound to that, unless all are bound."""
+        address = self.data_address or self.address
+        bound = literal(self.listen)
+        everywhere = bound is not None and bound.is_unspecified
+        listen = self.listen if everywhere or not self.data_address else self.data_address
+        return Place(listen, address, self.data_port, self.ucx_devices)
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +74,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreConfig
     nodes: tuple[NodeSpec, ...]
     """In the order to start them."""
+    name: str = ""
+    """What tells this cluster from others: a node of another one is refused; empty: nothing does."""
 
     def pool(self, name: str) -> PoolPlan:
         """The pool of that name, which is one of the plan's."""
@@ -79,19 +97,29 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """``host:port`` of each router's control plane: fixed, so that nodes find one that was restarted."""
         return tuple(spec.control for spec in self.nodes if spec.role == "router")
 
+    @property
+    def transports(self) -> tuple[Kind, ...]:
+        """How KV moves between processes: where there are several hosts, within one through shared memory."""
+        kind = self.config.transport
+        if len({spec.host for spec in self.nodes}) == 1:
+            return ("shm",) if kind == "auto" else (kind,)
+        return ("shm", "auto" if kind == "shm" else kind)
+
     def workers_on(self, host: str) -> int:
         """How many share that host's cores."""
         return sum(spec.host == host and spec.role in ("prefill", "decode") for spec in self.nodes)
 
 
 def load_plan(run: RunDir) -> Plan:
-    """What was launched in this run directory.
+    """What was launched in this run directory. What a later version has added to plans is not read.
 
     Raises:
         ClusterFault: there is no readable plan.
     """
     try:
-        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
+        said = msgspec.json.decode(run.plan_file.read_bytes())
+        known = msgspec.json.encode(known_part(said, msgspec.inspect.type_info(Plan)))
+        return msgspec.json.decode(known, type=Plan, dec_hook=lambda kind, value: kind(value))
     except FileNotFoundError as error:
         raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
     except (OSError, msgspec.DecodeError) as error:
@@ -115,6 +143,21 @@ def nodes_of(config: ClusterConfig, router_port: int = 0) -> tuple[NodeSpec, ...
             kind = f"{role}-{name}" if name else role
             specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
     return tuple(specs)
+
+
+def fleet_name(config: ClusterConfig, nodes: tuple[NodeSpec, ...]) -> str:
+    """What tells a fleet from others, whoever launches it: what its config says, or else where its routers are."""
+    where = " ".join(spec.control for spec in nodes if spec.role == "router")
+    return config.name or hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def api_url(plan: Plan) -> str:
+    """Where a client reaches the API: of a fleet at its first router, unless that listens for its own host alone."""
+    config = plan.config
+    router = next(spec for spec in plan.nodes if spec.role == "router")
+    if not router.host or is_loopback(config.host):
+        return base_url(config)
+    return base_url(msgspec.structs.replace(config, host=router.address))
 
 
 def threads_of(config: ClusterConfig, workers: int, cores: int) -> int:

@@ -25,8 +25,11 @@ log = Log(__name__)
 LOG_TAIL_BYTES = 8192
 PROBE_BYTES = 1 << 16
 """So much room, in each folder, is enough to start a node."""
+OPERATOR_KEY = "operator.key"
 FAULT_EXIT = 3
 """Exit code of a node whose last line of output says in one line why it could not run."""
+FENCED_EXIT = 4
+"""Exit code of a node that another of its name has replaced: it must not be started again."""
 
 
 class ClusterFault(Exception):
@@ -65,7 +68,9 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.plan_file = self.path / "cluster.json"
-        self.operator_key = self.path / "operator.key"
+        self.host_file = self.path / "host.json"
+        """What a supervisor here was ordered to do."""
+        self.operator_key = self.path / OPERATOR_KEY
         """A key of this launch's own, for the commands that are run here; where the API asks for keys."""
         self._processes = self.path / "processes"
         self._states = self.path / "state"
@@ -214,6 +219,10 @@ class RunDir:
         """For whoever may read the run directory as we do."""
         self._write(self.operator_key, data, private=True)
 
+    def write_host(self, data: bytes) -> None:
+        """What a supervisor goes on with when it is started anew."""
+        self._write(self.host_file, data)
+
     def log(self, name: str) -> Path:
         """Where that node's output goes."""
         return self._logs / f"{name}.log"
@@ -225,6 +234,10 @@ class RunDir:
     def decisions(self) -> Path:
         """Where the router writes down what it decides."""
         return self._logs / "decisions.jsonl"
+
+    def epochs(self, name: str) -> Path:
+        """Where that router keeps the epochs that it knows of."""
+        return self.path / "epochs" / name
 
     def log_tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a node's output."""

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.processes import ProcessRecord, age_s, alive, frozen
@@ -72,34 +73,34 @@ def table(url: str, nodes: Sequence[NodeStatus], run: RunDir | None, locals_: Se
     pools = any(node.info.pool for node in nodes)
     for column in ("node", "role", *(("pool",) if pools else ()), "health"):
         shown.add_column(column, no_wrap=True)
-    for column in ("running", "waiting", "blocks", "MiB used", "generation"):
+    for column in ("running", "waiting", "blocks", "MiB used", "started"):
         shown.add_column(column, justify="right", no_wrap=True)
-    if wide and run:
+    if wide:
         shown.add_column("metrics", no_wrap=True)
     stopped = {record.name for record in run.records() if frozen(record)} if run else set[str]()
     for node in nodes:
-        shown.add_row(*_member(node, pools=pools, stopped=node.info.node in stopped, run=run if wide else None))
+        shown.add_row(*_member(node, pools=pools, stopped=node.info.node in stopped, wide=wide))
     for local in locals_:
         role = [local.name.partition("-")[0], *([""] if pools else [])]
         health = f"[{local.color}]{local.health}[/]"
-        shown.add_row(local.name, *role, health, *[""] * 5, *([local.metrics] if wide and run else []))
+        shown.add_row(local.name, *role, health, *[""] * 5, *([local.metrics] if wide else []))
     return shown
 
 
-def _member(node: NodeStatus, *, pools: bool, stopped: bool, run: RunDir | None) -> Iterator[str]:
+def _member(node: NodeStatus, *, pools: bool, stopped: bool, wide: bool) -> Iterator[str]:
     """Its cells."""
     info, load = node.info, node.load
     yield from (info.node, info.role, *((info.pool,) if pools else ()))
     health = node.health if node.health == "ready" else f"{node.health} {_age(node.heartbeat_age_s)}"
     if stopped:
         health = f"frozen, unheard {_age(node.heartbeat_age_s)}"
-    yield f"[green]{health}[/]" if node.health == "ready" and not stopped else f"[yellow]{health}[/]"
+    shown = f"[green]{health}[/]" if node.health == "ready" and not stopped else f"[yellow]{health}[/]"
+    yield f"{shown} [yellow]{escape(load.fault)}[/]" if load.fault else shown
     yield from (str(load.running), str(load.waiting), str(load.blocks) if info.role == "store" else "")
     yield f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}"
-    # A generation is the wall clock of a start: as a time of day it can be read.
-    yield f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}Z"
-    if run is not None:
-        yield run.state(info.node).metrics
+    yield f"{datetime.fromtimestamp(info.started_s, UTC):%H:%M:%S}Z" if info.started_s else ""
+    if wide:
+        yield info.metrics
 
 
 def _age(seconds: float) -> str:

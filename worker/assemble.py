@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from kvstore.client.client import StoreClient
+from kvstore.client.probe import StoreProbe
 from kvstore.client.staging import Staging
 from tracehaul.engine.base import Engine
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.offload import Offload
-from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.cluster import Members, NodeInfo
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from worker.announce import announced
 from worker.config import WorkerConfig
 from worker.flights import Flights
@@ -45,17 +48,24 @@ class Worker:
     """Who it is, and where it listens."""
     host: WorkerHost
     service: StepService
-    transfers: Sequence[Transfer]
     planes: Sequence[Plane]
+    probe: StoreProbe
 
     @property
     def member(self) -> Member:
         """What it brings into the fleet, with its rates as they are now: so after calibration."""
         host = self.host
-        background = (host.run, *(transfer.broken for transfer in self.transfers))
+        background = (host.run, self.probe.run, *(plane.transfer.broken for plane in self.planes))
         stats = {"worker": host.stats, "store_client": host.client.stats}
         info = announced(self.info, host)
-        return Member(info, self.service, host.load, self.service.set_members, background, stats)
+        return Member(info, self.service, self._load, self._set_members, background, stats, served=self.probe.served)
+
+    def _load(self) -> NodeLoad:
+        return msgspec.structs.replace(self.host.load(), serving=self.probe.serving, fault=self.probe.fault)
+
+    def _set_members(self, members: Members) -> None:
+        self.service.set_members(members)
+        self.probe.set_nodes(members.nodes if self.host.config.use_store else (), members.draining)
 
     async def aclose(self) -> None:
         """Give back what it holds at the stores; engine, memory and transports are whose they were."""
@@ -66,7 +76,7 @@ def assemble_worker(
     info: NodeInfo,
     engine: Engine,
     memory: Memory,
-    transfers: Sequence[Transfer],
+    planes: Sequence[Plane],
     peers: Peers,
     offload: Offload,
     config: WorkerConfig,
@@ -81,7 +91,7 @@ def assemble_worker(
         info: who it is and where it listens; what its engine says of itself is added.
         engine: belongs to this worker alone.
         memory: for blocks between the stores and the engine, ``buffer_bytes`` for each.
-        transfers: one or more ways to the stores; the worker ends when one of them breaks.
+        planes: that memory, over one or more transports; the worker ends when one of them breaks.
         peers: connections to the other nodes.
         offload: where long copies run.
         config: limits.
@@ -91,7 +101,6 @@ def assemble_worker(
     """
     assert engine.info.layout.block_bytes <= buffer_bytes, "a buffer holds a block"
     engine.attach(memory.buffer)
-    planes = [Plane(transfer, transfer.register(memory)) for transfer in transfers]
     client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
     host = WorkerHost(engine, client, config, shared)
-    return Worker(info, host, serve(host), transfers, planes)
+    return Worker(info, host, serve(host), planes, client.probe(info.node))

@@ -188,7 +188,7 @@ def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
     if kind == "tcp":
         from tracehaul.transfer.tcp import TcpTransfer
 
-        return TcpTransfer(owner, "127.0.0.1")
+        return TcpTransfer(owner)
     if kind == "ucxx":
         from tracehaul.transfer.ucxx import UcxxTransfer
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+import secrets
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +14,22 @@ from tracehaul.rpc.membership import HEARTBEAT_S, Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import WrongPool
+from tracehaul.wire.errors import Fenced, JoinRefused
+from tracehaul.wire.ids import Generation
 
 log = Log(__name__)
 
 DRAIN_POLL_S = 0.05
 
 Phase = Literal["ready", "stopping"]
+
+_GENERATION_BITS = 53
+"""What a number of JSON holds everywhere."""
+
+
+def new_generation() -> Generation:
+    """For a life that begins."""
+    return Generation(secrets.randbits(_GENERATION_BITS))
 
 
 class Member(NamedTuple):
@@ -35,31 +45,49 @@ class Member(NamedTuple):
     """Runs for as long as the node serves; its failure is the node's."""
     stats: Mapping[str, msgspec.Struct] = {}
     """Counts of its life, by the part of the node that counts."""
+    announce: str = ""
+    """The host that the others reach it by; empty: where it listens."""
+    served: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """Waits until it can do what it is there for; None: as soon as it is a member. Its load says so, too."""
 
 
 class Serving:
     """A node that listens; :meth:`run` makes it a member."""
 
-    def __init__(self, member: Member, server: Server, peers: Peers, router_address: str, heartbeat_s: float) -> None:
-        self.info = msgspec.structs.replace(member.info, address=server.address)
+    def __init__(
+        self,
+        member: Member,
+        server: Server,
+        peers: Peers,
+        routers: Sequence[str],
+        *,
+        cluster: str = "",
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        info = msgspec.structs.replace(member.info, address=server.address)
         self.membership = Membership(
-            peers, router_address, self.info, member.load, member.on_members, heartbeat_s=heartbeat_s
+            peers, routers, info, member.load, member.on_members, cluster=cluster, heartbeat_s=heartbeat_s
         )
         self._member = member
+
+    @property
+    def info(self) -> NodeInfo:
+        """As others know it."""
+        return self.membership.info
 
     async def run(self, stopping: asyncio.Event, *, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
         """Join, serve until ``stopping`` is set; then leave, so that no work comes, and let what runs end.
 
         Raises:
-            WrongPool: the router will never take this node as it is.
+            Fenced: another life has this node's name.
+            JoinRefused: no router takes this node as it is.
             ExceptionGroup: what runs in the background failed.
         """
         try:
             await self._serve(stopping, drain_timeout_s, told)
         except ExceptionGroup as failed:
-            refused = failed.subgroup(WrongPool)
-            if refused is not None:
-                raise refused.exceptions[0] from None
+            if ended := failed.subgroup((Fenced, JoinRefused)):
+                raise ended.exceptions[0] from None
             raise
 
     async def _serve(self, stopping: asyncio.Event, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
@@ -67,9 +95,9 @@ class Serving:
             background = [group.create_task(work()) for work in self._member.background]
             member = group.create_task(self.membership.run(), name="membership")
             stop = group.create_task(stopping.wait())
-            joined = group.create_task(self.membership.joined.wait())
-            await asyncio.wait([stop, joined], return_when=asyncio.FIRST_COMPLETED)
-            joined.cancel()
+            ready = group.create_task(self._ready())
+            await asyncio.wait([stop, ready], return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
             if not stop.done():
                 told("ready")
             await stop
@@ -78,6 +106,11 @@ class Serving:
             await self._drain(drain_timeout_s)
             for task in background:
                 task.cancel()
+
+    async def _ready(self) -> None:
+        await self.membership.joined.wait()
+        if self._member.served is not None:
+            await self._member.served()
 
     async def _drain(self, timeout_s: float) -> None:
         load = self._member.load
@@ -91,15 +124,21 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    member: Member, network: Network, peers: Peers, router_address: str, *, heartbeat_s: float = HEARTBEAT_S
+    member: Member,
+    network: Network,
+    peers: Peers,
+    routers: Sequence[str],
+    *,
+    cluster: str = "",
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> AsyncGenerator[Serving]:
-    """Listen where ``member`` wants to, for as long as the context is open.
+    """Listen where ``member`` wants to, for as long as the context is open; see :class:`Membership` for the rest.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    server = await network.listen(member.info.address, member.service)
+    server = await network.listen(member.info.address, member.service, member.announce)
     try:
-        yield Serving(member, server, peers, router_address, heartbeat_s)
+        yield Serving(member, server, peers, routers, cluster=cluster, heartbeat_s=heartbeat_s)
     finally:
         await server.close()

@@ -12,7 +12,8 @@ from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
-from tracehaul.runtime.accepting import Acceptor, AcceptStats, listening
+from tracehaul.runtime.accepting import Acceptor, AcceptStats
+from tracehaul.runtime.addresses import announced, bound
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
 
 S = TypeVar("S", bound=Session)
@@ -29,7 +30,6 @@ _WRITE_BUFFER_BYTES = 1 << 20
 _LINUX_OPTIONS = {"TCP_USER_TIMEOUT": 10_000, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that acknowledges nothing for 10 s (the first is in ms) is gone; a frozen process's host still does."""
 _PORT_MAX = 65_535
-_BACKLOG = 512
 
 _peer_numbers = itertools.count(1)
 """Names of connections are unique in this process's life, whatever ports are used again."""
@@ -52,10 +52,10 @@ class TcpNetwork:
         self.accepts = accepts or AcceptStats()
         """Of all its servers."""
 
-    async def listen(self, address: str, service: Service) -> "TcpServer":
+    async def listen(self, address: str, service: Service, announce: str = "") -> "TcpServer":
         host, port = split_address(address)
         server = TcpServer(service, self._limits, self.accepts)
-        await server.start(host, port, self._server_tls)
+        await server.start(host, port, announced(host, announce), self._server_tls)
         return server
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
@@ -95,11 +95,12 @@ class TcpServer:
         self._address = ""
         self._acceptor: Acceptor | None = None
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
-        """Bind and serve; raises OSError."""
-        listeners = await listening(host, port, _BACKLOG)
-        self._address = join_address(host, listeners[0].getsockname()[1])
-        self._acceptor = Acceptor(listeners, self._accept, self._accepts, what=self._address, tls=tls)
+    async def start(self, host: str, port: int, announce: str, tls: ssl.SSLContext | None) -> None:
+        """Bind to ``host``, and serve under the name ``announce``; raises OSError."""
+        listener = await asyncio.get_running_loop().run_in_executor(None, bound, host, port)
+        listener.setblocking(False)
+        self._address = join_address(announce, listener.getsockname()[1])
+        self._acceptor = Acceptor([listener], self._accept, self._accepts, what=self._address, tls=tls)
 
     @property
     def address(self) -> str:

@@ -188,32 +188,3 @@ class Acceptor:
             await self._loop.connect_accepted_socket(self._made, sock, ssl=self._tls)
         except OSError:  # it left, or its TLS is wrong
             sock.close()
-
-
-async def listening(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """Sockets that listen on every address of ``host``; a port 0 is any free one.
-
-    Raises:
-        OSError: one cannot be bound.
-    """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    listeners: list[socket.socket] = []
-    try:
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            listener = socket.socket(family, kind, protocol)
-            listeners.append(listener)
-            listener.setblocking(False)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                listener.bind(address)
-            except OSError as error:
-                raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
-            listener.listen(backlog)
-    except OSError:
-        for listener in listeners:
-            listener.close()
-        raise
-    return listeners

@@ -19,10 +19,10 @@ been given to another meanwhile: this is well below the time that a store lets s
 
 
 class Listener:
-    """Takes connections."""
+    """Takes connections at a socket that listens."""
 
-    def __init__(self, host: str, pump: Pump, regions: Mapping[bytes, memoryview]) -> None:
-        self.socket = socket.create_server((host, 0))
+    def __init__(self, sock: socket.socket, pump: Pump, regions: Mapping[bytes, memoryview]) -> None:
+        self.socket = sock
         self.socket.setblocking(False)
         self._pump = pump
         self._regions = regions
