@@ -109,7 +109,7 @@ def test_a_disk_that_takes_nothing_ends_no_node_and_stops_none(run: RunDir, kind
     url, folder = base_url(load_plan(run).config), run.path
     with refusing(kind, folder) as unprivileged:
         done = tracehaul("restart", "store-0", "--run-dir", folder, before=unprivileged)
-        assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        wait_until(lambda: httpx.get(f"{url}/health", trust_env=False).status_code == 200)
         assert set(lives(url)) == NODES - {"router-0"}
         assert all(alive(record) for record in before)
     ask(run)

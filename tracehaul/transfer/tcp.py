@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import msgspec
 
 from tracehaul.runtime import clock
-from tracehaul.runtime.accepting import AcceptStats
 from tracehaul.runtime.addresses import bound
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy, Memory, Region
@@ -65,6 +64,7 @@ class TcpTransfer:
         self._regions: dict[bytes, memoryview] = {}
         self._pump = Pump("tcp", THREADS)
         self._listener = Listener(sock, self._pump, self._regions)
+        self.accepts = self._listener.accepts
         self._pump.add(self._listener, READABLE)
         self._ends: dict[tuple[str, int], _End] = {}
         self._names = Names()
@@ -74,11 +74,6 @@ class TcpTransfer:
     @property
     def kind(self) -> str:
         return "tcp"
-
-    @property
-    def accepts(self) -> AcceptStats:
-        """Of those who copy from here and to here."""
-        return self._listener.accepts
 
     @property
     def host(self) -> str:
