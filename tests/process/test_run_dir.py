@@ -215,8 +215,11 @@ def test_one_torn_note_hides_no_other(run: RunDir) -> None:
     torn = run.path / "processes" / "decode-0.json"
     before = run.records()
     torn.write_bytes(b"")
-    (run.path / "state" / "store-0.json").write_bytes(b'{"phase":')
+    hint = run.path / "state" / "store-0.json"
+    told = hint.read_bytes()
+    hint.write_bytes(b'{"phase":')
     seen = tracehaul("status", "--run-dir", run.path)
+    hint.write_bytes(told)
     assert seen.returncode == 0
     assert str(torn) in seen.stderr
     assert all(name in seen.stdout for name in NODES)
