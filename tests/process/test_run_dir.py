@@ -65,6 +65,8 @@ def whole_again(run: RunDir) -> Generator[None]:
         restart(run, sorted(lost), Console(quiet=True))
     for record in run.records():
         run.note(record)
+    url = base_url(load_plan(run).config)
+    wait_until(lambda: all(node["health"] == "ready" for node in httpx.get(f"{url}/cluster", trust_env=False).json()))
 
 
 def tracehaul(*args: str | Path, before: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
