@@ -1,6 +1,5 @@
 """The HTTP API of a running cluster, as this command line reaches it: where it is, by which key, over which TLS."""
 
-import os
 import secrets
 import ssl
 from collections.abc import Mapping
@@ -64,7 +63,7 @@ def here(plan: Plan, run: RunDir) -> Api:
 
 def make_operator_key(run: RunDir) -> None:
     """A new one, for whoever may read the run directory as we do."""
-    write_private(run.operator_key, new_secret().encode())
+    run.write_operator_key(new_secret().encode())
 
 
 def operator_key(run: RunDir) -> Key | None:
@@ -80,25 +79,6 @@ def operator_key(run: RunDir) -> Key | None:
 def new_secret() -> str:
     """A key that nobody has had."""
     return f"{PREFIX}{secrets.token_hex(ID_BYTES)}-{secrets.token_urlsafe(SECRET_BYTES)}"
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Replace the file whole, so that nobody reads half of it; only its owner may read it at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, 0o600)  # also one that was left by a killed process
-            file.write(data)
-            file.flush()
-            os.fsync(handle)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:

@@ -9,7 +9,8 @@ import msgspec
 
 from cluster.api import Api, here
 from cluster.plan import Plan, load_plan
-from cluster.rundir import ClusterFault, RunDir, alive
+from cluster.processes import alive
+from cluster.rundir import ClusterFault, RunDir
 from router.fleet.members import NodeStatus
 from tracehaul.rpc.peers import Peers
 from tracehaul.wire.cluster import NodeInfo

@@ -5,31 +5,26 @@ import logging
 import os
 import shlex
 import sys
-from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from cluster.api import Api, here
 from cluster.asking import ask_router
-from cluster.config import base_url, parse_quota
+from cluster.config import ROUTER, base_url, parse_quota
 from cluster.config_file import load_config
 from cluster.fleet import command as fleet
 from cluster.hosts import pair_command
 from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
-from cluster.rundir import ClusterFault, RunDir, alive
+from cluster.rundir import ClusterFault, RunDir
 from cluster.store.command import KeyOption, parse_size
 from cluster.store.commands import app as store_app
-from router.fleet.members import NodeStatus
 from tracehaul import __version__
 
 err = Console(stderr=True)
@@ -61,7 +56,8 @@ DEFAULT_RUN_DIR = Path(".run")
 COMMANDS_GROUP = "tracehaul.commands"
 """Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
-WIDE_COLUMNS = 110
+WIDE_COLUMNS = 120
+PIPE_COLUMNS = 200
 
 
 SizeOption = Annotated[
@@ -226,6 +222,10 @@ def up(
         err.print(f"Models: {', '.join(names)}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _warn(line: str) -> None:
+    err.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -235,7 +235,7 @@ def down(run_dir: RunDirOption = DEFAULT_RUN_DIR) -> None:
     """Stop the cluster that was started from here, and only it. Logs are kept."""
     from cluster.launch import down
 
-    stopped, killed = down(RunDir(run_dir))
+    stopped, killed = down(RunDir(run_dir), _warn)
     if not stopped:
         out.print("Nothing runs here.", highlight=False)
         return
@@ -262,19 +262,33 @@ def status(
 
       tracehaul status --config cluster.toml
     """
+    from cluster.status import mending, outside, table
+
     if config is not None:
         asyncio.run(fleet.fleet_status(config, as_json))
         return
-    local = None
-    if url is None:
-        local = RunDir(run_dir)
-        api = here(load_plan(local), local)
-    else:
-        api = Api(url, key)
-    nodes = ask_router(api, f"the logs of a cluster here are in {run_dir}/logs")
     # A pipe has no width to respect.
-    console = out if out.is_terminal else Console(width=WIDE_COLUMNS)
-    console.print(_status_table(api.url, nodes, local, wide=console.width >= WIDE_COLUMNS))
+    console = out if out.is_terminal else Console(width=PIPE_COLUMNS)
+    wide = console.width >= WIDE_COLUMNS
+    if url is not None:
+        nodes = ask_router(Api(url, key), f"the logs of a cluster here are in {run_dir}/logs")
+        console.print(table(url, nodes, None, [], wide=wide))
+        return
+    run = RunDir(run_dir)
+    plan = load_plan(run)
+    api = here(plan, run)
+    nodes, fault = [], None
+    try:
+        nodes = ask_router(api, f"its log is {run.log(ROUTER)}")
+    except ClusterFault as unanswered:
+        fault = unanswered
+    names, members = [spec.name for spec in plan.nodes if not spec.host], [node.info.node for node in nodes]
+    others = outside(run, names, members, answers=fault is None)
+    console.print(table(api.url, nodes, run, others, wide=wide))
+    for line in run.torn():
+        _warn(line)
+    if fault is not None:
+        raise ClusterFault(mending(run, others, str(fault)))
 
 
 @app.command()
@@ -288,18 +302,26 @@ def explain(
 ) -> None:
     """Tell a trace's story: its steps, where they ran and why, what was cached, what was lost and why.
 
+    Where the router here is dead or has forgotten it: what its decision file has.
+
     Example:
 
       tracehaul explain my-agent-1
     """
-    from cluster.explain import explain, fetch
+    from cluster.explain import explain, explain_json
 
-    run = RunDir(run_dir)
-    api = Api(url, key) if url else here(load_plan(run), run)
+    run = None if url is not None else RunDir(run_dir)
+
+    def ask() -> Api:
+        if url is not None:
+            return Api(url, key)
+        local = RunDir(run_dir)
+        return here(load_plan(local), local)
+
     if as_json:
-        typer.echo(fetch(api, trace, salt))
+        typer.echo(explain_json(ask, trace, salt, run))
         return
-    for line in explain(api, trace, salt):
+    for line in explain(ask, trace, salt, run):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -357,47 +379,6 @@ def node(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
-
-
-def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wide: bool) -> Table:
-    """The members as the router sees them; with ``local``, also this machine's processes that are no members."""
-    models = sorted({node.info.model for node in nodes if node.info.model})
-    table = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left", box=box.SIMPLE_HEAD)
-    pools = any(node.info.pool for node in nodes)
-    for column in ("node", "role", *(("pool",) if pools else ()), "health"):
-        table.add_column(column, no_wrap=True)
-    for column in ("running", "waiting", "blocks", "MiB used", "started"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if wide:
-        table.add_column("metrics", no_wrap=True)
-    for node in nodes:
-        info, load = node.info, node.load
-        healthy = node.health == "ready"
-        health = f"[green]{node.health}[/]" if healthy else f"[yellow]{node.health} {node.heartbeat_age_s:.0f}s[/]"
-        if load.fault:
-            health += f" [yellow]{escape(load.fault)}[/]"
-        row = [
-            info.node,
-            info.role,
-            *((info.pool,) if pools else ()),
-            health,
-            str(load.running),
-            str(load.waiting),
-            str(load.blocks) if info.role == "store" else "",
-            f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}",
-            f"{datetime.fromtimestamp(info.started_s, UTC):%H:%M:%S}Z" if info.started_s else "",
-        ]
-        table.add_row(*row, *([info.metrics] if wide else []))
-    if local is None:
-        return table
-    members = {node.info.node for node in nodes}
-    for record in local.records():
-        if record.name not in members:
-            state = local.state(record.name)
-            health = f"[green]{state.phase}[/]" if alive(record) else "[red]dead[/]"
-            role = [record.name.partition("-")[0], *([""] if pools else [])]
-            table.add_row(record.name, *role, health, *[""] * 5, *([state.metrics] * wide))
-    return table
 
 
 def main() -> None:

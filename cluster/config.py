@@ -116,6 +116,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     worker: WorkerConfig = WorkerConfig()
     dispatch: DispatchConfig = DispatchConfig()
     api: ApiConfig = ApiConfig()
+    connections_max: Annotated[int, Meta(ge=16)] = 1024
+    """Of each node's control plane; further ones are closed at once."""
     start_timeout_s: Seconds = 300.0
     """From the first process to the last one ready."""
     drain_timeout_s: Seconds = 10.0

@@ -1,11 +1,15 @@
 """The router's decisions as JSON lines, beside its log: for what happened longer ago than the router remembers."""
 
 import asyncio
+import os
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import msgspec
 
 from router.traces.decisions import Decision, Entry
+from router.traces.trace import TraceKey
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.ids import TraceId
@@ -15,6 +19,8 @@ FILE_BYTES_MAX = 16 * 2**20
 LATE_S = 0.5
 """Lines are written together, at most so long after they were made."""
 WAITING_BYTES_MAX = 1 << 16
+OLD = ".1"
+"""Ends the name of the file before."""
 
 seldom = Seldom(Log(__name__))
 
@@ -26,27 +32,30 @@ class Line(msgspec.Struct, frozen=True):
     """Unix time."""
     trace: TraceId
     decision: Decision
+    salt: str = ""
+    """The trace's tenant's."""
 
 
 class DecisionFile:
-    """Appends to ``path``, bounded in size. Used within one event loop.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
+    """Appends to ``path``, bounded in size. Used within one event loop. A disk that refuses costs lines, no more."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
-        self._size = path.stat().st_size
+        self._file: FileIO | None = None
+        """None: it cannot be opened, which is tried again with the next lines."""
+        self._size = 0
+        self._torn = False
+        """The last line has no end."""
         self._waiting = bytearray()
         self._timer: asyncio.TimerHandle | None = None
         self._encode = msgspec.json.Encoder().encode_into
+        self._opened()
 
-    def write(self, trace: TraceId, entry: Entry) -> None:
-        """Append one; a disk that refuses costs it."""
+    def write(self, key: TraceKey, entry: Entry) -> None:
+        """Append one."""
+        salt, trace = key
         before = len(self._waiting)
-        self._encode(Line(wall_s(), trace, entry.decision), self._waiting, before)
+        self._encode(Line(wall_s(), trace, entry.decision, salt), self._waiting, before)
         self._waiting += b"\n"
         if self._size + len(self._waiting) > FILE_BYTES_MAX and self._size + before:
             line = self._waiting[before:]
@@ -65,7 +74,9 @@ class DecisionFile:
             self._timer.cancel()
             self._timer = None
         try:
-            self._size += self._file.write(self._waiting)
+            file = self._opened()
+            if file is not None:
+                self._append(file)
         except OSError as error:
             seldom.warning("decisions could not be written", why=error)
         self._waiting.clear()
@@ -73,14 +84,59 @@ class DecisionFile:
     def close(self) -> None:
         """The file is complete."""
         self.flush()
-        self._file.close()
+        self._leave()
+
+    def _append(self, file: FileIO) -> None:
+        left = memoryview(b"\n" * self._torn + self._waiting)
+        while left:
+            written = file.write(left)
+            self._size += written
+            self._torn = written < len(left)
+            left = left[written:]
+
+    def _opened(self) -> FileIO | None:
+        if self._file is None:
+            try:
+                self._file = FileIO(self._path, "ab")
+                self._size = os.fstat(self._file.fileno()).st_size
+            except OSError as error:
+                seldom.warning("decisions are not written down", why=error)
+        return self._file
+
+    def _leave(self) -> None:
+        file, self._file, self._size = self._file, None, 0
+        if file is not None:
+            with suppress(OSError):
+                file.close()
 
     def _rotate(self) -> None:
         try:
-            self._path.replace(self._path.with_name(self._path.name + ".1"))
-            file = self._path.open("ab", buffering=0)
+            self._path.replace(self._path.with_name(self._path.name + OLD))
         except OSError as error:
             seldom.warning("decisions go on in a file that is full", why=error)
             return
-        self._file.close()
-        self._file, self._size = file, 0
+        self._leave()
+
+
+def lines_of(path: Path, trace: str, salt: str) -> list[Line]:
+    """What was written of a trace, the oldest first, in the file and in the one before it; torn lines are left out.
+
+    Raises:
+        OSError: there is no file that can be read.
+    """
+    found: list[Line] = []
+    needle = msgspec.json.encode(trace)
+    decode = msgspec.json.Decoder(Line).decode
+    files = [file for file in (path.with_name(path.name + OLD), path) if file.exists()]
+    for file in files or [path]:
+        with file.open("rb") as lines:
+            for line in lines:
+                if needle not in line:
+                    continue
+                try:
+                    read = decode(line)
+                except msgspec.DecodeError:
+                    continue
+                if (read.trace, read.salt) == (trace, salt):
+                    found.append(read)
+    return found

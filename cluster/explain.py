@@ -1,19 +1,81 @@
-"""``tracehaul explain``: one trace's story, from the router that runs it."""
+"""``tracehaul explain``: one trace's story, from the router that runs it, or from what it wrote down."""
 
+from collections.abc import Callable
 from urllib.parse import quote
 
 import msgspec
 
 from cluster.api import Api
-from cluster.rundir import ClusterFault
-from router.traces.story import story
-from router.traces.views import TraceView
+from cluster.decision_file import Line, lines_of
+from cluster.rundir import ClusterFault, RunDir
+from router.traces.story import events, story
+from router.traces.views import DecisionView, TraceView
+from tracehaul.runtime import clock
 
 TIMEOUT_S = 5.0
 NOT_FOUND = 404
 
 
-def fetch(api: Api, trace: str, salt: str) -> bytes:
+class Written(msgspec.Struct, frozen=True):
+    """What there is of a trace that the router does not tell of."""
+
+    id: str
+    why: str
+    """The router does not tell."""
+    file: str
+    decisions: list[Line]
+
+
+def explain(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -> list[str]:
+    """The story's lines.
+
+    Args:
+        ask: how the router is reached; may raise ClusterFault.
+        trace: which.
+        salt: its tenant's.
+        run: where a router of this machine writes down what it decides.
+
+    Raises:
+        ClusterFault: the router does not tell, and nothing is written down.
+    """
+    told = _fetch_or_read(ask, trace, salt, run)
+    if isinstance(told, bytes):
+        try:
+            return story(msgspec.json.decode(told, type=TraceView))
+        except msgspec.DecodeError as error:
+            raise ClusterFault(f"the router answers, but is not of this version: {error}") from error
+    now_s = clock.wall_s()
+    views = [DecisionView(max(0.0, now_s - line.at_s), line.decision) for line in told.decisions]
+    return [f"{told.why}. What was written down of it ({told.file}):", *events(views)]
+
+
+def explain_json(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -> bytes:
+    """What is known, as JSON: the router's view of the trace, or a :class:`Written`.
+
+    Raises:
+        ClusterFault: as :func:`explain`.
+    """
+    told = _fetch_or_read(ask, trace, salt, run)
+    return told if isinstance(told, bytes) else msgspec.json.encode(told)
+
+
+def _fetch_or_read(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -> bytes | Written:
+    try:
+        return _fetch(ask(), trace, salt)
+    except ClusterFault as fault:
+        if run is None:
+            raise
+        file = run.decisions()
+        try:
+            lines = lines_of(file, trace, salt)
+        except OSError as error:
+            raise ClusterFault(f"{fault}; and what it wrote down cannot be read: {error}") from fault
+        if not lines:
+            raise ClusterFault(f"{fault}; and {file} has nothing of it") from fault
+        return Written(trace, str(fault), str(file), lines)
+
+
+def _fetch(api: Api, trace: str, salt: str) -> bytes:
     """What the router knows of a trace, as JSON.
 
     Raises:
@@ -28,15 +90,3 @@ def fetch(api: Api, trace: str, salt: str) -> bytes:
     if answer.is_error:
         raise ClusterFault(f"the router at {api.url} refuses: {answer.text[:500]}")
     return answer.content
-
-
-def explain(api: Api, trace: str, salt: str) -> list[str]:
-    """The story's lines.
-
-    Raises:
-        ClusterFault: as :func:`fetch`.
-    """
-    try:
-        return story(msgspec.json.decode(fetch(api, trace, salt), type=TraceView))
-    except msgspec.DecodeError as error:
-        raise ClusterFault(f"{api.url} answers, but not as a tracehaul router of this version: {error}") from error

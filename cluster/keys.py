@@ -14,10 +14,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from cluster.api import new_secret, write_private
+from cluster.api import new_secret
 from cluster.rundir import ClusterFault
 from router.http.keys import BadKeys, Key, KeyFile, hashed, name_of, read_keys, write_keys
 from tracehaul.runtime import clock
+from tracehaul.runtime.durable import write_whole
 
 out = Console()
 err = Console(stderr=True)
@@ -149,6 +150,6 @@ def _read(file: Path) -> KeyFile:
 
 def _write(file: Path, content: KeyFile) -> None:
     try:
-        write_private(file, write_keys(content))
+        write_whole(file, write_keys(content), private=True)
     except OSError as error:
         raise ClusterFault(f"cannot write {file}: {error.strerror}") from error

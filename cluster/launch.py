@@ -10,9 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 import msgspec
@@ -22,23 +23,28 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from cluster.api import here, make_operator_key
-from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
+from cluster.config import ClusterConfig, PoolConfig, pools_of, store_config
 from cluster.hosts.managers import present
-from cluster.model import kv_layout, note
+from cluster.memory import Available, needs, shortage
+from cluster.model import kv_layout, model_size, note
 from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
-from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
+from cluster.processes import ProcessRecord, alive, record_of, stop
+from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, NodeState, Phase, RunDir
+from router.fleet.members import NodeStatus
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
 from router.http.tls import certificate_of
 from tracehaul.model.source import SourceError, resolve
 from tracehaul.runtime import clock
-from tracehaul.transfer.memory import available_bytes
-from tracehaul.wire.hashing import KVLayout
+from tracehaul.transfer.memory import available_memory
 
 LAUNCHER = "up"
 """Name under which the launching process itself is noted, so that ``down`` can stop a launch."""
 ROLLBACK_GRACE_S = 5.0
 POLL_S = 0.1
+ASK_S = 1.0
+"""How often the router is asked who serves, while nodes do not say it themselves."""
+ASK_TIMEOUT_S = 2.0
 LOG_LINES = 12
 
 
@@ -51,6 +57,8 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
     run.create()
     with run.lock():
         refuse_if_running(run)
+        for said in run.torn():  # of nobody who runs, or that would be known
+            console.print(f"{said}; it is removed", highlight=False, markup=False, soft_wrap=True)
         run.clear()
         run.record(LAUNCHER, os.getpid())
         try:
@@ -68,28 +76,32 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
     return [pool.model.name for pool in plan.pools]
 
 
-def down(run: RunDir) -> tuple[list[str], list[str]]:
-    """Stops everything noted in ``run`` and forgets it; logs stay. Harmless if nothing runs.
+def down(run: RunDir, tell: Callable[[str], None] = lambda line: None) -> tuple[list[str], list[str]]:
+    """Stops everything that runs of ``run`` and forgets it; logs stay. Harmless if nothing runs.
 
     The launcher goes first (it takes back what it started), then the router, so that no new work arrives, then
     those who compute, then whatever else was noted. Returns the names of what was stopped, and of what had to be
-    killed.
+    killed. ``tell`` gets a line for each note that could not be read or removed, which keeps nothing running.
     """
     try:
         grace_s = load_plan(run).config.drain_timeout_s + ROLLBACK_GRACE_S
     except ClusterFault:  # it stopped before it had a plan, or the plan is from another version
         grace_s = ClusterConfig().drain_timeout_s + ROLLBACK_GRACE_S
+    for line in run.torn():
+        tell(line)
     stopped: list[str] = []
     killed: list[str] = []
     if run.host_file.exists():  # else its supervisor would start again what is stopped here
         stopped += [node.name for node in present(run).status().nodes if node.pid is not None]
         present(run).stop(())
-        run.host_file.unlink(missing_ok=True)
+        with suppress(OSError):
+            run.host_file.unlink(missing_ok=True)
     for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
         running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
         killed += stop(running, grace_s=grace_s)
         stopped += [r.name for r in running]
-    run.clear()
+    for line in run.clear():
+        tell(line)
     return stopped, killed
 
 
@@ -97,14 +109,20 @@ def restart(run: RunDir, names: Sequence[str], console: Console) -> None:
     """Stops these nodes and starts them anew, the dead ones too; returns when they serve again.
 
     Raises:
-        ClusterFault: no cluster runs here, a name is not in its plan, or a node does not come up.
+        ClusterFault: no cluster runs here, a name is not in its plan, nothing can be written here (then nothing is
+            stopped), or a node does not come up.
     """
     plan = load_plan(run)
     specs = [plan.node(name) for name in dict.fromkeys(names)]
+    try:
+        run.create()
+    except CannotWrite as fault:
+        raise ClusterFault(f"{fault}; nothing was stopped") from fault
     with run.lock():
         grace_s = plan.config.drain_timeout_s + ROLLBACK_GRACE_S
+        before = _listed(plan, run) or {}
         stop([record for record in run.records() if record.name in names and alive(record)], grace_s=grace_s)
-        asyncio.run(_start_again(plan, run, specs, console))
+        asyncio.run(_start_again(plan, run, specs, before, console))
 
 
 def refuse_if_running(run: RunDir) -> None:
@@ -158,13 +176,15 @@ def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ..
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
     layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
+    store = store_config(config, layouts)
+    placed = nodes_of(config, free_port()) if nodes is None else nodes
     if nodes is None:
-        check_memory(config, layouts)
+        check_memory(config, placed, pools, store.slot_bytes)
     return Plan(
         config=config,
         pools=tuple(pools),
-        store=store_config(config, layouts),
-        nodes=nodes_of(config, free_port()) if nodes is None else nodes,
+        store=store,
+        nodes=placed,
         name=secrets.token_hex(4) if nodes is None else fleet_name(config, nodes),
     )
 
@@ -190,23 +210,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def check_memory(config: ClusterConfig, layouts: Sequence[KVLayout]) -> None:
-    """Raises ClusterFault if the arenas together cannot fit: better said now than by the last node to start.
-
-    ``layouts``: one for each of the pools.
-    """
-    kv_bytes = 0
-    for pool, layout in zip(pools_of(config).values(), layouts, strict=True):
-        if config.device != "cuda":
-            kv_bytes += (pool.prefill + pool.decode) * (pool.kv_tokens or config.kv_tokens) * layout.token_bytes
-    store_bytes = config.nodes.store * config.store_bytes
-    available = available_bytes()
-    if kv_bytes + store_bytes > available:
-        gib = 2**30
-        raise ClusterFault(
-            f"not enough memory: {store_bytes / gib:.1f} GiB for stores and {kv_bytes / gib:.1f} GiB for workers' KV "
-            f"asked, {available / gib:.1f} GiB available; lower --store-bytes or --kv-tokens"
-        )
+def check_memory(config: ClusterConfig, nodes: Sequence[NodeSpec], pools: Sequence[PoolPlan], slot_bytes: int) -> None:
+    """Raises ClusterFault if the nodes together do not fit here: better said now than by the last one to start."""
+    sizes = {pool.name: model_size(pool.model, pool.config, config.dtype) for pool in pools}
+    on_gpu = config.device == "cuda" or (config.device == "auto" and Path("/dev/nvidiactl").exists())
+    asked = needs(config, nodes, pools, sizes, staging_bytes=slot_bytes, on_gpu=on_gpu)
+    if line := shortage(asked, Available(*available_memory())):
+        raise ClusterFault(line)
 
 
 async def _start(plan: Plan, run: RunDir, console: Console) -> None:
@@ -222,9 +232,10 @@ async def _start(plan: Plan, run: RunDir, console: Console) -> None:
         for spec in plan.nodes:
             run.log(spec.name).unlink(missing_ok=True)
             children[spec.name] = _spawn(spec, run)
-            records.append(run.record(spec.name, children[spec.name].pid))
+            records.append(record_of(spec.name, children[spec.name].pid))
+            run.note(records[-1])
         async with asyncio.timeout(plan.config.start_timeout_s):
-            await _wait_ready(plan, run, children, console)
+            await _wait_ready(plan, run, children, {}, console)
     except BaseException as error:
         stop(records, grace_s=ROLLBACK_GRACE_S)
         for child in children.values():
@@ -239,15 +250,20 @@ async def _start(plan: Plan, run: RunDir, console: Console) -> None:
         raise
 
 
-async def _start_again(plan: Plan, run: RunDir, specs: Sequence[NodeSpec], console: Console) -> None:
+async def _start_again(
+    plan: Plan, run: RunDir, specs: Sequence[NodeSpec], before: Mapping[str, int], console: Console
+) -> None:
+    """From here on nothing that the run directory refuses leaves a node stopped."""
     children: dict[str, subprocess.Popen[bytes]] = {}
     for spec in specs:
-        run.write_state(spec.name, NodeState("starting"))
+        with suppress(CannotWrite):
+            run.write_state(spec.name, NodeState("starting"))
         children[spec.name] = _spawn(spec, run)
-        run.record(spec.name, children[spec.name].pid)
+        with suppress(CannotWrite):  # the node is found by its command line
+            run.record(spec.name, children[spec.name].pid)
     try:
         async with asyncio.timeout(plan.config.start_timeout_s):
-            await _wait_ready(plan, run, children, console)
+            await _wait_ready(plan, run, children, before, console)
     except TimeoutError as error:
         raise ClusterFault(f"not ready within {plan.config.start_timeout_s:.0f} s") from error
 
@@ -258,15 +274,32 @@ def _spawn(spec: NodeSpec, run: RunDir) -> subprocess.Popen[bytes]:
     Its log goes on where that of its last life ended: why that one died is worth knowing.
     """
     command = [sys.executable, "-m", "cluster.cli", "node", spec.name, "--config", str(run.plan_file)]
-    with run.log(spec.name).open("ab") as log:
+    with _opened_log(run, spec.name) as log:
         return subprocess.Popen(
             command, cwd=run.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
 
 
-async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Popen[bytes]], console: Console) -> None:
-    """Returns when every node says that it is ready and the API answers; raises when one exits."""
-    began_s = clock.now_s()
+def _opened_log(run: RunDir, name: str) -> BinaryIO:
+    """Nowhere, where there can be none."""
+    try:
+        return run.log(name).open("ab")
+    except OSError:
+        return Path(os.devnull).open("ab")
+
+
+async def _wait_ready(
+    plan: Plan,
+    run: RunDir,
+    children: Mapping[str, subprocess.Popen[bytes]],
+    before: Mapping[str, int],
+    console: Console,
+) -> None:
+    """Returns when the API answers and lists every node, in another life than ``before``; raises when one exits.
+
+    What a node says of itself in the run directory counts too, for as long as that can be written.
+    """
+    began_s = asked_s = clock.now_s()
     with _progress(console) as progress:
         while True:
             states = {name: run.state(name) for name in children}
@@ -274,20 +307,30 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
             for name, child in children.items():
                 if (code := child.poll()) is not None:
                     raise _exited(run, name, code)
-            if all(state.phase == "ready" for state in states.values()):
-                break
+            said = all(state.phase == "ready" for state in states.values())
+            if said or clock.now_s() - asked_s >= ASK_S:
+                lives = await asyncio.to_thread(_listed, plan, run)
+                asked_s = clock.now_s()
+                serves = lives is not None and all(
+                    plan.node(name).role == "router" or lives.get(name, before.get(name)) != before.get(name)
+                    for name in children
+                )
+                if serves and (said or not run.is_writable()):
+                    return
             await asyncio.sleep(POLL_S)
-    with here(plan, run).client(timeout_s=2.0) as client:
-        while True:
-            try:
-                answer = await asyncio.to_thread(client.get, "/cluster")
-                if answer.status_code == 200:
-                    members = {node["info"]["node"] for node in answer.json() if node["health"] == "ready"}
-                    if all(name in members or name == ROUTER for name in children):
-                        return
-            except httpx.HTTPError:
-                pass
-            await asyncio.sleep(POLL_S)
+
+
+def _listed(plan: Plan, run: RunDir) -> dict[str, int] | None:
+    """The lives of those that the router gives work to, by their names; None: it does not answer."""
+    try:
+        with here(plan, run).client(ASK_TIMEOUT_S) as client:
+            answer = client.get("/cluster")
+        if answer.status_code == 200:
+            statuses = msgspec.json.decode(answer.content, type=list[NodeStatus])
+            return {status.info.node: status.info.generation for status in statuses if status.health == "ready"}
+    except (httpx.HTTPError, msgspec.DecodeError):
+        pass
+    return None
 
 
 def _exited(run: RunDir, name: str, code: int) -> ClusterFault:

@@ -149,6 +149,23 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         ),
         "pool_output_tokens": Metric("pool_output_tokens", "tokens", "Of finished steps.", ("pool",)),
     },
+    "AcceptStats": {
+        "accepted": Metric("accepted_connections", "connections", "Connections taken."),
+        "refused": Metric(
+            "refused_connections",
+            "connections",
+            "Connections closed or answered 503: no descriptor was left, or there were as many as may be.",
+            ("reason",),
+        ),
+    },
+    "NotesStats": {
+        "unwritten": Metric(
+            "unwritten", "writes", "What a node would have noted in the run directory, which did not take it."
+        ),
+    },
+    "OutputStats": {
+        "lost": Metric("lost_lines", "lines", "Lines of the log that could not be written."),
+    },
     "RetentionStats": {
         "pins": Metric("pins", "requests", "Pins asked of stores for traces between two steps."),
         "pins_refused": Metric("refused_pins", "requests", "Of these, those refused or not answered."),
@@ -194,6 +211,10 @@ PARTS = {
     "worker": "WorkerStats",
     "router": "DispatchStats",
     "retention": "RetentionStats",
+    "control": "AcceptStats",
+    "api": "AcceptStats",
+    "notes": "NotesStats",
+    "output": "OutputStats",
 }
 """What comes after ``tracehaul_``, by struct: the table in the docs."""
 
@@ -259,6 +280,12 @@ OTHER_COUNTERS: dict[str, Metric] = {
         Metric("store_softened_pins", "pins", "Hard pins that outgrew their limits and became soft."),
         Metric("store_scrubbed_blocks", "blocks", "Blocks in memory verified by scrubs on demand."),
         Metric("store_subscriber_overflows", "subscribers", "Subscribers cut off because they fell too far behind."),
+        Metric(
+            "transfer_refused_connections",
+            "connections",
+            "Connections of the TCP transport closed at once.",
+            ("reason",),
+        ),
         Metric("transfer_dropped_notifications", "messages", "Notifications of peers that made no sense."),
     )
 }

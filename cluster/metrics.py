@@ -20,10 +20,12 @@ from starlette.routing import Route
 
 from cluster.metric_names import GAUGES, OTHER_COUNTERS, counter_of, load_of
 from cluster.metric_names import Metric as Named
+from router.http.config import ApiConfig
 from router.http.pages import METRICS_TYPE
 from router.http.server import ApiServer, serve
 from tracehaul.wire.cluster import NodeLoad
 
+CONNECTIONS_MAX = 64
 GRACE_S = 1
 """For a scrape in progress when the node ends."""
 
@@ -70,9 +72,9 @@ def gauge(name: str, values: float | Mapping[str, float]) -> Metric:
     return family
 
 
-def counter(name: str, value: float) -> Metric:
-    """A counter of :data:`cluster.metric_names.OTHER_COUNTERS`."""
-    return CounterMetricFamily(f"tracehaul_{name}", OTHER_COUNTERS[name].help, value=float(value))
+def counter(name: str, value: float | dict[str, int]) -> Metric:
+    """A counter of :data:`cluster.metric_names.OTHER_COUNTERS`: one value, or one by reason."""
+    return _counter(OTHER_COUNTERS[name]._replace(name=f"tracehaul_{name}"), value)
 
 
 class LateCollector(Collector):
@@ -117,4 +119,4 @@ class NodeMetrics:
             return Response(self.render(), media_type=METRICS_TYPE)
 
         app = Starlette(routes=[Route("/metrics", page, methods=["GET"])])
-        return await serve(app, host, port, grace_s=GRACE_S)
+        return await serve(app, host, port, grace_s=GRACE_S, config=ApiConfig(connections_max=CONNECTIONS_MAX))

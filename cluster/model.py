@@ -3,7 +3,10 @@
 Read from the files' headers and the tokenizer, without torch, so that a launch stays quick.
 """
 
+from cluster.config import PoolConfig
+from cluster.memory import ModelSize
 from cluster.rundir import ClusterFault
+from tracehaul.model.model_config import ModelConfig
 from tracehaul.model.source import ModelSource, SourceError, read_config
 from tracehaul.model.text import Text
 from tracehaul.wire.hashing import KVLayout
@@ -17,10 +20,7 @@ def kv_layout(source: ModelSource, dtype: str) -> KVLayout:
     Raises:
         ClusterFault: the model's files do not say.
     """
-    try:
-        config = read_config(source)
-    except SourceError as error:
-        raise ClusterFault(str(error)) from error
+    config = _shape(source)
     return KVLayout(
         model=source.name,
         dtype=dtype,
@@ -29,6 +29,30 @@ def kv_layout(source: ModelSource, dtype: str) -> KVLayout:
         head_dim=config.head_dim,
         element_bytes=_ELEMENT_BYTES[dtype],
     )
+
+
+def model_size(source: ModelSource, pool: PoolConfig, dtype: str) -> ModelSize:
+    """What a worker of that pool holds of the model.
+
+    Raises:
+        ClusterFault: the model's files do not say.
+    """
+    dtype = pool.dtype or dtype
+    shape = _shape(source)
+    wide = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.hidden
+    layer = wide + 3 * shape.hidden * shape.intermediate
+    numbers = shape.layers * layer + (1 if shape.tied else 2) * shape.vocab_size * shape.hidden
+    element_bytes = 1 if pool.weights == "int8" else _ELEMENT_BYTES[dtype]
+    made = source.kind == "gguf" or pool.weights == "int8"  # what is made of a model's files is kept, and mapped
+    shared = f"{source.path} {dtype} {pool.weights}" if made else ""
+    return ModelSize(numbers * element_bytes, shared, kv_layout(source, dtype).token_bytes)
+
+
+def _shape(source: ModelSource) -> ModelConfig:
+    try:
+        return read_config(source)
+    except SourceError as error:
+        raise ClusterFault(str(error)) from error
 
 
 def note(source: ModelSource) -> str:

@@ -23,26 +23,31 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
-from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, RunDir
+from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from router.fleet.members import Terms
 from router.http.keys import BadKeys
+from router.http.server import ROOM
 from tracehaul import __version__
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.member import Member, new_generation, serving
 from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.session import Limits
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
+from tracehaul.runtime.accepting import AcceptStats, raise_nofile
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import Offload, ThreadOffload
+from tracehaul.runtime.output import OutputStats, forgiving
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.opening import Planes, open_planes
+from tracehaul.transfer.tcp_serving import CONNECTIONS_MAX as TCP_CONNECTIONS_MAX
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import Fenced, JoinRefused, TransferError
 from tracehaul.wire.ids import NodeId
@@ -53,6 +58,8 @@ if TYPE_CHECKING:  # it takes time to import, and only a router does
 log = Log(__name__)
 
 COPY_THREADS = 2
+OTHER_FILES = 512
+"""Connections to others, files, pipes, memory."""
 RETURN_S = 5.0
 """Nodes that have lost a router join it again within two seconds of its return."""
 RETURN_POLL_S = 0.05
@@ -60,12 +67,14 @@ RETURN_POLL_S = 0.05
 
 def run_node(name: str, run: RunDir) -> int:
     """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code."""
+    output = forgiving()
     setup(name)
     try:
         plan = load_plan(run)
         spec = plan.node(name)
-        run.enter(name)
-        uvloop.run(_Node(spec, plan, run).run())
+        notes = Notes(run, name)
+        notes.enter()
+        uvloop.run(_Node(spec, plan, run, notes, output).run())
     except Fenced as fenced:
         log.error("fenced", error=fenced)
         print(fenced, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
@@ -98,10 +107,13 @@ class Room(NamedTuple):
 class _Node:
     """One life of one node."""
 
-    def __init__(self, spec: NodeSpec, plan: Plan, run: RunDir) -> None:
+    def __init__(self, spec: NodeSpec, plan: Plan, run: RunDir, notes: Notes, output: OutputStats) -> None:
         self._spec = spec
         self._plan = plan
         self._run = run
+        self._notes = notes
+        self._stats: dict[str, msgspec.Struct] = {"notes": notes.stats, "output": output}
+        """Counts of every node, whatever its role."""
         self._state = NodeState("starting")
         self._generation = new_generation()
         self._started_s = clock.wall_s()
@@ -113,7 +125,9 @@ class _Node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        network = TcpNetwork()
+        raise_nofile(self._files())
+        network = TcpNetwork(Limits(connections_max=self._plan.config.connections_max))
+        self._stats["control"] = network.accepts
         peers = Peers(network)
         try:
             if self._spec.role == "router":
@@ -125,6 +139,16 @@ class _Node:
         finally:
             await peers.close()
         log.info("ended")
+
+    def _files(self) -> list[tuple[str, int]]:
+        """What this node may have to hold open at once."""
+        config = self._plan.config
+        files = [("connections_max", config.connections_max), ("other files", OTHER_FILES)]
+        if self._spec.role == "router":
+            files.append(("api.connections_max", config.api.connections_max + ROOM))
+        elif "tcp" in self._plan.transports:
+            files.append(("the tcp transport", TCP_CONNECTIONS_MAX))
+        return files
 
     def _info(self, role: Role, transports: tuple[str, ...]) -> NodeInfo:
         listen = authority(self._spec.listen, self._spec.control_port)
@@ -143,7 +167,7 @@ class _Node:
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
-        self._run.write_state(self._spec.name, self._state)
+        self._notes.tell(self._state)
         log.info("state", **changes)
 
     # --- store, prefill, decode ---------------------------------------------------------------------------
@@ -152,7 +176,7 @@ class _Node:
         """Listen, join, serve until told to stop."""
         member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
-            counts = NodeMetrics(member.stats, member.load, room.metrics)
+            counts = NodeMetrics({**member.stats, **self._stats}, member.load, room.metrics)
             page = await counts.serve(plan.config.metrics_host, self._spec.metrics_port)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
@@ -299,7 +323,7 @@ class _Node:
             stack.callback(offload.close)
             router = Router(peers, config.dispatch, self._terms(stack, offload))
             stack.push_async_callback(router.close)
-            decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
+            decisions = DecisionFile(self._run.decisions())
             stack.callback(decisions.close)
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
@@ -314,10 +338,18 @@ class _Node:
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
             keyring = None if keys is None else keys.keyring
             await self._returned(router)
-            app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render, keyring=keyring)
+            accepts = self._stats["api"] = AcceptStats()
+            shown = NodeMetrics({**router.stats, **self._stats}, None).render
+            app = router.app(texts, config.api, offload, shown, keyring=keyring)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
-                app, config.host, config.port, grace_s=grace_s, config=config.api, certificate=certificate
+                app,
+                config.host,
+                config.port,
+                grace_s=grace_s,
+                config=config.api,
+                certificate=certificate,
+                accepts=accepts,
             )
             stack.push_async_callback(api.close)
             tasks = await stack.enter_async_context(Tasks("router"))

@@ -1,25 +1,30 @@
 """A cluster's run directory: what runs, how far each node has come, and where the logs are.
 
 Layout: ``cluster.json`` (the plan that every node reads), ``processes/NAME.json`` (who to stop), ``state/NAME.json``
-(written by the node itself), ``logs/NAME.log``, ``operator.key`` (an API key for the commands that are run here). A
-process is named by its pid *and* its start time, so that a pid that the kernel has given to somebody else is never
-signalled.
+(written by the node itself), ``logs/NAME.log``, ``operator.key`` (an API key for the commands that are run here).
+
+It is a cache of what can be seen elsewhere: who runs, in the process table; who serves, at the router. Nobody needs it
+in order to serve, and what of it cannot be read hides nothing else.
 """
 
 import fcntl
 import os
-import select
-import signal
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from tracehaul.runtime import clock
+from cluster.processes import ProcessRecord, alive, nodes_running, record_of
+from tracehaul.runtime.durable import write_whole
+from tracehaul.runtime.log import Log
+
+log = Log(__name__)
 
 LOG_TAIL_BYTES = 8192
+PROBE_BYTES = 1 << 16
+"""So much room, in each folder, is enough to start a node."""
 OPERATOR_KEY = "operator.key"
 FAULT_EXIT = 3
 """Exit code of a node whose last line of output says in one line why it could not run."""
@@ -31,13 +36,14 @@ class ClusterFault(Exception):
     """What the operator must know, in one line: shown as it is, without a traceback."""
 
 
-class ProcessRecord(msgspec.Struct, frozen=True):
-    """One process of this cluster."""
+class CannotWrite(ClusterFault):
+    """The run directory takes nothing: it is full, read-only, gone, or somebody else's."""
 
-    name: str
-    pid: int
-    start_ticks: int
-    """When the kernel started it, in clock ticks since boot: tells it from a later owner of the same pid."""
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"cannot write the run directory {path} ({error.strerror or error}): make room there, or choose another "
+            "with --run-dir"
+        )
 
 
 Phase = Literal["starting", "loading model", "joining", "ready", "stopping"]
@@ -53,76 +59,11 @@ class NodeState(msgspec.Struct, frozen=True):
     """``host:port`` where ``/metrics`` answers; empty until it does."""
 
 
-def start_ticks(pid: int) -> int | None:
-    """When ``pid`` was started; None if there is no such process, or only its unreaped remains."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The second field is the program's name in parentheses and may itself hold spaces and parentheses.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X") else int(fields[19])
-
-
-def alive(record: ProcessRecord) -> bool:
-    """Whether that very process still runs."""
-    return start_ticks(record.pid) == record.start_ticks
-
-
-def stop(records: Sequence[ProcessRecord], *, grace_s: float) -> list[str]:
-    """Ends these processes and waits for it: SIGTERM, up to ``grace_s`` for all, then SIGKILL to their groups.
-
-    Returns the names of those that had to be killed. Processes that are gone already are not an error.
-    """
-    handles: dict[int, ProcessRecord] = {}
-    try:
-        for record in records:
-            try:
-                handle = os.pidfd_open(record.pid)
-            except ProcessLookupError:
-                continue
-            handles[handle] = record
-            # Compared after opening: from here on the handle cannot come to mean another process.
-            if alive(record):
-                signal.pidfd_send_signal(handle, signal.SIGTERM)
-            else:
-                os.close(handle)
-                del handles[handle]
-        left = _wait_exit(set(handles), grace_s)
-        killed = [handles[handle].name for handle in sorted(left)]
-        for handle in sorted(left):
-            record = handles[handle]
-            try:
-                # Every node leads a session of its own, so its group is it and its children.
-                if os.getpgid(record.pid) == record.pid:
-                    os.killpg(record.pid, signal.SIGKILL)
-                else:
-                    signal.pidfd_send_signal(handle, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        _wait_exit(left, 10.0)
-        return killed
-    finally:
-        for handle in handles:
-            os.close(handle)
-
-
-def _wait_exit(handles: set[int], timeout_s: float) -> set[int]:
-    """Those of ``handles`` whose processes still run after ``timeout_s``."""
-    poll = select.poll()
-    for handle in handles:
-        poll.register(handle, select.POLLIN)
-    left = set(handles)
-    deadline = clock.perf_s() + timeout_s
-    while left and (remaining_s := deadline - clock.perf_s()) > 0:
-        for handle, _ in poll.poll(remaining_s * 1000):
-            poll.unregister(handle)
-            left.discard(handle)
-    return left
-
-
 class RunDir:
-    """Reads and writes one run directory. Files are replaced whole, so a reader never sees half of one."""
+    """Reads and writes one run directory. Files are replaced whole, so a reader never sees half of one.
+
+    What writes raises :class:`CannotWrite`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -131,23 +72,31 @@ class RunDir:
         """What a supervisor here was ordered to do."""
         self.operator_key = self.path / OPERATOR_KEY
         """A key of this launch's own, for the commands that are run here; where the API asks for keys."""
+        self._processes = self.path / "processes"
+        self._states = self.path / "state"
+        self._logs = self.path / "logs"
 
     def create(self) -> None:
-        """Makes the directories.
-
-        Raises:
-            ClusterFault: they cannot be made or written.
-        """
+        """Makes the directories, and makes sure that there is room in them."""
+        probe = self.path / "probe.tmp"
         try:
-            for part in ("processes", "state", "logs"):
-                (self.path / part).mkdir(parents=True, exist_ok=True)
-            probe = self.path / "probe.tmp"
-            probe.write_bytes(b"")
-            probe.unlink()
+            for folder in (self._processes, self._states, self._logs):
+                probe = folder / "probe.tmp"
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(probe, bytes(PROBE_BYTES))
+                probe.unlink()
         except OSError as error:
-            raise ClusterFault(
-                f"cannot write the run directory {self.path}: {error.strerror}; choose another with --run-dir"
-            ) from error
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
+            raise CannotWrite(self.path, error) from error
+
+    def is_writable(self) -> bool:
+        """Whether what a node says of itself can be kept now."""
+        try:
+            self.create()
+        except CannotWrite:
+            return False
+        return True
 
     @contextmanager
     def lock(self) -> Generator[None, None, None]:
@@ -156,7 +105,10 @@ class RunDir:
         Raises:
             ClusterFault: somebody else holds it.
         """
-        handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CannotWrite(self.path, error) from error
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -168,11 +120,17 @@ class RunDir:
         finally:
             os.close(handle)
 
+    # --- who runs -----------------------------------------------------------------------------------------
+
     def record(self, name: str, pid: int) -> ProcessRecord:
-        """Notes that process ``pid`` belongs to this cluster. A process that has died already is noted as such."""
-        record = ProcessRecord(name, pid, start_ticks(pid) or 0)
-        self._write(self.path / "processes" / f"{name}.json", msgspec.json.encode(record))
+        """Notes that process ``pid`` belongs to this cluster."""
+        record = record_of(name, pid)
+        self.note(record)
         return record
+
+    def note(self, record: ProcessRecord) -> None:
+        """Notes that process."""
+        self._write(self._processes / f"{record.name}.json", msgspec.json.encode(record))
 
     def enter(self, name: str) -> None:
         """This process is that node from now on.
@@ -186,43 +144,80 @@ class RunDir:
         self.record(name, os.getpid())
 
     def records(self) -> list[ProcessRecord]:
-        """All noted processes, by name, running or not."""
+        """The cluster's processes by name: those that are noted, running or not, and nodes that run without a note."""
+        records = {record.name: record for record in self._noted()[0]}
+        for running in nodes_running(self.plan_file):
+            noted = records.get(running.name)
+            if noted is None or not alive(noted):
+                records[running.name] = running
+        return [records[name] for name in sorted(records)]
+
+    def torn(self) -> list[str]:
+        """A line for each note of a process that cannot be read: which, and why. A node of that name that runs is among
+        :meth:`records` all the same."""
+        return self._noted()[1]
+
+    def _noted(self) -> tuple[list[ProcessRecord], list[str]]:
         found: list[ProcessRecord] = []
-        for path in sorted((self.path / "processes").glob("*.json")):
+        torn: list[str] = []
+        try:
+            paths = sorted(path for path in self._processes.iterdir() if path.suffix == ".json")
+        except FileNotFoundError:
+            return [], []
+        except OSError as error:
+            return [], [f"cannot read {self._processes}: {error.strerror}"]
+        for path in paths:
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=ProcessRecord))
+            except FileNotFoundError:  # forgotten just now
+                continue
             except (OSError, msgspec.DecodeError) as error:
-                raise ClusterFault(f"cannot read {path}: {error}") from error
-        return found
+                torn.append(f"cannot read {path}: {error}")
+        return found, torn
 
     def forget(self, name: str) -> None:
-        """Removes what is known of one process; its log stays."""
-        (self.path / "processes" / f"{name}.json").unlink(missing_ok=True)
-        (self.path / "state" / f"{name}.json").unlink(missing_ok=True)
+        """Removes what is known of one process, as far as that can be; its log stays."""
+        for folder in (self._processes, self._states):
+            with suppress(OSError):
+                (folder / f"{name}.json").unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Removes everything but the logs and what traces were answered."""
-        for record in (self.path / "processes").glob("*.json"):
-            record.unlink(missing_ok=True)
-        for state in (self.path / "state").glob("*.json"):
-            state.unlink(missing_ok=True)
-        self.plan_file.unlink(missing_ok=True)
-        self.operator_key.unlink(missing_ok=True)
+    def clear(self) -> list[str]:
+        """Removes everything but the logs and what traces were answered. A line for each file that stays, and why."""
+        left: list[str] = []
+        paths = [self.plan_file, self.operator_key]
+        for folder in (self._processes, self._states):
+            with suppress(OSError):
+                paths += [path for path in folder.iterdir() if path.suffix in (".json", ".tmp")]
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                left.append(f"cannot remove {path}: {error.strerror}")
+        return left
+
+    # --- how far they are ---------------------------------------------------------------------------------
 
     def write_state(self, name: str, state: NodeState) -> None:
         """Called by the node ``name`` itself."""
-        self._write(self.path / "state" / f"{name}.json", msgspec.json.encode(state))
+        self._write(self._states / f"{name}.json", msgspec.json.encode(state), durable=False)
 
     def state(self, name: str) -> NodeState:
-        """How far that node has come: ``starting`` until it says something else."""
+        """How far that node has come: ``starting`` until it says something else. A hint: the node may have been unable
+        to say it."""
         try:
-            return msgspec.json.decode((self.path / "state" / f"{name}.json").read_bytes(), type=NodeState)
+            return msgspec.json.decode((self._states / f"{name}.json").read_bytes(), type=NodeState)
         except (OSError, msgspec.DecodeError):
             return NodeState("starting")
+
+    # --- the plan, the key, logs --------------------------------------------------------------------------
 
     def write_plan(self, data: bytes) -> None:
         """What the nodes read."""
         self._write(self.plan_file, data)
+
+    def write_operator_key(self, data: bytes) -> None:
+        """For whoever may read the run directory as we do."""
+        self._write(self.operator_key, data, private=True)
 
     def write_host(self, data: bytes) -> None:
         """What a supervisor goes on with when it is started anew."""
@@ -230,11 +225,15 @@ class RunDir:
 
     def log(self, name: str) -> Path:
         """Where that node's output goes."""
-        return self.path / "logs" / f"{name}.log"
+        return self._logs / f"{name}.log"
 
     def answers(self, name: str) -> Path:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
+
+    def decisions(self) -> Path:
+        """Where the router writes down what it decides."""
+        return self._logs / "decisions.jsonl"
 
     def epochs(self, name: str) -> Path:
         """Where that router keeps the epochs that it knows of."""
@@ -250,7 +249,51 @@ class RunDir:
         except OSError:
             return []
 
-    def _write(self, path: Path, data: bytes) -> None:
-        fresh = path.with_suffix(f".{os.getpid()}.tmp")
-        fresh.write_bytes(data)
-        fresh.replace(path)
+    def _write(self, path: Path, data: bytes, *, private: bool = False, durable: bool = True) -> None:
+        try:
+            write_whole(path, data, private=private, durable=durable)
+        except OSError as error:
+            raise CannotWrite(self.path, error) from error
+
+
+class NotesStats(msgspec.Struct):
+    """Counts of a node's life."""
+
+    unwritten: int = 0
+    """Notes that the run directory did not take."""
+
+
+class Notes:
+    """What one node writes of itself into the run directory: never needed, so what cannot be written is counted."""
+
+    def __init__(self, run: RunDir, name: str) -> None:
+        self.stats = NotesStats()
+        self._run = run
+        self._name = name
+        self._refused = False
+
+    def enter(self) -> None:
+        """See :meth:`RunDir.enter`.
+
+        Raises:
+            ClusterFault: another process is that node.
+        """
+        with self._best_effort():
+            self._run.enter(self._name)
+
+    def tell(self, state: NodeState) -> None:
+        """How far this node is."""
+        with self._best_effort():
+            self._run.write_state(self._name, state)
+
+    @contextmanager
+    def _best_effort(self) -> Generator[None]:
+        try:
+            yield
+        except CannotWrite as fault:
+            self.stats.unwritten += 1
+            if not self._refused:
+                log.warning("not noted: the run directory cannot be written; this node serves all the same", why=fault)
+            self._refused = True
+        else:
+            self._refused = False

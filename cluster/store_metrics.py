@@ -1,5 +1,6 @@
 """What a store node, and a process that uses the store, show beside their counts."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client.metrics_core import Metric
@@ -7,6 +8,7 @@ from prometheus_client.metrics_core import Metric
 from cluster.metrics import counter, gauge
 from kvstore.client.staging import Staging
 from kvstore.node.node import StoreNode
+from tracehaul.runtime.accepting import AcceptStats
 from tracehaul.transfer.plane import Plane
 
 
@@ -63,5 +65,10 @@ def transfer_metrics(planes: Sequence[Plane]) -> Callable[[], Iterable[Metric]]:
         transfers = [plane.transfer for plane in planes]
         yield gauge("transfer_quarantined_bytes", sum(getattr(t, "quarantined_bytes", 0) for t in transfers))
         yield counter("transfer_dropped_notifications", sum(getattr(t, "dropped", 0) for t in transfers))
+        refused: Counter[str] = Counter()
+        for transfer in transfers:
+            if isinstance(accepts := getattr(transfer, "accepts", None), AcceptStats):
+                refused.update(accepts.refused)
+        yield counter("transfer_refused_connections", refused)
 
     return read

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from cluster.hosts.orders import DIGEST_VARIABLE, NodeCondition, NodeReport
 from cluster.hosts.restarts import Again, History, Leave, RestartPolicy, judge
 from cluster.plan import NodeSpec
-from cluster.rundir import ClusterFault, NodeState, ProcessRecord, RunDir, alive
+from cluster.processes import ProcessRecord, alive
+from cluster.rundir import ClusterFault, NodeState, RunDir
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 

@@ -14,8 +14,9 @@ from cluster.hosts.kept import idle_nodes, interpreter, load, release, save
 from cluster.hosts.logs import last_lines
 from cluster.hosts.orders import HostReport, NodeReport, Order, role_of, stages
 from cluster.hosts.supervise import GRACE_S, NAME
-from cluster.rundir import ClusterFault, RunDir, alive
-from cluster.rundir import stop as stop_processes
+from cluster.processes import alive
+from cluster.processes import stop as stop_processes
+from cluster.rundir import ClusterFault, RunDir
 from tracehaul import __version__
 from tracehaul.runtime import clock
 

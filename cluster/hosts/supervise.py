@@ -38,7 +38,8 @@ from cluster.hosts.lives import KILL_WAIT_S, Launch, Lives
 from cluster.hosts.logs import keep_small
 from cluster.hosts.orders import HostReport, Order, environment, role_of, stages, variables
 from cluster.plan import NodeSpec, save_plan
-from cluster.rundir import ClusterFault, RunDir, alive
+from cluster.processes import alive
+from cluster.rundir import ClusterFault, RunDir
 from tracehaul import __version__
 from tracehaul.runtime.log import Log, setup
 

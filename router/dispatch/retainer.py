@@ -41,7 +41,7 @@ from tracehaul.wire.blocks import Pin, Pinned, Prefetch, PrefetchCancel, Prefetc
 from tracehaul.wire.cluster import ASSUMED, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import salted
-from tracehaul.wire.ids import NodeId, TraceId
+from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resident
 
@@ -82,7 +82,7 @@ class Retainer:
         self, peers: Peers, members: MemberRegistry, traces: Traces, stop: Callable[[StopSteps], None]
     ) -> None:
         self.stats = RetentionStats()
-        self.told: Callable[[TraceId, Entry], None] = lambda trace, entry: None
+        self.told: Callable[[TraceKey, Entry], None] = lambda key, entry: None
         """Told of each decision as it is made."""
         self._peers = peers
         self._members = members
@@ -159,7 +159,7 @@ class Retainer:
     def _do(self, effect: Effect) -> None:
         match effect:
             case Told(key, entry):
-                self.told(key[1], entry)
+                self.told(key, entry)
             case SetPin():
                 self._start(self._set_pin(effect), f"pin {effect.name}")
             case EndPin(key, name, home):

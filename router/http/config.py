@@ -28,6 +28,8 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     background_max: Count = 64
     """Responses that run in the background; more are answered 503. A key's tenant has no more of them than are free
     beside; more are answered 429."""
+    connections_max: Count = 8192
+    """Open connections; calls on more are answered 503, and still more connections are closed."""
     headers_timeout_s: Seconds = 20.0
     """A connection whose headers are not complete by then is closed."""
     headers_bytes_max: Count = 64 * 2**10

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import socket
 import weakref
 from collections.abc import Generator
@@ -17,9 +18,10 @@ from router.dialects.openai.errors import error_body
 from router.http.asgi import CHUNKS
 from router.http.config import ApiConfig
 from router.http.tls import Certificate
+from tracehaul.runtime.accepting import Acceptor, AcceptStats
 
-CONNECTIONS_MAX = 8192
-"""Open connections; calls on more are answered 503 by the server itself."""
+ROOM = 64
+"""Connections beyond the limit, on which calls are answered 503; still more are closed."""
 BACKLOG = 1024
 KEEP_ALIVE_S = 75
 START_TIMEOUT_S = 10.0
@@ -27,6 +29,14 @@ CANCEL_TIMEOUT_S = 5.0
 
 
 class _Server(uvicorn.Server):
+    acceptor: Acceptor | None = None
+    """In the place of asyncio's own servers."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.acceptor is not None:
+            self.acceptor.close()
+        await super().shutdown(sockets)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Signals belong to the process that hosts us."""
@@ -40,6 +50,7 @@ class _TooLarge(Exception):
 class _Protocol(HttpToolsProtocol):
     """Offers each call's :class:`_Chunks`, and ends connections whose headers are too large or do not end."""
 
+    accepts: AcceptStats
     headers_timeout_s = 0.0
     headers_bytes_max = 0
     _header_bytes = 0
@@ -96,6 +107,8 @@ class _Protocol(HttpToolsProtocol):
         self._heading = self._head_alone = False
         self._in_body = True
         self._heard()
+        if len(self.connections) >= (self.limit_concurrency or math.inf):
+            self.accepts.refuse("api", "connections", connections=len(self.connections))
         super().on_headers_complete()
         cycle = cast("RequestResponseCycle | None", self.cycle)  # none where another protocol takes over
         if cycle is not None:
@@ -221,6 +234,7 @@ async def serve(
     grace_s: int = 5,
     config: ApiConfig | None = None,
     certificate: Certificate | None = None,
+    accepts: AcceptStats | None = None,
 ) -> ApiServer:
     """Start serving ``app``.
 
@@ -231,32 +245,34 @@ async def serve(
         grace_s: for calls in progress when it is closed.
         config: limits of headers.
         certificate: serve over TLS, with it.
+        accepts: counts the connections that come.
 
     Raises:
         OSError: the address cannot be bound; says which.
     """
     limits = config or ApiConfig()
+    accepts = accepts or AcceptStats()
     bounds = {"headers_timeout_s": limits.headers_timeout_s, "headers_bytes_max": limits.headers_bytes_max}
     listener = await _bind(host, port)
+    protocol = cast(type[_Protocol], type("Protocol", (_Protocol,), {**bounds, "accepts": accepts}))
     settings = uvicorn.Config(
         app,
         loop="none",
-        http=type("Protocol", (_Protocol,), bounds),
+        http=protocol,
         ws="none",
         lifespan="auto",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=CONNECTIONS_MAX,
+        limit_concurrency=limits.connections_max,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=grace_s,
     )
     settings.load()
-    settings.ssl = certificate.context if certificate is not None else None
     server = _Server(settings)
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="http-server")
+    task = asyncio.create_task(server.serve(sockets=[]), name="http-server")
     try:
         async with asyncio.timeout(START_TIMEOUT_S):
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn offers no event to wait for
@@ -266,7 +282,16 @@ async def serve(
         raise
     if task.done():
         task.result()
-    return ApiServer(server, task, host, listener.getsockname()[1])
+    port = listener.getsockname()[1]
+    server.acceptor = Acceptor(
+        [listener],
+        lambda: protocol(config=settings, server_state=server.server_state, app_state=server.lifespan.state),
+        accepts,
+        what=f"{host}:{port}",
+        tls=certificate.context if certificate is not None else None,
+        full=lambda: len(server.server_state.connections) >= limits.connections_max + ROOM,
+    )
+    return ApiServer(server, task, host, port)
 
 
 async def _bind(host: str, port: int) -> socket.socket:

@@ -1,6 +1,6 @@
 """A trace's story in plain words, from what the router remembers of it. Pure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from router.traces.decisions import Asked, Decision, Ended, Moved, Placed, Recalled, Replaced, Retained
 from router.traces.hits import Hits
@@ -36,8 +36,12 @@ def story(trace: TraceView) -> list[str]:
     if trace.steps_count > len(trace.steps):
         lines.append(f"Of its {trace.steps_count} steps the last {len(trace.steps)} are remembered.")
     steps = {step.id: step for step in trace.steps}
-    lines += [f"{_s(entry.ago_s):>8} ago  {_event(entry, steps)}" for entry in trace.decisions]
-    return lines
+    return lines + events(trace.decisions, steps)
+
+
+def events(decisions: Iterable[DecisionView], steps: Mapping[StepId, StepView] | None = None) -> list[str]:
+    """A line for each decision, with what is known of its step."""
+    return [f"{_s(entry.ago_s):>8} ago  {_event(entry, steps or {})}" for entry in decisions]
 
 
 def _now(trace: TraceView) -> str:

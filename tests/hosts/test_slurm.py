@@ -12,7 +12,8 @@ import pytest
 from cluster.hosts.restarts import RestartPolicy
 from cluster.hosts.slurm import SlurmJob, batch_script
 from cluster.plan import NodeSpec
-from cluster.rundir import RunDir, start_ticks
+from cluster.processes import start_ticks
+from cluster.rundir import RunDir
 from tests.hosts.slurm_site import HOSTS, PROGRAMS, SlurmSite
 from tests.process.host_nodes import make_plan
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cluster.rundir import RunDir, alive
+from cluster.processes import alive
+from cluster.rundir import RunDir
 from tracehaul.runtime import clock
 
 SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB"]

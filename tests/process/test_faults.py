@@ -17,7 +17,7 @@ import pytest
 from bench.common.fleet import Fleet, Step
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from cluster.rundir import alive as runs
+from cluster.processes import alive as runs
 from kvstore.client.client import BREAK_S
 from router.dispatch.dispatch import DispatchConfig
 from tracehaul.runtime import clock

@@ -16,7 +16,8 @@ import pytest
 import cluster
 from cluster.hosts.asks import Status, address, ask
 from cluster.launch import down
-from cluster.rundir import RunDir, start_ticks
+from cluster.processes import start_ticks
+from cluster.rundir import RunDir
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
 from tests.process.test_api_http import wait_until
 

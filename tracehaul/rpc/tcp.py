@@ -12,11 +12,9 @@ from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
-from tracehaul.runtime.addresses import BACKLOG, announced, bound
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.accepting import Acceptor, AcceptStats
+from tracehaul.runtime.addresses import announced, bound
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
-
-log = Log(__name__)
 
 S = TypeVar("S", bound=Session)
 
@@ -46,14 +44,17 @@ class TcpNetwork:
         *,
         server_tls: ssl.SSLContext | None = None,
         client_tls: ssl.SSLContext | None = None,
+        accepts: AcceptStats | None = None,
     ) -> None:
         self._limits = limits
         self._server_tls = server_tls
         self._client_tls = client_tls
+        self.accepts = accepts or AcceptStats()
+        """Of all its servers."""
 
     async def listen(self, address: str, service: Service, announce: str = "") -> "TcpServer":
         host, port = split_address(address)
-        server = TcpServer(service, self._limits)
+        server = TcpServer(service, self._limits, self.accepts)
         await server.start(host, port, announced(host, announce), self._server_tls)
         return server
 
@@ -86,20 +87,20 @@ class TcpNetwork:
 class TcpServer:
     """Implements :class:`tracehaul.rpc.base.Server`."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    def __init__(self, service: Service, limits: Limits, accepts: AcceptStats) -> None:
         self._service = service
         self._limits = limits
+        self._accepts = accepts
         self._sessions: dict[ServerSession, None] = {}
         self._address = ""
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
 
     async def start(self, host: str, port: int, announce: str, tls: ssl.SSLContext | None) -> None:
         """Bind to ``host``, and serve under the name ``announce``; raises OSError."""
-        loop = asyncio.get_running_loop()
-        sock = await loop.run_in_executor(None, bound, host, port)
-        sock.setblocking(False)
-        self._server = await loop.create_server(self._accept, sock=sock, ssl=tls, backlog=BACKLOG)
-        self._address = join_address(announce, sock.getsockname()[1])
+        listener = await asyncio.get_running_loop().run_in_executor(None, bound, host, port)
+        listener.setblocking(False)
+        self._address = join_address(announce, listener.getsockname()[1])
+        self._acceptor = Acceptor([listener], self._accept, self._accepts, what=self._address, tls=tls)
 
     @property
     def address(self) -> str:
@@ -110,7 +111,7 @@ class TcpServer:
 
     def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
         if len(self._sessions) >= self._limits.connections_max:
-            log.warning("connection refused: too many", address=self._address, connections=len(self._sessions))
+            self._accepts.refuse(self._address, "connections", connections=len(self._sessions))
             return None
         peer = f"{pipe.remote}#{next(_peer_numbers)}"
         session = ServerSession(pipe, self._limits, self._service, peer, self._forget)
@@ -121,8 +122,8 @@ class TcpServer:
         self._sessions.pop(session, None)
 
     async def close(self) -> None:
-        assert self._server is not None
-        self._server.close()
+        assert self._acceptor is not None
+        self._acceptor.close()
         await close_all(list(self._sessions))
 
 

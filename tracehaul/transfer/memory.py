@@ -167,12 +167,17 @@ def address_of(buffer: memoryview) -> int:
 
 def available_bytes() -> int:
     """Memory that can be allocated without swapping: the machine's, or what is left of a control group's limit."""
-    available = [_meminfo_available_bytes()]
+    return available_memory()[0]
+
+
+def available_memory() -> tuple[int, str]:
+    """See :func:`available_bytes`; and what ends it, in words."""
+    available = [(_meminfo_available_bytes(), "this machine's")]
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mount, limit, usage = "/sys/fs/cgroup", "memory.max", "memory.current"
-        elif controllers == "memory":
+        elif "memory" in controllers.split(","):
             mount, limit, usage = "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
@@ -180,8 +185,8 @@ def available_bytes() -> int:
         for folder in (group, *group.parents):
             left = _group_left_bytes(f"{mount}{folder}".rstrip("/"), limit, usage)
             if left is not None:
-                available.append(left)
-    return min(available)
+                available.append((left, f"what {limit} of the control group {folder} leaves"))
+    return min(available, key=lambda one: one[0])
 
 
 def _group_left_bytes(folder: str, limit: str, usage: str) -> int | None:

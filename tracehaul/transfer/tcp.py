@@ -64,6 +64,7 @@ class TcpTransfer:
         self._regions: dict[bytes, memoryview] = {}
         self._pump = Pump("tcp", THREADS)
         self._listener = Listener(sock, self._pump, self._regions)
+        self.accepts = self._listener.accepts
         self._pump.add(self._listener, READABLE)
         self._ends: dict[tuple[str, int], _End] = {}
         self._names = Names()
@@ -145,6 +146,7 @@ class TcpTransfer:
         self._closed = True
         await self._names.aclose()
         await asyncio.get_running_loop().run_in_executor(None, self._pump.close)
+        self._listener.close()
         for order in list(self._orders.values()):  # now: nothing moves any more
             order.fail(TransferLost("this side closed its transport"))
         self._ends.clear()

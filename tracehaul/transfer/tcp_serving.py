@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 
 from tracehaul.runtime import clock
+from tracehaul.runtime.accepting import NO_DESCRIPTOR, AcceptStats, Spare
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.cursor import Cursor
 from tracehaul.transfer.landing import COPIES_MAX
@@ -25,26 +26,45 @@ class Listener:
         self.socket.setblocking(False)
         self._pump = pump
         self._regions = regions
+        self._spare = Spare()
+        self.accepts = AcceptStats()
         self.serving: set[Serving] = set()
 
     def advance(self) -> bool:
         """Accept what waits."""
         try:
-            while True:
-                accepted, _ = self.socket.accept()
-                if len(self.serving) >= CONNECTIONS_MAX:
-                    accepted.close()
-                    continue
-                wire.prepare(accepted)
-                serving = Serving(accepted, self)
-                self.serving.add(serving)
-                self._pump.add(serving, READABLE)
+            while self._accept_one():
+                pass
         except BlockingIOError:
             pass
-        except OSError:  # no descriptor is left: others must end first
+        except OSError:  # nothing can be taken now: others must end first
             threading.Event().wait(PAUSE_S)
         self._pump.arm(self, READABLE)
         return False
+
+    def _accept_one(self) -> bool:
+        """Whether one was taken, or refused aloud."""
+        try:
+            accepted, _ = self.socket.accept()
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTOR or not self._spare.refuse_one(self.socket):
+                raise
+            self.accepts.refuse("data plane", "descriptors", why=error)
+            return True
+        if len(self.serving) >= CONNECTIONS_MAX:
+            accepted.close()
+            self.accepts.refuse("data plane", "connections", connections=len(self.serving))
+            return True
+        self.accepts.accepted += 1
+        wire.prepare(accepted)
+        serving = Serving(accepted, self)
+        self.serving.add(serving)
+        self._pump.add(serving, READABLE)
+        return True
+
+    def close(self) -> None:
+        """After its pump was."""
+        self._spare.close()
 
     def region(self, token: bytes) -> memoryview | None:
         """The region of that token."""

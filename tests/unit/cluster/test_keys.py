@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cluster.api import Api, make_operator_key, new_secret, operator_key, write_private
+from cluster.api import Api, make_operator_key, new_secret, operator_key
 from cluster.cli import app
 from cluster.config import is_loopback
 from cluster.config_file import load_config
 from cluster.launch import check_access
 from cluster.rundir import ClusterFault, RunDir
 from router.http.keys import Keyring, read_keys
+from tracehaul.runtime.durable import write_whole
 
 
 def keys(*args: str) -> str:
@@ -77,7 +78,7 @@ def test_a_file_is_replaced_whole_and_private(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_bytes(b"old")
     file.chmod(0o644)
-    write_private(file, b"new")
+    write_whole(file, b"new", private=True)
     assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (b"new", 0o600)
     assert list(tmp_path.iterdir()) == [file]
 

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from cluster.metric_names import COUNTERS, GAUGES, LOAD, OTHER_COUNTERS, PARTS, Metric, document, every
+from cluster.rundir import NotesStats
 from kvstore.client.client import ClientStats
 from kvstore.copies.copier import CopyStats
 from kvstore.copies.replicator import ReplicaStats
@@ -17,6 +18,8 @@ from kvstore.tiers.object_tier import ObjectStats
 from kvstore.tiers.stack import StackStats
 from kvstore.tiers.tiering import TieringStats
 from router.dispatch.dispatch import DispatchStats
+from tracehaul.runtime.accepting import AcceptStats
+from tracehaul.runtime.output import OutputStats
 from tracehaul.wire.cluster import NodeLoad
 from worker.host import WorkerStats
 
@@ -37,6 +40,9 @@ DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
         ClientStats,
         WorkerStats,
         DispatchStats,
+        AcceptStats,
+        NotesStats,
+        OutputStats,
     ],
 )
 def test_every_count_has_a_metric(stats: type[msgspec.Struct]):

@@ -14,7 +14,7 @@ def test_decisions_are_json_lines_in_files_of_bounded_size(tmp_path, monkeypatch
     async def main() -> None:
         file = DecisionFile(tmp_path / "decisions.jsonl")
         for at in range(100):
-            file.write(TraceId(f"t{at}"), Entry(1.0, Asked("suspend", {"expected_s": 5.0, "tool": "make %s"})))
+            file.write(("", TraceId(f"t{at}")), Entry(1.0, Asked("suspend", {"expected_s": 5.0, "tool": "make %s"})))
         file.close()
 
     asyncio.run(main())
@@ -32,7 +32,7 @@ def test_a_decision_is_in_the_file_soon_though_none_follows(tmp_path) -> None:
 
     async def main() -> None:
         file = DecisionFile(path)
-        file.write(TraceId("t"), Entry(1.0, Asked("resume", {})))
+        file.write(("", TraceId("t")), Entry(1.0, Asked("resume", {})))
         await asyncio.sleep(decision_file.LATE_S)
         while not path.stat().st_size:  # noqa: ASYNC110 - a file tells nobody
             await asyncio.sleep(0.01)
@@ -50,7 +50,7 @@ def test_a_disk_that_refuses_costs_the_lines_and_nothing_else(tmp_path, monkeypa
         (tmp_path / "gone" / "d.jsonl").unlink()
         (tmp_path / "gone").rmdir()  # it can neither be put aside nor made anew
         for at in range(20):
-            file.write(TraceId(f"t{at}"), Entry(1.0, Asked("resume", {})))
+            file.write(("", TraceId(f"t{at}")), Entry(1.0, Asked("resume", {})))
         file.close()
 
     (tmp_path / "gone").mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tracehaul.transfer import memory
-from tracehaul.transfer.memory import PAGE_BYTES, NoMemory, address_of, allocate, available_bytes
+from tracehaul.transfer.memory import PAGE_BYTES, NoMemory, address_of, allocate, available_bytes, available_memory
 
 
 def resident_bytes() -> int:
@@ -80,13 +80,13 @@ def test_a_limit_of_the_control_group_counts(monkeypatch: pytest.MonkeyPatch) ->
         "/sys/fs/cgroup/pod/memory.stat": "anon 1\ninactive_file 100000000\n",
     }
     monkeypatch.setattr(memory, "_read", lambda path: files.get(path, ""))
-    assert available_bytes() == 500_000_000
+    assert available_memory() == (500_000_000, "what memory.max of the control group /pod leaves")
     files["/proc/self/cgroup"] = "4:memory:/box\n0::/\n"
     files["/sys/fs/cgroup/memory/memory.limit_in_bytes"] = "400000000\n"
     files["/sys/fs/cgroup/memory/memory.usage_in_bytes"] = "100000000\n"
     assert available_bytes() == 300_000_000
     files["/proc/self/cgroup"] = ""
-    assert available_bytes() == 1_024_000_000
+    assert available_memory() == (1_024_000_000, "this machine's")
 
 
 def test_nothing_is_left_of_a_killed_process() -> None:
