@@ -227,7 +227,7 @@ class _Node:
         from cluster.decision_file import DecisionFile
         from router.assemble import Router
         from router.http.access import KeysOnDisk
-        from router.http.files import refreshing
+        from tracehaul.runtime.files import refreshing
         from router.http.server import serve
         from router.http.tls import certificate_of
         from tracehaul.model.text import Text

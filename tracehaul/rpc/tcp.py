@@ -10,10 +10,12 @@ from typing import Generic, TypeVar, cast
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
+from tracehaul.rpc.handshake import Handshake
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
+from tracehaul.runtime.credentials import Credentials, names_of, why_refused
 from tracehaul.runtime.log import Log
-from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
+from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut, Untrusted
 
 log = Log(__name__)
 
@@ -38,23 +40,17 @@ _peer_numbers = itertools.count(1)
 
 
 class TcpNetwork:
-    """Implements :class:`tracehaul.rpc.base.Network`. With TLS contexts, both directions are encrypted."""
+    """Implements :class:`tracehaul.rpc.base.Network`. With ``credentials`` all is under TLS, and both ends prove who
+    they are."""
 
-    def __init__(
-        self,
-        limits: Limits = DEFAULT_LIMITS,
-        *,
-        server_tls: ssl.SSLContext | None = None,
-        client_tls: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, limits: Limits = DEFAULT_LIMITS, *, credentials: Credentials | None = None) -> None:
         self._limits = limits
-        self._server_tls = server_tls
-        self._client_tls = client_tls
+        self._credentials = credentials
 
     async def listen(self, address: str, service: Service) -> "TcpServer":
         host, port = split_address(address)
-        server = TcpServer(service, self._limits)
-        await server.start(host, port, self._server_tls)
+        server = TcpServer(service, self._limits, self._credentials)
+        await server.start(host, port)
         return server
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
@@ -64,7 +60,8 @@ class TcpNetwork:
         try:
             host, port = split_address(address)
             async with asyncio.timeout(timeout_s):
-                await loop.create_connection(lambda: pipe, host, port, ssl=self._client_tls)
+                tls = self._credentials.now.client if self._credentials is not None else None
+                await loop.create_connection(lambda: pipe, host, port, ssl=tls)
                 session = pipe.session
                 assert session is not None
                 await session.greeted()
@@ -72,6 +69,9 @@ class TcpNetwork:
         except TimeoutError:
             pipe.close()
             raise TimedOut(f"{address} did not answer within {timeout_s:g} s") from None
+        except ssl.SSLError as error:
+            pipe.close()
+            raise Untrusted(f"{address}: {why_refused(error)}") from error
         except (OSError, UnicodeError) as error:  # the latter: a host that no name service takes
             pipe.close()
             raise PeerLost(f"cannot connect to {address}: {error}") from error
@@ -86,24 +86,28 @@ class TcpNetwork:
 class TcpServer:
     """Implements :class:`tracehaul.rpc.base.Server`."""
 
-    def __init__(self, service: Service, limits: Limits) -> None:
+    def __init__(self, service: Service, limits: Limits, credentials: Credentials | None) -> None:
         self._service = service
         self._limits = limits
+        self._credentials = credentials
         self._sessions: dict[ServerSession, None] = {}
         self._address = ""
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int, tls: ssl.SSLContext | None) -> None:
+    async def start(self, host: str, port: int) -> None:
         """Bind and serve; raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._accept, host, port, ssl=tls, backlog=_BACKLOG)
+        self._server = await loop.create_server(self._accept, host, port, backlog=_BACKLOG)
         self._address = join_address(host, self._server.sockets[0].getsockname()[1])
 
     @property
     def address(self) -> str:
         return self._address
 
-    def _accept(self) -> "_TcpPipe[ServerSession]":
+    def _accept(self) -> asyncio.Protocol:
+        return self._pipe() if self._credentials is None else Handshake(self._credentials, self._pipe)
+
+    def _pipe(self) -> "_TcpPipe[ServerSession]":
         return _TcpPipe(self._limits, self._open, _CALLS_BURST)
 
     def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
@@ -111,7 +115,7 @@ class TcpServer:
             log.warning("connection refused: too many", address=self._address, connections=len(self._sessions))
             return None
         peer = f"{pipe.remote}#{next(_peer_numbers)}"
-        session = ServerSession(pipe, self._limits, self._service, peer, self._forget)
+        session = ServerSession(pipe, self._limits, self._service, peer, self._forget, pipe.names)
         self._sessions[session] = None
         return session
 
@@ -138,6 +142,8 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         """Frames read since others were let run."""
         self.session: S | None = None
         self.remote = ""
+        self.names: frozenset[str] | None = None
+        """Of the peer, as its certificate proves."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -145,6 +151,7 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         _tune(self._transport.get_extra_info("socket"))
         peername = self._transport.get_extra_info("peername")
         self.remote = join_address(peername[0], peername[1]) if peername else "unknown"
+        self.names = names_of(self._transport.get_extra_info("peercert"))
         self.session = self._open_session(self)
         if self.session is None:
             self._transport.abort()
@@ -187,7 +194,10 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         if self._close_timer is not None:
             self._close_timer.cancel()
         if self.session is not None:
-            self.session.lost(f"connection to {self.remote} lost: {exc or 'closed by peer'}")
+            if isinstance(exc, ssl.SSLError):  # in TLS 1.3 a client hears after its handshake that it is refused
+                self.session.lost(Untrusted(why_refused(exc)))
+            else:
+                self.session.lost(PeerLost(f"connection to {self.remote} lost: {exc or 'closed by peer'}"))
 
     def send(self, frame: Frame) -> None:
         transport = self._transport

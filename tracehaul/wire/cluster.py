@@ -123,6 +123,8 @@ class Join(Message, frozen=True):
     """
 
     info: NodeInfo
+    token: str = ""
+    """The cluster's join token, where it has one."""
 
 
 class Members(Message, frozen=True):
