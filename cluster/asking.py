@@ -8,7 +8,7 @@ import httpx
 import msgspec
 
 from cluster.api import Api, here
-from cluster.config import Plan, load_plan, nodes_of
+from cluster.plan import Plan, load_plan
 from cluster.rundir import ClusterFault, RunDir, alive
 from router.fleet.members import NodeStatus
 from tracehaul.rpc.peers import Peers
@@ -107,7 +107,7 @@ def find(url: str | None, run: RunDir, key: str | None = None) -> Found:
         lost = str(fault)
     stores = {ref.node: ref for ref in _stores(statuses)}
     running = {record.name for record in run.records() if alive(record)}
-    for spec in nodes_of(plan.config):
+    for spec in plan.nodes:
         if spec.role != "store":
             continue
         name = NodeId(spec.name)

@@ -17,8 +17,10 @@ from rich.table import Table
 
 from cluster.api import Api, here
 from cluster.asking import ask_router
-from cluster.config import base_url, load_config, load_plan, parse_quota
+from cluster.config import base_url, parse_quota
+from cluster.config_file import load_config
 from cluster.keys import app as keys_app
+from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir, alive
 from cluster.store.command import KeyOption, parse_size
 from cluster.store.commands import app as store_app

@@ -1,19 +1,18 @@
-"""One config for a whole cluster: a TOML file, then the command line on top; strict, parsed once.
+"""One config for a whole cluster, whether it is this machine or many hosts (:mod:`cluster.config_file` reads it).
 
-What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a :class:`Plan`: the same, with
-everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
+What an operator asks for is a :class:`ClusterConfig`. What the nodes read is a :class:`cluster.plan.Plan`: the same,
+with everything that was decided at launch (the model's place on disk, addresses, sizes that follow from the model).
 """
 
 import ipaddress
-import os
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
+from cluster.fleet.config import HOSTS_MAX, NODES_MAX, HostConfig, NetworkConfig, PoolName
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import PAGE_BYTES, StoreConfig
 from kvstore.copies.copier import ReplicationConfig
@@ -22,15 +21,12 @@ from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
 from router.dispatch.dispatch import DispatchConfig
 from router.http.config import ApiConfig
-from tracehaul.model.source import DEFAULT_MODEL, ModelSource
+from tracehaul.model.source import DEFAULT_MODEL
 from tracehaul.transfer.opening import Kind
 from tracehaul.wire.hashing import KVLayout
 from worker.config import WorkerConfig
 
 Role = Literal["router", "store", "prefill", "decode"]
-
-NODES_MAX = 64
-"""Of one role in one cluster."""
 
 OBJECTS_MAX = 4_000_000
 """Blocks of one store node in its bucket: its index is in memory, about half a KiB each."""
@@ -42,7 +38,6 @@ POOLS_MAX = 16
 Count = Annotated[int, Meta(ge=1, le=NODES_MAX)]
 KVTokens = Annotated[int, Meta(ge=32)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-PoolName = Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_.]{0,31}$")]
 Seconds = Annotated[float, Meta(gt=0)]
 
 
@@ -108,6 +103,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...)."""
     s3_bytes: Annotated[int, Meta(ge=0)] = 0
     """The most that each store node keeps there."""
+    hosts: Annotated[tuple[HostConfig, ...], Meta(max_length=HOSTS_MAX)] = ()
+    """The hosts of a fleet (``[[hosts]]``), each with its nodes; then ``[nodes]`` and the pools' numbers of workers are
+    not said. Empty: this machine."""
+    network: NetworkConfig = NetworkConfig()
+    prices: dict[str, Annotated[float, Meta(ge=0)]] = {}
+    """Of an hour, by the hosts' kinds; in any currency."""
     tiering: TieringConfig = TieringConfig()
     replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()
@@ -117,99 +118,6 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From the first process to the last one ready."""
     drain_timeout_s: Seconds = 10.0
     """What a node may take to end its work when it is told to stop."""
-
-
-class NodeSpec(msgspec.Struct, frozen=True):
-    """One process to run."""
-
-    name: str
-    role: Role
-    pool: str = ""
-    """A worker's; empty for other roles, and for the one pool of a cluster that names none."""
-
-
-class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One pool as launched."""
-
-    name: str
-    model: ModelSource
-    """Under the name that clients call it by."""
-    config: PoolConfig
-    """With nothing left open."""
-
-
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A cluster as launched; every node reads it."""
-
-    config: ClusterConfig
-    pools: tuple[PoolPlan, ...]
-    router_address: str
-    """``host:port`` of the router's control plane: fixed, so that nodes find a restarted router."""
-    store: StoreConfig
-    threads: int
-
-    def pool(self, name: str) -> PoolPlan:
-        """The pool of that name, which is one of the plan's."""
-        return next(pool for pool in self.pools if pool.name == name)
-
-
-def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfig:
-    """The config in ``path`` (TOML), with ``overrides`` on top: dotted names, those that are None left out.
-
-    Raises:
-        ClusterFault: the file cannot be read, or names or holds what no config has.
-    """
-    merged: dict[str, Any] = {}
-    if path is not None:
-        try:
-            merged = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ClusterFault(f"cannot read the config {path}: {error}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ClusterFault(f"{path} is not valid TOML: {error}") from error
-    for name, value in overrides.items():
-        if value is None:
-            continue
-        section = merged
-        *parents, leaf = name.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise ClusterFault(f"{path}: `{parent}` must be a section")
-        section[leaf] = value
-    where = f" (in {path} or on the command line)" if path else ""
-    if merged.get("pools"):
-        workers = merged["nodes"] if isinstance(merged.get("nodes"), dict) else {}
-        if said := [name for name in ("model", "prefill", "decode") if name in merged or name in workers]:
-            raise ClusterFault(f"the config is wrong{where}: with [pools] each pool says its own {', '.join(said)}")
-    try:
-        config = msgspec.convert(merged, ClusterConfig)
-    except msgspec.ValidationError as error:
-        raise ClusterFault(f"the config is wrong{where}: {error}") from error
-    names = [pool.serves or name for name, pool in config.pools.items()]
-    if len(set(names)) < len(names):
-        raise ClusterFault(f"the config is wrong{where}: two pools serve one name ({', '.join(sorted(names))})")
-    check_open(config)
-    return _placed(config)
-
-
-def _placed(config: ClusterConfig) -> ClusterConfig:
-    """With the API's files named so that nodes find them, which run elsewhere."""
-    names = ("keys_file", "tls_cert", "tls_key")
-    placed = {name: str(Path(said).absolute()) for name in names if (said := getattr(config.api, name))}
-    return msgspec.structs.replace(config, api=msgspec.structs.replace(config.api, **placed)) if placed else config
-
-
-def check_open(config: ClusterConfig) -> None:
-    """Raises ClusterFault if the API would be there for everybody, and nobody said so."""
-    api = config.api
-    if not (api.keys_file or api.open or is_loopback(config.host)):
-        raise ClusterFault(
-            f"{config.host} can be reached from elsewhere, and the API asks nobody for a key: make some with "
-            "`tracehaul keys add` and say --keys FILE, or say --open"
-        )
-    if api.tls_key and not api.tls_cert:
-        raise ClusterFault("--tls-key needs the certificate too: --tls-cert")
 
 
 def is_loopback(host: str) -> bool:
@@ -248,63 +156,6 @@ def base_url(config: ClusterConfig) -> str:
 def authority(host: str, port: int) -> str:
     """``host:port`` as URLs have it."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def load_plan(run: RunDir) -> Plan:
-    """What was launched in this run directory.
-
-    Raises:
-        ClusterFault: there is no readable plan.
-    """
-    try:
-        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
-    except FileNotFoundError as error:
-        raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
-    except (OSError, msgspec.DecodeError) as error:
-        raise ClusterFault(f"cannot read {run.plan_file}: {error}") from error
-
-
-def save_plan(run: RunDir, plan: Plan) -> None:
-    """Puts the plan where :func:`load_plan` finds it."""
-    run.write_plan(msgspec.json.format(msgspec.json.encode(plan, enc_hook=str)))
-
-
-def nodes_of(config: ClusterConfig) -> list[NodeSpec]:
-    """Every process of the cluster, in the order to start them."""
-    pools = pools_of(config)
-    specs = [NodeSpec(ROUTER, "router"), *(NodeSpec(f"store-{i}", "store") for i in range(config.nodes.store))]
-    for name, pool in pools.items():
-        counts: tuple[tuple[Role, int], ...] = (("prefill", pool.prefill), ("decode", pool.decode))
-        for role, count in counts:
-            kind = f"{role}-{name}" if name else role
-            specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
-    return specs
-
-
-def workers_of(config: ClusterConfig) -> int:
-    """How many there are, in all pools."""
-    return sum(pool.prefill + pool.decode for pool in pools_of(config).values())
-
-
-def threads_of(config: ClusterConfig, cores: int) -> int:
-    """Compute threads of each worker.
-
-    At least two where there are two cores, even if the workers then share them: the prefill and the decode of one
-    trace take turns, so on a small machine each may have what the other leaves.
-    """
-    if config.threads is not None:
-        return config.threads
-    return max(min(cores, 2), cores // workers_of(config))
-
-
-def shared_cores(config: ClusterConfig, threads: int, cores: int) -> float:
-    """The share of a worker's ``threads`` that have no core of their own where all workers compute."""
-    return min(1.0, max(0.0, (workers_of(config) * threads - cores) / threads))
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def store_config(config: ClusterConfig, layouts: Sequence[KVLayout]) -> StoreConfig:

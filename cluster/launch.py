@@ -21,22 +21,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 
 from cluster.api import here, make_operator_key
-from cluster.config import (
-    ROUTER,
-    ClusterConfig,
-    NodeSpec,
-    Plan,
-    PoolConfig,
-    PoolPlan,
-    load_plan,
-    nodes_of,
-    pools_of,
-    save_plan,
-    store_config,
-    threads_of,
-    usable_cores,
-)
+from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
 from cluster.model import kv_layout, note
+from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
@@ -107,13 +94,11 @@ def restart(run: RunDir, names: Sequence[str], console: Console) -> None:
         ClusterFault: no cluster runs here, a name is not in its plan, or a node does not come up.
     """
     plan = load_plan(run)
-    specs = {spec.name: spec for spec in nodes_of(plan.config)}
-    if unknown := [name for name in names if name not in specs]:
-        raise ClusterFault(f"no node {', '.join(unknown)} here; there are {', '.join(specs)}")
+    specs = [plan.node(name) for name in dict.fromkeys(names)]
     with run.lock():
         grace_s = plan.config.drain_timeout_s + ROLLBACK_GRACE_S
         stop([record for record in run.records() if record.name in names and alive(record)], grace_s=grace_s)
-        asyncio.run(_start_again(plan, run, [specs[name] for name in dict.fromkeys(names)], console))
+        asyncio.run(_start_again(plan, run, specs, console))
 
 
 def refuse_if_running(run: RunDir) -> None:
@@ -169,9 +154,8 @@ def make_plan(config: ClusterConfig, console: Console) -> Plan:
     return Plan(
         config=config,
         pools=tuple(pools),
-        router_address=f"127.0.0.1:{free_port()}",
         store=store_config(config, layouts),
-        threads=threads_of(config, usable_cores()),
+        nodes=nodes_of(config, free_port()),
     )
 
 
@@ -225,7 +209,7 @@ async def _start(plan: Plan, run: RunDir, console: Console) -> None:
     children: dict[str, subprocess.Popen[bytes]] = {}
     records: list[ProcessRecord] = []
     try:
-        for spec in nodes_of(plan.config):
+        for spec in plan.nodes:
             run.log(spec.name).unlink(missing_ok=True)
             children[spec.name] = _spawn(spec, run)
             records.append(run.record(spec.name, children[spec.name].pid))

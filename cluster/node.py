@@ -17,8 +17,9 @@ import msgspec
 import uvloop
 from prometheus_client.metrics_core import Metric
 
-from cluster.config import NodeSpec, Plan, authority, load_plan, nodes_of, shared_cores, usable_cores
+from cluster.config import authority
 from cluster.metrics import NodeMetrics
+from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
@@ -44,9 +45,6 @@ from tracehaul.wire.ids import Generation, NodeId
 
 log = Log(__name__)
 
-HOST = "127.0.0.1"
-"""Every node listens on the loopback interface."""
-LISTEN = f"{HOST}:0"
 COPY_THREADS = 2
 
 
@@ -55,9 +53,7 @@ def run_node(name: str, run: RunDir) -> int:
     setup(name)
     try:
         plan = load_plan(run)
-        spec = next((spec for spec in nodes_of(plan.config) if spec.name == name), None)
-        if spec is None:
-            raise ClusterFault(f"the plan has no node {name}")
+        spec = plan.node(name)
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
     except (ClusterFault, WrongPool, SourceError, BadKeys, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
@@ -105,7 +101,8 @@ class _Node:
         log.info("ended")
 
     def _info(self, role: Role) -> NodeInfo:
-        return NodeInfo(NodeId(self._spec.name), self._generation, role, LISTEN, pool=self._spec.pool)
+        listen = authority(self._spec.listen, self._spec.control_port)
+        return NodeInfo(NodeId(self._spec.name), self._generation, role, listen, pool=self._spec.pool)
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
@@ -118,7 +115,7 @@ class _Node:
         """Listen, join, serve until told to stop."""
         member = room.member
         async with AsyncExitStack() as stack:
-            node = await stack.enter_async_context(serving(member, network, peers, self._plan.router_address))
+            node = await stack.enter_async_context(serving(member, network, peers, self._plan.routers[0]))
             page = await NodeMetrics(member.stats, member.load, room.metrics).serve(self._plan.config.metrics_host)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
@@ -139,7 +136,7 @@ class _Node:
     def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
         """The transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, HOST, offload)
+        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload)
         stack.push_async_callback(transfer.close)
         return transfer
 
@@ -177,6 +174,7 @@ class _Node:
 
         config, pool = self._plan.config, self._plan.pool(self._spec.pool).config
         limits, buffer_bytes = pool.worker or config.worker, self._plan.store.slot_bytes
+        workers = self._plan.workers_on(self._spec.host)
         self._tell(phase="loading model")
         engine = await self._engine()
         stack.push_async_callback(engine.aclose)
@@ -192,7 +190,7 @@ class _Node:
             limits,
             PrefillService if role == "prefill" else lambda host: DecodeService(host, peers),
             buffer_bytes=buffer_bytes,
-            shared=shared_cores(config, self._plan.threads, usable_cores()),
+            shared=shared_cores(workers, self._threads(), usable_cores()),
         )
         stack.push_async_callback(worker.aclose)
         await calibrate(worker.host, user_cache_dir() / "rates", offload)
@@ -200,6 +198,9 @@ class _Node:
             worker.member,
             (client_metrics(worker.host.client.staging, buffer_bytes), transfer_metrics(worker.planes)),
         )
+
+    def _threads(self) -> int:
+        return threads_of(self._plan.config, self._plan.workers_on(self._spec.host), usable_cores())
 
     async def _engine(self) -> Engine:
         from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
@@ -213,7 +214,7 @@ class _Node:
                 dtype=pool.config.dtype or config.dtype,
                 weights=pool.config.weights,
                 device=config.device,
-                threads=self._plan.threads,
+                threads=self._threads(),
                 kv_tokens_max=pool.config.kv_tokens or config.kv_tokens,
             )
         )
@@ -245,7 +246,7 @@ class _Node:
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
-            server = await network.listen(self._plan.router_address, router.service)
+            server = await network.listen(authority(self._spec.listen, self._spec.control_port), router.service)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]

@@ -188,7 +188,7 @@ def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, N
         model = plan.pools[0].model
         layout = kv_layout(model, config.dtype)
         root = layout.root()
-        told = Told(plan.router_address, model.name, root.hex(), layout.block_tokens, CONTEXT_MAX, token[0])
+        told = Told(plan.routers[0], model.name, root.hex(), layout.block_tokens, CONTEXT_MAX, token[0])
         words = msgspec.json.encode(told).decode()
         worker = Process(Place("127.0.0.1"), words, module="bench.router.worker")
         stack.callback(worker.end)

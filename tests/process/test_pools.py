@@ -13,8 +13,9 @@ import msgspec
 import pytest
 
 from bench.common.fleet import Fleet
-from cluster.config import ClusterConfig, PoolConfig, load_plan, save_plan
+from cluster.config import ClusterConfig, PoolConfig
 from cluster.launch import free_port
+from cluster.plan import load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, RunDir
 from worker.config import WorkerConfig
 
@@ -119,7 +120,8 @@ def test_a_worker_with_another_layout_is_refused_in_one_line(cluster: Fleet, tmp
     run = RunDir(tmp_path / "wrong")
     run.create()
     store = other(plan.store, slot_bytes=2 * plan.store.slot_bytes)  # its blocks are twice as large
-    save_plan(run, other(plan, config=config, pools=pools, store=store))
+    nodes = nodes_of(config, plan.nodes[0].control_port)
+    save_plan(run, other(plan, config=config, pools=pools, store=store, nodes=nodes))
     words = [sys.executable, "-m", "cluster.cli", "node", "decode-one-1", "--config", str(run.plan_file)]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
     assert ended.returncode == FAULT_EXIT

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ClusterConfig, Plan, PoolConfig, PoolPlan, save_plan
+from cluster.config import ClusterConfig, PoolConfig
 from cluster.launch import free_port
+from cluster.plan import Plan, PoolPlan, nodes_of, save_plan
 from cluster.rundir import RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
@@ -40,7 +41,7 @@ def test_a_node_ends_with_its_data_plane(tmp_path: Path, transport: str) -> None
     config = ClusterConfig(transport=transport, port=free_port(), store_bytes=1 << 20)  # type: ignore[arg-type]
     store = StoreConfig(arena_bytes=1 << 20, slot_bytes=4096)
     pool = PoolPlan("default", ModelSource("m", tmp_path, "hf", "llama"), PoolConfig())
-    save_plan(run, Plan(config, (pool,), f"127.0.0.1:{free_port()}", store, 1))
+    save_plan(run, Plan(config, (pool,), store, nodes_of(config, free_port())))
     environ = {**os.environ, "UCX_TLS": "tcp"}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environ, capture_output=True, text=True, timeout=60

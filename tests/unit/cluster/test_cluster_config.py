@@ -10,14 +10,13 @@ from cluster.config import (
     NodeCounts,
     base_url,
     disk_path,
-    load_config,
-    nodes_of,
     parse_bytes,
     parse_quota,
     pools_of,
     store_config,
-    threads_of,
 )
+from cluster.config_file import load_config
+from cluster.plan import nodes_of, threads_of
 from cluster.rundir import ClusterFault, RunDir
 from tracehaul.wire.hashing import KVLayout
 
@@ -96,8 +95,8 @@ def test_every_node_has_a_name_and_the_router_comes_first():
     ("cores", "prefill", "decode", "threads"), [(1, 1, 1, 1), (2, 1, 1, 2), (16, 1, 1, 8), (4, 4, 4, 2)]
 )
 def test_cores_are_divided_but_two_are_shared(cores: int, prefill: int, decode: int, threads: int):
-    assert threads_of(ClusterConfig(nodes=NodeCounts(prefill=prefill, decode=decode)), cores) == threads
-    assert threads_of(ClusterConfig(threads=5), cores) == 5
+    assert threads_of(ClusterConfig(), prefill + decode, cores) == threads
+    assert threads_of(ClusterConfig(threads=5), prefill + decode, cores) == 5
 
 
 def test_a_slot_holds_a_block_in_whole_pages():
@@ -184,7 +183,7 @@ def test_pools_have_workers_of_their_own_and_inherit_the_rest(tmp_path: Path) ->
         ("decode-chat-1", "chat"),
         ("decode-code-0", "code"),
     ]
-    assert threads_of(ClusterConfig(pools=config.pools), 8) == 2
+    assert threads_of(config, 4, 8) == 3
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from cluster.api import Api, make_operator_key, new_secret, operator_key, write_private
 from cluster.cli import app
-from cluster.config import is_loopback, load_config
+from cluster.config import is_loopback
+from cluster.config_file import load_config
 from cluster.launch import check_access
 from cluster.rundir import ClusterFault, RunDir
 from router.http.keys import Keyring, read_keys

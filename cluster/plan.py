@@ -1,0 +1,138 @@
+"""What was decided at launch: every process, where it runs and how it is reached. Each node reads it."""
+
+import os
+
+import msgspec
+
+from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, pools_of
+from cluster.rundir import ClusterFault, RunDir
+from kvstore.config import StoreConfig
+from tracehaul.model.source import ModelSource
+
+LOOPBACK = "127.0.0.1"
+
+
+class NodeSpec(msgspec.Struct, frozen=True):
+    """One process to run."""
+
+    name: str
+    role: Role
+    pool: str = ""
+    """A worker's; empty for other roles, and for the one pool of a cluster that names none."""
+    host: str = ""
+    """The host that it runs on; empty: the machine that launched it."""
+    listen: str = LOOPBACK
+    """The address that its sockets are bound to."""
+    address: str = LOOPBACK
+    """What the others are told: an address, or a name."""
+    data_address: str = ""
+    """The same of its data plane; empty: the address."""
+    control_port: int = 0
+    """Of its control plane; 0, here and below: any that is free."""
+    data_port: int = 0
+    metrics_port: int = 0
+    gpus: tuple[int, ...] = ()
+    """Those of its host that it sees; empty: all."""
+
+    @property
+    def control(self) -> str:
+        """``host:port`` that others reach its control plane by."""
+        return authority(self.address, self.control_port)
+
+
+class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One pool as launched."""
+
+    name: str
+    model: ModelSource
+    """Under the name that clients call it by."""
+    config: PoolConfig
+    """With nothing left open."""
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A cluster as launched."""
+
+    config: ClusterConfig
+    pools: tuple[PoolPlan, ...]
+    store: StoreConfig
+    nodes: tuple[NodeSpec, ...]
+    """In the order to start them."""
+
+    def pool(self, name: str) -> PoolPlan:
+        """The pool of that name, which is one of the plan's."""
+        return next(pool for pool in self.pools if pool.name == name)
+
+    def node(self, name: str) -> NodeSpec:
+        """The node of that name.
+
+        Raises:
+            ClusterFault: the plan has none.
+        """
+        for spec in self.nodes:
+            if spec.name == name:
+                return spec
+        raise ClusterFault(f"no node {name} here; there are {', '.join(spec.name for spec in self.nodes)}")
+
+    @property
+    def routers(self) -> tuple[str, ...]:
+        """``host:port`` of each router's control plane: fixed, so that nodes find one that was restarted."""
+        return tuple(spec.control for spec in self.nodes if spec.role == "router")
+
+    def workers_on(self, host: str) -> int:
+        """How many share that host's cores."""
+        return sum(spec.host == host and spec.role in ("prefill", "decode") for spec in self.nodes)
+
+
+def load_plan(run: RunDir) -> Plan:
+    """What was launched in this run directory.
+
+    Raises:
+        ClusterFault: there is no readable plan.
+    """
+    try:
+        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
+    except FileNotFoundError as error:
+        raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
+    except (OSError, msgspec.DecodeError) as error:
+        raise ClusterFault(f"cannot read {run.plan_file}: {error}") from error
+
+
+def save_plan(run: RunDir, plan: Plan) -> None:
+    """Puts the plan where :func:`load_plan` finds it."""
+    run.write_plan(msgspec.json.format(msgspec.json.encode(plan, enc_hook=str)))
+
+
+def nodes_of(config: ClusterConfig, router_port: int = 0) -> tuple[NodeSpec, ...]:
+    """Every process of a cluster on this machine, in the order to start them."""
+    specs = [
+        NodeSpec(ROUTER, "router", control_port=router_port),
+        *(NodeSpec(f"store-{i}", "store") for i in range(config.nodes.store)),
+    ]
+    for name, pool in pools_of(config).items():
+        counts: tuple[tuple[Role, int], ...] = (("prefill", pool.prefill), ("decode", pool.decode))
+        for role, count in counts:
+            kind = f"{role}-{name}" if name else role
+            specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
+    return tuple(specs)
+
+
+def threads_of(config: ClusterConfig, workers: int, cores: int) -> int:
+    """Compute threads of each of ``workers`` on a host of so many cores.
+
+    At least two where there are two cores, even if the workers then share them: the prefill and the decode of one
+    trace take turns, so on a small machine each may have what the other leaves.
+    """
+    if config.threads is not None:
+        return config.threads
+    return max(min(cores, 2), cores // workers)
+
+
+def shared_cores(workers: int, threads: int, cores: int) -> float:
+    """The share of a worker's ``threads`` that have no core of their own where all ``workers`` of a host compute."""
+    return min(1.0, max(0.0, (workers * threads - cores) / threads))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
