@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from tracehaul.runtime.credentials import Credentials
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Transfer
@@ -13,8 +14,11 @@ Kind = Literal["shm", "tcp", "nixl", "ucxx"]
 """``nixl`` is UCXX's where NIXL is not installed."""
 
 
-def open_transport(kind: str, owner: str, host: str, offload: Offload) -> Transfer:
-    """The transport of ``owner`` on ``host``; imports only what it needs.
+def open_transport(
+    kind: str, owner: str, host: str, offload: Offload, credentials: Credentials | None = None
+) -> Transfer:
+    """The transport of ``owner`` on ``host``; imports only what it needs. ``credentials`` are for ``tcp``, which then
+    is under TLS; the others are for trusted networks.
 
     Raises:
         TransferError: it cannot start here, or there is none of that kind.
@@ -28,8 +32,8 @@ def open_transport(kind: str, owner: str, host: str, offload: Offload) -> Transf
         case "tcp":
             from tracehaul.transfer.tcp import TcpTransfer
 
-            log.info("transport", kind="tcp", why="configured")
-            return TcpTransfer(owner, host)
+            log.info("transport", kind="tcp", why="configured", tls=credentials is not None)
+            return TcpTransfer(owner, host, credentials)
         case "nixl":
             from tracehaul.transfer.network import open_network
 

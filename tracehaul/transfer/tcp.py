@@ -3,6 +3,9 @@
 Where there is no RDMA this is the fastest way between hosts: each transfer has a connection of its own, bytes go
 between the sockets and the regions without another copy, and are summed while a core's cache still has them. Nothing
 lands late in our memory: a transfer that is given up closes its connection.
+
+Plain, it is for a network on which nobody else is: a region's token is on it for all to see. With credentials every
+connection is under TLS, and both ends have shown a certificate before the token is told.
 """
 
 import asyncio
@@ -11,12 +14,14 @@ import errno
 import ipaddress
 import secrets
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
+from tracehaul.runtime.credentials import Credentials, why_refused
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.cursor import Cursor
@@ -24,6 +29,7 @@ from tracehaul.transfer.landing import check_copies, land
 from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
 from tracehaul.transfer.region import Registered
 from tracehaul.transfer.tcp_serving import Listener
+from tracehaul.transfer.tcp_tls import BYTES_MAX, TlsSocket
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.ids import Checksum
@@ -48,15 +54,19 @@ class TcpPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TcpTransfer:
-    """The TCP transport of ``owner``, listening on ``host`` at a port of its own. See :class:`.base.Transfer`."""
+    """The TCP transport of ``owner``, listening on ``host`` at a port of its own; with ``credentials``, under TLS.
 
-    def __init__(self, owner: str, host: str) -> None:
+    See :class:`.base.Transfer`.
+    """
+
+    def __init__(self, owner: str, host: str, credentials: Credentials | None = None) -> None:
         self._owner = owner
         self._host = host
         self._regions: dict[bytes, memoryview] = {}
         self._pump = Pump("tcp", THREADS)
-        self._listener = Listener(host, self._pump, self._regions)
+        self._listener = Listener(host, self._pump, self._regions, credentials)
         self._pump.add(self._listener, READABLE)
+        self._credentials = credentials
         self._ends: dict[tuple[str, int], _End] = {}
         self._orders: dict[asyncio.Future[list[Checksum]], _Order] = {}
         self._closed = False
@@ -102,7 +112,7 @@ class TcpTransfer:
         if end is None:
             if len(self._ends) >= ENDS_MAX:
                 self._ends = {key: end for key, end in self._ends.items() if end.lines}
-            end = self._ends[key] = _End(key, self._pump)
+            end = self._ends[key] = _End(key, self._pump, self._credentials)
         end.submit(order)
         what = f"{nbytes} bytes {'from' if way == wire.READ else 'to'} {remote.owner}"
         return await land(order.future, timeout_s, what, order.stop)
@@ -171,9 +181,10 @@ class _Order:
 class _End:
     """One peer process: its connections, and who waits for one."""
 
-    def __init__(self, address: tuple[str, int], pump: Pump) -> None:
+    def __init__(self, address: tuple[str, int], pump: Pump, credentials: Credentials | None) -> None:
         self._address = address
         self._pump = pump
+        self._credentials = credentials
         self._lock = threading.Lock()
         self._idle: list[_Line] = []
         self._lines = 0
@@ -203,7 +214,11 @@ class _End:
     def _open(self, order: _Order) -> None:
         sock = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET)
         wire.prepare(sock)
-        line = _Line(sock, self)
+        version, secured = 0, None
+        if self._credentials is not None:
+            now = self._credentials.now
+            version, secured = now.version, TlsSocket(sock, now.client, self._address[0])
+        line = _Line(sock, self, secured, version)
         code = sock.connect_ex(self._address)
         if code not in (0, errno.EINPROGRESS):
             sock.close()
@@ -240,16 +255,26 @@ class _End:
         if waiting is not None:
             self._open(waiting)
 
+    @property
+    def version(self) -> int:
+        """Of the certificates to be used now."""
+        return self._credentials.now.version if self._credentials is not None else 0
+
     def arm(self, line: "_Line", events: int) -> None:
         """See :class:`.pump.Pump`."""
         self._pump.arm(line, events)
 
 
 class _Line:
-    """One connection to a peer; one transfer after the other."""
+    """One connection to a peer; one transfer after the other.
 
-    def __init__(self, sock: socket.socket, end: _End) -> None:
-        self.socket = sock
+    ``secured``: the same socket under TLS, with certificates of that version, whose handshake is still to come.
+    """
+
+    def __init__(self, sock: socket.socket, end: _End, secured: TlsSocket | None, version: int) -> None:
+        self.socket = secured or sock
+        self._secured = self._shaking = secured
+        self._version = version
         self._end = end
         self._lock = threading.Lock()
         self._order: _Order | None = None
@@ -262,15 +287,28 @@ class _Line:
         with self._lock:
             if self._over:
                 return False
+            if self._worn():
+                self._over = True
+                self._cut()  # a thread finds it idle, and closes it
+                return False
             self.begin(order)
             self._end.arm(self, WRITABLE)
             return True
 
     def cut(self, order: _Order) -> None:
         """End the connection if that is what is going on on it."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock:
             if self._order is order:
-                self.socket.shutdown(socket.SHUT_RDWR)
+                self._cut()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def _worn(self) -> bool:
+        """Whether another connection must take over: of the certificates that count now, or with a fresh key."""
+        secured = self._secured
+        return secured is not None and (self._version != self._end.version or secured.moved_bytes > BYTES_MAX)
 
     def begin(self, order: _Order) -> None:
         """Make a transfer what is going on here, before anything can happen on the line."""
@@ -286,39 +324,49 @@ class _Line:
                 self._over = True
             else:
                 try:
-                    self._go(order)
-                    return False
+                    if not self._go(order):
+                        return False
+                    self._over = True
                 except (OSError, TransferError) as error:
                     self._over = True
-                    lost = (
-                        error if isinstance(error, TransferError) else TransferLost(f"{order.owner} is gone: {error}")
-                    )
                     order.line = None
-                    order.fail(lost)
+                    order.fail(_lost(order.owner, error))
         self._end.gone(self)
         return True
 
-    def _go(self, order: _Order) -> None:
-        """As far as it goes now; arms the line last. Raises OSError, TransferError: the connection is over."""
+    def _go(self, order: _Order) -> bool:
+        """As far as it goes now; arms the line last, or says that it has ended with its transfer done.
+
+        Raises OSError, TransferError: it has ended before.
+        """
         if order.stopped:
             raise TransferLost("given up")
+        if self._shaking is not None:
+            events = self._shaking.handshake()
+            if events:
+                self._end.arm(self, events)
+                return False
+            self._shaking = None
         try:
             while self._request:
                 self._request = self._request[self.socket.send(self._request) :]
         except BlockingIOError:
             self._end.arm(self, WRITABLE)
-            return
+            return False
         if order.way == wire.WRITE and not wire.send(self.socket, order.cursor):
             self._end.arm(self, WRITABLE)
-            return
+            return False
         if not self._finished(order):
             self._end.arm(self, READABLE)
-            return
+            return False
         order.line = None
+        if self._worn():
+            return True
         self._order = self._end.next(self)
         if self._order is not None:
             self.begin(self._order)
         self._end.arm(self, READABLE if self._order is None else WRITABLE)
+        return False
 
     def _finished(self, order: _Order) -> bool:
         """Receive the reply; whether the transfer is over, and its caller told."""
@@ -349,6 +397,14 @@ class _Line:
                 raise ConnectionResetError("it closed the connection")
             self._inbox += received
         return True
+
+
+def _lost(owner: str, error: OSError | TransferError) -> TransferError:
+    if isinstance(error, TransferError):
+        return error
+    if isinstance(error, ssl.SSLError):
+        return TransferLost(f"{owner}: {why_refused(error)}")
+    return TransferLost(f"{owner} is gone: {error}")
 
 
 def _unpack(remote: RegionDescriptor) -> TcpPayload:
