@@ -1,0 +1,160 @@
+"""What is wrong with hosts, each with what to do about it; pure: facts in, findings out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+import msgspec
+
+from cluster.config import ClusterConfig
+from cluster.fleet.config import HostConfig
+from cluster.fleet.facts import Facts, Seen
+from cluster.plan import NodeSpec
+
+SKEW_MAX_S = 2.0
+NOFILE_MIN = 8192
+PYTHONS = ((3, 11), (3, 13))
+"""Versions that tracehaul runs on, from and to."""
+GLIBC_MIN = (2, 31)
+"""What the wheels are built for."""
+RELEASE_BYTES = 6 << 30
+"""An environment with torch."""
+
+Subject = Literal[
+    "ssh", "python", "system", "clock", "memory", "shm", "nofile", "disk", "address", "ports", "mtu", "gpu", "rdma",
+    "model", "network", "version", "nodes",
+]  # fmt: skip
+
+
+class Add(Protocol):
+    """Notes a finding."""
+
+    def __call__(self, subject: Subject, fault: str, remedy: str, *, fatal: bool = True) -> None: ...
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One fault."""
+
+    host: str
+    subject: Subject
+    fault: str
+    remedy: str
+    fatal: bool = True
+    """Whether nothing may be started with it."""
+
+
+def of_host(host: HostConfig, seen: Seen, nodes: Sequence[NodeSpec], needs_bytes: int, running: bool) -> list[Finding]:
+    """What one host's facts show.
+
+    Args:
+        host: as the config says.
+        seen: what it said.
+        nodes: that are to run there.
+        needs_bytes: memory that they take.
+        running: whether nodes of this cluster run there: then they have the ports, and the memory.
+    """
+    facts = seen.facts
+    found: list[Finding] = []
+
+    def add(subject: Subject, fault: str, remedy: str, *, fatal: bool = True) -> None:
+        found.append(Finding(host.name, subject, fault, remedy, fatal))
+
+    if abs(seen.skew_s) > SKEW_MAX_S + seen.asked_s:
+        way = "ahead of" if seen.skew_s > 0 else "behind"
+        add("clock", f"its clock is {abs(seen.skew_s):.0f} s {way} this one's", "run chrony or ntpd there", fatal=False)
+    if not host.environment:
+        _python(facts, host, add)
+    if facts.home_fault:
+        add("disk", f"{facts.home} cannot be written: {facts.home_fault}", "say another `home`, or mend the disk")
+    elif not host.environment and facts.home_free_bytes < RELEASE_BYTES and not running:
+        add("disk", f"{_gib(facts.home_free_bytes)} free in {facts.home}", f"make {_gib(RELEASE_BYTES)} free there")
+    if facts.memfd_fault:
+        add("shm", f"processes cannot share memory: {facts.memfd_fault}", "allow memfd_create there (seccomp?)")
+    if facts.nofile_hard < NOFILE_MIN:
+        add("nofile", f"at most {facts.nofile_hard} open files a process", f"raise `ulimit -Hn` to {NOFILE_MIN}")
+    if facts.listen_fault:
+        add("address", f"no socket can be bound to {nodes[0].listen if nodes else host.listen}: {facts.listen_fault}",
+            "say the address of one of its interfaces, or `listen`")  # fmt: skip
+    if not running:
+        if facts.ports_taken:
+            ports = ", ".join(map(str, facts.ports_taken))
+            add("ports", f"taken by others: {ports}", "end what listens there, or say another `[network] ports`")
+        if needs_bytes > facts.available_bytes:
+            add("memory", f"its nodes need {_gib(needs_bytes)}, {_gib(facts.available_bytes)} are available",
+                "lower store_bytes or kv_tokens, or the number of nodes, for this host")  # fmt: skip
+    _gpus(host, facts, nodes, add)
+    down = [device for device in host.ucx_devices if device in {port.name for port in facts.rdma if not port.active}]
+    unknown = [device for device in host.ucx_devices if not _known(device, facts)]
+    for device in down:
+        add("rdma", f"{device} is not active", "see `ibstat` there: cable, switch, subnet manager")
+    for device in unknown:
+        add("rdma", f"there is no device {device}", "see `ucx_info -d` there, and say it in `ucx_devices`")
+    return found
+
+
+def _python(facts: Facts, host: HostConfig, add: Add) -> None:
+    version = tuple(int(part) for part in facts.python.split(".")[:2]) if facts.python else ()
+    if facts.python_lacks:
+        add("python", f"{host.python}: {facts.python_lacks}", "install python3 with python3-venv, or say `python`")
+    elif not PYTHONS[0] <= version <= PYTHONS[1]:
+        wanted = " to ".join(f"{major}.{minor}" for major, minor in PYTHONS)
+        add("python", f"{host.python} is {facts.python}", f"tracehaul needs {wanted}: say another as `python`")
+    glibc = tuple(int(part) for part in facts.glibc.split(".")[:2]) if facts.glibc else ()
+    if glibc < GLIBC_MIN:
+        add("system", f"its C library is {facts.glibc or 'not glibc'}", "wheels need glibc 2.31 or newer")
+
+
+def _gpus(host: HostConfig, facts: Facts, nodes: Sequence[NodeSpec], add: Add) -> None:
+    if host.gpus > len(facts.gpus):
+        add("gpu", f"{len(facts.gpus)} GPUs are seen, gpus = {host.gpus}", "see `nvidia-smi` there: driver, cables")
+    used = {gpu for spec in nodes for gpu in spec.gpus}
+    shared = [gpu for gpu in sorted(used) if sum(gpu in spec.gpus for spec in nodes) > 1]
+    if shared:
+        add("gpu", f"several workers share GPU {', '.join(map(str, shared))}", "fewer workers, if they are too slow",
+            fatal=False)  # fmt: skip
+
+
+def _known(device: str, facts: Facts) -> bool:
+    names = {port.name for port in facts.rdma} | {interface.name for interface in facts.interfaces}
+    return device in names
+
+
+def of_fleet(config: ClusterConfig, seen: Mapping[str, Seen], digests: Mapping[str, str]) -> list[Finding]:
+    """What only shows when hosts are compared: models that differ, networks that do not fit, one host under two names.
+
+    ``digests``: of each pool's model here, if it is here.
+    """
+    found: list[Finding] = []
+    hosts = {host.name: host for host in config.hosts}
+    boots: dict[str, str] = {}
+    for name, (facts, *_) in seen.items():
+        first = boots.setdefault(facts.boot_id, name)
+        if first != name:
+            found.append(
+                Finding(name, "address", f"it is the same machine as {first}", "say each host once", fatal=False)
+            )
+        for pool, digest in facts.models.items():
+            said = hosts[name].model
+            path = said.get(pool, "") if isinstance(said, dict) else said
+            wanted = digests.get(pool) or next((d for each in seen.values() if (d := each.facts.models.get(pool))), "")
+            if path and not digest:
+                found.append(Finding(name, "model", f"there is no {path}", "copy it there, or leave `model` out"))
+            elif path and wanted and digest != wanted:
+                fault = f"{path} has other contents than elsewhere"
+                found.append(Finding(name, "model", fault, "copy one of them to all, or leave `model` out"))
+    mtus = {name: mtu for name, each in seen.items() if (mtu := _mtu(hosts[name], each.facts))}
+    if len(set(mtus.values())) > 1:
+        least = min(mtus, key=lambda name: mtus[name])
+        fault = f"the MTU of its interface is {mtus[least]}, others have {max(mtus.values())}"
+        found.append(
+            Finding(least, "mtu", fault, "set the same MTU everywhere (`ip link set dev … mtu …`)", fatal=False)
+        )
+    return found
+
+
+def _mtu(host: HostConfig, facts: Facts) -> int:
+    address = host.data_address or host.address
+    return next((each.mtu for each in facts.interfaces if address in each.addresses), 0)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
