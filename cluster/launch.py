@@ -25,6 +25,7 @@ from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_co
 from cluster.model import kv_layout, note
 from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
+from cluster.security.config import SecurityConfig
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
 from router.http.tls import certificate_of
@@ -60,6 +61,10 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
             for said in filter(None, (note(pool.model) for pool in plan.pools)):
                 console.print(said, highlight=False, markup=False, soft_wrap=True)
             save_plan(run, plan)
+            if config.security != SecurityConfig():
+                from cluster.security.laying import secure
+
+                secure(config.security, run, plan.nodes, now_s=clock.wall_s())
             asyncio.run(_start(plan, run, console))
         finally:
             run.forget(LAUNCHER)

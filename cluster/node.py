@@ -21,6 +21,7 @@ from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from cluster.security.secrets import networks_of
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
@@ -29,8 +30,8 @@ from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.member import Member, serving
 from tracehaul.rpc.peers import Peers
-from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
+from tracehaul.runtime.files import refreshing
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import ThreadOffload
@@ -40,7 +41,7 @@ from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import NodeInfo, Role
-from tracehaul.wire.errors import TransferError, WrongPool
+from tracehaul.wire.errors import TransferError, Untrusted, WrongPool
 from tracehaul.wire.ids import Generation, NodeId
 
 log = Log(__name__)
@@ -56,7 +57,18 @@ def run_node(name: str, run: RunDir) -> int:
         spec = plan.node(name)
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
-    except (ClusterFault, WrongPool, SourceError, BadKeys, NoMemory, NoDisk, NoBucket, TransferError, OSError) as fault:
+    except (
+        ClusterFault,
+        WrongPool,
+        Untrusted,
+        SourceError,
+        BadKeys,
+        NoMemory,
+        NoDisk,
+        NoBucket,
+        TransferError,
+        OSError,
+    ) as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -80,6 +92,7 @@ class _Node:
         self._run = run
         self._state = NodeState("starting")
         self._generation = Generation(clock.wall_ns())
+        self._networks = networks_of(plan, run)
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -87,17 +100,19 @@ class _Node:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        network = TcpNetwork()
-        peers = Peers(network)
-        try:
-            if self._spec.role == "router":
-                await self._route(network, peers)
-            else:
-                async with AsyncExitStack() as stack:
-                    room = await self._room(self._spec.role, stack, peers)
-                    await self._serve(room, network, peers)
-        finally:
-            await peers.close()
+        peers = Peers(self._networks.control)
+        async with Tasks("node") as tasks:
+            if self._networks.credentials is not None:
+                tasks.start(refreshing(self._networks.credentials), "certificates")
+            try:
+                if self._spec.role == "router":
+                    await self._route(peers)
+                else:
+                    async with AsyncExitStack() as stack:
+                        room = await self._room(self._spec.role, stack, peers)
+                        await self._serve(room, peers)
+            finally:
+                await peers.close()
         log.info("ended")
 
     def _info(self, role: Role) -> NodeInfo:
@@ -111,11 +126,13 @@ class _Node:
 
     # --- store, prefill, decode ---------------------------------------------------------------------------
 
-    async def _serve(self, room: Room, network: TcpNetwork, peers: Peers) -> None:
+    async def _serve(self, room: Room, peers: Peers) -> None:
         """Listen, join, serve until told to stop."""
         member = room.member
         async with AsyncExitStack() as stack:
-            node = await stack.enter_async_context(serving(member, network, peers, self._plan.routers[0]))
+            token = next(iter(self._networks.tokens), "")
+            life = serving(member, self._networks.control, peers, self._plan.routers[0], token=token)
+            node = await stack.enter_async_context(life)
             page = await NodeMetrics(member.stats, member.load, room.metrics).serve(self._plan.config.metrics_host)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
@@ -136,7 +153,7 @@ class _Node:
     def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
         """The transport that was asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload)
+        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload, self._networks.data)
         stack.push_async_callback(transfer.close)
         return transfer
 
@@ -221,14 +238,14 @@ class _Node:
 
     # --- router -------------------------------------------------------------------------------------------
 
-    async def _route(self, network: TcpNetwork, peers: Peers) -> None:
+    async def _route(self, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
         from router.assemble import Router
+        from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
-        from tracehaul.runtime.files import refreshing
         from router.http.server import serve
         from router.http.tls import certificate_of
         from tracehaul.model.text import Text
@@ -246,7 +263,9 @@ class _Node:
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
-            server = await network.listen(authority(self._spec.listen, self._spec.control_port), router.service)
+            gate = Gate(router.service, self._networks.tokens)
+            listen = authority(self._spec.listen, self._spec.control_port)
+            server = await self._networks.control.listen(listen, gate)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]

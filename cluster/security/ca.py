@@ -110,7 +110,7 @@ def issue(
     subject = _subject(_organization(authority.certificates[0]), name)
     try:
         others: list[x509.GeneralName] = [_address(address) for address in addresses]
-        others += [x509.UniformResourceIdentifier(NAME_SCHEME + node) for node in (name, *nodes)]
+        others += [x509.UniformResourceIdentifier(NAME_SCHEME + node) for node in nodes or (name,)]
     except ValueError as error:
         raise ClusterFault(f"{name}: cannot stand in a certificate: {error}") from error
     issuer = authority.certificates[0]

@@ -16,10 +16,10 @@ from contextlib import AsyncExitStack
 import msgspec
 
 from cluster.asking import ASK_TIMEOUT_S, StoreRef
+from cluster.security.secrets import PLAIN, Networks
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers
-from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.opening import open_transport
@@ -63,7 +63,7 @@ class BenchResult(msgspec.Struct, frozen=True):
     ping_ms: float
 
 
-async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
+async def bench(ref: StoreRef, bytes_max: int, networks: Networks = PLAIN) -> BenchResult:
     """Measure one node with at most ``bytes_max`` of its free memory.
 
     Raises:
@@ -71,7 +71,7 @@ async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
         ClusterError: it did not answer, or lost what it had.
     """
     async with AsyncExitStack() as stack:
-        peers = Peers(TcpNetwork())
+        peers = Peers(networks.control)
         stack.push_async_callback(peers.close)
         node = await _describe(peers, ref.address)
         count = min(bytes_max // node.slot_bytes, node.slots_free)
@@ -80,12 +80,13 @@ async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
             raise Unavailable(f"no room to measure in ({free}): nothing stored gives way to a measurement")
         info = NodeInfo(ref.node, node.generation, "store", ref.address)
         batch = max(1, min(count, BATCH_BYTES // node.slot_bytes))
-        return await _Bench(peers, info, node, batch).run(stack, count)
+        return await _Bench(peers, info, node, batch, networks).run(stack, count)
 
 
 class _Bench:
-    def __init__(self, peers: Peers, info: NodeInfo, node: Description, batch: int) -> None:
+    def __init__(self, peers: Peers, info: NodeInfo, node: Description, batch: int, networks: Networks) -> None:
         self._peers = peers
+        self._networks = networks
         self._info = info
         self._block_bytes = node.slot_bytes
         self._transports = node.transports
@@ -141,7 +142,8 @@ class _Bench:
         if not self._transports:
             raise Unavailable("it offers no transport")
         kind = min(self._transports, key=cost)
-        return open_transport(kind, f"store-bench-{os.getpid()}#{clock.wall_ns()}", "127.0.0.1", offload)
+        owner = f"store-bench-{os.getpid()}#{clock.wall_ns()}"
+        return open_transport(kind, owner, "127.0.0.1", offload, self._networks.data)
 
     async def _singles(
         self, client: StoreClient, times: int, out: Sequence[StagingBuffer], back: Sequence[StagingBuffer]

@@ -39,7 +39,10 @@ Failed = transfer_peer.Failed
 # Each test with processes of its own starts up to three, and UCX takes its time to look at the machine.
 KINDS = [
     "local",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shm", "tcp", "tcp-tls", "nixl-request", "nixl-read", "ucxx")),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("shm", "tcp", "tcp-tls", "nixl-request", "nixl-read", "ucxx")
+    ),
 ]
 NBYTES = 48 << 20
 

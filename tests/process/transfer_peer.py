@@ -62,8 +62,9 @@ class Peer:
         nap_s: float | None = None,
         secrets: Path | None = None,
     ) -> None:
-        """``secrets`` is the folder of its certificate, if it has one. ``place``, a ``bench.common.processes.Place``, is where it runs; by default here. ``nap_s``: how long its
-        data plane waits for what its descriptors tell; by default as long as anybody's."""
+        """``secrets`` is the folder of its certificate, if it has one. ``place``, a ``bench.common.processes.Place``,
+        is where it runs; by default here. ``nap_s``: how long its data plane waits for what its descriptors tell; by
+        default as long as anybody's."""
         before, environment = (place.command, place.environment) if place is not None else ((), {})
         self._numbers = itertools.count()
         self._replies: dict[int, Any] = {}

@@ -13,7 +13,7 @@ from tracehaul.rpc.membership import HEARTBEAT_S, Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import WrongPool
+from tracehaul.wire.errors import Untrusted, WrongPool
 
 log = Log(__name__)
 
@@ -40,10 +40,12 @@ class Member(NamedTuple):
 class Serving:
     """A node that listens; :meth:`run` makes it a member."""
 
-    def __init__(self, member: Member, server: Server, peers: Peers, router_address: str, heartbeat_s: float) -> None:
+    def __init__(
+        self, member: Member, server: Server, peers: Peers, router_address: str, heartbeat_s: float, token: str
+    ) -> None:
         self.info = msgspec.structs.replace(member.info, address=server.address)
         self.membership = Membership(
-            peers, router_address, self.info, member.load, member.on_members, heartbeat_s=heartbeat_s
+            peers, router_address, self.info, member.load, member.on_members, heartbeat_s=heartbeat_s, token=token
         )
         self._member = member
 
@@ -51,13 +53,13 @@ class Serving:
         """Join, serve until ``stopping`` is set; then leave, so that no work comes, and let what runs end.
 
         Raises:
-            WrongPool: the router will never take this node as it is.
+            WrongPool, Untrusted: the router will never take this node as it is.
             ExceptionGroup: what runs in the background failed.
         """
         try:
             await self._serve(stopping, drain_timeout_s, told)
         except ExceptionGroup as failed:
-            refused = failed.subgroup(WrongPool)
+            refused = failed.subgroup((WrongPool, Untrusted))
             if refused is not None:
                 raise refused.exceptions[0] from None
             raise
@@ -91,15 +93,21 @@ class Serving:
 
 @asynccontextmanager
 async def serving(
-    member: Member, network: Network, peers: Peers, router_address: str, *, heartbeat_s: float = HEARTBEAT_S
+    member: Member,
+    network: Network,
+    peers: Peers,
+    router_address: str,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+    token: str = "",
 ) -> AsyncGenerator[Serving]:
-    """Listen where ``member`` wants to, for as long as the context is open.
+    """Listen where ``member`` wants to, for as long as the context is open. ``token``: the cluster's, for joining.
 
     Raises:
         OSError: the address cannot be bound.
     """
     server = await network.listen(member.info.address, member.service)
     try:
-        yield Serving(member, server, peers, router_address, heartbeat_s)
+        yield Serving(member, server, peers, router_address, heartbeat_s, token)
     finally:
         await server.close()

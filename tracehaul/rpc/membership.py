@@ -5,11 +5,12 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 from tracehaul.rpc.peers import Peers
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, WrongPool
+from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, Untrusted, WrongPool
 
 log = Log(__name__)
+_seldom = Seldom(log)
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -33,6 +34,7 @@ class Membership:
         load: Callable[[], NodeLoad],
         on_change: Callable[[Members], None],
         heartbeat_s: float = HEARTBEAT_S,
+        token: str = "",
     ) -> None:
         self._peers = peers
         self._router_address = router_address
@@ -40,6 +42,7 @@ class Membership:
         self._load = load
         self._on_change = on_change
         self._heartbeat_s = heartbeat_s
+        self._token = token
         self._members = Members(version=0, nodes=())
         self._joined = asyncio.Event()
 
@@ -58,16 +61,22 @@ class Membership:
 
         Raises:
             WrongPool: the router will never take this node as it is.
+            Untrusted: nor one with this certificate, or token. Of a node that was a member once, that may pass: new
+                certificates are on their way.
         """
         backoff_s = BACKOFF_MIN_S
+        was_member = False
         while True:
             error = await self._session()
-            if isinstance(error, WrongPool):
+            was_member = was_member or self._joined.is_set()
+            if isinstance(error, WrongPool) or (isinstance(error, Untrusted) and not was_member):
                 raise error
             if self._joined.is_set():
                 self._joined.clear()
                 backoff_s = BACKOFF_MIN_S
                 log.warning("router lost", router=self._router_address, reason=error)
+            elif isinstance(error, Untrusted):
+                _seldom.warning("the router refuses this node", router=self._router_address, reason=error)
             else:
                 log.info("router not reached", router=self._router_address, reason=error)
             await asyncio.sleep(backoff_s)
@@ -85,7 +94,7 @@ class Membership:
         return losses[0]  # neither task ends without an error
 
     async def _follow(self) -> None:
-        stream = self._peers.stream(self._router_address, Join(self._info), idle_timeout_s=IDLE_TIMEOUT_S)
+        stream = self._peers.stream(self._router_address, Join(self._info, self._token), idle_timeout_s=IDLE_TIMEOUT_S)
         async with aclosing(stream) as replies:
             async for reply in replies:
                 if not isinstance(reply, Members):

@@ -88,12 +88,16 @@ class Credentials:
 
 
 def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str] | None:
-    """The nodes that a peer's certificate is of, as ``getpeercert`` tells it; None: the peer showed none."""
+    """The nodes that a peer's certificate is of, as ``getpeercert`` tells it; None: the peer showed none.
+
+    A certificate that says no nodes is of the one that its subject names.
+    """
     if not certificate:
         return None
+    uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    nodes = [uri.removeprefix(NAME_SCHEME) for uri in uris if uri.startswith(NAME_SCHEME)]
     subject = [value for part in certificate["subject"] for key, value in part if key == "commonName"]
-    others = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
-    return frozenset(subject + [uri.removeprefix(NAME_SCHEME) for uri in others if uri.startswith(NAME_SCHEME)])
+    return frozenset(nodes or subject)
 
 
 def why_refused(error: BaseException) -> str:

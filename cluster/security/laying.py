@@ -1,0 +1,97 @@
+"""Lays what a host's nodes need into the folder of secrets beside their plan: for the side that launches."""
+
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+
+from cluster.api import write_private
+from cluster.plan import NodeSpec
+from cluster.rundir import ClusterFault, RunDir
+from cluster.security.ca import Issued, ensure_ca, issue
+from cluster.security.config import SecurityConfig
+from cluster.security.secrets import FOLDER, TOKEN_FILE, read_tokens
+from tracehaul.runtime.credentials import CA_FILE, CERT_FILE, KEY_FILE
+
+AUTHORITY = "authority"
+LOCAL = "local"
+"""A cluster, and a host, that nobody has named."""
+TOKEN_BYTES = 32
+
+
+def secure(security: SecurityConfig, run: RunDir, specs: Sequence[NodeSpec], *, now_s: float) -> None:
+    """Lay what the nodes of a cluster on this machine need beside their plan. The CA is kept there, too.
+
+    Raises:
+        ClusterFault: that cannot be written.
+    """
+    folder = run.path / FOLDER
+    if security.control == "mtls":
+        authority = run.path / AUTHORITY
+        ensure_ca(authority, LOCAL, now_s=now_s)
+        lay(folder, certify(authority, LOCAL, specs, now_s=now_s))
+    if security.token:
+        ensure_token(folder)
+
+
+def certify(authority: Path, host: str, specs: Sequence[NodeSpec], *, now_s: float) -> Issued:
+    """A certificate for a host, of all nodes that run there, at every address that others reach them by.
+
+    Raises:
+        ClusterFault: there is no CA, or a name cannot stand in a certificate.
+    """
+    addresses = dict.fromkeys(filter(None, (at for spec in specs for at in (spec.address, spec.data_address))))
+    return issue(authority, host, list(addresses), now_s=now_s, nodes=[spec.name for spec in specs])
+
+
+def lay(folder: Path, issued: Issued) -> None:
+    """Put what was issued into a folder of secrets; who uses it takes it for connections to come.
+
+    Raises:
+        ClusterFault: it cannot be written.
+    """
+    lay_ca(folder, issued.ca)
+    _put(folder, KEY_FILE, issued.key)
+    _put(folder, CERT_FILE, issued.cert)
+
+
+def lay_ca(folder: Path, ca: bytes) -> None:
+    """Replace the CAs that a folder's owner trusts.
+
+    Raises:
+        ClusterFault: it cannot be written.
+    """
+    _put(folder, CA_FILE, ca)
+
+
+def ensure_token(folder: Path) -> str:
+    """The join token kept in ``folder``; made if there is none.
+
+    Raises:
+        ClusterFault: it can be neither read nor written.
+    """
+    if not (folder / TOKEN_FILE).exists():
+        _put(folder, TOKEN_FILE, f"{secrets.token_urlsafe(TOKEN_BYTES)}\n".encode())
+    return read_tokens(folder)[0]
+
+
+def expires_s(folder: Path) -> float:
+    """When the certificate of a folder of secrets expires, as wall time.
+
+    Raises:
+        ClusterFault: there is none.
+    """
+    try:
+        cert = x509.load_pem_x509_certificate((folder / CERT_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ClusterFault(f"the certificate in {folder} cannot be read: {error}") from error
+    return cert.not_valid_after_utc.timestamp()
+
+
+def _put(folder: Path, name: str, data: bytes) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(folder / name, data)
+    except OSError as error:
+        raise ClusterFault(f"{folder / name} cannot be written: {error}") from error
