@@ -139,7 +139,7 @@ class Local:
 @asynccontextmanager
 async def connections(hosts: Sequence[HostConfig]) -> AsyncGenerator[Mapping[str, Connection]]:
     """One to each host, by its name; nothing is connected before it is used."""
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:  # noqa: S108 - a socket's path must be short
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
         ways: dict[str, Connection] = {
             host.name: Local() if host.target == LOCAL else Ssh(host.target, Path(folder)) for host in hosts
         }

@@ -10,14 +10,15 @@ from typing import Generic, TypeVar, cast
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
-from tracehaul.rpc.handshake import Handshake
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
+from tracehaul.rpc.tls import TlsEnd
 from tracehaul.runtime.credentials import Credentials, names_of, why_refused
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut, Untrusted
 
 log = Log(__name__)
+_seldom = Seldom(log)
 
 S = TypeVar("S", bound=Session)
 
@@ -60,8 +61,12 @@ class TcpNetwork:
         try:
             host, port = split_address(address)
             async with asyncio.timeout(timeout_s):
-                tls = self._credentials.now.client if self._credentials is not None else None
-                await loop.create_connection(lambda: pipe, host, port, ssl=tls)
+                if self._credentials is None:
+                    await loop.create_connection(lambda: pipe, host, port)
+                else:
+                    tls = TlsEnd(self._credentials.now.client, pipe, host)
+                    await loop.create_connection(lambda: tls, host, port)
+                    await tls.secured
                 session = pipe.session
                 assert session is not None
                 await session.greeted()
@@ -90,6 +95,9 @@ class TcpServer:
         self._service = service
         self._limits = limits
         self._credentials = credentials
+        self._strangers = 0
+        """Connections whose peers have not shown who they are."""
+        self._closing = False
         self._sessions: dict[ServerSession, None] = {}
         self._address = ""
         self._server: asyncio.Server | None = None
@@ -105,25 +113,36 @@ class TcpServer:
         return self._address
 
     def _accept(self) -> asyncio.Protocol:
-        return self._pipe() if self._credentials is None else Handshake(self._credentials, self._pipe)
+        if self._credentials is not None and len(self._sessions) + self._strangers >= self._limits.connections_max:
+            return _TcpPipe(self._limits, self._refuse, _CALLS_BURST)
+        pipe = _TcpPipe(self._limits, self._open, _CALLS_BURST)
+        if self._credentials is None:
+            return pipe
+        stranger = TlsEnd(self._credentials.now.server, pipe, None, _refused)
+        self._strangers += 1
+        stranger.secured.add_done_callback(self._on_secured)
+        return stranger
 
-    def _pipe(self) -> "_TcpPipe[ServerSession]":
-        return _TcpPipe(self._limits, self._open, _CALLS_BURST)
+    def _on_secured(self, _: asyncio.Future[None]) -> None:
+        self._strangers -= 1
 
     def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
-        if len(self._sessions) >= self._limits.connections_max:
-            log.warning("connection refused: too many", address=self._address, connections=len(self._sessions))
-            return None
+        if self._closing or len(self._sessions) >= self._limits.connections_max:
+            return self._refuse(pipe)
         peer = f"{pipe.remote}#{next(_peer_numbers)}"
         session = ServerSession(pipe, self._limits, self._service, peer, self._forget, pipe.names)
         self._sessions[session] = None
         return session
+
+    def _refuse(self, _: "_TcpPipe[ServerSession]") -> None:
+        log.warning("connection refused: too many", address=self._address, connections=len(self._sessions))
 
     def _forget(self, session: ServerSession) -> None:
         self._sessions.pop(session, None)
 
     async def close(self) -> None:
         assert self._server is not None
+        self._closing = True
         self._server.close()
         await close_all(list(self._sessions))
 
@@ -210,6 +229,10 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         if transport is not None and self._close_timer is None:
             transport.close()
             self._close_timer = asyncio.get_running_loop().call_later(_CLOSE_S, transport.abort)
+
+
+def _refused(host: str, why: str) -> None:
+    _seldom.warning("refused a connection", about=f"{host} {why}", peer=host, why=why)
 
 
 def _tune(sock: socket.socket) -> None:
