@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import uvloop
 
@@ -33,10 +34,10 @@ from tracehaul.transfer.base import Copy
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.tcp import TcpTransfer
 from tracehaul.wire.base import Ok, Ping
-from tracehaul.wire.blocks import Subscribe
+from tracehaul.wire.blocks import Exists, Subscribe
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, PeerLost, TransferError, Untrusted
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillProgress
 
@@ -548,6 +549,68 @@ def test_a_connection_ends_before_its_key_is_worn(authority: Authority, monkeypa
                 await moves(transfer, theirs, mine)
             await asyncio.gather(*(moves(transfer, theirs, mine) for _ in range(90)))
             assert 100 // 5 <= len(made) <= 100 // 2
+
+    asyncio.run(main())
+
+
+# --- on the wire ------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def recorded(port: int) -> AsyncGenerator[tuple[int, bytearray]]:
+    """A port that leads to another, and all that passes."""
+    seen = bytearray()
+    passing: set[asyncio.Task[None]] = set()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                seen.extend(data)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(HOST, port)
+        passing.update(map(asyncio.ensure_future, (carry(reader, back), carry(there, writer))))
+
+    proxy = await asyncio.start_server(take, HOST, 0)
+    try:
+        yield proxy.sockets[0].getsockname()[1], seen
+    finally:
+        proxy.close()
+        for task in passing:
+            task.cancel()
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_what_an_eavesdropper_sees(authority: Authority, encrypted: bool) -> None:
+    owner = authority.credentials("owner") if encrypted else None
+    reader = authority.credentials("reader") if encrypted else None
+    kv = os.urandom(NBYTES)
+    query = Exists((BlockHash(b"a hash of 32 bytes, never spoken"),))
+
+    async def main() -> None:
+        async with listening(TcpNetwork(credentials=owner), Echo()) as address:
+            async with recorded(int(address.rpartition(":")[2])) as (port, seen):
+                connection = await TcpNetwork(credentials=reader).connect(f"{HOST}:{port}", timeout_s=5)
+                await connection.call(query, timeout_s=5)
+                await connection.close()
+            assert len(seen) > 32
+            assert (b"never spoken" in seen) is not encrypted
+        async with pair(owner, reader) as (_, transfer, theirs, mine):
+            payload = msgspec.msgpack.decode(theirs.descriptor.payload, type=tcp.TcpPayload)
+            theirs.buffer[:] = kv
+            async with recorded(payload.port) as (port, seen):
+                packed = msgspec.msgpack.encode(msgspec.structs.replace(payload, port=port))
+                through = msgspec.structs.replace(theirs.descriptor, payload=packed)
+                await transfer.read(through, mine, [Copy(0, 0, NBYTES)], timeout_s=10)
+                assert mine.buffer == kv
+                mine.buffer[:] = kv[::-1]
+                await transfer.write(through, mine, [Copy(0, 0, NBYTES)], timeout_s=10)
+            assert len(seen) > 2 * NBYTES
+            for secret in (payload.token, kv[:32], kv[-32:], kv[::-1][:32]):
+                assert (secret in seen) is not encrypted
 
     asyncio.run(main())
 
