@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from cluster.security.ca import ensure_ca, issue
-from cluster.security.secrets import lay
+from cluster.security.laying import lay
 from tracehaul.runtime import clock
 from tracehaul.transfer import notes
 from tracehaul.transfer.base import Copy, TransferTimedOut

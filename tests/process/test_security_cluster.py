@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from cluster.security.ca import retire, rotate
 from cluster.security.config import SecurityConfig
 from cluster.security.laying import AUTHORITY, LOCAL, certify, lay, lay_ca
 from cluster.security.secrets import FOLDER, TOKEN_FILE
+from tracehaul.runtime import clock
 from tracehaul.transfer.memory import FILE_PREFIX
 from tracehaul.wire.hashing import pack_tokens
 from worker.config import WorkerConfig
@@ -159,7 +159,7 @@ def test_tokens_and_kv_are_seen_on_the_wire_when_plain_and_only_then(cluster: Fl
     ports = {port for pid in nodes.values() for _, port in listening(pid)} - pages
     wire = Wire(ports)
     step = cluster.step("seen", tokens, 8)
-    time.sleep(0.5)
+    threading.Event().wait(0.5)
     streams = wire.end()
     answers[way] = step.tokens
     assert step.moved["pulled_tokens"] > 0, "its KV went to a store and came from there"
@@ -210,7 +210,7 @@ def test_a_wrong_join_token_is_one_line_at_both_ends(cluster: Fleet, way: str) -
     right = file.read_bytes()
     file.write_bytes(b"wrong\n")
     try:
-        with pytest.raises(ClusterFault, match="^store-0: the router refuses store-0: its join token is wrong$"):
+        with pytest.raises(ClusterFault, match=r"^store-0: the router refuses store-0: its join token is wrong$"):
             restart(cluster.run, ["store-0"], Console(quiet=True))
     finally:
         file.write_bytes(right)
@@ -244,12 +244,12 @@ def test_the_ca_is_replaced_under_steps(cluster: Fleet, way: str) -> None:
     thread.start()
     try:
         for change in (
-            lambda: lay_ca(secrets, rotate(authority, now_s=time.time())),
-            lambda: lay(secrets, certify(authority, LOCAL, specs, now_s=time.time())),
+            lambda: lay_ca(secrets, rotate(authority, now_s=clock.wall_s())),
+            lambda: lay(secrets, certify(authority, LOCAL, specs, now_s=clock.wall_s())),
             lambda: lay_ca(secrets, retire(authority)),
         ):
             change()
-            time.sleep(2.5)  # each node looks once a second
+            threading.Event().wait(2.5)  # each node looks once a second
     finally:
         ending.set()
         thread.join()

@@ -350,6 +350,8 @@ class _Line:
         try:
             while self._request:
                 self._request = self._request[self.socket.send(self._request) :]
+            if not wire.flush(self.socket):
+                raise BlockingIOError
         except BlockingIOError:
             self._end.arm(self, WRITABLE)
             return False

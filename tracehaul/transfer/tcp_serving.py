@@ -196,7 +196,7 @@ class Serving:
             except BlockingIOError:
                 return False
             self._reply = self._reply[sent:]
-        return self._sending is None or wire.send(self.socket, self._sending)
+        return wire.flush(self.socket) if self._sending is None else wire.send(self.socket, self._sending)
 
     def _fill(self, nbytes: int) -> bool:
         """Whether so many bytes of the request are here."""

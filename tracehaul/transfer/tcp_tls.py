@@ -1,13 +1,15 @@
 """A TLS connection with what the TCP transport uses of a socket: what would block raises BlockingIOError.
 
-Bytes are deciphered into the regions and enciphered out of them, without another copy, while others may run Python.
+Bytes are deciphered into the regions and enciphered out of them. What is on the wire passes a buffer, so that one
+system call moves many records.
 """
 
-import errno
 import os
 import socket
 import ssl
+import threading
 from collections.abc import Sequence
+from typing import cast
 
 from tracehaul.transfer.pump import READABLE, WRITABLE
 
@@ -15,6 +17,10 @@ RECORD_BYTES = 17 << 10
 """More than a record has on the wire."""
 BYTES_MAX = 1 << 37
 """Of one connection: well below what one key of AES-GCM may encipher."""
+WIRE_BYTES = 256 << 10
+"""Received by one system call, and enciphered before one that sends."""
+
+_thread = threading.local()
 
 
 class TlsSocket:
@@ -25,11 +31,9 @@ class TlsSocket:
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, host: str | None) -> None:
         self._socket = sock
-        self._context = context
-        self._host = host
-        self._tls: ssl.SSLSocket | None = None
-        self._stuck_bytes = 0
-        """What the last write was of, if it must be repeated."""
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=host is None, server_hostname=host)
+        self._unsent = memoryview(b"")
         self.moved_bytes = 0
 
     def handshake(self) -> int:
@@ -38,82 +42,118 @@ class TlsSocket:
         Raises:
             OSError: the connection is over; as SSLError, one end does not trust the other.
         """
-        if self._tls is None:
-            code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if code:
-                raise OSError(code, os.strerror(code))
-            self._tls = self._context.wrap_socket(
-                self._socket,
-                server_side=self._host is None,
-                server_hostname=self._host,
-                do_handshake_on_connect=False,
-            )
-            self._socket = self._tls
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        while True:
+            try:
+                self._flush()
+            except BlockingIOError:
+                return WRITABLE
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                if self._outgoing.pending:
+                    continue
+                try:
+                    self._take()
+                except BlockingIOError:
+                    return READABLE
+            except ssl.SSLError:
+                self.flush()  # the peer is told
+                raise
+            else:
+                break
         try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            return READABLE
-        except ssl.SSLWantWriteError:
-            return WRITABLE
+            self._flush()
+        except BlockingIOError:
+            return WRITABLE  # it is asked for again, and is over at once
         return 0
-
-    @property
-    def held_bytes(self) -> int:
-        """Deciphered and not yet received: no event tells of them."""
-        return self._tls.pending() if self._tls is not None else 0
 
     def recvmsg_into(self, views: Sequence[memoryview]) -> tuple[int]:
         """As a socket's: how many bytes came; 0 at the stream's end."""
-        assert self._tls is not None
-        receive = self._tls.recv_into
+        return (self._read(views, more=True),)
+
+    def held_into(self, views: Sequence[memoryview]) -> int:
+        """The same of what has left the socket already, of which no event tells; 0: that is no whole record."""
+        return self._read(views, more=False)
+
+    def _read(self, views: Sequence[memoryview], *, more: bool) -> int:
+        read = self._tls.read
         total = 0
         try:
             for view in views:
                 at, size = 0, len(view)
                 while at < size:
-                    received = receive(view[at:])
+                    try:
+                        received = cast(int, read(size - at, view[at:]))
+                    except ssl.SSLWantReadError:
+                        if not more:
+                            return total
+                        self._take()
+                        continue
                     if not received:
-                        return (total,)
+                        return total
                     at += received
                     total += received
-        except ssl.SSLWantReadError:
-            if not total:
-                raise BlockingIOError(errno.EAGAIN, "no record is here") from None
-        self.moved_bytes += total
-        return (total,)
-
-    def recv(self, nbytes: int) -> bytes:
-        """As a socket's."""
-        assert self._tls is not None
-        try:
-            return self._tls.recv(nbytes)
-        except ssl.SSLWantReadError:
-            raise BlockingIOError(errno.EAGAIN, "no record is here") from None
-
-    def sendmsg(self, views: Sequence[memoryview]) -> int:
-        """As a socket's."""
-        total = 0
-        try:
-            for view in views:
-                total += self.send(view)
         except BlockingIOError:
             if not total:
                 raise
-        self.moved_bytes += total
+        finally:
+            self.moved_bytes += total
         return total
 
-    def send(self, data: bytes | memoryview) -> int:
-        """As a socket's; after a BlockingIOError, the next call must begin with the same bytes."""
-        assert self._tls is not None
-        if self._stuck_bytes:
-            data = data[: self._stuck_bytes]  # of which records may be sent already
+    def recv(self, nbytes: int) -> bytes:
+        """As a socket's."""
+        while True:
+            try:
+                return self._tls.read(nbytes)
+            except ssl.SSLWantReadError:
+                self._take()
+
+    def sendmsg(self, views: Sequence[memoryview]) -> int:
+        """As a socket's; it is all sent when :meth:`flush` says so."""
+        self._flush()
+        total = 0
+        for view in views:
+            for at in range(0, len(view), WIRE_BYTES):
+                written = self._tls.write(view[at : at + WIRE_BYTES])
+                self.moved_bytes += written
+                total += written
+                if self._outgoing.pending >= WIRE_BYTES and not self.flush():
+                    return total
+        self.flush()
+        return total
+
+    def send(self, data: bytes) -> int:
+        """As a socket's; see :meth:`sendmsg`."""
+        return self.sendmsg([memoryview(data)])
+
+    def flush(self) -> bool:
+        """Whether all that was sent has left for the socket."""
         try:
-            sent = self._tls.send(data)
-        except ssl.SSLWantWriteError:
-            self._stuck_bytes = len(data)
-            raise BlockingIOError(errno.EAGAIN, "the socket is full") from None
-        self._stuck_bytes = 0
-        return sent
+            self._flush()
+        except BlockingIOError:
+            return False
+        return True
+
+    def _take(self) -> None:
+        """Records from the socket."""
+        buffer = getattr(_thread, "buffer", None)
+        if buffer is None:
+            buffer = _thread.buffer = memoryview(bytearray(WIRE_BYTES))
+        received = self._socket.recv_into(buffer)
+        if received:
+            self._incoming.write(buffer[:received])
+        else:
+            self._incoming.write_eof()
+
+    def _flush(self) -> None:
+        """Records to the socket. Raises BlockingIOError while it does not take them all."""
+        if not self._unsent and self._outgoing.pending:
+            self._unsent = memoryview(self._outgoing.read())
+        while self._unsent:
+            self._unsent = self._unsent[self._socket.send(self._unsent) :]
 
     def fileno(self) -> int:
         """As a socket's."""
@@ -125,7 +165,7 @@ class TlsSocket:
 
     def shutdown(self, how: int) -> None:
         """As a TCP socket's: nothing is said to the peer."""
-        socket.socket.shutdown(self._socket, how)
+        self._socket.shutdown(how)
 
     def close(self) -> None:
         """As a socket's."""

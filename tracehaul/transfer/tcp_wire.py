@@ -88,7 +88,12 @@ def send(sock: socket.socket | TlsSocket, cursor: Cursor) -> bool:
         cursor.advance(sent)
         turn -= sent
         yield_core()
-    return not cursor.left_bytes
+    return not cursor.left_bytes and flush(sock)
+
+
+def flush(sock: socket.socket | TlsSocket) -> bool:
+    """Whether what was sent is the system's. Raises OSError."""
+    return not isinstance(sock, TlsSocket) or sock.flush()
 
 
 def receive(sock: socket.socket | TlsSocket, cursor: Cursor) -> bool:
@@ -106,8 +111,8 @@ def receive(sock: socket.socket | TlsSocket, cursor: Cursor) -> bool:
         yield_core()
     left_bytes = cursor.left_bytes
     if isinstance(sock, TlsSocket):
-        while cursor.left_bytes and (held_bytes := sock.held_bytes):
-            cursor.advance(sock.recvmsg_into(cursor.views(held_bytes))[0])
+        while cursor.left_bytes and (held_bytes := sock.held_into(cursor.views(CALL_BYTES))):
+            cursor.advance(held_bytes)
         left_bytes = cursor.left_bytes - RECORD_BYTES  # of a record, the beginning may have left the socket
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(LOW_BYTES, left_bytes)))
     return not cursor.left_bytes
