@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from tracehaul.runtime.credentials import HANDSHAKE_S, why_refused
 
-_READ_BYTES = 256 << 10
+_READ_BYTES = 16 << 10
+"""What a record has at most: more would only be allocated."""
 _ALERT = b"\x15\x03\x01\x00\x02\x02\x46"
 """For a client that speaks no TLS, and would hear nothing: from it a node knows what it has met."""
 
@@ -151,7 +152,7 @@ class TlsEnd(asyncio.Protocol):
 
     def _read(self) -> None:
         try:
-            while not self._paused and not self._below.is_closing():
+            while not self._paused and not self._below.is_closing() and (self._incoming.pending or self._tls.pending()):
                 data = self._tls.read(_READ_BYTES)
                 if not data:
                     self._below.close()
