@@ -1,5 +1,6 @@
 """The ``tracehaul`` command."""
 
+import asyncio
 import logging
 import os
 import shlex
@@ -13,12 +14,16 @@ import msgspec
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.api import Api, here
 from cluster.asking import ask_router
 from cluster.config import base_url, parse_quota
 from cluster.config_file import load_config
+from cluster.fleet import command as fleet
+from cluster.hosts import pair_command
+from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir, alive
@@ -42,9 +47,15 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(host_app, name="host", hidden=True)
+pair_command.register(host_app)
+fleet.register(app)
 
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
+]
+FleetOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="The file of a fleet, with its [[hosts]]. Default: this machine.")
 ]
 DEFAULT_RUN_DIR = Path(".run")
 COMMANDS_GROUP = "tracehaul.commands"
@@ -238,15 +249,22 @@ def status(
     url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
     key: KeyOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
+    config: FleetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a fleet, as JSON.")] = False,
 ) -> None:
-    """Show the nodes of a running cluster: health, load, and what they hold.
+    """Show the nodes of a running cluster: health, load, and what they hold; of a fleet, what its hosts say of them.
 
     Examples:
 
       tracehaul status
 
       tracehaul status --url http://127.0.0.1:8100
+
+      tracehaul status --config cluster.toml
     """
+    if config is not None:
+        asyncio.run(fleet.fleet_status(config, as_json))
+        return
     local = None
     if url is None:
         local = RunDir(run_dir)
@@ -287,15 +305,26 @@ def explain(
 
 @app.command()
 def restart(
-    names: Annotated[list[str], typer.Argument(help="Which nodes, such as decode-0.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which nodes, such as decode-0.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
+    config: FleetOption = None,
+    rolling: Annotated[
+        bool, typer.Option("--rolling", help="Of a fleet: one at a time, each once the one before it serves.")
+    ] = False,
 ) -> None:
-    """Stop nodes of the cluster that runs here and start them anew; the others serve on.
+    """Stop nodes of the cluster that runs here, or of a fleet, and start them anew; the others serve on.
 
-    Example:
+    Examples:
 
       tracehaul restart prefill-0 decode-0
+
+      tracehaul restart --config cluster.toml --rolling
     """
+    if config is not None:
+        asyncio.run(fleet.fleet_restart(config, names or [], rolling=rolling))
+        return
+    if not names:
+        raise ClusterFault("which nodes? `tracehaul status` names them")
     from cluster.launch import restart as start_again
 
     start_again(RunDir(run_dir.absolute()), names, out)
@@ -337,14 +366,16 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
     pools = any(node.info.pool for node in nodes)
     for column in ("node", "role", *(("pool",) if pools else ()), "health"):
         table.add_column(column, no_wrap=True)
-    for column in ("running", "waiting", "blocks", "MiB used", "generation"):
+    for column in ("running", "waiting", "blocks", "MiB used", "started"):
         table.add_column(column, justify="right", no_wrap=True)
-    if wide and local:
+    if wide:
         table.add_column("metrics", no_wrap=True)
     for node in nodes:
         info, load = node.info, node.load
         healthy = node.health == "ready"
         health = f"[green]{node.health}[/]" if healthy else f"[yellow]{node.health} {node.heartbeat_age_s:.0f}s[/]"
+        if load.fault:
+            health += f" [yellow]{escape(load.fault)}[/]"
         row = [
             info.node,
             info.role,
@@ -354,10 +385,9 @@ def _status_table(url: str, nodes: list[NodeStatus], local: RunDir | None, *, wi
             str(load.waiting),
             str(load.blocks) if info.role == "store" else "",
             f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}",
-            # A generation is the wall clock of a start: as a time of day it can be read.
-            f"{datetime.fromtimestamp(info.generation / 1e9, UTC):%H:%M:%S}Z",
+            f"{datetime.fromtimestamp(info.started_s, UTC):%H:%M:%S}Z" if info.started_s else "",
         ]
-        table.add_row(*row, *([local.state(info.node).metrics] if wide and local else []))
+        table.add_row(*row, *([info.metrics] if wide else []))
     if local is None:
         return table
     members = {node.info.node for node in nodes}

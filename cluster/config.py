@@ -70,6 +70,8 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What an operator may set. Every field has a default that suits a small machine."""
 
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{0,64}$")] = ""
+    """What tells this cluster from others: nodes of another one are refused. Empty: one is made up."""
     model: str = DEFAULT_MODEL
     """The default's name, a folder in the hub's layout, a GGUF file, or a hub name like ``org/model``."""
     dtype: Dtype = "bfloat16"

@@ -88,6 +88,7 @@ def line_of(text: str, place: Sequence[str | int]) -> int | None:
                 table += (part,)
                 last = at == len(parts) - 1
                 if head[1] == "[[" and last:
+                    lines.setdefault(table, number)
                     table += (numbers[table],)
                     numbers[table[:-1]] += 1
                 elif numbers[table]:  # a table within the latest of a list

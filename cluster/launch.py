@@ -5,6 +5,7 @@ Either every node is ready when this returns, or nothing of what it started stil
 
 import asyncio
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from rich.table import Table
 from cluster.api import here, make_operator_key
 from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
 from cluster.model import kv_layout, note
-from cluster.plan import NodeSpec, Plan, PoolPlan, load_plan, nodes_of, save_plan
+from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
 from cluster.security.config import SecurityConfig
 from router.http.access import KeysOnDisk
@@ -64,7 +65,7 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
             if config.security != SecurityConfig():
                 from cluster.security.laying import secure
 
-                secure(config.security, run, plan.nodes, now_s=clock.wall_s())
+                secure(plan, run, now_s=clock.wall_s())
             asyncio.run(_start(plan, run, console))
         finally:
             run.forget(LAUNCHER)
@@ -147,20 +148,24 @@ def check_access(config: ClusterConfig) -> None:
         raise ClusterFault(f"cannot use the certificate in {files}: {error}") from error
 
 
-def make_plan(config: ClusterConfig, console: Console) -> Plan:
+def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ...] | None = None) -> Plan:
     """Decides what is open in ``config``: fetches the model if it is not here, and picks addresses and sizes.
+
+    ``nodes``: those of a fleet; None: all run on this machine.
 
     Raises:
         ClusterFault: the model cannot be had, or the arenas do not fit.
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
     layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
-    check_memory(config, layouts)
+    if nodes is None:
+        check_memory(config, layouts)
     return Plan(
         config=config,
         pools=tuple(pools),
         store=store_config(config, layouts),
-        nodes=nodes_of(config, free_port()),
+        nodes=nodes_of(config, free_port()) if nodes is None else nodes,
+        name=secrets.token_hex(4) if nodes is None else fleet_name(config, nodes),
     )
 
 

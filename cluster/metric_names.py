@@ -208,6 +208,7 @@ LOAD: dict[str, Metric] = {
     "disk_bytes_max": Metric("disk_max_bytes", "bytes", "The most that it can be."),
     "disk_block_s": Metric("disk_block_seconds", "seconds", "How long a block takes to come into memory from there."),
     "draining": Metric("draining", "nodes", "1 while a store node moves what it holds to others."),
+    "serving": Metric("serving", "nodes", "1 while it can do what it is there for."),
     "copies_waiting": Metric("copies_waiting", "blocks", "Blocks still to be copied to other store nodes."),
     "pins_short": Metric("short_pins", "pins", "Pins with fewer copies than they ask for: nobody can take one."),
     "token_s": Metric(

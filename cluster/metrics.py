@@ -43,8 +43,10 @@ class StructCollector(Collector):
         if self._load is not None:
             load = self._load()
             for field in msgspec.structs.fields(load):
-                metric = load_of(field.name)
-                yield GaugeMetricFamily(metric.name, metric.help, value=float(getattr(load, field.name)))
+                value = getattr(load, field.name)
+                if not isinstance(value, str):
+                    metric = load_of(field.name)
+                    yield GaugeMetricFamily(metric.name, metric.help, value=float(value))
 
 
 def _counter(metric: Named, value: float | dict[str, int]) -> Metric:

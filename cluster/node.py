@@ -1,11 +1,13 @@
 """The host process of one node: assembles its room's service, joins the cluster, serves, drains, ends.
 
 A node ends with code 0 when it is told to stop, with :data:`cluster.rundir.FAULT_EXIT` and one line when it cannot
-run for a reason that an operator can mend, and with a traceback in its log when it is our mistake.
+run for a reason that an operator can mend, with :data:`cluster.rundir.FENCED_EXIT` and one line when another has its
+name, and with a traceback in its log when it is our mistake.
 """
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
@@ -20,29 +22,30 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
-from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, RunDir
+from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, RunDir
 from cluster.security.secrets import networks_of
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
+from router.fleet.members import Terms
 from router.http.keys import BadKeys
+from tracehaul import __version__
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
-from tracehaul.rpc.member import Member, serving
+from tracehaul.rpc.member import Member, new_generation, serving
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.files import refreshing
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
-from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.runtime.offload import Offload, ThreadOffload
 from tracehaul.runtime.tasks import Tasks
-from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import NoMemory, allocate
-from tracehaul.transfer.opening import open_transport
-from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.opening import Planes, open_planes
 from tracehaul.wire.cluster import NodeInfo, Role
-from tracehaul.wire.errors import TransferError, Untrusted, WrongPool
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.errors import Fenced, JoinRefused, TransferError, Untrusted
+from tracehaul.wire.ids import NodeId
 
 log = Log(__name__)
 
@@ -57,9 +60,13 @@ def run_node(name: str, run: RunDir) -> int:
         spec = plan.node(name)
         run.enter(name)
         uvloop.run(_Node(spec, plan, run).run())
+    except Fenced as fenced:
+        log.error("fenced", error=fenced)
+        print(fenced, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
+        return FENCED_EXIT
     except (
         ClusterFault,
-        WrongPool,
+        JoinRefused,
         Untrusted,
         SourceError,
         BadKeys,
@@ -91,7 +98,8 @@ class _Node:
         self._plan = plan
         self._run = run
         self._state = NodeState("starting")
-        self._generation = Generation(clock.wall_ns())
+        self._generation = new_generation()
+        self._started_s = clock.wall_s()
         self._networks = networks_of(plan, run)
         self._stopping = asyncio.Event()
 
@@ -115,9 +123,20 @@ class _Node:
                 await peers.close()
         log.info("ended")
 
-    def _info(self, role: Role) -> NodeInfo:
+    def _info(self, role: Role, transports: tuple[str, ...]) -> NodeInfo:
         listen = authority(self._spec.listen, self._spec.control_port)
-        return NodeInfo(NodeId(self._spec.name), self._generation, role, listen, pool=self._spec.pool)
+        return NodeInfo(
+            NodeId(self._spec.name),
+            self._generation,
+            role,
+            listen,
+            pool=self._spec.pool,
+            started_s=self._started_s,
+            version=__version__,
+            host=self._spec.host or socket.gethostname(),
+            log=str(self._run.log(self._spec.name)),
+            transports=transports,
+        )
 
     def _tell(self, **changes: str) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)
@@ -128,14 +147,15 @@ class _Node:
 
     async def _serve(self, room: Room, peers: Peers) -> None:
         """Listen, join, serve until told to stop."""
-        member = room.member
+        member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
-            token = next(iter(self._networks.tokens), "")
-            life = serving(member, self._networks.control, peers, self._plan.routers[0], token=token)
-            node = await stack.enter_async_context(life)
-            page = await NodeMetrics(member.stats, member.load, room.metrics).serve(self._plan.config.metrics_host)
+            page = await NodeMetrics(member.stats, member.load, room.metrics).serve(plan.config.metrics_host)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
+            member = member._replace(info=msgspec.structs.replace(member.info, metrics=metrics))
+            token = next(iter(self._networks.tokens), "")
+            life = serving(member, self._networks.control, peers, plan.routers, cluster=plan.name, token=token)
+            node = await stack.enter_async_context(life)
             self._tell(phase="joining", address=node.info.address, metrics=metrics)
             drain_timeout_s = self._plan.config.drain_timeout_s
             await node.run(self._stopping, drain_timeout_s=drain_timeout_s, told=lambda phase: self._tell(phase=phase))
@@ -150,12 +170,12 @@ class _Node:
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
-    def _transfer(self, stack: AsyncExitStack, offload: ThreadOffload) -> Transfer:
-        """The transport that was asked for."""
+    async def _planes(self, stack: AsyncExitStack, offload: ThreadOffload, memory: Memory) -> Planes:
+        """The transports that were asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        transfer = open_transport(self._plan.config.transport, owner, self._spec.listen, offload, self._networks.data)
-        stack.push_async_callback(transfer.close)
-        return transfer
+        planes = await open_planes(self._plan.transports, owner, self._spec.data, memory, offload, self._networks.data)
+        stack.push_async_callback(planes.close)
+        return planes
 
     def _memory(self, stack: AsyncExitStack, nbytes: int) -> Memory:
         memory = allocate(nbytes, self._spec.name)
@@ -169,15 +189,14 @@ class _Node:
 
         chosen, config = self._plan.config, self._plan.store
         memory = self._memory(stack, config.arena_bytes)
-        transfer = self._transfer(stack, offload)
-        planes = [Plane(transfer, transfer.register(memory))]
+        planes, how = await self._planes(stack, offload, memory)
         backing = await open_backing(chosen, self._run, self._spec.name, config.slot_bytes)
         others = Others(NodeId(self._spec.name), peers, chosen.replication)
         store = assemble_store(config, self._generation, planes, memory, offload, backing, others)
         stack.push_async_callback(store.aclose)
         metrics = (store_metrics(store), transfer_metrics(planes))
-        background = (store.run, transfer.broken)
-        member = Member(self._info("store"), store, store.load, store.set_members, background, store.counts)
+        background = (store.run, *(plane.transfer.broken for plane in planes))
+        member = Member(self._info("store", how), store, store.load, store.set_members, background, store.counts)
         return Room(member, metrics)
 
     async def _worker(
@@ -197,11 +216,13 @@ class _Node:
         stack.push_async_callback(engine.aclose)
         if engine.info.layout.block_bytes > buffer_bytes:
             raise ClusterFault(f"{pool.model} is not the model that this cluster was launched with: start it anew")
+        memory = self._memory(stack, limits.staging_blocks * buffer_bytes)
+        planes, how = await self._planes(stack, offload, memory)
         worker = assemble_worker(
-            self._info(role),
+            self._info(role, how),
             engine,
-            self._memory(stack, limits.staging_blocks * buffer_bytes),
-            [self._transfer(stack, offload)],
+            memory,
+            planes,
             peers,
             offload,
             limits,
@@ -238,6 +259,15 @@ class _Node:
 
     # --- router -------------------------------------------------------------------------------------------
 
+    def _terms(self, stack: AsyncExitStack, offload: Offload) -> Terms:
+        """What nodes must fit, with the epochs that the router's last life kept."""
+        from cluster.epoch_file import EpochFile
+
+        file = EpochFile(self._run.epochs(self._spec.name), offload)
+        stack.push_async_callback(file.close)
+        models = {pool.name: pool.model.name for pool in self._plan.pools}
+        return Terms(models, self._plan.name, file.epochs, file.changed)
+
     async def _route(self, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.answer_file import opened_answers
@@ -255,8 +285,7 @@ class _Node:
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            models = {pool.name: pool.model.name for pool in self._plan.pools}
-            router = Router(peers, config.dispatch, models)
+            router = Router(peers, config.dispatch, self._terms(stack, offload))
             stack.push_async_callback(router.close)
             decisions = DecisionFile(self._run.log(self._spec.name).with_name("decisions.jsonl"))
             stack.callback(decisions.close)
@@ -265,7 +294,7 @@ class _Node:
             router.dispatch.book.answers = await stack.enter_async_context(answers)
             gate = Gate(router.service, self._networks.tokens)
             listen = authority(self._spec.listen, self._spec.control_port)
-            server = await self._networks.control.listen(listen, gate)
+            server = await self._networks.control.listen(listen, gate, self._spec.address)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]

@@ -1,5 +1,6 @@
 """What was decided at launch: every process, where it runs and how it is reached. Each node reads it."""
 
+import hashlib
 import os
 
 import msgspec
@@ -8,6 +9,9 @@ from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, p
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
+from tracehaul.runtime.addresses import literal
+from tracehaul.transfer.opening import Kind
+from tracehaul.transfer.place import Place
 
 LOOPBACK = "127.0.0.1"
 
@@ -31,6 +35,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     """Of its control plane; 0, here and below: any that is free."""
     data_port: int = 0
     metrics_port: int = 0
+    ucx_devices: tuple[str, ...] = ()
+    """Those that UCX may use; empty: it chooses."""
     gpus: tuple[int, ...] = ()
     """Those of its host that it sees; empty: all."""
 
@@ -38,6 +44,15 @@ class NodeSpec(msgspec.Struct, frozen=True):
     def control(self) -> str:
         """``host:port`` that others reach its control plane by."""
         return authority(self.address, self.control_port)
+
+    @property
+    def data(self) -> Place:
+        """Where its data plane is. One that has an address of its own is bound to that, unless all are bound."""
+        address = self.data_address or self.address
+        bound = literal(self.listen)
+        everywhere = bound is not None and bound.is_unspecified
+        listen = self.listen if everywhere or not self.data_address else self.data_address
+        return Place(listen, address, self.data_port, self.ucx_devices)
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,6 +73,8 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: StoreConfig
     nodes: tuple[NodeSpec, ...]
     """In the order to start them."""
+    name: str = ""
+    """What tells this cluster from others: a node of another one is refused; empty: nothing does."""
 
     def pool(self, name: str) -> PoolPlan:
         """The pool of that name, which is one of the plan's."""
@@ -78,6 +95,14 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def routers(self) -> tuple[str, ...]:
         """``host:port`` of each router's control plane: fixed, so that nodes find one that was restarted."""
         return tuple(spec.control for spec in self.nodes if spec.role == "router")
+
+    @property
+    def transports(self) -> tuple[Kind, ...]:
+        """How KV moves between processes: where there are several hosts, within one through shared memory."""
+        kind = self.config.transport
+        if len({spec.host for spec in self.nodes}) == 1:
+            return ("shm",) if kind == "auto" else (kind,)
+        return ("shm", "auto" if kind == "shm" else kind)
 
     def workers_on(self, host: str) -> int:
         """How many share that host's cores."""
@@ -115,6 +140,12 @@ def nodes_of(config: ClusterConfig, router_port: int = 0) -> tuple[NodeSpec, ...
             kind = f"{role}-{name}" if name else role
             specs += [NodeSpec(f"{kind}-{i}", role, name) for i in range(count)]
     return tuple(specs)
+
+
+def fleet_name(config: ClusterConfig, nodes: tuple[NodeSpec, ...]) -> str:
+    """What tells a fleet from others, whoever launches it: what its config says, or else where its routers are."""
+    where = " ".join(spec.control for spec in nodes if spec.role == "router")
+    return config.name or hashlib.sha256(where.encode()).hexdigest()[:8]
 
 
 def threads_of(config: ClusterConfig, workers: int, cores: int) -> int:

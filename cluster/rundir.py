@@ -22,6 +22,8 @@ from tracehaul.runtime import clock
 LOG_TAIL_BYTES = 8192
 FAULT_EXIT = 3
 """Exit code of a node whose last line of output says in one line why it could not run."""
+FENCED_EXIT = 4
+"""Exit code of a node that another of its name has replaced: it must not be started again."""
 
 
 class ClusterFault(Exception):
@@ -124,6 +126,8 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.plan_file = self.path / "cluster.json"
+        self.host_file = self.path / "host.json"
+        """What a supervisor here was ordered to do."""
         self.operator_key = self.path / "operator.key"
         """A key of this launch's own, for the commands that are run here; where the API asks for keys."""
 
@@ -219,6 +223,10 @@ class RunDir:
         """What the nodes read."""
         self._write(self.plan_file, data)
 
+    def write_host(self, data: bytes) -> None:
+        """What a supervisor goes on with when it is started anew."""
+        self._write(self.host_file, data)
+
     def log(self, name: str) -> Path:
         """Where that node's output goes."""
         return self.path / "logs" / f"{name}.log"
@@ -226,6 +234,10 @@ class RunDir:
     def answers(self, name: str) -> Path:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
+
+    def epochs(self, name: str) -> Path:
+        """Where that router keeps the epochs that it knows of."""
+        return self.path / "epochs" / name
 
     def log_tail(self, name: str, lines: int) -> list[str]:
         """The last lines of a node's output."""

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from router.calls.calls import UNFORESEEN
 from router.calls.text import Text
 from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.fleet.members import Terms
 from router.http.app import create_app
 from router.http.config import ApiConfig
 from router.http.keys import Keyring
@@ -23,9 +24,8 @@ from tracehaul.runtime.offload import Offload
 class Router:
     """A router whose text may come later: nodes can join before it has read its tokenizer."""
 
-    def __init__(self, peers: Peers, config: DispatchConfig, models: Mapping[str, str] | None = None) -> None:
-        """``models``: as in :class:`router.fleet.members.MemberRegistry`."""
-        self.dispatch = Dispatch(peers, config, models)
+    def __init__(self, peers: Peers, config: DispatchConfig, terms: Terms | None = None) -> None:
+        self.dispatch = Dispatch(peers, config, terms)
         self.stats: dict[str, msgspec.Struct] = {
             "router": self.dispatch.stats,
             "retention": self.dispatch.retainer.stats,

@@ -8,11 +8,12 @@ import msgspec
 from router.dispatch.dispatch import Dispatch
 from sim.checker import IndexChecker, IntegrityChecker, ReferenceChecker
 from sim.nodes import Life
-from sim.shape import ROLES, ROUTER
+from sim.shape import ROLES, ROUTERS
 from sim.slot_checker import Truth
 from sim.world import World
 from tracehaul.engine.fake import FakeEngine
-from tracehaul.wire.ids import TraceId
+from tracehaul.wire.cluster import Viewer
+from tracehaul.wire.ids import NodeId, TraceId
 
 
 def _engines(world: World) -> list[FakeEngine]:
@@ -33,8 +34,8 @@ def check_end(world: World, truth: Truth, unheard: Collection[TraceId]) -> None:
     references = ReferenceChecker(world.findings)
     index = IndexChecker(world.findings)
     integrity = IntegrityChecker(world.findings)
-    router = world.lives[ROUTER].dispatch
-    assert router is not None
+    routers = {node: dispatch for node in ROUTERS if (dispatch := world.lives[node].dispatch) is not None}
+    assert len(routers) == len(ROUTERS)
     for node in sorted(world.lives):
         life = world.lives[node]
         if life.ledger is not None and life.store is not None:
@@ -46,21 +47,31 @@ def check_end(world: World, truth: Truth, unheard: Collection[TraceId]) -> None:
             tiering = life.store.tiering
             tiers = [life.store.arena.published()] if tiering is None else tiering.by_tier()
             held = {block: tier for tier, blocks in enumerate(tiers) for block in blocks}
-            index.compare(life.process, router.index.held(node), held)
+            for router in routers.values():
+                index.compare(life.process, router.index.held(node), held)
         elif life.host is not None and life.engine is not None:
             integrity.check(life.process, life.engine.check)
             check_worker(references, life)
         else:
-            check_router(references, router, unheard)
-            integrity.check("router", router.traces.check)
-    _check_members(world, references, router)
+            check_router(references, routers[node], unheard)
+            integrity.check(node, routers[node].traces.check)
+    _check_members(world, references, routers)
 
 
-def _check_members(world: World, references: ReferenceChecker, router: Dispatch) -> None:
-    """The newest life of each node is the member, and none that it replaced."""
-    for info in router.members.infos():
-        references.same("router", f"generation of {info.node}", info.generation, world.lives[info.node].generation)
-    references.same("router", "members", len(router.members.infos()), len(ROLES) - 1)
+def _check_members(world: World, references: ReferenceChecker, routers: dict[NodeId, Dispatch]) -> None:
+    """The newest life of each node is the member of every router, and known to who needs it; none that it replaced."""
+    for name, router in routers.items():
+        for info in router.members.infos():
+            references.same(name, f"generation of {info.node}", info.generation, world.lives[info.node].generation)
+        references.same(name, "members", len(router.members.infos()), len(ROLES) - len(ROUTERS))
+    for node, life in world.lives.items():
+        if life.membership is None:
+            continue
+        known = {info.node: info.generation for info in life.membership.members.nodes}
+        viewer = Viewer(life.membership.info.role, life.membership.info.pool)
+        others = [other.membership.info for other in world.lives.values() if other.membership is not None]
+        needed = {info.node: info.generation for info in others if viewer.needs(info)}
+        references.same(node, "known nodes", known, needed)
     for life in world.zombies:
         if life.alive and life.membership is not None and life.store is not None:
             references.same(life.process, "joined", life.membership.joined.is_set(), False)
@@ -68,13 +79,13 @@ def _check_members(world: World, references: ReferenceChecker, router: Dispatch)
 
 
 def check_store(references: ReferenceChecker, life: Life) -> None:
-    """An idle store node holds blocks, and nothing for anybody but the router's subscription."""
+    """An idle store node holds blocks, and nothing for anybody but the routers' subscriptions."""
     assert life.store is not None
     arena = life.store.arena
     references.zero(
         life.process, leases=arena.leases, reservations=arena.reservations, quarantined=arena.slots_quarantined
     )
-    references.same(life.process, "subscriptions", len(life.store.feed), 1)
+    references.same(life.process, "subscriptions", len(life.store.feed), len(ROUTERS))
     tiering = life.store.tiering
     if tiering is not None:
         coming = tiering.promotions.coming
@@ -122,7 +133,7 @@ def counts(world: World) -> dict[str, int]:
             for key, part in value.items():  # pyright: ignore[reportUnknownVariableType] - counters by outcome
                 add(f"{name}.{key}", part)
 
-    for life in world.graves + world.zombies + list(world.lives.values()):
+    for life in world.graves + [zombie for zombie in world.zombies if zombie.alive] + list(world.lives.values()):
         parts: list[tuple[str, msgspec.Struct]] = []
         if life.store is not None:
             parts.append(("store", life.store.stats))

@@ -14,7 +14,7 @@ corrupt   A copy lands with one byte wrong (:class:`Storm`), or a byte of a publ
           memory (:class:`Rot`). The control plane is not corrupted: TCP's checksum and msgspec's typing are
           taken to hold.
 crash     The process is gone between two instructions: no cleanup runs, connections break, its memory is
-          unreachable. It comes back as a new life with a higher generation, empty but for what its device kept:
+          unreachable. It comes back as a new life of its name, empty but for what its device kept:
           what the process was writing is half done, and after a :class:`PowerLoss` what was not flushed may be
           gone in any order, and after a :class:`HostLoss` all of it is.
 freeze    SIGSTOP, or a machine that swaps: nothing runs there, nobody is told, and then it goes on with all its
@@ -161,14 +161,14 @@ class FaultPlan(msgspec.Struct, frozen=True):
 class Targets(msgspec.Struct, frozen=True):
     """Whom faults can hit."""
 
-    router: NodeId
+    routers: tuple[NodeId, ...]
     stores: tuple[NodeId, ...]
     workers: tuple[NodeId, ...]
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
-        """All of them, the router last."""
-        return self.stores + self.workers + (self.router,)
+        """All of them, the routers last."""
+        return self.stores + self.workers + self.routers
 
 
 def make_faults(seed: int, fleet: Targets, end_s: float) -> FaultPlan:

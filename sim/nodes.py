@@ -25,6 +25,7 @@ from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
 from router.assemble import Router
 from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.fleet.members import Terms
 from router.http.config import ApiConfig
 from sim.checker import AbortChecker, Findings, TerminalChecker, is_terminal
 from sim.links import SimMemory, WatchedTransfer
@@ -47,6 +48,7 @@ from tracehaul.transfer.local import LocalHub, LocalTransfer
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Lease, Leased, Publish, Published, Release, Reserve, Reserved
 from tracehaul.wire.cluster import NodeInfo, Role
+from tracehaul.wire.errors import ClusterError, Fenced, NameTaken
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import DecodeStep, PrefillStep
@@ -56,6 +58,7 @@ from worker.flights import Flights
 from worker.host import WorkerHost
 
 OFFLOAD = InlineOffload()
+CLUSTER = "simulated"
 FENCE_GRACE_S = 15.0
 """After which nobody believes in a life that another has replaced: requests under way have ended."""
 
@@ -83,12 +86,16 @@ class Surroundings(Protocol):
     terminal: TerminalChecker
     aborts: AbortChecker
     ledgers: dict[str, SlotChecker]
-    router_address: str
+    router_addresses: tuple[str, ...]
     tiers: TierChecker
     pins: PinChecker
     devices: dict[NodeId, SimDevice]
     """What is below each store's memory; it outlives its node's lives."""
     healed_s: float | None
+
+    def ended(self, life: "Life", why: ClusterError) -> None:
+        """Its process exits: another life has its name."""
+        ...
 
 
 @dataclass
@@ -211,7 +218,9 @@ def start(life: Life, role: Role | None, around: Surroundings) -> None:
 
 
 async def _run_router(life: Life, around: Surroundings) -> None:
-    router = Router(Peers(around.network.at(life.address)), around.shape.dispatch)
+    # The simulated world has one clock, and a router forgets its epochs with its life.
+    terms = Terms(cluster=CLUSTER, wall_s=clock.now_s)
+    router = Router(Peers(around.network.at(life.address)), around.shape.dispatch, terms)
     life.dispatch = router.dispatch
     await around.network.listen(life.address, WatchedService(life, router.service, around))
     dice = random.Random(life.process)  # noqa: S311 - reproducible is the point
@@ -230,11 +239,15 @@ async def _run_node(life: Life, role: Role, around: Surroundings) -> None:
     else:
         member = _worker(life, info, transfer, peers, around).member
     member = member._replace(service=WatchedService(life, member.service, around))
-    async with serving(member, network, peers, around.router_address) as node:
+    async with serving(member, network, peers, around.router_addresses, cluster=CLUSTER) as node:
         assert node.info.address == life.address
         life.membership = node.membership
-        # It is never told to stop: simulated nodes crash.
-        await node.run(asyncio.Event(), drain_timeout_s=0.0, told=lambda _: life.ready.set())
+        try:
+            # It is never told to stop: simulated nodes crash.
+            await node.run(asyncio.Event(), drain_timeout_s=0.0, told=lambda _: life.ready.set())
+        except (Fenced, NameTaken) as error:
+            around.ended(life, error)
+            await asyncio.Event().wait()  # as a process that has exited
 
 
 def _store(life: Life, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> StoreNode:
@@ -285,7 +298,7 @@ def _worker(life: Life, info: NodeInfo, transfer: WatchedTransfer, peers: Peers,
         info,
         engine,
         memory,
-        [transfer],
+        [Plane(transfer, transfer.register(memory))],
         peers,
         OFFLOAD,
         shape.worker,

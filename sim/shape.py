@@ -19,14 +19,16 @@ MIX = Mix(traces=20, steps_min=3, steps_max=8, system_tokens_max=40, new_tokens_
 TENANTS = ("tenant-0",)
 """Those with a quota, of the traces' salts; the others share the rest."""
 ROUTER = NodeId("router")
+"""The one that clients ask."""
+ROUTERS = (ROUTER, NodeId("router-1"))
 ROLES: dict[NodeId, Role | None] = {
-    ROUTER: None,
+    **dict.fromkeys(ROUTERS),
     **{NodeId(f"store-{i}"): "store" for i in range(3)},
     **{NodeId(f"prefill-{i}"): "prefill" for i in range(2)},
     **{NodeId(f"decode-{i}"): "decode" for i in range(2)},
 }
 FLEET = Targets(
-    router=ROUTER,
+    routers=ROUTERS,
     stores=tuple(node for node, role in ROLES.items() if role == "store"),
     workers=tuple(node for node, role in ROLES.items() if role in ("prefill", "decode")),
 )

@@ -26,7 +26,7 @@ from sim.faults import (
 from sim.http import Gateway
 from sim.links import CopyLink, FrameLink
 from sim.nodes import Life, start
-from sim.shape import FAULTS_END_S, FLEET, ROLES, ROUTER, make_shape
+from sim.shape import FAULTS_END_S, FLEET, ROLES, ROUTER, ROUTERS, make_shape
 from sim.slot_checker import SlotChecker
 from sim.storage import SimDevice, SimObjects
 from sim.store_checker import DrainChecker, PinChecker, TierChecker
@@ -35,7 +35,7 @@ from tracehaul.rpc.local import LocalNetwork
 from tracehaul.runtime import clock
 from tracehaul.transfer.local import LocalHub
 from tracehaul.wire.blocks import Drain, DrainState
-from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.errors import ClusterError, NameTaken
 from tracehaul.wire.ids import Generation, NodeId
 
 
@@ -65,7 +65,7 @@ class World:
         self.network = LocalNetwork(FrameLink(self.weather))
         self.hub = LocalHub(CopyLink(self.weather, self._is_alive))
         self._same_addresses = seed % 2 == 0
-        self.router_address = self._address(ROUTER, 0)
+        self.router_addresses = tuple(self._address(node, 0) for node in ROUTERS)
         self.gateway = Gateway()
         self.lives: dict[NodeId, Life] = {}
         self.graves: list[Life] = []
@@ -90,14 +90,14 @@ class World:
 
     def _address(self, node: NodeId, generation: int) -> str:
         """A node that comes back may have its old address, or another one."""
-        return f"{node}:{1 if self._same_addresses or node == ROUTER else generation}"
+        return f"{node}:{1 if self._same_addresses or ROLES[node] is None else generation}"
 
     def start(self, node: NodeId) -> Life:
         """A new life of ``node``."""
         self._generation += 1
         life = Life(node, Generation(self._generation), self._address(node, self._generation))
         self.lives[node] = self._by_process[life.process] = life
-        if ROLES[node] is None:
+        if node == ROUTER:
             self.gateway.router = life
         if ROLES[node] == "store" and node not in self.devices:
             self._give_device(node)
@@ -128,8 +128,28 @@ class World:
         self.network.crash(life.address)
         self.terminal.died(life.process)
         self.ledgers.pop(life.process, None)  # its memory is unreachable: who still tries fails
-        if ROLES[life.node] is None:
+        if life.node == ROUTER:
             self.gateway.lost()
+
+    def ended(self, life: Life, why: ClusterError) -> None:
+        """Its process exits. Who took a frozen life's place in vain leaves it the place."""
+        self.loop.call_soon(self._ended, life, why, context=self.network.context)
+
+    def _ended(self, life: Life, why: ClusterError) -> None:
+        if not life.alive:
+            return
+        self.crash(life)
+        if self.lives[life.node] is not life:
+            return
+        lasting = next((zombie for zombie in self.zombies if zombie.node == life.node and zombie.alive), None)
+        if lasting is None or not isinstance(why, NameTaken):
+            self.findings.add("fenced", f"{life.process} is the last of its name, and ended: {why}")
+            return
+        self.zombies.remove(lasting)
+        lasting.fenced_s = None
+        self.lives[life.node] = lasting
+        if lasting.device is not None:
+            self.devices[life.node] = lasting.device
 
     # --- faults -------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ settings.load_profile("tracehaul")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whole clusters are slow, simulated ones too. What is marked ``gpu`` is skipped where there is none, aloud."""
     for item in items:
-        if {"process", "sim"} & set(item.path.relative_to(TESTS).parts):
+        if {"process", "sim", "hosts"} & set(item.path.relative_to(TESTS).parts):
             item.add_marker(pytest.mark.slow)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

@@ -15,7 +15,7 @@ from tracehaul.rpc.base import Service
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.offload import Offload
-from tracehaul.transfer.base import Memory, Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import Members, NodeInfo
 from worker.announce import announced
@@ -45,14 +45,13 @@ class Worker:
     """Who it is, and where it listens."""
     host: WorkerHost
     service: StepService
-    transfers: Sequence[Transfer]
     planes: Sequence[Plane]
 
     @property
     def member(self) -> Member:
         """What it brings into the fleet, with its rates as they are now: so after calibration."""
         host = self.host
-        background = (host.run, *(transfer.broken for transfer in self.transfers))
+        background = (host.run, *(plane.transfer.broken for plane in self.planes))
         stats = {"worker": host.stats, "store_client": host.client.stats}
         info = announced(self.info, host)
         return Member(info, self.service, host.load, self.service.set_members, background, stats)
@@ -66,7 +65,7 @@ def assemble_worker(
     info: NodeInfo,
     engine: Engine,
     memory: Memory,
-    transfers: Sequence[Transfer],
+    planes: Sequence[Plane],
     peers: Peers,
     offload: Offload,
     config: WorkerConfig,
@@ -81,7 +80,7 @@ def assemble_worker(
         info: who it is and where it listens; what its engine says of itself is added.
         engine: belongs to this worker alone.
         memory: for blocks between the stores and the engine, ``buffer_bytes`` for each.
-        transfers: one or more ways to the stores; the worker ends when one of them breaks.
+        planes: that memory, over one or more transports; the worker ends when one of them breaks.
         peers: connections to the other nodes.
         offload: where long copies run.
         config: limits.
@@ -91,7 +90,6 @@ def assemble_worker(
     """
     assert engine.info.layout.block_bytes <= buffer_bytes, "a buffer holds a block"
     engine.attach(memory.buffer)
-    planes = [Plane(transfer, transfer.register(memory)) for transfer in transfers]
     client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
     host = WorkerHost(engine, client, config, shared)
-    return Worker(info, host, serve(host), transfers, planes)
+    return Worker(info, host, serve(host), planes)

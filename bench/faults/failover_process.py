@@ -23,7 +23,7 @@ from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.node.assemble import assemble_store
 from router.fleet.members import MemberRegistry
-from tracehaul.rpc.member import Member, Phase, serving
+from tracehaul.rpc.member import Member, Phase, new_generation, serving
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
@@ -60,7 +60,7 @@ async def router() -> None:
 async def node(name: str, router: str) -> None:
     """A store node; says its NodeInfo when it is a member."""
     setup(name, "error")
-    generation = Generation(clock.wall_ns())
+    generation = new_generation()
     offload = ThreadOffload("node", COPY_THREADS)
     ways, memory = planes("shm", f"{name}#{generation}", "127.0.0.1", ARENA_BYTES, offload)
     network = TcpNetwork()
@@ -70,7 +70,7 @@ async def node(name: str, router: str) -> None:
     store = assemble_store(config, generation, ways, memory, offload, others=others)
     info = NodeInfo(NodeId(name), generation, "store", "127.0.0.1:0")
     member = Member(info, store, store.load, store.set_members, (store.run,))
-    async with serving(member, network, peers, router) as served:
+    async with serving(member, network, peers, [router]) as served:
 
         def tell(phase: Phase) -> None:
             if phase == "ready":
@@ -100,7 +100,7 @@ class Reader:
     async def follow(self) -> None:
         """Be a member for ever."""
         info = NodeInfo(NodeId(self._name), Generation(1), "decode", "127.0.0.1:1")
-        await Membership(self._peers, self._router, info, NodeLoad, self._on_members).run()
+        await Membership(self._peers, [self._router], info, NodeLoad, self._on_members).run()
 
     def _on_members(self, members: Members) -> None:
         self._addresses = {info.node: info.address for info in members.nodes}

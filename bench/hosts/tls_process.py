@@ -18,6 +18,7 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import Credentials
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.place import Place
 from tracehaul.transfer.tcp import TcpTransfer
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import RegionDescriptor
@@ -47,7 +48,7 @@ async def main(host: str, secrets: str) -> None:
     peers = Peers(network)
     memory = allocate(BATCH_BYTES, "tls-bench")
     memory.buffer[:] = bytes(range(256)) * (BATCH_BYTES // 256)
-    transfer = TcpTransfer(f"{host}#{clock.wall_ns()}", host, credentials)
+    transfer = TcpTransfer(f"{host}#{clock.wall_ns()}", Place(host), credentials)
     region = transfer.register(memory)
     copies = [Copy(at, at, BLOCK_BYTES) for at in range(0, BATCH_BYTES, BLOCK_BYTES)]
     packed = base64.b64encode(msgspec.msgpack.encode(region.descriptor)).decode()

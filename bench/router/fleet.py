@@ -19,9 +19,10 @@ from rich.console import Console
 from bench.common.processes import Place, Process
 from bench.router.client import Client
 from bench.router.worker import Told
-from cluster.config import ROUTER, ClusterConfig, NodeCounts, save_plan
+from cluster.config import ROUTER, ClusterConfig, NodeCounts
 from cluster.launch import free_port, make_plan
 from cluster.model import kv_layout
+from cluster.plan import save_plan
 from cluster.rundir import RunDir
 from router.http.config import ApiConfig
 from tracehaul.model.text import Text

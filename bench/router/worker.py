@@ -18,6 +18,7 @@ import uvloop
 
 from bench.common.lines import listen, say
 from tracehaul.rpc.base import CallContext
+from tracehaul.rpc.member import new_generation
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
@@ -25,7 +26,7 @@ from tracehaul.runtime import clock
 from tracehaul.wire.base import Ok
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.hashing import pack_tokens
-from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+from tracehaul.wire.ids import BlockHash, NodeId, TraceId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import DecodeStep, StepDone, StepUsage, Tokens
 
@@ -125,7 +126,7 @@ async def main(told: Told) -> None:
     server = await network.listen("127.0.0.1:0", worker)
     info = NodeInfo(
         NodeId("fake-0"),
-        Generation(clock.wall_ns()),
+        new_generation(),
         "decode",
         server.address,
         model=told.model,
@@ -134,7 +135,7 @@ async def main(told: Told) -> None:
         context_max=told.context_max,
     )
     load = NodeLoad(token_s=1e-4, pair_s=1e-9, decode_s=0.01, free_tokens=1 << 24)
-    membership = Membership(Peers(network), told.router, info, lambda: load, lambda members: None)
+    membership = Membership(Peers(network), [told.router], info, lambda: load, lambda members: None)
     joining = asyncio.create_task(membership.run())
     await membership.joined.wait()
     say(server.address)

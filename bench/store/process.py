@@ -23,20 +23,22 @@ from kvstore.client.staging import Staging, StagingBuffer
 from kvstore.config import StoreConfig
 from kvstore.index.arena import Arena
 from kvstore.node.assemble import assemble_store
+from tracehaul.rpc.member import new_generation
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
-from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer import shm
 from tracehaul.transfer.copying import compiled
 from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.opening import open_transport
+from tracehaul.transfer.place import Place
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.base import Ping
 from tracehaul.wire.blocks import BlockSpec, Publication, Slot
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.hashing import HASH_BYTES, checksum
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, NodeId
 
 BATCH_BYTES = 64 << 20
 BATCHES = 4
@@ -54,7 +56,7 @@ Span = tuple[float, float]
 def planes(transfer_kind: str, owner: str, host: str, nbytes: int, offload: ThreadOffload) -> tuple[list[Plane], Any]:
     """One transport and its memory."""
     memory = allocate(nbytes, owner.replace("#", "-"))
-    transfer = open_transport(transfer_kind, owner, host, offload)
+    transfer = open_transport(transfer_kind, owner, Place(host), offload).transfer
     return [Plane(transfer, transfer.register(memory))], memory
 
 
@@ -62,7 +64,7 @@ async def node(transfer_kind: str, host: str, arena_bytes: int, slot_bytes: int)
     """A store node; answers any line with the CPU seconds it has used and its resident bytes."""
     offload = ThreadOffload("node", COPY_THREADS)
     config = StoreConfig(arena_bytes=arena_bytes, slot_bytes=slot_bytes, late_write_s=1.0)
-    generation = Generation(clock.wall_ns())
+    generation = new_generation()
     ways, memory = planes(transfer_kind, f"store-0#{generation}", host, arena_bytes, offload)
     store = assemble_store(config, generation, ways, memory, offload)
     server = await TcpNetwork().listen(f"{host}:0", store)

@@ -1,7 +1,8 @@
 """Ways to a host: the system's ssh, one connection for all that is asked of it, or this machine itself.
 
-Everything of the user's is used: config, agents, jump hosts, known host keys. Nothing is asked: a key that is not known,
-or a password that would be needed, is an error that says so. ``TRACEHAUL_SSH`` replaces the command (``ssh -F FILE``).
+Everything of the user's is used: config, agents, jump hosts, known host keys. Nothing is asked: a key that is not
+known, or a password that would be needed, is an error that says so. ``TRACEHAUL_SSH`` replaces the command
+(``ssh -F FILE``).
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from cluster.fleet.config import LOCAL, HostConfig
 
 SSH = "TRACEHAUL_SSH"
 CONNECT_S = 15.0
+_HOLD_END_S = 5.0
 SSH_FAILED = 255
 """ssh's own exit code, whatever a command would say."""
 _SILENCE_S = 5
@@ -42,7 +44,7 @@ _HINTS = {
     "Connection refused": "no sshd listens there",
     "timed out": "nothing answers at that address: is it up, and the port open?",
     "No route to host": "there is no way to that address",
-    "Too many authentication failures": "the agent offers too many keys: say `IdentitiesOnly yes` for it in ~/.ssh/config",
+    "Too many authentication failures": "the agent offers too many keys: say `IdentitiesOnly yes` in ~/.ssh/config",
 }
 
 
@@ -75,6 +77,14 @@ class Connection(Protocol):
         """
         ...
 
+    def hold(self, command: Sequence[str], timeout_s: float = 30.0) -> AbstractAsyncContextManager[bytes]:
+        """Run a command that says one line and then goes on; the line. Its standard input ends with the context.
+
+        Raises:
+            HostFault: it cannot be run, or says nothing in time.
+        """
+        ...
+
     async def address(self) -> str:
         """Where it is, as far as this side knows: an address or a name."""
         ...
@@ -101,6 +111,12 @@ class Ssh:
                         raise HostFault(f"{opened.last_line or 'it runs no command'}")
                     self._open = True
         return await self._ask(command, stdin, timeout_s)
+
+    @asynccontextmanager
+    async def hold(self, command: Sequence[str], timeout_s: float = 30.0) -> AsyncGenerator[bytes]:
+        await self.run(["true"])
+        async with _held([*self._ssh, self._target, "--", shlex.join(command)], timeout_s) as line:
+            yield line
 
     async def _ask(self, command: Sequence[str], stdin: bytes | Path, timeout_s: float) -> Done:
         done = await _run([*self._ssh, self._target, "--", shlex.join(command)], stdin, timeout_s)
@@ -132,6 +148,11 @@ class Local:
     async def run(self, command: Sequence[str], stdin: bytes | Path = b"", timeout_s: float = 60.0) -> Done:
         return await _run(command, stdin, timeout_s)
 
+    @asynccontextmanager
+    async def hold(self, command: Sequence[str], timeout_s: float = 30.0) -> AsyncGenerator[bytes]:
+        async with _held(command, timeout_s) as line:
+            yield line
+
     async def address(self) -> str:
         return "127.0.0.1"
 
@@ -139,7 +160,7 @@ class Local:
 @asynccontextmanager
 async def connections(hosts: Sequence[HostConfig]) -> AsyncGenerator[Mapping[str, Connection]]:
     """One to each host, by its name; nothing is connected before it is used."""
-    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="th-", dir="/tmp") as folder:  # short: a socket's path
         ways: dict[str, Connection] = {
             host.name: Local() if host.target == LOCAL else Ssh(host.target, Path(folder)) for host in hosts
         }
@@ -147,6 +168,32 @@ async def connections(hosts: Sequence[HostConfig]) -> AsyncGenerator[Mapping[str
             yield ways
         finally:
             await asyncio.gather(*(way.close() for way in ways.values() if isinstance(way, Ssh)))
+
+
+@asynccontextmanager
+async def _held(command: Sequence[str], timeout_s: float) -> AsyncGenerator[bytes]:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(timeout_s):
+            line = await process.stdout.readline()
+            if not line:
+                said = (await process.stderr.read()).decode(errors="replace").strip().splitlines()
+                raise HostFault(said[-1].removeprefix("tracehaul: ") if said else "it says nothing")
+        yield line
+    except TimeoutError:
+        raise HostFault(f"no answer within {timeout_s:g} s") from None
+    finally:
+        process.stdin.close()
+        try:
+            async with asyncio.timeout(_HOLD_END_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
 
 
 async def _run(command: Sequence[str], stdin: bytes | Path, timeout_s: float) -> Done:

@@ -1,6 +1,7 @@
 """Brings a release, and models, to a host: copied once, checked by hash, switched to by a link."""
 
-import os
+import asyncio
+import posixpath
 import shlex
 import tarfile
 import tempfile
@@ -46,7 +47,7 @@ async def install(way: Connection, host: HostConfig, facts: Facts, bundle: Bundl
     archive = f"{bundle.release}.tar"
     there = await way.run(["test", "-e", f"{release}/{installer.MARKER}"])
     if there.code != 0:
-        told(f"copying {bundle.path.stat().st_size >> 20} MB")
+        told(f"copying {size_of(bundle.path) >> 20} MB")
         await put(way, bundle.path, f"{facts.home}/{archive}")
         told("installing")
     asked = Wanted(facts.home, bundle.release, bundle.digest, archive)
@@ -63,44 +64,53 @@ async def put(way: Connection, source: Path | bytes, target: str, *, mode: str =
     Raises:
         HostFault: it cannot be written.
     """
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
+    size = len(source) if isinstance(source, bytes) else size_of(source)
     path = shlex.quote(target)
     script = (
-        f"umask 077 && mkdir -p {shlex.quote(os.path.dirname(target))} && cat > {path}.tmp && "
+        f"umask 077 && mkdir -p {shlex.quote(posixpath.dirname(target))} && cat > {path}.tmp && "
         f"test $(wc -c < {path}.tmp) -eq {size} && chmod {mode} {path}.tmp && mv {path}.tmp {path}"
     )
-    done = await way.run(["sh", "-c", script], source, 60.0 + size / COPY_BYTES_S)
+    done = await way.run(["sh", "-c", script], source, _copy_s(size))
     if done.code != 0:
         raise HostFault(f"cannot write {target}: {done.last_line or 'not all of it arrived: is the disk full?'}")
 
 
-async def put_model(way: Connection, facts: Facts, source: Path, digest: str, told: Told) -> str:
-    """A model's file or folder there, under its digest; returns its path.
+async def put_model(way: Connection, source: Path, target: str, told: Told) -> None:
+    """A model's file or folder there, whole or not at all, under its own name.
 
     Raises:
-        HostFault: it cannot be copied, or arrives damaged.
+        HostFault: it cannot be copied.
     """
-    target = f"{facts.home}/models/{digest[:16]}/{source.name}"
-    if (await way.run(["test", "-e", target])).code == 0:
-        return target
-    fresh = f"{facts.home}/models/.{digest[:16]}.tmp"
-    with tempfile.TemporaryDirectory() as folder:
-        archive = source
-        if source.is_dir():
-            archive = Path(folder) / "model.tar"
-            with tarfile.open(archive, "w", dereference=True) as tar:
-                tar.add(source, source.name, filter=_visible)
-        told(f"copying the model, {archive.stat().st_size >> 20} MB")
-        take = "tar x" if source.is_dir() else f"cat > {shlex.quote(source.name)}"
-        final = shlex.quote(f"{facts.home}/models/{digest[:16]}")
-        quoted = shlex.quote(fresh)
-        script = (
-            f"rm -rf {quoted} && mkdir -p {quoted} && cd {quoted} && {take} && rm -rf {final} && mv {quoted} {final}"
-        )
-        done = await way.run(["sh", "-c", script], archive, 60.0 + archive.stat().st_size / COPY_BYTES_S)
+    folder = posixpath.dirname(target)
+    with tempfile.TemporaryDirectory() as scratch:
+        archive = await asyncio.to_thread(_packed, source, Path(scratch))
+        told(f"copying the model, {size_of(archive) >> 20} MB")
+        take = f"cat > {shlex.quote(source.name)}" if archive == source else "tar x"
+        final, fresh = shlex.quote(folder), shlex.quote(f"{folder}.tmp")
+        script = f"rm -rf {fresh} && mkdir -p {fresh} && cd {fresh} && {take} && rm -rf {final} && mv {fresh} {final}"
+        done = await way.run(["sh", "-c", script], archive, _copy_s(size_of(archive)))
     if done.code != 0:
         raise HostFault(f"cannot copy the model: {done.last_line}")
-    return target
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file."""
+    return path.stat().st_size
+
+
+def _copy_s(nbytes: int) -> float:
+    """How long a copy may take."""
+    return 60.0 + nbytes / COPY_BYTES_S
+
+
+def _packed(source: Path, scratch: Path) -> Path:
+    """One file of it: a folder becomes an archive."""
+    if not source.is_dir():
+        return source
+    archive = scratch / "model.tar"
+    with tarfile.open(archive, "w", dereference=True) as tar:
+        tar.add(source, source.name, filter=_visible)
+    return archive
 
 
 def _visible(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

@@ -1,7 +1,8 @@
 """Makes a release of a bundle on a host: sent to its Python through ssh, so this file stands alone.
 
-It runs under Python 3.11 and newer, imports the standard library only, and is given :class:`cluster.fleet.install.Wanted`
-as JSON in its argument. A release is complete once its marker is there; what a killed installer left is made anew.
+It runs under Python 3.11 and newer, imports the standard library only, and is given
+:class:`cluster.fleet.install.Wanted` as JSON in its argument. A release is complete once its marker is there; what a
+killed installer left is made anew.
 """
 
 from __future__ import annotations

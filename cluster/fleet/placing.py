@@ -1,16 +1,20 @@
-"""Which nodes run on which host, at which ports. Pure."""
+"""Which nodes run on which host, at which ports."""
 
-import ipaddress
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
 from cluster.config import ClusterConfig, Role, pools_of
 from cluster.fleet.config import HostConfig, NodeCount, WorkerCount
+from cluster.hosts.orders import Order
 from cluster.plan import NodeSpec, Plan
 
 _FIRST: dict[Role, int] = {"router": 0, "store": 200, "prefill": 400, "decode": 600}
 """Of a role's ports, from the config's first."""
+_DIGEST_CHARS = 16
+API_FILES = ("keys_file", "tls_cert", "tls_key")
+"""What of the API's config are files: they travel to the routers' hosts."""
 _EACH = 3
 """Ports of a node: control plane, data plane, metrics."""
 
@@ -46,6 +50,7 @@ def _nodes_on(host: HostConfig, config: ClusterConfig, address: str) -> list[Nod
                     control_port=port,
                     data_port=port + 1,
                     metrics_port=port + 2,
+                    ucx_devices=host.ucx_devices,
                     gpus=gpus,
                 )
             )
@@ -63,30 +68,53 @@ def _count(count: NodeCount, host: HostConfig) -> int:
     return host.gpus if count == "per-gpu" else count
 
 
-def is_address(text: str) -> bool:
-    """Whether it is an address of IPv4 or IPv6, and not a name."""
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
+def order_for(host: HostConfig, plan: Plan, home: str, digests: Mapping[str, str]) -> Order:
+    """What that host is told to run: the plan, with what the config says of this host alone, and with paths there.
 
-
-def plan_for(plan: Plan, host: HostConfig) -> Plan:
-    """The plan as that host's nodes read it: with what the config says of this host alone."""
+    ``home``: whole. ``digests``: of the pools' models, which name those that travel.
+    """
     said = {
         name: value
         for name in ("threads", "kv_tokens", "store_bytes", "disk_bytes", "disk_dir")
         if (value := getattr(host, name)) is not None
     }
-    config = msgspec.structs.replace(plan.config, **said)
+    api = plan.config.api
+    files = {name: f"{home}/run/secrets/{name}" for name in API_FILES if getattr(api, name)}
+    config = msgspec.structs.replace(plan.config, api=msgspec.structs.replace(api, **files), **said)
     store = plan.store
     if host.store_bytes is not None:
         store = msgspec.structs.replace(store, arena_bytes=host.store_bytes)
-    pools = plan.pools
-    if host.kv_tokens is not None:
-        pools = tuple(
-            msgspec.structs.replace(pool, config=msgspec.structs.replace(pool.config, kv_tokens=host.kv_tokens))
-            for pool in pools
+    paths = model_paths(host, plan, home, digests)
+    pools = tuple(
+        msgspec.structs.replace(
+            pool,
+            model=msgspec.structs.replace(pool.model, path=Path(paths[pool.name])),
+            config=msgspec.structs.replace(
+                pool.config, model=paths[pool.name], kv_tokens=host.kv_tokens or pool.config.kv_tokens
+            ),
         )
-    return msgspec.structs.replace(plan, config=config, store=store, pools=pools)
+        for pool in plan.pools
+    )
+    there = msgspec.structs.replace(plan, config=config, store=store, pools=pools)
+    return Order(there, host.name, host.supervisor)
+
+
+def pools_on(plan: Plan, host: str) -> list[str]:
+    """Those whose models a host's nodes read: workers their own, routers all."""
+    nodes = [spec for spec in plan.nodes if spec.host == host]
+    every = any(spec.role == "router" for spec in nodes)
+    return [
+        pool.name
+        for pool in plan.pools
+        if every or any(spec.pool == pool.name for spec in nodes if spec.role != "store")
+    ]
+
+
+def model_paths(host: HostConfig, plan: Plan, home: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """Where each pool's model is or would be on that host."""
+    paths: dict[str, str] = {}
+    for pool in plan.pools:
+        said = host.model.get(pool.name, "") if isinstance(host.model, dict) else host.model
+        name = pool.model.path.name
+        paths[pool.name] = said or f"{home}/models/{digests[pool.name][:_DIGEST_CHARS]}/{name}"
+    return paths

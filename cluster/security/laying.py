@@ -7,10 +7,9 @@ from pathlib import Path
 from cryptography import x509
 
 from cluster.api import write_private
-from cluster.plan import NodeSpec
+from cluster.plan import NodeSpec, Plan
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.ca import Issued, ensure_ca, issue
-from cluster.security.config import SecurityConfig
 from cluster.security.secrets import FOLDER, TOKEN_FILE, read_tokens
 from tracehaul.runtime.credentials import CA_FILE, CERT_FILE, KEY_FILE
 
@@ -20,17 +19,17 @@ LOCAL = "local"
 TOKEN_BYTES = 32
 
 
-def secure(security: SecurityConfig, run: RunDir, specs: Sequence[NodeSpec], *, now_s: float) -> None:
+def secure(plan: Plan, run: RunDir, *, now_s: float) -> None:
     """Lay what the nodes of a cluster on this machine need beside their plan. The CA is kept there, too.
 
     Raises:
         ClusterFault: that cannot be written.
     """
-    folder = run.path / FOLDER
+    security, folder = plan.config.security, run.path / FOLDER
     if security.control == "mtls":
         authority = run.path / AUTHORITY
-        ensure_ca(authority, LOCAL, now_s=now_s)
-        lay(folder, certify(authority, LOCAL, specs, now_s=now_s))
+        ensure_ca(authority, plan.name or LOCAL, now_s=now_s)
+        lay(folder, certify(authority, LOCAL, plan.nodes, now_s=now_s))
     if security.token:
         ensure_token(folder)
 

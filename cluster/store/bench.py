@@ -15,18 +15,20 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
-from cluster.asking import ASK_TIMEOUT_S, StoreRef
 from cluster.security.secrets import PLAIN, Networks
+from cluster.asking import ASK_TIMEOUT_S, StoreRef
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
-from tracehaul.transfer.opening import open_transport
-from tracehaul.transfer.base import Transfer
+from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.opening import open_transport
+from tracehaul.transfer.place import LOOPBACK
 from tracehaul.transfer.plane import Plane, cost
 from tracehaul.wire.base import Ping
+from tracehaul.wire.blocks import Attach, Attached
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, ProtocolError, Unavailable
 from tracehaul.wire.hashing import HASH_BYTES
@@ -89,7 +91,6 @@ class _Bench:
         self._networks = networks
         self._info = info
         self._block_bytes = node.slot_bytes
-        self._transports = node.transports
         self._batch = batch
         self._root = BlockHash(os.urandom(HASH_BYTES))
         self._held: list[BlockHash] = []
@@ -101,9 +102,8 @@ class _Bench:
         stack.callback(memory.close)
         offload = ThreadOffload("bench", COPY_THREADS)
         stack.callback(offload.close)
-        transfer = self._transfer(offload)
-        stack.push_async_callback(transfer.close)
-        plane = Plane(transfer, transfer.register(memory))
+        plane = await self._plane(memory, offload)
+        stack.push_async_callback(plane.transfer.close)
         client = StoreClient(self._peers, [plane], Staging(memory, self._block_bytes), offload)
         stack.push_async_callback(client.aclose)
         client.set_nodes([self._info])
@@ -125,7 +125,7 @@ class _Bench:
         ping_s = await _median_s(lambda: self._peers.call(self._info.address, Ping(), timeout_s=ASK_TIMEOUT_S), TIMES)
         nbytes = blocks * self._block_bytes
         return BenchResult(
-            transport=transfer.kind,
+            transport=plane.transfer.kind,
             blocks=blocks + singles,
             block_bytes=self._block_bytes,
             refused=refused,
@@ -138,12 +138,20 @@ class _Bench:
             ping_ms=ping_s * 1e3,
         )
 
-    def _transfer(self, offload: ThreadOffload) -> Transfer:
-        if not self._transports:
-            raise Unavailable("it offers no transport")
-        kind = min(self._transports, key=cost)
+    async def _plane(self, memory: Memory, offload: ThreadOffload) -> Plane:
+        """The nearest way from here to the node."""
+        attached = await self._peers.call(self._info.address, Attach(), timeout_s=ASK_TIMEOUT_S)
+        if not isinstance(attached, Attached):
+            raise ProtocolError(f"{self._info.node} answered Attach with {type(attached).__name__}")
         owner = f"store-bench-{os.getpid()}#{clock.wall_ns()}"
-        return open_transport(kind, owner, "127.0.0.1", offload, self._networks.data)
+        for remote in sorted(attached.regions, key=lambda region: cost(region.kind)):
+            transfer = open_transport(remote.kind, owner, LOOPBACK, offload, self._networks.data).transfer
+            if transfer.reaches(remote):
+                return Plane(transfer, transfer.register(memory))
+            await transfer.close()
+        raise Unavailable(
+            f"it offers no transport from here: {', '.join(region.kind for region in attached.regions) or 'none'}"
+        )
 
     async def _singles(
         self, client: StoreClient, times: int, out: Sequence[StagingBuffer], back: Sequence[StagingBuffer]

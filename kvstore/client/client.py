@@ -15,6 +15,7 @@ from kvstore.client.looks import LOOK_TIMEOUT_S, Looks
 from kvstore.client.nodes import StoreNodes
 from kvstore.client.reader import GetResult, Reader, Wanted
 from kvstore.client.staging import Staging, StagingBuffer
+from kvstore.client.warming import Warming
 from kvstore.client.writer import OutgoingBlock, PutOutcome, Writer
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
@@ -68,6 +69,7 @@ class StoreClient:
         self.stats = ClientStats()
         self._name = planes[0].region.descriptor.owner if planes else ""
         self._nodes = StoreNodes(peers, planes, BREAK_S)
+        self._warming = Warming(self._nodes)
         self._looks = Looks(self._nodes)
         self._holders = Holders()
         self._reader = Reader(self._nodes, offload)
@@ -76,9 +78,19 @@ class StoreClient:
     def set_nodes(self, nodes: Sequence[NodeInfo], draining: Collection[NodeId] = ()) -> None:
         """The live members of the cluster, and which of them are about to leave: these are only read from.
 
-        Those that are not store nodes are ignored.
+        Those that are not store nodes are ignored. The way to one that is new is made in the background, so that no
+        first get or put pays for it.
         """
         self._nodes.set(nodes, draining)
+        self._warming.follow()
+
+    async def warm(self, timeout_s: float) -> None:
+        """Wait until the way to each store node is made.
+
+        Raises:
+            TimedOut: it is not within ``timeout_s``; says to which, and why.
+        """
+        await self._warming.done(timeout_s)
 
     async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
         """Per hash a node that holds it, or None. A hint; takes at most half a second.
@@ -174,6 +186,7 @@ class StoreClient:
 
     async def aclose(self) -> None:
         """Let releases and other notices under way end."""
+        await self._warming.aclose()
         await self._looks.aclose()
         await self._nodes.aclose()
 

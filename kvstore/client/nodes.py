@@ -12,7 +12,7 @@ from tracehaul.transfer.plane import Plane, choose
 from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Attach, Attached, RegionDescriptor
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.errors import ClusterError, Overloaded, ProtocolError, TimedOut, WrongNode
+from tracehaul.wire.errors import ClusterError, Overloaded, ProtocolError, TimedOut, TransferError, WrongNode
 from tracehaul.wire.hashing import checksum
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
@@ -74,6 +74,10 @@ class StoreNodes:
             known = self._nodes.get(info.node)
             views[info.node] = known if known is not None and known.info == info else StoreNodeView(info)
         self._nodes = views
+
+    def views(self) -> list[StoreNodeView]:
+        """All members, by name."""
+        return list(self._nodes.values())
 
     def live(self) -> list[StoreNodeView]:
         """Members that have not just failed, by name."""
@@ -165,21 +169,40 @@ class StoreNodes:
             ClusterError: it cannot be reached, or is another life than the membership says.
         """
         if view.attached is None:
-            attached = await self.call(view, Attach(), Attached, min(timeout_s, ATTACH_TIMEOUT_S))
-            if attached.generation != view.info.generation:
-                self.failed(view)
-                raise WrongNode(f"{view.node} is in life {attached.generation}, not {view.info.generation}")
-            owner = f"{view.node}#{view.info.generation}"
-            if any(region.owner != owner for region in attached.regions):
-                # A transport takes our word for whose memory it is, and drops whom it took for that one before.
-                self.failed(view)
-                raise ProtocolError(f"{view.node} offers memory in the name of another")
-            try:
-                view.attached = choose(self._planes, attached.regions)
-            except ClusterError:
-                self.failed(view)
-                raise
+            view.attached = await self._attach(view, min(timeout_s, ATTACH_TIMEOUT_S))
         return view.attached
+
+    async def warm(self, view: StoreNodeView, timeout_s: float) -> None:
+        """Attach with patience, as nobody waits for it, and make the data plane's way there.
+
+        Raises:
+            ClusterError: it cannot be done now.
+        """
+        if view.attached is None:
+            attached = await self._attach(view, timeout_s)
+            view.attached = view.attached or attached
+        plane, remote = view.attached
+        try:
+            await plane.transfer.read(remote, plane.region, (), timeout_s=timeout_s)
+        except TransferError:  # one that is still under way holds no buffer
+            self.failed(view)
+            raise
+
+    async def _attach(self, view: StoreNodeView, timeout_s: float) -> tuple[Plane, RegionDescriptor]:
+        attached = await self.call(view, Attach(), Attached, timeout_s)
+        if attached.generation != view.info.generation:
+            self.failed(view)
+            raise WrongNode(f"{view.node} is in life {attached.generation}, not {view.info.generation}")
+        owner = f"{view.node}#{view.info.generation}"
+        if any(region.owner != owner for region in attached.regions):
+            # A transport takes our word for whose memory it is, and drops whom it took for that one before.
+            self.failed(view)
+            raise ProtocolError(f"{view.node} offers memory in the name of another")
+        try:
+            return choose(self._planes, attached.regions)
+        except ClusterError:
+            self.failed(view)
+            raise
 
     def notify(self, view: StoreNodeView, request: Request) -> None:
         """Tell a node something in the background; silently lost if the node is."""

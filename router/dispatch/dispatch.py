@@ -1,7 +1,7 @@
 """Runs steps on the fleet: places them, follows their tokens, moves them when a worker fails."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from itertools import zip_longest
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from router.dispatch.run import BetterPlace, Run
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
 from router.fleet.index import Index, TierRun
 from router.fleet.load import Key
-from router.fleet.members import MemberRegistry, NodeStatus
+from router.fleet.members import MemberRegistry, NodeStatus, Terms
 from router.fleet.pools import in_pool
 from router.fleet.watch import StoreWatch
 from router.policy.cost import StoredRun
@@ -105,14 +105,13 @@ class DispatchStats(msgspec.Struct):
 class Dispatch:
     """The router without HTTP: implements :class:`router.dispatch.steps.Dispatcher`."""
 
-    def __init__(self, peers: Peers, config: DispatchConfig, models: Mapping[str, str] | None = None) -> None:
-        """``models``: as in :class:`router.fleet.members.MemberRegistry`."""
+    def __init__(self, peers: Peers, config: DispatchConfig, terms: Terms | None = None) -> None:
         self._peers = peers
         self._config = config
         self.stats = DispatchStats()
         self.index = Index()
         self._watch = StoreWatch(peers, self.index)
-        self.members = MemberRegistry(self._watch.set_nodes, models)
+        self.members = MemberRegistry(self._watch.set_nodes, terms)
         self.pools: dict[str, Pooled] = {}
         """Of those that had a step, by name."""
         self._predicted = Predicted()

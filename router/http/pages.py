@@ -87,7 +87,7 @@ class Pages:
     async def cluster(self, request: Request) -> Response:
         """Every known node."""
         caller_of(request.scope).steer("/cluster")
-        return json_response(self._dispatcher.nodes())
+        return json_response([_whole(node) for node in self._dispatcher.nodes()])
 
     async def version(self, request: Request) -> Response:
         """Of this build."""
@@ -106,3 +106,10 @@ class Pages:
 def json_response(body: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """An answer in JSON."""
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+def _whole(value: object) -> object:
+    """A struct with all its fields, also those that are left out on the wire."""
+    if isinstance(value, msgspec.Struct):
+        return {name: _whole(getattr(value, name)) for name in value.__struct_fields__}
+    return value

@@ -52,7 +52,7 @@ class Carried(World):
 
     def plane(self, owner: str, memory: FileMemory) -> Plane:
         made: dict[str, Callable[[], Transfer]] = {
-            "tcp": lambda: TcpTransfer(owner, "127.0.0.1"),
+            "tcp": lambda: TcpTransfer(owner),
             "nixl": lambda: NixlTransfer(owner, "request"),
             "ucxx": lambda: UcxxTransfer(owner),
         }

@@ -153,6 +153,7 @@ async def client(life: Life, name: str = "c0", tenant: str = "") -> AsyncIterato
         store = StoreClient(peers, planes, Staging(staging, SLOT), InlineOffload())
         stack.push_async_callback(store.aclose)
         store.set_nodes([NodeInfo(NodeId("s0"), Generation(1), "store", "s0:1")])
+        await store.warm(30.0)
 
         async def put(names: str) -> list[str]:
             buffers = await store.staging.acquire(len(names), 5.0)

@@ -207,6 +207,7 @@ async def live(bed: Bed, config: TieringConfig | None = None) -> AsyncIterator[L
         client = StoreClient(peers, [Plane(reader, reader.register(staging))], Staging(staging, SLOT), InlineOffload())
         stack.push_async_callback(client.aclose)
         client.set_nodes([NodeInfo(NodeId("s0"), Generation(1), "store", server.address)])
+        await client.warm(30.0)
         raw = await network.connect(server.address, timeout_s=5.0)
         stack.push_async_callback(raw.close)
         life = Life(node, tier, client, raw)

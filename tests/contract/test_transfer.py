@@ -335,6 +335,9 @@ def test_a_peer_that_died_before(start: Start) -> None:
             with pytest.raises(Failed) as failure:
                 way(peer.descriptor, [Copy(0, 0, 100)], 8.0)
             assert failure.value.code == "transfer_lost"
+        with pytest.raises(Failed) as failure:
+            us.read(peer.descriptor, [], 8.0)
+        assert failure.value.code == "transfer_lost", "a transfer of nothing makes the way, so there must be one"
     us.read(other.descriptor, [Copy(0, 0, 100)])
 
 

@@ -12,17 +12,16 @@ from kvstore.copies.copier import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.node.assemble import Backing, assemble_store
 from kvstore.tiers.disk import open_disk
-from tracehaul.rpc.member import Member, Phase, serving
+from tracehaul.rpc.member import Member, Phase, new_generation, serving
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
-from tracehaul.runtime import clock
 from tracehaul.runtime.log import setup
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.cluster import NodeInfo
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.ids import NodeId
 
 
 class Told(msgspec.Struct):
@@ -36,7 +35,7 @@ class Told(msgspec.Struct):
 
 async def main(told: Told) -> None:
     setup(told.name)
-    generation = Generation(clock.wall_ns())
+    generation = new_generation()
     memory = allocate(told.store.arena_bytes, told.name)
     offload = ThreadOffload(told.name, 2)
     transfer = ShmTransfer(f"{told.name}#{generation}", offload)
@@ -50,7 +49,7 @@ async def main(told: Told) -> None:
     node = assemble_store(told.store, generation, planes, memory, offload, backing, others)
     info = NodeInfo(NodeId(told.name), generation, "store", "127.0.0.1:0")
     member = Member(info, node, node.load, node.set_members, (node.run, transfer.broken))
-    async with serving(member, network, peers, told.router, heartbeat_s=0.2) as served:
+    async with serving(member, network, peers, [told.router], heartbeat_s=0.2) as served:
 
         def tell(phase: Phase) -> None:
             sys.stdout.buffer.write(msgspec.json.encode(served.info) + b"\n")

@@ -44,7 +44,7 @@ async def there_and_back(kind: str, offload: ThreadOffload) -> list[Any]:
 
     def plane(owner: str) -> tuple[Plane, Any]:
         memory = allocate(4 * NBYTES, owner)
-        transfer = ShmTransfer(owner, offload) if kind == "shm" else TcpTransfer(owner, "127.0.0.1")
+        transfer = ShmTransfer(owner, offload) if kind == "shm" else TcpTransfer(owner)
         return Plane(transfer, transfer.register(memory)), memory
 
     served, arena = plane("store-0#1")

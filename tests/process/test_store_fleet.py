@@ -192,7 +192,7 @@ async def _follow(peers: Peers, router: str, client: StoreClient) -> None:
     def on_members(members: Members) -> None:
         client.set_nodes(members.nodes, members.draining)
 
-    await Membership(peers, router, info, NodeLoad, on_members).run()
+    await Membership(peers, [router], info, NodeLoad, on_members).run()
 
 
 def play(stores: int, case: Callable[[Stores], Awaitable[None]]) -> None:

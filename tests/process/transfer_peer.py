@@ -199,7 +199,7 @@ def make_transfer(kind: str, owner: str, pull: str, secrets: str = "") -> Transf
     if kind == "tcp":
         from tracehaul.transfer.tcp import TcpTransfer
 
-        return TcpTransfer(owner, "127.0.0.1", Credentials(Path(secrets)) if secrets else None)
+        return TcpTransfer(owner, credentials=Credentials(Path(secrets)) if secrets else None)
     if kind == "ucxx":
         from tracehaul.transfer.ucxx import UcxxTransfer
 

@@ -53,7 +53,7 @@ def run_step(attempts, **sampling):
         await network.listen("router:1", dispatch.members)
         await network.listen("decode-0:1", script)
         info = NodeInfo(NodeId("decode-0"), Generation(1), "decode", "decode-0:1", "m", ROOT, 8, 100)
-        member = Membership(Peers(network.at("decode-0:1")), "router:1", info, NodeLoad, lambda members: None)
+        member = Membership(Peers(network.at("decode-0:1")), ["router:1"], info, NodeLoad, lambda members: None)
         asyncio.get_running_loop().create_task(member.run())
         await member.joined.wait()
         request = StepRequest(StepId("s"), TraceId("t"), None, pack_tokens([1, 2, 3]), Sampling(**sampling))
@@ -112,7 +112,9 @@ def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
         rates = NodeLoad(token_s=1e-3, decode_s=0.02, pull_token_s=1e-6, free_tokens=100_000)
         for role in ("decode", "prefill", "store"):
             info = NodeInfo(NodeId(f"{role}-0"), Generation(1), role, f"{role}-0:1", "m", ROOT, 8, 100_000)
-            member = Membership(Peers(network.at(info.address)), "router:1", info, lambda: rates, lambda members: None)
+            member = Membership(
+                Peers(network.at(info.address)), ["router:1"], info, lambda: rates, lambda members: None
+            )
             asyncio.get_running_loop().create_task(member.run())
             await member.joined.wait()
 

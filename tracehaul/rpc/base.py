@@ -112,7 +112,7 @@ class Server(Protocol):
 
     @property
     def address(self) -> str:
-        """``host:port`` actually bound."""
+        """``host:port`` that peers reach it by, with the port actually bound."""
         ...
 
     async def close(self) -> None:
@@ -123,11 +123,13 @@ class Server(Protocol):
 class Network(Protocol):
     """Makes servers and connections: TCP in a cluster, in process in tests and in the simulator."""
 
-    async def listen(self, address: str, service: Service) -> Server:
+    async def listen(self, address: str, service: Service, announce: str = "") -> Server:
         """Serve ``service`` at ``host:port`` (port 0: any free one).
 
+        ``announce`` is the host, an address or a name, that peers reach it by; empty: the one that is bound.
+
         Raises:
-            OSError: the address cannot be bound.
+            OSError: the address cannot be bound, or no peer could reach what would be announced.
         """
         ...
 

@@ -91,10 +91,11 @@ class LocalNetwork:
             if pipe.local == address:
                 pipe.crash(drop_unsent=False)
 
-    async def listen(self, address: str, service: Service) -> "LocalServer":
+    async def listen(self, address: str, service: Service, announce: str = "") -> "LocalServer":
         host, _, port = address.rpartition(":")
         if port == "0":
-            address = f"{host}:{next(self._ports)}"
+            port = str(next(self._ports))
+        address = f"{announce or host}:{port}"
         if address in self._servers:
             raise OSError(f"address in use: {address}")
         server = self._servers[address] = LocalServer(self, address, service, self._limits)
@@ -164,8 +165,8 @@ class LocalNode:
         self._network = network
         self._address = address
 
-    async def listen(self, address: str, service: Service) -> "LocalServer":
-        return await self._network.listen(address, service)
+    async def listen(self, address: str, service: Service, announce: str = "") -> "LocalServer":
+        return await self._network.listen(address, service, announce)
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
         return await self._network.connect_from(self._address, address, timeout_s=timeout_s)

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+import secrets
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +14,22 @@ from tracehaul.rpc.membership import HEARTBEAT_S, Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import Untrusted, WrongPool
+from tracehaul.wire.errors import Fenced, JoinRefused, Untrusted
+from tracehaul.wire.ids import Generation
 
 log = Log(__name__)
 
 DRAIN_POLL_S = 0.05
 
 Phase = Literal["ready", "stopping"]
+
+_GENERATION_BITS = 53
+"""What a number of JSON holds everywhere."""
+
+
+def new_generation() -> Generation:
+    """For a life that begins."""
+    return Generation(secrets.randbits(_GENERATION_BITS))
 
 
 class Member(NamedTuple):
@@ -35,33 +45,55 @@ class Member(NamedTuple):
     """Runs for as long as the node serves; its failure is the node's."""
     stats: Mapping[str, msgspec.Struct] = {}
     """Counts of its life, by the part of the node that counts."""
+    announce: str = ""
+    """The host that the others reach it by; empty: where it listens."""
 
 
 class Serving:
     """A node that listens; :meth:`run` makes it a member."""
 
     def __init__(
-        self, member: Member, server: Server, peers: Peers, router_address: str, heartbeat_s: float, token: str
+        self,
+        member: Member,
+        server: Server,
+        peers: Peers,
+        routers: Sequence[str],
+        *,
+        cluster: str = "",
+        heartbeat_s: float = HEARTBEAT_S,
+        token: str = "",
     ) -> None:
-        self.info = msgspec.structs.replace(member.info, address=server.address)
+        info = msgspec.structs.replace(member.info, address=server.address)
         self.membership = Membership(
-            peers, router_address, self.info, member.load, member.on_members, heartbeat_s=heartbeat_s, token=token
+            peers,
+            routers,
+            info,
+            member.load,
+            member.on_members,
+            cluster=cluster,
+            heartbeat_s=heartbeat_s,
+            token=token,
         )
         self._member = member
+
+    @property
+    def info(self) -> NodeInfo:
+        """As others know it."""
+        return self.membership.info
 
     async def run(self, stopping: asyncio.Event, *, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
         """Join, serve until ``stopping`` is set; then leave, so that no work comes, and let what runs end.
 
         Raises:
-            WrongPool, Untrusted: the router will never take this node as it is.
+            Fenced: another life has this node's name.
+            JoinRefused, Untrusted: no router takes this node as it is.
             ExceptionGroup: what runs in the background failed.
         """
         try:
             await self._serve(stopping, drain_timeout_s, told)
         except ExceptionGroup as failed:
-            refused = failed.subgroup((WrongPool, Untrusted))
-            if refused is not None:
-                raise refused.exceptions[0] from None
+            if ended := failed.subgroup((Fenced, JoinRefused, Untrusted)):
+                raise ended.exceptions[0] from None
             raise
 
     async def _serve(self, stopping: asyncio.Event, drain_timeout_s: float, told: Callable[[Phase], None]) -> None:
@@ -96,18 +128,19 @@ async def serving(
     member: Member,
     network: Network,
     peers: Peers,
-    router_address: str,
+    routers: Sequence[str],
     *,
+    cluster: str = "",
     heartbeat_s: float = HEARTBEAT_S,
     token: str = "",
 ) -> AsyncGenerator[Serving]:
-    """Listen where ``member`` wants to, for as long as the context is open. ``token``: the cluster's, for joining.
+    """Listen where ``member`` wants to, for as long as the context is open; see :class:`Membership` for the rest.
 
     Raises:
         OSError: the address cannot be bound.
     """
-    server = await network.listen(member.info.address, member.service)
+    server = await network.listen(member.info.address, member.service, member.announce)
     try:
-        yield Serving(member, server, peers, router_address, heartbeat_s, token)
+        yield Serving(member, server, peers, routers, cluster=cluster, heartbeat_s=heartbeat_s, token=token)
     finally:
         await server.close()

@@ -1,16 +1,24 @@
-"""The node's side of membership: who else is there, as the router says."""
+"""The node's side of membership: it joins every router, and who else is there is what they say together."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
+import msgspec
+
+from tracehaul.rpc.base import Replies
 from tracehaul.rpc.peers import Peers
+from tracehaul.rpc.views import Views
+from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
-from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, Untrusted, WrongPool
+from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, NodeInfo, NodeLoad
+from tracehaul.wire.errors import ClusterError, Fenced, JoinRefused, NameTaken, PeerLost, ProtocolError, Untrusted
+from tracehaul.wire.ids import Epoch
+from tracehaul.wire.messages import Reply
+from tracehaul.wire.version import WIRE
 
 log = Log(__name__)
-_seldom = Seldom(log)
+seldom = Seldom(log)
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -18,106 +26,206 @@ HEARTBEAT_TIMEOUT_S = 3.0
 IDLE_TIMEOUT_S = 5.0
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
+GRACE_S = 10.0
+"""For so long what a lost router said counts beside what another says."""
+TAKEN_S = 10.0
+"""For so long a new life asks for the name of one that is heard: it may be frozen, and is silent soon."""
+TAKEN_RETRY_S = 0.5
 
 
 class Membership:
-    """Keeps this node a member of the router's fleet while :meth:`run` runs.
+    """Keeps this node a member of the fleet while :meth:`run` runs: by a session with each router, none of which waits
+    for another.
 
-    ``load`` is asked before each heartbeat; ``on_change`` is told of each list that differs from the one before.
+    ``load`` is asked before each join and heartbeat; ``on_change`` is told of each list that differs from the one
+    before.
     """
 
     def __init__(
         self,
         peers: Peers,
-        router_address: str,
+        routers: Sequence[str],
         info: NodeInfo,
         load: Callable[[], NodeLoad],
         on_change: Callable[[Members], None],
+        *,
+        cluster: str = "",
         heartbeat_s: float = HEARTBEAT_S,
         token: str = "",
     ) -> None:
+        """``routers``: ``host:port`` of each one's control plane. ``token``: the cluster's, for joining."""
         self._peers = peers
-        self._router_address = router_address
+        self._routers = tuple(dict.fromkeys(routers))
         self._info = info
         self._load = load
         self._on_change = on_change
+        self._cluster = cluster
         self._heartbeat_s = heartbeat_s
         self._token = token
-        self._members = Members(version=0, nodes=())
+        self._views = Views(self._routers, GRACE_S)
+        self._members = Members(version=0)
+        self._in: set[str] = set()
+        """Routers that list us."""
+        self._epochs: dict[str, Epoch] = {}
+        """What each of them said last that ours is."""
         self._joined = asyncio.Event()
+        self._was_member = False
+        self._asking = asyncio.Lock()
+        self._told = asyncio.Event()
+
+    @property
+    def info(self) -> NodeInfo:
+        """As others know it: with the epoch that it was issued."""
+        return self._info
 
     @property
     def members(self) -> Members:
-        """The last list received; it outlives the connection to the router. Empty before the first."""
+        """Who is there as far as this node has heard; it outlives the connections to routers. Empty at first."""
         return self._members
 
     @property
     def joined(self) -> asyncio.Event:
-        """Set while the router lists us: for start-up and for health checks."""
+        """Set while at least one router lists us: for start-up and for health checks."""
         return self._joined
 
     async def run(self) -> None:
-        """Join, and join again whenever the router is lost. Ends by cancellation, or by a bug's exception.
+        """Join each router, and join again whenever one is lost. Ends by cancellation, or by a bug's exception.
 
         Raises:
-            WrongPool: the router will never take this node as it is.
-            Untrusted: nor one with this certificate, or token. Of a node that was a member once, that may pass: new
-                certificates are on their way.
+            Fenced: another life has our name.
+            JoinRefused, Untrusted: no router has taken this node, and one says that it never will as it is.
         """
+        works = [*(self._keep(router) for router in self._routers), self._settle()]
+        tasks = [asyncio.create_task(work) for work in works]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # none ends without an error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            self._in.clear()
+            self._joined.clear()
+
+    async def _keep(self, router: str) -> None:
+        """One router, for ever."""
         backoff_s = BACKOFF_MIN_S
-        was_member = False
         while True:
-            error = await self._session()
-            was_member = was_member or self._joined.is_set()
-            if isinstance(error, WrongPool) or (isinstance(error, Untrusted) and not was_member):
+            error = await self._session(router)
+            refused = isinstance(error, JoinRefused | Untrusted)
+            # Of a node that was a member once, that may pass: new certificates are on their way, say.
+            if isinstance(error, Fenced) or (refused and not self._was_member):
                 raise error
-            if self._joined.is_set():
-                self._joined.clear()
+            if router in self._in:
+                self._leave(router)
                 backoff_s = BACKOFF_MIN_S
-                log.warning("router lost", router=self._router_address, reason=error)
-            elif isinstance(error, Untrusted):
-                _seldom.warning("the router refuses this node", router=self._router_address, reason=error)
+                log.warning("router lost", router=router, reason=error)
+            elif refused:
+                seldom.warning("a router refuses this node", about=router, router=router, reason=error)
             else:
-                log.info("router not reached", router=self._router_address, reason=error)
+                log.info("router not reached", router=router, reason=error)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 
-    async def _session(self) -> ClusterError:
+    async def _session(self, router: str) -> ClusterError:
         """One membership, from joining to its loss; returns why it ended."""
+        listed = asyncio.Event()
         losses: list[ClusterError] = []
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._follow())
-                group.create_task(self._beat())
+                group.create_task(self._follow(router, listed))
+                group.create_task(self._beat(router, listed))
         except* ClusterError as group_error:
             losses = _leaves(group_error)
         return losses[0]  # neither task ends without an error
 
-    async def _follow(self) -> None:
-        stream = self._peers.stream(self._router_address, Join(self._info, self._token), idle_timeout_s=IDLE_TIMEOUT_S)
-        async with aclosing(stream) as replies:
+    async def _follow(self, router: str, listed: asyncio.Event) -> None:
+        replies = self._join(router) if self._info.epoch else await self._first(router)
+        async with aclosing(replies):
+            if router in self._in:
+                listed.set()
             async for reply in replies:
-                if not isinstance(reply, Members):
-                    raise ProtocolError(f"the router answered Join with {type(reply).__name__}")
-                self._take(reply)
+                self._take(router, reply)
+                listed.set()
         raise PeerLost("the router ended the membership")
 
-    def _take(self, members: Members) -> None:
-        if not self._joined.is_set():
-            log.info("joined", router=self._router_address, nodes=len(members.nodes))
-            self._joined.set()
-        last = self._members
-        changed = (members.nodes, members.draining) != (last.nodes, last.draining)
-        self._members = members
-        if changed:
-            self._on_change(members)
+    async def _first(self, router: str) -> Replies:
+        """The stream of a life that has no epoch yet, after its first reply has brought one: one router is asked at a
+        time, so that there is one epoch."""
+        async with self._asking:
+            until_s = clock.now_s() + TAKEN_S
+            while True:
+                replies = self._join(router)
+                try:
+                    self._take(router, await anext(replies))
+                except StopAsyncIteration:
+                    raise PeerLost("the router ended the membership") from None
+                except NameTaken as taken:
+                    if clock.now_s() >= until_s:
+                        raise
+                    seldom.warning("waiting for the name", about=router, router=router, reason=taken)
+                else:
+                    return replies
+                await asyncio.sleep(TAKEN_RETRY_S)
 
-    async def _beat(self) -> None:
-        await self._joined.wait()  # a heartbeat before the join names an unknown node
-        while True:
+    def _join(self, router: str) -> Replies:
+        join = Join(self._info, self._load(), self._cluster, WIRE, self._token)
+        return self._peers.stream(router, join, idle_timeout_s=IDLE_TIMEOUT_S)
+
+    async def _beat(self, router: str, listed: asyncio.Event) -> None:
+        await listed.wait()  # a heartbeat before the join names an unknown node
+        while self._epochs[router] == self._info.epoch:
             beat = Heartbeat(self._info.node, self._info.generation, self._load())
-            await self._peers.call(self._router_address, beat, timeout_s=HEARTBEAT_TIMEOUT_S)
+            await self._peers.call(router, beat, timeout_s=HEARTBEAT_TIMEOUT_S)
             await asyncio.sleep(self._heartbeat_s)
+        raise PeerLost("another router has issued a higher epoch, which this one must know")
+
+    # --- what is known ------------------------------------------------------------------------------------
+
+    def _take(self, router: str, reply: Reply) -> None:
+        now_s = clock.now_s()
+        match reply:
+            case Members(epoch=epoch):
+                self._views.listed(router, reply, now_s)
+                self._epochs[router] = epoch
+                if epoch > self._info.epoch:
+                    self._info = msgspec.structs.replace(self._info, epoch=epoch)
+                if router not in self._in:
+                    log.info("joined", router=router, epoch=epoch, nodes=len(reply.nodes))
+                    self._in.add(router)
+                    self._joined.set()
+                    self._was_member = True
+            case MembersChanged():
+                if not self._views.changed(router, reply, now_s):
+                    raise ProtocolError(f"change {reply.version} of the member list follows none that we have")
+            case _:
+                raise ProtocolError(f"the router answered Join with {type(reply).__name__}")
+        self._tell()
+
+    def _leave(self, router: str) -> None:
+        self._in.discard(router)
+        self._views.lost(router, clock.now_s())
+        if not self._in:
+            self._joined.clear()
+        self._tell()
+
+    def _tell(self) -> None:
+        nodes, draining = self._views.merged(clock.now_s())
+        self._told.set()
+        if (nodes, draining) != (self._members.nodes, self._members.draining):
+            self._members = Members(self._members.version + 1, nodes, draining)
+            self._on_change(self._members)
+
+    async def _settle(self) -> None:
+        """Tell of what changes by time alone."""
+        while True:
+            self._told.clear()
+            try:
+                async with asyncio.timeout_at(self._views.deadline_s(clock.now_s())):
+                    await self._told.wait()
+            except TimeoutError:
+                self._tell()
 
 
 def _leaves(group: BaseExceptionGroup[ClusterError]) -> list[ClusterError]:

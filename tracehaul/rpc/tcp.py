@@ -13,6 +13,7 @@ from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
 from tracehaul.rpc.tls import TlsEnd
+from tracehaul.runtime.addresses import BACKLOG, announced, bound
 from tracehaul.runtime.credentials import Credentials, names_of, why_refused
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut, Untrusted
@@ -34,7 +35,6 @@ _WRITE_BUFFER_BYTES = 1 << 20
 _LINUX_OPTIONS = {"TCP_USER_TIMEOUT": 10_000, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 """A host that acknowledges nothing for 10 s (the first is in ms) is gone; a frozen process's host still does."""
 _PORT_MAX = 65_535
-_BACKLOG = 512
 
 _peer_numbers = itertools.count(1)
 """Names of connections are unique in this process's life, whatever ports are used again."""
@@ -48,10 +48,10 @@ class TcpNetwork:
         self._limits = limits
         self._credentials = credentials
 
-    async def listen(self, address: str, service: Service) -> "TcpServer":
+    async def listen(self, address: str, service: Service, announce: str = "") -> "TcpServer":
         host, port = split_address(address)
         server = TcpServer(service, self._limits, self._credentials)
-        await server.start(host, port)
+        await server.start(host, port, announced(host, announce))
         return server
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
@@ -102,11 +102,13 @@ class TcpServer:
         self._address = ""
         self._server: asyncio.Server | None = None
 
-    async def start(self, host: str, port: int) -> None:
-        """Bind and serve; raises OSError."""
+    async def start(self, host: str, port: int, announce: str) -> None:
+        """Bind to ``host``, and serve under the name ``announce``; raises OSError."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(self._accept, host, port, backlog=_BACKLOG)
-        self._address = join_address(host, self._server.sockets[0].getsockname()[1])
+        sock = await loop.run_in_executor(None, bound, host, port)
+        sock.setblocking(False)
+        self._server = await loop.create_server(self._accept, sock=sock, backlog=BACKLOG)
+        self._address = join_address(announce, sock.getsockname()[1])
 
     @property
     def address(self) -> str:

@@ -39,5 +39,5 @@ def boot_id() -> str:
 
 
 def wall_ns() -> int:
-    """Unix time in nanoseconds: a node's generation at start."""
+    """Unix time in nanoseconds: for names that none before has had."""
     return time.time_ns()

@@ -88,6 +88,8 @@ class Transfer(Protocol):
     ) -> Sequence[Checksum] | None:
         """Copy bytes of a peer's region into ours. On return they have landed.
 
+        No copies at all make the way there, so that the next transfer pays for no handshake and no mapping.
+
         Returns the checksum of our bytes of each copy, of all bytes as they were stored there, from a transport that
         touches them anyway; None from one that does not: whoever needs checksums then computes them.
 

@@ -156,13 +156,15 @@ class Exchange:
         if self._closed:
             movement.over(TransferLost("this side closed its transport"))
             return
-        assert not movement.left.empty, "nothing to transfer"
         self._now_s = now_s
         self._movements.add(movement)
         try:
             self._meet(movement.peer, movement.theirs.metadata)
         except TransferError as error:
             self._fail(movement, error)
+            return
+        if movement.left.empty:
+            self._greet(movement)
             return
         self._lanes.setdefault(movement.peer, Lane()).enter(movement, now_s)
         self._launch_next(movement.peer)
@@ -205,6 +207,29 @@ class Exchange:
 
     # --- our transfers
 
+    def _greet(self, movement: Movement) -> None:
+        """Ask for nothing: once it is answered, both sides know each other and have connections both ways."""
+        movement.under_way += 1
+        try:
+            self._ask(movement, [], partial(self._greeted, movement))
+        except TransferError as error:
+            self._greeted(movement, error)
+            if isinstance(error, TransferLost):
+                self._lose(movement.peer)
+
+    def _greeted(self, movement: Movement, error: TransferError | None) -> None:
+        movement.under_way -= 1
+        movement.error = movement.error or error
+        self._end_if_idle(movement)
+
+    def _ask(self, movement: Movement, chunk: list[Copy], over: Over) -> None:
+        """Have the owner write."""
+        self._last_id += 1
+        request = PullRequest(self._last_id, movement.theirs.region, movement.ours, notes.pack_ranges(chunk))
+        self._agent.notify(movement.peer, notes.pack(request))
+        self._pulls[request.id] = _Pull(movement.peer, over)
+        self._probe_at_s.setdefault(movement.peer, self._now_s + PROBE_S)
+
     def _launch_next(self, peer: str) -> None:
         """Launch what there is room for."""
         lane = self._lanes.get(peer)
@@ -238,11 +263,7 @@ class Exchange:
 
     def _launch(self, movement: Movement, chunk: list[Copy], over: Over) -> None:
         if movement.way == "pull":
-            self._last_id += 1
-            request = PullRequest(self._last_id, movement.theirs.region, movement.ours, notes.pack_ranges(chunk))
-            self._agent.notify(movement.peer, notes.pack(request))
-            self._pulls[request.id] = _Pull(movement.peer, over)
-            self._probe_at_s.setdefault(movement.peer, self._now_s + PROBE_S)
+            self._ask(movement, chunk, over)
             return
         rows = np.asarray(chunk, dtype=np.uint64)
         ours = movement.ours.triples(rows[:, 0], rows[:, 2])
@@ -331,6 +352,10 @@ class Exchange:
             served = [flight.peer for flight in self._flights.values() if flight.served]
             if len(served) >= SERVED_MAX or served.count(peer) >= SERVED_PER_PEER_MAX:
                 raise TransferError("too many pulls at once")
+            if not request.ranges:
+                self._admit(peer, request.into.metadata)
+                self._agent.notify(peer, notes.pack(PullDone(request.id)))
+                return
             rows = notes.unpack_ranges(request.ranges, request.into.nbytes, region.nbytes)
             ours = region.triples(rows[:, 1], rows[:, 2])
             theirs = request.into.triples(rows[:, 0], rows[:, 2])

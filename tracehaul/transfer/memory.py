@@ -1,4 +1,5 @@
-"""Memory that every transport can register: a pre-faulted memory file.
+"""Memory that every transport can register: a pre-faulted memory file. Where none can be made, shared memory alone
+cannot use it.
 
 First touch of fresh memory is an order of magnitude slower than copying into it, so all of it is paid for at
 start. The file has no name in any file system: nothing is left behind, however the process ends.
@@ -12,7 +13,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import Unavailable
+
+log = Log(__name__)
 
 PAGE_BYTES = mmap.PAGESIZE
 POPULATE_CHUNK_BYTES = 64 << 20
@@ -22,6 +26,9 @@ HEADROOM_BYTES = 64 << 20
 
 FILE_PREFIX = "tracehaul-"
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_FORBIDDEN = (errno.ENOSYS, errno.EPERM, errno.EACCES)
+"""How a sandbox answers where memory files are not allowed."""
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; fails with an error code where a touch would be killed by SIGBUS
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -44,7 +51,10 @@ class NoMemory(Unavailable):
 
 
 class FileMemory:
-    """A mapped memory file: the :class:`tracehaul.transfer.base.Memory` of all transports but the simulator's."""
+    """A mapped memory file: the :class:`tracehaul.transfer.base.Memory` of all transports but the simulator's.
+
+    ``fd`` -1: of this process alone, without a file.
+    """
 
     def __init__(self, fd: int, nbytes: int) -> None:
         self._fd = fd
@@ -78,13 +88,15 @@ def allocate(nbytes: int, name: str) -> FileMemory:
         raise NoMemory(name, nbytes, max(room, 0))
     # The random part lets a peer verify that a descriptor number still means this very file.
     label = f"{FILE_PREFIX}{name[:100]}-{os.urandom(8).hex()}"
-    fd = os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = _memory_file(label)
     try:
-        os.ftruncate(fd, _page_round(nbytes))
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        if fd >= 0:
+            os.ftruncate(fd, _page_round(nbytes))
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         memory = FileMemory(fd, nbytes)
     except OSError as error:
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
         if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG):
             raise NoMemory(name, nbytes, max(room, 0)) from error
         raise
@@ -94,6 +106,17 @@ def allocate(nbytes: int, name: str) -> FileMemory:
         memory.close()
         raise NoMemory(name, nbytes, max(room, 0)) from error
     return memory
+
+
+def _memory_file(label: str) -> int:
+    """A new one's descriptor; -1 where they are not allowed."""
+    try:
+        return os.memfd_create(label, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        if error.errno not in _FORBIDDEN:
+            raise
+        log.warning("no memory file can be made: peers on this host reach this process by its network", reason=error)
+        return -1
 
 
 def is_memory_file(fd: int) -> bool:

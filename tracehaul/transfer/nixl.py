@@ -13,9 +13,9 @@ import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
+from tracehaul.transfer.devices import rdma_devices, rdma_in_use
 from tracehaul.transfer.exchange import NameTaken, Waking
 from tracehaul.transfer.notes import Triples
 from tracehaul.transfer.polled import PolledTransfer
@@ -23,8 +23,6 @@ from tracehaul.wire.errors import TransferError, TransferLost
 
 PROGRESS_DELAY_US = 100_000
 """How long the library's progress thread waits for events at most; with 0 it would spin."""
-RDMA_TLS = frozenset({"rc", "rc_v", "rc_x", "rc_verbs", "rc_mlx5", "dc", "dc_x", "dc_mlx5", "ib", "gga_mlx5"})
-
 NO = ("n", "no", "0", "off", "false")
 METADATA_HEAD = b"nixlSerDes|Agent"
 """How an agent's metadata begins; then the length of its name in 8 bytes, then its name."""
@@ -177,25 +175,8 @@ class NixlTransfer(PolledTransfer):
 
 
 def best_pull(environ: Mapping[str, str], devices: frozenset[str]) -> Pull:
-    """One-sided reads where UCX offers RDMA, requests over anything else.
-
-    UCX offers it if its variables in ``environ`` allow a transport for it, on one of the machine's ``devices``. Both
-    are lists of what may be used, or, after a ``^``, of what may not.
-    """
-    tls = environ.get("UCX_TLS", "all")
-    transports = bool(_allowed(tls, RDMA_TLS))
-    nets = environ.get("UCX_NET_DEVICES", "all")
-    # A device is named with or without its port.
-    reachable = _allowed(",".join(net.split(":")[0] for net in nets.split(",")), devices)
-    return "read" if transports and reachable else "request"
-
-
-def _allowed(listed: str, offered: frozenset[str]) -> frozenset[str]:
-    """What of ``offered`` a list of UCX's allows."""
-    names = frozenset(listed.removeprefix("^").split(","))
-    if listed.startswith("^"):
-        return offered - names
-    return offered if "all" in names else offered & names
+    """One-sided reads where UCX may use RDMA on one of the machine's ``devices``, requests over anything else."""
+    return "read" if rdma_in_use(environ, devices) else "request"
 
 
 def harmful_setting(environ: Mapping[str, str], pull: Pull) -> str | None:
@@ -214,12 +195,6 @@ def named_in(metadata: bytes) -> str | None:
     start = len(METADATA_HEAD) + 8
     nbytes = int.from_bytes(metadata[len(METADATA_HEAD) : start], "little")
     return metadata[start : start + nbytes].decode(errors="replace")
-
-
-def rdma_devices(folder: Path = Path("/sys/class/infiniband")) -> frozenset[str]:
-    """Names of this machine's RDMA devices that have an active port: UCX offers no others."""
-    ports = folder.glob("*/ports/*/state") if folder.is_dir() else ()
-    return frozenset(port.parts[-4] for port in ports if "ACTIVE" in port.read_text())
 
 
 def _bindings() -> Any:

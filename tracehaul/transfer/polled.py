@@ -88,8 +88,6 @@ class PolledTransfer:
             raise TransferError(f"{remote.owner} is this process")
         theirs = notes.unpack_payload(remote)
         nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
-        if nbytes == 0:
-            return
         if self._under_way >= TRANSFERS_MAX:
             raise TransferError(f"{TRANSFERS_MAX} transfers are under way; no more")
         loop = asyncio.get_running_loop()

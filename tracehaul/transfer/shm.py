@@ -97,12 +97,19 @@ class _Mapping:
 
 
 class ShmTransfer:
-    """The shared-memory transport of ``owner``; copies run in ``offload``. See :class:`.base.Transfer`."""
+    """The shared-memory transport of ``owner``; copies run in ``offload``. See :class:`.base.Transfer`.
+
+    Raises:
+        TransferError: this process cannot tell which host it is on.
+    """
 
     def __init__(self, owner: str, offload: Offload) -> None:
         self._owner = owner
         self._offload = offload
-        self._host = host_identity()
+        try:
+            self._host = host_identity()
+        except OSError as error:
+            raise TransferError(f"shared memory needs /proc: {error}") from error
         compiled_here()  # now, rather than while somebody waits for the first transfer
         self._mappings: dict[RegionDescriptor, asyncio.Future[_Mapping]] = {}
         self._jobs: dict[asyncio.Task[list[Checksum]], CopyJob] = {}
@@ -118,6 +125,9 @@ class ShmTransfer:
         return len(self._mappings)
 
     def register(self, memory: Memory) -> Registered:
+        """Raises TransferError where the memory has no file that a peer could map."""
+        if memory.fd < 0:
+            raise TransferError("this memory has no file to share")
         pid = os.getpid()
         started = _started(pid)
         assert started is not None
@@ -129,11 +139,14 @@ class ShmTransfer:
         return Registered(memory.buffer, descriptor)
 
     def reaches(self, remote: RegionDescriptor) -> bool:
+        """Whether the very file can be seen from here: hosts that were cloned look alike, and a peer on this one may be
+        another user's."""
         if remote.kind != self.kind:
             return False
         try:
-            return _unpack(remote).host == self._host
-        except TransferError:
+            payload = _unpack(remote)
+            return payload.host == self._host and os.readlink(f"/proc/{payload.pid}/fd/{payload.fd}") == payload.link
+        except (TransferError, OSError, ValueError):
             return False
 
     async def read(

@@ -11,7 +11,6 @@ connection is under TLS, and both ends have shown a certificate before the token
 import asyncio
 import contextlib
 import errno
-import ipaddress
 import secrets
 import socket
 import ssl
@@ -21,11 +20,15 @@ from collections.abc import Sequence
 
 import msgspec
 
+from tracehaul.runtime import clock
+from tracehaul.runtime.addresses import bound
 from tracehaul.runtime.credentials import Credentials, why_refused
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.cursor import Cursor
 from tracehaul.transfer.landing import check_copies, land
+from tracehaul.transfer.names import Names, Target, is_host, known
+from tracehaul.transfer.place import LOOPBACK, Place
 from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
 from tracehaul.transfer.region import Registered
 from tracehaul.transfer.tcp_serving import Listener
@@ -47,27 +50,32 @@ class TcpPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a region's owner listens, and what makes it answer."""
 
     host: str
-    """An address, not a name."""
+    """An address, or a name."""
     port: int
     token: bytes
     """Of one region in one life of its owner."""
 
 
 class TcpTransfer:
-    """The TCP transport of ``owner``, listening on ``host`` at a port of its own; with ``credentials``, under TLS.
+    """The TCP transport of ``owner``, listening at ``place``; with ``credentials``, under TLS.
 
     See :class:`.base.Transfer`.
+
+    Raises:
+        OSError: it cannot listen there, or no peer could reach what it would announce.
     """
 
-    def __init__(self, owner: str, host: str, credentials: Credentials | None = None) -> None:
+    def __init__(self, owner: str, place: Place = LOOPBACK, credentials: Credentials | None = None) -> None:
         self._owner = owner
-        self._host = host
+        self._host = place.announced
+        sock = bound(place.listen, place.port)
         self._regions: dict[bytes, memoryview] = {}
         self._pump = Pump("tcp", THREADS)
-        self._listener = Listener(host, self._pump, self._regions, credentials)
+        self._listener = Listener(sock, self._pump, self._regions, credentials)
         self._pump.add(self._listener, READABLE)
         self._credentials = credentials
         self._ends: dict[tuple[str, int], _End] = {}
+        self._names = Names()
         self._orders: dict[asyncio.Future[list[Checksum]], _Order] = {}
         self._closed = False
 
@@ -75,11 +83,20 @@ class TcpTransfer:
     def kind(self) -> str:
         return "tcp"
 
+    @property
+    def host(self) -> str:
+        """What peers are told to connect to."""
+        return self._host
+
+    @property
+    def port(self) -> int:
+        """The port that it listens at."""
+        return self._listener.socket.getsockname()[1]
+
     def register(self, memory: Memory) -> Registered:
         token = secrets.token_bytes(wire.TOKEN_BYTES)
         self._regions[token] = memory.buffer
-        payload = TcpPayload(self._host, self._listener.socket.getsockname()[1], token)
-        packed = msgspec.msgpack.encode(payload)
+        packed = msgspec.msgpack.encode(TcpPayload(self._host, self.port, token))
         return Registered(memory.buffer, RegionDescriptor(self.kind, self._owner, memory.buffer.nbytes, packed))
 
     def reaches(self, remote: RegionDescriptor) -> bool:
@@ -104,18 +121,28 @@ class TcpTransfer:
             raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
         payload = _unpack(remote)
         nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
+        what = f"{nbytes} bytes {'from' if way == wire.READ else 'to'} {remote.owner}"
+        end = self._end(payload)
+        if not end.lines:  # a name may stand for another address by now
+            until_s = clock.now_s() + timeout_s
+            end.target = known(*end.key) or await self._names.target(*end.key, timeout_s)
+            timeout_s = until_s - clock.now_s()
+            if self._closed:
+                raise TransferLost("this side closed its transport")
         order = _Order(way, remote, payload.token, local.buffer, copies)
         self._orders[order.future] = order
         order.future.add_done_callback(self._orders.pop)
+        end.submit(order)
+        return await land(order.future, timeout_s, what, order.stop)
+
+    def _end(self, payload: TcpPayload) -> "_End":
         key = payload.host, payload.port
         end = self._ends.get(key)
         if end is None:
             if len(self._ends) >= ENDS_MAX:
                 self._ends = {key: end for key, end in self._ends.items() if end.lines}
             end = self._ends[key] = _End(key, self._pump, self._credentials)
-        end.submit(order)
-        what = f"{nbytes} bytes {'from' if way == wire.READ else 'to'} {remote.owner}"
-        return await land(order.future, timeout_s, what, order.stop)
+        return end
 
     async def broken(self) -> None:
         # Shielded: to stop waiting must not cancel what a thread will set.
@@ -125,6 +152,7 @@ class TcpTransfer:
         if self._closed:
             return
         self._closed = True
+        await self._names.aclose()
         await asyncio.get_running_loop().run_in_executor(None, self._pump.close)
         for order in list(self._orders.values()):  # now: nothing moves any more
             order.fail(TransferLost("this side closed its transport"))
@@ -181,8 +209,11 @@ class _Order:
 class _End:
     """One peer process: its connections, and who waits for one."""
 
-    def __init__(self, address: tuple[str, int], pump: Pump, credentials: Credentials | None) -> None:
-        self._address = address
+    def __init__(self, key: tuple[str, int], pump: Pump, credentials: Credentials | None) -> None:
+        self.key = key
+        """Host and port, as it was announced."""
+        self.target: Target | None = None
+        """Where that is; before the first connection, None."""
         self._pump = pump
         self._credentials = credentials
         self._lock = threading.Lock()
@@ -212,14 +243,16 @@ class _End:
                 return
 
     def _open(self, order: _Order) -> None:
-        sock = socket.socket(socket.AF_INET6 if ":" in self._address[0] else socket.AF_INET)
+        assert self.target is not None
+        family, place = self.target
+        sock = socket.socket(family)
         wire.prepare(sock)
         version, secured = 0, None
         if self._credentials is not None:
             now = self._credentials.now
-            version, secured = now.version, TlsSocket(sock, now.client, self._address[0])
+            version, secured = now.version, TlsSocket(sock, now.client, self.key[0])
         line = _Line(sock, self, secured, version)
-        code = sock.connect_ex(self._address)
+        code = sock.connect_ex(place)
         if code not in (0, errno.EINPROGRESS):
             sock.close()
             order.fail(TransferLost(f"{order.owner} cannot be reached: {errno.errorcode.get(code, code)}"))
@@ -412,9 +445,9 @@ def _lost(owner: str, error: OSError | TransferError) -> TransferError:
 def _unpack(remote: RegionDescriptor) -> TcpPayload:
     try:
         payload = msgspec.msgpack.decode(remote.payload, type=TcpPayload)
-        ipaddress.ip_address(payload.host)
     except (msgspec.MsgspecError, ValueError) as error:
         raise TransferError(f"unusable descriptor of {remote.owner}: {error}") from error
-    if len(payload.token) != wire.TOKEN_BYTES or not 0 < payload.port < 1 << 16 or remote.nbytes >= 1 << 64:
+    sound = len(payload.token) == wire.TOKEN_BYTES and 0 < payload.port < 1 << 16 and is_host(payload.host)
+    if not sound or remote.nbytes >= 1 << 64:
         raise TransferError(f"unusable descriptor of {remote.owner}")
     return payload

@@ -24,12 +24,16 @@ been given to another meanwhile: this is well below the time that a store lets s
 
 
 class Listener:
-    """Takes connections; with ``credentials``, of those who show a good certificate."""
+    """Takes connections at a socket that listens; with ``credentials``, of those who show a good certificate."""
 
     def __init__(
-        self, host: str, pump: Pump, regions: Mapping[bytes, memoryview], credentials: Credentials | None = None
+        self,
+        sock: socket.socket,
+        pump: Pump,
+        regions: Mapping[bytes, memoryview],
+        credentials: Credentials | None = None,
     ) -> None:
-        self.socket = socket.create_server((host, 0))
+        self.socket = sock
         self.socket.setblocking(False)
         self._pump = pump
         self._regions = regions

@@ -5,7 +5,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from tracehaul.wire.base import Message
-from tracehaul.wire.ids import BlockHash, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, Epoch, Generation, NodeId
+from tracehaul.wire.version import OLDEST, Version
 
 Role = Literal["store", "prefill", "decode"]
 
@@ -31,7 +32,7 @@ ASSUMED = Rates(token_s=5e-4, pair_s=2e-7, decode_s=0.02, pull_token_s=1e-5)
 """Of a small model on a few cores, until something was measured. Only ratios of these matter then."""
 
 
-class WorkerLimits(msgspec.Struct, frozen=True):
+class WorkerLimits(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a worker is set up, as far as who gives it steps has to know."""
 
     kv_tokens_max: int = 0
@@ -48,7 +49,7 @@ class WorkerLimits(msgspec.Struct, frozen=True):
     """A prompt is due when it has waited for so many times what it takes itself; the first that is due is next."""
 
 
-class NodeInfo(msgspec.Struct, frozen=True):
+class NodeInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """One life of one node, as it introduces itself."""
 
     node: NodeId
@@ -73,9 +74,30 @@ class NodeInfo(msgspec.Struct, frozen=True):
     """A worker's own when it joined; heartbeats correct them."""
     pool: str = ""
     """Which of the fleet's pools a worker belongs to; the one that has no name, and that of a store node, is empty."""
+    epoch: Epoch = Epoch(0)
+    """What a router has issued to this life; among lives of one name, the one with the higher :attr:`rank` has it."""
+    started_s: float = 0.0
+    """Unix time of its start, by its own clock: to be shown, never compared."""
+    version: str = ""
+    """Of its software."""
+    host: str = ""
+    """The name of the machine that it runs on."""
+    metrics: str = ""
+    """``host:port`` where ``/metrics`` answers; empty if nothing does."""
+    log: str = ""
+    """Where its log is, on its host."""
+
+    transports: tuple[str, ...] = ()
+    """How KV moves to and from it, a line for each, nearest first: ``shm``, ``tcp 10.0.0.1:7101``."""
+
+    @property
+    def rank(self) -> tuple[Epoch, Generation]:
+        """Total order of the lives of one name. Routers that could not see each other may have issued one epoch twice:
+        then all of them decide by the generation."""
+        return self.epoch, self.generation
 
 
-class NodeLoad(msgspec.Struct, frozen=True):
+class NodeLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a node says of itself with each heartbeat."""
 
     running: int = 0
@@ -114,26 +136,52 @@ class NodeLoad(msgspec.Struct, frozen=True):
     """How much of a worker's computing is at the cost of others on the same cores, while they compute, too: 0 to 1."""
     free_tokens: int = 0
     """KV memory of a worker that nothing is in, not even what is kept for later; in tokens."""
+    serving: bool = True
+    """Whether it can do what it is there for; while it cannot it gets no work."""
+    fault: str = ""
+    """Why it cannot, in a few words; empty if it can, or does not know yet."""
 
 
 class Join(Message, frozen=True):
-    """Node -> router, as a stream: announces itself, receives :class:`Members` whenever they change.
+    """Node -> router, as a stream: announces itself, receives :class:`Members`, then :class:`MembersChanged`.
 
-    The node is a member for as long as the stream is open and its heartbeats arrive.
+    The node is a member for as long as the stream is open and its heartbeats arrive. The epoch that it has, if any, is
+    in ``info``: it was issued by this router or by another.
     """
 
     info: NodeInfo
+    load: NodeLoad = NodeLoad()
+    cluster: str = ""
+    """The name of its cluster; empty: it has none, and may join any."""
+    wire: Version = OLDEST
     token: str = ""
     """The cluster's join token, where it has one."""
 
 
-class Members(Message, frozen=True):
-    """Router -> node: every live member. ``version`` grows with each change within one router's life."""
+class Members(Message, frozen=True, omit_defaults=True):
+    """Router -> node: the members that concern it. ``version`` grows with each change within one router's life."""
 
     version: int
-    nodes: tuple[NodeInfo, ...]
+    nodes: tuple[NodeInfo, ...] = ()
     draining: tuple[NodeId, ...] = ()
     """Those that are about to leave: read from them, but give them nothing new."""
+    epoch: Epoch = Epoch(0)
+    """The receiver's own."""
+    settles_s: float = 0.0
+    """For so long nodes that the router knew before may not be back on its list: their absence says nothing."""
+
+
+class MembersChanged(Message, frozen=True, omit_defaults=True):
+    """Router -> node: what became of the list that it has. It follows version ``version - 1``."""
+
+    version: int
+    joined: tuple[NodeInfo, ...] = ()
+    """Also those that are there in another life, or say something else of themselves."""
+    left: tuple[NodeId, ...] = ()
+    draining: tuple[NodeId, ...] = ()
+    """All that are now."""
+    settles_s: float = 0.0
+    """As in :class:`Members`."""
 
 
 class Heartbeat(Message, frozen=True):
@@ -142,3 +190,14 @@ class Heartbeat(Message, frozen=True):
     node: NodeId
     generation: Generation
     load: NodeLoad
+
+
+class Viewer(NamedTuple):
+    """Who is told of members, as far as it matters for what it has to know."""
+
+    role: Role
+    pool: str
+
+    def needs(self, node: NodeInfo) -> bool:
+        """Everybody asks the stores, and decode workers the prefill workers of their pool."""
+        return node.role == "store" or (self.role == "decode" and node.role == "prefill" and node.pool == self.pool)

@@ -78,10 +78,41 @@ class WrongNode(ClusterError):
     retriable = True
 
 
-class WrongPool(InvalidRequest):
-    """The node does not fit the pool that it wants to join, and will not as it is."""
+class JoinRefused(InvalidRequest):
+    """The node cannot be a member as it is: its operator has to mend that."""
+
+    code = "join_refused"
+
+
+class WrongPool(JoinRefused):
+    """The node does not fit the pool that it wants to join."""
 
     code = "wrong_pool"
+
+
+class WrongCluster(JoinRefused):
+    """The node belongs to another cluster than the router."""
+
+    code = "wrong_cluster"
+
+
+class WrongVersion(JoinRefused):
+    """The node and the router do not understand each other's messages."""
+
+    code = "wrong_version"
+
+
+class NameTaken(JoinRefused):
+    """Another life of that name is a member, and heard: it may fall silent, so try again for a while."""
+
+    code = "name_taken"
+    retriable = True
+
+
+class Fenced(ClusterError):
+    """A later life has the node's name: this one must end, and not come back."""
+
+    code = "fenced"
 
 
 class ProtocolError(ClusterError):
@@ -117,7 +148,12 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         TimedOut,
         DeadlineExceeded,
         WrongNode,
+        JoinRefused,
         WrongPool,
+        WrongCluster,
+        WrongVersion,
+        NameTaken,
+        Fenced,
         ProtocolError,
         TransferError,
         TransferLost,

@@ -12,7 +12,10 @@ NodeId = NewType("NodeId", str)
 """A process's stable name, such as ``decode-0``. It survives restarts; the generation does not."""
 
 Generation = NewType("Generation", int)
-"""Tells two lives of one name apart; grows with each start of a node."""
+"""Tells the lives of one name apart: random, equal to no other, in no order."""
+
+Epoch = NewType("Epoch", int)
+"""Orders the lives of one name; issued by a router to a life that joins for the first time. 0: none was yet."""
 
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: a block's identity (see :mod:`tracehaul.wire.hashing`)."""

@@ -35,7 +35,7 @@ from tracehaul.wire.blocks import (
     Tiers,
     Unpin,
 )
-from tracehaul.wire.cluster import Heartbeat, Join, Members
+from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged
 from tracehaul.wire.operations import (
     Describe,
     Description,
@@ -102,6 +102,7 @@ Request = (
 Reply = (
     Ok
     | Members
+    | MembersChanged
     | Reserved
     | Published
     | Leased

@@ -28,7 +28,7 @@ class World:
         for name in self.loads:
             info = NodeInfo(NodeId(name), Generation(1), "store", f"{name}:1")
             peers = Peers(self.network.at(info.address))
-            member = Membership(peers, ROUTER, info, self._load(name), self.heard[name].append)
+            member = Membership(peers, [ROUTER], info, self._load(name), self.heard[name].append)
             self.tasks.append(asyncio.create_task(member.run()))
         await asyncio.sleep(2.0)
 

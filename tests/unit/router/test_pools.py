@@ -70,7 +70,7 @@ def test_a_worker_that_does_not_fit_is_refused_aloud_and_stops_asking(caplog: py
         tasks: list[asyncio.Task[None]] = []
         for info in (worker("d0"), worker("d1", root=OTHER)):
             heard: list[Members] = []
-            membership = Membership(Peers(network.at(info.address)), "router:1", info, NodeLoad, heard.append)
+            membership = Membership(Peers(network.at(info.address)), ["router:1"], info, NodeLoad, heard.append)
             tasks.append(asyncio.create_task(membership.run()))
             await asyncio.sleep(1.0)
         assert [member.node for member in registry.infos()] == ["d0"]

@@ -11,6 +11,7 @@ from tracehaul.rpc.base import NO_CONTEXT
 from tracehaul.wire.blocks import Events, Moved, Removed, Snapshot, Stored
 from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, TraceId
+from tracehaul.wire.version import WIRE
 
 A, B = NodeId("store-0"), NodeId("store-1")
 G = Generation(7)
@@ -68,7 +69,7 @@ def test_a_member_that_falls_silent_is_told_once_and_when_it_is_heard_again(
 
     async def main() -> None:
         members = MemberRegistry(lambda nodes: None)
-        joined = members.stream(Join(info), NO_CONTEXT)
+        joined = members.stream(Join(info, wire=WIRE), NO_CONTEXT)
         await anext(joined)
         assert [node.node for node in members.live("store")] == ["store-0"]
         now_s[0] += 10

@@ -74,7 +74,7 @@ class World:
 async def start(world: World) -> asyncio.Task[None]:
     async def life() -> None:
         peers = Peers(world.network)
-        async with serving(world.member(), world.network, peers, ROUTER) as node:
+        async with serving(world.member(), world.network, peers, [ROUTER]) as node:
             assert node.info.address != INFO.address, "the port that it got"
             await world.run(node)
 
@@ -137,7 +137,7 @@ def test_a_node_can_be_stopped_before_there_is_a_router() -> None:
         world = World()
 
         async def life() -> None:
-            async with serving(world.member(), world.network, Peers(world.network), ROUTER) as node:
+            async with serving(world.member(), world.network, Peers(world.network), [ROUTER]) as node:
                 await world.run(node)
 
         task = asyncio.create_task(life())
@@ -159,7 +159,7 @@ def test_a_node_that_fits_no_pool_ends_with_that_alone() -> None:
 
             async def life(info: NodeInfo = info) -> None:
                 member = world.member()._replace(info=info)
-                async with serving(member, world.network, Peers(world.network), ROUTER) as node:
+                async with serving(member, world.network, Peers(world.network), [ROUTER]) as node:
                     await world.run(node)
 
             task = asyncio.create_task(life())

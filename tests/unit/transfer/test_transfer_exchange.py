@@ -10,9 +10,10 @@ import pytest
 from tracehaul.transfer import exchange as exchange_module
 from tracehaul.transfer import lanes, notes
 from tracehaul.transfer.base import Copy
+from tracehaul.transfer.devices import rdma_devices
 from tracehaul.transfer.exchange import GRACE_S, PROBE_S, Exchange, NameTaken, Waking
 from tracehaul.transfer.lanes import Movement, Way
-from tracehaul.transfer.nixl import best_pull, harmful_setting, rdma_devices
+from tracehaul.transfer.nixl import best_pull, harmful_setting
 from tracehaul.transfer.notes import Note, Probe, PullDone, PullFailed, PullRequest, Triples
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -156,6 +157,34 @@ def test_a_refused_pull_fails() -> None:
     assert "no region 3" in str(error)
 
 
+@pytest.mark.parametrize("way", ["read", "write", "pull"])
+def test_a_transfer_of_nothing_ends_when_the_peer_has_answered(way: Way) -> None:
+    bench = Bench()
+    bench.start(way, [])
+    ((peer, note),) = bench.agent.sent
+    assert isinstance(note, PullRequest)
+    assert (peer, note.into, note.ranges, bench.agent.posted) == ("peer#1", bench.ours, b"", {})
+    bench.exchange.step(0.0)
+    assert bench.results == []
+    bench.hear(PullDone(note.id))
+    assert bench.results == [None]
+
+
+def test_a_transfer_of_nothing_with_the_dead_is_lost() -> None:
+    bench = Bench()
+    bench.agent.dead.add("peer#1")
+    bench.start("pull", [])
+    assert [type(result) for result in bench.results] == [TransferLost]
+    assert bench.agent.peers == []
+
+
+def test_who_is_asked_for_nothing_knows_the_one_who_asks() -> None:
+    bench = Bench()
+    bench.hear(request(id=5, ranges=b""))
+    assert bench.agent.peers == ["peer#1"]
+    assert (bench.agent.sent, bench.agent.posted) == ([("peer#1", PullDone(5))], {})
+
+
 def test_a_large_transfer_keeps_a_window_of_chunks_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "CHUNK_BYTES", 100)
     monkeypatch.setattr(lanes, "LANE_BYTES", 200)
@@ -226,7 +255,7 @@ def test_serving_writes_into_the_requester_with_the_answer_behind_the_bytes() ->
     "bad",
     [
         request(region=9),
-        request(ranges=b""),
+        request(region=9, ranges=b""),
         request(ranges=b"x" * 23),
         request(ranges=notes.pack_ranges([Copy(0, 1 << 30, 1)])),
         request(ranges=notes.pack_ranges([Copy(1 << 30, 0, 1)])),

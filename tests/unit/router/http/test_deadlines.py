@@ -105,7 +105,7 @@ def call(worker: Frozen, body: Any, **config: Any) -> tuple[httpx.Response, floa
         await network.listen("router:1", dispatch.members)
         await network.listen("decode-0:1", worker)
         info = NodeInfo(NodeId("decode-0"), Generation(1), "decode", "decode-0:1", "org/fake", ROOT, 8, 1000)
-        member = Membership(Peers(network.at("decode-0:1")), "router:1", info, NodeLoad, lambda members: None)
+        member = Membership(Peers(network.at("decode-0:1")), ["router:1"], info, NodeLoad, lambda members: None)
         joining = asyncio.create_task(member.run())
         await member.joined.wait()
         app = create_app(dispatch, {"org/fake": FakeText()}, lambda: b"", ApiConfig(), InlineOffload())

@@ -1,0 +1,120 @@
+"""What the commands about hosts show."""
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+from cluster.config import ClusterConfig
+from cluster.fleet.findings import Finding
+from cluster.fleet.needs import needs_of
+from cluster.fleet.survey import Survey, nodes_on
+from cluster.hosts.orders import HostReport, NodeReport
+from cluster.hosts.pair import Measured
+from cluster.plan import Plan
+
+_COLOURS = {"running": "green", "starting": "yellow", "backoff": "yellow", "stopped": "dim"}
+
+
+def placement(config: ClusterConfig, plan: Plan, found: Survey | None) -> Table:
+    """Which node runs where, at which ports, and what it takes of what is there."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("host", "node", "pool", "address", "GPU"):
+        table.add_column(column, no_wrap=True)
+    for column in ("control", "data", "metrics", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for host in config.hosts:
+        whole = 0
+        for spec in nodes_on(plan, host.name):
+            needs = needs_of(spec, host, plan)
+            whole += needs
+            ports = [str(port) for port in (spec.control_port, spec.data_port, spec.metrics_port)]
+            gpus = ", ".join(map(str, spec.gpus))
+            table.add_row(host.name, spec.name, spec.pool, spec.address, gpus, *ports, gib(needs))
+        seen = found.seen.get(host.name) if found else None
+        there = f"of {gib(seen.facts.available_bytes)}" if seen else ""
+        table.add_row("", "", "", "", "", "", "", f"[dim]{host.name}:[/]", f"[dim]{gib(whole)} {there}[/]")
+    return table
+
+
+def changes(plan: Plan, found: Survey) -> list[str]:
+    """A line for each node that would be started or stopped, by its name."""
+    there = {node.name: (host, node) for host, report in found.reports.items() for node in report.nodes}
+    wanted = {spec.name: spec.host for spec in plan.nodes}
+    lines = [f"+ {name} is new on {host}" for name, host in wanted.items() if name not in there]
+    lines += [f"- {name} ends on {host}" for name, (host, _) in there.items() if name not in wanted]
+    lines += [
+        f"  {name} is {node.state}, and would be started"
+        for name, (_, node) in there.items()
+        if name in wanted and node.pid is None
+    ]
+    return lines
+
+
+def faults(findings: Sequence[Finding]) -> Table:
+    """A line for each, with what to do."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("host", "about", "what is wrong", "what to do"):
+        table.add_column(column, no_wrap=column in ("host", "about"))
+    for finding in findings:
+        colour = "red" if finding.fatal else "yellow"
+        table.add_row(finding.host, finding.subject, f"[{colour}]{finding.fault}[/]", finding.remedy)
+    return table
+
+
+def pairs(measured: Mapping[tuple[str, str], Measured]) -> Table:
+    """What each host found of each other."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("host", "from and to"):
+        table.add_column(column, no_wrap=True)
+    for column in ("ping", "first MiB", "read", "written"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for (reader, owner), each in measured.items():
+        if each.fault:
+            table.add_row(reader, owner, f"{each.ping_s * 1e3:.2f} ms" if each.ping_s else "", "[red]no[/]")
+            continue
+        rates = [f"{rate / 1e9:.2f} GB/s" for rate in (each.read_bytes_s, each.write_bytes_s)]
+        table.add_row(reader, owner, f"{each.ping_s * 1e3:.2f} ms", f"{each.first_s * 1e3:.1f} ms", *rates)
+    return table
+
+
+def fleet_status(reports: Mapping[str, HostReport], silent: Mapping[str, str]) -> Table:
+    """The nodes of all hosts, and the hosts that did not answer."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("host", "node", "state", "phase", "supervisor", "version"):
+        table.add_column(column, no_wrap=True)
+    for column in ("pid", "restarts", "for"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("said last")
+    for name, report in reports.items():
+        for node in report.nodes:
+            table.add_row(name, *_row(node, report))
+        if not report.nodes:
+            table.add_row(name, "[dim]nothing runs here[/]")
+    for name, fault in silent.items():
+        table.add_row(name, "", "[red]no answer[/]", *[""] * 6, fault)
+    return table
+
+
+def _row(node: NodeReport, report: HostReport) -> list[str]:
+    colour = _COLOURS.get(node.state, "red")
+    lasting = f"{node.since_s:.0f} s" if node.since_s < 600 else f"{node.since_s / 60:.0f} min"
+    pid = str(node.pid or "")
+    state = f"[{colour}]{node.state}[/]"
+    phase = node.phase if node.pid else ""
+    return [
+        node.name,
+        state,
+        phase,
+        report.supervisor,
+        report.version,
+        pid,
+        str(node.restarts),
+        lasting,
+        node.last_line,
+    ]
+
+
+def gib(nbytes: int) -> str:
+    """A size; empty for none."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes else ""

@@ -1,0 +1,120 @@
+"""Asks our own supervisor, and begins it where there is none."""
+
+import os
+import subprocess
+import time  # noqa: TID251 - waits for a process outside any loop
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster.hosts.asks import Apply, Ask, Leave, Restart, Status, Stop, ask
+from cluster.hosts.kept import idle_nodes, interpreter, load, release
+from cluster.hosts.logs import last_lines
+from cluster.hosts.orders import HostReport, NodeReport, Order, role_of
+from cluster.hosts.supervise import GRACE_S, NAME
+from cluster.rundir import ClusterFault, RunDir, alive
+from tracehaul import __version__
+from tracehaul.runtime import clock
+
+BEGIN_TIMEOUT_S = 30.0
+STATUS_TIMEOUT_S = 10.0
+POLL_S = 0.05
+STAGES = 3
+"""Of stopping, one after the other."""
+
+
+class OwnSupervisor:
+    """Of one run directory."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+
+    def apply(self, order: Order) -> HostReport:
+        """See :class:`cluster.hosts.managers.Manager`."""
+        there = ask(self._run, Status(), timeout_s=STATUS_TIMEOUT_S)
+        if there is not None and there.release != release():
+            ask(self._run, Leave(), timeout_s=STATUS_TIMEOUT_S)
+            self._wait(lambda: ask(self._run, Status(), timeout_s=STATUS_TIMEOUT_S) is None, "does not leave")
+            there = None
+        if there is None:
+            self._begin()
+        return self._asked(Apply(order), self._patience_s(order))
+
+    def status(self) -> HostReport:
+        report = ask(self._run, Status(), timeout_s=STATUS_TIMEOUT_S)
+        return self._unsupervised() if report is None else report
+
+    def stop(self, names: Sequence[str]) -> HostReport:
+        kept = load(self._run)
+        report = ask(self._run, Stop(tuple(names)), timeout_s=self._patience_s(None if kept is None else kept.order))
+        if report is not None:
+            return report
+        left = self._unsupervised()
+        if any(node.pid is not None for node in left.nodes):
+            # Whoever follows them can stop them, each in its turn.
+            self._begin()
+            return self.stop(names)
+        return left
+
+    def restart(self, names: Sequence[str]) -> HostReport:
+        if ask(self._run, Status(), timeout_s=STATUS_TIMEOUT_S) is None:
+            self._begin()
+        kept = load(self._run)
+        return self._asked(Restart(tuple(names)), self._patience_s(None if kept is None else kept.order))
+
+    def logs(self, name: str, lines: int) -> list[str]:
+        return last_lines(self._run.log(name), lines)
+
+    def _asked(self, question: Ask, timeout_s: float) -> HostReport:
+        report = ask(self._run, question, timeout_s=timeout_s)
+        if report is None:
+            raise ClusterFault(f"the supervisor of {self._run.path} has ended; why is in {self._run.log(NAME)}")
+        return report
+
+    def _patience_s(self, order: Order | None) -> float:
+        drain_s = order.plan.config.drain_timeout_s if order is not None else 10.0
+        return STAGES * (drain_s + GRACE_S + 10.0) + 10.0
+
+    def _unsupervised(self) -> HostReport:
+        """What is here although nobody supervises it."""
+        kept = load(self._run)
+        nodes = {} if kept is None else {node.name: node for node in idle_nodes(kept.order)}
+        for record in self._run.records():
+            role = role_of(record.name)
+            if role is not None and alive(record):
+                phase = self._run.state(record.name).phase
+                state = "running" if phase == "ready" else "starting"
+                nodes[record.name] = NodeReport(record.name, role, state, pid=record.pid, phase=phase)
+        host = "" if kept is None else kept.order.host
+        return HostReport(host, "none", tuple(nodes.values()), __version__)
+
+    def _begin(self) -> None:
+        """It leads a session and has nothing of ours open, so that it outlives this command and its login."""
+        log = self._run.log(NAME)
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
+        except OSError:
+            output = Path(os.devnull).open("ab")  # noqa: SIM115 - closed below
+        command = [interpreter(), "-m", "cluster.cli", "host", "supervise", "--run-dir", str(self._run.path)]
+        cwd = self._run.path if self._run.path.is_dir() else "/"
+        with output:
+            child = subprocess.Popen(
+                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+        def answers() -> bool:
+            if ask(self._run, Status(), timeout_s=STATUS_TIMEOUT_S) is not None:
+                return True
+            if child.poll() is not None:
+                lines = last_lines(log, 1) or [f"exit code {child.returncode}"]
+                raise ClusterFault(f"the supervisor of {self._run.path} cannot run: {lines[0]}")
+            return False
+
+        self._wait(answers, "does not answer")
+
+    def _wait(self, until: Callable[[], bool], what: str) -> None:
+        deadline_s = clock.perf_s() + BEGIN_TIMEOUT_S
+        while not until():
+            if clock.perf_s() > deadline_s:
+                raise ClusterFault(f"the supervisor of {self._run.path} {what} for {BEGIN_TIMEOUT_S:.0f} s")
+            time.sleep(POLL_S)

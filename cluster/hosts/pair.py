@@ -1,0 +1,173 @@
+"""Two hosts tried against each other by the very transport that their nodes will use: does it carry, and how fast.
+
+One offers memory and answers pings; others measure it. For ``tracehaul doctor``, before anything is started.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import statistics
+from collections.abc import Coroutine, Mapping
+from typing import Any
+
+import msgspec
+
+from tracehaul.rpc.tcp import join_address, split_address
+from tracehaul.runtime import clock
+from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.base import Copy, Region, Transfer
+from tracehaul.transfer.memory import allocate
+from tracehaul.transfer.opening import open_transport
+from tracehaul.transfer.place import Place
+from tracehaul.wire.blocks import RegionDescriptor
+from tracehaul.wire.errors import TransferError
+
+REGION_BYTES = 64 << 20
+PIECE_BYTES = 1 << 20
+PINGS = 20
+CONNECT_S = 5.0
+TRANSFER_S = 30.0
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a host lets others try."""
+
+    control: str
+    """``host:port`` that answers what it is sent."""
+    region: RegionDescriptor
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """What one host found of another."""
+
+    fault: str = ""
+    """Why nothing more was measured, in a line; empty: all was."""
+    ping_s: float = 0.0
+    """Of a byte over the control plane's port and back; median."""
+    first_s: float = 0.0
+    """Of the first piece, with all that connecting takes."""
+    read_bytes_s: float = 0.0
+    write_bytes_s: float = 0.0
+
+
+class Questions(msgspec.Struct, frozen=True):
+    """What a host is to find out."""
+
+    offers: dict[str, Offer] = {}
+    """By the others' names."""
+    addresses: dict[str, str] = {}
+    """Of nodes that run, ``host:port``: whether it reaches them."""
+
+
+class Answers(msgspec.Struct, frozen=True):
+    """What it found."""
+
+    measured: dict[str, Measured]
+    unreached: dict[str, str]
+    """Why, by node."""
+
+
+async def offer(kind: str, place: Place, port: int, ended: asyncio.Event, told: asyncio.Future[Offer]) -> None:
+    """Offer memory at ``place``, and answer pings at ``port``, until ``ended`` is set; ``told`` gets what others need.
+
+    Raises:
+        OSError, TransferError: an address cannot be bound, or the transport does not start here.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        offload = ThreadOffload("pair", 1)
+        stack.callback(offload.close)
+        memory = allocate(REGION_BYTES, "pair")
+        stack.callback(memory.close)
+        transfer = open_transport(kind, _owner(), place, offload).transfer
+        stack.push_async_callback(transfer.close)
+        server = await asyncio.start_server(_echo, place.listen, port)
+        stack.callback(server.close)
+        control = join_address(place.announced, server.sockets[0].getsockname()[1])
+        told.set_result(Offer(control, transfer.register(memory).descriptor))
+        await ended.wait()
+
+
+async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while said := await reader.read(64):
+            writer.write(said)
+            await writer.drain()
+    writer.close()
+
+
+def _owner() -> str:
+    return f"pair-{secrets.token_hex(8)}#1"
+
+
+async def measure(kind: str, place: Place, questions: Questions) -> Answers:
+    """Try all that is offered, one after the other.
+
+    Raises:
+        OSError, TransferError: the transport does not start here.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        offload = ThreadOffload("pair", 1)
+        stack.callback(offload.close)
+        memory = allocate(REGION_BYTES, "pair")
+        stack.callback(memory.close)
+        transfer = open_transport(kind, _owner(), place, offload).transfer
+        stack.push_async_callback(transfer.close)
+        region = transfer.register(memory)
+        measured = {name: await _measured(transfer, region, there) for name, there in sorted(questions.offers.items())}
+        return Answers(measured, await _unreached(questions.addresses))
+
+
+async def _measured(transfer: Transfer, region: Region, there: Offer) -> Measured:
+    try:
+        ping_s = await _ping(there.control)
+    except (OSError, TimeoutError) as error:
+        return Measured(fault=f"cannot connect to {there.control}: {error or 'no answer'}")
+    pieces = [Copy(at, at, PIECE_BYTES) for at in range(0, REGION_BYTES, PIECE_BYTES)]
+    try:
+        if not transfer.reaches(there.region):
+            return Measured(fault=f"{transfer.kind} does not reach it", ping_s=ping_s)
+        first_s = await _timed(transfer.read(there.region, region, pieces[:1], timeout_s=TRANSFER_S))
+        read_s = await _timed(transfer.read(there.region, region, pieces, timeout_s=TRANSFER_S))
+        write_s = await _timed(transfer.write(there.region, region, pieces, timeout_s=TRANSFER_S))
+    except TransferError as error:
+        return Measured(fault=f"{transfer.kind}: {error}", ping_s=ping_s)
+    return Measured("", ping_s, first_s, REGION_BYTES / read_s, REGION_BYTES / write_s)
+
+
+async def _timed(work: Coroutine[Any, Any, object]) -> float:
+    began_s = clock.perf_s()
+    await work
+    return clock.perf_s() - began_s
+
+
+async def _ping(address: str) -> float:
+    host, port = split_address(address)
+    async with asyncio.timeout(CONNECT_S):
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            took: list[float] = []
+            for _ in range(PINGS):
+                began_s = clock.perf_s()
+                writer.write(b".")
+                await reader.readexactly(1)
+                took.append(clock.perf_s() - began_s)
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionResetError("it closed the connection") from error
+        finally:
+            writer.close()
+    return statistics.median(took)
+
+
+async def _unreached(addresses: Mapping[str, str]) -> dict[str, str]:
+    async def one(name: str, address: str) -> tuple[str, str]:
+        try:
+            host, port = split_address(address)
+            async with asyncio.timeout(CONNECT_S):
+                _, writer = await asyncio.open_connection(host, port)
+            writer.close()
+        except (OSError, TimeoutError) as error:
+            return name, f"cannot connect to {address}: {error or 'no answer'}"
+        return name, ""
+
+    found = await asyncio.gather(*(one(name, address) for name, address in sorted(addresses.items())))
+    return {name: fault for name, fault in found if fault}
