@@ -17,7 +17,7 @@ from tracehaul.rpc.base import CallContext, Network
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import Credentials
-from tracehaul.transfer import tcp, tcp_tls
+from tracehaul.transfer import tcp, tcp_asking, tcp_tls
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.tcp import TcpTransfer
@@ -129,7 +129,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
             super().__init__(sock, context, host)
             made.append(host)
 
-    monkeypatch.setattr(tcp, "TlsSocket", Counted)
+    monkeypatch.setattr(tcp_asking, "TlsSocket", Counted)
     return made
 
 
@@ -166,7 +166,7 @@ def test_new_certificates_make_new_data_connections_and_lose_no_transfer(
 
 
 def test_a_connection_ends_before_its_key_is_worn(authority: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "BYTES_MAX", 3 * NBYTES)
+    monkeypatch.setattr(tcp_asking, "BYTES_MAX", 3 * NBYTES)
     made = counted(monkeypatch)
     reader = authority.credentials("reader")
 
