@@ -15,10 +15,8 @@ class SecurityConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: bool = False
     """Whether who joins must know the cluster's join token: for ``control = "plain"``."""
 
-    @property
-    def certified(self) -> bool:
-        """Whether nodes need certificates."""
-        return "mtls" in self.control or "tls" in self.data
+    authority: str = ""
+    """Where the side that launches a fleet keeps the CA; empty: ``~/.tracehaul/authority/NAME``."""
 
     def __post_init__(self) -> None:
         if self.data == "tls" and self.control == "plain":

@@ -17,6 +17,7 @@ AUTHORITY = "authority"
 LOCAL = "local"
 """A cluster, and a host, that nobody has named."""
 TOKEN_BYTES = 32
+_END = b"-----END CERTIFICATE-----"
 
 
 def secure(plan: Plan, run: RunDir, *, now_s: float) -> None:
@@ -28,10 +29,39 @@ def secure(plan: Plan, run: RunDir, *, now_s: float) -> None:
     security, folder = plan.config.security, run.path / FOLDER
     if security.control == "mtls":
         authority = run.path / AUTHORITY
-        ensure_ca(authority, plan.name or LOCAL, now_s=now_s)
+        ensure_ca(authority, plan.config.name or LOCAL, now_s=now_s)
         lay(folder, certify(authority, LOCAL, plan.nodes, now_s=now_s))
     if security.token:
         ensure_token(folder)
+
+
+def files_for(plan: Plan, host: str, there: bytes, *, now_s: float) -> dict[str, bytes]:
+    """What the folder of secrets of a fleet's host must hold, by name, in the order to write it. ``there``: the CAs
+    that it trusts now; empty: none.
+
+    Raises:
+        ClusterFault: the CA cannot be used, or is not the one that the host trusts.
+    """
+    security, name = plan.config.security, plan.config.name or LOCAL
+    authority = Path(security.authority or Path.home() / ".tracehaul" / "authority" / name).expanduser()
+    files: dict[str, bytes] = {}
+    if security.control == "mtls":
+        ours = ensure_ca(authority, name, now_s=now_s)
+        if there.strip() and not set(_each(there)) & set(_each(ours)):
+            raise ClusterFault(
+                f"the host trusts another CA than the one in {authority}: bring that of the machine which launched it, "
+                f"or remove run/{FOLDER}/{CA_FILE} on every host"
+            )
+        issued = certify(authority, host, [spec for spec in plan.nodes if spec.host == host], now_s=now_s)
+        files |= {CA_FILE: issued.ca, KEY_FILE: issued.key, CERT_FILE: issued.cert}
+    if security.token:
+        ensure_token(authority)
+        files[TOKEN_FILE] = (authority / TOKEN_FILE).read_bytes()
+    return files
+
+
+def _each(bundle: bytes) -> list[bytes]:
+    return [part.strip() for part in bundle.split(_END) if part.strip()]
 
 
 def certify(authority: Path, host: str, specs: Sequence[NodeSpec], *, now_s: float) -> Issued:
