@@ -23,7 +23,7 @@ from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, RunDir
-from cluster.security.secrets import networks_of
+from cluster.security.secrets import FOLDER, networks_of
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
@@ -111,7 +111,10 @@ class _Node:
         peers = Peers(self._networks.control)
         async with Tasks("node") as tasks:
             if self._networks.credentials is not None:
+                from cluster.security.expiry import watching
+
                 tasks.start(refreshing(self._networks.credentials), "certificates")
+                tasks.start(watching(self._run.path / FOLDER), "expiry")
             try:
                 if self._spec.role == "router":
                     await self._route(peers)

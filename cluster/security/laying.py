@@ -4,8 +4,6 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from cryptography import x509
-
 from cluster.api import write_private
 from cluster.plan import NodeSpec, Plan
 from cluster.rundir import ClusterFault, RunDir
@@ -103,19 +101,6 @@ def ensure_token(folder: Path) -> str:
     if not (folder / TOKEN_FILE).exists():
         _put(folder, TOKEN_FILE, f"{secrets.token_urlsafe(TOKEN_BYTES)}\n".encode())
     return read_tokens(folder)[0]
-
-
-def expires_s(folder: Path) -> float:
-    """When the certificate of a folder of secrets expires, as wall time.
-
-    Raises:
-        ClusterFault: there is none.
-    """
-    try:
-        cert = x509.load_pem_x509_certificate((folder / CERT_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ClusterFault(f"the certificate in {folder} cannot be read: {error}") from error
-    return cert.not_valid_after_utc.timestamp()
 
 
 def _put(folder: Path, name: str, data: bytes) -> None:
