@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from cluster.config import ClusterConfig, base_url
+from cluster.plan import Plan, api_url
 from cluster.rundir import ClusterFault, RunDir
 from router.http.keys import ID_BYTES, PREFIX, SECRET_BYTES, Key, hashed, name_of
 
@@ -53,13 +53,13 @@ class Api(msgspec.Struct, frozen=True):
         return answer
 
 
-def here(config: ClusterConfig, run: RunDir) -> Api:
-    """Of the cluster that was started in this run directory."""
+def here(plan: Plan, run: RunDir) -> Api:
+    """Of the cluster that was started in this run directory; of a fleet, its first router's."""
     try:
         key = run.operator_key.read_text().strip() or None
     except OSError:
         key = None
-    return Api(base_url(config), key, Path(config.api.tls_cert) if config.api.tls_cert else None)
+    return Api(api_url(plan), key, Path(tls_cert) if (tls_cert := plan.config.api.tls_cert) else None)
 
 
 def make_operator_key(run: RunDir) -> None:

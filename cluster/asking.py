@@ -100,9 +100,9 @@ def find(url: str | None, run: RunDir, key: str | None = None) -> Found:
     lost: str | None = None
     statuses: list[NodeStatus] = []
     try:
-        statuses = ask_router(here(plan.config, run), f"its log is {run.log('router-0')}")
+        statuses = ask_router(here(plan, run), f"its log is {run.log('router-0')}")
     except ClusterFault as fault:
-        if not any(alive(record) for record in run.records()):
+        if not any(alive(record) for record in run.records()):  # also of a fleet: then nothing of it runs on this host
             raise ClusterFault(f"no node of the cluster in {run.path} runs; start one with: tracehaul up") from fault
         lost = str(fault)
     stores = {ref.node: ref for ref in _stores(statuses)}
@@ -111,7 +111,9 @@ def find(url: str | None, run: RunDir, key: str | None = None) -> Found:
         if spec.role != "store":
             continue
         name = NodeId(spec.name)
-        if spec.name not in running:
+        if spec.host:  # of a fleet, where files tell of this host's nodes alone
+            stores.setdefault(name, StoreRef(name, "no member" if lost is None else "router silent", spec.control))
+        elif spec.name not in running:
             stores[name] = StoreRef(name, "dead")
         elif name not in stores:
             state = run.state(spec.name)

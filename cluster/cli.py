@@ -268,7 +268,7 @@ def status(
     local = None
     if url is None:
         local = RunDir(run_dir)
-        api = here(load_plan(local).config, local)
+        api = here(load_plan(local), local)
     else:
         api = Api(url, key)
     nodes = ask_router(api, f"the logs of a cluster here are in {run_dir}/logs")
@@ -295,7 +295,7 @@ def explain(
     from cluster.explain import explain, fetch
 
     run = RunDir(run_dir)
-    api = Api(url, key) if url else here(load_plan(run).config, run)
+    api = Api(url, key) if url else here(load_plan(run), run)
     if as_json:
         typer.echo(fetch(api, trace, salt))
         return

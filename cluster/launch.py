@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ROUTER, ClusterConfig, PoolConfig, pools_of, store_config
+from cluster.hosts.managers import present
 from cluster.model import kv_layout, note
 from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, NodeState, Phase, ProcessRecord, RunDir, alive, stop
@@ -85,6 +86,10 @@ def down(run: RunDir) -> tuple[list[str], list[str]]:
         grace_s = ClusterConfig().drain_timeout_s + ROLLBACK_GRACE_S
     stopped: list[str] = []
     killed: list[str] = []
+    if run.host_file.exists():  # else its supervisor would start again what is stopped here
+        stopped += [node.name for node in present(run).status().nodes if node.pid is not None]
+        present(run).stop(())
+        run.host_file.unlink(missing_ok=True)
     for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
         running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
         killed += stop(running, grace_s=grace_s)
@@ -277,7 +282,7 @@ async def _wait_ready(plan: Plan, run: RunDir, children: dict[str, subprocess.Po
             if all(state.phase == "ready" for state in states.values()):
                 break
             await asyncio.sleep(POLL_S)
-    with here(plan.config, run).client(timeout_s=2.0) as client:
+    with here(plan, run).client(timeout_s=2.0) as client:
         while True:
             try:
                 answer = await asyncio.to_thread(client.get, "/cluster")

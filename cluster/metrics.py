@@ -106,8 +106,8 @@ class NodeMetrics:
         """The page."""
         return generate_latest(self._registry)
 
-    async def serve(self, host: str) -> ApiServer:
-        """Answer ``/metrics`` on a free port of ``host``.
+    async def serve(self, host: str, port: int = 0) -> ApiServer:
+        """Answer ``/metrics`` at ``host``; port 0: any that is free.
 
         Raises:
             OSError: there is no such address here.
@@ -117,4 +117,4 @@ class NodeMetrics:
             return Response(self.render(), media_type=METRICS_TYPE)
 
         app = Starlette(routes=[Route("/metrics", page, methods=["GET"])])
-        return await serve(app, host, 0, grace_s=GRACE_S)
+        return await serve(app, host, port, grace_s=GRACE_S)

@@ -6,6 +6,7 @@ name, and with a traceback in its log when it is our mistake.
 """
 
 import asyncio
+import contextlib
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import uvloop
@@ -47,9 +48,15 @@ from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import Fenced, JoinRefused, TransferError, Untrusted
 from tracehaul.wire.ids import NodeId
 
+if TYPE_CHECKING:  # it takes time to import, and only a router does
+    from router.assemble import Router
+
 log = Log(__name__)
 
 COPY_THREADS = 2
+RETURN_S = 5.0
+"""Nodes that have lost a router join it again within two seconds of its return."""
+RETURN_POLL_S = 0.05
 
 
 def run_node(name: str, run: RunDir) -> int:
@@ -102,6 +109,7 @@ class _Node:
         self._started_s = clock.wall_s()
         self._networks = networks_of(plan, run)
         self._stopping = asyncio.Event()
+        self._known: set[NodeId] = set()
 
     async def run(self) -> None:
         """Until told to stop."""
@@ -152,7 +160,8 @@ class _Node:
         """Listen, join, serve until told to stop."""
         member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
-            page = await NodeMetrics(member.stats, member.load, room.metrics).serve(plan.config.metrics_host)
+            counts = NodeMetrics(member.stats, member.load, room.metrics)
+            page = await counts.serve(plan.config.metrics_host, self._spec.metrics_port)
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
             member = member._replace(info=msgspec.structs.replace(member.info, metrics=metrics))
@@ -268,8 +277,18 @@ class _Node:
 
         file = EpochFile(self._run.epochs(self._spec.name), offload)
         stack.push_async_callback(file.close)
+        self._known = {mark.node for mark in file.epochs.marks()}
         models = {pool.name: pool.model.name for pool in self._plan.pools}
         return Terms(models, self._plan.name, file.epochs, file.changed)
+
+    async def _returned(self, router: "Router") -> None:
+        """Wait for a worker of each pool that this router's last life knew, for a while: clients that come before would
+        be turned away although the fleet is well."""
+        pools = {spec.pool for spec in self._plan.nodes if spec.role == "decode" and spec.name in self._known}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RETURN_S):
+                while any(not router.dispatch.members.live("decode", pool) for pool in pools):  # noqa: ASYNC110
+                    await asyncio.sleep(RETURN_POLL_S)
 
     async def _route(self, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
@@ -305,6 +324,7 @@ class _Node:
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
             keyring = None if keys is None else keys.keyring
+            await self._returned(router)
             app = router.app(texts, config.api, offload, NodeMetrics(router.stats, None).render, keyring=keyring)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(

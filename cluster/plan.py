@@ -5,7 +5,8 @@ import os
 
 import msgspec
 
-from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, pools_of
+from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, base_url, is_loopback, pools_of
+from cluster.known import known_part
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
 from tracehaul.model.source import ModelSource
@@ -110,13 +111,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load_plan(run: RunDir) -> Plan:
-    """What was launched in this run directory.
+    """What was launched in this run directory. What a later version has added to plans is not read.
 
     Raises:
         ClusterFault: there is no readable plan.
     """
     try:
-        return msgspec.json.decode(run.plan_file.read_bytes(), type=Plan, dec_hook=lambda kind, value: kind(value))
+        said = msgspec.json.decode(run.plan_file.read_bytes())
+        known = msgspec.json.encode(known_part(said, msgspec.inspect.type_info(Plan)))
+        return msgspec.json.decode(known, type=Plan, dec_hook=lambda kind, value: kind(value))
     except FileNotFoundError as error:
         raise ClusterFault(f"no cluster runs here ({run.path}); start one with: tracehaul up") from error
     except (OSError, msgspec.DecodeError) as error:
@@ -146,6 +149,15 @@ def fleet_name(config: ClusterConfig, nodes: tuple[NodeSpec, ...]) -> str:
     """What tells a fleet from others, whoever launches it: what its config says, or else where its routers are."""
     where = " ".join(spec.control for spec in nodes if spec.role == "router")
     return config.name or hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def api_url(plan: Plan) -> str:
+    """Where a client reaches the API: of a fleet at its first router, unless that listens for its own host alone."""
+    config = plan.config
+    router = next(spec for spec in plan.nodes if spec.role == "router")
+    if not router.host or is_loopback(config.host):
+        return base_url(config)
+    return base_url(msgspec.structs.replace(config, host=router.address))
 
 
 def threads_of(config: ClusterConfig, workers: int, cores: int) -> int:

@@ -20,6 +20,7 @@ import msgspec
 from tracehaul.runtime import clock
 
 LOG_TAIL_BYTES = 8192
+OPERATOR_KEY = "operator.key"
 FAULT_EXIT = 3
 """Exit code of a node whose last line of output says in one line why it could not run."""
 FENCED_EXIT = 4
@@ -128,7 +129,7 @@ class RunDir:
         self.plan_file = self.path / "cluster.json"
         self.host_file = self.path / "host.json"
         """What a supervisor here was ordered to do."""
-        self.operator_key = self.path / "operator.key"
+        self.operator_key = self.path / OPERATOR_KEY
         """A key of this launch's own, for the commands that are run here; where the API asks for keys."""
 
     def create(self) -> None:

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from kvstore.client.client import StoreClient
+from kvstore.client.probe import StoreProbe
 from kvstore.client.staging import Staging
 from tracehaul.engine.base import Engine
 from tracehaul.rpc.base import Service
@@ -17,7 +20,7 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.cluster import Members, NodeInfo
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from worker.announce import announced
 from worker.config import WorkerConfig
 from worker.flights import Flights
@@ -46,15 +49,23 @@ class Worker:
     host: WorkerHost
     service: StepService
     planes: Sequence[Plane]
+    probe: StoreProbe
 
     @property
     def member(self) -> Member:
         """What it brings into the fleet, with its rates as they are now: so after calibration."""
         host = self.host
-        background = (host.run, *(plane.transfer.broken for plane in self.planes))
+        background = (host.run, self.probe.run, *(plane.transfer.broken for plane in self.planes))
         stats = {"worker": host.stats, "store_client": host.client.stats}
         info = announced(self.info, host)
-        return Member(info, self.service, host.load, self.service.set_members, background, stats)
+        return Member(info, self.service, self._load, self._set_members, background, stats, served=self.probe.served)
+
+    def _load(self) -> NodeLoad:
+        return msgspec.structs.replace(self.host.load(), serving=self.probe.serving, fault=self.probe.fault)
+
+    def _set_members(self, members: Members) -> None:
+        self.service.set_members(members)
+        self.probe.set_nodes(members.nodes if self.host.config.use_store else (), members.draining)
 
     async def aclose(self) -> None:
         """Give back what it holds at the stores; engine, memory and transports are whose they were."""
@@ -92,4 +103,4 @@ def assemble_worker(
     engine.attach(memory.buffer)
     client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
     host = WorkerHost(engine, client, config, shared)
-    return Worker(info, host, serve(host), planes)
+    return Worker(info, host, serve(host), planes, client.probe(info.node))

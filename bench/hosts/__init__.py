@@ -1,1 +1,1 @@
-"""What a fleet of hosts costs."""
+"""What a fleet of hosts costs: its control plane, and encryption."""

@@ -6,13 +6,10 @@ Two pairs of processes, one plain and one with certificates of a CA made for it,
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
-
-import typer
-from rich.console import Console
+from typing import Any
 
 from bench.common.processes import Place, Process, running, two_places
-from bench.common.report import Result, finish
+from bench.common.report import Result
 from cluster.security.ca import ensure_ca, issue
 from cluster.security.laying import lay
 from tracehaul.runtime import clock
@@ -23,8 +20,6 @@ PINGS = 1000
 ROUNDS = 30
 WARM_UP_ROUNDS = 2
 MODULE = "bench.hosts.tls_process"
-
-console = Console()
 
 
 class _Pair:
@@ -84,17 +79,3 @@ def _beside(name: str, values: list[float], unit: str) -> list[Result]:
     stem, _, rest = name.removeprefix("hosts.").partition(".")
     named = f"hosts.tls.{stem}" + (f".{rest}" if rest else "")
     return [Result(f"{name}.plain", plain, unit), Result(named, tls, unit, f"{name}.plain", tls / plain)]
-
-
-def main(
-    json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
-    rounds: Annotated[int, typer.Option(min=3, help="How often each is done.")] = ROUNDS,
-) -> None:
-    """Measure what TLS costs between two processes, in two network namespaces where that is possible."""
-    results, words = measure(rounds)
-    config = {"batch_bytes": BATCH_BYTES, "block_bytes": BLOCK_BYTES, "pings": PINGS, "rounds": rounds, "over": words}
-    finish(config, results, json, console)
-
-
-if __name__ == "__main__":
-    typer.run(main)

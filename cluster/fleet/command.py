@@ -13,7 +13,8 @@ from rich.console import Console
 from cluster.config import authority, is_loopback
 from cluster.fleet import tables
 from cluster.fleet.doctor import Health, of_reports, try_pairs
-from cluster.fleet.operations import Opened, encode, fault_of, launch, look_at, opened, reports_of, restart, stop
+from cluster.fleet.opened import Opened
+from cluster.fleet.operations import encode, fault_of, launch, look_at, opened, reports_of, restart, stop
 from cluster.fleet.survey import addresses_of
 from cluster.rundir import ClusterFault
 

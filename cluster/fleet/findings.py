@@ -118,10 +118,12 @@ def _known(device: str, facts: Facts) -> bool:
     return device in names
 
 
-def of_fleet(config: ClusterConfig, seen: Mapping[str, Seen], digests: Mapping[str, str]) -> list[Finding]:
+def of_fleet(
+    config: ClusterConfig, seen: Mapping[str, Seen], digests: Mapping[str, str], addresses: Mapping[str, str]
+) -> list[Finding]:
     """What only shows when hosts are compared: models that differ, networks that do not fit, one host under two names.
 
-    ``digests``: of each pool's model here, if it is here.
+    ``digests``: of each pool's model here, if it is here. ``addresses``: those that KV moves between, by host.
     """
     found: list[Finding] = []
     hosts = {host.name: host for host in config.hosts}
@@ -141,7 +143,7 @@ def of_fleet(config: ClusterConfig, seen: Mapping[str, Seen], digests: Mapping[s
             elif path and wanted and digest != wanted:
                 fault = f"{path} has other contents than elsewhere"
                 found.append(Finding(name, "model", fault, "copy one of them to all, or leave `model` out"))
-    mtus = {name: mtu for name, each in seen.items() if (mtu := _mtu(hosts[name], each.facts))}
+    mtus = {name: mtu for name, each in seen.items() if (mtu := _mtu(addresses.get(name, ""), each.facts))}
     if len(set(mtus.values())) > 1:
         least = min(mtus, key=lambda name: mtus[name])
         fault = f"the MTU of its interface is {mtus[least]}, others have {max(mtus.values())}"
@@ -151,8 +153,7 @@ def of_fleet(config: ClusterConfig, seen: Mapping[str, Seen], digests: Mapping[s
     return found
 
 
-def _mtu(host: HostConfig, facts: Facts) -> int:
-    address = host.data_address or host.address
+def _mtu(address: str, facts: Facts) -> int:
     return next((each.mtu for each in facts.interfaces if address in each.addresses), 0)
 
 

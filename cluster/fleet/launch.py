@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from cluster.api import new_secret
 from cluster.config import ClusterConfig
 from cluster.fleet.bundle import Bundle
 from cluster.fleet.connection import HostFault
@@ -23,7 +24,7 @@ from cluster.fleet.progress import DONE, Progress
 from cluster.fleet.survey import Hand, Survey
 from cluster.hosts.orders import HostReport, NodeReport, Order
 from cluster.plan import Plan
-from cluster.rundir import ClusterFault
+from cluster.rundir import OPERATOR_KEY, ClusterFault
 from cluster.security.config import SecurityConfig
 from cluster.security.secrets import FOLDER
 from tracehaul.runtime import clock
@@ -110,6 +111,10 @@ class Launching:
                 if said := getattr(self._plan.config.api, name):
                     content = await asyncio.to_thread(_read, Path(said))
                     await put(hand.way, content, getattr(order.plan.config.api, name))
+            if self._plan.config.api.keys_file:
+                key = f"{facts.home}/run/{OPERATOR_KEY}"
+                if (await hand.way.run(["test", "-s", key])).code != 0:
+                    await put(hand.way, new_secret().encode(), key)
         if "store" in roles and order.plan.config.s3_url:
             lines = [f"{name}={value}\n" for name, value in os.environ.items() if name.startswith(ENVIRONMENT)]
             await put(hand.way, "".join(sorted(lines)).encode(), f"{facts.home}/run/environment")

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import msgspec
 from rich.console import Console
 
-from cluster.config import ClusterConfig, Role
+from cluster.config import Role
 from cluster.config_file import load_config
 from cluster.fleet.bundle import Bundle, make_bundle, read_bundle
 from cluster.fleet.connection import HostFault, connections
+from cluster.fleet.draining import drain, give_away, kept_blocks
 from cluster.fleet.launch import Launching, Outcome, apply, hands_of, on_all, wait_ready
 from cluster.fleet.needs import needs_of
+from cluster.fleet.opened import Opened
 from cluster.fleet.placing import place
 from cluster.fleet.progress import progress
 from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, nodes_on, survey
@@ -23,16 +25,6 @@ from cluster.launch import make_plan
 from cluster.plan import Plan
 from cluster.rundir import ClusterFault
 from tracehaul.model.source import user_cache_dir
-
-DRAIN_S = 3600.0
-"""A store of terabytes is given away over a network."""
-
-
-class Opened(NamedTuple):
-    """A config with hosts, and ways to them."""
-
-    config: ClusterConfig
-    hands: list[Hand]
 
 
 class Ready(NamedTuple):
@@ -131,7 +123,7 @@ async def launch(
         reports: dict[str, HostReport] = {}
         faults: dict[str, str] = {}
         for hand in hands:  # the first that fails ends it: the others serve on as they are
-            outcome = await on_all([hand], one, shown)
+            outcome = await on_all([hand], lambda hand: kept_blocks(fleet, hand, one, shown), shown)
             reports |= outcome.reports
             faults |= outcome.faults
             if faults:
@@ -173,7 +165,7 @@ async def stop(fleet: Opened, only: Sequence[str], console: Console, *, drained:
         node.name: node.role for report in before.reports.values() for node in report.nodes if node.pid
     }
     if drained:
-        await _drain([name for name, role in roles.items() if role == "store"], fleet, hands)
+        await drain([name for name, role in roles.items() if role == "store"], fleet, hands)
     running = [hand for hand in hands if hand.host.name in before.reports]
     timeout_s = fleet.config.drain_timeout_s + 60.0
     faults = dict(before.faults)
@@ -201,24 +193,6 @@ async def stop(fleet: Opened, only: Sequence[str], console: Console, *, drained:
     return Outcome(ended.reports, {**faults, **ended.faults})
 
 
-async def _drain(stores: Sequence[str], fleet: Opened, leaving: Sequence[Hand]) -> None:
-    """Have these stores' blocks on others. Asked on a router's host, which knows all of them.
-
-    Raises:
-        ClusterFault: there is no router left to ask, or a store has nobody to give its blocks to.
-    """
-    routers = [hand for hand in fleet.hands if hand.host.nodes.router]
-    asked = next((hand for hand in routers if hand not in leaving), routers[0])
-    for store in stores:
-        try:
-            await asked.tell(["store", "drain", store], timeout_s=DRAIN_S)
-        except HostFault as fault:
-            raise ClusterFault(
-                f"the blocks of {store} stay where they are: {fault}; without them: tracehaul stop "
-                + " ".join(hand.host.name for hand in leaving)
-            ) from fault
-
-
 async def restart(fleet: Opened, names: Sequence[str], console: Console, *, rolling: bool) -> Outcome:
     """Stop these nodes and start them anew, the dead ones too; the others serve on.
 
@@ -229,10 +203,12 @@ async def restart(fleet: Opened, names: Sequence[str], console: Console, *, roll
     """
     before = await reports_of(fleet.hands)
     where = {node.name: host for host, report in before.reports.items() for node in report.nodes}
+    reported = [node for report in before.reports.values() for node in report.nodes]
+    roles = {node.name: node.role for node in reported}
     if strangers := [name for name in names if name not in where]:
         silent = f" on the hosts that answer ({', '.join(before.faults)} did not)" if before.faults else ""
         raise ClusterFault(f"no node {strangers[0]}{silent}; there are {', '.join(where)}")
-    chosen = list(dict.fromkeys(names)) or list(where)
+    chosen = list(dict.fromkeys(names)) or [node.name for node in reported if node.state != "stopped"]
     hands = {hand.host.name: hand for hand in fleet.hands}
     timeout_s = fleet.config.drain_timeout_s + 60.0
     faults = dict(before.faults) if not names else {}
@@ -241,8 +217,10 @@ async def restart(fleet: Opened, names: Sequence[str], console: Console, *, roll
 
         async def one(name: str) -> None:
             host = where[name]
-            shown.tell(name, "stopping")
             try:
+                if rolling and roles[name] == "store":
+                    await give_away(fleet, [name], shown.of(name))
+                shown.tell(name, "stopping")
                 await hands[host].tell(["host", "restart", name], timeout_s=timeout_s)
                 reports[host] = await wait_ready(hands[host], [name], fleet.config.start_timeout_s, shown.of(name))
             except HostFault as fault:

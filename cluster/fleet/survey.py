@@ -149,7 +149,8 @@ async def survey(
 
     await asyncio.gather(*map(one, hands))
     order = [host.name for host in config.hosts]
-    findings += of_fleet(config, seen, digests)
+    addresses = {spec.host: spec.data.address for spec in plan.nodes}
+    findings += of_fleet(config, seen, digests, addresses)
     return Survey(seen, reports, sorted(findings, key=lambda finding: order.index(finding.host)))
 
 

@@ -96,6 +96,27 @@ def ask(run: RunDir, question: Ask, *, timeout_s: float) -> HostReport | None:
     Raises:
         ClusterFault: it is refused, or not answered in time.
     """
+    answer = _asked(run, question, timeout_s)
+    if isinstance(answer, Unanswered) and isinstance(question, Status):  # it ended just then
+        answer = _asked(run, question, timeout_s)
+    match answer:
+        case None:
+            return None
+        case Told(report):
+            return report
+        case Refused(why):
+            raise ClusterFault(why)
+        case Unanswered(why):
+            raise ClusterFault(f"the supervisor of {run.path} {why}")
+
+
+class Unanswered(msgspec.Struct, frozen=True):
+    """What became of a question."""
+
+    why: str
+
+
+def _asked(run: RunDir, question: Ask, timeout_s: float) -> Answer | Unanswered | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
         peer.settimeout(CONNECT_TIMEOUT_S)
         try:
@@ -111,13 +132,13 @@ def ask(run: RunDir, question: Ask, *, timeout_s: float) -> HostReport | None:
             peer.sendall(encode(question))
             with peer.makefile("rb") as file:
                 line = file.readline(LINE_BYTES_MAX)
-            answer: Answer = msgspec.json.decode(line, type=Answer)
-        except TimeoutError as error:
-            raise ClusterFault(f"the supervisor of {run.path} has not answered for {timeout_s:.0f} s") from error
-        except (OSError, msgspec.DecodeError) as error:
-            raise ClusterFault(f"the supervisor of {run.path} ended, or is of another version: {error}") from error
-    match answer:
-        case Told(report):
-            return report
-        case Refused(why):
-            raise ClusterFault(why)
+        except TimeoutError:
+            return Unanswered(f"has not answered for {timeout_s:.0f} s")
+        except OSError as error:
+            return Unanswered(f"ended: {error}")
+    if not line:
+        return Unanswered("ended, or does not answer this user")
+    try:
+        return msgspec.json.decode(line, type=Answer)
+    except msgspec.DecodeError as error:
+        return Unanswered(f"is of another version: {error}")

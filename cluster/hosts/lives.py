@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +35,11 @@ class Launch(NamedTuple):
 class Lives:
     """Of one node. Its methods are called on one loop, one at a time but for :meth:`report`."""
 
-    def __init__(self, spec: NodeSpec, run: RunDir) -> None:
+    def __init__(self, spec: NodeSpec, run: RunDir, prepare: Callable[[], None]) -> None:
+        """``prepare``: called before each life."""
         self.spec = spec
         self._run = run
+        self._prepare = prepare
         self._launch: Launch | None = None
         self._pid: int | None = None
         self._pidfd = -1
@@ -165,6 +168,7 @@ class Lives:
         """A new process; where there can be none that is a death like others."""
         name = self.spec.name
         self._digest, self._born_s, self._fault = launch.digest, clock.boot_s(), ""
+        self._prepare()
         with suppress(OSError, ClusterFault):  # a note for those who look
             self._run.write_state(name, NodeState("starting"))
         try:

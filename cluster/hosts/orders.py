@@ -20,6 +20,7 @@ _NEVER = ()
 _STORES = ("store",)
 _WORKERS = ("prefill", "decode")
 _ROUTERS = ("router",)
+_MOVERS = (*_STORES, *_WORKERS)
 READ_BY: dict[str, tuple[str, ...]] = {
     # What of these a node needs is in its pool, its spec, or the plan of its host.
     "model": _NEVER,
@@ -29,6 +30,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "network": _NEVER,
     "prices": _NEVER,
     "start_timeout_s": _NEVER,
+    "transport": _MOVERS,
     "dtype": _WORKERS,
     "weights": _WORKERS,
     "device": _WORKERS,
@@ -110,15 +112,16 @@ def digest(order: Order, spec: NodeSpec, release: str) -> str:
     config: dict[str, Any] = msgspec.to_builtins(plan.config, enc_hook=str)
     parts: list[Any] = [
         release,
+        plan.name,
         msgspec.to_builtins(spec),
         {name: value for name, value in config.items() if spec.role in READ_BY.get(name, (spec.role,))},
     ]
     match spec.role:
         case "store":
-            parts += [msgspec.to_builtins(plan.store), plan.routers]
+            parts += [msgspec.to_builtins(plan.store), plan.routers, plan.transports]
         case "prefill" | "decode":
             pool = msgspec.to_builtins(plan.pool(spec.pool), enc_hook=str)
-            parts += [plan.store.slot_bytes, plan.routers, pool, plan.workers_on(spec.host)]
+            parts += [plan.store.slot_bytes, plan.routers, plan.transports, pool, plan.workers_on(spec.host)]
         case "router":
             parts += [[(pool.name, msgspec.to_builtins(pool.model, enc_hook=str)) for pool in plan.pools]]
     return blake2b(msgspec.json.encode(parts, order="deterministic"), digest_size=8).hexdigest()

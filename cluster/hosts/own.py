@@ -6,12 +6,16 @@ import time  # noqa: TID251 - waits for a process outside any loop
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
+from cluster.config import Role
 from cluster.hosts.asks import Apply, Ask, Leave, Restart, Status, Stop, ask
-from cluster.hosts.kept import idle_nodes, interpreter, load, release
+from cluster.hosts.kept import idle_nodes, interpreter, load, release, save
 from cluster.hosts.logs import last_lines
-from cluster.hosts.orders import HostReport, NodeReport, Order, role_of
+from cluster.hosts.orders import HostReport, NodeReport, Order, role_of, stages
 from cluster.hosts.supervise import GRACE_S, NAME
 from cluster.rundir import ClusterFault, RunDir, alive
+from cluster.rundir import stop as stop_processes
 from tracehaul import __version__
 from tracehaul.runtime import clock
 
@@ -45,15 +49,19 @@ class OwnSupervisor:
 
     def stop(self, names: Sequence[str]) -> HostReport:
         kept = load(self._run)
-        report = ask(self._run, Stop(tuple(names)), timeout_s=self._patience_s(None if kept is None else kept.order))
+        order = None if kept is None else kept.order
+        report = ask(self._run, Stop(tuple(names)), timeout_s=self._patience_s(order))
         if report is not None:
             return report
-        left = self._unsupervised()
-        if any(node.pid is not None for node in left.nodes):
-            # Whoever follows them can stop them, each in its turn.
-            self._begin()
-            return self.stop(names)
-        return left
+        # Nobody follows them, so nobody starts them again.
+        records = {record.name: record for record in self._run.records() if alive(record)}
+        wanted = [name for name in names or records if name in records]
+        roles: dict[str, Role] = {name: role for name in wanted if (role := role_of(name)) is not None}
+        for stage in stages(roles):
+            stop_processes([records[name] for name in stage], grace_s=self._drain_s(order) + GRACE_S)
+        if kept is not None and names:
+            save(self._run, msgspec.structs.replace(kept, stopped=tuple(sorted({*kept.stopped, *names}))))
+        return self._unsupervised()
 
     def restart(self, names: Sequence[str]) -> HostReport:
         if ask(self._run, Status(), timeout_s=STATUS_TIMEOUT_S) is None:
@@ -70,9 +78,11 @@ class OwnSupervisor:
             raise ClusterFault(f"the supervisor of {self._run.path} has ended; why is in {self._run.log(NAME)}")
         return report
 
+    def _drain_s(self, order: Order | None) -> float:
+        return order.plan.config.drain_timeout_s if order is not None else 10.0
+
     def _patience_s(self, order: Order | None) -> float:
-        drain_s = order.plan.config.drain_timeout_s if order is not None else 10.0
-        return STAGES * (drain_s + GRACE_S + 10.0) + 10.0
+        return STAGES * (self._drain_s(order) + GRACE_S + 10.0) + 10.0
 
     def _unsupervised(self) -> HostReport:
         """What is here although nobody supervises it."""

@@ -54,8 +54,9 @@ def placed(plan: Plan, addresses: dict[str, str]) -> Plan:
     alone = len(addresses) == 1
 
     def moved(spec: NodeSpec) -> NodeSpec:
-        address = LOOPBACK if alone else addresses[spec.host]
-        listen = spec.listen if spec.listen in ANYWHERE else address
+        everywhere = spec.listen in ANYWHERE
+        address = LOOPBACK if alone and not everywhere else addresses[spec.host]
+        listen = spec.listen if everywhere else address
         return msgspec.structs.replace(spec, address=address, data_address="", listen=listen)
 
     return msgspec.structs.replace(plan, nodes=tuple(moved(spec) for spec in plan.nodes))
@@ -122,7 +123,9 @@ drain() {
   stopping=yes
   say "draining"
   kill -TERM "${keepers[@]}" 2>/dev/null
-  scancel --quiet --signal=TERM "$SLURM_JOB_ID" # of the steps: this script is told otherwise
+  # The steps, as this script knows already. While a job ends Slurm has told them itself, and this would wait in vain.
+  scancel --quiet --signal=TERM "$SLURM_JOB_ID" 2>/dev/null &
+  telling=$!
 }
 trap drain TERM INT
 
@@ -170,6 +173,10 @@ for keeper in "${keepers[@]}"; do
   while kill -0 "$keeper" 2>/dev/null; do wait "$keeper"; code=$?; done
   [ "$code" -eq 0 ] || worst=$code
 done
-if [ -n "$stopping" ]; then say "drained"; exit 0; fi
+if [ -n "$stopping" ]; then
+  say "drained"
+  kill "$telling" 2>/dev/null
+  exit 0
+fi
 exit "$worst"
 """

@@ -73,12 +73,13 @@ class Supervised:
         self._stopped: set[str] = set()  # by an operator
         self._faults: dict[str, str] = {}
         self._changing = asyncio.Lock()
+        self._resumed = asyncio.Event()
         self._ended = asyncio.Event()
         self._answering: set[asyncio.Task[Any]] = set()
 
     async def serve(self, order: Order | None) -> None:
         """Until told to stop, when no node runs any more, or to leave."""
-        server = await self._listen()
+        listening = self._name()
         loop = asyncio.get_running_loop()
         ending: set[asyncio.Task[Any]] = set()
 
@@ -88,9 +89,11 @@ class Supervised:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the terminal that began it is gone
+        server = await asyncio.start_unix_server(self._answer, sock=listening, limit=LINE_BYTES_MAX)
         logs = asyncio.create_task(self._keep_logs_small())
         try:
             await self._resume(order)
+            self._resumed.set()
             await self._ended.wait()
         finally:
             logs.cancel()
@@ -99,14 +102,19 @@ class Supervised:
                 await asyncio.wait(rest, timeout=ASKED_TIMEOUT_S)
         log.info("ended")
 
-    async def _listen(self) -> asyncio.Server:
+    def _name(self) -> socket.socket:
+        """Who has this address is the supervisor.
+
+        Raises:
+            ClusterFault: somebody else has it.
+        """
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listening.bind(address(self._run))
         except OSError as error:
             listening.close()
             raise ClusterFault(f"the nodes of {self._run.path} have a supervisor already") from error
-        return await asyncio.start_unix_server(self._answer, sock=listening, limit=LINE_BYTES_MAX)
+        return listening
 
     async def _resume(self, order: Order | None) -> None:
         """What was ordered last goes on, unless there is a new order."""
@@ -151,6 +159,7 @@ class Supervised:
             return Refused(str(fault))
 
     async def _handle(self, question: Ask) -> HostReport:
+        await self._resumed.wait()
         match question:
             case Status():
                 return self.report()
@@ -216,7 +225,7 @@ class Supervised:
         running = {record.name: record for record in self._run.records() if alive(record)}
         said = digests_here(order)
         for spec in order.nodes:
-            lives = self._lives.setdefault(spec.name, Lives(spec, self._run))
+            lives = self._lives.setdefault(spec.name, Lives(spec, self._run, self._restore))
             lives.spec = spec
             if spec.name in running:
                 lives.adopt(running[spec.name], self._launch(order, spec))
@@ -224,19 +233,22 @@ class Supervised:
                 lives.name_digest(said[spec.name])
         for name, record in running.items():
             if name not in self._lives and (role := role_of(name)) is not None:
-                stranger = Lives(NodeSpec(name, role, host=order.host), self._run)
+                stranger = Lives(NodeSpec(name, role, host=order.host), self._run, self._restore)
                 if stranger.adopt(record, Launch([], {}, "", order.restarts)):
                     self._lives[name] = stranger
 
     def _start(self, names: Sequence[str]) -> None:
         order = self._ordered()
-        with suppress(OSError, ClusterFault):  # who empties the run directory ends no node for ever
-            if not self._run.plan_file.exists():
-                self._run.create()
-                save_plan(self._run, order.plan)
         for spec in order.nodes:
             if spec.name in names:
                 self._lives[spec.name].start(self._launch(order, spec))
+
+    def _restore(self) -> None:
+        """Puts back what nodes read, where somebody emptied the run directory."""
+        with suppress(OSError, ClusterFault):
+            if self._order is not None and not self._run.plan_file.exists():
+                self._run.create()
+                save_plan(self._run, self._order.plan)
 
     async def _stop(self, names: Sequence[str]) -> None:
         """Those that let work in first, so that nothing new comes to the others."""

@@ -94,8 +94,7 @@ class Systemd:
         return self.status()
 
     def logs(self, name: str, lines: int) -> list[str]:
-        done = self._journal(unit_name(name), lines)
-        return done.splitlines()
+        return self._journal(name, lines).splitlines()
 
     # --- units --------------------------------------------------------------------------------------------
 
@@ -163,7 +162,7 @@ class Systemd:
             if node.pid is not None:
                 node = msgspec.structs.replace(node, digest=digest_of(node.pid))
             else:
-                line = self._journal(unit_name(name), 1).strip() if node.state != "stopped" else ""
+                line = self._journal(name, 1).strip() if node.state != "stopped" else ""
                 node = msgspec.structs.replace(node, digest=said.get(name, ""), last_line=line)
             nodes.append(node)
         host = "" if order is None else order.host
@@ -178,10 +177,10 @@ class Systemd:
         ]
         return {block["Id"]: block for block in blocks if "Id" in block}
 
-    def _journal(self, unit: str, lines: int) -> str:
-        match = ["--user-unit" if self._of_user else "--unit", unit]
-        command = ["journalctl", *match, f"--lines={lines}", "--output=cat", "--no-pager", "--quiet"]
-        return self._run_command(command, CALL_TIMEOUT_S, check=False)
+    def _journal(self, node: str, lines: int) -> str:
+        """By the name that the unit gives its output: it is there whatever the journal knows of groups."""
+        command = ["journalctl", f"--identifier=tracehaul-{node}", f"--lines={lines}"]
+        return self._run_command([*command, "--output=cat", "--no-pager", "--quiet"], CALL_TIMEOUT_S, check=False)
 
     # --- what it is told ----------------------------------------------------------------------------------
 

@@ -93,6 +93,8 @@ def _service(order: Order, spec: NodeSpec, site: Site) -> str:
         *(f"Environment={_word(f'{key}={value}')}" for key, value in environment(order, spec, site.release).items()),
         *([f"EnvironmentFile=-{_plain(site.environment_file)}"] if site.environment_file else []),
         f"ExecStart={' '.join(map(_argument, site.commands[spec.name]))}",
+        # What a dead node said of itself is not true of the next.
+        f"ExecStopPost=-/bin/rm -f {_argument(f'{site.run_path}/state/{spec.name}.json')}",
         "Restart=always",
         *_delays(policy, site.version),
         f"RestartPreventExitStatus={FENCED_EXIT}",

@@ -13,6 +13,7 @@ import msgspec
 from kvstore.client.failover import Get, Holders, Look
 from kvstore.client.looks import LOOK_TIMEOUT_S, Looks
 from kvstore.client.nodes import StoreNodes
+from kvstore.client.probe import StoreProbe
 from kvstore.client.reader import GetResult, Reader, Wanted
 from kvstore.client.staging import Staging, StagingBuffer
 from kvstore.client.warming import Warming
@@ -91,6 +92,10 @@ class StoreClient:
             TimedOut: it is not within ``timeout_s``; says to which, and why.
         """
         await self._warming.done(timeout_s)
+
+    def probe(self, name: str) -> StoreProbe:
+        """What proves to the worker of that name that each store takes and gives blocks."""
+        return StoreProbe(name, self._nodes, self._writer, self._reader, self.staging)
 
     async def exists(self, hashes: Sequence[BlockHash]) -> list[NodeId | None]:
         """Per hash a node that holds it, or None. A hint; takes at most half a second.

@@ -14,7 +14,7 @@ from tracehaul.wire.blocks import Attach, Attached, RegionDescriptor
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError, Overloaded, ProtocolError, TimedOut, TransferError, WrongNode
 from tracehaul.wire.hashing import checksum
-from tracehaul.wire.ids import BlockHash, NodeId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 
 R = TypeVar("R", bound=Reply)
@@ -78,6 +78,11 @@ class StoreNodes:
     def views(self) -> list[StoreNodeView]:
         """All members, by name."""
         return list(self._nodes.values())
+
+    def life(self, node: NodeId, generation: Generation) -> StoreNodeView | None:
+        """That life of a member, if it is the one that the membership says."""
+        view = self._nodes.get(node)
+        return view if view is not None and view.info.generation == generation else None
 
     def live(self) -> list[StoreNodeView]:
         """Members that have not just failed, by name."""

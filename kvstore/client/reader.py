@@ -59,16 +59,21 @@ class Reader:
         if view is None:
             return
         try:
-            await self._get_from(view, wanted, results, deadline_s)
+            await self.get(view, wanted, results, deadline_s)
         except ClusterError as error:
             reason = _reason(error)
             for item in wanted:
                 if results[item.place] == "lost":
                     results[item.place] = reason
 
-    async def _get_from(
+    async def get(
         self, view: StoreNodeView, wanted: Sequence[Wanted], results: list[GetResult], deadline_s: float
     ) -> None:
+        """As :meth:`get_from`, from that node.
+
+        Raises:
+            ClusterError: it does not see it through. Some of the results may be set.
+        """
         way = await self._nodes.attach(view, left_s(deadline_s))
 
         async def get(part: list[Wanted]) -> None:

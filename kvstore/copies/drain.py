@@ -23,7 +23,7 @@ from kvstore.index.pins import HeldPin, PinKey
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 from tracehaul.wire.blocks import Drain, DrainState, Pinned
-from tracehaul.wire.errors import ClusterError, Unavailable
+from tracehaul.wire.errors import ClusterError, Overloaded, Unavailable
 from tracehaul.wire.ids import BlockHash, NodeId
 
 log = Log(__name__)
@@ -72,6 +72,8 @@ class Drainer:
         self._pins: dict[PinKey, tuple[HeldPin, NodeId]] = {}
         self._passed_over: dict[NodeId, str] = {}
         self._pins_refused: dict[NodeId, str] = {}
+        self._pins_dropped: dict[PinKey, HeldPin] = {}
+        """Soft ones that nobody takes, as theirs are enough: they promise nothing, so they hold nothing up."""
         self._blocks_moved = 0
         self._bytes_moved = 0
         self._lost = 0
@@ -137,6 +139,7 @@ class Drainer:
             self._lost += self._holdings.spec(block_hash) is None
         takers = frozenset(self._known_nodes.takers("", None))
         if takers - self._takers:
+            self._pins_dropped.clear()
             self._lost -= len(self._given_up)
             self._given_up.clear()
         self._takers = takers
@@ -267,6 +270,7 @@ class Drainer:
         holders = known.holders if known is not None else ()
         replicas = known.replicas if known is not None else 1
         takers = self._known_nodes.takers(key[1], None)
+        refusals = 0
         others = [node for node in holders if node in takers]
         for node in (*others, *(node for node in takers if node not in others)):
             view = self._copier.view(node)
@@ -278,12 +282,15 @@ class Drainer:
                 if pin is not None:  # otherwise it is about to end
                     await self._nodes.call(view, pin, Pinned, PIN_TIMEOUT_S)
             except ClusterError as error:
+                refusals += isinstance(error, Overloaded)
                 self._pins_refused[node] = str(error)
                 continue
             here = self._replicator.in_order(tuple(held.hashes))
             if await self._move(node, here):
                 self._pins[key] = held, node
                 return
+        if held.kind == "soft" and takers and refusals == len(takers):
+            self._pins_dropped[key] = held
 
     async def _move(self, node: NodeId, hashes: Sequence[BlockHash]) -> bool:
         """Copy what the node lacks; whether it has all of it that is still here."""
@@ -343,4 +350,9 @@ class Drainer:
         """Those that nobody took as they are now; one that was renewed or has grown is taken anew."""
         pins = self._holdings.arena.open_pins(clock.now_s())
         self._holdings.settle()
-        return [(key, held) for key, held in pins if key not in self._pins or self._pins[key][0] is not held]
+        moved, dropped = self._pins, self._pins_dropped
+        return [
+            (key, held)
+            for key, held in pins
+            if not (key in moved and moved[key][0] is held) and dropped.get(key) is not held
+        ]

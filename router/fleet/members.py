@@ -31,7 +31,8 @@ TICK_S = 0.5
 STOOD_STILL_S = 1.0
 """A router that looks so much later than it meant to has not run, and heard nobody."""
 BURST_S = 0.05
-"""Changes are told together, at most so long after they happened."""
+BURST_NODE_S = 0.0005
+"""Changes are told together, at most so long after they happened: the second for each member, as all are told."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -307,7 +308,8 @@ class MemberRegistry:
     def _touch(self, node: NodeId) -> None:
         self._touched[node] = None
         if self._telling is None:
-            self._telling = asyncio.get_running_loop().call_later(BURST_S, self._publish)
+            burst_s = BURST_S + BURST_NODE_S * len(self._members)
+            self._telling = asyncio.get_running_loop().call_later(burst_s, self._publish)
 
     def _publish(self) -> None:
         self._telling = None

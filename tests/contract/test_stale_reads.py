@@ -120,15 +120,17 @@ def test_a_slot_that_another_block_has_by_now(play: Callable[[Case], None], monk
 def test_a_place_that_is_another_blocks(play: Callable[[Case], None], shift: int) -> None:
     async def case(world: World) -> None:
         await world.start("s0", slots=3)
-        shifts = [shift, 0]
+        shifts: list[int] = []
 
         async def meanwhile(copies: Sequence[Copy]) -> Sequence[Copy]:
-            by = shifts.pop(0)
+            by = shifts.pop(0) if shifts else 0
             return [copy._replace(remote_offset=(copy.remote_offset + by) % (3 * SLOT)) for copy in copies]
 
         reader = await reader_of(world, meanwhile)
         for name in ("a", "b", "c"):
             await put(reader, [name])
+        await reader.warm(5.0)
+        shifts[:] = [shift, 0]
         assert await get(reader, ["b"]) == [None]
         assert reader.stats.corrupt == 1
         assert await get(reader, ["b"]) == [content("b")]

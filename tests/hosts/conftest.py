@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -65,6 +66,12 @@ class Operator:
         )
         return json.loads(done.stdout)
 
+    def get(self, host: str, path: str) -> Any:
+        """A page of a router's, from the operator's place; None if nobody answers."""
+        words = ["curl", "-sS", "-m", "10", self.url(host) + path]
+        done = subprocess.run(self.rig.at_control(*words), capture_output=True, text=True, check=False)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
     def step(self, host: str, trace: str, prompt: Sequence[int], tokens: int) -> dict[str, Any]:
         """One step of a trace at the router of that host."""
         body = {"model": MODEL, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0}
@@ -102,5 +109,12 @@ def operator(hosts_rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Genera
     """With an empty file; what it has started is stopped in the end."""
     made = Operator(hosts_rig, tmp_path_factory.mktemp("operator"))
     yield made
+    for host in hosts_rig.hosts.values():
+        host.mend()
     if made.file.exists():
         made.ask("stop")
+    for host in hosts_rig.hosts.values():  # the next module's are as new
+        host.kill()
+        shutil.rmtree(host.root)
+        host.start()
+    hosts_rig.wait()

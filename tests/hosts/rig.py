@@ -52,6 +52,7 @@ class Host:
         self.link = f"{rig.prefix}{name}"
         self.root = rig.folder / "roots" / name
         self.process: subprocess.Popen[bytes] | None = None
+        self.going: list[subprocess.Popen[bytes]] = []
 
     def run(self, *command: str, check: bool = True, timeout_s: float = 60.0) -> str:
         """A command there, as somebody at its console."""
@@ -62,6 +63,15 @@ class Host:
         if check and done.returncode != 0:
             raise RuntimeError(f"{command[0]} on {self.name}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
+
+    def begin(self, *command: str) -> None:
+        """A command that goes on there until the host ends."""
+        words = ["nsenter", "-t", str(self._init()), "--net", "--mount", "--uts", "--ipc", "--pid", "--", *command]
+        self.going.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True))
+
+    def limit(self, what: str, value: int) -> None:
+        """Of whatever logs in from now on."""
+        subprocess.run(["prlimit", "--pid", str(self._init()), f"--{what}={value}:{value}"], check=True)
 
     def _init(self) -> int:
         """Its process 1, as this machine calls it."""
@@ -100,6 +110,9 @@ class Host:
             os.kill(self._init(), signal.SIGKILL)
         self.process.wait(timeout=10)
         self.process = None
+        for process in self.going:
+            process.wait(timeout=10)
+        self.going.clear()
 
     def cut(self) -> None:
         """Pulls its cable."""
@@ -108,6 +121,16 @@ class Host:
     def mend(self) -> None:
         """Plugs it in again."""
         ip("link", "set", self.link, "up")
+
+    def impair(self) -> None:
+        """Loses one packet in fifty that comes in, at random."""
+        rules = "add table inet lossy; add chain inet lossy in { type filter hook input priority 0; }; "
+        rules += "add rule inet lossy in numgen random mod 50 < 1 drop"
+        self.run("nft", rules)
+
+    def unimpair(self) -> None:
+        """Loses none any more."""
+        self.run("nft", "delete table inet lossy", check=False)
 
     def shape(self, rate: str) -> None:
         """Lets no more than that out of and into it: ``1gbit``."""
@@ -141,6 +164,10 @@ class Rig:
         for host in self.hosts.values():
             self._wire(host.name, host.address)
             host.start()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until ssh reaches all of them."""
         end_s = time.monotonic() + UP_S
         for host in self.hosts.values():
             while subprocess.run([*self.ssh.split(), host.name, "true"], check=False, capture_output=True).returncode:

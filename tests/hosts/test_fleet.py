@@ -1,5 +1,6 @@
 """A fleet of three hosts from one file: launched from a bundle, its KV crossing hosts, changed while agents work."""
 
+import json
 import random
 import subprocess
 import time  # noqa: TID251 - a wait for other processes
@@ -73,6 +74,11 @@ def test_a_trace_computed_on_one_host_is_decoded_on_another(operator: Operator, 
     assert moved["pulled_tokens"] >= 256, "computed on b, pulled by c"
     assert moved["prefill_fallback"] == ""
 
+    health = json.loads(operator.ask("doctor", "--json"))
+    assert health["findings"] == []
+    assert all(pair["read_bytes_s"] > 1e6 and not pair["fault"] for pair in health["pairs"].values())
+    assert len(health["pairs"]) == 6
+
     operator.ask("launch", "--bundle", archive)
     assert {n: each["pid"] for n, each in operator.nodes().items()} == {n: each["pid"] for n, each in before.items()}
 
@@ -143,6 +149,7 @@ def test_a_host_that_fails_takes_no_other_along(operator: Operator) -> None:
 
 
 def test_a_damaged_bundle_is_not_installed(operator: Operator, tmp_path: Path) -> None:
+    operator.ask("stop")
     operator.write(fleet(a="+{ router = 1, store = 1, decode = 1 }"))
     wheels = tmp_path / "wheels"
     wheels.mkdir()

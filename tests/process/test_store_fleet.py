@@ -301,6 +301,20 @@ def test_a_drain_under_load_fails_no_read_and_leaves_nothing_behind() -> None:
     play(3, case)
 
 
+def test_a_soft_pin_that_nobody_takes_holds_no_drain_up() -> None:
+    async def case(fleet: Stores) -> None:
+        store = {"arena_bytes": SLOTS * SLOT, "slot_bytes": SLOT, "pins_max": 1}
+        await fleet.start("s1", store=store)
+        await fleet.write("own", "s1", 1)
+        hashes = await fleet.write("other", "s0", 1)
+        await asyncio.sleep(1.0)  # until the one has heard of the other
+        state = await fleet.drain("s0")
+        assert (state.blocks_left, state.pins_left, state.blocks_lost) == (0, 0, 0)
+        assert await fleet.held("s1", hashes) == BLOCKS
+
+    play(1, case)
+
+
 def test_a_node_that_joins_takes_new_homes_and_nothing_else() -> None:
     async def case(fleet: Stores) -> None:
         traces = await replicated(fleet)

@@ -47,6 +47,8 @@ class Member(NamedTuple):
     """Counts of its life, by the part of the node that counts."""
     announce: str = ""
     """The host that the others reach it by; empty: where it listens."""
+    served: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """Waits until it can do what it is there for; None: as soon as it is a member. Its load says so, too."""
 
 
 class Serving:
@@ -101,9 +103,9 @@ class Serving:
             background = [group.create_task(work()) for work in self._member.background]
             member = group.create_task(self.membership.run(), name="membership")
             stop = group.create_task(stopping.wait())
-            joined = group.create_task(self.membership.joined.wait())
-            await asyncio.wait([stop, joined], return_when=asyncio.FIRST_COMPLETED)
-            joined.cancel()
+            ready = group.create_task(self._ready())
+            await asyncio.wait([stop, ready], return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
             if not stop.done():
                 told("ready")
             await stop
@@ -112,6 +114,11 @@ class Serving:
             await self._drain(drain_timeout_s)
             for task in background:
                 task.cancel()
+
+    async def _ready(self) -> None:
+        await self.membership.joined.wait()
+        if self._member.served is not None:
+            await self._member.served()
 
     async def _drain(self, timeout_s: float) -> None:
         load = self._member.load

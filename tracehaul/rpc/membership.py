@@ -104,7 +104,7 @@ class Membership:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._in.clear()
             self._joined.clear()
 

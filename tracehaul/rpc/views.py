@@ -75,6 +75,10 @@ class Views:
     def merged(self, now_s: float) -> tuple[tuple[NodeInfo, ...], tuple[NodeId, ...]]:
         """Who is there, and who of them is draining; by name."""
         self._expire(now_s)
+        views = [view for view in self._routers.values() if view.listed or view.former]
+        if len(views) == 1 and not views[0].former:  # as it mostly is
+            listed, draining = views[0].listed, views[0].draining
+            return tuple(listed[node] for node in sorted(listed)), tuple(sorted(draining & listed.keys()))
         best: dict[NodeId, tuple[NodeInfo, bool]] = {}
         for view in self._routers.values():
             for node, info in view.listed.items():

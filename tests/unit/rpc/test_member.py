@@ -106,6 +106,59 @@ def test_it_is_ready_when_it_is_a_member_and_leaves_before_its_last_step_ends() 
     virtual.run(main)
 
 
+def test_it_is_ready_when_it_can_do_what_it_is_there_for() -> None:
+    async def main() -> None:
+        world = World()
+        served = asyncio.Event()
+
+        async def waited() -> None:
+            await served.wait()
+
+        made = world.member
+        world.member = lambda: made()._replace(served=waited)  # type: ignore[method-assign]
+        task = await start(world)
+        await asyncio.sleep(5.0)
+        assert len(world.members) == 1
+        assert world.told == [], "joined is not ready"
+        served.set()
+        await asyncio.sleep(0.01)
+        assert [phase for _, phase in world.told] == ["ready"]
+        world.stopping.set()
+        await task
+
+    virtual.run(main)
+
+
+def test_a_node_that_cannot_serve_can_be_stopped() -> None:
+    async def main() -> None:
+        world = World()
+
+        async def never() -> None:
+            await asyncio.sleep(1000.0)
+
+        made = world.member
+        world.member = lambda: made()._replace(served=never)  # type: ignore[method-assign]
+        task = await start(world)
+        world.stopping.set()
+        await task
+        assert [phase for _, phase in world.told] == ["stopping"]
+
+    virtual.run(main)
+
+
+def test_it_tells_the_host_that_others_reach_it_by() -> None:
+    async def main() -> None:
+        world = World()
+        made = world.member
+        world.member = lambda: made()._replace(announce="gpu-7")  # type: ignore[method-assign]
+        task = await start(world)
+        assert [address.partition(":")[0] for address in world.members] == ["gpu-7"]
+        world.stopping.set()
+        await task
+
+    virtual.run(main)
+
+
 def test_steps_that_do_not_end_are_cut_off() -> None:
     async def main() -> None:
         world = World()

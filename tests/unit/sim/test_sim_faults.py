@@ -7,7 +7,7 @@ from tracehaul.wire.ids import NodeId
 
 A, B, C = NodeId("store-0"), NodeId("store-1"), NodeId("decode-0")
 ROUTER = NodeId("router")
-FLEET = Targets(router=ROUTER, stores=(A, B), workers=(C,))
+FLEET = Targets(routers=(ROUTER,), stores=(A, B), workers=(C,))
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -107,7 +107,7 @@ def test_hosts_are_compared():
     )
     c = msgspec.structs.replace(GOOD, models={"": ""})
     seen = {name: Seen(facts, 0.0, 0.1) for name, facts in {"a": GOOD, "b": b, "c": c}.items()}
-    findings = of_fleet(config, seen, {"": "d" * 64})
+    findings = of_fleet(config, seen, {"": "d" * 64}, {"a": "10.0.0.1", "b": "10.0.0.2"})
     assert [(each.host, each.subject) for each in findings] == [
         ("b", "model"), ("c", "address"), ("c", "model"), ("b", "mtu"),
     ]  # fmt: skip
