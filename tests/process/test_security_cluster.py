@@ -33,6 +33,8 @@ from worker.config import WorkerConfig
 PROMPT_TOKENS = 200
 SAMPLE_BYTES = 64
 SAMPLES = 200
+HEARTBEAT_S = 2.0
+"""By then a router has heard that a node which says ready serves."""
 
 SECURITY = {
     "plain": SecurityConfig(),
@@ -158,6 +160,7 @@ def test_tokens_and_kv_are_seen_on_the_wire_when_plain_and_only_then(cluster: Fl
     pages = {int(state.metrics.rpartition(":")[2]) for state in states.values()}
     ports = {port for pid in nodes.values() for _, port in listening(pid)} - pages
     wire = Wire(ports)
+    threading.Event().wait(HEARTBEAT_S)
     step = cluster.step("seen", tokens, 8)
     threading.Event().wait(0.5)
     streams = wire.end()
@@ -261,4 +264,5 @@ def test_the_ca_is_replaced_under_steps(cluster: Fleet, way: str) -> None:
         assert "refused a connection" not in log, name
         assert Path(f"/proc/{pid}").exists(), name
     restart(cluster.run, ["decode-0"], Console(quiet=True))
+    threading.Event().wait(HEARTBEAT_S)
     assert cluster.step("rotated", prompt(1), 8).tokens == answers["encrypted"]
