@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from cluster.fleet.config import HOSTS_MAX, NODES_MAX, HostConfig, NetworkConfig, PoolName
 from cluster.rundir import ClusterFault, RunDir
+from cluster.security.config import SecurityConfig
 from kvstore.config import PAGE_BYTES, StoreConfig
 from kvstore.copies.copier import ReplicationConfig
 from kvstore.tiers.objects import parse_url
@@ -109,6 +110,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The hosts of a fleet (``[[hosts]]``), each with its nodes; then ``[nodes]`` and the pools' numbers of workers are
     not said. Empty: this machine."""
     network: NetworkConfig = NetworkConfig()
+    security: SecurityConfig = SecurityConfig()
     prices: dict[str, Annotated[float, Meta(ge=0)]] = {}
     """Of an hour, by the hosts' kinds; in any currency."""
     tiering: TieringConfig = TieringConfig()

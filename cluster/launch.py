@@ -30,6 +30,7 @@ from cluster.model import kv_layout, model_size, note
 from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
 from cluster.processes import ProcessRecord, alive, record_of, stop
 from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, NodeState, Phase, RunDir
+from cluster.security.config import SecurityConfig
 from router.fleet.members import NodeStatus
 from router.http.access import KeysOnDisk
 from router.http.keys import BadKeys
@@ -70,6 +71,10 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
             for said in filter(None, (note(pool.model) for pool in plan.pools)):
                 console.print(said, highlight=False, markup=False, soft_wrap=True)
             save_plan(run, plan)
+            if config.security != SecurityConfig():
+                from cluster.security.laying import secure
+
+                secure(plan, run, now_s=clock.wall_s())
             asyncio.run(_start(plan, run, console))
         finally:
             run.forget(LAUNCHER)

@@ -24,6 +24,7 @@ from cluster.config import authority
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
+from cluster.security.secrets import FOLDER, networks_of
 from cluster.tiers import open_backing
 from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
@@ -35,10 +36,9 @@ from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
 from tracehaul.rpc.member import Member, new_generation, serving
 from tracehaul.rpc.peers import Peers
-from tracehaul.rpc.session import Limits
-from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.accepting import AcceptStats, raise_nofile
+from tracehaul.runtime.files import refreshing
 from tracehaul.runtime.log import Log, setup
 from tracehaul.runtime.memory import keep_little, settle
 from tracehaul.runtime.offload import Offload, ThreadOffload
@@ -49,7 +49,7 @@ from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.opening import Planes, open_planes
 from tracehaul.transfer.tcp_serving import CONNECTIONS_MAX as TCP_CONNECTIONS_MAX
 from tracehaul.wire.cluster import NodeInfo, Role
-from tracehaul.wire.errors import Fenced, JoinRefused, TransferError
+from tracehaul.wire.errors import Fenced, JoinRefused, TransferError, Untrusted
 from tracehaul.wire.ids import NodeId
 
 if TYPE_CHECKING:  # it takes time to import, and only a router does
@@ -82,6 +82,7 @@ def run_node(name: str, run: RunDir) -> int:
     except (
         ClusterFault,
         JoinRefused,
+        Untrusted,
         SourceError,
         BadKeys,
         NoMemory,
@@ -117,6 +118,7 @@ class _Node:
         self._state = NodeState("starting")
         self._generation = new_generation()
         self._started_s = clock.wall_s()
+        self._networks = networks_of(plan, run)
         self._stopping = asyncio.Event()
         self._known: set[NodeId] = set()
 
@@ -126,18 +128,23 @@ class _Node:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         raise_nofile(self._files())
-        network = TcpNetwork(Limits(connections_max=self._plan.config.connections_max))
-        self._stats["control"] = network.accepts
-        peers = Peers(network)
-        try:
-            if self._spec.role == "router":
-                await self._route(network, peers)
-            else:
-                async with AsyncExitStack() as stack:
-                    room = await self._room(self._spec.role, stack, peers)
-                    await self._serve(room, network, peers)
-        finally:
-            await peers.close()
+        self._stats["control"] = self._networks.control.accepts
+        peers = Peers(self._networks.control)
+        async with Tasks("node") as tasks:
+            if self._networks.credentials is not None:
+                from cluster.security.expiry import watching
+
+                tasks.start(refreshing(self._networks.credentials), "certificates")
+                tasks.start(watching(self._run.path / FOLDER), "expiry")
+            try:
+                if self._spec.role == "router":
+                    await self._route(peers)
+                else:
+                    async with AsyncExitStack() as stack:
+                        room = await self._room(self._spec.role, stack, peers)
+                        await self._serve(room, peers)
+            finally:
+                await peers.close()
         log.info("ended")
 
     def _files(self) -> list[tuple[str, int]]:
@@ -172,7 +179,7 @@ class _Node:
 
     # --- store, prefill, decode ---------------------------------------------------------------------------
 
-    async def _serve(self, room: Room, network: TcpNetwork, peers: Peers) -> None:
+    async def _serve(self, room: Room, peers: Peers) -> None:
         """Listen, join, serve until told to stop."""
         member, plan = room.member._replace(announce=self._spec.address), self._plan
         async with AsyncExitStack() as stack:
@@ -181,7 +188,9 @@ class _Node:
             stack.push_async_callback(page.close)
             metrics = authority(page.host, page.port)
             member = member._replace(info=msgspec.structs.replace(member.info, metrics=metrics))
-            node = await stack.enter_async_context(serving(member, network, peers, plan.routers, cluster=plan.name))
+            token = next(iter(self._networks.tokens), "")
+            life = serving(member, self._networks.control, peers, plan.routers, cluster=plan.name, token=token)
+            node = await stack.enter_async_context(life)
             self._tell(phase="joining", address=node.info.address, metrics=metrics)
             drain_timeout_s = self._plan.config.drain_timeout_s
             await node.run(self._stopping, drain_timeout_s=drain_timeout_s, told=lambda phase: self._tell(phase=phase))
@@ -199,7 +208,7 @@ class _Node:
     async def _planes(self, stack: AsyncExitStack, offload: ThreadOffload, memory: Memory) -> Planes:
         """The transports that were asked for."""
         owner = f"{self._spec.name}#{self._generation}"
-        planes = await open_planes(self._plan.transports, owner, self._spec.data, memory, offload)
+        planes = await open_planes(self._plan.transports, owner, self._spec.data, memory, offload, self._networks.data)
         stack.push_async_callback(planes.close)
         return planes
 
@@ -304,14 +313,14 @@ class _Node:
                 while any(not router.dispatch.members.live("decode", pool) for pool in pools):  # noqa: ASYNC110
                     await asyncio.sleep(RETURN_POLL_S)
 
-    async def _route(self, network: TcpNetwork, peers: Peers) -> None:
+    async def _route(self, peers: Peers) -> None:
         """The control plane for those who join, and the HTTP API for everybody."""
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
         from router.assemble import Router
+        from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
-        from router.http.files import refreshing
         from router.http.server import serve
         from router.http.tls import certificate_of
         from tracehaul.model.text import Text
@@ -328,8 +337,9 @@ class _Node:
             router.dispatch.retainer.told = decisions.write
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
+            gate = Gate(router.service, self._networks.tokens)
             listen = authority(self._spec.listen, self._spec.control_port)
-            server = await network.listen(listen, router.service, self._spec.address)
+            server = await self._networks.control.listen(listen, gate, self._spec.address)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
             sources = [pool.model for pool in self._plan.pools]

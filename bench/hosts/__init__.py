@@ -1,1 +1,1 @@
-"""What a fleet of hosts costs: its control plane."""
+"""What a fleet of hosts costs: its control plane, and encryption."""

@@ -7,10 +7,10 @@ import typer
 from rich.console import Console
 
 from bench.common.report import Result, finish
-from bench.hosts import joins, launching, pull
+from bench.hosts import joins, launching, pull, tls
 
 app = typer.Typer(pretty_exceptions_enable=False)
-PARTS = ("join", "launch", "pull")
+PARTS = ("join", "launch", "pull", "tls")
 
 
 @app.command()
@@ -24,6 +24,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the results here.")] = None,
 ) -> None:
     """Measure what a fleet of hosts costs."""
+    config = {"nodes": nodes, "processes": processes, "seconds": seconds, "network": "TCP over loopback"}
     results: list[Result] = []
     for part in only or PARTS:
         match part:
@@ -33,14 +34,11 @@ def main(
                 results += launching.measure()
             case "pull":
                 results += pull.measure()
+            case "tls":
+                measured, config["tls_network"] = tls.measure()
+                results += measured
             case _:
                 raise typer.BadParameter(f"there is no {part}; there are {', '.join(PARTS)}", param_hint="--only")
-    config = {
-        "nodes": nodes,
-        "processes": processes,
-        "seconds": seconds,
-        "network": "joins: TCP over loopback; pulls: veth",
-    }
     finish(config, results, json, Console())
 
 

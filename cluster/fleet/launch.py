@@ -6,6 +6,7 @@ with the same config goes on where this one ended, and what is done already is n
 
 import asyncio
 import os
+import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,11 @@ from cluster.fleet.progress import DONE, Progress
 from cluster.fleet.survey import Hand, Survey
 from cluster.hosts.orders import HostReport, NodeReport, Order
 from cluster.plan import Plan
-from cluster.rundir import OPERATOR_KEY
+from cluster.rundir import OPERATOR_KEY, ClusterFault
+from cluster.security.config import SecurityConfig
+from cluster.security.secrets import FOLDER
 from tracehaul.runtime import clock
+from tracehaul.runtime.credentials import CA_FILE
 
 APPLY_S = 120.0
 POLL_S = 0.5
@@ -114,6 +118,20 @@ class Launching:
         if "store" in roles and order.plan.config.s3_url:
             lines = [f"{name}={value}\n" for name, value in os.environ.items() if name.startswith(ENVIRONMENT)]
             await put(hand.way, "".join(sorted(lines)).encode(), f"{facts.home}/run/environment")
+        if self._plan.config.security != SecurityConfig():
+            await self._put_secrets(hand, f"{facts.home}/run/{FOLDER}")
+
+    async def _put_secrets(self, hand: Hand, folder: str) -> None:
+        """Certificates and the join token; nodes that run use them for connections to come."""
+        from cluster.security.laying import files_for
+
+        there = await hand.way.run(["sh", "-c", f"cat {shlex.quote(f'{folder}/{CA_FILE}')} 2>/dev/null || true"])
+        try:
+            files = await asyncio.to_thread(files_for, self._plan, hand.host.name, there.out, now_s=clock.wall_s())
+        except ClusterFault as fault:
+            raise HostFault(str(fault)) from fault
+        for name, content in files.items():
+            await put(hand.way, content, f"{folder}/{name}")
 
 
 def _read(path: Path) -> bytes:

@@ -15,11 +15,11 @@ from contextlib import AsyncExitStack
 
 import msgspec
 
+from cluster.security.secrets import PLAIN, Networks
 from cluster.asking import ASK_TIMEOUT_S, StoreRef
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging, StagingBuffer
 from tracehaul.rpc.peers import Peers
-from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.base import Memory
@@ -65,7 +65,7 @@ class BenchResult(msgspec.Struct, frozen=True):
     ping_ms: float
 
 
-async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
+async def bench(ref: StoreRef, bytes_max: int, networks: Networks = PLAIN) -> BenchResult:
     """Measure one node with at most ``bytes_max`` of its free memory.
 
     Raises:
@@ -73,7 +73,7 @@ async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
         ClusterError: it did not answer, or lost what it had.
     """
     async with AsyncExitStack() as stack:
-        peers = Peers(TcpNetwork())
+        peers = Peers(networks.control)
         stack.push_async_callback(peers.close)
         node = await _describe(peers, ref.address)
         count = min(bytes_max // node.slot_bytes, node.slots_free)
@@ -82,12 +82,13 @@ async def bench(ref: StoreRef, bytes_max: int) -> BenchResult:
             raise Unavailable(f"no room to measure in ({free}): nothing stored gives way to a measurement")
         info = NodeInfo(ref.node, node.generation, "store", ref.address)
         batch = max(1, min(count, BATCH_BYTES // node.slot_bytes))
-        return await _Bench(peers, info, node, batch).run(stack, count)
+        return await _Bench(peers, info, node, batch, networks).run(stack, count)
 
 
 class _Bench:
-    def __init__(self, peers: Peers, info: NodeInfo, node: Description, batch: int) -> None:
+    def __init__(self, peers: Peers, info: NodeInfo, node: Description, batch: int, networks: Networks) -> None:
         self._peers = peers
+        self._networks = networks
         self._info = info
         self._block_bytes = node.slot_bytes
         self._batch = batch
@@ -144,7 +145,7 @@ class _Bench:
             raise ProtocolError(f"{self._info.node} answered Attach with {type(attached).__name__}")
         owner = f"store-bench-{os.getpid()}#{clock.wall_ns()}"
         for remote in sorted(attached.regions, key=lambda region: cost(region.kind)):
-            transfer = open_transport(remote.kind, owner, LOOPBACK, offload).transfer
+            transfer = open_transport(remote.kind, owner, LOOPBACK, offload, self._networks.data).transfer
             if transfer.reaches(remote):
                 return Plane(transfer, transfer.register(memory))
             await transfer.close()

@@ -15,9 +15,9 @@ from cluster.config import parse_bytes
 from cluster.asking import ASK_TIMEOUT_S, Answers, Found, StoreRef, ask, ask_own, find
 from cluster.prompts import Blocks, Source, blocks_of
 from cluster.rundir import ClusterFault, RunDir
+from cluster.security.secrets import networks_here
 from cluster.store.limits import parse_change
 from tracehaul.rpc.peers import Peers
-from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 
@@ -176,7 +176,7 @@ class Command(msgspec.Struct, frozen=True):
         return blocks_of(Source(args.prompt, args.chat, args.tokens, args.hashes or (), args.salt), found)
 
     async def _asked(self, args: Args, refs: list[StoreRef], blocks: Blocks) -> tuple[Session, Answers[Any]]:
-        session = Session(args, refs, Peers(TcpNetwork()), blocks)
+        session = Session(args, refs, Peers(networks_here(RunDir(args.run_dir)).control), blocks)
         try:
             return session, await self.work(session)
         finally:

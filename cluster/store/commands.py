@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from cluster.asking import Answers, StoreRef, ask
-from cluster.rundir import ClusterFault
+from cluster.rundir import ClusterFault, RunDir
+from cluster.security.secrets import networks_here
 from cluster.store import tables
 from cluster.store.command import BLOCKS, Command, Session, err
 from cluster.store.jobs import JobKind, Progressed, R, follow
@@ -191,12 +192,13 @@ async def _bench(session: Session) -> Answers[Any]:
     from cluster.store.bench import bench
 
     answers: Answers[Any] = Answers({}, {})
+    networks = networks_here(RunDir(session.args.run_dir))
     for ref in session.refs:
         reached = await ask(session.peers, [ref], base.Ping(), base.Ok)
         answers.failed.update(reached.failed)
         if ref.node in reached.got:
             try:
-                answers.got[ref.node] = await bench(ref, session.args.nbytes or BENCH_BYTES)
+                answers.got[ref.node] = await bench(ref, session.args.nbytes or BENCH_BYTES, networks)
             except ClusterError as error:
                 answers.failed[ref.node] = f"was not measured: {error}"
     return answers

@@ -11,10 +11,10 @@ from starlette.types import Scope
 from router.calls.call import Call
 from router.calls.errors import CallFailed
 from router.http.asgi import Headers
-from router.http.files import Watched
 from router.http.keys import BadKeys, Key, Keyring, read_keys
 from router.http.limiter import Limiter, Quota, Standing
 from tracehaul.runtime import clock
+from tracehaul.runtime.files import Watched
 from tracehaul.runtime.log import Log
 
 log = Log(__name__)

@@ -4,7 +4,7 @@ import ssl
 from pathlib import Path
 
 from router.http.config import ApiConfig
-from router.http.files import Watched
+from tracehaul.runtime.files import Watched
 from tracehaul.runtime.log import Log
 
 log = Log(__name__)

@@ -6,7 +6,9 @@ Shared memory and NIXL run between two real processes; NIXL over TCP, both ways 
 import asyncio
 import importlib.util
 import random
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from cluster.security.ca import ensure_ca, issue
+from cluster.security.laying import lay
+from tracehaul.runtime import clock
 from tracehaul.transfer import notes
 from tracehaul.transfer.base import Copy, TransferTimedOut
 from tracehaul.transfer.local import Landing, LocalHub, LocalTransfer
@@ -34,7 +39,10 @@ Failed = transfer_peer.Failed
 # Each test with processes of its own starts up to three, and UCX takes its time to look at the machine.
 KINDS = [
     "local",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shm", "tcp", "nixl-request", "nixl-read", "ucxx")),
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("shm", "tcp", "tcp-tls", "nixl-request", "nixl-read", "ucxx")
+    ),
 ]
 NBYTES = 48 << 20
 
@@ -138,13 +146,21 @@ def starter(kind: str) -> Iterator[Start]:
     loop = asyncio.new_event_loop()
     link = FreezableLink()
     hub = LocalHub(link)
+    folder = Path(tempfile.mkdtemp(prefix="tracehaul-test-"))
+
+    def secrets(owner: str) -> Path:
+        now_s = clock.wall_s()
+        ensure_ca(folder, "test", now_s=now_s)
+        lay(folder / owner, issue(folder, owner, ["127.0.0.1"], now_s=now_s))
+        return folder / owner
 
     def start(owner: str) -> Any:
         if kind == "local":
             node = LocalNode(loop, hub, link, owner)
         else:
-            transport, _, pull = kind.partition("-")
-            node = transfer_peer.Peer(transport, owner, NBYTES, pull or "request")
+            transport, _, way = kind.partition("-")
+            pull = way if transport == "nixl" else "request"
+            node = transfer_peer.Peer(transport, owner, NBYTES, pull, secrets=secrets(owner) if way == "tls" else None)
         node.kind = kind
         nodes.append(node)
         return node
@@ -153,6 +169,7 @@ def starter(kind: str) -> Iterator[Start]:
     for node in nodes:
         node.end()
     loop.close()
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=KINDS)

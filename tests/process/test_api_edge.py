@@ -28,9 +28,9 @@ from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
 from router.http import ApiConfig, create_app, serve
 from router.http.access import KeysOnDisk
-from router.http.files import refreshing
 from router.http.keys import Key, KeyFile, hashed, write_keys
 from router.http.tls import certificate_of
+from tracehaul.runtime.files import refreshing
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage

@@ -15,10 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from tracehaul.runtime.credentials import Credentials
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer import poller
 from tracehaul.transfer.base import Copy, Region, Transfer, TransferTimedOut
@@ -51,10 +53,18 @@ class Peer:
     """The parent's handle on such a process."""
 
     def __init__(
-        self, kind: str, owner: str, nbytes: int, pull: str = "request", place: Any = None, nap_s: float | None = None
+        self,
+        kind: str,
+        owner: str,
+        nbytes: int,
+        pull: str = "request",
+        place: Any = None,
+        nap_s: float | None = None,
+        secrets: Path | None = None,
     ) -> None:
-        """``place``, a ``bench.common.processes.Place``, is where it runs; by default here. ``nap_s``: how long its
-        data plane waits for what its descriptors tell; by default as long as anybody's."""
+        """``secrets`` is the folder of its certificate, if it has one. ``place``, a ``bench.common.processes.Place``,
+        is where it runs; by default here. ``nap_s``: how long its data plane waits for what its descriptors tell; by
+        default as long as anybody's."""
         before, environment = (place.command, place.environment) if place is not None else ((), {})
         self._numbers = itertools.count()
         self._replies: dict[int, Any] = {}
@@ -70,6 +80,7 @@ class Peer:
                 str(nbytes),
                 pull,
                 json.dumps(nap_s),
+                str(secrets or ""),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -180,7 +191,7 @@ def unpack_descriptor(text: str) -> RegionDescriptor:
     return msgspec.msgpack.decode(base64.b64decode(text), type=RegionDescriptor)
 
 
-def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
+def make_transfer(kind: str, owner: str, pull: str, secrets: str = "") -> Transfer:
     if kind == "shm":
         from tracehaul.transfer.shm import ShmTransfer
 
@@ -188,7 +199,7 @@ def make_transfer(kind: str, owner: str, pull: str) -> Transfer:
     if kind == "tcp":
         from tracehaul.transfer.tcp import TcpTransfer
 
-        return TcpTransfer(owner)
+        return TcpTransfer(owner, credentials=Credentials(Path(secrets)) if secrets else None)
     if kind == "ucxx":
         from tracehaul.transfer.ucxx import UcxxTransfer
 
@@ -264,10 +275,10 @@ async def serve(program: Program) -> None:
 
 
 def main() -> None:
-    kind, owner, nbytes, pull, nap_s = sys.argv[1:]
+    kind, owner, nbytes, pull, nap_s, secrets = sys.argv[1:]
     if json.loads(nap_s) is not None:
         poller.WATCHFUL_NAP_MAX_S = json.loads(nap_s)
-    transfer = make_transfer(kind, owner, pull)
+    transfer = make_transfer(kind, owner, pull, secrets)
     memory = allocate(int(nbytes), "peer")
     region = transfer.register(memory)
     sys.stdout.write(json.dumps({"descriptor": pack_descriptor(region.descriptor), "fd": memory.fd}) + "\n")

@@ -18,6 +18,8 @@ class CallContext(msgspec.Struct, frozen=True):
     """Names the connection at the side that serves the call; set there, unique in that process's life."""
     timeout_s: float = 0.0
     """What was left of the caller's deadline when it sent the call; 0 for a stream without a total limit."""
+    names: frozenset[str] | None = None
+    """The nodes that the caller's certificate is of; None: the connection proves nothing. Set where it is served."""
 
 
 NO_CONTEXT = CallContext()
@@ -136,6 +138,7 @@ class Network(Protocol):
 
         Raises:
             PeerLost: nobody listens there.
+            Untrusted: one end does not take the other's certificate.
             TimedOut: no answer within ``timeout_s``.
         """
         ...

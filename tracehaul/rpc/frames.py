@@ -98,6 +98,9 @@ class Alive(_Frame, frozen=True, tag=8):
 
 Frame = Hello | Call | Open | Reply | Item | End | Fail | Cancel | Alive
 
+_TLS = (b"\x15\x03", b"\x16\x03")
+"""How an alert and a client's greeting begin there."""
+
 _encoder = msgspec.msgpack.Encoder()
 _decode = msgspec.msgpack.Decoder(Frame).decode
 _length_at = struct.Struct(">I").unpack_from
@@ -139,6 +142,8 @@ class FrameReader:
             while (body := start + _LENGTH_BYTES) <= size:
                 (nbytes,) = _length_at(view, start)
                 if nbytes > limit:
+                    if bytes(view[start : start + 2]) in _TLS:
+                        raise ProtocolError("the peer speaks TLS, and this node does not")
                     raise ProtocolError(f"a frame of {nbytes} bytes is over the limit of {limit}")
                 end = body + nbytes
                 if end > size:

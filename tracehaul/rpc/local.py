@@ -337,5 +337,5 @@ class _LocalPipe:
             self._network.forget_pipe(self)
             self._network.forget_pipe(self.peer)
         if self.session is not None:
-            lost = f"connection to {self.remote} lost: {reason}"
+            lost = PeerLost(f"connection to {self.remote} lost: {reason}")
             self._loop.call_soon(self.session.lost, lost, context=self.context)

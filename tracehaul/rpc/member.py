@@ -14,7 +14,7 @@ from tracehaul.rpc.membership import HEARTBEAT_S, Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
-from tracehaul.wire.errors import Fenced, JoinRefused
+from tracehaul.wire.errors import Fenced, JoinRefused, Untrusted
 from tracehaul.wire.ids import Generation
 
 log = Log(__name__)
@@ -63,10 +63,18 @@ class Serving:
         *,
         cluster: str = "",
         heartbeat_s: float = HEARTBEAT_S,
+        token: str = "",
     ) -> None:
         info = msgspec.structs.replace(member.info, address=server.address)
         self.membership = Membership(
-            peers, routers, info, member.load, member.on_members, cluster=cluster, heartbeat_s=heartbeat_s
+            peers,
+            routers,
+            info,
+            member.load,
+            member.on_members,
+            cluster=cluster,
+            heartbeat_s=heartbeat_s,
+            token=token,
         )
         self._member = member
 
@@ -80,13 +88,13 @@ class Serving:
 
         Raises:
             Fenced: another life has this node's name.
-            JoinRefused: no router takes this node as it is.
+            JoinRefused, Untrusted: no router takes this node as it is.
             ExceptionGroup: what runs in the background failed.
         """
         try:
             await self._serve(stopping, drain_timeout_s, told)
         except ExceptionGroup as failed:
-            if ended := failed.subgroup((Fenced, JoinRefused)):
+            if ended := failed.subgroup((Fenced, JoinRefused, Untrusted)):
                 raise ended.exceptions[0] from None
             raise
 
@@ -132,6 +140,7 @@ async def serving(
     *,
     cluster: str = "",
     heartbeat_s: float = HEARTBEAT_S,
+    token: str = "",
 ) -> AsyncGenerator[Serving]:
     """Listen where ``member`` wants to, for as long as the context is open; see :class:`Membership` for the rest.
 
@@ -140,6 +149,6 @@ async def serving(
     """
     server = await network.listen(member.info.address, member.service, member.announce)
     try:
-        yield Serving(member, server, peers, routers, cluster=cluster, heartbeat_s=heartbeat_s)
+        yield Serving(member, server, peers, routers, cluster=cluster, heartbeat_s=heartbeat_s, token=token)
     finally:
         await server.close()

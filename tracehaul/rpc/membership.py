@@ -12,7 +12,7 @@ from tracehaul.rpc.views import Views
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, NodeInfo, NodeLoad
-from tracehaul.wire.errors import ClusterError, Fenced, JoinRefused, NameTaken, PeerLost, ProtocolError
+from tracehaul.wire.errors import ClusterError, Fenced, JoinRefused, NameTaken, PeerLost, ProtocolError, Untrusted
 from tracehaul.wire.ids import Epoch
 from tracehaul.wire.messages import Reply
 from tracehaul.wire.version import WIRE
@@ -51,8 +51,9 @@ class Membership:
         *,
         cluster: str = "",
         heartbeat_s: float = HEARTBEAT_S,
+        token: str = "",
     ) -> None:
-        """``routers``: ``host:port`` of each one's control plane."""
+        """``routers``: ``host:port`` of each one's control plane. ``token``: the cluster's, for joining."""
         self._peers = peers
         self._routers = tuple(dict.fromkeys(routers))
         self._info = info
@@ -60,6 +61,7 @@ class Membership:
         self._on_change = on_change
         self._cluster = cluster
         self._heartbeat_s = heartbeat_s
+        self._token = token
         self._views = Views(self._routers, GRACE_S)
         self._members = Members(version=0)
         self._in: set[str] = set()
@@ -103,7 +105,7 @@ class Membership:
 
         Raises:
             Fenced: another life has our name.
-            JoinRefused: no router has taken this node, and one says that it never will as it is.
+            JoinRefused, Untrusted: no router has taken this node, and one says that it never will as it is.
         """
         works = [*(self._keep(router) for router in self._routers), self._settle()]
         tasks = [asyncio.create_task(work) for work in works]
@@ -123,13 +125,15 @@ class Membership:
         backoff_s = BACKOFF_MIN_S
         while True:
             error = await self._session(router)
-            if isinstance(error, Fenced) or (isinstance(error, JoinRefused) and not self._was_member):
+            refused = isinstance(error, JoinRefused | Untrusted)
+            # Of a node that was a member once, that may pass: new certificates are on their way, say.
+            if isinstance(error, Fenced) or (refused and not self._was_member):
                 raise error
             if router in self._in:
                 self._leave(router)
                 backoff_s = BACKOFF_MIN_S
                 log.warning("router lost", router=router, reason=error)
-            elif isinstance(error, JoinRefused):
+            elif refused:
                 seldom.warning("a router refuses this node", about=router, router=router, reason=error)
             else:
                 log.info("router not reached", router=router, reason=error)
@@ -178,7 +182,7 @@ class Membership:
                 await asyncio.sleep(TAKEN_RETRY_S)
 
     def _join(self, router: str) -> Replies:
-        join = Join(self._info, self._load(), self._cluster, WIRE)
+        join = Join(self._info, self._load(), self._cluster, WIRE, self._token)
         return self._peers.stream(router, join, idle_timeout_s=IDLE_TIMEOUT_S)
 
     async def _beat(self, router: str, listed: asyncio.Event) -> None:

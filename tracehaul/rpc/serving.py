@@ -21,15 +21,25 @@ _MESSAGE_CHARS_MAX = 2000
 
 
 class ServerSession(Session):
-    """Serves one connection, named ``peer``, with ``service``; ``on_gone`` is called after its last handler ended."""
+    """Serves one connection, named ``peer``, with ``service``; ``on_gone`` is called after its last handler ended.
+
+    ``names``: who the peer is, if the connection proves it.
+    """
 
     def __init__(
-        self, pipe: Pipe, limits: Limits, service: Service, peer: str, on_gone: Callable[["ServerSession"], None]
+        self,
+        pipe: Pipe,
+        limits: Limits,
+        service: Service,
+        peer: str,
+        on_gone: Callable[["ServerSession"], None],
+        names: frozenset[str] | None = None,
     ) -> None:
         super().__init__(pipe, limits)
         self._service = service
         self._peer = peer
         self._on_gone = on_gone
+        self._names = names
         self._last_id = 0
         self._wanted: dict[int, asyncio.Task[None]] = {}
         """Handlers whose outcome the client still waits for."""
@@ -93,7 +103,7 @@ class ServerSession(Session):
             await self._refuse(frame.id, ClusterError(f"internal error in {type(frame.request).__name__}"))
 
     async def _call(self, frame: Call) -> None:
-        context = CallContext(frame.trace, frame.step, self._peer, frame.timeout_s)
+        context = CallContext(frame.trace, frame.step, self._peer, frame.timeout_s, self._names)
         scope = asyncio.timeout(frame.timeout_s)
         try:
             async with scope:
@@ -111,7 +121,7 @@ class ServerSession(Session):
             self._fail(call_id, error)
 
     async def _stream(self, frame: Open) -> None:
-        context = CallContext(frame.trace, frame.step, self._peer)
+        context = CallContext(frame.trace, frame.step, self._peer, names=self._names)
         async with aclosing(self._service.stream(frame.request, context)) as replies:
             sent = 0
             async for reply in replies:

@@ -102,9 +102,9 @@ class Session(ABC):
         log.warning("peer broke the protocol", reason=error)
         self._end(error)
 
-    def lost(self, reason: str) -> None:
+    def lost(self, reason: PeerLost) -> None:
         """The pipe reports its end."""
-        self._end(PeerLost(reason))
+        self._end(reason)
         self._gone.set()
 
     def pause_writing(self) -> None:

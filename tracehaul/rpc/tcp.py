@@ -12,9 +12,15 @@ from tracehaul.rpc.calling import ClientSession
 from tracehaul.rpc.frames import Frame, FrameReader, pack
 from tracehaul.rpc.serving import ServerSession, close_all
 from tracehaul.rpc.session import DEFAULT_LIMITS, Limits, Session
+from tracehaul.rpc.tls import TlsEnd
 from tracehaul.runtime.accepting import Acceptor, AcceptStats
 from tracehaul.runtime.addresses import announced, bound
-from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
+from tracehaul.runtime.credentials import Credentials, names_of, why_refused
+from tracehaul.runtime.log import Log, Seldom
+from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut, Untrusted
+
+log = Log(__name__)
+_seldom = Seldom(log)
 
 S = TypeVar("S", bound=Session)
 
@@ -36,26 +42,25 @@ _peer_numbers = itertools.count(1)
 
 
 class TcpNetwork:
-    """Implements :class:`tracehaul.rpc.base.Network`. With TLS contexts, both directions are encrypted."""
+    """Implements :class:`tracehaul.rpc.base.Network`. With ``credentials`` all is under TLS, and both ends prove who
+    they are."""
 
     def __init__(
         self,
         limits: Limits = DEFAULT_LIMITS,
         *,
-        server_tls: ssl.SSLContext | None = None,
-        client_tls: ssl.SSLContext | None = None,
+        credentials: Credentials | None = None,
         accepts: AcceptStats | None = None,
     ) -> None:
         self._limits = limits
-        self._server_tls = server_tls
-        self._client_tls = client_tls
+        self._credentials = credentials
         self.accepts = accepts or AcceptStats()
         """Of all its servers."""
 
     async def listen(self, address: str, service: Service, announce: str = "") -> "TcpServer":
         host, port = split_address(address)
-        server = TcpServer(service, self._limits, self.accepts)
-        await server.start(host, port, announced(host, announce), self._server_tls)
+        server = TcpServer(service, self._limits, self.accepts, self._credentials)
+        await server.start(host, port, announced(host, announce))
         return server
 
     async def connect(self, address: str, *, timeout_s: float) -> ClientSession:
@@ -65,7 +70,12 @@ class TcpNetwork:
         try:
             host, port = split_address(address)
             async with asyncio.timeout(timeout_s):
-                await loop.create_connection(lambda: pipe, host, port, ssl=self._client_tls)
+                if self._credentials is None:
+                    await loop.create_connection(lambda: pipe, host, port)
+                else:
+                    tls = TlsEnd(self._credentials.now.client, pipe, host)
+                    await loop.create_connection(lambda: tls, host, port)
+                    await tls.secured
                 session = pipe.session
                 assert session is not None
                 await session.greeted()
@@ -73,6 +83,9 @@ class TcpNetwork:
         except TimeoutError:
             pipe.close()
             raise TimedOut(f"{address} did not answer within {timeout_s:g} s") from None
+        except ssl.SSLError as error:
+            pipe.close()
+            raise Untrusted(f"{address}: {why_refused(error)}") from error
         except (OSError, UnicodeError) as error:  # the latter: a host that no name service takes
             pipe.close()
             raise PeerLost(f"cannot connect to {address}: {error}") from error
@@ -87,42 +100,60 @@ class TcpNetwork:
 class TcpServer:
     """Implements :class:`tracehaul.rpc.base.Server`."""
 
-    def __init__(self, service: Service, limits: Limits, accepts: AcceptStats) -> None:
+    def __init__(self, service: Service, limits: Limits, accepts: AcceptStats, credentials: Credentials | None) -> None:
         self._service = service
         self._limits = limits
         self._accepts = accepts
+        self._credentials = credentials
+        self._strangers = 0
+        """Connections whose peers have not shown who they are."""
+        self._closing = False
         self._sessions: dict[ServerSession, None] = {}
         self._address = ""
         self._acceptor: Acceptor | None = None
 
-    async def start(self, host: str, port: int, announce: str, tls: ssl.SSLContext | None) -> None:
+    async def start(self, host: str, port: int, announce: str) -> None:
         """Bind to ``host``, and serve under the name ``announce``; raises OSError."""
         listener = await asyncio.get_running_loop().run_in_executor(None, bound, host, port)
         listener.setblocking(False)
         self._address = join_address(announce, listener.getsockname()[1])
-        self._acceptor = Acceptor([listener], self._accept, self._accepts, what=self._address, tls=tls)
+        self._acceptor = Acceptor([listener], self._accept, self._accepts, what=self._address)
 
     @property
     def address(self) -> str:
         return self._address
 
-    def _accept(self) -> "_TcpPipe[ServerSession]":
-        return _TcpPipe(self._limits, self._open, _CALLS_BURST)
+    def _accept(self) -> asyncio.Protocol:
+        if self._credentials is not None and len(self._sessions) + self._strangers >= self._limits.connections_max:
+            return _TcpPipe(self._limits, self._refuse, _CALLS_BURST)
+        pipe = _TcpPipe(self._limits, self._open, _CALLS_BURST)
+        if self._credentials is None:
+            return pipe
+        stranger = TlsEnd(self._credentials.now.server, pipe, None, _refused)
+        self._strangers += 1
+        stranger.secured.add_done_callback(self._on_secured)
+        return stranger
+
+    def _on_secured(self, _: asyncio.Future[None]) -> None:
+        self._strangers -= 1
 
     def _open(self, pipe: "_TcpPipe[ServerSession]") -> ServerSession | None:
-        if len(self._sessions) >= self._limits.connections_max:
-            self._accepts.refuse(self._address, "connections", connections=len(self._sessions))
-            return None
+        if self._closing or len(self._sessions) >= self._limits.connections_max:
+            return self._refuse(pipe)
         peer = f"{pipe.remote}#{next(_peer_numbers)}"
-        session = ServerSession(pipe, self._limits, self._service, peer, self._forget)
+        session = ServerSession(pipe, self._limits, self._service, peer, self._forget, pipe.names)
         self._sessions[session] = None
         return session
+
+    def _refuse(self, _: "_TcpPipe[ServerSession]") -> None:
+        self._accepts.refuse(self._address, "connections", connections=len(self._sessions))
 
     def _forget(self, session: ServerSession) -> None:
         self._sessions.pop(session, None)
 
     async def close(self) -> None:
         assert self._acceptor is not None
+        self._closing = True
         self._acceptor.close()
         await close_all(list(self._sessions))
 
@@ -141,6 +172,8 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         """Frames read since others were let run."""
         self.session: S | None = None
         self.remote = ""
+        self.names: frozenset[str] | None = None
+        """Of the peer, as its certificate proves."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -148,6 +181,7 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         _tune(self._transport.get_extra_info("socket"))
         peername = self._transport.get_extra_info("peername")
         self.remote = join_address(peername[0], peername[1]) if peername else "unknown"
+        self.names = names_of(self._transport.get_extra_info("peercert"))
         self.session = self._open_session(self)
         if self.session is None:
             self._transport.abort()
@@ -190,7 +224,10 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         if self._close_timer is not None:
             self._close_timer.cancel()
         if self.session is not None:
-            self.session.lost(f"connection to {self.remote} lost: {exc or 'closed by peer'}")
+            if isinstance(exc, ssl.SSLError):  # in TLS 1.3 a client hears after its handshake that it is refused
+                self.session.lost(Untrusted(why_refused(exc)))
+            else:
+                self.session.lost(PeerLost(f"connection to {self.remote} lost: {exc or 'closed by peer'}"))
 
     def send(self, frame: Frame) -> None:
         transport = self._transport
@@ -203,6 +240,10 @@ class _TcpPipe(asyncio.Protocol, Generic[S]):
         if transport is not None and self._close_timer is None:
             transport.close()
             self._close_timer = asyncio.get_running_loop().call_later(_CLOSE_S, transport.abort)
+
+
+def _refused(host: str, why: str) -> None:
+    _seldom.warning("refused a connection", about=f"{host} {why}", peer=host, why=why)
 
 
 def _tune(sock: socket.socket) -> None:

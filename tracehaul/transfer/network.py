@@ -4,6 +4,7 @@ import importlib.util
 import os
 from typing import NamedTuple
 
+from tracehaul.runtime.credentials import Credentials
 from tracehaul.runtime.log import Log
 from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.devices import (
@@ -47,13 +48,14 @@ def open_best(owner: str, place: Place) -> Opened:
         return open_tcp(owner, place, str(error))
 
 
-def open_tcp(owner: str, place: Place, why: str = "") -> Opened:
-    """The transport over plain TCP.
+def open_tcp(owner: str, place: Place, why: str = "", credentials: Credentials | None = None) -> Opened:
+    """The transport over TCP, plain or, with ``credentials``, under TLS.
 
     Raises:
         OSError: nobody could reach this process at ``place``.
     """
-    transfer = TcpTransfer(owner, place)
+    transfer = TcpTransfer(owner, place, credentials)
+    why = why or ("TLS" if credentials is not None else "")
     host = f"[{transfer.host}]" if ":" in transfer.host else transfer.host
     return Opened(transfer, f"tcp {host}:{transfer.port}" + (f" ({why})" if why else ""))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from tracehaul.runtime.credentials import Credentials
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
@@ -30,7 +31,14 @@ class Planes(NamedTuple):
             await plane.transfer.close()
 
 
-async def open_planes(kinds: Sequence[str], owner: str, place: Place, memory: Memory, offload: Offload) -> Planes:
+async def open_planes(
+    kinds: Sequence[str],
+    owner: str,
+    place: Place,
+    memory: Memory,
+    offload: Offload,
+    credentials: Credentials | None = None,
+) -> Planes:
     """Transports of ``owner`` over ``memory``; each pair of processes takes the nearest that both have.
 
     One that cannot serve here is left out, aloud.
@@ -44,7 +52,7 @@ async def open_planes(kinds: Sequence[str], owner: str, place: Place, memory: Me
     for kind in kinds:
         opened: Opened | None = None
         try:
-            opened = open_transport(kind, owner, place, offload)
+            opened = open_transport(kind, owner, place, offload, credentials)
             planes.append(Plane(opened.transfer, opened.transfer.register(memory)))
         except TransferError as error:
             how.append(f"no {kind}: {error}")
@@ -62,22 +70,28 @@ async def open_planes(kinds: Sequence[str], owner: str, place: Place, memory: Me
     return Planes(tuple(planes), tuple(how))
 
 
-def open_transport(kind: str, owner: str, place: Place, offload: Offload) -> Opened:
+def open_transport(
+    kind: str, owner: str, place: Place, offload: Offload, credentials: Credentials | None = None
+) -> Opened:
     """The transport of ``owner`` at ``place``; imports only what it needs.
+
+    ``credentials``: what leaves this host is under TLS, which only ``tcp`` has.
 
     Raises:
         TransferError: it cannot start here, or there is none of that kind.
         OSError: no peer could reach this process at ``place``.
     """
+    if credentials is not None and kind in ("nixl", "ucxx"):
+        raise TransferError(f'{kind} encrypts nothing: where [security] says data = "tls", take tcp or auto')
     match kind:
-        case "auto":
+        case "auto" if credentials is None:
             return open_best(owner, place)
         case "shm":
             from tracehaul.transfer.shm import ShmTransfer
 
             return Opened(ShmTransfer(owner, offload), "shm")
-        case "tcp":
-            return open_tcp(owner, place)
+        case "tcp" | "auto":
+            return open_tcp(owner, place, credentials=credentials)
         case "nixl":
             return open_nixl(owner, place)
         case "ucxx":

@@ -7,7 +7,6 @@ its socket waits, the threads go on with others. Idle costs nothing.
 import contextlib
 import os
 import select
-import socket
 import threading
 from concurrent.futures import Future, InvalidStateError
 from typing import Protocol
@@ -17,11 +16,19 @@ WRITABLE = select.EPOLLOUT
 _ONCE = select.EPOLLONESHOT
 
 
+class Socket(Protocol):
+    """Of a socket, or what is over one, as much as is needed here."""
+
+    def fileno(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class Line(Protocol):
     """One socket and what is going on on it."""
 
     @property
-    def socket(self) -> socket.socket:
+    def socket(self) -> Socket:
         """Non-blocking."""
         ...
 

@@ -1,15 +1,21 @@
 """The owner's end of the TCP transport: sends and lands bytes of registered regions, for whoever knows their tokens."""
 
+import contextlib
 import socket
 import threading
 from collections.abc import Mapping
 
 from tracehaul.runtime import clock
 from tracehaul.runtime.accepting import NO_DESCRIPTOR, AcceptStats, Spare
+from tracehaul.runtime.credentials import HANDSHAKE_S, Credentials, why_refused
+from tracehaul.runtime.log import Log, Seldom
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.cursor import Cursor
 from tracehaul.transfer.landing import COPIES_MAX
 from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
+from tracehaul.transfer.tcp_tls import TlsSocket
+
+_seldom = Seldom(Log(__name__))
 
 CONNECTIONS_MAX = 4096
 PAUSE_S = 0.05
@@ -19,15 +25,22 @@ been given to another meanwhile: this is well below the time that a store lets s
 
 
 class Listener:
-    """Takes connections at a socket that listens."""
+    """Takes connections at a socket that listens; with ``credentials``, of those who show a good certificate."""
 
-    def __init__(self, sock: socket.socket, pump: Pump, regions: Mapping[bytes, memoryview]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        pump: Pump,
+        regions: Mapping[bytes, memoryview],
+        credentials: Credentials | None = None,
+    ) -> None:
         self.socket = sock
         self.socket.setblocking(False)
         self._pump = pump
         self._regions = regions
         self._spare = Spare()
         self.accepts = AcceptStats()
+        self._credentials = credentials
         self.serving: set[Serving] = set()
 
     def advance(self) -> bool:
@@ -45,19 +58,21 @@ class Listener:
     def _accept_one(self) -> bool:
         """Whether one was taken, or refused aloud."""
         try:
-            accepted, _ = self.socket.accept()
+            accepted, peer = self.socket.accept()
         except OSError as error:
             if error.errno not in NO_DESCRIPTOR or not self._spare.refuse_one(self.socket):
                 raise
             self.accepts.refuse("data plane", "descriptors", why=error)
             return True
         if len(self.serving) >= CONNECTIONS_MAX:
+            self._end_strangers()
             accepted.close()
             self.accepts.refuse("data plane", "connections", connections=len(self.serving))
             return True
         self.accepts.accepted += 1
         wire.prepare(accepted)
-        serving = Serving(accepted, self)
+        secured = TlsSocket(accepted, self._credentials.now.server, None) if self._credentials else None
+        serving = Serving(secured or accepted, self, secured, peer[0])
         self.serving.add(serving)
         self._pump.add(serving, READABLE)
         return True
@@ -65,6 +80,14 @@ class Listener:
     def close(self) -> None:
         """After its pump was."""
         self._spare.close()
+
+    def _end_strangers(self) -> None:
+        """Make room: end those who have taken too long to say who they are."""
+        now_s = clock.perf_s()
+        for serving in list(self.serving):
+            if serving.stranger and now_s - serving.since_s > HANDSHAKE_S:
+                with contextlib.suppress(OSError):
+                    serving.socket.shutdown(socket.SHUT_RDWR)
 
     def region(self, token: bytes) -> memoryview | None:
         """The region of that token."""
@@ -76,11 +99,19 @@ class Listener:
 
 
 class Serving:
-    """One connection; one request after the other."""
+    """One connection; one request after the other.
 
-    def __init__(self, sock: socket.socket, listener: Listener) -> None:
+    ``shaking``: the socket, if both ends are still to show their certificates; ``peer`` is on that host.
+    """
+
+    def __init__(
+        self, sock: socket.socket | TlsSocket, listener: Listener, shaking: TlsSocket | None, peer: str
+    ) -> None:
         self.socket = sock
         self._listener = listener
+        self._shaking = shaking
+        self._peer = peer
+        self.since_s = clock.perf_s()
         self._begin()
 
     def _begin(self) -> None:
@@ -93,9 +124,14 @@ class Serving:
         self._refused = False
         self._moved_s = clock.perf_s()
 
+    @property
+    def stranger(self) -> bool:
+        """Whether the peer still has to show a certificate."""
+        return self._shaking is not None
+
     def advance(self) -> bool:
         try:
-            events = self._go()
+            events = self._go() if self._shaking is None else self._shake(self._shaking)
         except OSError:
             events = None
         if events is None:
@@ -103,6 +139,19 @@ class Serving:
             return True
         self._listener.arm(self, events)
         return False
+
+    def _shake(self, sock: TlsSocket) -> int | None:
+        """As :meth:`_go`, while the peer is unknown."""
+        try:
+            events = sock.handshake()
+        except OSError as error:
+            why = why_refused(error)
+            _seldom.warning("refused a data connection", about=f"{self._peer} {why}", peer=self._peer, why=why)
+            return None
+        if events:
+            return events
+        self._shaking = None
+        return self._go()
 
     def _go(self) -> int | None:
         """What to wait for next; None: the connection is over."""
@@ -171,7 +220,7 @@ class Serving:
             except BlockingIOError:
                 return False
             self._reply = self._reply[sent:]
-        return self._sending is None or wire.send(self.socket, self._sending)
+        return wire.flush(self.socket) if self._sending is None else wire.send(self.socket, self._sending)
 
     def _fill(self, nbytes: int) -> bool:
         """Whether so many bytes of the request are here."""

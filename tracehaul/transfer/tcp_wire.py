@@ -5,7 +5,7 @@
     request   head (magic, way, region's token and bytes, number of ranges), ranges (offset, bytes), a write's bytes
     reply     status; of a read then its bytes, of a write the checksum of each range where it landed
 
-Whatever is not understood ends the connection.
+Whatever is not understood ends the connection. With TLS all of it is inside.
 """
 
 import socket
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from tracehaul.runtime.offload import yield_core
 from tracehaul.transfer.cursor import Cursor
+from tracehaul.transfer.tcp_tls import RECORD_BYTES, TlsSocket
 from tracehaul.wire.ids import Checksum
 
 TOKEN_BYTES = 16
@@ -76,7 +77,7 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-def send(sock: socket.socket, cursor: Cursor) -> bool:
+def send(sock: socket.socket | TlsSocket, cursor: Cursor) -> bool:
     """Send what the socket takes, for a turn; True when all is sent. Raises OSError."""
     turn = TURN_BYTES
     while cursor.left_bytes and turn > 0:
@@ -87,10 +88,15 @@ def send(sock: socket.socket, cursor: Cursor) -> bool:
         cursor.advance(sent)
         turn -= sent
         yield_core()
-    return not cursor.left_bytes
+    return not cursor.left_bytes and flush(sock)
 
 
-def receive(sock: socket.socket, cursor: Cursor) -> bool:
+def flush(sock: socket.socket | TlsSocket) -> bool:
+    """Whether what was sent is the system's. Raises OSError."""
+    return not isinstance(sock, TlsSocket) or sock.flush()
+
+
+def receive(sock: socket.socket | TlsSocket, cursor: Cursor) -> bool:
     """Receive what is there, for a turn; True when all has landed. Raises OSError, also at the stream's end."""
     turn = TURN_BYTES
     while cursor.left_bytes and turn > 0:
@@ -103,5 +109,10 @@ def receive(sock: socket.socket, cursor: Cursor) -> bool:
         cursor.advance(received)
         turn -= received
         yield_core()
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(LOW_BYTES, cursor.left_bytes)))
+    left_bytes = cursor.left_bytes
+    if isinstance(sock, TlsSocket):
+        while cursor.left_bytes and (held_bytes := sock.held_into(cursor.views(CALL_BYTES))):
+            cursor.advance(held_bytes)
+        left_bytes = cursor.left_bytes - RECORD_BYTES  # of a record, the beginning may have left the socket
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, min(LOW_BYTES, left_bytes)))
     return not cursor.left_bytes

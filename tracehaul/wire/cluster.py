@@ -154,6 +154,8 @@ class Join(Message, frozen=True):
     cluster: str = ""
     """The name of its cluster; empty: it has none, and may join any."""
     wire: Version = OLDEST
+    token: str = ""
+    """The cluster's join token, where it has one."""
 
 
 class Members(Message, frozen=True, omit_defaults=True):

@@ -52,6 +52,12 @@ class PeerLost(ClusterError):
     retriable = True
 
 
+class Untrusted(PeerLost):
+    """One end does not take the other for who it says it is: a certificate, a token or a name is wrong."""
+
+    code = "untrusted"
+
+
 class TimedOut(ClusterError):
     """A peer did not answer in time (slow, frozen, or cut off): try another node."""
 
@@ -138,6 +144,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         Unavailable,
         Overloaded,
         PeerLost,
+        Untrusted,
         TimedOut,
         DeadlineExceeded,
         WrongNode,

@@ -1,8 +1,5 @@
 import asyncio
-import ssl
-import subprocess
 from collections.abc import AsyncGenerator
-from pathlib import Path
 
 import pytest
 import uvloop
@@ -10,8 +7,7 @@ import uvloop
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.tcp import TcpNetwork, join_address, split_address
 from tracehaul.wire.base import Ok, Ping
-from tracehaul.wire.blocks import Subscribe
-from tracehaul.wire.errors import ClusterError, PeerLost
+from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillProgress
 
@@ -93,59 +89,6 @@ def test_all_addresses_are_bound_and_one_is_announced(runner: type) -> None:
             connection = await TcpNetwork().connect(join_address(host, port), timeout_s=5)
             assert await connection.call(Ping(), timeout_s=5) == Ok()
             await connection.close()
-        await server.close()
-
-    runner(main())
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    cert, key = folder / "cert.pem", folder / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    command += ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
-    return cert, key
-
-
-@pytest.mark.parametrize("runner", [asyncio.run, uvloop.run])
-def test_mutual_tls(runner: type, certificate: tuple[Path, Path]) -> None:
-    cert, key = certificate
-    server_tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(cert))
-    server_tls.verify_mode = ssl.CERT_REQUIRED
-    client_tls = ssl.create_default_context(cafile=str(cert))
-    for context in (server_tls, client_tls):
-        context.load_cert_chain(cert, key)
-
-    async def main() -> None:
-        network = TcpNetwork(server_tls=server_tls, client_tls=client_tls)
-        server = await network.listen("127.0.0.1:0", Echo())
-        connection = await network.connect(server.address, timeout_s=5)
-        assert await connection.call(Ping(), timeout_s=5) == Ok()
-        stream = connection.stream(Subscribe(), idle_timeout_s=5)
-        assert [reply async for reply in stream] == [PrefillProgress(1)]
-        strangers = [
-            TcpNetwork(),  # no TLS
-            TcpNetwork(client_tls=ssl.create_default_context()),  # does not trust the server
-            TcpNetwork(client_tls=ssl.create_default_context(cafile=str(cert))),  # has no certificate
-        ]
-        for stranger in strangers:
-            with pytest.raises(ClusterError):
-                await stranger.connect(server.address, timeout_s=2)
-        assert await connection.call(Ping(), timeout_s=5) == Ok()
-        await connection.close()
         await server.close()
 
     runner(main())

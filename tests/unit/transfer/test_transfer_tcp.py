@@ -11,7 +11,7 @@ import uvloop
 
 from tracehaul.runtime import clock
 from tracehaul.runtime.addresses import BadAddress, bound
-from tracehaul.transfer import names, tcp, tcp_serving
+from tracehaul.transfer import names, tcp_asking, tcp_serving
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.landing import COPIES_MAX
@@ -111,7 +111,7 @@ def test_a_write_that_stood_still_too_long_does_not_go_on(monkeypatch: pytest.Mo
 
 
 def test_more_transfers_than_connections_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp, "LINES_MAX", 2)
+    monkeypatch.setattr(tcp_asking, "LINES_MAX", 2)
 
     async def case(transfer: TcpTransfer, region: Registered) -> None:
         memory = allocate(NBYTES, "local")

@@ -1,0 +1,51 @@
+"""A fleet under certificates, from the same one file: what launch lays on each host, and renews while all serve."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.conftest import Operator
+from tests.hosts.test_fleet import OUTPUT, fleet, prompt
+from tracehaul.wire.steps import Sampling
+
+pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.timeout(600)]
+
+Alone = Callable[[Sequence[int], Sampling], list[int]]
+
+SECURITY = """\
+[security]
+control = "mtls"
+data = "tls"
+token = true
+authority = "{authority}"
+"""
+
+
+def test_a_fleet_under_certificates(operator: Operator, alone: Alone, tmp_path: Path) -> None:
+    hosts = fleet(a="{ router = 1, store = 1 }", b="{ prefill = 1, decode = 1 }")
+    secured = hosts.replace("[[hosts]]", SECURITY.format(authority=tmp_path / "authority") + "[[hosts]]", 1)
+    operator.write(secured)
+    operator.ask("launch")
+    before = operator.nodes()
+    asked = prompt(11)
+    answer = operator.step("a", "one", asked, OUTPUT)
+    assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
+    assert answer["usage"]["tracehaul"]["pulled_tokens"] >= 256, "computed on b, kept on a, pulled from there"
+
+    files = ("ca.pem", "node.pem", "node.key", "join.token")
+    held = {name: operator.rig.hosts["b"].run("cat", f"/srv/tracehaul/run/secrets/{name}") for name in files}
+    modes = operator.rig.hosts["b"].run("sh", "-c", "stat -c %a /srv/tracehaul/run/secrets/*")
+    assert set(modes.split()) == {"600"}
+    operator.ask("launch")
+    assert {n: each["pid"] for n, each in operator.nodes().items()} == {n: each["pid"] for n, each in before.items()}
+    renewed = {name: operator.rig.hosts["b"].run("cat", f"/srv/tracehaul/run/secrets/{name}") for name in files}
+    assert {name for name in files if held[name] != renewed[name]} == {"node.pem", "node.key"}
+    asked = prompt(12)
+    answer = operator.step("a", "two", asked, OUTPUT)
+    assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
+
+    operator.write(secured.replace(str(tmp_path / "authority"), str(tmp_path / "another")))
+    told = operator.ask("launch", code=1)
+    assert "the host trusts another CA" in told
+    assert operator.step("a", "three", asked, OUTPUT)["choices"][0]["token_ids"] == answer["choices"][0]["token_ids"]
