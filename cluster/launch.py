@@ -321,13 +321,13 @@ async def _wait_ready(
 
 
 def _listed(plan: Plan, run: RunDir) -> dict[str, int] | None:
-    """The members' lives by their names, as the router says; None: it does not answer."""
+    """The lives of members that serve, by their names, as the router says; None: it does not answer."""
     try:
         with here(plan, run).client(ASK_TIMEOUT_S) as client:
             answer = client.get("/cluster")
         if answer.status_code == 200:
             statuses = msgspec.json.decode(answer.content, type=list[NodeStatus])
-            return {status.info.node: status.info.generation for status in statuses}
+            return {status.info.node: status.info.generation for status in statuses if status.health != "joining"}
     except (httpx.HTTPError, msgspec.DecodeError):
         pass
     return None
