@@ -50,7 +50,8 @@ async def _plan(path: Path, offline: bool) -> None:
     async with opened(path) as fleet:
         ready = await look_at(fleet, err, [] if offline else None)
         console = _wide()
-        console.print(tables.placement(fleet.config, ready.plan, None if offline else ready.found))
+        console.print(tables.placement(fleet.config, ready.plan))
+        console.print(tables.memory(fleet.config, ready.plan, None if offline else ready.found))
         if offline:
             return
         for line in tables.changes(ready.plan, ready.found):

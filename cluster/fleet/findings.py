@@ -8,6 +8,7 @@ import msgspec
 from cluster.config import ClusterConfig
 from cluster.fleet.config import HostConfig
 from cluster.fleet.facts import Facts, Seen
+from cluster.memory import Need
 from cluster.plan import NodeSpec
 
 SKEW_MAX_S = 2.0
@@ -42,14 +43,16 @@ class Finding(msgspec.Struct, frozen=True):
     """Whether nothing may be started with it."""
 
 
-def of_host(host: HostConfig, seen: Seen, nodes: Sequence[NodeSpec], needs_bytes: int, running: bool) -> list[Finding]:
+def of_host(
+    host: HostConfig, seen: Seen, nodes: Sequence[NodeSpec], needs: Sequence[Need], running: bool
+) -> list[Finding]:
     """What one host's facts show.
 
     Args:
         host: as the config says.
         seen: what it said.
         nodes: that are to run there.
-        needs_bytes: memory that they take.
+        needs: what they take of its memory.
         running: whether nodes of this cluster run there: then they have the ports, and the memory.
     """
     facts = seen.facts
@@ -78,9 +81,10 @@ def of_host(host: HostConfig, seen: Seen, nodes: Sequence[NodeSpec], needs_bytes
         if facts.ports_taken:
             ports = ", ".join(map(str, facts.ports_taken))
             add("ports", f"taken by others: {ports}", "end what listens there, or say another `[network] ports`")
-        if needs_bytes > facts.available_bytes:
-            add("memory", f"its nodes need {_gib(needs_bytes)}, {_gib(facts.available_bytes)} are available",
-                "lower store_bytes or kv_tokens, or the number of nodes, for this host")  # fmt: skip
+        needed = sum(need.nbytes for need in needs)
+        if needed > facts.available_bytes:
+            fault = f"its nodes need {_gib(needed)}, {_gib(facts.available_bytes)} are available"
+            add("memory", fault, "; ".join(f"{_gib(need.nbytes)} for {need.what} ({need.option})" for need in needs))
     _gpus(host, facts, nodes, add)
     down = [device for device in host.ucx_devices if device in {port.name for port in facts.rdma if not port.active}]
     unknown = [device for device in host.ucx_devices if not _known(device, facts)]

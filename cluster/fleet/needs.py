@@ -1,17 +1,20 @@
 """What the nodes of a host take of its memory."""
 
 from cluster.fleet.config import HostConfig
-from cluster.model import kv_layout
-from cluster.plan import NodeSpec, Plan
+from cluster.fleet.placing import plan_on
+from cluster.memory import Need, needs
+from cluster.model import model_size
+from cluster.plan import Plan
 
 
-def needs_of(node: NodeSpec, host: HostConfig, plan: Plan) -> int:
-    """Bytes of memory of the host that this node takes: its arena, or its KV where that is not on a GPU."""
-    config = plan.config
-    if node.role == "store":
-        return host.store_bytes or config.store_bytes
-    if node.role == "router" or node.gpus or config.device == "cuda":
-        return 0
-    pool = plan.pool(node.pool)
-    layout = kv_layout(pool.model, pool.config.dtype or config.dtype)
-    return layout.token_bytes * (host.kv_tokens or pool.config.kv_tokens or config.kv_tokens)
+def needs_on(host: HostConfig, plan: Plan) -> list[Need]:
+    """The largest first; see :func:`cluster.memory.needs`.
+
+    Raises:
+        ClusterFault: a model's files do not say how large it is.
+    """
+    there = plan_on(host, plan)
+    sizes = {pool.name: model_size(pool.model, pool.config, there.config.dtype) for pool in there.pools}
+    nodes = [spec for spec in plan.nodes if spec.host == host.name]
+    on_gpu = bool(host.gpus) or there.config.device == "cuda"
+    return needs(there.config, nodes, there.pools, sizes, staging_bytes=there.store.slot_bytes, on_gpu=on_gpu)

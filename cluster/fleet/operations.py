@@ -15,11 +15,11 @@ from cluster.fleet.bundle import Bundle, make_bundle, read_bundle
 from cluster.fleet.connection import HostFault, connections
 from cluster.fleet.draining import drain, give_away, kept_blocks
 from cluster.fleet.launch import Launching, Outcome, apply, hands_of, on_all, wait_ready
-from cluster.fleet.needs import needs_of
+from cluster.fleet.needs import needs_on
 from cluster.fleet.opened import Opened
 from cluster.fleet.placing import place
 from cluster.fleet.progress import progress
-from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, nodes_on, survey
+from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, survey
 from cluster.hosts.orders import HostReport, stages
 from cluster.launch import make_plan
 from cluster.plan import Plan
@@ -60,10 +60,7 @@ async def look_at(fleet: Opened, console: Console, hands: Sequence[Hand] | None 
     except HostFault as fault:
         raise ClusterFault(str(fault)) from fault
     digests = await asyncio.to_thread(model_digests, plan)
-    needs = {
-        hand.host.name: sum(needs_of(spec, hand.host, plan) for spec in nodes_on(plan, hand.host.name))
-        for hand in fleet.hands
-    }
+    needs = {hand.host.name: needs_on(hand.host, plan) for hand in fleet.hands}
     found = await survey(fleet.config, plan, fleet.hands if hands is None else hands, digests, needs)
     return Ready(plan, found, digests)
 

@@ -68,35 +68,45 @@ def _count(count: NodeCount, host: HostConfig) -> int:
     return host.gpus if count == "per-gpu" else count
 
 
-def order_for(host: HostConfig, plan: Plan, home: str, digests: Mapping[str, str]) -> Order:
-    """What that host is told to run: the plan, with what the config says of this host alone, and with paths there.
-
-    ``home``: whole. ``digests``: of the pools' models, which name those that travel.
-    """
+def plan_on(host: HostConfig, plan: Plan) -> Plan:
+    """The plan with what the config says of this host alone."""
     said = {
         name: value
         for name in ("threads", "kv_tokens", "store_bytes", "disk_bytes", "disk_dir")
         if (value := getattr(host, name)) is not None
     }
-    api = plan.config.api
-    files = {name: f"{home}/run/secrets/{name}" for name in API_FILES if getattr(api, name)}
-    config = msgspec.structs.replace(plan.config, api=msgspec.structs.replace(api, **files), **said)
     store = plan.store
     if host.store_bytes is not None:
         store = msgspec.structs.replace(store, arena_bytes=host.store_bytes)
+    pools = plan.pools
+    if host.kv_tokens is not None:
+        pools = tuple(
+            msgspec.structs.replace(pool, config=msgspec.structs.replace(pool.config, kv_tokens=host.kv_tokens))
+            for pool in pools
+        )
+    config = msgspec.structs.replace(plan.config, **said)
+    return msgspec.structs.replace(plan, config=config, store=store, pools=pools)
+
+
+def order_for(host: HostConfig, plan: Plan, home: str, digests: Mapping[str, str]) -> Order:
+    """What that host is told to run: the plan with what is said of it alone, and with paths there.
+
+    ``home``: whole. ``digests``: of the pools' models, which name those that travel.
+    """
+    there = plan_on(host, plan)
+    api = plan.config.api
+    files = {name: f"{home}/run/secrets/{name}" for name in API_FILES if getattr(api, name)}
+    config = msgspec.structs.replace(there.config, api=msgspec.structs.replace(api, **files))
     paths = model_paths(host, plan, home, digests)
     pools = tuple(
         msgspec.structs.replace(
             pool,
             model=msgspec.structs.replace(pool.model, path=Path(paths[pool.name])),
-            config=msgspec.structs.replace(
-                pool.config, model=paths[pool.name], kv_tokens=host.kv_tokens or pool.config.kv_tokens
-            ),
+            config=msgspec.structs.replace(pool.config, model=paths[pool.name]),
         )
-        for pool in plan.pools
+        for pool in there.pools
     )
-    there = msgspec.structs.replace(plan, config=config, store=store, pools=pools)
-    return Order(there, host.name, host.supervisor)
+    return Order(msgspec.structs.replace(there, config=config, pools=pools), host.name, host.supervisor)
 
 
 def pools_on(plan: Plan, host: str) -> list[str]:

@@ -16,6 +16,7 @@ from cluster.fleet.findings import Finding, of_fleet, of_host
 from cluster.fleet.placing import model_paths
 from cluster.fleet.probe import digest
 from cluster.hosts.orders import HostReport
+from cluster.memory import Need
 from cluster.plan import NodeSpec, Plan
 from tracehaul.model.source import user_cache_dir
 
@@ -116,9 +117,13 @@ def model_digests(plan: Plan) -> dict[str, str]:
 
 
 async def survey(
-    config: ClusterConfig, plan: Plan, hands: Sequence[Hand], digests: Mapping[str, str], needs: Mapping[str, int]
+    config: ClusterConfig,
+    plan: Plan,
+    hands: Sequence[Hand],
+    digests: Mapping[str, str],
+    needs: Mapping[str, Sequence[Need]],
 ) -> Survey:
-    """Look at all of them. ``needs``: bytes of memory that each host's nodes take."""
+    """Look at all of them. ``needs``: what each host's nodes take of its memory."""
     seen: dict[str, Seen] = {}
     reports: dict[str, HostReport] = {}
     findings: list[Finding] = []
@@ -145,7 +150,7 @@ async def survey(
             fault = f"there is no {hand.tracehaul}"
             findings.append(Finding(host.name, "version", fault, "install tracehaul there, or leave `environment` out"))
         running = report is not None and any(node.pid for node in report.nodes)
-        findings.extend(of_host(host, found, nodes, needs.get(host.name, 0), running))
+        findings.extend(of_host(host, found, nodes, needs.get(host.name, ()), running))
 
     await asyncio.gather(*map(one, hands))
     order = [host.name for host in config.hosts]

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from cluster.config import ClusterConfig
 from cluster.fleet.findings import Finding
-from cluster.fleet.needs import needs_of
+from cluster.fleet.needs import needs_on
 from cluster.fleet.survey import Survey, nodes_on
 from cluster.hosts.orders import HostReport, NodeReport
 from cluster.hosts.pair import Measured
@@ -16,24 +16,33 @@ from cluster.plan import Plan
 _COLOURS = {"running": "green", "starting": "yellow", "backoff": "yellow", "stopped": "dim"}
 
 
-def placement(config: ClusterConfig, plan: Plan, found: Survey | None) -> Table:
-    """Which node runs where, at which ports, and what it takes of what is there."""
+def placement(config: ClusterConfig, plan: Plan) -> Table:
+    """Which node runs where, at which ports."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("host", "node", "pool", "address", "GPU"):
         table.add_column(column, no_wrap=True)
-    for column in ("control", "data", "metrics", "memory"):
+    for column in ("control", "data", "metrics"):
         table.add_column(column, justify="right", no_wrap=True)
     for host in config.hosts:
-        whole = 0
         for spec in nodes_on(plan, host.name):
-            needs = needs_of(spec, host, plan)
-            whole += needs
             ports = [str(port) for port in (spec.control_port, spec.data_port, spec.metrics_port)]
             gpus = ", ".join(map(str, spec.gpus))
-            table.add_row(host.name, spec.name, spec.pool, spec.address, gpus, *ports, gib(needs))
+            table.add_row(host.name, spec.name, spec.pool, spec.address, gpus, *ports)
+    return table
+
+
+def memory(config: ClusterConfig, plan: Plan, found: Survey | None) -> Table:
+    """What each host's nodes take of what is there."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("host", "needs", "available"):
+        table.add_column(column, justify="left" if column == "host" else "right", no_wrap=True)
+    table.add_column("for")
+    for host in config.hosts:
+        asked = needs_on(host, plan)
         seen = found.seen.get(host.name) if found else None
-        there = f"of {gib(seen.facts.available_bytes)}" if seen else ""
-        table.add_row("", "", "", "", "", "", "", f"[dim]{host.name}:[/]", f"[dim]{gib(whole)} {there}[/]")
+        there = gib(seen.facts.available_bytes) if seen else ""
+        parts = ", ".join(f"{gib(need.nbytes)} {need.what}" for need in asked)
+        table.add_row(host.name, gib(sum(need.nbytes for need in asked)), there, f"[dim]{parts}[/]")
     return table
 
 

@@ -10,6 +10,7 @@ from cluster.fleet.facts import Facts, Gpu, Interface, RdmaPort, Seen
 from cluster.fleet.findings import of_fleet, of_host
 from cluster.hosts.orders import HostReport, NodeReport
 from cluster.hosts.pair import Measured
+from cluster.memory import Need
 from cluster.plan import NodeSpec
 
 GIB = 2**30
@@ -44,8 +45,8 @@ HOST = HostConfig("a", HostNodes(router=1, store=1, decode=2), address="10.0.0.1
 NODES = [NodeSpec("store-a-0", "store", host="a", listen="10.0.0.1")]
 
 
-def found(facts: Facts, host: HostConfig = HOST, *, skew_s: float = 0.0, running: bool = False, needs: int = GIB):
-    return of_host(host, Seen(facts, skew_s, 0.3), NODES, needs, running)
+def found(facts: Facts, host: HostConfig = HOST, *, skew_s: float = 0.0, running: bool = False):
+    return of_host(host, Seen(facts, skew_s, 0.3), NODES, [Need("arenas", GIB, "--store-bytes")], running)
 
 
 def test_a_good_host_has_nothing_wrong():
