@@ -1,12 +1,13 @@
 """Faults planted on hosts: the doctor names each in one line, with what to do."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench.hosts.rig import Host
-from tests.hosts.conftest import ROOT, Operator
+from tests.hosts.conftest import Operator
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.timeout(300)]
 
@@ -44,7 +45,7 @@ nodes = {{ decode = 1 }}
 
 def test_each_planted_fault_has_a_line(operator: Operator) -> None:
     a, b, c = (operator.rig.hosts[name] for name in "abc")
-    operator.write(FILE.format(environment=f"{ROOT}/.venv"))
+    operator.write(FILE.format(environment=sys.prefix))
     try:
         plant(a, b, c)
         examine(operator)

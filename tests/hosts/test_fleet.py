@@ -3,13 +3,14 @@
 import json
 import random
 import subprocess
+import sys
 import time  # noqa: TID251 - a wait for other processes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.hosts.conftest import ROOT, Operator
+from tests.hosts.conftest import Operator
 from tracehaul.wire.steps import Sampling
 
 pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.timeout(600)]
@@ -34,7 +35,7 @@ home = "/srv/tracehaul"
 {how}
 nodes = {nodes}
 """
-INSTALLED = f'environment = "{ROOT}/.venv"'
+INSTALLED = f'environment = "{sys.prefix}"'
 OUTPUT = 8
 
 Alone = Callable[[Sequence[int], Sampling], list[int]]
