@@ -14,7 +14,7 @@ from cluster.config import authority, is_loopback
 from cluster.fleet import tables
 from cluster.fleet.doctor import Health, of_reports, try_pairs
 from cluster.fleet.opened import Opened
-from cluster.fleet.operations import encode, fault_of, launch, look_at, opened, reports_of, restart, stop
+from cluster.fleet.operations import changes_of, encode, fault_of, launch, look_at, opened, reports_of, restart, stop
 from cluster.fleet.survey import addresses_of
 from cluster.rundir import ClusterFault
 
@@ -54,7 +54,7 @@ async def _plan(path: Path, offline: bool) -> None:
         console.print(tables.memory(fleet.config, ready.plan, None if offline else ready.found))
         if offline:
             return
-        for line in tables.changes(ready.plan, ready.found):
+        for line in tables.changes(ready.plan, await changes_of(fleet, ready)):
             console.print(line, highlight=False)
         if ready.found.findings:
             console.print(tables.faults(ready.found.findings))

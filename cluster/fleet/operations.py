@@ -17,9 +17,10 @@ from cluster.fleet.draining import drain, give_away, kept_blocks
 from cluster.fleet.launch import Launching, Outcome, apply, hands_of, on_all, wait_ready
 from cluster.fleet.needs import needs_on
 from cluster.fleet.opened import Opened
-from cluster.fleet.placing import place
+from cluster.fleet.placing import order_for, place
 from cluster.fleet.progress import progress
-from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, survey
+from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, nodes_on, survey
+from cluster.hosts.changes import Changes
 from cluster.hosts.orders import HostReport, stages
 from cluster.launch import make_plan
 from cluster.plan import Plan
@@ -63,6 +64,24 @@ async def look_at(fleet: Opened, console: Console, hands: Sequence[Hand] | None 
     needs = {hand.host.name: needs_on(hand.host, plan) for hand in fleet.hands}
     found = await survey(fleet.config, plan, fleet.hands if hands is None else hands, digests, needs)
     return Ready(plan, found, digests)
+
+
+async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes]:
+    """What a launch would do, by host, as far as hosts answer: where nothing is installed it starts all."""
+    hands = {hand.host.name: hand for hand in fleet.hands if hand.host.name in ready.found.seen}
+
+    async def one(hand: Hand) -> Changes:
+        host = hand.host
+        if host.name not in ready.found.reports:
+            return Changes(start=tuple(spec.name for spec in nodes_on(ready.plan, host.name)))
+        order = order_for(host, ready.plan, ready.found.seen[host.name].facts.home, ready.digests)
+        try:
+            told = await hand.tell(["host", "apply", "--dry-run"], msgspec.json.encode(order, enc_hook=str))
+            return msgspec.json.decode(told, type=Changes)
+        except (HostFault, msgspec.DecodeError) as fault:
+            raise ClusterFault(f"{host.name} does not say what would change: {fault}") from fault
+
+    return dict(zip(hands, await asyncio.gather(*map(one, hands.values())), strict=True))
 
 
 async def bundles_for(

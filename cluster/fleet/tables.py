@@ -9,6 +9,7 @@ from cluster.config import ClusterConfig
 from cluster.fleet.findings import Finding
 from cluster.fleet.needs import needs_on
 from cluster.fleet.survey import Survey, nodes_on
+from cluster.hosts.changes import Changes
 from cluster.hosts.orders import HostReport, NodeReport
 from cluster.hosts.pair import Measured
 from cluster.plan import Plan
@@ -46,18 +47,15 @@ def memory(config: ClusterConfig, plan: Plan, found: Survey | None) -> Table:
     return table
 
 
-def changes(plan: Plan, found: Survey) -> list[str]:
-    """A line for each node that would be started or stopped, by its name."""
-    there = {node.name: (host, node) for host, report in found.reports.items() for node in report.nodes}
-    wanted = {spec.name: spec.host for spec in plan.nodes}
-    lines = [f"+ {name} is new on {host}" for name, host in wanted.items() if name not in there]
-    lines += [f"- {name} ends on {host}" for name, (host, _) in there.items() if name not in wanted]
-    lines += [
-        f"  {name} is {node.state}, and would be started"
-        for name, (_, node) in there.items()
-        if name in wanted and node.pid is None
-    ]
-    return lines
+def changes(plan: Plan, found: Mapping[str, Changes]) -> list[str]:
+    """A line for each node that would be started, started anew or stopped."""
+    lines: list[str] = []
+    for host, would in found.items():
+        new = {spec.name for spec in nodes_on(plan, host)}
+        lines += [f"+ {name} starts on {host}" for name in would.start if name in new]
+        lines += [f"~ {name} is started anew on {host}: something that it reads has changed" for name in would.restart]
+        lines += [f"- {name} ends on {host}" for name in would.stop]
+    return lines or ["Nothing would change."]
 
 
 def faults(findings: Sequence[Finding]) -> Table:

@@ -10,6 +10,8 @@ from typing import Annotated
 import msgspec
 import typer
 
+from cluster.hosts.changes import changes
+from cluster.hosts.kept import digests_here
 from cluster.hosts.managers import apply as apply_order
 from cluster.hosts.managers import facts, present
 from cluster.hosts.orders import HostReport, Order
@@ -53,6 +55,7 @@ def _waited(report: HostReport, again: Callable[[], HostReport], wait_s: float) 
 def apply(
     order: Annotated[str, typer.Option(help="The order's file; -: standard input.")] = "-",
     wait_s: WaitOption = 0.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done, and do nothing.")] = False,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
     """Make this host run what the order says; harmless when it does already.
@@ -74,6 +77,10 @@ def apply(
     except msgspec.DecodeError as error:
         raise ClusterFault(f"the order is wrong, or of another version: {error}") from error
     run = RunDir(run_dir)
+    if dry_run:
+        would = changes(present(run).status(), said, digests_here(said))
+        typer.echo(msgspec.json.encode(would).decode())
+        return
     report = apply_order(run, said, facts())
     _tell(_waited(report, present(run).status, wait_s))
 

@@ -57,7 +57,7 @@ def prompt(seed: int, tokens: int = 300) -> list[int]:
 def test_a_trace_computed_on_one_host_is_decoded_on_another(operator: Operator, alone: Alone, tmp_path: Path) -> None:
     three = fleet(a="{ router = 1 }", b="+{ store = 1, prefill = 1 }", c="{ decode = 1 }")
     operator.write(three)
-    assert "+ decode-c-0 is new on c" in operator.ask("plan")
+    assert "+ decode-c-0 starts on c" in operator.ask("plan")
     archive = operator.ask("bundle", str(tmp_path)).strip()
     told = operator.ask("launch", "--bundle", archive)
     assert told == f"ready {operator.url('a')}\n"
@@ -113,15 +113,20 @@ def test_hosts_come_and_go_while_agents_work(operator: Operator) -> None:
 
 
 def test_an_upgrade_fails_no_request(operator: Operator) -> None:
-    before = operator.nodes()
+    before = {name: node["pid"] for name, node in operator.nodes().items() if node["pid"]}
+    operator.write("connections_max = 1000\n" + operator.file.read_text())
+    told = operator.ask("plan")
+    assert all(f"~ {name} is started anew" in told for name in before), "all of them read it"
     with operator.agents(6, "a", "b") as seen:
         time.sleep(2.0)
-        operator.ask("restart", "--rolling")
+        operator.ask("upgrade")
+        operator.ask("restart", "--rolling", "store-a-0", "decode-b-0")
         time.sleep(1.0)
     assert seen["failed"] == []
     assert seen["steps"] > 12
     after = operator.nodes()
-    assert all(after[name]["pid"] != node["pid"] for name, node in before.items()), "each was started anew"
+    assert all(after[name]["pid"] not in (None, pid) for name, pid in before.items()), "each was started anew"
+    assert "Nothing would change." in operator.ask("plan")
 
 
 def test_nobody_has_to_remember_what_was_launched(operator: Operator) -> None:
