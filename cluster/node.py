@@ -153,7 +153,7 @@ class _Node:
         files = [("connections_max", config.connections_max), ("other files", OTHER_FILES)]
         if self._spec.role == "router":
             files.append(("api.connections_max", config.api.connections_max + ROOM))
-        elif "tcp" in self._plan.transports:
+        elif {"tcp", "auto"} & set(self._plan.transports):
             files.append(("the tcp transport", TCP_CONNECTIONS_MAX))
         return files
 

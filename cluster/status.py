@@ -67,7 +67,7 @@ def mending(run: RunDir, locals_: Sequence[Local], why: str) -> str:
 
 
 def table(url: str, nodes: Sequence[NodeStatus], run: RunDir | None, locals_: Sequence[Local], *, wide: bool) -> Table:
-    """The members, then ``locals_``; with ``run``, and where there is room, also where metrics are."""
+    """The members, then ``locals_``; with ``run``, and where there is room, also how KV moves and where metrics are."""
     models = sorted({node.info.model for node in nodes if node.info.model})
     shown = Table(title=f"{url}  {', '.join(models) or 'no model yet'}", title_justify="left", box=box.SIMPLE_HEAD)
     pools = any(node.info.pool for node in nodes)
@@ -76,6 +76,7 @@ def table(url: str, nodes: Sequence[NodeStatus], run: RunDir | None, locals_: Se
     for column in ("running", "waiting", "blocks", "MiB used", "started"):
         shown.add_column(column, justify="right", no_wrap=True)
     if wide:
+        shown.add_column("KV by", no_wrap=True)
         shown.add_column("metrics", no_wrap=True)
     stopped = {record.name for record in run.records() if frozen(record)} if run else set[str]()
     for node in nodes:
@@ -83,7 +84,7 @@ def table(url: str, nodes: Sequence[NodeStatus], run: RunDir | None, locals_: Se
     for local in locals_:
         role = [local.name.partition("-")[0], *([""] if pools else [])]
         health = f"[{local.color}]{local.health}[/]"
-        shown.add_row(local.name, *role, health, *[""] * 5, *([local.metrics] if wide else []))
+        shown.add_row(local.name, *role, health, *[""] * 5, *(["", local.metrics] if wide else []))
     return shown
 
 
@@ -100,6 +101,7 @@ def _member(node: NodeStatus, *, pools: bool, stopped: bool, wide: bool) -> Iter
     yield f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}"
     yield f"{datetime.fromtimestamp(info.started_s, UTC):%H:%M:%S}Z" if info.started_s else ""
     if wide:
+        yield ", ".join(escape(how.partition(" (")[0]) for how in info.transports)
         yield info.metrics
 
 
