@@ -5,10 +5,12 @@ because it is one machine in truth. Root, iproute2 and openssh-server are needed
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time  # noqa: TID251 - waits for other processes
 import uuid
 from collections.abc import Generator, Sequence
@@ -224,12 +226,14 @@ def rig(
 ) -> Generator[Rig, None, None]:
     """Hosts of these names, for as long as the context is open."""
     made = Rig(folder, names, prefix, network)
-    made.down()  # of a run that was killed
-    try:
-        made.up()
-        yield made
-    finally:
-        made.down()
+    with Path(tempfile.gettempdir(), f"tracehaul-rig-{prefix}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # links and namespaces have names that are there once
+        made.down()  # of a run that was killed
+        try:
+            made.up()
+            yield made
+        finally:
+            made.down()
 
 
 def ip(*words: str) -> None:
