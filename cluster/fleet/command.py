@@ -22,6 +22,10 @@ err = Console(stderr=True)
 out = Console()
 WIDE_COLUMNS = 160
 CONFIG_FILE = Path("cluster.toml")
+PLAIN_NOTE = (
+    'Whoever reaches the hosts\' ports can join this fleet, and read along: say control = "mtls" in [security], unless '
+    "nobody else is on that network."
+)
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "-c", envvar="TRACEHAUL_CONFIG", help="The cluster's file, with its [[hosts]].")
@@ -118,6 +122,8 @@ async def _launch(
             typer.echo(encode(outcome))
         if (fault := fault_of(outcome)) is not None:
             raise fault
+        if len(fleet.hands) > 1 and fleet.config.security.control == "plain":
+            err.print(PLAIN_NOTE, highlight=False, markup=False, soft_wrap=True)
         if not as_json:
             typer.echo(f"ready {', '.join(await _urls(fleet))}")
 
