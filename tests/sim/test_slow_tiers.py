@@ -13,7 +13,7 @@ from worker.config import WorkerConfig
 
 CALM = 0
 """A seed without faults."""
-MIX = Mix(traces=12, steps_min=4, steps_max=6, think_mean_s=2.0, fork_share=0.0, hang_up_share=0.0)
+MIX = Mix(traces=24, steps_min=4, steps_max=6, think_mean_s=2.0, fork_share=0.0, hang_up_share=0.0)
 
 
 def placements(latency_s: float) -> tuple[list[Placed], int]:
