@@ -103,8 +103,8 @@ def upgrade(
     hosts: HostsArgument = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bring this version to the hosts, one after the other: each node drains, is started anew and serves before the
-    next. What runs on the others goes on.
+    """Bring this version, and the file, to the hosts, one after the other: what has changed on a host drains and is
+    started anew, and serves before the next host's turn. What runs on the others goes on.
 
     Example:
 

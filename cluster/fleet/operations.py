@@ -113,7 +113,7 @@ async def launch(
 ) -> Outcome:
     """Bring these hosts, or all, to what the config says, and wait until their nodes serve.
 
-    ``rolling``: one host after the other, and one node at a time on each.
+    ``rolling``: one host after the other.
 
     Raises:
         ClusterFault: nothing can be started on any of them.
