@@ -149,7 +149,10 @@ async def apply(hand: Hand, order: Order, told: Told) -> HostReport:
     """
     told(f"starting {len(order.nodes)} nodes")
     answer = await hand.tell(["host", "apply"], msgspec.json.encode(order, enc_hook=str), APPLY_S)
-    return msgspec.json.decode(answer, type=HostReport)
+    try:
+        return msgspec.json.decode(answer, type=HostReport)
+    except msgspec.DecodeError as error:
+        raise HostFault(f"its tracehaul answers nonsense: {error}") from error
 
 
 async def wait_ready(hand: Hand, names: Sequence[str], timeout_s: float, told: Told) -> HostReport:

@@ -13,7 +13,7 @@ from cluster.config import Role
 from cluster.config_file import load_config
 from cluster.fleet.bundle import Bundle, make_bundle, read_bundle
 from cluster.fleet.connection import HostFault, connections
-from cluster.fleet.draining import drain, give_away, kept_blocks
+from cluster.fleet.draining import drain, given_away
 from cluster.fleet.launch import Launching, Outcome, apply, hands_of, on_all, wait_ready
 from cluster.fleet.needs import needs_on
 from cluster.fleet.opened import Opened
@@ -134,12 +134,19 @@ async def launch(
             names = [spec.name for spec in order.nodes]
             return await wait_ready(hand, names, fleet.config.start_timeout_s, told)
 
+        async def in_turn(hand: Hand) -> HostReport:
+            report = await hand.report()
+            nodes = report.nodes if report is not None else ()
+            stores = {node.name: hand for node in nodes if node.role == "store" and node.pid is not None}
+            async with given_away(fleet, stores, shown.of(hand.host.name)):
+                return await one(hand)
+
         if not rolling:
             return await on_all(hands, one, shown)
         reports: dict[str, HostReport] = {}
         faults: dict[str, str] = {}
         for hand in hands:  # the first that fails ends it: the others serve on as they are
-            outcome = await on_all([hand], lambda hand: kept_blocks(fleet, hand, one, shown), shown)
+            outcome = await on_all([hand], in_turn, shown)
             reports |= outcome.reports
             faults |= outcome.faults
             if faults:
@@ -234,11 +241,11 @@ async def restart(fleet: Opened, names: Sequence[str], console: Console, *, roll
         async def one(name: str) -> None:
             host = where[name]
             try:
-                if rolling and roles[name] == "store":
-                    await give_away(fleet, [name], shown.of(name))
-                shown.tell(name, "stopping")
-                await hands[host].tell(["host", "restart", name], timeout_s=timeout_s)
-                reports[host] = await wait_ready(hands[host], [name], fleet.config.start_timeout_s, shown.of(name))
+                stores = {name: hands[host]} if rolling and roles[name] == "store" else {}
+                async with given_away(fleet, stores, shown.of(name)):
+                    shown.tell(name, "stopping")
+                    await hands[host].tell(["host", "restart", name], timeout_s=timeout_s)
+                    reports[host] = await wait_ready(hands[host], [name], fleet.config.start_timeout_s, shown.of(name))
             except HostFault as fault:
                 faults[host] = str(fault)
                 shown.tell(name, str(fault), failed=True)
@@ -258,7 +265,8 @@ def fault_of(outcome: Outcome) -> ClusterFault | None:
     if not outcome.faults:
         return None
     failed = "; ".join(f"{name}: {fault}" for name, fault in outcome.faults.items())
-    others = f"; the others serve: {', '.join(outcome.reports)}" if outcome.reports else ""
+    well = [name for name in outcome.reports if name not in outcome.faults]
+    others = f"; the others serve: {', '.join(well)}" if well else ""
     return ClusterFault(f"{failed}{others}")
 
 
