@@ -105,9 +105,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return ("shm",) if kind == "auto" else (kind,)
         return ("shm", "auto" if kind == "shm" else kind)
 
+    def nodes_on(self, host: str) -> tuple[NodeSpec, ...]:
+        """Those of one host, in the order to start them."""
+        return tuple(spec for spec in self.nodes if spec.host == host)
+
     def workers_on(self, host: str) -> int:
         """How many share that host's cores."""
-        return sum(spec.host == host and spec.role in ("prefill", "decode") for spec in self.nodes)
+        return sum(spec.role in ("prefill", "decode") for spec in self.nodes_on(host))
 
 
 def load_plan(run: RunDir) -> Plan:

@@ -10,7 +10,7 @@ import msgspec
 from cluster.config import ClusterConfig
 from cluster.fleet.connection import HostFault
 from cluster.fleet.findings import Finding
-from cluster.fleet.survey import Hand, Survey, nodes_on
+from cluster.fleet.survey import Hand, Survey
 from cluster.hosts.orders import HostReport
 from cluster.hosts.pair import Answers, Measured, Offer, Questions
 from cluster.plan import NodeSpec, Plan
@@ -96,7 +96,7 @@ def _runs(spec: NodeSpec, found: Survey) -> bool:
 def _words(command: Literal["offer", "measure"], hand: Hand, config: ClusterConfig, plan: Plan) -> list[str]:
     """What that host runs: where its nodes would be, at ports that no node has."""
     port = config.network.ports + TRIAL_PORT
-    nodes = nodes_on(plan, hand.host.name)
+    nodes = plan.nodes_on(hand.host.name)
     place = nodes[0].data if nodes else Place(hand.host.listen or hand.host.address, hand.host.address)
     place = msgspec.structs.replace(place, port=port + 1 if command == "offer" else port + 2)
     words = ["host", command, "--kind", plan.transports[-1], "--place", msgspec.json.encode(place).decode()]

@@ -56,7 +56,6 @@ class Gpu(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """What a host says of itself. A fault is a few words; empty: none."""
 
-    hostname: str
     boot_id: str
     machine: str
     """``x86_64`` or ``aarch64``."""
@@ -64,20 +63,13 @@ class Facts(msgspec.Struct, frozen=True):
     python: str
     """Version of what makes environments; empty: there is none."""
     python_lacks: str
-    user: str
     home: str
     """Whole path."""
     home_fault: str
     home_free_bytes: int
-    shm_free_bytes: int
     memfd_fault: str
-    cores: int
-    memory_bytes: int
     available_bytes: int
-    nofile_soft: int
     nofile_hard: int
-    init: str
-    """What process 1 is called."""
     interfaces: tuple[Interface, ...]
     rdma: tuple[RdmaPort, ...]
     gpus: tuple[Gpu, ...]

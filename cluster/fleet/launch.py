@@ -189,9 +189,9 @@ def hands_of(hands: Sequence[Hand], config: ClusterConfig, names: Sequence[str])
     """Those of these hosts; all if none is named.
 
     Raises:
-        HostFault: there is none of that name.
+        ClusterFault: there is none of that name.
     """
     there = [host.name for host in config.hosts]
     if strangers := [name for name in names if name not in there]:
-        raise HostFault(f"no host {strangers[0]}; there are {', '.join(there)}")
+        raise ClusterFault(f"no host {strangers[0]}; there are {', '.join(there)}")
     return [hand for hand in hands if not names or hand.host.name in names]

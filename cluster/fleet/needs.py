@@ -15,6 +15,7 @@ def needs_on(host: HostConfig, plan: Plan) -> list[Need]:
     """
     there = plan_on(host, plan)
     sizes = {pool.name: model_size(pool.model, pool.config, there.config.dtype) for pool in there.pools}
-    nodes = [spec for spec in plan.nodes if spec.host == host.name]
     on_gpu = bool(host.gpus) or there.config.device == "cuda"
-    return needs(there.config, nodes, there.pools, sizes, staging_bytes=there.store.slot_bytes, on_gpu=on_gpu)
+    return needs(
+        there.config, plan.nodes_on(host.name), there.pools, sizes, staging_bytes=there.store.slot_bytes, on_gpu=on_gpu
+    )

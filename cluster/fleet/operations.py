@@ -19,7 +19,7 @@ from cluster.fleet.needs import needs_on
 from cluster.fleet.opened import Opened
 from cluster.fleet.placing import order_for, place
 from cluster.fleet.progress import progress
-from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, nodes_on, survey
+from cluster.fleet.survey import Hand, Survey, addresses_of, model_digests, survey
 from cluster.hosts.changes import Changes
 from cluster.hosts.orders import HostReport, stages
 from cluster.launch import make_plan
@@ -73,7 +73,7 @@ async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes]:
     async def one(hand: Hand) -> Changes:
         host = hand.host
         if host.name not in ready.found.reports:
-            return Changes(start=tuple(spec.name for spec in nodes_on(ready.plan, host.name)))
+            return Changes(start=tuple(spec.name for spec in ready.plan.nodes_on(host.name)))
         order = order_for(host, ready.plan, ready.found.seen[host.name].facts.home, ready.digests)
         try:
             told = await hand.tell(["host", "apply", "--dry-run"], msgspec.json.encode(order, enc_hook=str))
@@ -118,10 +118,7 @@ async def launch(
     Raises:
         ClusterFault: nothing can be started on any of them.
     """
-    try:
-        hands = hands_of(fleet.hands, fleet.config, only)
-    except HostFault as fault:
-        raise ClusterFault(str(fault)) from fault
+    hands = hands_of(fleet.hands, fleet.config, only)
     ready = await look_at(fleet, console, hands)
     bundles = await bundles_for(hands, ready.found, given, lambda line: console.print(line, highlight=False))
     launching = Launching(ready.plan, ready.found, bundles, ready.digests)
@@ -179,10 +176,7 @@ async def stop(fleet: Opened, only: Sequence[str], console: Console, *, drained:
     Raises:
         ClusterFault: there is no such host, or a store cannot be drained; nothing was stopped then.
     """
-    try:
-        hands = hands_of(fleet.hands, fleet.config, only)
-    except HostFault as fault:
-        raise ClusterFault(str(fault)) from fault
+    hands = hands_of(fleet.hands, fleet.config, only)
     before = await reports_of(hands)
     roles: dict[str, Role] = {
         node.name: node.role for report in before.reports.values() for node in report.nodes if node.pid

@@ -111,7 +111,7 @@ def order_for(host: HostConfig, plan: Plan, home: str, digests: Mapping[str, str
 
 def pools_on(plan: Plan, host: str) -> list[str]:
     """Those whose models a host's nodes read: workers their own, routers all."""
-    nodes = [spec for spec in plan.nodes if spec.host == host]
+    nodes = plan.nodes_on(host)
     every = any(spec.role == "router" for spec in nodes)
     return [
         pool.name

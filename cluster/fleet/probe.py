@@ -41,10 +41,10 @@ def output(*command: str) -> str:
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
 
 
-def memory() -> tuple[int, int]:
-    """Bytes in all and available, of the machine or of the control group that holds us, whichever is less."""
+def available() -> int:
+    """Bytes of memory, of the machine or of the control group that holds us, whichever has less."""
     lines = dict(line.split(":", 1) for line in read("/proc/meminfo").splitlines() if ":" in line)
-    total, available = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    total, left = (int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     for line in read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -55,8 +55,8 @@ def memory() -> tuple[int, int]:
             continue
         limit, used = read(files[0] + "/" + files[1]), read(files[0] + "/" + files[2])
         if limit.isdigit() and used.isdigit() and int(limit) < total:
-            total, available = int(limit), min(available, int(limit) - int(used))
-    return total, max(0, available)
+            total, left = int(limit), min(left, int(limit) - int(used))
+    return max(0, left)
 
 
 def memfd() -> str:
@@ -209,9 +209,8 @@ def python(command: str) -> tuple[str, str]:
 
 def looked(asked: dict[str, Any]) -> dict[str, Any]:
     home = os.path.expanduser(asked["home"])
-    total, available = memory()
     version, lacks = python(asked["python"])
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     libc = ctypes.CDLL(None)
     glibc = ""
     if hasattr(libc, "gnu_get_libc_version"):
@@ -219,24 +218,17 @@ def looked(asked: dict[str, Any]) -> dict[str, Any]:
         glibc = libc.gnu_get_libc_version().decode()
     models = {name: os.path.expanduser(path) for name, path in asked["models"].items()}
     return {
-        "hostname": socket.gethostname(),
         "boot_id": read("/proc/sys/kernel/random/boot_id"),
         "machine": platform.machine(),
         "glibc": glibc,
         "python": version,
         "python_lacks": lacks,
-        "user": str(os.geteuid()),
         "home": home,
         "home_fault": writable(home),
         "home_free_bytes": room(home),
-        "shm_free_bytes": room("/dev/shm"),
         "memfd_fault": memfd(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": total,
-        "available_bytes": available,
-        "nofile_soft": soft,
+        "available_bytes": available(),
         "nofile_hard": hard,
-        "init": read("/proc/1/comm"),
         "interfaces": interfaces(),
         "rdma": rdma(),
         "gpus": gpus(),

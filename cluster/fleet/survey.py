@@ -17,7 +17,7 @@ from cluster.fleet.placing import model_paths
 from cluster.fleet.probe import digest
 from cluster.hosts.orders import HostReport
 from cluster.memory import Need
-from cluster.plan import NodeSpec, Plan
+from cluster.plan import Plan
 from tracehaul.model.source import user_cache_dir
 
 REPORT_S = 30.0
@@ -130,7 +130,7 @@ async def survey(
 
     async def one(hand: Hand) -> None:
         host = hand.host
-        nodes = tuple(spec for spec in plan.nodes if spec.host == host.name)
+        nodes = plan.nodes_on(host.name)
         listen = nodes[0].listen if nodes else host.listen or host.address or "127.0.0.1"
         asked = Asked(host.home, host.python, listen, ports_of(nodes), model_paths(host, plan, host.home, digests))
         try:
@@ -157,8 +157,3 @@ async def survey(
     addresses = {spec.host: spec.data.address for spec in plan.nodes}
     findings += of_fleet(config, seen, digests, addresses)
     return Survey(seen, reports, sorted(findings, key=lambda finding: order.index(finding.host)))
-
-
-def nodes_on(plan: Plan, host: str) -> list[NodeSpec]:
-    """Of one host, in the order to start them."""
-    return [spec for spec in plan.nodes if spec.host == host]

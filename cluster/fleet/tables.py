@@ -8,7 +8,7 @@ from rich.table import Table
 from cluster.config import ClusterConfig
 from cluster.fleet.findings import Finding
 from cluster.fleet.needs import needs_on
-from cluster.fleet.survey import Survey, nodes_on
+from cluster.fleet.survey import Survey
 from cluster.hosts.changes import Changes
 from cluster.hosts.orders import HostReport, NodeReport
 from cluster.hosts.pair import Measured
@@ -25,7 +25,7 @@ def placement(config: ClusterConfig, plan: Plan) -> Table:
     for column in ("control", "data", "metrics"):
         table.add_column(column, justify="right", no_wrap=True)
     for host in config.hosts:
-        for spec in nodes_on(plan, host.name):
+        for spec in plan.nodes_on(host.name):
             ports = [str(port) for port in (spec.control_port, spec.data_port, spec.metrics_port)]
             gpus = ", ".join(map(str, spec.gpus))
             table.add_row(host.name, spec.name, spec.pool, spec.address, gpus, *ports)
@@ -51,7 +51,7 @@ def changes(plan: Plan, found: Mapping[str, Changes]) -> list[str]:
     """A line for each node that would be started, started anew or stopped."""
     lines: list[str] = []
     for host, would in found.items():
-        new = {spec.name for spec in nodes_on(plan, host)}
+        new = {spec.name for spec in plan.nodes_on(host)}
         lines += [f"+ {name} starts on {host}" for name in would.start if name in new]
         lines += [f"~ {name} is started anew on {host}: something that it reads has changed" for name in would.restart]
         lines += [f"- {name} ends on {host}" for name in would.stop]

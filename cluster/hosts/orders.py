@@ -66,7 +66,7 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def nodes(self) -> tuple[NodeSpec, ...]:
         """Of this host, in the order to start them."""
-        return tuple(spec for spec in self.plan.nodes if spec.host == self.host)
+        return self.plan.nodes_on(self.host)
 
 
 class NodeReport(msgspec.Struct, frozen=True):

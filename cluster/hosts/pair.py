@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import secrets
 import statistics
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from tracehaul.transfer.base import Copy, Region, Transfer
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.opening import open_transport
 from tracehaul.transfer.place import Place
+from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError
 
@@ -73,18 +74,14 @@ async def offer(kind: str, place: Place, port: int, ended: asyncio.Event, told: 
     Raises:
         OSError, TransferError: an address cannot be bound, or the transport does not start here.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        offload = ThreadOffload("pair", 1)
-        stack.callback(offload.close)
-        memory = allocate(REGION_BYTES, "pair")
-        stack.callback(memory.close)
-        transfer = open_transport(kind, _owner(), place, offload).transfer
-        stack.push_async_callback(transfer.close)
+    async with _opened(kind, place) as plane:
         server = await asyncio.start_server(_echo, place.listen, port)
-        stack.callback(server.close)
-        control = join_address(place.announced, server.sockets[0].getsockname()[1])
-        told.set_result(Offer(control, transfer.register(memory).descriptor))
-        await ended.wait()
+        try:
+            control = join_address(place.announced, server.sockets[0].getsockname()[1])
+            told.set_result(Offer(control, plane.region.descriptor))
+            await ended.wait()
+        finally:
+            server.close()
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -95,8 +92,17 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.close()
 
 
-def _owner() -> str:
-    return f"pair-{secrets.token_hex(8)}#1"
+@contextlib.asynccontextmanager
+async def _opened(kind: str, place: Place) -> AsyncGenerator[Plane]:
+    """The transport, with memory of its own."""
+    async with contextlib.AsyncExitStack() as stack:
+        offload = ThreadOffload("pair", 1)
+        stack.callback(offload.close)
+        memory = allocate(REGION_BYTES, "pair")
+        stack.callback(memory.close)
+        transfer = open_transport(kind, f"pair-{secrets.token_hex(8)}#1", place, offload).transfer
+        stack.push_async_callback(transfer.close)
+        yield Plane(transfer, transfer.register(memory))
 
 
 async def measure(kind: str, place: Place, questions: Questions) -> Answers:
@@ -105,15 +111,8 @@ async def measure(kind: str, place: Place, questions: Questions) -> Answers:
     Raises:
         OSError, TransferError: the transport does not start here.
     """
-    async with contextlib.AsyncExitStack() as stack:
-        offload = ThreadOffload("pair", 1)
-        stack.callback(offload.close)
-        memory = allocate(REGION_BYTES, "pair")
-        stack.callback(memory.close)
-        transfer = open_transport(kind, _owner(), place, offload).transfer
-        stack.push_async_callback(transfer.close)
-        region = transfer.register(memory)
-        measured = {name: await _measured(transfer, region, there) for name, there in sorted(questions.offers.items())}
+    async with _opened(kind, place) as plane:
+        measured = {name: await _measured(*plane, there) for name, there in sorted(questions.offers.items())}
         return Answers(measured, await _unreached(questions.addresses))
 
 

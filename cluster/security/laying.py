@@ -50,7 +50,7 @@ def files_for(plan: Plan, host: str, there: bytes, *, now_s: float) -> dict[str,
                 f"the host trusts another CA than the one in {authority}: bring that of the machine which launched it, "
                 f"or remove run/{FOLDER}/{CA_FILE} on every host"
             )
-        issued = certify(authority, host, [spec for spec in plan.nodes if spec.host == host], now_s=now_s)
+        issued = certify(authority, host, plan.nodes_on(host), now_s=now_s)
         files |= {CA_FILE: issued.ca, KEY_FILE: issued.key, CERT_FILE: issued.cert}
     if security.token:
         ensure_token(authority)
