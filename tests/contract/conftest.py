@@ -1,7 +1,8 @@
 """What tests of who is let in share: a CA, another, and both kinds of loop."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from cluster.security.laying import lay
 from router.fleet import gate
 from tracehaul.rpc import membership
 from tracehaul.rpc import tcp as rpc_tcp
+from tracehaul.rpc.base import CallContext, Network
 from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import Credentials
 from tracehaul.transfer import tcp_serving
+from tracehaul.wire.base import Ok
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillProgress
 
 HOST = "127.0.0.1"
+LISTEN = f"{HOST}:0"
 
 Main = Callable[[], Coroutine[Any, Any, None]]
 
@@ -71,3 +77,30 @@ def authority(tmp_path: Path) -> Authority:
 @pytest.fixture
 def stranger(tmp_path: Path) -> Authority:
     return Authority(tmp_path / "theirs", "another")
+
+
+class Echo:
+    """Keeps what was proven of who called last."""
+
+    def __init__(self) -> None:
+        self.names: frozenset[str] | None = None
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        self.names = context.names
+        return Ok()
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        self.names = context.names
+        yield PrefillProgress(1)
+
+    def disconnected(self, peer: str) -> None:
+        pass
+
+
+@contextlib.asynccontextmanager
+async def listening(network: Network, service: Any) -> AsyncGenerator[str]:
+    server = await network.listen(LISTEN, service)
+    try:
+        yield server.address
+    finally:
+        await server.close()

@@ -13,6 +13,7 @@ from cluster.security.ca import issue, retire, rotate
 from cluster.security.laying import lay, lay_ca
 from router.fleet.gate import Gate
 from router.fleet.members import MemberRegistry
+from tests.contract.conftest import LISTEN, Echo, listening
 from tracehaul.rpc.base import CallContext, Network
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -28,41 +29,12 @@ from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillProgress
 
-HOST = "127.0.0.1"
-LISTEN = f"{HOST}:0"
 DAY_S = 86400.0
 
 Main = Callable[[], Coroutine[Any, Any, None]]
 
 
 pytestmark = pytest.mark.usefixtures("talkative")
-
-
-class Echo:
-    """Keeps what was proven of who called last."""
-
-    def __init__(self) -> None:
-        self.names: frozenset[str] | None = None
-
-    async def call(self, request: Request, context: CallContext) -> Reply:
-        self.names = context.names
-        return Ok()
-
-    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
-        self.names = context.names
-        yield PrefillProgress(1)
-
-    def disconnected(self, peer: str) -> None:
-        pass
-
-
-@contextlib.asynccontextmanager
-async def listening(network: Network, service: Any) -> AsyncGenerator[str]:
-    server = await network.listen(LISTEN, service)
-    try:
-        yield server.address
-    finally:
-        await server.close()
 
 
 async def refused(network: Network, address: str) -> str:

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.security.ca import retire, rotate
 from cluster.security.laying import lay, lay_ca
-from tracehaul.rpc.base import CallContext, Network
+from tests.contract.conftest import HOST, Echo, listening
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import Credentials
@@ -21,15 +21,10 @@ from tracehaul.transfer import tcp, tcp_asking, tcp_tls
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.tcp import TcpTransfer
-from tracehaul.wire.base import Ok
 from tracehaul.wire.blocks import Exists
 from tracehaul.wire.errors import TransferError
 from tracehaul.wire.ids import BlockHash
-from tracehaul.wire.messages import Reply, Request
-from tracehaul.wire.steps import PrefillProgress
 
-HOST = "127.0.0.1"
-LISTEN = f"{HOST}:0"
 NBYTES = 1 << 20
 DAY_S = 86400.0
 
@@ -37,33 +32,6 @@ Main = Callable[[], Coroutine[Any, Any, None]]
 
 
 pytestmark = pytest.mark.usefixtures("talkative")
-
-
-class Echo:
-    """Keeps what was proven of who called last."""
-
-    def __init__(self) -> None:
-        self.names: frozenset[str] | None = None
-
-    async def call(self, request: Request, context: CallContext) -> Reply:
-        self.names = context.names
-        return Ok()
-
-    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
-        self.names = context.names
-        yield PrefillProgress(1)
-
-    def disconnected(self, peer: str) -> None:
-        pass
-
-
-@contextlib.asynccontextmanager
-async def listening(network: Network, service: Any) -> AsyncGenerator[str]:
-    server = await network.listen(LISTEN, service)
-    try:
-        yield server.address
-    finally:
-        await server.close()
 
 
 # --- the data plane ---------------------------------------------------------------------------------------
