@@ -20,7 +20,8 @@ from tracehaul import __version__
 MANIFEST = "manifest.json"
 SOURCE = Path(__file__).resolve().parents[2]
 """Of this checkout, if it is one."""
-_MANYLINUX = ("2_17", "2_27", "2_28", "2_31", "2_34")
+_MANYLINUX = ("1", "2010", "2014", *(f"_2_{minor}" for minor in range(5, 32)))
+"""What glibc 2.31 runs, in the spellings that wheels use: pip takes none for another."""
 _DIGEST_CHARS = 12
 _PIECE_BYTES = 1 << 22
 _PIP_S = 1800.0
@@ -78,7 +79,7 @@ def make_bundle(
         if (python, machine) == (f"{sys.version_info.major}.{sys.version_info.minor}", _machine()):
             _pip("wheel", "--wheel-dir", str(wheels), *common)
         else:  # of another Python nothing can be built here
-            platforms = [word for part in _MANYLINUX for word in ("--platform", f"manylinux_{part}_{machine}")]
+            platforms = [word for part in _MANYLINUX for word in ("--platform", f"manylinux{part}_{machine}")]
             only = ["--only-binary", ":all:", "--python-version", python, "--implementation", "cp", *platforms]
             _pip("download", "--dest", str(wheels), *only, *common)
         told("packing it")
