@@ -82,8 +82,10 @@ def test_who_cannot_do_a_step_is_not_given_it_whatever_else_speaks_for_it() -> N
     for policy in policies:
         at_b = msgspec.structs.replace(ask, unable=frozenset((a, c)), asked=a.node, avoided=frozenset((b,)))
         placed = place(policy, at_b, decodes, WorkerTable(), [], 0.0)
-        assert placed is not None and placed.decode == b
+        assert placed is not None
+        assert placed.decode == b
         nowhere = msgspec.structs.replace(ask, unable=frozenset((a, b, c)))
         assert place(policy, nowhere, decodes, WorkerTable(), [], 0.0) is None
     left = place("cost", msgspec.structs.replace(ask, unable=frozenset((a,))), decodes, WorkerTable(), [], 0.0)
-    assert left is not None and left.reason == "its worker cannot do it"
+    assert left is not None
+    assert left.reason == "its worker cannot do it"
