@@ -203,8 +203,9 @@ class Dispatch:
             except ClusterError as error:
                 attempt = await tries.leave()
                 reason = run.ended()
-                if reason is not None and run.usage is not None:  # only the terminal message was lost
-                    usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
+                if reason is not None:  # only the terminal message was lost
+                    usage = run.usage or StepUsage(prompt_tokens=run.request.prompt_tokens)
+                    usage = msgspec.structs.replace(usage, output_tokens=len(run.emitted))
                     return [Finished(reason, usage, run.attribute())]
                 self._failed(run, tries, attempt, error)
                 async with deadline.until(run.request.deadline_s):
