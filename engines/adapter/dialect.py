@@ -166,6 +166,10 @@ class Dialect(Protocol):
         """How a server is started, without the interpreter that runs it; ``args`` go last and so win."""
         ...
 
+    def sharing(self, options: Mapping[str, object]) -> list[str]:
+        """Options of a server whose plugin shares blocks through the store; ``options`` are the plugin's own."""
+        ...
+
     @property
     def environment(self) -> Mapping[str, str]:
         """What a server that is started is to find in its environment."""

@@ -5,13 +5,17 @@ Names are those of ``sglang/srt``: requests ``managers/io_struct.py`` (GenerateR
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
 from engines.adapter.dialect import Ask, Cached, Chunk, Facts, Figures, Reader, Request, failure, scored, unreadable
 from tracehaul.wire.errors import InvalidRequest, PeerLost
 from tracehaul.wire.steps import Constraint, FinishReason
+
+PLUGIN = ("engines.sglang.plugin", "TracehaulStorage")
+"""Its module and class."""
+BLOCK_TOKENS = 32
 
 Item = tuple[float | None, int, str | None]
 """A token's logarithm, its id, and its text where that is asked for."""
@@ -83,12 +87,12 @@ class SGLang:
     """Implements :class:`engines.adapter.dialect.Dialect`."""
 
     name = "sglang"
-    tested: ClassVar[Sequence[str]] = ("0.5.23",)
+    tested: Sequence[str] = ("0.5.23",)
     alive_path = load_path = "/v1/loads?include=core"
     deep_path = "/health"
     """It asks the scheduler for a token, and waits a second at least."""
-    fact_paths: ClassVar[Sequence[str]] = ("/server_info",)
-    environment: ClassVar[Mapping[str, str]] = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
+    fact_paths: Sequence[str] = ("/server_info",)
+    environment: Mapping[str, str] = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
     """Before temperature, as ours are."""
 
     def facts(self, answers: Sequence[bytes]) -> Facts:
@@ -169,6 +173,15 @@ class SGLang:
         fixed = ["--model-path", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
         how = ["--enable-cache-report", "--incremental-streaming-output", "--grammar-backend", "llguidance"]
         return ["-m", "sglang.launch_server", *fixed, *how, *args]
+
+    def sharing(self, options: Mapping[str, object]) -> list[str]:
+        named = {"backend_name": "tracehaul", "module_path": PLUGIN[0], "class_name": PLUGIN[1], "interface_v1": 1}
+        extra = msgspec.json.encode(named | dict(options)).decode()
+        tier = ["--enable-hierarchical-cache", "--hicache-io-backend", "direct"]
+        tier += ["--hicache-mem-layout", "page_first_direct", "--hicache-write-policy", "write_through"]
+        storage = ["--hicache-storage-backend", "dynamic", "--hicache-storage-prefetch-policy", "wait_complete"]
+        page = ["--page-size", str(BLOCK_TOKENS)]
+        return [*page, *tier, *storage, "--hicache-storage-backend-extra-config", extra]
 
 
 def _constrained(constraint: Constraint) -> dict[str, str]:

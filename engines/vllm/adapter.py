@@ -6,13 +6,17 @@ Names are those of ``vllm/entrypoints``: ``openai/completion/protocol.py`` and `
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 
 from engines.adapter.dialect import Ask, Cached, Chunk, Facts, Figures, Reader, Request, failure, scored, unreadable
 from tracehaul.wire.errors import InvalidRequest, PeerLost
 from tracehaul.wire.steps import Constraint, FinishReason, TokenLogprobs
+
+PLUGIN = ("engines.vllm.plugin", "TracehaulConnector")
+"""Its module and class."""
+BLOCK_TOKENS = 32
 
 _PLACEHOLDER = "token_id:"
 _SAMPLE = re.compile(rb"^vllm:(\w+)(?:\{([^}]*)\})? ([0-9.eE+-]+)", re.MULTILINE)
@@ -80,12 +84,12 @@ class VLLM:
     """Implements :class:`engines.adapter.dialect.Dialect`. ``priorities``: it was started to schedule by these."""
 
     name = "vllm"
-    tested: ClassVar[Sequence[str]] = ("0.32.", "0.33.")
+    tested: Sequence[str] = ("0.32.", "0.33.")
     alive_path = "/health"
     load_path = "/metrics"
     deep_path = None
-    fact_paths: ClassVar[Sequence[str]] = ("/v1/models", "/version", "/metrics")
-    environment: ClassVar[Mapping[str, str]] = {"PYTHONHASHSEED": "0", "VLLM_NO_USAGE_STATS": "1"}
+    fact_paths: Sequence[str] = ("/v1/models", "/version", "/metrics")
+    environment: Mapping[str, str] = {"PYTHONHASHSEED": "0", "VLLM_NO_USAGE_STATS": "1"}
 
     def __init__(self, *, priorities: bool = False) -> None:
         self._priorities = priorities
@@ -170,6 +174,16 @@ class VLLM:
         fixed = ["--model", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
         how = ["--enable-prompt-tokens-details", "--generation-config", "vllm"]
         return ["-m", "vllm.entrypoints.openai.api_server", *fixed, *how, *args]
+
+    def sharing(self, options: Mapping[str, object]) -> list[str]:
+        config = {
+            "kv_connector": PLUGIN[1],
+            "kv_connector_module_path": PLUGIN[0],
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": dict(options),
+        }
+        return ["--block-size", str(BLOCK_TOKENS), "--kv-transfer-config", msgspec.json.encode(config).decode()]
 
 
 def _constrained(constraint: Constraint) -> dict[str, Any]:
