@@ -21,7 +21,9 @@ from kvstore.config import StoreConfig
 from kvstore.node.assemble import assemble_store
 from prefill.worker import PrefillService
 from sim.links import SimMemory
-from tests.stock import MODEL, Listening, SGLangServer, StockEngine, VLLMServer
+from tests.stock import MODEL, Listening, StockEngine
+from tests.stock_sglang import SGLangServer
+from tests.stock_vllm import VLLMServer
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.peers import Peers

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from tests.stock import Listening, SGLangServer, StockEngine, VLLMServer
+from tests.stock import Listening, StockEngine
+from tests.stock_sglang import SGLangServer
+from tests.stock_vllm import VLLMServer
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 
 VOCABULARY = 49_152
