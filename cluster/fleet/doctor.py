@@ -109,13 +109,13 @@ def of_pairs(measured: Pairs) -> list[Finding]:
     rates = [each.read_bytes_s for each in measured.values() if not each.fault]
     usual = statistics.median(rates) if rates else 0.0
     for (reader, owner), each in measured.items():
+        if each.ping_s > PING_MAX_S:
+            fault = f"{each.ping_s * 1e3:.1f} ms to {owner} and back"
+            findings.append(Finding(reader, "network", fault, "are they in one place? see `mtr`", fatal=False))
         if each.fault:
             remedy = f"open {owner}'s ports for {reader}; see `address`, `data_address`, `ucx_devices` in the file"
             findings.append(Finding(reader, "network", f"does not read from {owner}: {each.fault}", remedy))
             continue
-        if each.ping_s > PING_MAX_S:
-            fault = f"{each.ping_s * 1e3:.1f} ms to {owner} and back"
-            findings.append(Finding(reader, "network", fault, "are they in one place? see `mtr`", fatal=False))
         if each.read_bytes_s < SLOW * usual:
             fault = f"{each.read_bytes_s / 1e9:.2f} GB/s from {owner}, others {usual / 1e9:.2f}"
             remedy = "see the link's speed (`ethtool`), its errors (`ip -s link`), and who else uses it"

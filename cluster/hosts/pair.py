@@ -26,8 +26,13 @@ from tracehaul.wire.errors import TransferError
 REGION_BYTES = 64 << 20
 PIECE_BYTES = 1 << 20
 PINGS = 20
+PINGS_S = 0.5
+"""No further ping after that: a long way is known by a few."""
+PIECES_MIN = 2
 CONNECT_S = 5.0
 TRANSFER_S = 30.0
+TRIAL_S = 2.0
+"""About so long what is read may take: over a slow way it is less than the whole region."""
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -126,11 +131,13 @@ async def _measured(transfer: Transfer, region: Region, there: Offer) -> Measure
         if not transfer.reaches(there.region):
             return Measured(fault=f"{transfer.kind} does not reach it", ping_s=ping_s)
         first_s = await _timed(transfer.read(there.region, region, pieces[:1], timeout_s=TRANSFER_S))
+        pieces = pieces[: max(PIECES_MIN, int(TRIAL_S / first_s))]
+        nbytes = len(pieces) * PIECE_BYTES
         read_s = await _timed(transfer.read(there.region, region, pieces, timeout_s=TRANSFER_S))
         write_s = await _timed(transfer.write(there.region, region, pieces, timeout_s=TRANSFER_S))
     except TransferError as error:
         return Measured(fault=f"{transfer.kind}: {error}", ping_s=ping_s)
-    return Measured("", ping_s, first_s, REGION_BYTES / read_s, REGION_BYTES / write_s)
+    return Measured("", ping_s, first_s, nbytes / read_s, nbytes / write_s)
 
 
 async def _timed(work: Coroutine[Any, Any, object]) -> float:
@@ -150,6 +157,8 @@ async def _ping(address: str) -> float:
                 writer.write(b".")
                 await reader.readexactly(1)
                 took.append(clock.perf_s() - began_s)
+                if sum(took) > PINGS_S:
+                    break
         except asyncio.IncompleteReadError as error:
             raise ConnectionResetError("it closed the connection") from error
         finally:

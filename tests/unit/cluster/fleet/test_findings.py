@@ -119,12 +119,21 @@ def test_ways_between_hosts_are_judged_by_each_other():
         ("a", "c"): msgspec.structs.replace(good, read_bytes_s=3e9),
         ("c", "a"): msgspec.structs.replace(good, ping_s=0.02),
         ("b", "c"): Measured("cannot connect to 10.0.0.3:7190: no answer"),
+        ("c", "b"): Measured("tcp: timed out", ping_s=0.1),
     }
     findings = of_pairs(pairs)
-    assert [(each.host, each.fatal) for each in findings] == [("a", False), ("c", False), ("b", True)]
+    assert [(each.host, each.fatal) for each in findings] == [
+        ("a", False),
+        ("c", False),
+        ("b", True),
+        ("c", False),
+        ("c", True),
+    ]
     assert "3.00 GB/s from c, others 10.00" in findings[0].fault
     assert "20.0 ms to a" in findings[1].fault
     assert "does not read from c: cannot connect to 10.0.0.3:7190" in findings[2].fault
+    assert "100.0 ms to b" in findings[3].fault, "which may be why"
+    assert "does not read from b" in findings[4].fault
 
 
 def test_nodes_that_were_given_up_are_told():
