@@ -356,6 +356,8 @@ def restart(
 def node(
     name: Annotated[str, typer.Argument(help="Which node to be, such as decode-0.")],
     config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")] = PLAN_FILE,
+    engine: Annotated[str | None, typer.Option(help="native, sglang or vllm. Default: as the plan says.")] = None,
+    attach: Annotated[str, typer.Option(help="URL of a server of that engine; else one is started.")] = "",
 ) -> None:
     """Be one node of a launched cluster, in the foreground: how to bring back one that died.
 
@@ -365,7 +367,7 @@ def node(
     """
     from cluster.node import run_node
 
-    code = run_node(name, RunDir(config.absolute().parent))
+    code = run_node(name, RunDir(config.absolute().parent), engine, attach)
     if "nixl" in sys.modules:
         # Its wheel and the system each bring a libnl, and unloading both crashes: nothing is left to be done anyway.
         logging.shutdown()

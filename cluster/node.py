@@ -21,6 +21,7 @@ import uvloop
 from prometheus_client.metrics_core import Metric
 
 from cluster.config import authority
+from cluster.engines import stock_seat, with_engine
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
@@ -65,12 +66,15 @@ RETURN_S = 5.0
 RETURN_POLL_S = 0.05
 
 
-def run_node(name: str, run: RunDir) -> int:
-    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code."""
+def run_node(name: str, run: RunDir, engine: str | None = None, attach: str = "") -> int:
+    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code.
+
+    ``engine`` and ``attach``: as in :class:`cluster.config.PoolConfig`, where they are not what the plan says.
+    """
     output = forgiving()
     setup(name)
     try:
-        plan = load_plan(run)
+        plan = with_engine(load_plan(run), name, engine, attach)
         spec = plan.node(name)
         notes = Notes(run, name)
         notes.enter()
@@ -202,6 +206,9 @@ class _Node:
         match role:
             case "store":
                 return await self._store(stack, offload, peers)
+            case "prefill" | "decode" if self._plan.pool(self._spec.pool).config.engine != "native":
+                info = self._info(role, ())
+                return Room(await stock_seat(stack, info, self._plan, self._spec, self._run, peers, self._tell))
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
