@@ -66,11 +66,12 @@ async def look_at(fleet: Opened, console: Console, hands: Sequence[Hand] | None 
     return Ready(plan, found, digests)
 
 
-async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes]:
-    """What a launch would do, by host, as far as hosts answer: where nothing is installed it starts all."""
+async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes | HostFault]:
+    """What a launch would do, by host, as far as hosts answer: where nothing is installed it starts all. A fault is of
+    one that does not say it; its release may not know the question."""
     hands = {hand.host.name: hand for hand in fleet.hands if hand.host.name in ready.found.seen}
 
-    async def one(hand: Hand) -> Changes:
+    async def one(hand: Hand) -> Changes | HostFault:
         host = hand.host
         if host.name not in ready.found.reports:
             return Changes(start=tuple(spec.name for spec in ready.plan.nodes_on(host.name)))
@@ -79,7 +80,7 @@ async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes]:
             told = await hand.tell(["host", "apply", "--dry-run"], msgspec.json.encode(order, enc_hook=str))
             return msgspec.json.decode(told, type=Changes)
         except (HostFault, msgspec.DecodeError) as fault:
-            raise ClusterFault(f"{host.name} does not say what would change: {fault}") from fault
+            return HostFault(str(fault))
 
     return dict(zip(hands, await asyncio.gather(*map(one, hands.values())), strict=True))
 
