@@ -45,6 +45,12 @@ def test_a_fleet_under_certificates(operator: Operator, alone: Alone, tmp_path: 
     answer = operator.step("a", "two", asked, OUTPUT)
     assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
 
+    plain = hosts.replace("[[hosts]]", '[security]\ncontrol = "plain"\n[[hosts]]', 1)
+    operator.write(plain)
+    told = operator.ask("launch", code=1)
+    assert 'a: what runs there has control = "mtls", data = "tls", token = true: say that in [security], or' in told
+    assert {n: each["pid"] for n, each in operator.nodes().items()} == {n: each["pid"] for n, each in before.items()}
+
     operator.write(secured.replace(str(tmp_path / "authority"), str(tmp_path / "another")))
     told = operator.ask("launch", code=1)
     assert "the host trusts another CA" in told
