@@ -181,6 +181,10 @@ def panelled(
 ) -> None:  # fmt: skip
     """``out[row, n] = x[row] . w[n]``, float32, of float32 rows; at least 16 outputs."""
     w_stride, cells = length * size_of(kind), panel + PANEL_BYTES
+    if rows <= _ROWS:
+        # Another thread has asked for the first of them, or nobody.
+        for at in range(0, min(outputs * w_stride, _AHEAD_BYTES), LINE_BYTES):
+            expect(w + at)
     for start in range(0, outputs, LANES):
         # The last run of a number that 16 does not divide begins earlier, and computes some again.
         n = min(start, outputs - LANES)
