@@ -15,6 +15,7 @@ from rich.console import Console
 
 from cluster.api import Api, here
 from cluster.asking import ask_router
+from cluster.batch.command import app as batch_app
 from cluster.config import ROUTER, base_url, parse_quota
 from cluster.config_file import load_config
 from cluster.fleet import command as fleet
@@ -42,6 +43,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(batch_app, name="batch")
 app.add_typer(host_app, name="host", hidden=True)
 pair_command.register(host_app)
 fleet.register(app)

@@ -182,7 +182,7 @@ class RunDir:
                 (folder / f"{name}.json").unlink(missing_ok=True)
 
     def clear(self) -> list[str]:
-        """Removes everything but the logs and what traces were answered. A line for each file that stays, and why."""
+        """Removes everything but logs, clients' files and what traces were answered. A line for each that stays."""
         left: list[str] = []
         paths = [self.plan_file, self.operator_key]
         for folder in (self._processes, self._states):
@@ -230,6 +230,10 @@ class RunDir:
     def answers(self, name: str) -> Path:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
+
+    def files(self, name: str) -> Path:
+        """Where that router keeps what clients upload."""
+        return self.path / "files" / name
 
     def decisions(self) -> Path:
         """Where the router writes down what it decides."""

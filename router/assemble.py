@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 from starlette.types import ASGIApp
 
+from jobs.files import Files
 from router.calls.calls import UNFORESEEN
 from router.calls.text import Text
 from router.dispatch.dispatch import Dispatch, DispatchConfig
@@ -45,9 +46,10 @@ class Router:
         metrics: Callable[[], bytes],
         dice: random.Random = UNFORESEEN,
         keyring: Keyring | None = None,
+        files: Files | None = None,
     ) -> ASGIApp:
         """Serves clients; the arguments are those of :func:`router.http.app.create_app`."""
-        return create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring)
+        return create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring, files=files)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
