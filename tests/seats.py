@@ -216,6 +216,9 @@ class Place:
             await sat.seat.aclose()
             if sat.listening is not None:
                 await sat.listening.kill()
+                for stop in sat.engine.running.values():
+                    stop.set()
+                sat.engine.stalled.set()
                 await asyncio.gather(*sat.engine.tasks, return_exceptions=True)
         await self.peers.close()
 

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.stock import MODEL, PAGE, SAME, StockEngine, event, sampling_of
+from tracehaul.engine.base import Result
 from tracehaul.wire.steps import Constraint, Sampling
 
 
@@ -138,24 +139,35 @@ class SGLangServer:
         sampling = sampling_of(params, names, tops, constraint)
         told: dict[str, list[Any]] = {"ids": [], "output_token_logprobs": [], "output_top_logprobs": []}
         inputs: dict[str, Any] = {}
-        async with contextlib.aclosing(
-            self.engine.generate(rid, tokens, sampling, body.get("cache_salt", ""), scores_top)
-        ) as results:
-            async for result, device, stored in results:
-                assert result.token is not None
-                told["ids"].append(result.token)
-                if result.logprobs is not None:
-                    own, top = result.logprobs.logprob, result.logprobs.top
-                    told["output_token_logprobs"].append([own, result.token, None])
-                    told["output_top_logprobs"].append([[value, token, None] for token, value in top])
-                if result.scores:
-                    first = [[None, tokens[0], None]]
-                    pairs = zip(result.scores, tokens[1:], strict=True)
-                    inputs["input_token_logprobs"] = first + [[s.logprob, token, None] for s, token in pairs]
-                    inputs["input_top_logprobs"] = [None] + [
-                        [[value, token, None] for token, value in score.top] for score in result.scores
-                    ]
-                yield self.event(body, told, inputs, device, stored, sampling)
+        computed: asyncio.Queue[tuple[Result, int, int] | None] = asyncio.Queue()
+
+        async def compute() -> None:
+            """Goes on when the client has left: that is looked at every four seconds there."""
+            salt = body.get("cache_salt", "")
+            async with contextlib.aclosing(self.engine.generate(rid, tokens, sampling, salt, scores_top)) as results:
+                async for item in results:
+                    computed.put_nowait(item)
+            computed.put_nowait(None)
+
+        task = asyncio.create_task(compute())
+        self.engine.tasks.add(task)
+        task.add_done_callback(self.engine.tasks.discard)
+        while (item := await computed.get()) is not None:
+            result, device, stored = item
+            assert result.token is not None
+            told["ids"].append(result.token)
+            if result.logprobs is not None:
+                own, top = result.logprobs.logprob, result.logprobs.top
+                told["output_token_logprobs"].append([own, result.token, None])
+                told["output_top_logprobs"].append([[value, token, None] for token, value in top])
+            if result.scores:
+                first = [[None, tokens[0], None]]
+                pairs = zip(result.scores, tokens[1:], strict=True)
+                inputs["input_token_logprobs"] = first + [[s.logprob, token, None] for s, token in pairs]
+                inputs["input_top_logprobs"] = [None] + [
+                    [[value, token, None] for token, value in score.top] for score in result.scores
+                ]
+            yield self.event(body, told, inputs, device, stored, sampling)
         if rid in self.engine.ended and not self.finish(told["ids"], sampling):
             meta = {"id": rid, "finish_reason": {"type": "abort", "message": "Abort in waiting queue"}}
             yield event({"text": "", "output_ids": [], "meta_info": meta | {"completion_tokens": len(told["ids"])}})

@@ -18,6 +18,7 @@ from tracehaul.wire.steps import DecodeStep, PrefillStep
 log = Log(__name__)
 
 ABORT_TIMEOUT_S = 2.0
+ABORT_AGAIN_S = 0.3
 END_TIMEOUT_S = 1.0
 """For what a server still has to say when an answer is complete."""
 
@@ -65,7 +66,7 @@ class Generating:
             PeerLost: the server is lost; TimedOut: it is silent; ClusterError: it refuses, fails, or talks nonsense.
         """
         request, reader = self._dialect.request(ask, self.facts), self._dialect.reader(ask)
-        sent = ended = finished = False
+        sent = told = ended = finished = False
         try:
             with self._watch.waiting() as waits:
                 async with aclosing(self._server.events(request)) as events:
@@ -77,6 +78,7 @@ class Generating:
                         if data is None:
                             ended = True
                             break
+                        told = True
                         chunk = reader.read(data)
                         finished = finished or chunk.finish is not None
                         yield chunk
@@ -84,7 +86,7 @@ class Generating:
                 raise PeerLost("the engine's server ended an answer without saying why")
         finally:
             if sent and not ended:
-                self._abort(ask.rid)
+                self._abort(ask.rid, again=not told)
 
     async def _next(self, events: AsyncGenerator[bytes, None], *, finished: bool) -> bytes | None:
         if finished:
@@ -99,7 +101,8 @@ class Generating:
         except TimeoutError as error:
             raise TimedOut(f"no token came for {self._config.silence_timeout_s:.0f} s") from error
 
-    def _abort(self, rid: str) -> None:
+    def _abort(self, rid: str, *, again: bool) -> None:
+        """``again``: the server may not know the request yet, which came another way."""
         request = self._dialect.abort(rid)
         if request is None or self._watch.fault:
             return
@@ -108,6 +111,9 @@ class Generating:
             began_s = clock.now_s()
             try:
                 await self._server.post(request, ABORT_TIMEOUT_S)
+                if again:
+                    await asyncio.sleep(ABORT_AGAIN_S)
+                    await self._server.post(request, ABORT_TIMEOUT_S)
             except ClusterError as error:
                 log.warning("a step was not aborted", rid=rid, reason=error, seconds=clock.now_s() - began_s)
 
