@@ -138,6 +138,8 @@ class _Node:
             if self._networks.credentials is not None:
                 from cluster.security.expiry import watching
 
+                self._networks.credentials.told = lambda mark: self._tell(certificates=mark)
+                self._tell(certificates=self._networks.credentials.now.mark)
                 tasks.start(refreshing(self._networks.credentials), "certificates")
                 tasks.start(watching(self._run.path / FOLDER), "expiry")
             try:

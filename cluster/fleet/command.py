@@ -12,25 +12,23 @@ from rich.console import Console
 
 from cluster.config import authority, is_loopback
 from cluster.fleet import tables
+from cluster.fleet.certificates_command import app as certificates
 from cluster.fleet.config import LOCAL
 from cluster.fleet.doctor import Health, of_reports, try_pairs
 from cluster.fleet.opened import Opened
 from cluster.fleet.operations import changes_of, encode, fault_of, launch, look_at, opened, reports_of, restart, stop
+from cluster.fleet.options import CONFIG_FILE, ConfigOption
 from cluster.fleet.survey import addresses_of
 from cluster.rundir import ClusterFault
 
 err = Console(stderr=True)
 out = Console()
 WIDE_COLUMNS = 160
-CONFIG_FILE = Path("cluster.toml")
 PLAIN_NOTE = (
     'Whoever reaches the hosts\' ports can join this fleet, and read along: control = "plain" in [security] is for a '
     "network on which nobody else is."
 )
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", envvar="TRACEHAUL_CONFIG", help="The cluster's file, with its [[hosts]].")
-]
 BundleOption = Annotated[
     list[Path] | None,
     typer.Option("--bundle", help="An archive of `tracehaul bundle`; repeat for hosts of other kinds. Default: made."),
@@ -315,6 +313,7 @@ def _wide() -> Console:
 
 def register(app: typer.Typer) -> None:
     """Adds them to the command line."""
+    app.add_typer(certificates, name="certificates")
     app.command("plan")(plan)
     app.command("launch")(launch_command)
     app.command("stop")(stop_command)

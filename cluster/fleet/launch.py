@@ -158,7 +158,9 @@ class Launching:
 
         there = await hand.way.run(["sh", "-c", f"cat {shlex.quote(f'{folder}/{CA_FILE}')} 2>/dev/null || true"])
         try:
-            files = await asyncio.to_thread(files_for, self._plan, hand.host.name, there.out, now_s=clock.wall_s())
+            config, name, now_s = self._plan.config, hand.host.name, clock.wall_s()
+            nodes = self._plan.nodes_on(name)
+            files = await asyncio.to_thread(files_for, config, name, nodes, there.out, now_s=now_s)
         except ClusterFault as fault:
             raise HostFault(str(fault)) from fault
         for name, content in files.items():
