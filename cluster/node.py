@@ -327,7 +327,7 @@ class _Node:
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
-        from cluster.kept_files import opened_files
+        from cluster.kept_jobs import opened_jobs
         from router.assemble import Router
         from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
@@ -360,9 +360,9 @@ class _Node:
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
             shown = NodeMetrics({**router.stats, **self._stats}, None).render
-            folder = Path(config.api.files_dir) if config.api.files_dir else self._run.files(self._spec.name)
-            files = await stack.enter_async_context(opened_files(folder, config.api))
-            app = router.app(texts, config.api, offload, shown, keyring=keyring, files=files)
+            folder = Path(config.api.files_dir) if config.api.files_dir else self._run.jobs(self._spec.name)
+            jobs = await stack.enter_async_context(opened_jobs(folder, config.api))
+            app = router.app(texts, config.api, offload, shown, keyring=keyring, jobs=jobs)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
                 app,

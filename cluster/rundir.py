@@ -184,7 +184,8 @@ class RunDir:
                 (folder / f"{name}.json").unlink(missing_ok=True)
 
     def clear(self) -> list[str]:
-        """Removes everything but logs, clients' files and what traces were answered. A line for each that stays."""
+        """Removes everything but logs, files, batches and what traces were answered. A line for each file that
+        stays, and why."""
         left: list[str] = []
         paths = [self.plan_file, self.operator_key]
         for folder in (self._processes, self._states):
@@ -233,9 +234,9 @@ class RunDir:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
 
-    def files(self, name: str) -> Path:
-        """Where that router keeps what clients upload."""
-        return self.path / "files" / name
+    def jobs(self, name: str) -> Path:
+        """Where that router keeps what clients upload, and batches."""
+        return self.path / "jobs" / name
 
     def decisions(self) -> Path:
         """Where the router writes down what it decides."""

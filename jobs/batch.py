@@ -44,6 +44,8 @@ class Batch(msgspec.Struct, frozen=True):
     counts: Counts = Counts()
     output_file_id: str | None = None
     error_file_id: str | None = None
+    output_age_s: int | None = None
+    """How long what it was answered is kept; None: as long as files are."""
     metadata: dict[str, str] | None = None
     key: str | None = None
     """The id of the API key that asked for it."""

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jobs.leases import Held, Leases, Taken
-from jobs.results import BEGIN, ended_by
+from jobs.results import BEGIN, Ended, Unasked, ended_by, result
 from tracehaul.runtime.durable import sync_folder
 from tracehaul.runtime.offload import Offload
 
 READ_BYTES = 1 << 20
+TOGETHER = 1000
+"""Lines that are ended at once."""
 
 
 class InUse(Exception):
@@ -40,13 +42,13 @@ class _File:
                 raise InUse(f"another process writes {path}") from None
             raise
 
-    def read(self, index: Mapping[str, int]) -> dict[int, bool]:
-        """Which lines it has, and whether each was answered. What a killed process wrote half is cut off.
+    def read(self, index: Mapping[str, int]) -> dict[int, Ended]:
+        """Which lines it has, and how each ended. What a killed process wrote half is cut off.
 
         Raises:
             ForeignFile: it has something else.
         """
-        ended: dict[int, bool] = {}
+        ended: dict[int, Ended] = {}
         with open(os.dup(self.handle), "rb", buffering=READ_BYTES) as file:
             file.seek(0)
             for data in file:
@@ -54,12 +56,10 @@ class _File:
                     break
                 if (found := ended_by(data)) is None or not data.endswith(b"\n"):
                     raise ForeignFile(f"{self.path} has other lines than those of results: choose another file")
-                custom_id, ok = found
-                if custom_id not in index:
-                    raise ForeignFile(
-                        f"{self.path} has a line of another batch, with the custom_id {custom_id[:128]!r}"
-                    )
-                ended[index[custom_id]] = ok
+                if found.custom_id not in index:
+                    shown = found.custom_id[:128]
+                    raise ForeignFile(f"{self.path} has a line of another batch, with the custom_id {shown!r}")
+                ended[index[found.custom_id]] = found
                 self.size += len(data)
         os.ftruncate(self.handle, self.size)
         return ended
@@ -113,7 +113,7 @@ class Outputs:
                 if path not in self._files:
                     self._files[path] = _File(path)
             self._ok, self._failed = self._files[answers], self._files[errors]
-            ended: dict[int, bool] = {}
+            ended: dict[int, Ended] = {}
             for file in self._files.values():
                 ended |= file.read(index)
             for folder in {path.parent for path in self._files}:
@@ -124,20 +124,22 @@ class Outputs:
         self._leases = Leases(ended)
         self._waiting: list[_Ending] = []
         self._writing: asyncio.Task[None] | None = None
-        self.completed = sum(ended.values())
+        self.completed = sum(end.ok for end in ended.values())
         self.failed = len(ended) - self.completed
+        self.unasked = sum(end.unasked for end in ended.values())
+        """Those among the failed that were closed without having been asked."""
 
     @property
     def ended(self) -> Container[int]:
         return self._leases.ended
 
     @property
-    def failed_size(self) -> int:
+    def errors_size(self) -> int:
         """Bytes of what was not answered."""
         return self._failed.size
 
     @property
-    def answered_size(self) -> int:
+    def answers_size(self) -> int:
         """Bytes of what was."""
         return self._ok.size
 
@@ -161,6 +163,17 @@ class Outputs:
         if (failure := await asyncio.shield(written)) is not None:
             raise failure
         return True
+
+    async def shut(self, batch: str, custom_ids: Mapping[str, int], why: Unasked) -> None:
+        """End every line that has not ended, whoever asks it, as one that was not asked. Raises OSError."""
+        left = [(line, name) for name, line in custom_ids.items() if line not in self._leases.ended]
+        for start in range(0, len(left), TOGETHER):
+            await asyncio.gather(*(self._shut(batch, *each, why) for each in left[start : start + TOGETHER]))
+
+    async def _shut(self, batch: str, line: int, custom_id: str, why: Unasked) -> None:
+        held = await self.claim(line, math.inf, math.inf)
+        if isinstance(held, Held) and await self.end(line, held.fence, result(batch, custom_id, why), ok=False):
+            self.unasked += 1
 
     async def flushed(self) -> None:
         """All that is being ended has been written, or could not be."""

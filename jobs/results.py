@@ -68,19 +68,35 @@ class _Status(msgspec.Struct):
     status_code: int
 
 
+class _Why(msgspec.Struct):
+    code: str
+
+
 class _Ended(msgspec.Struct):
     id: str
     custom_id: str
     response: _Status | None = None
+    error: _Why | None = None
 
 
 _decode_ended = msgspec.json.Decoder(_Ended).decode
 
 
-def ended_by(line: bytes) -> tuple[str, bool] | None:
-    """The ``custom_id`` of what this is the result of, and whether it was answered; None: it is none."""
+class Ended(msgspec.Struct, frozen=True):
+    """How a line ended."""
+
+    custom_id: str
+    ok: bool
+    """It was answered."""
+    unasked: bool
+    """Its turn never came."""
+
+
+def ended_by(line: bytes) -> Ended | None:
+    """What this is the result of; None: it is none."""
     try:
         ended = _decode_ended(line)
     except (msgspec.DecodeError, UnicodeError):
         return None
-    return ended.custom_id, ended.response is not None and 200 <= ended.response.status_code < 300
+    ok = ended.response is not None and 200 <= ended.response.status_code < 300
+    return Ended(ended.custom_id, ok, ended.error is not None and ended.error.code in WHY)

@@ -37,14 +37,29 @@ class Job:
     """A batch that is being run."""
 
     def __init__(
-        self, name: str, deadline_s: float, chains: Sequence[Sequence[int]], source: Source, ledger: Ledger
+        self,
+        name: str,
+        deadline_s: float,
+        chains: Sequence[Sequence[int]],
+        source: Source,
+        ledger: Ledger,
+        asker: Asker,
     ) -> None:
-        """``deadline_s``: of :func:`tracehaul.runtime.clock.now_s`."""
+        """
+        Args:
+            name: unlike that of any other.
+            deadline_s: of :func:`tracehaul.runtime.clock.now_s`.
+            chains: see :meth:`jobs.lines.Table.chains`.
+            source: its lines.
+            ledger: keeps what they are answered.
+            asker: answers them.
+        """
         self.name = name
         self.deadline_s = deadline_s
         self.chains = chains
         self.source = source
         self.ledger = ledger
+        self.asker = asker
         self.drained = asyncio.Event()
         """Every line has ended."""
         self.tried: dict[int, Tried] = {}
@@ -61,7 +76,6 @@ class Runner:
 
     def __init__(
         self,
-        asker: Asker,
         concurrency: int,
         dice: random.Random,
         wall_s: Callable[[], float] = clock.wall_s,
@@ -69,13 +83,11 @@ class Runner:
     ) -> None:
         """
         Args:
-            asker: answers lines.
             concurrency: so many at once.
             dice: scatters retries.
             wall_s: leases are of this clock.
             answer_s: how long an answer may take.
         """
-        self._asker = asker
         self._concurrency = concurrency
         self._dice = dice
         self._wall_s = wall_s
@@ -200,7 +212,7 @@ class Runner:
 
     async def _answer(self, job: Job, line: int, fence: int, call: Call, timeout_s: float) -> Answer | NoAnswer | None:
         """What the call is answered; None: the line is another's by now."""
-        work = asyncio.create_task(self._asker.ask(call, timeout_s))
+        work = asyncio.create_task(job.asker.ask(call, timeout_s))
         try:
             while True:
                 done, _ = await asyncio.wait((work,), timeout=LEASE_S / 3)

@@ -114,8 +114,8 @@ async def run(order: Order, api: Api, found: Checked, err: Console) -> Outcome:
         stack.push_async_callback(outputs.flushed)
         before = outputs.completed + outputs.failed
         http: httpx.AsyncClient = await stack.enter_async_context(client(api, order.concurrency))
-        runner = Runner(Endpoint(http), order.concurrency, random.Random())  # noqa: S311 - it scatters retries
-        job = Job(order.file.name, deadline_s, found.table.chains(), source, outputs)
+        runner = Runner(order.concurrency, random.Random())  # noqa: S311 - it scatters retries
+        job = Job(order.file.name, deadline_s, found.table.chains(), source, outputs, Endpoint(http))
         runner.add(job)
         progress = stack.enter_context(_progress(err))
         shown = progress.add_task("", total=len(found.table), failed=0, trouble="")

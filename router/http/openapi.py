@@ -24,6 +24,7 @@ from router.dialects.responses.requests import ResponsesRequest
 from router.dialects.tokens.requests import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from router.fleet.members import NodeStatus
 from router.http.access import PUBLIC
+from router.http.batches import BatchBody, BatchList, BatchObject
 from router.http.files import LIST_MAX, FileDeleted, FileForm, FileList, FileObject
 from router.http.pages import Health, ModelEntry, ModelList, Version
 from router.http.responses import ItemPage, ResponseDeleted
@@ -124,6 +125,12 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/files/{id}/content"): Operation(
         "Its bytes", None, bytes, (400, 404, 503), query=_OWN, media="application/octet-stream"
     ),
+    ("POST", "/v1/batches"): Operation(
+        "Run a file of calls", BatchBody, BatchObject, (400, 404, 413, 415, 429, 503), query=_OWN
+    ),
+    ("GET", "/v1/batches"): Operation("Batches, the newest first", None, BatchList, (400,), query=_PAGES),
+    ("GET", "/v1/batches/{id}"): Operation("A batch", None, BatchObject, (400, 404), query=_OWN),
+    ("POST", "/v1/batches/{id}/cancel"): Operation("End it", None, BatchObject, (400, 404, 503), query=_OWN),
     ("GET", "/health"): Operation("Whether a worker is ready", None, Health, (503,), error=Health),
     ("GET", "/version"): Operation("Of this build", None, Version),
     ("GET", "/openapi.json"): Operation("This", None, dict[str, Any]),

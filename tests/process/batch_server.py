@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from cluster.kept_jobs import opened_jobs
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import StepRequest
 from router.http import ApiConfig, create_app, serve
@@ -37,13 +38,15 @@ def script(request: StepRequest) -> Script:
 
 
 async def main() -> None:
-    """Serves on a free port, or on the one that the environment names."""
+    """Serves on a free port, and keeps files and batches in the folder that the environment names."""
     offload = ThreadOffload("tokenize")
-    app = create_app(FakeDispatcher(script), {MODEL: FakeText()}, lambda: b"", ApiConfig(), offload)
-    server = await serve(app, "127.0.0.1", int(os.environ.get("PORT", "0")), grace_s=1)
-    print(server.port, flush=True)  # noqa: T201 - who started this waits for it
-    await asyncio.to_thread(sys.stdin.read)
-    await server.close()
+    config = ApiConfig()
+    async with opened_jobs(Path(os.environ["KEPT"]), config) as jobs:
+        app = create_app(FakeDispatcher(script), {MODEL: FakeText()}, lambda: b"", config, offload, jobs=jobs)
+        server = await serve(app, "127.0.0.1", 0, grace_s=1)
+        print(server.port, flush=True)  # noqa: T201 - who started this waits for it
+        await asyncio.to_thread(sys.stdin.read)
+        await server.close()
     offload.close()
 
 

@@ -32,6 +32,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(asked: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("ASKED", str(asked))
+        environment.setenv("KEPT", str(asked.parent / "kept"))
         with served(HERE / "batch_server.py") as address:
             yield address
 

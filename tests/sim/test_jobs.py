@@ -103,8 +103,8 @@ class World:
         name = f"runner-{self._names}"
         token = virtual.PROCESS.set(name)
         try:
-            job = Job("b", DEADLINE_S, self.chains, Lines(), self.faulty)
-            runner = Runner(self.asker, 3, random.Random(self._names), wall_s=clock.now_s)
+            job = Job("b", DEADLINE_S, self.chains, Lines(), self.faulty, self.asker)
+            runner = Runner(3, random.Random(self._names), wall_s=clock.now_s)
             runner.add(job)
             self.tasks[name] = asyncio.create_task(runner.run())
         finally:
@@ -198,8 +198,8 @@ def test_without_fences_the_checker_finds_lines_that_ended_twice() -> None:
 def test_a_cancelled_job_asks_nothing_more() -> None:
     async def main() -> None:
         world = World(1, MemoryLedger())
-        runner = Runner(world.asker, 3, random.Random(1), wall_s=clock.now_s)
-        job = Job("b", DEADLINE_S, world.chains, Lines(), world.ledger)
+        runner = Runner(3, random.Random(1), wall_s=clock.now_s)
+        job = Job("b", DEADLINE_S, world.chains, Lines(), world.ledger, world.asker)
         runner.add(job)
         running = asyncio.create_task(runner.run())
         await asyncio.sleep(10)
@@ -221,10 +221,10 @@ def test_jobs_of_the_nearest_deadline_go_first() -> None:
                 await asyncio.sleep(1.0)
                 return Answer(200, b"{}")
 
-        runner = Runner(Prompt(), 1, random.Random(1), wall_s=clock.now_s)
+        runner = Runner(1, random.Random(1), wall_s=clock.now_s)
         late, soon = MemoryLedger(), MemoryLedger()
-        slow = Job("late", 9000.0, [[0], [1]], Lines(), late)
-        fast = Job("soon", 800.0, [[0], [1]], Lines(), soon)
+        slow = Job("late", 9000.0, [[0], [1]], Lines(), late, Prompt())
+        fast = Job("soon", 800.0, [[0], [1]], Lines(), soon, Prompt())
         runner.add(slow)
         runner.add(fast)
         running = asyncio.create_task(runner.run())

@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.batches import Batches
 from jobs.files import FileLimits, Files
 from router.calls.errors import CallFailed
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.http import ApiConfig, create_app
 from router.http import files as pages
+from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.multipart import Form
 from tracehaul.runtime.offload import InlineOffload
@@ -39,7 +41,7 @@ def served(folder: Path, use: Use, *, keyed: bool = False, limits: FileLimits | 
                 ApiConfig(file_bytes_max=files.limits.file_bytes_max),
                 offload,
                 keyring=Keyring(keys) if keyed else None,
-                files=files,
+                jobs=Jobs(files, Batches(folder.with_name(f"{folder.name}-batches"), files, offload, 10)),
             )
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test/v1") as http:

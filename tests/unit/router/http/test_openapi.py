@@ -13,11 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobs.batches import Batches
 from jobs.files import FileLimits, Files
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dialects.openai.requests import INTEGER_MAX, LIMITS, NO_OPS
 from router.http import ApiConfig, create_app
 from router.http.app import NOT_SERVED
+from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.openapi import OPERATIONS
 from tracehaul.runtime.offload import InlineOffload
@@ -44,6 +46,8 @@ def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str
 
     async def main(folder: str) -> list[httpx.Response]:
         offload = InlineOffload()
+        files = Files(Path(folder) / "files", FileLimits(), offload)
+        jobs = Jobs(files, Batches(Path(folder) / "batches", files, offload, 10))
         app = create_app(
             FakeDispatcher(say("hi")),
             {"org/fake": FakeText()},
@@ -51,7 +55,7 @@ def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str
             ApiConfig(body_bytes_max=10_000),
             offload,
             keyring=keyring,
-            files=Files(Path(folder), FileLimits(), offload),
+            jobs=jobs,
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
