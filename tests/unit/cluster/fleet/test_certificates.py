@@ -58,8 +58,11 @@ class Fleet:
         return [each for each in found if each is not None]
 
     def rotate(self, *, ca_too: bool) -> None:
-        shown = Progress(Console(quiet=True), NAMES, None)
-        asyncio.run(Rotation(self.config, self.hands, NODES, shown).run(ca_too=ca_too))
+        async def main() -> None:
+            shown = Progress(Console(quiet=True), NAMES, None)
+            await Rotation(self.config, self.hands, NODES, shown).run(ca_too=ca_too)
+
+        asyncio.run(main())
 
 
 @pytest.fixture
