@@ -73,8 +73,7 @@ class Generating:
                     while True:
                         sent = True
                         with waits:
-                            async with deadline.until(deadline_s):
-                                data = await self._next(events, finished=finished)
+                            data = await self._next(events, deadline_s, finished=finished)
                         if data is None:
                             ended = True
                             break
@@ -88,18 +87,26 @@ class Generating:
             if sent and not ended:
                 self._abort(ask.rid, again=not told)
 
-    async def _next(self, events: AsyncGenerator[bytes, None], *, finished: bool) -> bytes | None:
-        if finished:
-            try:
-                async with asyncio.timeout(END_TIMEOUT_S):
-                    return await anext(events, None)
-            except (TimeoutError, ClusterError):
-                return None  # it is complete
+    async def _next(
+        self, events: AsyncGenerator[bytes, None], deadline_s: float | None, *, finished: bool
+    ) -> bytes | None:
+        """One timer for all that may end the wait: it is set for each token."""
+        now_s = clock.now_s()
+        until_s = now_s + (END_TIMEOUT_S if finished else self._config.silence_timeout_s)
+        late = deadline_s is not None and deadline_s < until_s
         try:
-            async with asyncio.timeout(self._config.silence_timeout_s):
+            async with asyncio.timeout_at(deadline_s if late else until_s):
                 return await anext(events, None)
         except TimeoutError as error:
+            if finished:
+                return None  # it is complete
+            if late:
+                raise deadline.exceeded() from None
             raise TimedOut(f"no token came for {self._config.silence_timeout_s:.0f} s") from error
+        except ClusterError:
+            if finished:
+                return None
+            raise
 
     def _abort(self, rid: str, *, again: bool) -> None:
         """``again``: the server may not know the request yet, which came another way."""
