@@ -50,6 +50,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
         _check_counts(merged)
         config = msgspec.convert(merged, ClusterConfig)
         _check_names(config)
+        if config.directory.etcd and not config.name:  # a name that is made up is another for each file
+            raise msgspec.ValidationError("with etcd a cluster has a `name` of its own - at `$.directory.etcd`")
         for number, host in enumerate(config.hosts):
             _check_host(number, host, config)
         _check_roles(config)
