@@ -55,6 +55,10 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
         for number, host in enumerate(config.hosts):
             _check_host(number, host, config)
         _check_roles(config)
+        if config.security.proves_data and config.security.control is None and not config.hosts:
+            raise msgspec.ValidationError(
+                f'data = "{config.security.data}" needs control = "mtls" - at `$.security.data`'
+            )
     except msgspec.ValidationError as error:
         raise ClusterFault(_wrong(error, path, text)) from error
     check_open(config)

@@ -22,6 +22,7 @@ from prometheus_client.metrics_core import Metric
 
 from cluster.config import authority
 from cluster.directory.opening import open_directory
+from cluster.engines import stock_seat, with_engine
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
@@ -66,12 +67,15 @@ RETURN_S = 5.0
 RETURN_POLL_S = 0.05
 
 
-def run_node(name: str, run: RunDir) -> int:
-    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code."""
+def run_node(name: str, run: RunDir, engine: str | None = None, attach: str = "") -> int:
+    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code.
+
+    ``engine`` and ``attach``: as in :class:`cluster.config.PoolConfig`, where they are not what the plan says.
+    """
     output = forgiving()
     setup(name)
     try:
-        plan = load_plan(run)
+        plan = with_engine(load_plan(run), name, engine, attach)
         spec = plan.node(name)
         notes = Notes(run, name)
         notes.enter()
@@ -140,6 +144,8 @@ class _Node:
             if self._networks.credentials is not None:
                 from cluster.security.expiry import watching
 
+                self._networks.credentials.told = lambda mark: self._tell(certificates=mark)
+                self._tell(certificates=self._networks.credentials.now.mark)
                 tasks.start(refreshing(self._networks.credentials), "certificates")
                 tasks.start(watching(self._run.path / FOLDER), "expiry")
             try:
@@ -213,6 +219,9 @@ class _Node:
         match role:
             case "store":
                 return await self._store(stack, offload, peers)
+            case "prefill" | "decode" if self._plan.pool(self._spec.pool).config.engine != "native":
+                info = self._info(role, ())
+                return Room(await stock_seat(stack, info, self._plan, self._spec, self._run, peers, self._tell))
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
@@ -329,6 +338,7 @@ class _Node:
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
+        from cluster.kept_jobs import opened_jobs
         from router.assemble import Router
         from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
@@ -361,7 +371,9 @@ class _Node:
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
             shown = NodeMetrics({**router.stats, **self._stats}, None).render
-            app = router.app(texts, config.api, offload, shown, keyring=keyring)
+            folder = Path(config.api.files_dir) if config.api.files_dir else self._run.jobs(self._spec.name)
+            jobs = await stack.enter_async_context(opened_jobs(folder, config.api))
+            app = router.app(texts, config.api, offload, shown, keyring=keyring, jobs=jobs)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
                 app,

@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster.config import Role
 from cluster.config_file import load_config
 from cluster.fleet.bundle import Bundle, make_bundle, read_bundle
+from cluster.fleet.config import LOCAL
 from cluster.fleet.connection import HostFault, connections
 from cluster.fleet.draining import drain, given_away
 from cluster.fleet.launch import Launching, Outcome, apply, hands_of, on_all, wait_ready
@@ -25,6 +26,7 @@ from cluster.hosts.orders import HostReport, stages
 from cluster.launch import make_plan
 from cluster.plan import Plan
 from cluster.rundir import ClusterFault
+from cluster.security.config import decided
 from tracehaul.model.source import user_cache_dir
 
 
@@ -38,7 +40,7 @@ class Ready(NamedTuple):
 
 @asynccontextmanager
 async def opened(path: Path) -> AsyncGenerator[Opened]:
-    """The config in that file.
+    """The config in that file, with its ``[security]`` decided.
 
     Raises:
         ClusterFault: it cannot be read, or names no hosts.
@@ -46,6 +48,9 @@ async def opened(path: Path) -> AsyncGenerator[Opened]:
     config = load_config(path, {})
     if not config.hosts:
         raise ClusterFault(f"{path} names no [[hosts]]; `tracehaul up --config {path}` starts it on this machine")
+    alone = all(host.target == LOCAL for host in config.hosts) and len(config.hosts) == 1
+    security = decided(config.security, fleet=not alone)
+    config = msgspec.structs.replace(config, security=security)
     async with connections(config.hosts) as ways:
         yield Opened(config, [Hand(host, ways[host.name]) for host in config.hosts])
 
