@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cluster.directory.config import DirectoryConfig
 from cluster.fleet.config import HOSTS_MAX, NODES_MAX, HostConfig, NetworkConfig, PoolName
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.config import SecurityConfig
@@ -128,6 +129,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     not said. Empty: this machine."""
     network: NetworkConfig = NetworkConfig()
     security: SecurityConfig = SecurityConfig()
+    directory: DirectoryConfig = DirectoryConfig()
+    """Where routers register and are found, beside those of the plan; then ``name`` is said."""
     prices: dict[str, Annotated[float, Meta(ge=0)]] = {}
     """Of an hour, by the hosts' kinds; in any currency."""
     tiering: TieringConfig = TieringConfig()

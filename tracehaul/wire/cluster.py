@@ -149,6 +149,8 @@ class NodeLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether it can do what it is there for; while it cannot it gets no work."""
     fault: str = ""
     """Why it cannot, in a few words; empty if it can, or does not know yet."""
+    note: str = ""
+    """What else an operator should know of it, in a few words; it serves all the same."""
 
 
 class Join(Message, frozen=True):
