@@ -57,6 +57,8 @@ class NodeState(msgspec.Struct, frozen=True):
     """``host:port`` of its control plane; empty until it listens."""
     metrics: str = ""
     """``host:port`` where ``/metrics`` answers; empty until it does."""
+    certificates: str = ""
+    """The mark of those that it uses (:func:`tracehaul.runtime.credentials.mark_of`); empty: none."""
 
 
 class RunDir:
