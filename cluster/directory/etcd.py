@@ -236,7 +236,7 @@ class EtcdDirectory:
 
 
 _FAULTS = (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError, ValueError, OSError)
-"""What comes of a world in which etcd is dead, frozen, or something else; httpx leaves some errors of TLS as they are."""
+"""What comes of an etcd that is dead, frozen, or something else; httpx leaves some errors of TLS as they are."""
 _PATIENT = httpx.Timeout(ASK_S, read=None)
 
 
