@@ -1,0 +1,1 @@
+"""What joins other people's engines to the fleet."""
