@@ -16,6 +16,8 @@ _FORM = 1
 _NAMESPACE = b"tracehaul/pool|"
 """No layout's root begins with that, so no block is chained to it."""
 
+RECORD_PARENT = BlockHash(blake3(b"tracehaul/pools").digest(HASH_BYTES))
+
 
 class _Record(msgspec.Struct, frozen=True):
     form: int

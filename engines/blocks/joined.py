@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.blocks.config import EngineConfig, EngineRefused
-from engines.blocks.identity import RECORD_BYTES, difference, record_hash, record_of
+from engines.blocks.identity import RECORD_BYTES, RECORD_PARENT, difference, record_hash, record_of
 from kvstore.client import OutgoingBlock, PutOutcome, Staging, StagingBuffer, StoreClient
 from kvstore.client.probe import StoreProbe
 from tracehaul.rpc.member import new_generation
@@ -138,7 +138,7 @@ class Joined:
             if buffers[0].unsettled() is not None:
                 return False
             buffers[0].view(RECORD_BYTES)[:] = record
-            block = OutgoingBlock(name, name, buffers[0], RECORD_BYTES)
+            block = OutgoingBlock(name, RECORD_PARENT, buffers[0], RECORD_BYTES)
             (outcome,) = await self.client.put(None, [block], timeout_s, TENANT)
             return outcome in ("published", "full")  # present: another server was first, and is read
         except ClusterError as error:

@@ -50,14 +50,14 @@ class EngineStore:
     has settled.
     """
 
-    def __init__(self, config: EngineConfig, layout: KVLayout, page_bytes: int, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, config: EngineConfig, layout: KVLayout, page_bytes: int, rank: str = "") -> None:
         """Join, and wait for the stores at most ``config.attach_s``; without any it goes on, and misses.
 
         Args:
             config: the server's.
             layout: of this rank's blocks.
             page_bytes: the most that a block takes.
-            rank: of this process among the ``ranks`` of its server.
+            rank: what tells this process from its server's others; empty: there are none.
 
         Raises:
             EngineRefused: it cannot be used as it is set up.
@@ -73,7 +73,7 @@ class EngineStore:
         self._free: deque[StagingBuffer] = deque()
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
-        name = f"{config.name}-{rank}" if ranks > 1 else config.name
+        name = f"{config.name}-{rank}" if rank else config.name
         self._joined = Joined(config, layout, page_bytes, name, self._told)
         self._thread = threading.Thread(target=self._run, name="tracehaul-store", daemon=True)
         self._thread.start()
@@ -83,9 +83,13 @@ class EngineStore:
             raise EngineRefused(self._refused)
         if not self._ready:
             log.warning("no store was found: all is computed until one is", routers=config.routers)
-        if config.root_file and rank == 0:
+        if config.root_file and rank in ("", "0"):
             said = {"root": self.root.hex(), "block_tokens": layout.block_tokens, "hashing": layout.hashing}
             Path(config.root_file).write_bytes(msgspec.json.encode(said))
+
+    def now_s(self) -> float:
+        """Of the store's loop, from any thread."""
+        return self._loop.time()
 
     @property
     def ready(self) -> bool:
@@ -112,8 +116,8 @@ class EngineStore:
         """Land block ``i`` in ``pages[i]``; whether it did. One that did not may hold anything only if it was begun."""
         assert len(hashes) == len(pages)
         goods: list[bool] = []
-        deadline_s = clock.now_s() + self._config.timeout_s
-        while len(goods) < len(hashes) and self.ready and (left_s := deadline_s - clock.now_s()) > 0:
+        deadline_s = self.now_s() + self._config.timeout_s
+        while len(goods) < len(hashes) and self.ready and (left_s := deadline_s - self.now_s()) > 0:
             at = len(goods)
             goods += self._get_part(hashes[at:], pages[at:], left_s)
         goods += [False] * (len(hashes) - len(goods))
@@ -127,15 +131,15 @@ class EngineStore:
     ) -> list[bool]:
         """Publish blocks; whether each can be got now. Waits for staging memory and for the stores."""
         goods: list[bool] = []
-        deadline_s = clock.now_s() + self._config.timeout_s
-        while len(goods) < len(hashes) and self.ready and (left_s := deadline_s - clock.now_s()) > 0:
+        deadline_s = self.now_s() + self._config.timeout_s
+        while len(goods) < len(hashes) and self.ready and (left_s := deadline_s - self.now_s()) > 0:
             at = len(goods)
             with self._room:
                 self._room.wait_for(lambda: self._free, left_s)
             taken, putting = self._start_put(hashes[at:], parents[at:], pages[at:], tenant, deadline_s)
             if not taken:
                 break
-            goods += self._result(putting, deadline_s - clock.now_s()) or [False] * taken
+            goods += self._result(putting, deadline_s - self.now_s()) or [False] * taken
         return goods + [False] * (len(hashes) - len(goods))
 
     def put_later(
@@ -145,7 +149,7 @@ class EngineStore:
         background; how many. Waits for nothing; the pages may change as soon as it returns."""
         taken = 0
         if self.ready:
-            deadline_s = clock.now_s() + self._config.timeout_s
+            deadline_s = self.now_s() + self._config.timeout_s
             taken, _ = self._start_put(hashes, parents, pages, tenant, deadline_s)
         self.stats.dropped += len(hashes) - taken
         return taken

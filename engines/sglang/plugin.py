@@ -4,6 +4,10 @@ SGLang names a page by a SHA-256 chained over its tokens from the salt of its re
 that a block of this model, revision, layout and rank. A page is one block, however many pieces it has in the host pool.
 """
 
+# SGLang is not where this is checked.
+# pyright: reportMissingImports=false, reportUntypedBaseClass=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +54,7 @@ class TracehaulStorage(HiCacheStorage):
         """Raises:
         EngineRefused: this SGLang or its configuration does not fit.
         """
-        engine = f"SGLang {sglang.__version__}"
+        engine = f"SGLang {getattr(sglang, '__version__', 'of no version')}"
         check(engine, TESTED, HiCacheStorage, SIGNATURES)
         extra = storage_config.extra_config
         self._config = config_of(extra)
@@ -76,7 +80,7 @@ class TracehaulStorage(HiCacheStorage):
             raise EngineRefused(f"tracehaul: the host pool {kind} was not verified (these were: {', '.join(VERIFIED)})")
         if pool.layout not in LAYOUTS:
             raise EngineRefused(f"tracehaul: --hicache-mem-layout must be {LAYOUTS[0]}, not {pool.layout}")
-        pointers, sizes = pool.get_page_buffer_meta(torch.arange(pool.page_size))
+        _, sizes = pool.get_page_buffer_meta(torch.arange(pool.page_size))
         self._page_bytes = sum(sizes)
         self._pieces = len(sizes)
         self._prove(kind)
@@ -95,9 +99,9 @@ class TracehaulStorage(HiCacheStorage):
             hashing="sglang/sha256",
             scales="revision" if "float8" in dtype or dtype in ("uint8", "int8") else "",
         )
-        ranks = storage.tp_size * storage.pp_size
-        rank = storage.pp_rank * storage.tp_size + storage.tp_rank
-        self._store = EngineStore(config, layout, self._page_bytes, rank, ranks)
+        alone = storage.tp_size * storage.pp_size == 1
+        rank = "" if alone else str(storage.pp_rank * storage.tp_size + storage.tp_rank)
+        self._store = EngineStore(config, layout, self._page_bytes, rank)
         log.info("pages", root=self._store.root.hex(), order=layout.order, page_bytes=self._page_bytes)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
@@ -178,7 +182,7 @@ class TracehaulStorage(HiCacheStorage):
             page.save(memoryview(found))
         finally:
             page.load(memoryview(kept))
-        if found != known:
+        if bytes(found) != known:
             raise EngineRefused(f"tracehaul: pages of {kind} in {pool.layout} are not where they were expected")
 
 
