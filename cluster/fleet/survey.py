@@ -46,7 +46,7 @@ class Hand(NamedTuple):
         Raises:
             HostFault: it fails; the message is its last line.
         """
-        return await self._ask(" ".join([self._words(words), "--run-dir", _home(self.run_dir)]), stdin, timeout_s)
+        return await self._ask(" ".join([self._words(words), "--run-dir", whole(self.run_dir)]), stdin, timeout_s)
 
     async def ask(self, words: Sequence[str], stdin: bytes, timeout_s: float) -> bytes:
         """As :meth:`tell`, of a command that is about no cluster."""
@@ -63,7 +63,7 @@ class Hand(NamedTuple):
         return self.way.hold(["sh", "-c", self._words(words)])
 
     def _words(self, words: Sequence[str]) -> str:
-        return " ".join([_home(self.tracehaul), *map(shlex.quote, words)])
+        return " ".join([whole(self.tracehaul), *map(shlex.quote, words)])
 
     async def report(self) -> HostReport | None:
         """What runs there; None: nothing was installed there.
@@ -71,7 +71,7 @@ class Hand(NamedTuple):
         Raises:
             HostFault: as :meth:`tell`, or it answers what this version does not understand.
         """
-        there = await self.way.run(["sh", "-c", f"test -e {_home(self.tracehaul)}"])
+        there = await self.way.run(["sh", "-c", f"test -e {whole(self.tracehaul)}"])
         if there.code != 0:
             return None
         try:
@@ -80,8 +80,8 @@ class Hand(NamedTuple):
             raise HostFault(f"its tracehaul answers nonsense: {error}") from error
 
 
-def _home(path: str) -> str:
-    """For a shell there, which knows where ``~`` is."""
+def whole(path: str) -> str:
+    """A path for a shell there, which knows where ``~`` is."""
     return '"$HOME"' + shlex.quote(path[1:]) if path.startswith("~/") else shlex.quote(path)
 
 

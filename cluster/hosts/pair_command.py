@@ -1,4 +1,4 @@
-"""``tracehaul host offer`` and ``measure``: what ``tracehaul doctor`` runs on two hosts at a time."""
+"""``tracehaul host offer`` and ``measure``, for ``tracehaul doctor`` on two hosts at a time, and ``certificates``."""
 
 import asyncio
 import sys
@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from cluster.hosts.certificates import certificates_command
 from cluster.hosts.pair import Offer, Questions, measure, offer
 from cluster.rundir import ClusterFault
 from tracehaul.transfer.place import Place
@@ -53,3 +54,4 @@ def register(app: typer.Typer) -> None:
     """Adds them to ``tracehaul host``."""
     app.command("offer", hidden=True)(offer_command)
     app.command("measure", hidden=True)(measure_command)
+    app.command("certificates", hidden=True)(certificates_command)

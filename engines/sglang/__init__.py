@@ -1,1 +1,1 @@
-"""What runs inside SGLang's servers."""
+"""SGLang."""

@@ -1,1 +1,1 @@
-"""What runs inside vLLM's servers."""
+"""vLLM."""

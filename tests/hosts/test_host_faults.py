@@ -21,7 +21,8 @@ LOST_S = 12.0
 def three(operator: Operator) -> Operator:
     """A fleet of three hosts; two have routers."""
     both = "{ router = 1, store = 1, decode = 1 }"
-    operator.write(fleet(a=both, b=both, c="{ store = 1, decode = 1 }"))
+    file = fleet(a=both, b=both, c="{ store = 1, decode = 1 }")
+    operator.write(file.replace("[[hosts]]", '[security]\ncontrol = "plain"\n[[hosts]]', 1))
     operator.ask("launch")
     return operator
 
