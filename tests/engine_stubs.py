@@ -34,9 +34,11 @@ class HiCacheStorage(ABC):
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         self.registered = host_pool_name
 
-    def batch_get_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> Any: ...
+    def batch_get_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> Any:
+        raise NotImplementedError
 
-    def batch_set_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> Any: ...
+    def batch_set_v1(self, keys: Any, host_indices: Any, extra_info: Any = None) -> Any:
+        raise NotImplementedError
 
     @abstractmethod
     def get(self, key: Any, target_location: Any = None, target_sizes: Any = None) -> Any: ...
@@ -55,7 +57,8 @@ class HiCacheStorage(ABC):
     @abstractmethod
     def exists(self, key: Any) -> Any: ...
 
-    def batch_exists(self, keys: Any, extra_info: Any = None) -> Any: ...
+    def batch_exists(self, keys: Any, extra_info: Any = None) -> Any:
+        raise NotImplementedError
 
 
 class MHATokenToKVPoolHost:
@@ -124,7 +127,7 @@ class KVConnectorHandshakeMetadata(ABC):  # noqa: B024
     pass
 
 
-class KVConnectorBase_V1(ABC):  # noqa: N801
+class KVConnectorBase_V1(ABC):
     """``vllm.distributed.kv_transfer.kv_connector.v1.base``."""
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
@@ -140,7 +143,8 @@ class KVConnectorBase_V1(ABC):  # noqa: N801
         assert self._connector_metadata is not None
         return self._connector_metadata
 
-    def register_kv_caches(self, kv_caches: Any) -> None: ...
+    def register_kv_caches(self, kv_caches: Any) -> None:
+        raise NotImplementedError
 
     @abstractmethod
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None: ...
@@ -154,13 +158,17 @@ class KVConnectorBase_V1(ABC):  # noqa: N801
     @abstractmethod
     def wait_for_save(self) -> None: ...
 
-    def get_finished(self, finished_req_ids: Any) -> Any: ...
+    def get_finished(self, finished_req_ids: Any) -> Any:
+        raise NotImplementedError
 
-    def get_block_ids_with_load_errors(self) -> Any: ...
+    def get_block_ids_with_load_errors(self) -> Any:
+        raise NotImplementedError
 
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        raise NotImplementedError
 
-    def get_handshake_metadata(self) -> Any: ...
+    def get_handshake_metadata(self) -> Any:
+        raise NotImplementedError
 
     @abstractmethod
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> Any: ...
@@ -171,9 +179,11 @@ class KVConnectorBase_V1(ABC):  # noqa: N801
     @abstractmethod
     def build_connector_meta(self, scheduler_output: Any) -> Any: ...
 
-    def request_finished(self, request: Any, block_ids: Any) -> Any: ...
+    def request_finished(self, request: Any, block_ids: Any) -> Any:
+        raise NotImplementedError
 
-    def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None: ...
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
+        raise NotImplementedError
 
 
 class FullAttentionSpec:
@@ -182,6 +192,10 @@ class FullAttentionSpec:
 
 class MambaSpec:
     pass
+
+
+def _isa(dtype: Any, block_size: int, head_size: int, kv_cache_dtype: str) -> str:
+    return "vec"
 
 
 def install_vllm(patch: pytest.MonkeyPatch) -> None:
@@ -193,7 +207,7 @@ def install_vllm(patch: pytest.MonkeyPatch) -> None:
         "KVConnectorRole": KVConnectorRole,
     }
     install(patch, "vllm.distributed.kv_transfer.kv_connector.v1.base", **base)
-    install(patch, "vllm.v1.attention.backends.cpu_attn", _get_attn_isa=lambda dtype, block, head, kind: "vec")
+    install(patch, "vllm.v1.attention.backends.cpu_attn", _get_attn_isa=_isa)
     patch.delitem(sys.modules, "engines.vllm.plugin", raising=False)
 
 
@@ -214,7 +228,7 @@ def vllm_config(
         cache_config=SimpleNamespace(block_size=4, cache_dtype="auto", calculate_kv_scales=False),
         parallel_config=SimpleNamespace(**sizes),
         model_config=model,
-        compilation_config=SimpleNamespace(static_forward_context={name: layer for name in layers}),
+        compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(layers, layer)),
     )
 
 

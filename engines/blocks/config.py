@@ -1,7 +1,7 @@
 """What a plugin is told by who starts its server: the object ``tracehaul`` in the engine's own extra configuration."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -31,8 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The address of the data plane: one of this host's."""
     secrets: str = ""
     """A folder with ``ca.pem``, ``node.pem`` and ``node.key``: the control plane is under mTLS. Empty: it is plain."""
-    data_tls: bool = False
-    """Whether the data plane is under TLS, too, with the same files."""
+    data: Literal["plain", "auth", "tls"] = "plain"
+    """Whether the data plane is proven, or under TLS, with the same files."""
     token_file: str = ""
     """The cluster's join token is its first line."""
     staging_bytes: int = 256 << 20
@@ -41,8 +41,9 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The longest that one call of the engine may take, whatever the stores do."""
     attach_s: float = 10.0
     """The longest that a start waits for the stores; a server that has not found them starts, and misses."""
-    root_file: str = ""
-    """Where to say, as JSON, what the blocks' root is once it is known: ``{"root", "block_tokens", "hashing"}``."""
+    layout_file: str = ""
+    """Where the first rank says what its blocks are: a :class:`KVLayout` as JSON. Empty: where the environment variable
+    ``TRACEHAUL_LAYOUT_FILE`` says, if it does."""
     backends: tuple[str, ...] = ()
     """Back ends or memory pools, beside those that this version has verified, that the operator has: their tokens were
     compared."""

@@ -21,6 +21,7 @@ from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.opening import open_planes
 from tracehaul.transfer.place import Place
+from tracehaul.transfer.tcp_proof import Guard
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.hashing import KVLayout
@@ -83,9 +84,11 @@ class Joined:
         units = max(4, config.staging_bytes // self._unit_bytes)
         memory = allocate(units * self._unit_bytes, self._name)
         stack.callback(memory.close)
-        data = credentials if config.data_tls else None
+        guard = None
+        if credentials is not None and config.data != "plain":
+            guard = Guard(credentials, config.data == "tls")
         owner, place = f"{self._name}#{generation}", Place(listen=config.listen)
-        planes = await open_planes(config.transports, owner, place, memory, offload, data)
+        planes = await open_planes(config.transports, owner, place, memory, offload, guard)
         stack.push_async_callback(planes.close)
         peers = Peers(TcpNetwork(credentials=credentials))
         stack.push_async_callback(peers.close)

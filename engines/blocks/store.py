@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -83,9 +84,11 @@ class EngineStore:
             raise EngineRefused(self._refused)
         if not self._ready:
             log.warning("no store was found: all is computed until one is", routers=config.routers)
-        if config.root_file and rank in ("", "0"):
-            said = {"root": self.root.hex(), "block_tokens": layout.block_tokens, "hashing": layout.hashing}
-            Path(config.root_file).write_bytes(msgspec.json.encode(said))
+        file = config.layout_file or os.environ.get("TRACEHAUL_LAYOUT_FILE", "")
+        if file and rank in ("", "0"):
+            made = Path(f"{file}.{os.getpid()}")
+            made.write_bytes(msgspec.json.encode(layout))
+            made.replace(file)  # whoever waits for it finds it whole
 
     def now_s(self) -> float:
         """Of the store's loop, from any thread."""

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from engines.blocks.config import EngineRefused, config_of
 from engines.blocks.identity import shard
+from engines.blocks.naming import SGLANG
 from engines.blocks.pages import HostPage, memory_at
 from engines.blocks.signatures import check
 from engines.blocks.store import EngineStore
@@ -96,7 +97,7 @@ class TracehaulStorage(HiCacheStorage):
             block_tokens=pool.page_size,
             shard=shard(storage.tp_rank, storage.tp_size, storage.pp_rank, storage.pp_size, replicated=mla),
             order=f"sglang/{FORM} {kind} {pool.layout} {'+'.join(map(str, sizes))}",
-            hashing="sglang/sha256",
+            hashing=SGLANG,
             scales="revision" if "float8" in dtype or dtype in ("uint8", "int8") else "",
         )
         alone = storage.tp_size * storage.pp_size == 1

@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from blake3 import blake3
-
-from tracehaul.wire.hashing import HASH_BYTES, next_hash, pack_tokens, salted
+from tracehaul.wire.hashing import named, next_hash, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash
-
-HASHING = "vllm/1"
-"""Of :class:`Chain`: changes with what goes into a name."""
 
 
 @dataclass
@@ -21,10 +16,10 @@ class Move:
     """Blocks of one request, between the store and the engine's memory."""
 
     request: str
-    keys: list[bytes]
-    """The blocks' names, before a root makes them a rank's."""
-    parents: list[bytes]
-    """What comes before each; empty bytes: nothing."""
+    keys: list[BlockHash]
+    """The blocks' names, as the first rank has them."""
+    parents: list[BlockHash]
+    """What comes before each."""
     block_ids: list[int]
     """Where each is in the engine."""
     tenant: str = ""
@@ -36,6 +31,8 @@ class Chain:
 
     request: Any
     block_tokens: int
+    root: BlockHash
+    """Of the first rank's blocks, whose names these are: of plain text, those that everybody finds."""
     keys: list[BlockHash] = field(default_factory=list[BlockHash])
     block_ids: list[int] = field(default_factory=list[int])
     first: int = 0
@@ -44,8 +41,7 @@ class Chain:
     """Blocks that the store has, or was given."""
 
     def __post_init__(self) -> None:
-        root = BlockHash(blake3(f"tracehaul/{HASHING}|{self.block_tokens}".encode()).digest(HASH_BYTES))
-        root = salted(root, self.request.cache_salt or "")
+        root = salted(self.root, self.request.cache_salt or "")
         lora = self.request.lora_request
         self._root = root if lora is None else salted(root, f"lora:{lora.lora_name}:{lora.lora_path}")
 
@@ -71,8 +67,8 @@ class Chain:
 
     def move(self, start: int, end: int) -> Move:
         """These blocks of it."""
-        before: list[BlockHash] = [BlockHash(b""), *self.keys]
-        keys, parents = list[bytes](self.keys[start:end]), list[bytes](before[start:end])
+        before = [self._root, *self.keys]
+        keys, parents = self.keys[start:end], before[start:end]
         return Move(self.request.request_id, keys, parents, self.block_ids[start:end], self.tenant)
 
     def _shown(self, at: int) -> bytes:
@@ -83,6 +79,11 @@ class Chain:
             if position.offset < at + self.block_tokens and at < position.offset + position.length:
                 shown.append(f"|{feature.identifier}@{position.offset - at}")
         return "".join(shown).encode()
+
+
+def of_rank(root: BlockHash, first: BlockHash, key: BlockHash) -> BlockHash:
+    """A rank's part of the block that the first rank, of root ``first``, calls ``key``."""
+    return key if root == first else named(root, key)
 
 
 def leading(found: Sequence[int]) -> int:

@@ -27,17 +27,18 @@ from engines.blocks.config import EngineRefused, config_of
 from engines.blocks.identity import shard
 from engines.blocks.signatures import check
 from engines.blocks.store import EngineStore
-from engines.vllm.chains import HASHING, Move
+from engines.vllm.chains import Move, of_rank
 from engines.vllm.paging import TensorPage, layers_of, order_of, prove
 from engines.vllm.scheduling import Scheduling
 from tracehaul.runtime.log import Log
-from tracehaul.wire.hashing import KVLayout, named
+from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.ids import BlockHash
 
 log = Log(__name__)
 
 TESTED = "vLLM 0.32 and 0.33"
 LOAD_THREADS = 2
+_NOBODY = BlockHash(b"")
 SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 """Kinds of KV cache whose every block holds all of its tokens for as long as the request runs."""
 SIGNATURES = {
@@ -113,7 +114,7 @@ class TracehaulConnector(KVConnectorBase_V1):
         """Each worker's identity: from now on the scheduler can look for blocks."""
         layouts = [metadata[rank].layout for rank in sorted(metadata)]
         # The scheduler only asks: it needs no memory to speak of.
-        config = msgspec.structs.replace(self._config, staging_bytes=0, root_file="")
+        config = msgspec.structs.replace(self._config, staging_bytes=0)
         self._store = EngineStore(config, layouts[0], 0, "scheduler")
         self._scheduling.joined(self._store, [layout.root() for layout in layouts])
 
@@ -154,6 +155,8 @@ class TracehaulConnector(KVConnectorBase_V1):
         order = order_of(self._version, self._vllm_config, kv_caches, config.backends)
         prove(self._layers, blocks)
         self._layout = self._layout_of(kv_caches, order)
+        # Of the first rank all is the same but which part it has; ranks of other stages have other layers.
+        self._first = self._layout.root() if self._layout.shard.startswith("0/") and self._stage == 0 else _NOBODY
         parallel = self._vllm_config.parallel_config
         alone = parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1
         page = TensorPage(self._layers, 0)
@@ -164,6 +167,7 @@ class TracehaulConnector(KVConnectorBase_V1):
         parallel, model = self._vllm_config.parallel_config, self._vllm_config.model_config
         spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         tp = parallel.tensor_parallel_size
+        self._stage = parallel.rank // tp
         self._writer = not model.use_mla or parallel.rank % tp == 0
         dtype = str(next(iter(kv_caches.values())).dtype).removeprefix("torch.")
         return KVLayout(
@@ -174,11 +178,8 @@ class TracehaulConnector(KVConnectorBase_V1):
             head_dim=spec.head_size,
             element_bytes=next(iter(kv_caches.values())).element_size(),
             block_tokens=self._tokens,
-            shard=shard(
-                parallel.rank % tp, tp, parallel.rank // tp, parallel.pipeline_parallel_size, replicated=model.use_mla
-            ),
+            shard=shard(parallel.rank % tp, tp, self._stage, parallel.pipeline_parallel_size, replicated=model.use_mla),
             order=order,
-            hashing=HASHING,
             scales="revision" if "fp8" in str(self._vllm_config.cache_config.cache_dtype) else "",
         )
 
@@ -196,13 +197,18 @@ class TracehaulConnector(KVConnectorBase_V1):
         goods: list[bool] = []
         try:
             pages = [TensorPage(self._layers, block) for block in move.block_ids]
-            goods = self._store.get([named(self._store.root, key) for key in move.keys], pages)
+            goods = self._store.get(self._mine(move.keys), pages)
         except Exception as error:
             log.error("blocks could not be loaded", error=error)
         goods += [False] * (len(move.block_ids) - len(goods))
         with self._lock:
             self._failed.update(block for block, good in zip(move.block_ids, goods, strict=True) if not good)
             self._loaded.add(move.request)
+
+    def _mine(self, keys: list[BlockHash]) -> list[BlockHash]:
+        """This rank's parts of the blocks that the first rank calls so."""
+        root = self._layout.root()
+        return [of_rank(root, self._first, key) for key in keys]
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: a request runs when all of its loads have ended."""
@@ -216,10 +222,8 @@ class TracehaulConnector(KVConnectorBase_V1):
         if store is None or not self._writer:
             return
         for move in self._get_connector_metadata().saves:
-            keys = [named(store.root, key) for key in move.keys]
-            parents = [named(store.root, key) if key else BlockHash(store.root) for key in move.parents]
             pages = [TensorPage(self._layers, block) for block in move.block_ids]
-            store.put_later(keys, parents, pages, move.tenant)
+            store.put_later(self._mine(move.keys), self._mine(move.parents), pages, move.tenant)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads have ended, well or not."""

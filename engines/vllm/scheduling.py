@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engines.blocks.store import LATE_S, EngineStore
-from engines.vllm.chains import Chain, Move, leading
-from tracehaul.wire.hashing import named
+from engines.vllm.chains import Chain, Move, leading, of_rank
 from tracehaul.wire.ids import BlockHash
 
 GLANCE_S = 0.005
@@ -42,6 +41,8 @@ class Scheduling:
 
     def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """See the connector's ``get_num_new_matched_tokens``."""
+        if self._store is None:
+            return 0, False
         chain = self._chain(request)
         first = chain.first = computed_tokens // self._tokens
         last = chain.upto((request.num_tokens - 1) // self._tokens)  # one token at least is computed here
@@ -56,6 +57,8 @@ class Scheduling:
 
     def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
         """See the connector's ``update_state_after_alloc``."""
+        if self._store is None:
+            return
         chain = self._chain(request)
         chain.block_ids = block_ids
         if external_tokens:
@@ -93,7 +96,7 @@ class Scheduling:
     def _chain(self, request: Any) -> Chain:
         chain = self._chains.get(request.request_id)
         if chain is None:
-            chain = self._chains[request.request_id] = Chain(request, self._tokens)
+            chain = self._chains[request.request_id] = Chain(request, self._tokens, self._roots[0])
         return chain
 
     def _look(self, request_id: str, chain: Chain, last: int) -> tuple[int, bool] | None:
@@ -102,7 +105,8 @@ class Scheduling:
         if look is None:
             if self._store is None or not self._store.ready or not last:
                 return 0, False
-            futures = [self._store.looking([named(root, key) for key in chain.keys[:last]]) for root in self._roots]
+            first, keys = self._roots[0], chain.keys[:last]
+            futures = [self._store.looking([of_rank(root, first, key) for key in keys]) for root in self._roots]
             look = self._looks[request_id] = _Look(futures, self._store.now_s() + self._timeout_s + LATE_S)
         asked = [future for future in look.futures if future is not None]
         _, pending = concurrent.futures.wait(asked, GLANCE_S)

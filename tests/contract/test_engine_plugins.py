@@ -1,21 +1,21 @@
 """Both plugins against a real store: as SGLang's threads and vLLM's scheduler and workers call them."""
 
 import importlib
-import json
-import time
+import time  # noqa: TID251 - threads wait here, and no loop
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from engines.blocks import EngineRefused
+from engines.blocks.naming import names
 from tests import engine_stubs as stubs
 from tests.engine_rig import Fleet, fleet
-from tracehaul.wire.hashing import named
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.hashing import KVLayout, named, pack_tokens
 
 BLOCKS, LAYERS = 16, ["layer.0", "layer.1"]
 
@@ -62,8 +62,8 @@ KEYS = [f"{number:064x}" for number in range(1, 9)]
 
 
 def test_sglang_pages_go_from_one_server_to_another(rig: Fleet, sglang: Any, tmp_path: Path):
-    file = tmp_path / "root.json"
-    first = Server(sglang, rig.extra(name="sgl-0", pool="sgl", root_file=str(file)))
+    file = tmp_path / "layout.json"
+    first = Server(sglang, rig.extra(name="sgl-0", pool="sgl", layout_file=str(file)))
     second = Server(sglang, rig.extra(name="sgl-1", pool="sgl"))
     assert not first.pool.kv_buffer.any(), "the page that was looked at is as it was"
     first.fill(3)
@@ -76,8 +76,9 @@ def test_sglang_pages_go_from_one_server_to_another(rig: Fleet, sglang: Any, tmp
     ours, theirs = first.pool.kv_buffer, second.pool.kv_buffer
     assert [torch.equal(ours[:, a], theirs[:, b]) for a, b in ((0, 7), (1, 2), (2, 5))] == [True] * 3
     assert not theirs[:, 9].any()
-    root = BlockHash(bytes.fromhex(json.loads(file.read_text())["root"]))
-    assert first.storage._block(KEYS[0]) == named(root, bytes.fromhex(KEYS[0])), "what a router can compute"
+    layout = msgspec.json.decode(file.read_bytes(), type=KVLayout)
+    assert layout.hashing == "sglang/sha256"
+    assert first.storage._block(KEYS[0]) == named(layout.root(), bytes.fromhex(KEYS[0])), "what others can compute"
     second.storage.close()
     assert second.storage.batch_get_v1(KEYS[:1], second.indices(0)) == [False]
     first.storage.close()
@@ -144,7 +145,10 @@ def test_sglang_refuses_pages_that_are_elsewhere(rig: Fleet, sglang: Any, monkey
 
 
 def test_sglang_of_another_interface_is_refused_by_name(rig: Fleet, sglang: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(stubs.HiCacheStorage, "batch_exists", lambda self, keys: 0)
+    def older(self: Any, keys: Any) -> int:
+        return 0
+
+    monkeypatch.setattr(stubs.HiCacheStorage, "batch_exists", older)
     with pytest.raises(EngineRefused, match=r"batch_exists takes \(keys\), not \(keys, extra_info\)"):
         sglang.TracehaulStorage(stubs.storage_config(rig.extra()), {})
 
@@ -223,6 +227,7 @@ class Engine:
 
 def saved(engine: Engine, asked: Any, blocks: int) -> None:
     """The request's first so many blocks can be got."""
+    tokens = 0
     for _ in range(500):
         tokens, _ = engine.matched(asked)
         if tokens == blocks * 4:
@@ -251,6 +256,8 @@ def test_vllm_blocks_go_from_one_server_to_another(rig: Fleet, vllm: Any):
     saved(second, again, 3)  # one token at least is computed
     longer = request("c", [*prompt, 1])
     saved(second, longer, 4)
+    layout = second.worker.get_handshake_metadata().layout
+    assert second.scheduler._store.exists(names(layout, pack_tokens(prompt))) == 4, "what others can compute"
     second.allocate(longer, [2, 4, 6, 8, 10], 16)
     assert second.step({}, {}).loads[0].block_ids == [2, 4, 6, 8]
     assert second.loaded("c") == set()

@@ -1,10 +1,12 @@
 """The store as engines call it: a real node in a process of its own, and whatever may become of it."""
 
+# pyright: reportPrivateUsage=false
+
 import asyncio
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+import time  # noqa: TID251 - threads wait here, and no loop
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -40,7 +42,7 @@ def store(rig: Fleet) -> Iterator[EngineStore]:
 
 
 @contextlib.contextmanager
-def opened(config: EngineConfig, layout: KVLayout = LAYOUT) -> Iterator[EngineStore]:
+def opened(config: EngineConfig, layout: KVLayout = LAYOUT) -> Generator[EngineStore]:
     made = EngineStore(config, layout, NBYTES)
     try:
         yield made
@@ -304,7 +306,10 @@ def test_a_pool_that_holds_something_else_refuses_a_start_in_one_line(
 
 
 def test_a_record_that_cannot_be_read_refuses_too(rig: Fleet, store: EngineStore, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("engines.blocks.joined.record_of", lambda layout: b"\x00{nonsense".ljust(4096))
+    def nonsense(layout: KVLayout) -> bytes:
+        return b"\x00{nonsense".ljust(4096)
+
+    monkeypatch.setattr("engines.blocks.joined.record_of", nonsense)
     with opened(rig.config(name="liar", pool="corrupted")):
         monkeypatch.undo()
         with pytest.raises(EngineRefused, match="cannot be read"):

@@ -10,7 +10,7 @@ from tracehaul.wire.version import OLDEST, Version
 
 Role = Literal["store", "prefill", "decode"]
 MemberRole = Role | Literal["observer"]
-"""An observer is told who is there, and is given nothing: a server that has an engine of its own and uses the stores."""
+"""An observer is told who is there and given nothing: a server with an engine of its own, which uses the stores."""
 
 Feature = Literal["constraints", "prompt_logprobs", "recall"]
 """What not every engine can do: keep answers to a grammar, tell how likely a prompt's tokens were, and bring a context
