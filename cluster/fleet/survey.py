@@ -12,7 +12,7 @@ from cluster.config import ClusterConfig
 from cluster.fleet.config import HostConfig
 from cluster.fleet.connection import Connection, HostFault
 from cluster.fleet.facts import Asked, Seen, look, ports_of
-from cluster.fleet.findings import Finding, of_fleet, of_host
+from cluster.fleet.findings import Finding, of_fleet, of_host, of_transport
 from cluster.fleet.placing import model_paths
 from cluster.fleet.probe import digest
 from cluster.hosts.orders import HostReport
@@ -151,6 +151,7 @@ async def survey(
             findings.append(Finding(host.name, "version", fault, "install tracehaul there, or leave `environment` out"))
         running = report is not None and any(node.pid for node in report.nodes)
         findings.extend(of_host(host, found, nodes, needs.get(host.name, ()), running))
+        findings.extend(of_transport(config, host, found.facts))
 
     await asyncio.gather(*map(one, hands))
     order = [host.name for host in config.hosts]

@@ -98,6 +98,7 @@ def test_a_step_that_is_not_complete_everywhere_is_not_followed_by_the_next(flee
         fleet.frozen["b"] = "what it had"
     else:
         fleet.gone.add("b")
+    cas: list[bytes] = []
     for _ in range(2):  # begun again it makes no third CA
         with pytest.raises(ClusterFault, match=r"b: .*(did not take|no route).*run this again"):
             fleet.rotate(ca_too=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config_file import load_config
+from cluster.fleet.command import slurm
 from cluster.fleet.operations import opened
 from cluster.rundir import ClusterFault
 from cluster.security.config import SecurityConfig, clash, decided
@@ -73,3 +74,10 @@ def test_what_runs_and_what_is_launched_must_be_able_to_speak() -> None:
     assert clash(old, old) == clash(fleet, fleet) == clash(SecurityConfig(), old) == ""
     assert 'control = "plain", data = "plain", token = false: say that' in clash(old, fleet)
     assert 'data = "auth"' in clash(fleet, SecurityConfig("mtls", "tls", True))
+
+
+@pytest.mark.parametrize("said", ['control = "mtls"', 'data = "auth"', "token = true"])
+def test_a_batch_script_carries_no_secrets(tmp_path: Path, said: str) -> None:
+    decided_of(tmp_path, said, "ops@a")
+    with pytest.raises(ClusterFault, match="carries no certificates and no token"):
+        slurm(tmp_path / "cluster.toml")
