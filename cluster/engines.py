@@ -12,6 +12,7 @@ import msgspec
 
 from cluster.plan import NodeSpec, Plan
 from cluster.rundir import ClusterFault, RunDir
+from cluster.security.secrets import FOLDER, TOKEN_FILE
 from engines.adapter.child import Child, free_port
 from engines.adapter.config import AdapterConfig
 from engines.adapter.dialect import Dialect, Facts
@@ -20,6 +21,7 @@ from engines.adapter.server import StockServer
 from engines.adapter.watch import known
 from engines.sglang.adapter import SGLang
 from engines.vllm.adapter import VLLM
+from tracehaul.model.revision import revision
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
@@ -119,8 +121,7 @@ async def _started(
     args: list[str] = []
     if limits.use_store:
         await asyncio.to_thread(file.unlink, missing_ok=True)
-        options = {"routers": plan.routers, "cluster": plan.name, "transports": plan.transports, "node": spec.name}
-        args = dialect.sharing(options)
+        args = dialect.sharing({"tracehaul": await _plugin(plan, spec, run)})
     dtype = ["--dtype", config.dtype or plan.config.dtype]
     command = dialect.command(str(pool.model.path), pool.model.name, port, [*dtype, *args, *config.engine_args])
     environment = {**dialect.environment, LAYOUT_FILE: str(file)}
@@ -131,6 +132,25 @@ async def _started(
         return await Child.start([python, *command], environment, path, config.adapter.stop_timeout_s)
     except OSError as error:
         raise ClusterFault(f"cannot start {dialect.name} with {python}: {error}") from error
+
+
+async def _plugin(plan: Plan, spec: NodeSpec, run: RunDir) -> dict[str, object]:
+    """What the server's plugin is told: see engines/blocks/config.py."""
+    source, security = plan.pool(spec.pool).model, plan.config.security
+    secrets = run.path / FOLDER
+    return {
+        "routers": plan.routers,
+        "name": f"{spec.name}+engine",
+        "revision": await asyncio.to_thread(revision, source),
+        "model": source.name,
+        "pool": spec.pool,
+        "cluster": plan.name,
+        "transports": plan.transports,
+        "listen": spec.data.listen,
+        "secrets": str(secrets) if security.control == "mtls" else "",
+        "data": security.data if security.control == "mtls" and security.proves_data else "plain",
+        "token_file": str(secrets / TOKEN_FILE) if security.token else "",
+    }
 
 
 async def _answering(

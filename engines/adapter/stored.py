@@ -2,12 +2,13 @@
 
 import asyncio
 
+from engines.blocks.naming import names
 from kvstore.client.looks import LOOK_TIMEOUT_S, Looks
 from kvstore.client.nodes import StoreNodes
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members
-from tracehaul.wire.hashing import KVLayout, chain
+from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.ids import BlockHash
 
 BREAK_S = 1.0
@@ -32,7 +33,7 @@ class Stored:
         """Of the full blocks of a sequence."""
         if self._layout is None:
             return []
-        return chain(self._layout.root(salt), packed, self._layout.block_tokens)
+        return names(self._layout, packed, salt)
 
     def covered(self, hashes: list[BlockHash]) -> int:
         """Tokens in so many full blocks."""

@@ -11,6 +11,8 @@ import msgspec
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.ids import BlockHash
 
+WORKERS = ("prefill", "decode")
+"""The roles of those that make up pools."""
 UNNAMED = "the pool that has no name"
 
 
@@ -37,7 +39,7 @@ def pool_of(info: NodeInfo) -> Pool:
 
 def pools_of(members: Iterable[NodeInfo]) -> dict[str, Pool]:
     """The pools of these members, by the name that clients call their models by."""
-    return {info.model: pool_of(info) for info in members if info.role != "store"}
+    return {info.model: pool_of(info) for info in members if info.role in WORKERS}
 
 
 def refusal(info: NodeInfo, members: Iterable[NodeInfo], models: Mapping[str, str]) -> str | None:
@@ -48,7 +50,7 @@ def refusal(info: NodeInfo, members: Iterable[NodeInfo], models: Mapping[str, st
         members: all there are; an earlier life of the node does not count.
         models: what each pool serves, by the pool's name, as the fleet was set up; empty: whatever comes.
     """
-    if info.role == "store":
+    if info.role not in WORKERS:
         return None
     pool = pool_of(info)
     called = f"pool {pool.name!r}" if pool.name else UNNAMED
@@ -57,7 +59,7 @@ def refusal(info: NodeInfo, members: Iterable[NodeInfo], models: Mapping[str, st
         there = f"serves {served!r}" if served is not None else f"does not exist (there are {_names(models)})"
         return f"{info.node} serves {pool.model!r} in {called}, which {there}"
     for other in members:
-        if other.role == "store" or other.node == info.node:
+        if other.role not in WORKERS or other.node == info.node:
             continue
         if other.pool == pool.name and pool_of(other) != pool:
             what = "KV layout" if other.model == pool.model else "model"

@@ -19,6 +19,15 @@ from tracehaul import __version__
 REPO = Path(__file__).parents[2]
 ROOMS = ["tracehaul", "kvstore", "worker", "prefill", "decode", "engines", "jobs", "router", "cluster", "sim", "bench"]
 OF_THE_STORE = (
+    "engines/__init__.py",
+    "engines/blocks/",
+    "engines/sglang/__init__.py",
+    "engines/sglang/plugin.py",
+    "engines/vllm/__init__.py",
+    "engines/vllm/chains.py",
+    "engines/vllm/paging.py",
+    "engines/vllm/plugin.py",
+    "engines/vllm/scheduling.py",
     "kvstore/",
     "tracehaul/__init__.py",
     "tracehaul/rpc/",

@@ -9,6 +9,8 @@ from tracehaul.wire.ids import BlockHash, Epoch, Generation, NodeId
 from tracehaul.wire.version import OLDEST, Version
 
 Role = Literal["store", "prefill", "decode"]
+MemberRole = Role | Literal["observer"]
+"""An observer is told who is there and given nothing: a server with an engine of its own, which uses the stores."""
 
 Feature = Literal["constraints", "prompt_logprobs", "recall"]
 """What not every engine can do: keep answers to a grammar, tell how likely a prompt's tokens were, and bring a context
@@ -61,9 +63,9 @@ class NodeInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
     node: NodeId
     generation: Generation
-    role: Role
+    role: MemberRole
     address: str
-    """``host:port`` of its control plane."""
+    """``host:port`` of its control plane; empty of an observer, which nobody calls."""
     model: str = ""
     """Name that clients call the served model by; empty on a store node."""
     root: BlockHash = BlockHash(b"")
@@ -206,7 +208,7 @@ class Heartbeat(Message, frozen=True):
 class Viewer(NamedTuple):
     """Who is told of members, as far as it matters for what it has to know."""
 
-    role: Role
+    role: MemberRole
     pool: str
 
     def needs(self, node: NodeInfo) -> bool:

@@ -26,7 +26,8 @@ assert (array("I").itemsize, sys.byteorder) == (TOKEN_BYTES, "little"), "an arra
 
 
 class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a block's bytes mean: a packed C-order array ``[layers, 2, kv_heads, tokens, head_dim]``."""
+    """What a block's bytes mean: a packed C-order array ``[layers, 2, kv_heads, tokens, head_dim]``, unless ``order``
+    says otherwise."""
 
     model: str
     """Name and revision of the weights: equal strings mean equal weights."""
@@ -39,6 +40,13 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_tokens: int = 32
     shard: str = "0/1"
     """Which part of the heads this is under tensor parallelism."""
+    order: str = ""
+    """Byte order and packing where they are another engine's, with the version of that form: one that no other engine,
+    back end or instruction set shares. Checksums cannot see that bytes are in another order."""
+    hashing: str = ""
+    """How blocks are named, if not by :func:`chain`."""
+    scales: str = ""
+    """Where the scales of quantized elements come from; empty: there are none."""
 
     @property
     def token_bytes(self) -> int:
@@ -52,7 +60,16 @@ class KVLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def root(self, salt: str = "") -> BlockHash:
         """The hash that a trace's first block is chained to; ``salt`` keeps tenants apart."""
-        return salted(_cut(b"tracehaul/1|" + msgspec.json.encode(self)), salt)
+        said = msgspec.structs.asdict(self)
+        for later in ("order", "hashing", "scales"):  # what does not say them has the root that it always had
+            if not said[later]:
+                del said[later]
+        return salted(_cut(b"tracehaul/1|" + msgspec.json.encode(said)), salt)
+
+
+def named(root: BlockHash, key: bytes) -> BlockHash:
+    """The block of the layout ``root`` that its engine, which names blocks itself, calls ``key``."""
+    return _cut(root + b"/" + key)
 
 
 def salted(root: BlockHash, salt: str) -> BlockHash:

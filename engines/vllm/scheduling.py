@@ -1,0 +1,121 @@
+"""The scheduler's part: which blocks the store has, which are to be loaded, and which a step has filled."""
+
+import concurrent.futures
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engines.blocks.store import LATE_S, EngineStore
+from engines.vllm.chains import Chain, Move, leading, of_rank
+from tracehaul.wire.ids import BlockHash
+
+GLANCE_S = 0.005
+"""The longest that a step waits for a look at the stores; a longer one is asked about again at the next step."""
+
+
+@dataclass
+class _Look:
+    """At the blocks of one request, for each rank."""
+
+    futures: "list[concurrent.futures.Future[int] | None]"
+    until_s: float
+
+
+class Scheduling:
+    """Of one engine, on its scheduler's thread."""
+
+    def __init__(self, block_tokens: int, timeout_s: float, *, reads: bool) -> None:
+        self._tokens = block_tokens
+        self._timeout_s = timeout_s
+        self._reads = reads
+        self._store: EngineStore | None = None
+        self._roots: list[BlockHash] = []
+        self._chains: dict[str, Chain] = {}
+        self._looks: dict[str, _Look] = {}
+        self._loads: list[Move] = []
+
+    def joined(self, store: EngineStore, roots: Sequence[BlockHash]) -> None:
+        """The store to ask, and the root of each rank's blocks."""
+        self._store = store
+        self._roots = list(dict.fromkeys(roots))
+
+    def matched(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """See the connector's ``get_num_new_matched_tokens``."""
+        if self._store is None:
+            return 0, False
+        chain = self._chain(request)
+        first = chain.first = computed_tokens // self._tokens
+        last = chain.upto((request.num_tokens - 1) // self._tokens)  # one token at least is computed here
+        looked = self._look(request.request_id, chain, last)
+        if looked is None:
+            return None, False
+        found, known = looked
+        # What the engine has itself and the store does not, or does no more, is saved again.
+        chain.saved = min(first, found) if known else first
+        more = max(0, found - first) if self._reads else 0
+        return more * self._tokens, more > 0
+
+    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
+        """See the connector's ``update_state_after_alloc``."""
+        if self._store is None:
+            return
+        chain = self._chain(request)
+        chain.block_ids = block_ids
+        if external_tokens:
+            end = chain.first + external_tokens // self._tokens
+            self._loads.append(chain.move(chain.first, end))
+            chain.saved = end if chain.saved == chain.first else chain.saved
+
+    def step(self, scheduled: Any, *, saving: bool) -> tuple[list[Move], list[Move]]:
+        """What is loaded, and saved, with the step that this output of the scheduler is."""
+        loads, self._loads = self._loads, []
+        cached = scheduled.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for request_id, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            chain = self._chains.get(request_id)
+            if chain is not None and new is not None:
+                resumed = request_id in cached.resumed_req_ids
+                chain.block_ids = list(new[0]) if resumed else [*chain.block_ids, *new[0]]
+        computed |= {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        saves: list[Move] = []
+        for request_id, tokens in scheduled.num_scheduled_tokens.items() if saving else ():
+            chain = self._chains.get(request_id)
+            if chain is None:
+                continue
+            end = chain.upto((computed[request_id] + tokens) // self._tokens)
+            if end > chain.saved:
+                saves.append(chain.move(chain.saved, end))
+                chain.saved = end
+        return loads, saves
+
+    def finished(self, request_id: str) -> None:
+        """Nothing more comes of it."""
+        self._chains.pop(request_id, None)
+        self._looks.pop(request_id, None)
+
+    def _chain(self, request: Any) -> Chain:
+        chain = self._chains.get(request.request_id)
+        if chain is None:
+            chain = self._chains[request.request_id] = Chain(request, self._tokens, self._roots[0])
+        return chain
+
+    def _look(self, request_id: str, chain: Chain, last: int) -> tuple[int, bool] | None:
+        """Leading blocks that all ranks' stores have, and whether that is known; None while they are asked."""
+        look = self._looks.get(request_id)
+        if look is None:
+            if self._store is None or not self._store.ready or not last:
+                return 0, False
+            first, keys = self._roots[0], chain.keys[:last]
+            futures = [self._store.looking([of_rank(root, first, key) for key in keys]) for root in self._roots]
+            look = self._looks[request_id] = _Look(futures, self._store.now_s() + self._timeout_s + LATE_S)
+        asked = [future for future in look.futures if future is not None]
+        _, pending = concurrent.futures.wait(asked, GLANCE_S)
+        if pending and self._store is not None and self._store.now_s() < look.until_s:
+            return None
+        del self._looks[request_id]
+        failed = pending or len(asked) < len(look.futures) or any(_failed(future) for future in asked)
+        return (0, False) if failed else (leading([future.result() for future in asked]), True)
+
+
+def _failed(future: "concurrent.futures.Future[int]") -> bool:
+    return future.cancelled() or future.exception() is not None
