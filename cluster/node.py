@@ -318,6 +318,7 @@ class _Node:
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
+        from cluster.journal import journal_metrics, remember
         from router.assemble import Router
         from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
@@ -347,9 +348,11 @@ class _Node:
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
             keyring = None if keys is None else keys.keyring
+            await remember(router, config, self._run, self._spec.name, offload)
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
-            shown = NodeMetrics({**router.stats, **self._stats}, None).render
+            journal = partial(journal_metrics, router.journal)
+            shown = NodeMetrics({**router.stats, **self._stats}, None, (journal,)).render
             app = router.app(texts, config.api, offload, shown, keyring=keyring)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(

@@ -231,6 +231,10 @@ class RunDir:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
 
+    def database(self, name: str) -> Path:
+        """SQLite's file with what outlives that router."""
+        return self.path / "records" / f"{name}.sqlite"
+
     def decisions(self) -> Path:
         """Where the router writes down what it decides."""
         return self._logs / "decisions.jsonl"
