@@ -1,5 +1,6 @@
 """Opens a database, SQLite's or PostgreSQL's, and brings its tables to what this version needs."""
 
+import logging
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ def _upgrade(connection: Connection) -> None:
     from alembic import command
     from alembic.config import Config
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from records.base import Batch, Records, RecordsLost, TraceName, TraceRow
-from router.traces.changes import VERSION, Clock, Read, Unreadable, read, written
+from router.traces.changes import VERSION, Clock, Planned, Read, Unreadable, read, written
 from router.traces.events import Event
 from router.traces.machine import Traces
 from router.traces.revival import lost, revived
@@ -98,6 +98,8 @@ class Journal:
         self._stored: dict[TraceKey, _Stored] = {}
         self._number = 0
         self._changed: dict[TraceKey, None] = {}
+        self._under_way: list[TraceKey] = []
+        """Being written."""
         traces.changed = self._changed
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -109,7 +111,7 @@ class Journal:
     @property
     def behind(self) -> int:
         """Traces that are not written down as they are."""
-        return len(self._changed)
+        return len(self._changed) + len(self._under_way)
 
     async def start(self) -> None:
         """Read what was written; returns when the traces are known again, or it takes too long."""
@@ -153,14 +155,14 @@ class Journal:
         """What can be is written down."""
         try:
             async with asyncio.timeout(CLOSE_S):
-                while self._loaded.is_set() and self._changed and not self.failing:
+                while self._loaded.is_set() and self.behind and not self.failing:
                     self._wake.set()
                     self._hurry.set()
                     await asyncio.sleep(LATE_S / 10)
         except TimeoutError:
             pass
         await self._tasks.close()
-        if self._changed:
+        if self.behind:
             log.warning("traces are not written down as they are", traces=self.behind)
         await self._records.close()
 
@@ -278,7 +280,7 @@ class Journal:
         rows: list[TraceRow] = []
         superseded: list[tuple[TraceName, int]] = []
         erased = self._expired()
-        taken = [*erased]
+        taken = self._under_way = [*erased]
         now, turn_s, nbytes = _clock(), clock.perf_s(), 0
         while self._changed and nbytes < BATCH_BYTES:
             key = next(iter(self._changed))
@@ -305,6 +307,8 @@ class Journal:
         except (RecordsLost, asyncio.CancelledError):
             self._failed(taken)
             raise
+        finally:
+            self._under_way = []
         self.stats.batches += 1
         self.stats.changes += len(rows)
         self.stats.bytes_written += nbytes
@@ -320,7 +324,7 @@ class Journal:
         before = stored.trace if stored is not None and not stored.full else None
         follows = stored.number if stored is not None and before is not None else 0
         self._number += 1
-        planned = tuple((alarm.at_s, alarm.kind) for alarm in self._traces.planned(key))
+        planned: Planned = tuple((alarm.at_s, alarm.kind) for alarm in self._traces.planned(key))
         body = written(before, follows, trace, planned, now)
         if stored is None or before is None:
             self._stored[key] = _Stored(trace, self._number, now.now_s, len(body))
