@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("journal")
 
 @pytest.fixture(scope="module")
 def config() -> ClusterConfig:
-    return ClusterConfig(port=free_port(), kv_tokens=2048, store_bytes=64 << 20)
+    return ClusterConfig(port=free_port(), kv_tokens=2048, store_bytes=64 << 20, traces_keep_s=86400.0)
 
 
 def ask(cluster: Fleet, messages: list[dict[str, Any]], trace: str) -> dict[str, Any]:
