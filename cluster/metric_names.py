@@ -216,6 +216,16 @@ COUNTERS["ObjectStats"] = COUNTERS["TierStats"] | {
     "outages": Metric("outages", "outages", "Times that the service was given up for a while."),
 }
 
+COUNTERS["TraceJournalStats"] = {
+    "batches": Metric("batches", "transactions", "Transactions that wrote the journal of traces."),
+    "changes": Metric("changes", "changes", "Changes of traces in them."),
+    "bytes_written": Metric("written_bytes", "bytes", "What these took."),
+    "whole": Metric("whole_changes", "changes", "Of them, traces written whole."),
+    "failures": Metric("failures", "transactions", "Times that the store of records did not do what it was asked."),
+    "restored": Metric("restored_traces", "traces", "Traces known again when the router started."),
+    "unreadable": Metric("unreadable_traces", "traces", "Traces that were there and could not be read."),
+}
+
 PARTS = {
     "store": "StoreStats",
     "disk": "TierStats",
@@ -234,6 +244,7 @@ PARTS = {
     "api": "AcceptStats",
     "notes": "NotesStats",
     "output": "OutputStats",
+    "journal": "TraceJournalStats",
 }
 """What comes after ``tracehaul_``, by struct: the table in the docs."""
 
@@ -274,6 +285,8 @@ GAUGES: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("store_slots", "slots", "Slots of a store node's memory, by what they are.", ("state",)),
+        Metric("journal_behind", "traces", "Traces that are not written down as they are."),
+        Metric("journal_failing", "1", "1 while the store of records does not do what it is asked."),
         Metric("store_open_leases", "leases", "Open leases of readers."),
         Metric("store_open_reservations", "blocks", "Blocks that are being written."),
         Metric("store_open_pins", "pins", "Open pins."),

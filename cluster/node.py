@@ -338,6 +338,7 @@ class _Node:
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
+        from cluster.journal import remember
         from cluster.kept_jobs import opened_jobs
         from router.assemble import Router
         from router.fleet.gate import Gate
@@ -363,17 +364,16 @@ class _Node:
             server = await self._networks.control.listen(listen, gate, self._spec.address)
             stack.push_async_callback(server.close)
             self._tell(phase="loading model", address=server.address)
-            sources = [pool.model for pool in self._plan.pools]
-            texts = {source.name: await offload.run(partial(Text.load, source)) for source in sources}
+            texts = {pool.model.name: await offload.run(partial(Text.load, pool.model)) for pool in self._plan.pools}
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
-            keyring = None if keys is None else keys.keyring
+            journal = await remember(router, config, self._run, self._spec.name, offload)
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
-            shown = NodeMetrics({**router.stats, **self._stats}, None).render
+            shown = NodeMetrics({**router.stats, **self._stats}, None, (journal,)).render
             folder = Path(config.api.files_dir) if config.api.files_dir else self._run.jobs(self._spec.name)
             jobs = await stack.enter_async_context(opened_jobs(folder, config.api))
-            app = router.app(texts, config.api, offload, shown, keyring=keyring, jobs=jobs)
+            app = router.app(texts, config.api, offload, shown, keyring=keys.keyring if keys else None, jobs=jobs)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
                 app,

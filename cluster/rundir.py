@@ -234,6 +234,10 @@ class RunDir:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
 
+    def database(self, name: str) -> Path:
+        """SQLite's file with what outlives that router."""
+        return self.path / "records" / f"{name}.sqlite"
+
     def jobs(self, name: str) -> Path:
         """Where that router keeps what clients upload, and batches."""
         return self.path / "jobs" / name

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 import msgspec
 from starlette.types import ASGIApp
 
+from records.base import Records
 from router.calls.calls import UNFORESEEN
 from router.calls.text import Text
 from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.dispatch.journal import Journal
 from router.fleet.members import Terms
 from router.http.app import create_app
 from router.http.config import ApiConfig
@@ -32,11 +34,22 @@ class Router:
             "retention": self.dispatch.retainer.stats,
         }
         """Counts of its life, by the part of it that counts."""
+        self.journal: Journal | None = None
 
     @property
     def service(self) -> Service:
         """Serves the nodes that join."""
         return self.dispatch.members
+
+    async def remember(self, records: Records, keep_s: float) -> None:
+        """Know the traces again that were written down, and write down what becomes of them; once, and before clients
+        come. The arguments are those of :class:`router.dispatch.journal.Journal`."""
+        dispatch = self.dispatch
+        self.journal = Journal(records, dispatch.traces, dispatch.retainer.send, keep_s)
+        self.stats["journal"] = self.journal.stats
+        dispatch.retainer.changed = self.journal.changed
+        dispatch.book.written = self.journal
+        await self.journal.start()
 
     def app(
         self,
@@ -54,3 +67,5 @@ class Router:
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
         await self.dispatch.close()
+        if self.journal is not None:
+            await self.journal.close()

@@ -84,6 +84,8 @@ class Retainer:
         self.stats = RetentionStats()
         self.told: Callable[[TraceKey, Entry], None] = lambda key, entry: None
         """Told of each decision as it is made."""
+        self.changed: Callable[[], None] = lambda: None
+        """Told that something has happened to a trace."""
         self._peers = peers
         self._members = members
         self._traces = traces
@@ -118,6 +120,7 @@ class Retainer:
         self._running += isinstance(event, StepBegan) - isinstance(event, StepEnded)
         for effect in self._traces.handle(event, clock.now_s()):
             self._do(effect)
+        self.changed()
         self._plan()
         self._most_bytes = max(self._most_bytes, self._traces.nbytes)
         if self._most_bytes - self._traces.nbytes > GIVE_BACK_BYTES and self._giving is None and not self._closed:

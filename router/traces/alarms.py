@@ -33,6 +33,10 @@ class Alarms:
         """Whose there are."""
         return set(self._of)
 
+    def of(self, key: TraceKey) -> tuple[Alarm, ...]:
+        """A trace's."""
+        return tuple(self._of.get(key, ()))
+
     def add(self, alarm: Alarm) -> None:
         """Plan one."""
         insort(self._sorted, alarm)

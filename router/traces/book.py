@@ -47,6 +47,28 @@ class Keeper(Protocol):
         ...
 
 
+class Written(Protocol):
+    """What is written down of traces: see :class:`router.dispatch.journal.Journal`."""
+
+    def holds(self, key: TraceKey) -> bool:
+        """There may be something of a trace."""
+        ...
+
+    async def erased(self, key: TraceKey) -> None:
+        """Nothing is left of it. Raises Unavailable."""
+        ...
+
+
+class NothingWritten:
+    """Implements :class:`Written` where nobody writes."""
+
+    def holds(self, key: TraceKey) -> bool:
+        return False
+
+    async def erased(self, key: TraceKey) -> None:
+        pass
+
+
 class Book:
     """What ``/v1/traces`` asks and tells. Of a trace that is not known, and of another tenant's, the answer is None."""
 
@@ -55,6 +77,8 @@ class Book:
         self._keeper = keeper
         self.answers: Answers = NoAnswers()
         """What outlives the router."""
+        self.written: Written = NothingWritten()
+        """Likewise."""
 
     # --- for calls ----------------------------------------------------------------------------------------------
 
@@ -123,14 +147,21 @@ class Book:
         return None if known is None else view(known, self._keeper.now_s())
 
     async def delete(self, salt: str, trace: TraceId) -> bool:
-        """Forget one, and end what runs of it; False if it is not known. What is kept of it is gone on return."""
-        known = self._traces.get((salt, trace))
+        """Forget one, and end what runs of it; False if it is not known. What is kept of it is gone on return.
+
+        Raises:
+            Unavailable: what was written down is still there; it goes as soon as it can.
+        """
+        key = (salt, trace)
+        known = self._traces.get(key)
+        held = self.written.holds(key)
         if known is not None:
-            self._keeper.send(Deleted(known.key))
-        if self.answers.drop((salt, trace)):
+            self._keeper.send(Deleted(key))
+        dropped = self.answers.drop(key)
+        if dropped:
             await self.answers.dropped()
-            return True
-        return known is not None
+        await self.written.erased(key)
+        return known is not None or dropped or held
 
     def suspend(
         self, salt: str, trace: TraceId, expected_s: float, deadline_s: float | None, tool: str | None

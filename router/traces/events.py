@@ -145,19 +145,19 @@ class Tick(msgspec.Struct, frozen=True, gc=False, tag="tick"):
     """Time has passed."""
 
 
-Event = (
-    Recognised
-    | CallOver
-    | StepBegan
-    | StepPlaced
+OfKnown = (
+    StepPlaced
     | StepMoved
     | StepEnded
     | Answered
     | ContextRecalled
+    | CallOver
     | Suspended
     | Resumed
     | PinAsked
     | PinHeld
     | Deleted
-    | Tick
 )
+"""What changes nothing of a trace that is not known."""
+
+Event = Recognised | StepBegan | Tick | OfKnown

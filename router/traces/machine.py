@@ -6,14 +6,14 @@ a trace.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from msgspec.structs import replace
 
 from router.policy.gaps import Gaps
 from router.policy.retention import RetentionConfig
-from router.traces.alarms import Alarms
+from router.traces.alarms import Alarm, Alarms
 from router.traces.between import Between, noted
 from router.traces.contexts import Left, grow, warmed
 from router.traces.decisions import Asked, Ended
@@ -24,6 +24,7 @@ from router.traces.events import (
     ContextRecalled,
     Deleted,
     Event,
+    OfKnown,
     PinAsked,
     PinHeld,
     Recognised,
@@ -63,6 +64,8 @@ class Traces:
         self.gaps = Gaps()
         """What was learned of all traces' pauses."""
         self.nbytes = 0
+        self.changed: dict[TraceKey, None] | None = None
+        """Where somebody writes traces down: those that are another value, or gone, since they were taken from here."""
         self._max = traces_max
         self._bytes_max = bytes_max
         self._traces: OrderedDict[TraceKey, Trace] = OrderedDict()
@@ -74,6 +77,9 @@ class Traces:
 
     def __len__(self) -> int:
         return len(self._traces)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._traces
 
     @property
     def next_alarm_s(self) -> float | None:
@@ -168,23 +174,7 @@ class Traces:
         self._make_room()
         return effects
 
-    def _after(
-        self,
-        trace: Trace,
-        event: StepPlaced
-        | StepMoved
-        | StepEnded
-        | Answered
-        | ContextRecalled
-        | CallOver
-        | Suspended
-        | Resumed
-        | PinAsked
-        | PinHeld
-        | Deleted,
-        now_s: float,
-        effects: list[Effect],
-    ) -> Trace | None:
+    def _after(self, trace: Trace, event: OfKnown, now_s: float, effects: list[Effect]) -> Trace | None:
         """A trace after an event; None: it is to be forgotten."""
         match event:
             case StepPlaced():
@@ -218,6 +208,22 @@ class Traces:
                 effects.append(StopRecall(trace.key))
                 self._between.release(trace, effects, [left.warm.node for left in trace.lefts if left.warm is not None])
                 return None
+
+    def restore(self, trace: Trace, alarms: Iterable[Alarm]) -> None:
+        """Take in one that was written down, as the one used last: see :func:`router.traces.revival.revived`."""
+        assert trace.key not in self._traces
+        digests = tuple(digest for digest in trace.digests if self._lookups.owner(digest) is None)
+        self._lookups.take(trace.key, (), digests)
+        for name in trace.responses:
+            self._lookups.gave(trace.key, trace.responses, name)
+        for alarm in alarms:
+            self._alarms.add(alarm)
+        self._put(replace(trace, digests=digests, tip=trace.tip if trace.tip in digests else None))
+        self._make_room()
+
+    def planned(self, key: TraceKey) -> tuple[Alarm, ...]:
+        """What is to happen to a trace."""
+        return self._alarms.of(key)
 
     # --- calls and steps --------------------------------------------------------------------------------------
 
@@ -346,11 +352,15 @@ class Traces:
         before = self._traces.get(trace.key)
         self.nbytes += trace.nbytes - (before.nbytes if before is not None else 0)
         self._traces[trace.key] = trace
+        if self.changed is not None:
+            self.changed[trace.key] = None
 
     def _forget(self, trace: Trace) -> None:
         """Nothing of it stays."""
         key = trace.key
         self.nbytes -= self._traces.pop(key).nbytes
+        if self.changed is not None:
+            self.changed[key] = None
         self._alarms.clear(key)
         self._lookups.drop(trace)
         parent = self._parent(trace)

@@ -17,7 +17,20 @@ from packaging.requirements import Requirement
 from tracehaul import __version__
 
 REPO = Path(__file__).parents[2]
-ROOMS = ["tracehaul", "kvstore", "worker", "prefill", "decode", "engines", "jobs", "router", "cluster", "sim", "bench"]
+ROOMS = [
+    "tracehaul",
+    "kvstore",
+    "records",
+    "worker",
+    "prefill",
+    "decode",
+    "engines",
+    "jobs",
+    "router",
+    "cluster",
+    "sim",
+    "bench",
+]
 OF_THE_STORE = (
     "engines/__init__.py",
     "engines/blocks/",

@@ -1,0 +1,1 @@
+"""What outlives every process of a cluster: rows in a database, whichever it is."""

@@ -1,0 +1,194 @@
+"""What keeps rows, whichever it is: SQLite, PostgreSQL, memory."""
+
+import asyncio
+import functools
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+
+from records import database
+from records.base import Batch, Records, RecordsLost, TraceName, TraceRow
+from records.database import BadDatabase, database_url
+from records.fakes import MemoryRecords
+from records.schema import HEAD
+from records.sql import SqlRecords
+from tests.postgres import Postgres, postgres
+
+pytestmark = pytest.mark.xdist_group("postgres")
+
+TIMEOUT_S = 20.0
+A, B = TraceName("", "a"), TraceName("red", "a")
+Made = Callable[[str], Records]
+
+
+def on_a_loop(test: Callable[..., Coroutine[object, object, None]]) -> Callable[..., None]:
+    """A test that is a coroutine."""
+
+    @functools.wraps(test)
+    def run(*args: object, **kwargs: object) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+names = (f"d{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> Made:
+    """Opens one router's rows; of the same name: the same ones."""
+    match request.param:
+        case "memory":
+            known: dict[str, MemoryRecords] = {}
+            return lambda router: known.setdefault(router, MemoryRecords())
+        case "sqlite":
+            url = database_url("", tmp_path / "records" / "r.sqlite")
+        case _:
+            url = database_url(request.getfixturevalue("server").create(next(names)), tmp_path)
+    return lambda router: SqlRecords(url, router, TIMEOUT_S)
+
+
+def row(name: TraceName, number: int, body: bytes = b"x") -> TraceRow:
+    return TraceRow(*name, number, 1, body)
+
+
+async def all_of(records: Records) -> list[TraceRow]:
+    return [row async for rows in records.rows() for row in rows]
+
+
+def files(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+async def opened(made: Made, router: str) -> AsyncIterator[Records]:
+    records = made(router)
+    try:
+        yield records
+    finally:
+        await records.close()
+
+
+@on_a_loop
+async def test_rows_outlive_who_wrote_them_in_their_order(made: Made) -> None:
+    wrote = [row(A, 1, bytes(range(256)) * 4000), row(B, 2), row(A, 3, b"")]
+    async with aclosing(opened(made, "r")) as one:
+        records = await anext(one)
+        assert await all_of(records) == []
+        await records.write(Batch(wrote[:2]))
+        await records.write(Batch(wrote[2:]))
+        await records.write(Batch())
+    async with aclosing(opened(made, "r")) as one:
+        assert await all_of(await anext(one)) == wrote
+
+
+@on_a_loop
+async def test_more_rows_than_are_read_at_once(made: Made) -> None:
+    wrote = [row(A, number, b"%d" % number) for number in range(1, 1203)]
+    async with aclosing(opened(made, "r")) as one:
+        records = await anext(one)
+        await records.write(Batch(wrote))
+        assert await all_of(records) == wrote
+
+
+@on_a_loop
+async def test_what_is_superseded_or_erased_is_gone_and_nothing_else(made: Made) -> None:
+    async with aclosing(opened(made, "r")) as one, aclosing(opened(made, "other")) as two:
+        records, other = await anext(one), await anext(two)
+        await records.write(Batch([row(A, 1), row(B, 2), row(A, 3)]))
+        await other.write(Batch([row(A, 1), row(B, 2)]))
+        await records.write(Batch([row(A, 4)], superseded=[(A, 4)]))
+        assert await all_of(records) == [row(B, 2), row(A, 4)]
+        await records.write(Batch([row(B, 5)], erased=[A, B, TraceName("", "never")]))
+        assert await all_of(records) == [row(B, 5)]
+        assert await all_of(other) == [row(A, 1), row(B, 2)]
+
+
+@on_a_loop
+async def test_a_batch_is_written_whole_or_not_at_all(made: Made) -> None:
+    async with aclosing(opened(made, "r")) as one:
+        records = await anext(one)
+        await records.write(Batch([row(A, 1)]))
+        with pytest.raises((RecordsLost, AssertionError)):
+            await records.write(Batch([row(A, 2), row(A, 1)], erased=[B]))
+        assert await all_of(records) == [row(A, 1)]
+
+
+@on_a_loop
+async def test_a_server_that_went_away_is_lost_and_found_again(server: Postgres, tmp_path: Path) -> None:
+    records = SqlRecords(database_url(server.create(next(names)), tmp_path), "r", TIMEOUT_S)
+    await records.write(Batch([row(A, 1)]))
+    server.stop()
+    try:
+        with pytest.raises(RecordsLost):
+            await records.write(Batch([row(A, 2)]))
+        with pytest.raises(RecordsLost):
+            await all_of(records)
+    finally:
+        await asyncio.to_thread(server.start)
+    await records.write(Batch([row(A, 3)]))
+    assert await all_of(records) == [row(A, 1), row(A, 3)]
+    await records.close()
+
+
+@on_a_loop
+async def test_two_bring_an_empty_database_up_to_date_at_once(server: Postgres, tmp_path: Path) -> None:
+    url = database_url(server.create(next(names)), tmp_path)
+    both = [SqlRecords(url, name, TIMEOUT_S) for name in ("r", "s")]
+    await asyncio.gather(*(one.write(Batch([row(A, 1)])) for one in both))
+    assert [await all_of(one) for one in both] == [[row(A, 1)]] * 2
+    for one in both:
+        await one.close()
+
+
+@on_a_loop
+async def test_what_was_erased_is_nowhere_in_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "r.sqlite"
+    records = SqlRecords(database_url("", path), "r", TIMEOUT_S)
+    await records.write(Batch([row(A, 1, b"a secret" * 1000)]))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert b"a secret" in files(tmp_path)
+    await records.write(Batch(erased=[A]))
+    assert b"a secret" not in files(tmp_path)
+    await records.close()
+
+
+@on_a_loop
+async def test_a_file_that_is_none_is_lost_not_fatal(tmp_path: Path) -> None:
+    path = tmp_path / "r.sqlite"
+    path.write_bytes(b"this is no database, whatever it is" * 1000)
+    records = SqlRecords(database_url("", path), "r", TIMEOUT_S)
+    with pytest.raises(RecordsLost):
+        await all_of(records)
+    with pytest.raises(RecordsLost):
+        await SqlRecords(database_url("", Path(os.devnull) / "r"), "r", TIMEOUT_S).write(Batch())
+    await records.close()
+
+
+def test_the_newest_migration_is_the_one_that_is_asked_for() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(Path(database.__file__).parent / "migrations"))
+    assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
+
+
+@pytest.mark.parametrize("named", ["mysql://a/b", "postgresql://host", "a file", "postgresql+psycopg://h/d"])
+def test_what_is_no_database_is_refused(named: str) -> None:
+    with pytest.raises(BadDatabase, match="write postgresql://"):
+        database_url(named, Path("r.sqlite"))
+
+
+def test_a_password_is_told_nobody() -> None:
+    with pytest.raises(BadDatabase) as refused:
+        database_url("mysql://me:hidden@host/db", Path("r.sqlite"))
+    assert "hidden" not in str(refused.value)
