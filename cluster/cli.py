@@ -160,12 +160,16 @@ def up(
     access_log: Annotated[
         bool | None, typer.Option("--access-log/--no-access-log", help="A log line a request. Default: with keys.")
     ] = None,
+    restart: Annotated[
+        str | None, typer.Option(help="always or never: whether a node that dies is started again. Default: always.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; options given here win over it.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
     """Start a cluster on this machine and wait until it answers.
 
-    The nodes stay when this command ends; stop them with `tracehaul down`.
+    The nodes stay when this command ends, and come back when they die; stop them with `tracehaul down`. Where nodes run
+    on without their supervisor it starts that alone.
 
     Examples:
 
@@ -196,6 +200,7 @@ def up(
         "quota_bytes": dict(quota) if quota else None,
         "s3_url": s3_url,
         "s3_bytes": s3_bytes,
+        "restart": restart,
         "api.keys_file": _text(keys),
         "api.open": open_to_all or None,
         "api.tls_cert": _text(tls_cert),
@@ -207,9 +212,9 @@ def up(
         "dispatch.use_store": False if without_store else None,
         "worker.use_store": False if without_store else None,
     }
-    chosen = load_config(config, overrides)
     run = RunDir(run_dir)
-    names = up(chosen, run, err)
+    names = up(load_config(config, overrides), run, err)
+    chosen = load_plan(run).config
     url = base_url(chosen)
     typer.echo(f"ready {url}")
     messages = [{"role": "user", "content": "What is gravity?"}]
@@ -262,7 +267,7 @@ def status(
 
       tracehaul status --config cluster.toml
     """
-    from cluster.status import mending, outside, table
+    from cluster.status import mending, outside, supervision, table
 
     if config is not None:
         asyncio.run(fleet.fleet_status(config, as_json))
@@ -285,7 +290,7 @@ def status(
     names, members = [spec.name for spec in plan.nodes if not spec.host], [node.info.node for node in nodes]
     others = outside(run, names, members, answers=fault is None)
     console.print(table(api.url, nodes, run, others, wide=wide))
-    for line in run.torn():
+    for line in (*run.torn(), *supervision(run)):
         _warn(line)
     if fault is not None:
         raise ClusterFault(mending(run, others, str(fault)))
