@@ -57,8 +57,7 @@ COMMANDS_GROUP = "tracehaul.commands"
 """Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 120
-PIPE_COLUMNS = 200
-
+PIPE_COLUMNS = 200  # it has no width to respect
 
 SizeOption = Annotated[
     int | None,
@@ -160,16 +159,14 @@ def up(
     access_log: Annotated[
         bool | None, typer.Option("--access-log/--no-access-log", help="A log line a request. Default: with keys.")
     ] = None,
-    restart: Annotated[
-        str | None, typer.Option(help="always or never: whether a node that dies is started again. Default: always.")
-    ] = None,
+    restart: Annotated[str | None, typer.Option(help="never: a node that dies is left alone. Default: always.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; options given here win over it.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
     """Start a cluster on this machine and wait until it answers.
 
-    The nodes stay when this command ends, and come back when they die; stop them with `tracehaul down`. Where nodes run
-    on without their supervisor it starts that alone.
+    Nodes stay when this command ends, and come back when they die; stop them with `tracehaul down`. Run again where
+    their supervisor died, it brings that back.
 
     Examples:
 
@@ -272,7 +269,6 @@ def status(
     if config is not None:
         asyncio.run(fleet.fleet_status(config, as_json))
         return
-    # A pipe has no width to respect.
     console = out if out.is_terminal else Console(width=PIPE_COLUMNS)
     wide = console.width >= WIDE_COLUMNS
     if url is not None:
