@@ -4,6 +4,7 @@ import secrets
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -28,13 +29,20 @@ class Api(msgspec.Struct, frozen=True):
         Raises:
             ClusterFault: the certificate cannot be read.
         """
-        return httpx.Client(
-            base_url=self.url.rstrip("/"),
-            headers={} if self.key is None else {"authorization": f"Bearer {self.key}"},
-            verify=True if self.certificate is None else trusting(self.certificate),
-            timeout=timeout_s,
-            trust_env=False,
-        )
+        return httpx.Client(**self.options(), timeout=timeout_s)
+
+    def options(self) -> dict[str, Any]:
+        """Of whatever client of httpx asks it.
+
+        Raises:
+            ClusterFault: as :meth:`client`.
+        """
+        return {
+            "base_url": self.url.rstrip("/"),
+            "headers": {} if self.key is None else {"authorization": f"Bearer {self.key}"},
+            "verify": True if self.certificate is None else trusting(self.certificate),
+            "trust_env": False,
+        }
 
     def get(self, path: str, timeout_s: float, params: Mapping[str, str] | None = None) -> httpx.Response:
         """One page.

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from cluster.api import Api, here
 from cluster.asking import ask_router
-from cluster.config import ROUTER, base_url, parse_quota
+from cluster.batch.command import app as batch_app
+from cluster.config import ROUTER, base_url
 from cluster.config_file import load_config
 from cluster.fleet import command as fleet
 from cluster.hosts import pair_command
@@ -23,7 +24,8 @@ from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir
-from cluster.store.command import KeyOption, parse_size
+from cluster.sizes import DiskOption, QuotaOption, S3Option, SizeOption
+from cluster.store.command import KeyOption
 from cluster.store.commands import app as store_app
 from tracehaul import __version__
 
@@ -42,6 +44,7 @@ app = typer.Typer(
 
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
+app.add_typer(batch_app, name="batch")
 app.add_typer(host_app, name="host", hidden=True)
 pair_command.register(host_app)
 fleet.register(app)
@@ -58,49 +61,6 @@ COMMANDS_GROUP = "tracehaul.commands"
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 120
 PIPE_COLUMNS = 200  # it has no width to respect
-
-SizeOption = Annotated[
-    int | None,
-    typer.Option(
-        "--store-bytes",
-        parser=parse_size,
-        metavar="SIZE",
-        help="Block memory of each store node, such as 512MiB or 4GiB.",
-    ),
-]
-
-
-def _quota(text: str) -> tuple[str, int]:
-    try:
-        return parse_quota(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-QuotaOption = Annotated[
-    list[Any] | None,
-    typer.Option(
-        "--quota",
-        parser=_quota,
-        metavar="TENANT=SIZE",
-        help="Block memory of each store node that a tenant (a request's cache_salt) is sure of; repeat for others.",
-    ),
-]
-DiskOption = Annotated[
-    int | None,
-    typer.Option(
-        "--disk-bytes",
-        parser=parse_size,
-        metavar="SIZE",
-        help="Disk of each store node for blocks, kept over restarts.",
-    ),
-]
-S3Option = Annotated[
-    int | None,
-    typer.Option(
-        "--s3-bytes", parser=parse_size, metavar="SIZE", help="The most that each store node keeps in the bucket."
-    ),
-]
 
 
 @app.command()
@@ -357,6 +317,8 @@ def restart(
 def node(
     name: Annotated[str, typer.Argument(help="Which node to be, such as decode-0.")],
     config: Annotated[Path, typer.Option(help="The plan: cluster.json of a run directory.")] = PLAN_FILE,
+    engine: Annotated[str | None, typer.Option(help="native, sglang or vllm. Default: as the plan says.")] = None,
+    attach: Annotated[str, typer.Option(help="URL of a server of that engine; else one is started.")] = "",
 ) -> None:
     """Be one node of a launched cluster, in the foreground: how to bring back one that died.
 
@@ -366,7 +328,7 @@ def node(
     """
     from cluster.node import run_node
 
-    code = run_node(name, RunDir(config.absolute().parent))
+    code = run_node(name, RunDir(config.absolute().parent), engine, attach)
     if "nixl" in sys.modules:
         # Its wheel and the system each bring a libnl, and unloading both crashes: nothing is left to be done anyway.
         logging.shutdown()

@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from cluster.directory.config import DirectoryConfig
 from cluster.fleet.config import HOSTS_MAX, NODES_MAX, HostConfig, NetworkConfig, PoolName
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.config import SecurityConfig
+from engines.adapter.config import AdapterConfig
 from kvstore.config import PAGE_BYTES, StoreConfig
 from kvstore.copies.copier import ReplicationConfig
 from kvstore.tiers.objects import parse_url
@@ -65,6 +67,22 @@ class PoolConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Literal["int8"] | None = None
     kv_tokens: KVTokens | None = None
     worker: WorkerConfig | None = None
+    engine: Literal["native", "sglang", "vllm"] = "native"
+    """What computes: our own, or a stock server of another, one for each worker."""
+    engine_python: str = ""
+    """The interpreter of the environment that the server is installed in; empty: this one."""
+    engine_args: tuple[str, ...] = ()
+    """Options of the server, beside those that it is started with in any case."""
+    attach: dict[str, str] = {}
+    """Where servers that run already answer (``http://host:port``), by the names of the workers that use them; such a
+    worker starts none."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Bounds of the waits for the servers."""
+
+    def __post_init__(self) -> None:
+        said = self.engine_python or self.engine_args or self.attach
+        if self.engine == "native" and said:
+            raise ValueError("engine_python, engine_args and attach are of other engines: say engine")
 
 
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,6 +129,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     not said. Empty: this machine."""
     network: NetworkConfig = NetworkConfig()
     security: SecurityConfig = SecurityConfig()
+    directory: DirectoryConfig = DirectoryConfig()
+    """Where routers register and are found, beside those of the plan; then ``name`` is said."""
     prices: dict[str, Annotated[float, Meta(ge=0)]] = {}
     """Of an hour, by the hosts' kinds; in any currency."""
     tiering: TieringConfig = TieringConfig()

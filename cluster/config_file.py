@@ -50,9 +50,15 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
         _check_counts(merged)
         config = msgspec.convert(merged, ClusterConfig)
         _check_names(config)
+        if config.directory.etcd and not config.name:  # a name that is made up is another for each file
+            raise msgspec.ValidationError("with etcd a cluster has a `name` of its own - at `$.directory.etcd`")
         for number, host in enumerate(config.hosts):
             _check_host(number, host, config)
         _check_roles(config)
+        if config.security.proves_data and config.security.control is None and not config.hosts:
+            raise msgspec.ValidationError(
+                f'data = "{config.security.data}" needs control = "mtls" - at `$.security.data`'
+            )
     except msgspec.ValidationError as error:
         raise ClusterFault(_wrong(error, path, text)) from error
     check_open(config)

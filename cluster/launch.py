@@ -27,7 +27,7 @@ from cluster.hosts.orders import HostReport, NodeReport, order_of
 from cluster.hosts.own import OwnSupervisor, end_nodes
 from cluster.hosts.supervise import NAME as SUPERVISOR
 from cluster.memory import Available, needs, shortage
-from cluster.model import kv_layout, model_size, note
+from cluster.model import kv_layout, model_size, note, stock_layout
 from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of
 from cluster.processes import alive, nodes_running, stop
 from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, RunDir
@@ -208,7 +208,10 @@ def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ..
         ClusterFault: the model cannot be had, or the arenas do not fit.
     """
     pools = [_plan_pool(name, pool, console) for name, pool in pools_of(config).items()]
-    layouts = [kv_layout(pool.model, pool.config.dtype or config.dtype) for pool in pools]
+    layouts = [
+        (kv_layout if pool.config.engine == "native" else stock_layout)(pool.model, pool.config.dtype or config.dtype)
+        for pool in pools
+    ]
     store = store_config(config, layouts)
     placed = nodes_of(config, free_port()) if nodes is None else nodes
     if nodes is None:
@@ -223,12 +226,15 @@ def make_plan(config: ClusterConfig, console: Console, nodes: tuple[NodeSpec, ..
 
 
 def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
+    foreign = pool.engine != "native"
     try:
         if console.is_terminal:
             with console.status("looking for the model") as status:
-                source = resolve(pool.model, progress=status.update)
+                source = resolve(pool.model, progress=status.update, foreign=foreign)
         else:
-            source = resolve(pool.model, progress=lambda line: console.print(line, highlight=False, markup=False))
+            source = resolve(
+                pool.model, progress=lambda line: console.print(line, highlight=False, markup=False), foreign=foreign
+            )
     except SourceError as error:
         raise ClusterFault(str(error)) from error
     if Path(pool.model).exists():  # nodes run elsewhere

@@ -70,6 +70,8 @@ def needs(
         if not count:
             continue
         workers += count
+        if pool.config.engine != "native":
+            continue  # a stock server takes what its own options say
         of = f"{_count(count, 'worker')} of {pool.model.name}"
         size, said = sizes[pool.name], pool.config
         staging = (said.worker or config.worker).staging_blocks * staging_bytes

@@ -7,7 +7,7 @@ from cluster.config import PoolConfig
 from cluster.memory import ModelSize
 from cluster.rundir import ClusterFault
 from tracehaul.model.model_config import ModelConfig
-from tracehaul.model.source import ModelSource, SourceError, read_config
+from tracehaul.model.source import ModelSource, SourceError, read_any_config, read_config
 from tracehaul.model.text import Text
 from tracehaul.wire.hashing import KVLayout
 
@@ -31,6 +31,41 @@ def kv_layout(source: ModelSource, dtype: str) -> KVLayout:
     )
 
 
+def stock_layout(source: ModelSource, dtype: str) -> KVLayout:
+    """As :func:`kv_layout`, of a model that any engine may run: enough to know how large its blocks are.
+
+    Raises:
+        ClusterFault: the model's files do not say.
+    """
+    if source.architecture != "foreign":
+        return kv_layout(source, dtype)
+    try:
+        said = read_any_config(source)
+    except SourceError as error:
+        raise ClusterFault(str(error)) from error
+
+    def number(*names: str) -> int | None:
+        return next((value for name in names if isinstance(value := said.get(name), int)), None)
+
+    layers, heads = number("num_hidden_layers", "n_layer"), number("num_attention_heads", "n_head")
+    hidden, latent = number("hidden_size", "n_embd"), number("kv_lora_rank")
+    kv_heads, head_dim = number("num_key_value_heads") or heads, number("head_dim")
+    if latent is not None:  # one vector for all heads
+        kv_heads, head_dim = 1, -(-(latent + (number("qk_rope_head_dim") or 0)) // 2)
+    elif head_dim is None and hidden and heads:
+        head_dim = hidden // heads
+    if not (layers and kv_heads and head_dim):
+        raise ClusterFault(f"{source.name}: its config.json does not say how large its KV is")
+    return KVLayout(
+        model=source.name,
+        dtype=dtype,
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        element_bytes=_ELEMENT_BYTES[dtype],
+    )
+
+
 def model_size(source: ModelSource, pool: PoolConfig, dtype: str) -> ModelSize:
     """What a worker of that pool holds of the model.
 
@@ -38,6 +73,8 @@ def model_size(source: ModelSource, pool: PoolConfig, dtype: str) -> ModelSize:
         ClusterFault: the model's files do not say.
     """
     dtype = pool.dtype or dtype
+    if pool.engine != "native":
+        return ModelSize(0, "", stock_layout(source, dtype).token_bytes)
     shape = _shape(source)
     wide = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.hidden
     layer = wide + 3 * shape.hidden * shape.intermediate

@@ -21,6 +21,8 @@ import uvloop
 from prometheus_client.metrics_core import Metric
 
 from cluster.config import authority
+from cluster.directory.opening import open_directory
+from cluster.engines import stock_seat, with_engine
 from cluster.metrics import NodeMetrics
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
@@ -48,7 +50,7 @@ from tracehaul.transfer.base import Memory
 from tracehaul.transfer.memory import NoMemory, allocate
 from tracehaul.transfer.opening import Planes, open_planes
 from tracehaul.transfer.tcp_serving import CONNECTIONS_MAX as TCP_CONNECTIONS_MAX
-from tracehaul.wire.cluster import NodeInfo, Role
+from tracehaul.wire.cluster import NodeInfo, NodeLoad, Role
 from tracehaul.wire.errors import Fenced, JoinRefused, TransferError, Untrusted
 from tracehaul.wire.ids import NodeId
 
@@ -65,12 +67,15 @@ RETURN_S = 5.0
 RETURN_POLL_S = 0.05
 
 
-def run_node(name: str, run: RunDir) -> int:
-    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code."""
+def run_node(name: str, run: RunDir, engine: str | None = None, attach: str = "") -> int:
+    """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code.
+
+    ``engine`` and ``attach``: as in :class:`cluster.config.PoolConfig`, where they are not what the plan says.
+    """
     output = forgiving()
     setup(name)
     try:
-        plan = load_plan(run)
+        plan = with_engine(load_plan(run), name, engine, attach)
         spec = plan.node(name)
         notes = Notes(run, name)
         notes.enter()
@@ -95,6 +100,11 @@ def run_node(name: str, run: RunDir) -> int:
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
     return 0
+
+
+def noted(load: NodeLoad, note: str) -> NodeLoad:
+    """With that note for operators."""
+    return msgspec.structs.replace(load, note=note) if note else load
 
 
 class Room(NamedTuple):
@@ -134,6 +144,8 @@ class _Node:
             if self._networks.credentials is not None:
                 from cluster.security.expiry import watching
 
+                self._networks.credentials.told = lambda mark: self._tell(certificates=mark)
+                self._tell(certificates=self._networks.credentials.now.mark)
                 tasks.start(refreshing(self._networks.credentials), "certificates")
                 tasks.start(watching(self._run.path / FOLDER), "expiry")
             try:
@@ -189,8 +201,13 @@ class _Node:
             metrics = authority(page.host, page.port)
             member = member._replace(info=msgspec.structs.replace(member.info, metrics=metrics))
             token = next(iter(self._networks.tokens), "")
-            life = serving(member, self._networks.control, peers, plan.routers, cluster=plan.name, token=token)
+            directory = open_directory(plan, self._run)
+            load = member.load
+            member = member._replace(load=lambda: noted(load(), directory.fault))
+            life = serving(member, self._networks.control, peers, directory.routers, cluster=plan.name, token=token)
             node = await stack.enter_async_context(life)
+            tasks = await stack.enter_async_context(Tasks("directory"))
+            tasks.start(directory.follow(node.membership.set_routers), "follow")
             self._tell(phase="joining", address=node.info.address, metrics=metrics)
             drain_timeout_s = self._plan.config.drain_timeout_s
             await node.run(self._stopping, drain_timeout_s=drain_timeout_s, told=lambda phase: self._tell(phase=phase))
@@ -202,6 +219,9 @@ class _Node:
         match role:
             case "store":
                 return await self._store(stack, offload, peers)
+            case "prefill" | "decode" if self._plan.pool(self._spec.pool).config.engine != "native":
+                info = self._info(role, ())
+                return Room(await stock_seat(stack, info, self._plan, self._spec, self._run, peers, self._tell))
             case "prefill" | "decode":
                 return await self._worker(role, stack, offload, peers)
 
@@ -318,6 +338,7 @@ class _Node:
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
+        from cluster.kept_jobs import opened_jobs
         from router.assemble import Router
         from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
@@ -350,7 +371,9 @@ class _Node:
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
             shown = NodeMetrics({**router.stats, **self._stats}, None).render
-            app = router.app(texts, config.api, offload, shown, keyring=keyring)
+            folder = Path(config.api.files_dir) if config.api.files_dir else self._run.jobs(self._spec.name)
+            jobs = await stack.enter_async_context(opened_jobs(folder, config.api))
+            app = router.app(texts, config.api, offload, shown, keyring=keyring, jobs=jobs)
             grace_s = max(1, int(config.drain_timeout_s))
             api = await serve(
                 app,
@@ -364,6 +387,7 @@ class _Node:
             stack.push_async_callback(api.close)
             tasks = await stack.enter_async_context(Tasks("router"))
             tasks.start(refreshing(*filter(None, (keys, certificate))), "files")
+            tasks.start(open_directory(self._plan, self._run).announce(self._spec.name, server.address), "announce")
             settle()
             self._tell(phase="ready", metrics=authority(api.host, api.port))
             ended = asyncio.ensure_future(api.wait())

@@ -38,6 +38,8 @@ class NodeSpec(msgspec.Struct, frozen=True):
     metrics_port: int = 0
     ucx_devices: tuple[str, ...] = ()
     """Those that UCX may use; empty: it chooses."""
+    ucx_tls: tuple[str, ...] = ()
+    """Transports that UCX may use; empty: it chooses."""
     gpus: tuple[int, ...] = ()
     """Those of its host that it sees; empty: all."""
 
@@ -53,7 +55,7 @@ class NodeSpec(msgspec.Struct, frozen=True):
         bound = literal(self.listen)
         everywhere = bound is not None and bound.is_unspecified
         listen = self.listen if everywhere or not self.data_address else self.data_address
-        return Place(listen, address, self.data_port, self.ucx_devices)
+        return Place(listen, address, self.data_port, self.ucx_devices, ",".join(self.ucx_tls))
 
 
 class PoolPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

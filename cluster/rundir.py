@@ -57,6 +57,8 @@ class NodeState(msgspec.Struct, frozen=True):
     """``host:port`` of its control plane; empty until it listens."""
     metrics: str = ""
     """``host:port`` where ``/metrics`` answers; empty until it does."""
+    certificates: str = ""
+    """The mark of those that it uses (:func:`tracehaul.runtime.credentials.mark_of`); empty: none."""
 
 
 class RunDir:
@@ -182,7 +184,8 @@ class RunDir:
                 (folder / f"{name}.json").unlink(missing_ok=True)
 
     def clear(self) -> list[str]:
-        """Removes everything but the logs and what traces were answered. A line for each file that stays, and why."""
+        """Removes everything but logs, files, batches and what traces were answered. A line for each file that
+        stays, and why."""
         left: list[str] = []
         paths = [self.plan_file, self.host_file, self.operator_key]
         for folder in (self._processes, self._states):
@@ -230,6 +233,10 @@ class RunDir:
     def answers(self, name: str) -> Path:
         """Where that router keeps what its traces were answered."""
         return self.path / "answers" / name
+
+    def jobs(self, name: str) -> Path:
+        """Where that router keeps what clients upload, and batches."""
+        return self.path / "jobs" / name
 
     def decisions(self) -> Path:
         """Where the router writes down what it decides."""

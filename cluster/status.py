@@ -132,7 +132,8 @@ def _member(node: NodeStatus, *, pools: bool, stopped: bool, wide: bool) -> Iter
     if stopped:
         health = f"frozen, unheard {_age(node.heartbeat_age_s)}"
     shown = f"[green]{health}[/]" if node.health == "ready" and not stopped else f"[yellow]{health}[/]"
-    yield f"{shown} [yellow]{escape(load.fault)}[/]" if load.fault else shown
+    said = "; ".join(filter(None, (load.fault, load.note)))
+    yield f"{shown} [yellow]{escape(said)}[/]" if said else shown
     yield from (str(load.running), str(load.waiting), str(load.blocks) if info.role == "store" else "")
     yield f"{load.bytes_used / 2**20:.0f}/{load.bytes_max / 2**20:.0f}"
     yield f"{datetime.fromtimestamp(info.started_s, UTC):%H:%M:%S}Z" if info.started_s else ""

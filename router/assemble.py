@@ -15,6 +15,7 @@ from router.dispatch.dispatch import Dispatch, DispatchConfig
 from router.fleet.members import Terms
 from router.http.app import create_app
 from router.http.config import ApiConfig
+from router.http.jobs import Jobs
 from router.http.keys import Keyring
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.peers import Peers
@@ -45,9 +46,10 @@ class Router:
         metrics: Callable[[], bytes],
         dice: random.Random = UNFORESEEN,
         keyring: Keyring | None = None,
+        jobs: Jobs | None = None,
     ) -> ASGIApp:
         """Serves clients; the arguments are those of :func:`router.http.app.create_app`."""
-        return create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring)
+        return create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring, jobs=jobs)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""

@@ -4,9 +4,9 @@ What differs between a cluster, the simulator and a test is an argument: the eng
 copies run. Services are above this room, so which one a role has is said by the caller.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -25,6 +25,7 @@ from worker.announce import announced
 from worker.config import WorkerConfig
 from worker.flights import Flights
 from worker.host import WorkerHost
+from worker.seat import member_of
 
 
 class StepService(Service, Protocol):
@@ -42,9 +43,9 @@ class StepService(Service, Protocol):
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker that nothing runs of yet."""
+    """Our own engine's :class:`worker.seat.Seat`."""
 
-    info: NodeInfo
+    node: NodeInfo
     """Who it is, and where it listens."""
     host: WorkerHost
     service: StepService
@@ -54,21 +55,31 @@ class Worker:
     @property
     def member(self) -> Member:
         """What it brings into the fleet, with its rates as they are now: so after calibration."""
-        host = self.host
-        background = (host.run, self.probe.run, *(plane.transfer.broken for plane in self.planes))
-        stats = {"worker": host.stats, "store_client": host.client.stats}
-        info = announced(self.info, host)
-        return Member(info, self.service, self._load, self._set_members, background, stats, served=self.probe.served)
+        return member_of(self)
 
-    def _load(self) -> NodeLoad:
+    @property
+    def info(self) -> NodeInfo:
+        return announced(self.node, self.host)
+
+    @property
+    def background(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
+        return self.host.run, self.probe.run, *(plane.transfer.broken for plane in self.planes)
+
+    @property
+    def stats(self) -> Mapping[str, msgspec.Struct]:
+        return {"worker": self.host.stats, "store_client": self.host.client.stats}
+
+    def load(self) -> NodeLoad:
         return msgspec.structs.replace(self.host.load(), serving=self.probe.serving, fault=self.probe.fault)
 
-    def _set_members(self, members: Members) -> None:
+    def set_members(self, members: Members) -> None:
         self.service.set_members(members)
         self.probe.set_nodes(members.nodes if self.host.config.use_store else (), members.draining)
 
+    async def served(self) -> None:
+        await self.probe.served()
+
     async def aclose(self) -> None:
-        """Give back what it holds at the stores; engine, memory and transports are whose they were."""
         await self.host.client.aclose()
 
 

@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from bench.common.processes import Place, Process, running
 from bench.common.report import Result, finish
+from bench.engine.avx2 import avx2
 from bench.engine.handoff import handoff
 from bench.engine.model import hub_folder
 from tracehaul.model.source import DEFAULT_MODEL, default_cache_dir
@@ -72,6 +73,7 @@ class Part(StrEnum):
     THROUGHPUT = "throughput"
     HANDOFF = "handoff"
     INT8 = "int8"
+    AVX2 = "avx2"
 
 
 class Task(NamedTuple):
@@ -363,10 +365,12 @@ def main(
     if vllm is None:
         console.print("vLLM is left out: ./scripts/peers vllm installs it")
     results: list[Result] = []
-    if only not in (Part.HANDOFF, Part.INT8):
+    if only not in (Part.HANDOFF, Part.INT8, Part.AVX2):
         results += compare(only, quick, vllm)
     if only in (None, Part.INT8):
         results += int8(quick)
+    if only in (None, Part.AVX2):
+        results += avx2(quick, console)
     if only in (None, Part.HANDOFF):
         results += handoff(quick, console)
     finish(config, results, json, console)

@@ -22,6 +22,8 @@ store_bytes = 134217728
 threads = 1
 [api]
 open = true
+[security]
+authority = "{folder}/authority"
 """
 PHASES = ("loading model", "joining")
 
@@ -34,7 +36,9 @@ def measure() -> list[Result]:
     with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
         file = Path(folder) / "cluster.toml"
         environment = f'home = "/srv/tracehaul"\nenvironment = "{sys.prefix}"\nnodes = {NODES}\n'
-        file.write_text(HEAD + "".join(f'[[hosts]]\nname = "{name}"\n{environment}' for name in NAMES))
+        file.write_text(
+            HEAD.format(folder=folder) + "".join(f'[[hosts]]\nname = "{name}"\n{environment}' for name in NAMES)
+        )
         with rig(Path(folder) / "rig", NAMES, "thb", "10.77.8") as made:
 
             def ask(command: str) -> float:

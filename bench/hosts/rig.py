@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time  # noqa: TID251 - waits for other processes
 import uuid
@@ -18,6 +19,8 @@ from pathlib import Path
 
 SSHD = "/usr/sbin/sshd"
 UP_S = 20.0
+ETHTOOL_STXCSUM = 0x17
+"""SIOCETHTOOL's command that says whether a device sums what it sends."""
 _SSHD_CONFIG = """\
 ListenAddress {address}
 Port 22
@@ -55,6 +58,7 @@ class Host:
         self.root = rig.folder / "roots" / name
         self.process: subprocess.Popen[bytes] | None = None
         self.going: list[subprocess.Popen[bytes]] = []
+        self._delaying: subprocess.Popen[bytes] | None = None
 
     def run(self, *command: str, check: bool = True, timeout_s: float = 60.0) -> str:
         """A command there, as somebody at its console."""
@@ -129,6 +133,34 @@ class Host:
         rules = "add table inet lossy; add chain inet lossy in { type filter hook input priority 0; }; "
         rules += "add rule inet lossy in numgen random mod 50 < 1 drop"
         self.run("nft", rules)
+
+    def delay(self, each_way_s: float, jitter_s: float = 0.0, loss: float = 0.0) -> None:
+        """Makes the way to and from it so much longer, give or take ``jitter_s``; ``loss``: the share that is lost."""
+        self.undelay()
+        # Else the link would get what its network card is to cut into packets and to sum.
+        self._ethtool(ETHTOOL_STXCSUM, 0)
+        words = [self.link, f"{self.link}t", self.rig.bridge, str(each_way_s), str(jitter_s), str(loss)]
+        program = [sys.executable, str(Path(__file__).with_name("slow_link.py")), *words]
+        self._delaying = subprocess.Popen(program, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert self._delaying.stdout is not None
+        if self._delaying.stdout.readline() != b"ready\n":
+            self.undelay()
+            raise RuntimeError(f"the link of {self.name} cannot be delayed")
+
+    def undelay(self) -> None:
+        """Makes it as short as it was."""
+        if self._delaying is not None:
+            self._delaying.kill()
+            self._delaying.communicate()
+            self._delaying = None
+            ip("link", "set", self.link, "master", self.rig.bridge)
+            self._ethtool(ETHTOOL_STXCSUM, 1)
+
+    def _ethtool(self, command: int, value: int) -> None:
+        program = "import array, fcntl, socket, struct; a = array.array('I', [{}, {}]); "
+        program += "fcntl.ioctl(socket.socket(), 0x8946, struct.pack('16sP16x', b'eth0', a.buffer_info()[0]))"
+        words = ["ip", "netns", "exec", self.space, sys.executable, "-c", program.format(command, value)]
+        subprocess.run(words, check=True)
 
     def unimpair(self) -> None:
         """Loses none any more."""
@@ -211,6 +243,7 @@ class Rig:
         """Leaves nothing of it."""
         for host in self.hosts.values():
             host.kill()
+            host.undelay()
         for name in ("ctl", *self.hosts):
             _quiet("ip", "link", "del", f"{self.prefix}{name}")
             for pid in _out("ip", "netns", "pids", f"{self.prefix}-{name}").split():

@@ -1,6 +1,6 @@
-"""What TLS costs: pulls and pushes of KV, and pings of the control plane, with certificates beside plain.
+"""What certificates cost: pulls and pushes of KV, proven alone and under TLS, and pings, each beside plain.
 
-Two pairs of processes, one plain and one with certificates of a CA made for it, do the same in turns.
+Three pairs of processes do the same in turns: one plain, two with certificates of a CA made for them.
 """
 
 import tempfile
@@ -20,14 +20,16 @@ PINGS = 1000
 ROUNDS = 30
 WARM_UP_ROUNDS = 2
 MODULE = "bench.hosts.tls_process"
+WAYS = ("plain", "auth", "tls")
+"""As ``[security] data`` has them."""
 
 
 class _Pair:
     """Two processes, and what came of each round."""
 
-    def __init__(self, owner: Place, reader: Place, secrets: Path | None) -> None:
+    def __init__(self, owner: Place, reader: Place, data: str, secrets: Path | None) -> None:
         self.ends = tuple(
-            Process(place, place.host, str(secrets / name) if secrets else "", module=MODULE)
+            Process(place, place.host, data, str(secrets / name) if secrets else "", module=MODULE)
             for name, place in (("owner", owner), ("reader", reader))
         )
         self.seconds: dict[str, list[float]] = {}
@@ -58,24 +60,26 @@ def measure(rounds: int = ROUNDS) -> tuple[list[Result], str]:
         ensure_ca(secrets / "authority", "bench", now_s=clock.wall_s())
         for name, place in (("owner", owner), ("reader", reader)):
             lay(secrets / name, issue(secrets / "authority", name, [place.host], now_s=clock.wall_s()))
-        plain, tls = _Pair(owner, reader, None), _Pair(owner, reader, secrets)
-        with running(*plain.ends, *tls.ends):
-            plain.begin()
-            tls.begin()
+        pairs = {data: _Pair(owner, reader, data, None if data == "plain" else secrets) for data in WAYS}
+        with running(*(end for pair in pairs.values() for end in pair.ends)):
+            for pair in pairs.values():
+                pair.begin()
             for number in range(rounds + WARM_UP_ROUNDS):
-                for pair in (plain, tls) if number % 2 else (tls, plain):
+                turned = list(pairs.values())[:: 1 if number % 2 else -1]
+                for pair in turned:
                     pair.round(count=number >= WARM_UP_ROUNDS)
     results: list[Result] = []
     for way in ("get", "put"):
-        values = [BATCH_BYTES / median(pair.seconds[way]) / 1e9 for pair in (plain, tls)]
-        costs = [median(pair.cpu_s[way]) / BATCH_BYTES * 1e9 for pair in (plain, tls)]
-        results += _beside(f"hosts.{way}", values, "GB/s") + _beside(f"hosts.{way}.cpu", costs, "s/GB, both ends")
-    results += _beside("hosts.ping", [median(pair.seconds["ping"]) / PINGS * 1e6 for pair in (plain, tls)], "us")
-    return results, words
+        values = {data: BATCH_BYTES / median(pair.seconds[way]) / 1e9 for data, pair in pairs.items()}
+        costs = {data: median(pair.cpu_s[way]) / BATCH_BYTES * 1e9 for data, pair in pairs.items()}
+        results += _beside(way, values, "GB/s") + _beside(f"{way}.cpu", costs, "s/GB, both ends")
+    pings = {data: median(pair.seconds["ping"]) / PINGS * 1e6 for data, pair in pairs.items() if data != "auth"}
+    return results + _beside("ping", pings, "us"), words
 
 
-def _beside(name: str, values: list[float], unit: str) -> list[Result]:
-    plain, tls = values
-    stem, _, rest = name.removeprefix("hosts.").partition(".")
-    named = f"hosts.tls.{stem}" + (f".{rest}" if rest else "")
-    return [Result(f"{name}.plain", plain, unit), Result(named, tls, unit, f"{name}.plain", tls / plain)]
+def _beside(name: str, values: dict[str, float], unit: str) -> list[Result]:
+    plain = values["plain"]
+    first = f"hosts.{name}.plain"
+    others = [(data, value) for data, value in values.items() if data != "plain"]
+    beside = [Result(f"hosts.{data}.{name}", value, unit, first, value / plain) for data, value in others]
+    return [Result(first, plain, unit), *beside]

@@ -1,4 +1,4 @@
-"""A process of the measurement of TLS: one end of both planes, plain or with certificates; told by lines what to do."""
+"""A process of the measurement of TLS: an end of both planes, plain or under certificates; told by lines what to do."""
 
 import base64
 import sys
@@ -20,6 +20,7 @@ from tracehaul.transfer.base import Copy
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.place import Place
 from tracehaul.transfer.tcp import TcpTransfer
+from tracehaul.transfer.tcp_proof import Guard
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.messages import Reply, Request
@@ -40,15 +41,16 @@ class Answering:
         """Nothing is held for anybody."""
 
 
-async def main(host: str, secrets: str) -> None:
-    """Does what it is told, until the input ends."""
+async def main(host: str, data: str, secrets: str) -> None:
+    """Does what it is told, until the input ends. ``data``: as in ``[security]``; ``secrets``: empty: all is plain."""
     credentials = Credentials(Path(secrets)) if secrets else None
     network = TcpNetwork(credentials=credentials)
     server = await network.listen(f"{host}:0", Answering())
     peers = Peers(network)
     memory = allocate(BATCH_BYTES, "tls-bench")
     memory.buffer[:] = bytes(range(256)) * (BATCH_BYTES // 256)
-    transfer = TcpTransfer(f"{host}#{clock.wall_ns()}", Place(host), credentials)
+    guard = Guard(credentials, data == "tls") if credentials is not None else None
+    transfer = TcpTransfer(f"{host}#{clock.wall_ns()}", Place(host), guard)
     region = transfer.register(memory)
     copies = [Copy(at, at, BLOCK_BYTES) for at in range(0, BATCH_BYTES, BLOCK_BYTES)]
     packed = base64.b64encode(msgspec.msgpack.encode(region.descriptor)).decode()

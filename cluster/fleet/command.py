@@ -12,24 +12,23 @@ from rich.console import Console
 
 from cluster.config import authority, is_loopback
 from cluster.fleet import tables
+from cluster.fleet.certificates_command import app as certificates
+from cluster.fleet.config import LOCAL
 from cluster.fleet.doctor import Health, of_reports, try_pairs
 from cluster.fleet.opened import Opened
 from cluster.fleet.operations import changes_of, encode, fault_of, launch, look_at, opened, reports_of, restart, stop
+from cluster.fleet.options import CONFIG_FILE, ConfigOption
 from cluster.fleet.survey import addresses_of
 from cluster.rundir import ClusterFault
 
 err = Console(stderr=True)
 out = Console()
 WIDE_COLUMNS = 160
-CONFIG_FILE = Path("cluster.toml")
 PLAIN_NOTE = (
-    'Whoever reaches the hosts\' ports can join this fleet, and read along: say control = "mtls" in [security], unless '
-    "nobody else is on that network."
+    'Whoever reaches the hosts\' ports can join this fleet, and read along: control = "plain" in [security] is for a '
+    "network on which nobody else is."
 )
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", envvar="TRACEHAUL_CONFIG", help="The cluster's file, with its [[hosts]].")
-]
 BundleOption = Annotated[
     list[Path] | None,
     typer.Option("--bundle", help="An archive of `tracehaul bundle`; repeat for hosts of other kinds. Default: made."),
@@ -122,7 +121,7 @@ async def _launch(
             typer.echo(encode(outcome))
         if (fault := fault_of(outcome)) is not None:
             raise fault
-        if len(fleet.hands) > 1 and fleet.config.security.control == "plain":
+        if any(hand.host.target != LOCAL for hand in fleet.hands) and fleet.config.security.control == "plain":
             err.print(PLAIN_NOTE, highlight=False, markup=False, soft_wrap=True)
         if not as_json:
             typer.echo(f"ready {', '.join(await _urls(fleet))}")
@@ -273,6 +272,9 @@ def slurm(
     from cluster.launch import make_plan
 
     chosen = load_config(config, {})
+    if chosen.security.secrets or chosen.security.proves_data:
+        raise ClusterFault("a batch script carries no certificates and no token: leave [security] out, and run it on a "
+                           "network of your own")  # fmt: skip
     plan = make_plan(chosen, err, place(chosen, {host.name: host.name for host in chosen.hosts}))
     job = SlurmJob(
         command=command or f"{interpreter()} -m cluster.cli",
@@ -311,6 +313,7 @@ def _wide() -> Console:
 
 def register(app: typer.Typer) -> None:
     """Adds them to the command line."""
+    app.add_typer(certificates, name="certificates")
     app.command("plan")(plan)
     app.command("launch")(launch_command)
     app.command("stop")(stop_command)

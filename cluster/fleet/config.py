@@ -17,6 +17,7 @@ NodeCount = Annotated[int, Meta(ge=0, le=NODES_MAX)] | Literal["per-gpu"]
 WorkerCount = NodeCount | dict[PoolName, NodeCount]
 """Where the config has pools: of each pool, by its name."""
 Port = Annotated[int, Meta(ge=1024, le=65535)]
+UcxTransport = Annotated[str, Meta(pattern="^\\^?[a-z][a-z0-9_]*(:aux)?$")]
 Bytes = Annotated[int, Meta(ge=0)]
 
 
@@ -46,6 +47,8 @@ class HostConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What its nodes' sockets are bound to, where that is not the address (``0.0.0.0``, ``::``)."""
     ucx_devices: tuple[str, ...] = ()
     """Devices that UCX may use, as ``ucx_info -d`` names them (``mlx5_0:1``). Empty: it chooses."""
+    ucx_tls: tuple[UcxTransport, ...] = ()
+    """Its transports that UCX may use, as in UCX_TLS (``rc``, ``tcp``; ``^rc``: all but that). Empty: it chooses."""
     gpus: Annotated[int, Meta(ge=0, le=64)] = 0
     """Its workers get one each, in turn; 0: they compute on the CPU."""
     kind: str = ""

@@ -48,6 +48,9 @@ _HINTS = {
 }
 
 
+_FRAME = " │╭╮╰╯─"
+
+
 class HostFault(Exception):
     """A host cannot be reached, or cannot do what it was asked; the message is one line, with what would help."""
 
@@ -61,9 +64,9 @@ class Done(msgspec.Struct, frozen=True):
 
     @property
     def last_line(self) -> str:
-        """What it said last; empty if nothing."""
+        """What it said last, without the frame that a wrong use is told in; empty if nothing."""
         lines = (self.err.strip() or self.out.strip()).decode(errors="replace").splitlines()
-        return lines[-1] if lines else ""
+        return next((said for line in reversed(lines) if (said := line.strip(_FRAME))), "")
 
 
 class Connection(Protocol):

@@ -44,6 +44,13 @@ class RdmaPort(msgspec.Struct, frozen=True):
     active: bool
 
 
+class UcxDevice(msgspec.Struct, frozen=True):
+    """One that UCX finds."""
+
+    name: str
+    transports: tuple[str, ...]
+
+
 class Gpu(msgspec.Struct, frozen=True):
     """One of a host."""
 
@@ -78,6 +85,8 @@ class Facts(msgspec.Struct, frozen=True):
     models: dict[str, str]
     """Digests by pool; empty: the path is not there."""
     wall_s: float
+    ucx: tuple[UcxDevice, ...] = ()
+    """Empty: there is no ``ucx_info`` to be asked."""
 
 
 class Seen(NamedTuple):

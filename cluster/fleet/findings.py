@@ -10,6 +10,7 @@ from cluster.fleet.config import HostConfig
 from cluster.fleet.facts import Facts, Seen
 from cluster.memory import Need
 from cluster.plan import NodeSpec
+from tracehaul.transfer.devices import DEVICES, TRANSPORTS, rdma_in_use
 
 SKEW_MAX_S = 2.0
 NOFILE_MIN = 8192
@@ -92,6 +93,35 @@ def of_host(
         add("rdma", f"{device} is not active", "see `ibstat` there: cable, switch, subnet manager")
     for device in unknown:
         add("rdma", f"there is no device {device}", "see `ucx_info -d` there, and say it in `ucx_devices`")
+    return found
+
+
+def of_transport(config: ClusterConfig, host: HostConfig, facts: Facts) -> list[Finding]:
+    """Of a host's RDMA devices, what KV does not use and why; and what is there for trusted networks alone. ``config``:
+    with its security decided."""
+    active = {port.name for port in facts.rdma if port.active}
+    environ = {TRANSPORTS: ",".join(host.ucx_tls) or "all", DEVICES: ",".join(host.ucx_devices) or "all"}
+    allowed = {name for name in active if rdma_in_use(environ, frozenset({name.split(":")[0]}))}
+    encrypted = config.security.data == "tls"
+    by_ucx = config.transport in ("nixl", "ucxx") or (config.transport == "auto" and bool(allowed) and not encrypted)
+    found: list[Finding] = []
+
+    def add(subject: Subject, fault: str, remedy: str) -> None:
+        found.append(Finding(host.name, subject, fault, remedy, fatal=False))
+
+    unseen = sorted(allowed - {device.name for device in facts.ucx}) if facts.ucx else []
+    if by_ucx and unseen:
+        add("rdma", f"UCX does not find {', '.join(unseen)}", "see `ucx_info -d` there: was it built with verbs?")
+    if unused := sorted(active - allowed if by_ucx else active):
+        why = "`ucx_devices` or `ucx_tls`"
+        if config.transport in ("tcp", "shm"):
+            why = f'transport = "{config.transport}"'
+        elif encrypted:
+            why = 'data = "tls"'
+        add("rdma", f"not used: {', '.join(unused)}, by {why}", "say otherwise in the file, if KV shall go that way")
+    if by_ucx and config.security.control == "mtls":
+        add("network", "KV moves by UCX, which neither proves nor encrypts",
+            'keep others off that network, or say transport = "tcp"')  # fmt: skip
     return found
 
 

@@ -5,11 +5,12 @@ with the same config goes on where this one ended, and what is done already is n
 """
 
 import asyncio
+import contextlib
 import os
 import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -25,7 +26,7 @@ from cluster.fleet.survey import Hand, Survey
 from cluster.hosts.orders import HostReport, NodeReport, Order
 from cluster.plan import Plan
 from cluster.rundir import OPERATOR_KEY, ClusterFault
-from cluster.security.config import SecurityConfig
+from cluster.security.config import SecurityConfig, clash
 from cluster.security.secrets import FOLDER
 from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import CA_FILE
@@ -61,6 +62,24 @@ async def on_all(hands: Sequence[Hand], do: Callable[[Hand], Awaitable[HostRepor
     return Outcome(reports, faults)
 
 
+class _Security(msgspec.Struct, frozen=True):
+    """What of a plan's ``[security]`` all nodes of a cluster have to agree on; of whatever version it is."""
+
+    control: Literal["plain", "mtls"] | None = None
+    data: Literal["plain", "auth", "tls"] | None = None
+    token: bool | None = None
+
+
+class _Config(msgspec.Struct, frozen=True):
+    security: _Security = _Security()
+
+
+class _Launched(msgspec.Struct, frozen=True):
+    """A plan, as much of it as is read here."""
+
+    config: _Config
+
+
 class Launching:
     """One launch: what goes to each host."""
 
@@ -83,6 +102,9 @@ class Launching:
         if fatal := self._found.fatal(name):
             raise HostFault("; ".join(f"{finding.fault}: {finding.remedy}" for finding in fatal))
         facts = self._found.seen[name].facts
+        report = self._found.reports.get(name)
+        if report is not None and any(node.pid is not None for node in report.nodes):
+            await self._check_security(hand, facts)
         if not host.environment:
             key = ".".join(facts.python.split(".")[:2]), facts.machine
             if key not in self._bundles:
@@ -93,6 +115,15 @@ class Launching:
             await self._put_model(hand, facts, pool, order.plan.pool(pool).model.path, told)
         await self._put_files(hand, facts, order)
         return order
+
+    async def _check_security(self, hand: Hand, facts: Facts) -> None:
+        """Raises HostFault if nodes that run there would not know those that this launch starts."""
+        plan = shlex.quote(f"{facts.home}/run/cluster.json")
+        there = await hand.way.run(["sh", "-c", f"cat {plan} 2>/dev/null || true"])
+        with contextlib.suppress(msgspec.MsgspecError):  # what was lost there is not judged
+            runs = msgspec.json.decode(there.out, type=_Launched).config.security
+            if why := clash(SecurityConfig(runs.control, runs.data, runs.token), self._plan.config.security):
+                raise HostFault(why)
 
     async def _put_model(self, hand: Hand, facts: Facts, pool: str, path: Path, told: Told) -> None:
         digest = self._digests[pool]
@@ -118,7 +149,7 @@ class Launching:
         if "store" in roles and order.plan.config.s3_url:
             lines = [f"{name}={value}\n" for name, value in os.environ.items() if name.startswith(ENVIRONMENT)]
             await put(hand.way, "".join(sorted(lines)).encode(), f"{facts.home}/run/environment")
-        if self._plan.config.security != SecurityConfig():
+        if self._plan.config.security.secrets:
             await self._put_secrets(hand, f"{facts.home}/run/{FOLDER}")
 
     async def _put_secrets(self, hand: Hand, folder: str) -> None:
@@ -127,7 +158,9 @@ class Launching:
 
         there = await hand.way.run(["sh", "-c", f"cat {shlex.quote(f'{folder}/{CA_FILE}')} 2>/dev/null || true"])
         try:
-            files = await asyncio.to_thread(files_for, self._plan, hand.host.name, there.out, now_s=clock.wall_s())
+            config, name, now_s = self._plan.config, hand.host.name, clock.wall_s()
+            nodes = self._plan.nodes_on(name)
+            files = await asyncio.to_thread(files_for, config, name, nodes, there.out, now_s=now_s)
         except ClusterFault as fault:
             raise HostFault(str(fault)) from fault
         for name, content in files.items():

@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster.config import Role
 from cluster.config_file import load_config
 from cluster.fleet.bundle import Bundle, make_bundle, read_bundle
+from cluster.fleet.config import LOCAL
 from cluster.fleet.connection import HostFault, connections
 from cluster.fleet.draining import drain, given_away
 from cluster.fleet.launch import Launching, Outcome, apply, hands_of, on_all, wait_ready
@@ -25,6 +26,7 @@ from cluster.hosts.orders import HostReport, stages
 from cluster.launch import make_plan
 from cluster.plan import Plan
 from cluster.rundir import ClusterFault
+from cluster.security.config import decided
 from tracehaul.model.source import user_cache_dir
 
 
@@ -38,7 +40,7 @@ class Ready(NamedTuple):
 
 @asynccontextmanager
 async def opened(path: Path) -> AsyncGenerator[Opened]:
-    """The config in that file.
+    """The config in that file, with its ``[security]`` decided.
 
     Raises:
         ClusterFault: it cannot be read, or names no hosts.
@@ -46,6 +48,9 @@ async def opened(path: Path) -> AsyncGenerator[Opened]:
     config = load_config(path, {})
     if not config.hosts:
         raise ClusterFault(f"{path} names no [[hosts]]; `tracehaul up --config {path}` starts it on this machine")
+    alone = all(host.target == LOCAL for host in config.hosts) and len(config.hosts) == 1
+    security = decided(config.security, fleet=not alone)
+    config = msgspec.structs.replace(config, security=security)
     async with connections(config.hosts) as ways:
         yield Opened(config, [Hand(host, ways[host.name]) for host in config.hosts])
 
@@ -66,11 +71,12 @@ async def look_at(fleet: Opened, console: Console, hands: Sequence[Hand] | None 
     return Ready(plan, found, digests)
 
 
-async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes]:
-    """What a launch would do, by host, as far as hosts answer: where nothing is installed it starts all."""
+async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes | HostFault]:
+    """What a launch would do, by host, as far as hosts answer: where nothing is installed it starts all. A fault is of
+    one that does not say it; its release may not know the question."""
     hands = {hand.host.name: hand for hand in fleet.hands if hand.host.name in ready.found.seen}
 
-    async def one(hand: Hand) -> Changes:
+    async def one(hand: Hand) -> Changes | HostFault:
         host = hand.host
         if host.name not in ready.found.reports:
             return Changes(start=tuple(spec.name for spec in ready.plan.nodes_on(host.name)))
@@ -79,7 +85,7 @@ async def changes_of(fleet: Opened, ready: Ready) -> dict[str, Changes]:
             told = await hand.tell(["host", "apply", "--dry-run"], msgspec.json.encode(order, enc_hook=str))
             return msgspec.json.decode(told, type=Changes)
         except (HostFault, msgspec.DecodeError) as fault:
-            raise ClusterFault(f"{host.name} does not say what would change: {fault}") from fault
+            return HostFault(str(fault))
 
     return dict(zip(hands, await asyncio.gather(*map(one, hands.values())), strict=True))
 

@@ -51,6 +51,7 @@ def _nodes_on(host: HostConfig, config: ClusterConfig, address: str) -> list[Nod
                     data_port=port + 1,
                     metrics_port=port + 2,
                     ucx_devices=host.ucx_devices,
+                    ucx_tls=host.ucx_tls,
                     gpus=gpus,
                 )
             )

@@ -150,6 +150,19 @@ def rdma() -> list[dict[str, Any]]:
     return found
 
 
+def ucx() -> list[dict[str, Any]]:
+    """Devices that UCX finds here with their transports, if its own tool is there to be asked."""
+    found: dict[str, list[str]] = {}
+    transport = ""
+    for line in output("ucx_info", "-d").splitlines():
+        word, _, value = line.lstrip("# ").partition(":")
+        if word == "Transport":
+            transport = value.strip()
+        elif word == "Device":
+            found.setdefault(value.strip(), []).append(transport)
+    return [{"name": name, "transports": transports} for name, transports in sorted(found.items())]
+
+
 def gpus() -> list[dict[str, Any]]:
     asked = "name,memory.total,memory.free,driver_version"
     lines = output("nvidia-smi", "--query-gpu=" + asked, "--format=csv,noheader,nounits").splitlines()
@@ -231,6 +244,7 @@ def looked(asked: dict[str, Any]) -> dict[str, Any]:
         "nofile_hard": hard,
         "interfaces": interfaces(),
         "rdma": rdma(),
+        "ucx": ucx(),
         "gpus": gpus(),
         "listen_fault": unbound(asked["listen"]),
         "ports_taken": taken(asked["listen"], asked["ports"]),

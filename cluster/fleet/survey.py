@@ -12,7 +12,7 @@ from cluster.config import ClusterConfig
 from cluster.fleet.config import HostConfig
 from cluster.fleet.connection import Connection, HostFault
 from cluster.fleet.facts import Asked, Seen, look, ports_of
-from cluster.fleet.findings import Finding, of_fleet, of_host
+from cluster.fleet.findings import Finding, of_fleet, of_host, of_transport
 from cluster.fleet.placing import model_paths
 from cluster.fleet.probe import digest
 from cluster.hosts.orders import HostReport
@@ -46,7 +46,7 @@ class Hand(NamedTuple):
         Raises:
             HostFault: it fails; the message is its last line.
         """
-        return await self._ask(" ".join([self._words(words), "--run-dir", _home(self.run_dir)]), stdin, timeout_s)
+        return await self._ask(" ".join([self._words(words), "--run-dir", whole(self.run_dir)]), stdin, timeout_s)
 
     async def ask(self, words: Sequence[str], stdin: bytes, timeout_s: float) -> bytes:
         """As :meth:`tell`, of a command that is about no cluster."""
@@ -63,7 +63,7 @@ class Hand(NamedTuple):
         return self.way.hold(["sh", "-c", self._words(words)])
 
     def _words(self, words: Sequence[str]) -> str:
-        return " ".join([_home(self.tracehaul), *map(shlex.quote, words)])
+        return " ".join([whole(self.tracehaul), *map(shlex.quote, words)])
 
     async def report(self) -> HostReport | None:
         """What runs there; None: nothing was installed there.
@@ -71,7 +71,7 @@ class Hand(NamedTuple):
         Raises:
             HostFault: as :meth:`tell`, or it answers what this version does not understand.
         """
-        there = await self.way.run(["sh", "-c", f"test -e {_home(self.tracehaul)}"])
+        there = await self.way.run(["sh", "-c", f"test -e {whole(self.tracehaul)}"])
         if there.code != 0:
             return None
         try:
@@ -80,8 +80,8 @@ class Hand(NamedTuple):
             raise HostFault(f"its tracehaul answers nonsense: {error}") from error
 
 
-def _home(path: str) -> str:
-    """For a shell there, which knows where ``~`` is."""
+def whole(path: str) -> str:
+    """A path for a shell there, which knows where ``~`` is."""
     return '"$HOME"' + shlex.quote(path[1:]) if path.startswith("~/") else shlex.quote(path)
 
 
@@ -151,6 +151,7 @@ async def survey(
             findings.append(Finding(host.name, "version", fault, "install tracehaul there, or leave `environment` out"))
         running = report is not None and any(node.pid for node in report.nodes)
         findings.extend(of_host(host, found, nodes, needs.get(host.name, ()), running))
+        findings.extend(of_transport(config, host, found.facts))
 
     await asyncio.gather(*map(one, hands))
     order = [host.name for host in config.hosts]

@@ -6,6 +6,7 @@ from rich import box
 from rich.table import Table
 
 from cluster.config import ClusterConfig
+from cluster.fleet.connection import HostFault
 from cluster.fleet.findings import Finding
 from cluster.fleet.needs import needs_on
 from cluster.fleet.survey import Survey
@@ -47,10 +48,13 @@ def memory(config: ClusterConfig, plan: Plan, found: Survey | None) -> Table:
     return table
 
 
-def changes(plan: Plan, found: Mapping[str, Changes]) -> list[str]:
-    """A line for each node that would be started, started anew or stopped."""
+def changes(plan: Plan, found: Mapping[str, Changes | HostFault]) -> list[str]:
+    """A line for each node that would be started, started anew or stopped, and for each host that does not say it."""
     lines: list[str] = []
     for host, would in found.items():
+        if isinstance(would, HostFault):
+            lines.append(f"? {host} does not say what would change there: {would}")
+            continue
         new = {spec.name for spec in plan.nodes_on(host)}
         lines += [f"+ {name} starts on {host}" for name in would.start if name in new]
         lines += [f"~ {name} is started anew on {host}: something that it reads has changed" for name in would.restart]

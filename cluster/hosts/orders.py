@@ -114,7 +114,8 @@ class HostReport(msgspec.Struct, frozen=True):
 
 
 def digest(order: Order, spec: NodeSpec, release: str) -> str:
-    """Names everything that a node reads when it starts: one that was started with another must be restarted."""
+    """Names everything that a node reads when it starts: one that was started with another must be restarted. Where
+    the routers are it reads whenever that changes."""
     plan = order.plan
     config: dict[str, Any] = msgspec.to_builtins(plan.config, enc_hook=str)
     parts: list[Any] = [
@@ -125,10 +126,10 @@ def digest(order: Order, spec: NodeSpec, release: str) -> str:
     ]
     match spec.role:
         case "store":
-            parts += [msgspec.to_builtins(plan.store), plan.routers, plan.transports]
+            parts += [msgspec.to_builtins(plan.store), plan.transports]
         case "prefill" | "decode":
             pool = msgspec.to_builtins(plan.pool(spec.pool), enc_hook=str)
-            parts += [plan.store.slot_bytes, plan.routers, plan.transports, pool, plan.workers_on(spec.host)]
+            parts += [plan.store.slot_bytes, plan.transports, pool, plan.workers_on(spec.host)]
         case "router":
             parts += [[(pool.name, msgspec.to_builtins(pool.model, enc_hook=str)) for pool in plan.pools]]
     return blake2b(msgspec.json.encode(parts, order="deterministic"), digest_size=8).hexdigest()

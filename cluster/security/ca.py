@@ -2,7 +2,7 @@
 
 A CA is replaced in steps, and no step breaks a connection: :func:`rotate` makes a new one beside the old; what it
 returns goes to every host first; then each gets a certificate of the new CA (:func:`issue`); when all have one,
-:func:`retire`'s answer goes to every host, and certificates of the old CA are refused from then on.
+the newest alone goes to every host, and certificates of the old CA are refused from then on; :func:`retire` ends it.
 """
 
 import ipaddress
@@ -78,6 +78,15 @@ def rotate(folder: Path, *, now_s: float) -> bytes:
         fresh = _make(_organization(authority.certificates[0]), now_s, authority.certificates)
         _write(folder, fresh)
     return _bundle(fresh)
+
+
+def trusted(folder: Path) -> list[bytes]:
+    """The CAs that are trusted now, each as PEM, the newest first: two while it is being replaced.
+
+    Raises:
+        ClusterFault: there is no CA.
+    """
+    return [cert.public_bytes(serialization.Encoding.PEM) for cert in _read(folder).certificates]
 
 
 def retire(folder: Path) -> bytes:

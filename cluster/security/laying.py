@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.config import ClusterConfig
 from cluster.plan import NodeSpec, Plan
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.ca import Issued, ensure_ca, issue
@@ -33,24 +34,32 @@ def secure(plan: Plan, run: RunDir, *, now_s: float) -> None:
         ensure_token(folder)
 
 
-def files_for(plan: Plan, host: str, there: bytes, *, now_s: float) -> dict[str, bytes]:
-    """What the folder of secrets of a fleet's host must hold, by name, in the order to write it. ``there``: the CAs
-    that it trusts now; empty: none.
+def authority_of(config: ClusterConfig) -> Path:
+    """Where the side that launches a fleet keeps its CA."""
+    return Path(
+        config.security.authority or Path.home() / ".tracehaul" / "authority" / (config.name or LOCAL)
+    ).expanduser()
+
+
+def files_for(
+    config: ClusterConfig, host: str, nodes: Sequence[NodeSpec], there: bytes, *, now_s: float
+) -> dict[str, bytes]:
+    """What the folder of secrets of a fleet's host must hold, by name, in the order to write it. ``nodes``: that run
+    there. ``there``: the CAs that it trusts now; empty: none.
 
     Raises:
         ClusterFault: the CA cannot be used, or is not the one that the host trusts.
     """
-    security, name = plan.config.security, plan.config.name or LOCAL
-    authority = Path(security.authority or Path.home() / ".tracehaul" / "authority" / name).expanduser()
+    security, authority = config.security, authority_of(config)
     files: dict[str, bytes] = {}
     if security.control == "mtls":
-        ours = ensure_ca(authority, name, now_s=now_s)
+        ours = ensure_ca(authority, config.name or LOCAL, now_s=now_s)
         if there.strip() and not set(_each(there)) & set(_each(ours)):
             raise ClusterFault(
                 f"the host trusts another CA than the one in {authority}: bring that of the machine which launched it, "
                 f"or remove run/{FOLDER}/{CA_FILE} on every host"
             )
-        issued = certify(authority, host, plan.nodes_on(host), now_s=now_s)
+        issued = certify(authority, host, nodes, now_s=now_s)
         files |= {CA_FILE: issued.ca, KEY_FILE: issued.key, CERT_FILE: issued.cert}
     if security.token:
         ensure_token(authority)

@@ -10,6 +10,7 @@ from cluster.rundir import ClusterFault, RunDir
 from tracehaul.rpc.session import Limits
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime.credentials import Credentials
+from tracehaul.transfer.tcp_proof import Guard
 
 FOLDER = "secrets"
 TOKEN_FILE = "join.token"  # noqa: S105 - a file's name
@@ -22,7 +23,7 @@ class Networks(NamedTuple):
     control: TcpNetwork
     credentials: Credentials | None
     """None: the control plane is plain."""
-    data: Credentials | None
+    data: Guard | None
     """None: the data plane is plain."""
     tokens: tuple[str, ...]
     """Those of the join token's file, if the cluster has one: the first is shown, each is taken."""
@@ -39,7 +40,7 @@ def networks_of(plan: Plan, run: RunDir) -> Networks:
     """
     security, folder = plan.config.security, run.path / FOLDER
     credentials = _credentials(folder) if security.control == "mtls" else None
-    data = credentials if security.data == "tls" else None
+    data = Guard(credentials, security.data == "tls") if credentials is not None and security.proves_data else None
     tokens = read_tokens(folder) if security.token else ()
     control = TcpNetwork(Limits(connections_max=plan.config.connections_max), credentials=credentials)
     return Networks(control, credentials, data, tokens)

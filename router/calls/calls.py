@@ -238,6 +238,7 @@ class Calls:
             frequency_penalty=options.frequency_penalty,
             logit_bias=options.logit_bias,
             seed=seed,
+            seeded=options.seed is not None,
             stop_tokens=tuple(dict.fromkeys((*eos, *options.stop_token_ids))),
             min_tokens=min(options.min_tokens, max_tokens),
             logprobs=options.logprobs,

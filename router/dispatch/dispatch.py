@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from router.dispatch.attempt import Attempt, Events
+from router.dispatch.feasible import refusal, unable
 from router.dispatch.inflight import InFlight
 from router.dispatch.pooled import Pooled
 from router.dispatch.predicted import TTL_S, Predicted
@@ -34,6 +35,7 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import (
+    CannotContinue,
     ClusterError,
     ContextTooLong,
     DeadlineExceeded,
@@ -201,8 +203,9 @@ class Dispatch:
             except ClusterError as error:
                 attempt = await tries.leave()
                 reason = run.ended()
-                if reason is not None and run.usage is not None:  # only the terminal message was lost
-                    usage = msgspec.structs.replace(run.usage, output_tokens=len(run.emitted))
+                if reason is not None:  # only the terminal message was lost
+                    usage = run.usage or StepUsage(prompt_tokens=run.request.prompt_tokens)
+                    usage = msgspec.structs.replace(usage, output_tokens=len(run.emitted))
                     return [Finished(reason, usage, run.attribute())]
                 self._failed(run, tries, attempt, error)
                 async with deadline.until(run.request.deadline_s):
@@ -214,7 +217,7 @@ class Dispatch:
         tries.failures = 1 if grew else tries.failures + 1
         # A worker's own bug may be that worker's alone: one other may try.
         attempts_max = self._config.attempts_max if error.retriable else 2
-        if isinstance(error, InvalidRequest | DeadlineExceeded) or tries.failures >= attempts_max:
+        if isinstance(error, InvalidRequest | DeadlineExceeded | CannotContinue) or tries.failures >= attempts_max:
             raise error
         node = None
         if attempt is not None:
@@ -228,6 +231,8 @@ class Dispatch:
         decodes = self.members.live("decode", run.request.pool)
         if not decodes:
             raise Unavailable(f"no decode worker is ready{in_pool(run.request.pool)}")
+        if (refused := refusal(decodes, run.needs)) is not None:
+            raise refused
         tokens = run.request.prompt_tokens + len(run.emitted)
         longest = max(worker.context_max for worker in decodes)
         if tokens >= longest:
@@ -274,8 +279,8 @@ class Dispatch:
 
     def _price(self, run: Run, stored: Sequence[TierRun], leaves: set[Key]) -> Placement | None:
         pool, now_s = self._pool(run), clock.now_s()
-        for role, fleet in (("decode", pool.decodes), ("prefill", pool.prefills)):
-            workers = self.members.live(role, run.request.pool)
+        decodes, prefills = (self.members.live(role, run.request.pool) for role in ("decode", "prefill"))
+        for workers, fleet in ((decodes, pool.decodes), (prefills, pool.prefills)):
             fleet.sync(workers, self.members.loads(workers))
         expected = self._predicted.match(run.request.step, run.hashes, now_s)
         ask = Ask(
@@ -286,6 +291,7 @@ class Dispatch:
             home=self._home(run),
             predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
             avoided=frozenset(run.avoid),
+            unable=unable(decodes, run.needs),
             left=frozenset(leaves),
             asked=run.request.decode,
             turn=self._turn,

@@ -227,6 +227,9 @@ class Retainer:
         worker = self._worker(salt, left)
         if worker is None:
             return
+        if "recall" not in worker.features:
+            self._start_prefetch(asked)  # into the store's memory at least
+            return
         here = await self._try(worker, KeepContext(trace, salt, RECALLED_KEEP_S), Resident)
         if here is None or here.tokens >= left.tokens:
             return

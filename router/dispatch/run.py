@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from router.dispatch.feasible import Needs, needs_of
 from router.dispatch.steps import StepRequest, Tell
 from router.fleet.load import Key, Warm
 from router.policy.placement import Placement
@@ -84,6 +85,11 @@ class Run:
     def hashes(self) -> Sequence[BlockHash]:
         """Of the prompt's full blocks, once it was cut."""
         return self._cut.hashes
+
+    @property
+    def needs(self) -> Needs:
+        """What the next attempt takes of its worker."""
+        return needs_of(self.request.sampling, scores=self.prompt_logprobs is not None, began=bool(self.emitted))
 
     @property
     def forks(self) -> bool:

@@ -1,7 +1,8 @@
 """The application: routes, and how what fails outside a call is answered."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -26,6 +27,7 @@ from router.http.config import ApiConfig
 from router.http.endpoint import Endpoint
 from router.http.entrance import Edge, Entrance, Origins
 from router.http.errors import STATUS, headers_of
+from router.http.jobs import Jobs, JobsServed
 from router.http.keys import Keyring
 from router.http.openapi import document
 from router.http.pages import Pages, json_response
@@ -58,6 +60,7 @@ def create_app(
     dice: random.Random = UNFORESEEN,
     dialects: Mapping[str, Dialect[Teller]] = DIALECTS,
     keyring: Keyring | None = None,
+    jobs: Jobs | None = None,
 ) -> ASGIApp:
     """The whole HTTP surface.
 
@@ -70,6 +73,7 @@ def create_app(
         dice: for the names of calls that have none, and the seeds of those that ask for none.
         dialects: the dialect at each path.
         keyring: the keys that are valid; None: nobody is asked for one.
+        jobs: files and batches that are kept here; None: none are.
     """
     calls = Calls(dispatcher, texts, config, offload, dice)
     pages = Pages(dispatcher, metrics_render)
@@ -81,9 +85,11 @@ def create_app(
     endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
     endpoints["/v1/responses"] = responses
     called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
+    background = None if jobs is None else JobsServed(jobs, endpoints, texts, keyring, config, dice)
+    kept = [] if background is None else background.routes()
     rest = Starlette(
-        routes=[*called, *_pages(ResponsePages(responses), tokens, pages, traces)],
-        lifespan=responses.living,
+        routes=[*called, *_pages(ResponsePages(responses), tokens, pages, traces), *kept],
+        lifespan=_living(responses, background),
         middleware=[
             Middleware(RequestIds, dice=dice),
             *edge.origins.middleware(),
@@ -100,6 +106,19 @@ def create_app(
         await (endpoint or rest)(scope, receive, send)
 
     return app
+
+
+def _living(
+    responses: ResponsesEndpoint, jobs: JobsServed | None
+) -> Callable[[object], AbstractAsyncContextManager[None]]:
+    """What runs beside calls, as long as the server does."""
+
+    @asynccontextmanager
+    async def living(app: object) -> AsyncGenerator[None, None]:
+        async with responses.living(app), nullcontext() if jobs is None else jobs.living():
+            yield
+
+    return living
 
 
 def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages) -> list[Route]:

@@ -28,6 +28,17 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     background_max: Count = 64
     """Responses that run in the background; more are answered 503. A key's tenant has no more of them than are free
     beside; more are answered 429."""
+    files_dir: str = ""
+    """Where files are that clients upload, and batches; empty: in the run directory."""
+    file_bytes_max: Count = 512 * 2**20
+    """Longer ones are answered 413."""
+    files_bytes_max: Count = 64 * 2**30
+    """Of each tenant's files; with more, or with more of them than the next, uploads are answered 503."""
+    files_max: Count = 10_000
+    batches_max: Count = 100
+    """Batches of each tenant that are not over; more are answered 429."""
+    batch_concurrency: Count = 4
+    """Lines of batches that are asked at once, of all batches together."""
     connections_max: Count = 8192
     """Open connections; calls on more are answered 503, and still more connections are closed."""
     headers_timeout_s: Seconds = 20.0

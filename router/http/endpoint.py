@@ -16,6 +16,7 @@ from router.calls.events import Piece
 from router.calls.identity import fresh_name
 from router.calls.run import Run
 from router.dialects.base import Dialect, Teller
+from router.http.access import CALLER, caller_of
 from router.http.asgi import CHUNKS, ClientGone, Reply, disconnected, read_body
 from router.http.config import ApiConfig
 from router.http.entrance import Edge
@@ -67,7 +68,8 @@ class Endpoint(Generic[T]):
         self, scope: Scope, headers: Mapping[str, str], receive: Receive, reply: Reply, visit: Visit
     ) -> None:
         gate = self._edge.gate
-        caller = visit.caller = gate.enter(headers)
+        # Only what the router asks itself says of its scope whose it is.
+        caller = visit.caller = caller_of(scope) if CALLER in scope else gate.enter(headers)
         visit.tenant = "" if caller.key is None else caller.key.tenant
         if "x-decode-worker" in headers:
             caller.steer("X-Decode-Worker", "x-decode-worker")

@@ -110,6 +110,10 @@ class Keyring:
         """Of all of them."""
         return frozenset(self._keys)
 
+    def of(self, name: str) -> Key | None:
+        """The key of that id; None: it is not valid."""
+        return self._keys.get(name)
+
     def find(self, sent: str) -> Key | None:
         """The key that this is; None: it is not valid."""
         name = name_of(sent)

@@ -24,10 +24,12 @@ from router.dialects.responses.requests import ResponsesRequest
 from router.dialects.tokens.requests import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 from router.fleet.members import NodeStatus
 from router.http.access import PUBLIC
+from router.http.batches import BatchBody, BatchList, BatchObject
+from router.http.files import LIST_MAX, FileDeleted, FileForm, FileList, FileObject
 from router.http.pages import Health, ModelEntry, ModelList, Version
 from router.http.responses import ItemPage, ResponseDeleted
 from router.http.tokens import MessageTokens, ResponseTokens
-from router.http.traces import PinAnswer, PinBody, Resume, Suspend
+from router.http.traces import LIMIT_MAX, PinAnswer, PinBody, Resume, Suspend
 from router.traces.views import TraceDeleted, TraceList, TraceView
 from tracehaul import __version__
 
@@ -70,8 +72,12 @@ class Operation(msgspec.Struct, frozen=True):
     limited: bool = False
     """By its key."""
     query: tuple[str, ...] = ()
+    limit_max: int = LIMIT_MAX
     error: Any = ErrorBody
     media: str = "application/json"
+    """Of the answer."""
+    takes: str = "application/json"
+    """Of the body."""
 
 
 def _call(summary: str, body: Any, answer: Any, error: Any = ErrorBody) -> Operation:
@@ -108,6 +114,23 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/traces/{id}/suspend"): Operation("It pauses", Suspend, TraceView, (*BODY, 404, 409), query=_OWN),
     ("POST", "/v1/traces/{id}/resume"): Operation("It goes on", Resume, TraceView, (*BODY, 404, 409), query=_OWN),
     ("POST", "/v1/traces/{id}/pin"): Operation("Keep its context", PinBody, PinAnswer, (*BODY, 404, 503), query=_OWN),
+    ("POST", "/v1/files"): Operation(
+        "Keep a file", FileForm, FileObject, (400, 413, 415, 503), query=_OWN, takes="multipart/form-data"
+    ),
+    ("GET", "/v1/files"): Operation(
+        "Files, the newest first", None, FileList, (400,), query=(*_PAGES, "order", "purpose"), limit_max=LIST_MAX
+    ),
+    ("GET", "/v1/files/{id}"): Operation("A file", None, FileObject, (400, 404), query=_OWN),
+    ("DELETE", "/v1/files/{id}"): Operation("Delete it", None, FileDeleted, (400, 404, 503), query=_OWN),
+    ("GET", "/v1/files/{id}/content"): Operation(
+        "Its bytes", None, bytes, (400, 404, 503), query=_OWN, media="application/octet-stream"
+    ),
+    ("POST", "/v1/batches"): Operation(
+        "Run a file of calls", BatchBody, BatchObject, (400, 404, 413, 415, 429, 503), query=_OWN
+    ),
+    ("GET", "/v1/batches"): Operation("Batches, the newest first", None, BatchList, (400,), query=_PAGES),
+    ("GET", "/v1/batches/{id}"): Operation("A batch", None, BatchObject, (400, 404), query=_OWN),
+    ("POST", "/v1/batches/{id}/cancel"): Operation("End it", None, BatchObject, (400, 404, 503), query=_OWN),
     ("GET", "/health"): Operation("Whether a worker is ready", None, Health, (503,), error=Health),
     ("GET", "/version"): Operation("Of this build", None, Version),
     ("GET", "/openapi.json"): Operation("This", None, dict[str, Any]),
@@ -198,9 +221,9 @@ def _described(method: str, path: str, each: Operation, named: Mapping[Any, Any]
     if each.body is not None:
         # What may be said may be left out.
         required = each.body not in (Resume, PinBody)
-        told["requestBody"] = {"required": required, "content": _json(named[each.body])}
+        told["requestBody"] = {"required": required, "content": {each.takes: {"schema": named[each.body]}}}
     parameters = [_parameter(name, "path") for name in _PARAMETER.findall(path)]
-    if parameters := [*parameters, *(_parameter(name, "query") for name in each.query)]:
+    if parameters := [*parameters, *(_parameter(name, "query", each.limit_max) for name in each.query)]:
         told["parameters"] = parameters
     if guarded:
         told["security"] = [{"bearer": []}, {"header": []}]
@@ -228,10 +251,10 @@ def _answered(status: int, content: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": HTTPStatus(status).phrase, "content": content}
 
 
-def _parameter(name: str, where: str) -> dict[str, Any]:
+def _parameter(name: str, where: str, limit_max: int = LIMIT_MAX) -> dict[str, Any]:
     kind: dict[str, Any] = {"type": "string"}
     if name == "limit":
-        kind = {"type": "integer", "minimum": 1, "maximum": 100}
+        kind = {"type": "integer", "minimum": 1, "maximum": limit_max}
     if name == "order":
         kind = {"type": "string", "enum": ["asc", "desc"]}
     return {"name": name, "in": where, "required": where == "path", "schema": kind}

@@ -43,6 +43,8 @@ class Ask(msgspec.Struct, frozen=True):
     """Leading tokens that workers are about to have computed for other steps."""
     avoided: frozenset[Key] = frozenset()
     """Workers that failed this step: chosen if there is no other."""
+    unable: frozenset[Key] = frozenset()
+    """Workers that cannot do it: never chosen."""
     left: frozenset[Key] = frozenset()
     """Prefill workers that it does not wait for any more."""
     asked: NodeId | None = None
@@ -99,9 +101,10 @@ def choose_home(stores: Sequence[NodeId], trace: TraceId, current: NodeId | None
 def place(
     policy: Policy, ask: Ask, decodes: WorkerTable, prefills: WorkerTable, stores: Sequence[NodeId], now_s: float
 ) -> Placement | None:
-    """Choose the workers of one step; None if there is no decode worker. Without a store there is no way from prefill
-    to decode: the decode worker computes all that it lacks."""
-    if not len(decodes):
+    """Choose the workers of one step; None if there is no decode worker for it. Without a store there is no way from
+    prefill to decode: the decode worker computes all that it lacks."""
+    allowed = _allowed(ask, decodes)
+    if not allowed:
         return None
     helpers = prefills if len(prefills) and stores else None
     need = Need(
@@ -115,7 +118,7 @@ def place(
     busy = float(np.mean((decodes.running_steps > 0) & (decodes.free_tokens >= need.prompt)))
     helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, busy, now_s)
     costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s)
-    row, reason = _choose(policy, ask, decodes, costs, _allowed(ask, decodes), warm_row)
+    row, reason = _choose(policy, ask, decodes, costs, allowed, warm_row)
     reach = float(costs.reach[row])
     short = need.prompt - reach <= float(decodes.local_tokens[row])
     if policy == "cost" and costs.local[row] and not short:
@@ -141,8 +144,10 @@ def relieves(other: Placement, wait_s: float, waited_s: float) -> bool:
 
 
 def _allowed(ask: Ask, decodes: WorkerTable) -> list[int]:
-    """Rows that may be chosen: never none."""
-    rows = range(len(decodes))
+    """Rows that may be chosen: none only if none can do it."""
+    rows: Sequence[int] = range(len(decodes))
+    if ask.unable:
+        rows = [row for row in rows if decodes.keys[row] not in ask.unable]
     if ask.avoided:
         rows = [row for row in rows if decodes.keys[row] not in ask.avoided] or rows
     if ask.asked is not None:
@@ -182,9 +187,11 @@ def _choose(
         return allowed[ask.turn % len(allowed)], "its turn"
     by = costs.seconds if policy == "cost" else decodes.running_steps
     best = _lowest(by, np.asarray(allowed), ask.trace)
-    if warm_row is None or (ask.avoided and warm_row not in allowed):
+    if warm_row is None or ((ask.avoided or ask.unable) and warm_row not in allowed):
         if ask.warm is None:
             return best, "cheapest" if policy == "cost" else "least loaded"
+        if warm_row is not None and decodes.keys[warm_row] in ask.unable:
+            return best, "its worker cannot do it"
         failed = (ask.warm.node, ask.warm.generation) in ask.avoided
         return best, "its worker failed it" if failed else "its worker is gone"
     if policy == "sticky" or (1 - STICKY_MARGIN) * costs.seconds[warm_row] <= costs.seconds[best]:

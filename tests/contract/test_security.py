@@ -22,14 +22,16 @@ from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import Credentials
 from tracehaul.wire.base import Ok, Ping
-from tracehaul.wire.blocks import Subscribe
+from tracehaul.wire.blocks import Attach, Drain, Subscribe
 from tracehaul.wire.cluster import Heartbeat, Join, Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, PeerLost, Untrusted
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.operations import Describe
 from tracehaul.wire.steps import PrefillProgress
 
 DAY_S = 86400.0
+NOT_IT = "wrong"
 
 Main = Callable[[], Coroutine[Any, Any, None]]
 
@@ -222,6 +224,33 @@ def test_a_join_token(tokens: tuple[str, ...], caplog: pytest.LogCaptureFixture)
     assert "refused a node" in said
     assert "'right'" not in said
     assert "'wrong'" not in said
+
+
+def test_a_stranger_without_a_token_gets_nothing_of_a_router(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the control plane is plain: it is answered that the router is there, and speaks for no member whose
+    generation it does not know."""
+
+    async def main() -> None:
+        registry = MemberRegistry(lambda _: None)
+        async with listening(TcpNetwork(), Gate(registry, ("right",))) as address:
+            peers, member = joining(None, address, "store-0", "right")
+            task = asyncio.create_task(member.run())
+            await asyncio.wait_for(member.joined.wait(), 5)
+            stranger = Peers(TcpNetwork())
+            assert await stranger.call(address, Ping(), timeout_s=5) == Ok()
+            beats = [Heartbeat(NodeId(n), Generation(g), NodeLoad()) for n, g in (("store-1", 1), ("store-0", 2))]
+            for request in (Attach(), Describe(), Drain(), *beats):
+                with pytest.raises(ClusterError):
+                    await stranger.call(address, request, timeout_s=5)
+            for asked in (Subscribe(), Join(member._info), Join(member._info, token=NOT_IT)):
+                with pytest.raises(ClusterError):
+                    await anext(aiter(stranger.stream(address, asked, idle_timeout_s=5)))
+            assert member.joined.is_set()
+            task.cancel()
+            await stranger.close()
+            await peers.close()
+
+    asyncio.run(main())
 
 
 def test_a_member_whose_certificate_is_replaced_late_waits_and_says_so(

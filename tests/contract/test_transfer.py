@@ -41,7 +41,7 @@ KINDS = [
     "local",
     *(
         pytest.param(kind, marks=pytest.mark.slow)
-        for kind in ("shm", "tcp", "tcp-tls", "nixl-request", "nixl-read", "ucxx")
+        for kind in ("shm", "tcp", "tcp-auth", "tcp-tls", "nixl-request", "nixl-read", "ucxx")
     ),
 ]
 NBYTES = 48 << 20
@@ -159,8 +159,8 @@ def starter(kind: str) -> Iterator[Start]:
             node = LocalNode(loop, hub, link, owner)
         else:
             transport, _, way = kind.partition("-")
-            pull = way if transport == "nixl" else "request"
-            node = transfer_peer.Peer(transport, owner, NBYTES, pull, secrets=secrets(owner) if way == "tls" else None)
+            certified = secrets(owner) if transport == "tcp" and way else None
+            node = transfer_peer.Peer(transport, owner, NBYTES, way or "request", secrets=certified)
         node.kind = kind
         nodes.append(node)
         return node

@@ -30,7 +30,10 @@ class Operator:
         self._environment = {**os.environ, "TRACEHAUL_SSH": made.ssh, "PYTHONPATH": str(ROOT)}
 
     def write(self, text: str) -> None:
-        """The file's content."""
+        """The file's content; the CA is kept beside it where it does not say."""
+        if "[security]" not in text:
+            authority = self.file.with_name("authority")
+            text = text.replace("[[hosts]]", f'[security]\nauthority = "{authority}"\n[[hosts]]', 1)
         self.file.write_text(text)
 
     def ask(self, command: str, *words: str, code: int = 0, timeout_s: float = COMMAND_S) -> str:

@@ -19,6 +19,8 @@ kv_tokens = 4096
 store_bytes = 134217728
 [api]
 open = true
+[security]
+control = "plain"
 [[hosts]]
 name = "a"
 home = "/srv/tracehaul"

@@ -71,6 +71,10 @@ def test_a_trace_computed_on_one_host_is_decoded_on_another(operator: Operator, 
     asked = prompt(1)
     answer = operator.step("a", "one", asked, OUTPUT)
     assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
+    assert operator.rig.hosts["c"].run("ls", "/srv/tracehaul/run/secrets").split() == [
+        "ca.pem", "join.token", "node.key", "node.pem",
+    ], "certificates, unless the file says that there are none"  # fmt: skip
+    assert "authenticated" in operator.ask("logs", "decode-c-0", "--lines", "200")
     moved = answer["usage"]["tracehaul"]
     assert moved["pulled_tokens"] >= 256, "computed on b, pulled by c"
     assert moved["prefill_fallback"] == ""

@@ -1,5 +1,6 @@
 """Hosts that are cut off, die whole, or lose their router, while agents work on others: no request fails."""
 
+import json
 import shutil
 import time  # noqa: TID251 - a wait for other processes
 from pathlib import Path
@@ -13,6 +14,8 @@ pytestmark = [pytest.mark.xdist_group("hosts"), pytest.mark.timeout(300)]
 
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 CUT_S = 20.0
+DELAY_S, SLOW_S = 0.05, 10.0
+"""Of each way, and for how long agents work over it."""
 LOST_S = 12.0
 """After which a host that is cut off is no member any more."""
 
@@ -21,7 +24,8 @@ LOST_S = 12.0
 def three(operator: Operator) -> Operator:
     """A fleet of three hosts; two have routers."""
     both = "{ router = 1, store = 1, decode = 1 }"
-    operator.write(fleet(a=both, b=both, c="{ store = 1, decode = 1 }"))
+    file = fleet(a=both, b=both, c="{ store = 1, decode = 1 }")
+    operator.write(file.replace("[[hosts]]", '[security]\ncontrol = "plain"\n[[hosts]]', 1))
     operator.ask("launch")
     return operator
 
@@ -81,6 +85,42 @@ def test_a_link_that_loses_packets(three: Operator) -> None:
         three.rig.hosts["c"].unimpair()
     assert seen["failed"] == []
     assert seen["steps"] > 10
+
+
+def test_a_host_behind_a_slow_link(three: Operator) -> None:
+    three.rig.hosts["c"].delay(DELAY_S, jitter_s=DELAY_S / 5)
+    try:
+        with three.agents(6, "a", "b") as seen:
+            end_s = time.monotonic() + SLOW_S
+            while time.monotonic() < end_s:
+                assert members(three, "a") == members(three, "b") == EVERYBODY, "slow is not lost"
+                time.sleep(0.5)
+        told = json.loads(three.ask("doctor", "--json"))
+    finally:
+        three.rig.hosts["c"].undelay()
+    assert seen["failed"] == []
+    assert seen["steps"] >= 6, "one of each agent"
+    slow = [
+        float(found["fault"].split(" ms to c and back")[0])
+        for found in told["findings"]
+        if " ms to c and back" in found["fault"]
+    ]
+    assert len(slow) == 2, f"as a and b find: {told['findings']}"
+    assert all(1e3 * DELAY_S <= ms <= 8e3 * DELAY_S for ms in slow)
+
+
+def test_a_host_that_is_cut_off_for_good(three: Operator) -> None:
+    c = three.rig.hosts["c"]
+    with three.agents(6, "a", "b") as seen:
+        time.sleep(1.0)
+        c.cut()
+        until(three, "a", EVERYBODY - C_ALONE)
+        until(three, "b", EVERYBODY - C_ALONE)
+        assert "ssh c: " in three.ask("launch", code=1), "the others are left as they are"
+        assert members(three, "a") == EVERYBODY - C_ALONE
+    assert seen["failed"] == []
+    c.mend()
+    until(three, "a", EVERYBODY)
 
 
 @pytest.mark.skipif(not FAKETIME.exists(), reason="faketime is not installed")

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from tracehaul import __version__
 
 REPO = Path(__file__).parents[2]
-ROOMS = ["tracehaul", "kvstore", "worker", "prefill", "decode", "router", "cluster", "sim", "bench"]
+ROOMS = ["tracehaul", "kvstore", "worker", "prefill", "decode", "engines", "jobs", "router", "cluster", "sim", "bench"]
 OF_THE_STORE = (
     "kvstore/",
     "tracehaul/__init__.py",

@@ -129,6 +129,26 @@ def test_one_reads_and_steers_nothing_of_the_other(cluster: Fleet, acme: httpx.C
     assert acme.get("/v1/traces/mine").status_code == 200
 
 
+def test_a_batch_is_run_by_the_cluster_for_its_tenant_alone(
+    cluster: Fleet, acme: httpx.Client, other: httpx.Client
+) -> None:
+    body = {"model": cluster.model, "prompt": "One", "max_tokens": 2}
+    call = msgspec.json.encode({"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body})
+    file = acme.post("/v1/files", data={"purpose": "batch"}, files={"file": ("calls", call)}).json()
+    order = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "1h"}
+    assert other.post("/v1/batches", json=order).status_code == 404
+    batch = acme.post("/v1/batches", json=order).json()
+    deadline_s = time.monotonic() + 60
+    while batch["status"] not in ("completed", "failed"):
+        assert time.monotonic() < deadline_s
+        batch = acme.get(f"/v1/batches/{batch['id']}").json()
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}, batch
+    answer = acme.get(f"/v1/files/{batch['output_file_id']}/content").json()
+    assert answer["response"]["body"]["usage"]["completion_tokens"] == 2
+    for path in (f"/v1/batches/{batch['id']}", f"/v1/files/{batch['output_file_id']}/content"):
+        assert other.get(path).status_code == 404
+
+
 def test_without_a_key_nothing(cluster: Fleet) -> None:
-    for path in ("/v1/models", "/v1/traces", "/metrics", "/cluster"):
+    for path in ("/v1/models", "/v1/traces", "/v1/files", "/v1/batches", "/metrics", "/cluster"):
         assert httpx.get(f"{cluster.url}{path}", trust_env=False).status_code == 401

@@ -198,8 +198,9 @@ def make_transfer(kind: str, owner: str, pull: str, secrets: str = "") -> Transf
         return ShmTransfer(owner, ThreadOffload("copy"))
     if kind == "tcp":
         from tracehaul.transfer.tcp import TcpTransfer
+        from tracehaul.transfer.tcp_proof import Guard
 
-        return TcpTransfer(owner, credentials=Credentials(Path(secrets)) if secrets else None)
+        return TcpTransfer(owner, guard=Guard(Credentials(Path(secrets)), pull == "tls") if secrets else None)
     if kind == "ucxx":
         from tracehaul.transfer.ucxx import UcxxTransfer
 

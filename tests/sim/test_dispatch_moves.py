@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 
 from router.dispatch.dispatch import Dispatch, DispatchConfig
@@ -13,10 +14,10 @@ from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.wire.base import Ok
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
-from tracehaul.wire.errors import PeerLost
+from tracehaul.wire.errors import CannotContinue, InvalidRequest, PeerLost
 from tracehaul.wire.hashing import pack_tokens, unpack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
-from tracehaul.wire.steps import Sampling, StepDone, StepUsage, Tokens
+from tracehaul.wire.steps import Constraint, Sampling, StepDone, StepUsage, Tokens
 
 STOP = 9
 ROOT = BlockHash(b"r" * 16)
@@ -46,13 +47,14 @@ class Script:
         pass
 
 
-def run_step(attempts, **sampling):
+def run_step(attempts, lacks=(), features=(), **sampling):
     async def main():
         network, script = LocalNetwork(), Script(attempts)
         dispatch = Dispatch(Peers(network.at("router:1")), DispatchConfig())
         await network.listen("router:1", dispatch.members)
         await network.listen("decode-0:1", script)
         info = NodeInfo(NodeId("decode-0"), Generation(1), "decode", "decode-0:1", "m", ROOT, 8, 100)
+        info = msgspec.structs.replace(info, lacks=lacks, features=features)
         member = Membership(Peers(network.at("decode-0:1")), ["router:1"], info, NodeLoad, lambda members: None)
         asyncio.get_running_loop().create_task(member.run())
         await member.joined.wait()
@@ -81,6 +83,28 @@ def test_a_moved_step_does_not_count_its_own_work_as_cached(later):
     output, [done], asked = run_step([([5], 1, True), ([6], later, False)], max_tokens=2)
     assert (output, asked) == ([5, 6], [[], [5]])
     assert done.usage.computed_from == 1
+
+
+def test_where_the_rest_of_an_answer_would_differ_it_ends_aloud_and_what_was_not_begun_runs_anew():
+    lost = [([5], 0, True), ([6], 0, False)]
+    how = {"max_tokens": 2, "lacks": ("seeds", "penalties", "constraints")}
+    for sampling in (
+        {"seed": 7},
+        {"temperature": 0.0, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "constraint": Constraint("regex", "ab"), "features": ("constraints",)},
+    ):
+        with pytest.raises(CannotContinue):
+            run_step(lost, **how, **sampling)
+        output, _, asked = run_step([([], 0, True), ([5, 6], 0, False)], **how, **sampling)
+        assert (output, asked) == ([5, 6], [[], []])
+    for sampling in ({"temperature": 0.0}, {"seed": 7, "seeded": False}):
+        output, _, asked = run_step(lost, **how, **sampling)
+        assert (output, asked) == ([5, 6], [[], [5]])
+
+
+def test_what_no_worker_can_do_is_refused_before_anything_runs():
+    with pytest.raises(InvalidRequest, match="no worker of 'm' keeps an answer"):
+        run_step([], max_tokens=2, constraint=Constraint("regex", "ab"))
 
 
 class Queues:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[2]
-ROOMS = ("tracehaul", "kvstore", "worker", "prefill", "decode", "router", "cluster", "sim", "bench")
+ROOMS = ("tracehaul", "kvstore", "worker", "prefill", "decode", "engines", "jobs", "router", "cluster", "sim", "bench")
 
 
 def trees(*folders: str) -> Iterator[tuple[Path, ast.Module]]:

@@ -122,7 +122,7 @@ def identify(source: ModelSource, *, int8: bool) -> tuple[ModelConfig, str]:
 
 
 def _open(source: ModelSource) -> "tuple[ModelConfig, _GGUFReader | _FolderReader]":
-    if source.kind == "gguf":
+    if source.kind == "gguf" and source.architecture != "foreign":
         file = read_gguf(source.path)
         config = gguf_config(source.architecture, file)
         return config, _GGUFReader(file, config)

@@ -45,14 +45,15 @@ class SourceError(Exception):
 
 
 class ModelSource(msgspec.Struct, frozen=True):
-    """A model's files on this machine, of an architecture that the engine runs."""
+    """A model's files on this machine."""
 
     name: str
     """What clients call it by."""
     path: Path
     """A folder in the hub's layout, or one ``.gguf`` file."""
     kind: Literal["hf", "gguf"]
-    architecture: Architecture
+    architecture: Architecture | Literal["foreign"]
+    """Foreign: other engines run it."""
 
 
 class WheelModel(msgspec.Struct, frozen=True):
@@ -90,13 +91,20 @@ def user_cache_dir() -> Path:
     return home / ".cache" / "tracehaul"
 
 
-def resolve(model: str = DEFAULT_MODEL, cache_dir: Path | None = None, progress: Progress | None = None) -> ModelSource:
+def resolve(
+    model: str = DEFAULT_MODEL,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    foreign: bool = False,
+) -> ModelSource:
     """The files of ``model``, fetched if they are not here yet. Blocks; safe to call from many processes at once.
 
     ``model`` is the default's name, a path to a ``.gguf`` file or to a folder in the hub's layout, or a hub name.
+    ``foreign``: in such a folder it may be of any architecture.
 
     Raises:
-        SourceError: not found, not reachable, damaged, no space, or an architecture that the engine does not run.
+        SourceError: not found, not reachable, damaged, no space, or an architecture that our engine does not run.
     """
     tell = progress or _silent
     if model == DEFAULT_MODEL:
@@ -104,13 +112,13 @@ def resolve(model: str = DEFAULT_MODEL, cache_dir: Path | None = None, progress:
         return _inspect_gguf(DEFAULT_MODEL, file)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _inspect_folder(path.resolve().name, path)
+        return _inspect_folder(path.resolve().name, path, foreign=foreign)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SourceError(f"there is no file {path}")
         return _inspect_gguf(path.stem, path)
     if _HUB_NAME.fullmatch(model):
-        return _inspect_folder(model, _fetch_hub(model, tell))
+        return _inspect_folder(model, _fetch_hub(model, tell), foreign=foreign)
     raise SourceError(f"{model!r} is neither {DEFAULT_MODEL}, a folder, a .gguf file nor a hub name like org/model")
 
 
@@ -232,6 +240,8 @@ def read_config(source: ModelSource) -> ModelConfig:
     Raises:
         SourceError: they cannot be read, or the model has a feature that the engine does not run.
     """
+    if source.architecture == "foreign":
+        raise SourceError(f"{source.name}: its architecture is not one that our own engine runs")
     try:
         if source.kind == "gguf":
             return gguf_config(source.architecture, read_gguf(source.path))
@@ -240,10 +250,26 @@ def read_config(source: ModelSource) -> ModelConfig:
         raise SourceError(f"{source.name}: {error}") from error
 
 
-def _inspect_folder(name: str, path: Path) -> ModelSource:
+def _inspect_folder(name: str, path: Path, *, foreign: bool) -> ModelSource:
     listed = _read_json(path / "config.json").get("architectures")
     found = str(listed[0]) if isinstance(listed, list) and listed else "none named"
-    return _supported(name, path, "hf", found, _HF_ARCHITECTURES)
+    try:
+        return _supported(name, path, "hf", found, _HF_ARCHITECTURES)
+    except SourceError:
+        if foreign:
+            return ModelSource(name, path, "hf", "foreign")
+        raise
+
+
+def read_any_config(source: ModelSource) -> dict[str, object]:
+    """What a folder's ``config.json`` says of the model, whatever its architecture.
+
+    Raises:
+        SourceError: it cannot be read, or the model is no folder.
+    """
+    said = _read_json(source.path / "config.json")
+    text = said.get("text_config")  # of a model that sees, too
+    return text if isinstance(text, dict) else said
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
+from typing import Any
 
 import msgspec
 
@@ -53,16 +54,19 @@ class Membership:
         heartbeat_s: float = HEARTBEAT_S,
         token: str = "",
     ) -> None:
-        """``routers``: ``host:port`` of each one's control plane. ``token``: the cluster's, for joining."""
+        """``routers``: ``host:port`` of each one's control plane, until others are set. ``token``: the cluster's, for
+        joining."""
         self._peers = peers
         self._routers = tuple(dict.fromkeys(routers))
+        self._turned = asyncio.Event()
+        """Other routers were set."""
         self._info = info
         self._load = load
         self._on_change = on_change
         self._cluster = cluster
         self._heartbeat_s = heartbeat_s
         self._token = token
-        self._views = Views(self._routers, GRACE_S)
+        self._views = Views(GRACE_S)
         self._members = Members(version=0)
         self._in: set[str] = set()
         """Routers that list us."""
@@ -91,6 +95,13 @@ class Membership:
         """Set while at least one router lists us: for start-up and for health checks."""
         return self._joined
 
+    def set_routers(self, routers: Sequence[str]) -> None:
+        """These are the routers now. A new one is joined; another is left once it is not heard any more: that somebody
+        does not know it is no reason to leave one that answers, nor that nobody knows any."""
+        if routers:
+            self._routers = tuple(dict.fromkeys(routers))
+            self._turned.set()
+
     async def say(self) -> None:
         """Tell routers the node's load now, not with the next heartbeat; returns once one of them knows it."""
         self._states += 1
@@ -107,13 +118,25 @@ class Membership:
             Fenced: another life has our name.
             JoinRefused, Untrusted: no router has taken this node, and one says that it never will as it is.
         """
-        works = [*(self._keep(router) for router in self._routers), self._settle()]
-        tasks = [asyncio.create_task(work) for work in works]
+        keeping: dict[str, asyncio.Task[None]] = {}
+        settling = asyncio.create_task(self._settle())
+        turned = asyncio.create_task(self._turned.wait())
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # none ends without an error
+            while True:
+                for router in self._routers:
+                    if router not in keeping:
+                        self._views.add(router)
+                        keeping[router] = asyncio.create_task(self._keep(router), name=f"router {router}")
+                tasks: list[asyncio.Task[Any]] = [settling, turned, *keeping.values()]
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                keeping = {router: task for router, task in keeping.items() if task not in done}
+                if turned in done:
+                    self._turned.clear()
+                    turned = asyncio.create_task(self._turned.wait())
         finally:
+            tasks = [settling, turned, *keeping.values()]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -121,7 +144,7 @@ class Membership:
             self._joined.clear()
 
     async def _keep(self, router: str) -> None:
-        """One router, for ever."""
+        """One router, until it is none any more."""
         backoff_s = BACKOFF_MIN_S
         while True:
             error = await self._session(router)
@@ -137,6 +160,11 @@ class Membership:
                 seldom.warning("a router refuses this node", about=router, router=router, reason=error)
             else:
                 log.info("router not reached", router=router, reason=error)
+            if router not in self._routers:
+                log.info("left a router that is none any more", router=router)
+                self._epochs.pop(router, None)
+                self._views.end(router, clock.now_s())
+                return
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 

@@ -4,7 +4,6 @@ A router that is lost says nothing, so what it said last stays. One that has jus
 and one that stood still was given up by nodes that live: what they do not list any more stays for a while, too.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracehaul.wire.cluster import Members, MembersChanged, NodeInfo
@@ -22,6 +21,8 @@ class _Router:
     heard: bool = False
     since_s: float = 0.0
     """When its list will be, or was, whole; of one that is not heard: when it was lost."""
+    ended: bool = False
+    """It is no router any more, and is forgotten with what it said last."""
 
     def settled(self, now_s: float) -> bool:
         """Whether who is not on its list is no member of it."""
@@ -34,9 +35,18 @@ class Views:
     ``grace_s``: how long what a lost router said outlives it, once another one knows who is there.
     """
 
-    def __init__(self, routers: Sequence[str], grace_s: float) -> None:
-        self._routers = {router: _Router() for router in routers}
+    def __init__(self, grace_s: float) -> None:
+        self._routers: dict[str, _Router] = {}
         self._grace_s = grace_s
+
+    def add(self, router: str) -> None:
+        """There is that router."""
+        self._routers.setdefault(router, _Router()).ended = False
+
+    def end(self, router: str, now_s: float) -> None:
+        """That router, which is lost, will not be there again."""
+        self._routers[router].ended = True
+        self._expire(now_s)
 
     def listed(self, router: str, members: Members, now_s: float) -> None:
         """That router sent its whole list."""
@@ -108,10 +118,12 @@ class Views:
                 del view.former[info.node]
 
     def _expire(self, now_s: float) -> None:
-        for view in self._routers.values():
+        for router, view in list(self._routers.items()):
             ends_s = self._ends_s(view, now_s)
             if ends_s is not None and ends_s <= now_s:
                 view.former.clear()
+            if view.ended and not view.former:
+                del self._routers[router]
 
     def _ends_s(self, view: _Router, now_s: float) -> float | None:
         """When what a router listed once does not count any more; None: as long as nobody knows better."""

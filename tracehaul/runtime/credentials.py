@@ -4,8 +4,9 @@ Both ends of every connection show a certificate of a trusted CA, in TLS 1.3 and
 with what the files say then; one that is open goes on as it was made.
 """
 
+import hashlib
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ class Contexts(NamedTuple):
     client: ssl.SSLContext
     version: int
     """Grows with each change of the files."""
+    mark: str
+    """Of the certificates: :func:`mark_of`."""
 
 
 class Credentials:
@@ -63,6 +66,8 @@ class Credentials:
         self._watched = Watched(*(folder / name for name in (CA_FILE, CERT_FILE, KEY_FILE)))
         self._watched.changed()
         self.now = self._load(1)
+        self.told: Callable[[str], None] = lambda mark: None
+        """Told the new mark when new files are used."""
 
     def refresh(self) -> None:
         """Use the files' new content for connections to come, if it has changed and makes sense."""
@@ -74,6 +79,7 @@ class Credentials:
             log.warning("new certificates cannot be used: the old ones stay", folder=self._folder, why=error)
             return
         log.info("new certificates are used", folder=self._folder)
+        self.told(self.now.mark)
 
     def _load(self, version: int) -> Contexts:
         server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -84,7 +90,13 @@ class Credentials:
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.load_verify_locations(self._folder / CA_FILE)
             context.load_cert_chain(self._folder / CERT_FILE, self._folder / KEY_FILE)
-        return Contexts(server, client, version)
+        mark = mark_of(*((self._folder / name).read_bytes() for name in (CA_FILE, CERT_FILE)))
+        return Contexts(server, client, version, mark)
+
+
+def mark_of(ca: bytes, cert: bytes) -> str:
+    """Names what a node trusts and what it shows; both PEM."""
+    return hashlib.blake2b(ca + b"\0" + cert, digest_size=8).hexdigest()
 
 
 def names_of(certificate: Mapping[str, Any] | None) -> frozenset[str] | None:

@@ -4,7 +4,6 @@ import importlib.util
 import os
 from typing import NamedTuple
 
-from tracehaul.runtime.credentials import Credentials
 from tracehaul.runtime.log import Log
 from tracehaul.transfer.base import Transfer
 from tracehaul.transfer.devices import (
@@ -17,6 +16,7 @@ from tracehaul.transfer.devices import (
 )
 from tracehaul.transfer.place import Place
 from tracehaul.transfer.tcp import TcpTransfer
+from tracehaul.transfer.tcp_proof import Guard
 from tracehaul.wire.errors import TransferError
 
 log = Log(__name__)
@@ -30,8 +30,8 @@ class Opened(NamedTuple):
     """Which one, where, and why, for an operator: ``tcp 10.0.0.1:7101``."""
 
 
-def open_best(owner: str, place: Place) -> Opened:
-    """NIXL's transport where UCX may use RDMA here, else that over plain TCP, which is faster without.
+def open_best(owner: str, place: Place, guard: Guard | None = None) -> Opened:
+    """NIXL's transport where UCX may use RDMA here, else that over TCP, which is faster without; ``guard`` is of that.
 
     Raises:
         OSError: nobody could reach this process at ``place``.
@@ -39,23 +39,23 @@ def open_best(owner: str, place: Place) -> Opened:
     use_devices(place)
     rdma = rdma_in_use(os.environ, rdma_devices())
     if not rdma:
-        return open_tcp(owner, place, "no RDMA device may be used")
+        return open_tcp(owner, place, "no RDMA device may be used", guard)
     if not installed("nixl_cu13", "nixl_cu12", "nixl"):
-        return open_tcp(owner, place, f"NIXL, for RDMA by {', '.join(sorted(rdma))}, is not installed")
+        return open_tcp(owner, place, f"NIXL, for RDMA by {', '.join(sorted(rdma))}, is not installed", guard)
     try:
         return open_nixl(owner, place)
     except TransferError as error:
-        return open_tcp(owner, place, str(error))
+        return open_tcp(owner, place, str(error), guard)
 
 
-def open_tcp(owner: str, place: Place, why: str = "", credentials: Credentials | None = None) -> Opened:
-    """The transport over TCP, plain or, with ``credentials``, under TLS.
+def open_tcp(owner: str, place: Place, why: str = "", guard: Guard | None = None) -> Opened:
+    """The transport over TCP, plain or under that guard.
 
     Raises:
         OSError: nobody could reach this process at ``place``.
     """
-    transfer = TcpTransfer(owner, place, credentials)
-    why = why or ("TLS" if credentials is not None else "")
+    transfer = TcpTransfer(owner, place, guard)
+    why = "; ".join(filter(None, (guard.word if guard is not None else "", why)))
     host = f"[{transfer.host}]" if ":" in transfer.host else transfer.host
     return Opened(transfer, f"tcp {host}:{transfer.port}" + (f" ({why})" if why else ""))
 

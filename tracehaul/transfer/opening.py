@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from tracehaul.runtime.credentials import Credentials
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.network import Opened, open_best, open_nixl, open_tcp, open_ucxx
 from tracehaul.transfer.place import Place
 from tracehaul.transfer.plane import Plane
+from tracehaul.transfer.tcp_proof import Guard
 from tracehaul.wire.errors import TransferError
 
 log = Log(__name__)
@@ -37,7 +37,7 @@ async def open_planes(
     place: Place,
     memory: Memory,
     offload: Offload,
-    credentials: Credentials | None = None,
+    guard: Guard | None = None,
 ) -> Planes:
     """Transports of ``owner`` over ``memory``; each pair of processes takes the nearest that both have.
 
@@ -52,7 +52,7 @@ async def open_planes(
     for kind in kinds:
         opened: Opened | None = None
         try:
-            opened = open_transport(kind, owner, place, offload, credentials)
+            opened = open_transport(kind, owner, place, offload, guard)
             planes.append(Plane(opened.transfer, opened.transfer.register(memory)))
         except TransferError as error:
             how.append(f"no {kind}: {error}")
@@ -70,28 +70,26 @@ async def open_planes(
     return Planes(tuple(planes), tuple(how))
 
 
-def open_transport(
-    kind: str, owner: str, place: Place, offload: Offload, credentials: Credentials | None = None
-) -> Opened:
+def open_transport(kind: str, owner: str, place: Place, offload: Offload, guard: Guard | None = None) -> Opened:
     """The transport of ``owner`` at ``place``; imports only what it needs.
 
-    ``credentials``: what leaves this host is under TLS, which only ``tcp`` has.
+    ``guard``: of connections of ``tcp``; one that encrypts leaves no other transport between hosts.
 
     Raises:
         TransferError: it cannot start here, or there is none of that kind.
         OSError: no peer could reach this process at ``place``.
     """
-    if credentials is not None and kind in ("nixl", "ucxx"):
+    if guard is not None and guard.encrypted and kind in ("nixl", "ucxx"):
         raise TransferError(f'{kind} encrypts nothing: where [security] says data = "tls", take tcp or auto')
     match kind:
-        case "auto" if credentials is None:
-            return open_best(owner, place)
+        case "auto" if guard is None or not guard.encrypted:
+            return open_best(owner, place, guard)
         case "shm":
             from tracehaul.transfer.shm import ShmTransfer
 
             return Opened(ShmTransfer(owner, offload), "shm")
         case "tcp" | "auto":
-            return open_tcp(owner, place, credentials=credentials)
+            return open_tcp(owner, place, guard=guard)
         case "nixl":
             return open_nixl(owner, place)
         case "ucxx":

@@ -4,8 +4,9 @@ Where there is no RDMA this is the fastest way between hosts: each transfer has 
 between the sockets and the regions without another copy, and are summed while a core's cache still has them. Nothing
 lands late in our memory: a transfer that is given up closes its connection.
 
-Plain, it is for a network on which nobody else is: a region's token is on it for all to see. With credentials every
-connection is under TLS, and both ends have shown a certificate before the token is told.
+Plain, it is for a network on which nobody else is: a region's token is on it for all to see, and opens the region to
+whoever tells it. With a guard both ends of every connection have shown a certificate before the token is told, and all
+is under TLS if it says so (:mod:`tracehaul.transfer.tcp_proof`).
 """
 
 import asyncio
@@ -16,7 +17,6 @@ import msgspec
 
 from tracehaul.runtime import clock
 from tracehaul.runtime.addresses import bound
-from tracehaul.runtime.credentials import Credentials
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy, Memory, Region
 from tracehaul.transfer.landing import check_copies, land
@@ -25,6 +25,7 @@ from tracehaul.transfer.place import LOOPBACK, Place
 from tracehaul.transfer.pump import READABLE, Pump
 from tracehaul.transfer.region import Registered
 from tracehaul.transfer.tcp_asking import End, Order
+from tracehaul.transfer.tcp_proof import Guard
 from tracehaul.transfer.tcp_serving import Listener
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -46,7 +47,7 @@ class TcpPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TcpTransfer:
-    """The TCP transport of ``owner``, listening at ``place``; with ``credentials``, under TLS.
+    """The TCP transport of ``owner``, listening at ``place``; ``guard``: for those alone that it lets in.
 
     See :class:`.base.Transfer`.
 
@@ -54,16 +55,16 @@ class TcpTransfer:
         OSError: it cannot listen there, or no peer could reach what it would announce.
     """
 
-    def __init__(self, owner: str, place: Place = LOOPBACK, credentials: Credentials | None = None) -> None:
+    def __init__(self, owner: str, place: Place = LOOPBACK, guard: Guard | None = None) -> None:
         self._owner = owner
         self._host = place.announced
         sock = bound(place.listen, place.port)
         self._regions: dict[bytes, memoryview] = {}
         self._pump = Pump("tcp", THREADS)
-        self._listener = Listener(sock, self._pump, self._regions, credentials)
+        self._listener = Listener(sock, self._pump, self._regions, guard)
         self.accepts = self._listener.accepts
         self._pump.add(self._listener, READABLE)
-        self._credentials = credentials
+        self._guard = guard
         self._ends: dict[tuple[str, int], End] = {}
         self._names = Names()
         self._orders: dict[asyncio.Future[list[Checksum]], Order] = {}
@@ -131,7 +132,7 @@ class TcpTransfer:
         if end is None:
             if len(self._ends) >= ENDS_MAX:
                 self._ends = {key: end for key, end in self._ends.items() if end.lines}
-            end = self._ends[key] = End(key, self._pump, self._credentials)
+            end = self._ends[key] = End(key, self._pump, self._guard)
         return end
 
     async def broken(self) -> None:

@@ -9,12 +9,13 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from tracehaul.runtime.credentials import Credentials, why_refused
+from tracehaul.runtime.credentials import why_refused
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.cursor import Cursor
 from tracehaul.transfer.names import Target
 from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
+from tracehaul.transfer.tcp_proof import Guard, Proof
 from tracehaul.transfer.tcp_tls import BYTES_MAX, TlsSocket
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
@@ -74,13 +75,13 @@ class Order:
 class End:
     """One peer process: its connections, and who waits for one."""
 
-    def __init__(self, key: tuple[str, int], pump: Pump, credentials: Credentials | None) -> None:
+    def __init__(self, key: tuple[str, int], pump: Pump, guard: Guard | None) -> None:
         self.key = key
         """Host and port, as it was announced."""
         self.target: Target | None = None
         """Where that is; before the first connection, None."""
         self._pump = pump
-        self._credentials = credentials
+        self._guard = guard
         self._lock = threading.Lock()
         self._idle: list[Line] = []
         self._lines = 0
@@ -112,11 +113,10 @@ class End:
         family, place = self.target
         sock = socket.socket(family)
         wire.prepare(sock)
-        version, secured = 0, None
-        if self._credentials is not None:
-            now = self._credentials.now
-            version, secured = now.version, TlsSocket(sock, now.client, self.key[0])
-        line = Line(sock, self, secured, version)
+        version, secured = self.version, None
+        if self._guard is not None:
+            secured = TlsSocket(sock, self._guard.credentials.now.client, self.key[0])
+        line = Line(sock, self, secured, version, encrypted=self._guard is None or self._guard.encrypted)
         code = sock.connect_ex(place)
         if code not in (0, errno.EINPROGRESS):
             sock.close()
@@ -156,7 +156,7 @@ class End:
     @property
     def version(self) -> int:
         """Of the certificates to be used now."""
-        return self._credentials.now.version if self._credentials is not None else 0
+        return self._guard.credentials.now.version if self._guard is not None else 0
 
     def arm(self, line: "Line", events: int) -> None:
         """See :class:`.pump.Pump`."""
@@ -167,11 +167,15 @@ class Line:
     """One connection to a peer; one transfer after the other.
 
     ``secured``: the same socket under TLS, with certificates of that version, whose handshake is still to come.
+    ``encrypted``: whether what follows stays inside.
     """
 
-    def __init__(self, sock: socket.socket, end: End, secured: TlsSocket | None, version: int) -> None:
-        self.socket = secured or sock
-        self._secured = self._shaking = secured
+    def __init__(
+        self, sock: socket.socket, end: End, secured: TlsSocket | None, version: int, *, encrypted: bool
+    ) -> None:
+        self.socket = secured if secured is not None and encrypted else sock
+        self._secured = secured
+        self._shaking = secured if secured is None or encrypted else Proof(secured, asking=True)
         self._version = version
         self._end = end
         self._lock = threading.Lock()

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from tracehaul.runtime import clock
 from tracehaul.runtime.accepting import NO_DESCRIPTOR, AcceptStats, Spare
-from tracehaul.runtime.credentials import HANDSHAKE_S, Credentials, why_refused
+from tracehaul.runtime.credentials import HANDSHAKE_S, why_refused
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.transfer import tcp_wire as wire
 from tracehaul.transfer.cursor import Cursor
 from tracehaul.transfer.landing import COPIES_MAX
 from tracehaul.transfer.pump import READABLE, WRITABLE, Pump
+from tracehaul.transfer.tcp_proof import Guard, Proof
 from tracehaul.transfer.tcp_tls import TlsSocket
 
 _seldom = Seldom(Log(__name__))
@@ -25,14 +26,14 @@ been given to another meanwhile: this is well below the time that a store lets s
 
 
 class Listener:
-    """Takes connections at a socket that listens; with ``credentials``, of those who show a good certificate."""
+    """Takes connections at a socket that listens; with a ``guard``, of those who show a good certificate."""
 
     def __init__(
         self,
         sock: socket.socket,
         pump: Pump,
         regions: Mapping[bytes, memoryview],
-        credentials: Credentials | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.socket = sock
         self.socket.setblocking(False)
@@ -40,7 +41,7 @@ class Listener:
         self._regions = regions
         self._spare = Spare()
         self.accepts = AcceptStats()
-        self._credentials = credentials
+        self._guard = guard
         self.serving: set[Serving] = set()
 
     def advance(self) -> bool:
@@ -71,11 +72,18 @@ class Listener:
             return True
         self.accepts.accepted += 1
         wire.prepare(accepted)
-        secured = TlsSocket(accepted, self._credentials.now.server, None) if self._credentials else None
-        serving = Serving(secured or accepted, self, secured, peer[0])
+        serving = self._serving(accepted, peer[0])
         self.serving.add(serving)
         self._pump.add(serving, READABLE)
         return True
+
+    def _serving(self, accepted: socket.socket, peer: str) -> "Serving":
+        if self._guard is None:
+            return Serving(accepted, self, None, peer)
+        secured = TlsSocket(accepted, self._guard.credentials.now.server, None)
+        if self._guard.encrypted:
+            return Serving(secured, self, secured, peer)
+        return Serving(accepted, self, Proof(secured, asking=False), peer)
 
     def close(self) -> None:
         """After its pump was."""
@@ -101,11 +109,11 @@ class Listener:
 class Serving:
     """One connection; one request after the other.
 
-    ``shaking``: the socket, if both ends are still to show their certificates; ``peer`` is on that host.
+    ``shaking``: what is over once both ends have shown their certificates, if they must; ``peer`` is on that host.
     """
 
     def __init__(
-        self, sock: socket.socket | TlsSocket, listener: Listener, shaking: TlsSocket | None, peer: str
+        self, sock: socket.socket | TlsSocket, listener: Listener, shaking: TlsSocket | Proof | None, peer: str
     ) -> None:
         self.socket = sock
         self._listener = listener
@@ -140,10 +148,10 @@ class Serving:
         self._listener.arm(self, events)
         return False
 
-    def _shake(self, sock: TlsSocket) -> int | None:
+    def _shake(self, shaking: TlsSocket | Proof) -> int | None:
         """As :meth:`_go`, while the peer is unknown."""
         try:
-            events = sock.handshake()
+            events = shaking.handshake()
         except OSError as error:
             why = why_refused(error)
             _seldom.warning("refused a data connection", about=f"{self._peer} {why}", peer=self._peer, why=why)

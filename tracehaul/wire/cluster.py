@@ -14,6 +14,13 @@ Feature = Literal["constraints", "prompt_logprobs", "recall"]
 """What not every engine can do: keep answers to a grammar, tell how likely a prompt's tokens were, and bring a context
 back before its step asks for it."""
 
+Lack = Literal["seeds", "penalties", "constraints", "tails", "chunks", "suspension"]
+"""What every engine of our own does, and not every other one.
+
+The first three are about an answer that another worker began: to go on as that one would have, with the same seed, with
+penalties on what was said, or within a grammar. Then keep less than a block in the store, publish a prompt's blocks
+while the rest of it is computed, and suspend a step that lacks memory rather than compute it anew."""
+
 
 class Rates(NamedTuple):
     """How fast a worker is, in seconds."""
@@ -68,6 +75,8 @@ class NodeInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """What computes: ``native`` is our own; empty on a store node."""
     features: tuple[Feature, ...] = ()
     """What it can do beside computing tokens."""
+    lacks: tuple[str, ...] = ()
+    """Of :data:`Lack`: what it cannot do. Names that a later version has added are of no concern to an earlier one."""
     limits: WorkerLimits = WorkerLimits()
     """All zero on a store node."""
     rates: Rates = ASSUMED
@@ -140,6 +149,8 @@ class NodeLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whether it can do what it is there for; while it cannot it gets no work."""
     fault: str = ""
     """Why it cannot, in a few words; empty if it can, or does not know yet."""
+    note: str = ""
+    """What else an operator should know of it, in a few words; it serves all the same."""
 
 
 class Join(Message, frozen=True):

@@ -45,6 +45,12 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
 
+class CannotContinue(Unavailable):
+    """The worker of a step is lost, and what it had begun to say cannot be gone on with as it would have: ask anew."""
+
+    code = "cannot_continue"
+
+
 class PeerLost(ClusterError):
     """The connection to a peer broke, or could not be made: try another node."""
 
@@ -143,6 +149,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         TraceDeleted,
         Unavailable,
         Overloaded,
+        CannotContinue,
         PeerLost,
         Untrusted,
         TimedOut,

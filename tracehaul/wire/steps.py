@@ -55,6 +55,8 @@ class Sampling(msgspec.Struct, frozen=True):
     logit_bias: tuple[tuple[int, float], ...] = ()
     """What is added to a token's logit, by token."""
     seed: int = 0
+    seeded: bool = True
+    """The client has said the seed, so that the answer must depend on nothing else; if not, it was drawn."""
     stop_tokens: tuple[int, ...] = ()
     """The model's own end tokens and the request's: generation ends after one of them."""
     min_tokens: int = 0
@@ -174,6 +176,8 @@ class StepUsage(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     resident_tokens: int = 0
     """Found on the decode worker itself."""
+    host_tokens: int = 0
+    """Of these, what was not in its engine's own memory, but in its host's."""
     pulled_tokens: int = 0
     """Pulled from the store by the decode worker."""
     computed_from: int = 0

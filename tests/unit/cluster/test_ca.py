@@ -9,14 +9,13 @@ import pytest
 from cryptography import x509
 
 from cluster.config import ClusterConfig
-from cluster.plan import NodeSpec, Plan
+from cluster.plan import NodeSpec
 from cluster.rundir import ClusterFault
 from cluster.security.ca import ensure_ca, issue, retire, rotate
 from cluster.security.config import SecurityConfig
 from cluster.security.expiry import expires_s, watching
 from cluster.security.laying import ensure_token, files_for, lay
 from cluster.security.secrets import read_tokens
-from kvstore.config import StoreConfig
 from tracehaul.runtime import clock
 
 DAY_S = 86400.0
@@ -62,21 +61,20 @@ def test_what_a_fleets_host_gets(tmp_path: Path) -> None:
     security = SecurityConfig(control="mtls", token=True, authority=str(tmp_path / "authority"))
     config = ClusterConfig(name="fleet", security=security)
     nodes = (NodeSpec("store-a-0", "store", host="a", address="10.0.0.1", data_address="10.1.0.1"),)
-    plan = Plan(config, (), StoreConfig(1 << 20, 1 << 16), nodes, "fleet")
-    first = files_for(plan, "a", b"", now_s=clock.wall_s())
+    first = files_for(config, "a", nodes, b"", now_s=clock.wall_s())
     assert list(first) == ["ca.pem", "node.key", "node.pem", "join.token"], "trust comes first"
     cert = x509.load_pem_x509_certificate(first["node.pem"])
     names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.1", "10.1.0.1"]
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["tracehaul:store-a-0"]
     rotate(tmp_path / "authority", now_s=clock.wall_s())
-    second = files_for(plan, "a", first["ca.pem"], now_s=clock.wall_s())
+    second = files_for(config, "a", nodes, first["ca.pem"], now_s=clock.wall_s())
     assert second["ca.pem"].endswith(first["ca.pem"])
     assert second["join.token"] == first["join.token"]
     other = msgspec.structs.replace(security, authority=str(tmp_path / "other"))
-    stranger = msgspec.structs.replace(plan, config=msgspec.structs.replace(config, security=other))
+    stranger = msgspec.structs.replace(config, security=other)
     with pytest.raises(ClusterFault, match="trusts another CA"):
-        files_for(stranger, "a", second["ca.pem"], now_s=clock.wall_s())
+        files_for(stranger, "a", nodes, second["ca.pem"], now_s=clock.wall_s())
 
 
 def test_a_ca_is_made_once_and_replaced_one_at_a_time(tmp_path: Path) -> None:

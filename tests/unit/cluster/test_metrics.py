@@ -8,6 +8,7 @@ import pytest
 
 from cluster.metric_names import COUNTERS, GAUGES, LOAD, OTHER_COUNTERS, PARTS, Metric, document, every
 from cluster.rundir import NotesStats
+from engines.adapter.books import AdapterStats
 from kvstore.client.client import ClientStats
 from kvstore.copies.copier import CopyStats
 from kvstore.copies.replicator import ReplicaStats
@@ -39,6 +40,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
         JournalStats,
         ClientStats,
         WorkerStats,
+        AdapterStats,
         DispatchStats,
         AcceptStats,
         NotesStats,

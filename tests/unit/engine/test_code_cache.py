@@ -130,7 +130,7 @@ def test_a_function_that_does_not_compile_keeps_nobody_waiting(folder: Path, mon
 
 @pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="names an x86 processor")
 def test_numbas_own_variables_say_what_for(tmp_path: Path) -> None:
-    code = "from tracehaul.engine.cpu.compiling import HAS_DOT, TARGET; print(HAS_DOT, TARGET.split()[0])"
+    code = "from tracehaul.engine.cpu.compiling import TARGET, TILING; print(*TILING[:2], TARGET.split()[0])"
     environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "haswell"]
+    assert done.stdout.split() == ["False", "8", "haswell"]

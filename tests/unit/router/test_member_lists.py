@@ -68,7 +68,8 @@ def test_a_list_and_its_changes_make_the_list_that_there_is(
     plan: list[tuple[Mapping[str, int | None], set[str]]], joins_at: int
 ) -> None:
     told = MemberList(Viewer("store", ""), (), ())
-    views = Views(["r"], 10.0)
+    views = Views(10.0)
+    views.add("r")
     there: dict[str, NodeInfo] = {}
     draining: set[str] = set()
     version: int | None = None

@@ -102,7 +102,7 @@ INFO = NodeInfo(NodeId("store-0"), Generation(1), "store", "store-0:1")
             WrongCluster,
             "store-0 belongs to cluster 'theirs', not to 'ours'",
         ),
-        (Join(INFO, cluster="ours"), WrongVersion, "store-0 speaks wire version 1.0, and this cluster 2.0"),
+        (Join(INFO, cluster="ours"), WrongVersion, f"store-0 speaks wire version 1.0, and this cluster {WIRE}"),
         (Join(INFO, cluster="ours", wire=Version(3, 0)), WrongVersion, "speaks wire version 3.0"),
     ],
 )

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
+import msgspec
 import pytest
 import uvloop
 
@@ -31,7 +32,8 @@ from tracehaul.wire.steps import ForgetContext, KeepContext, RecallContext, Resi
 G = Generation(1)
 ROOT = BlockHash(bytes(16))
 STORE = NodeInfo(NodeId("store-0"), G, "store", "s:1")
-DECODE = NodeInfo(NodeId("decode-0"), G, "decode", "d:1", root=ROOT)
+DECODE = NodeInfo(NodeId("decode-0"), G, "decode", "d:1", root=ROOT, features=("recall",))
+STOCK = msgspec.structs.replace(DECODE, features=(), lacks=("seeds",))
 KEY: TraceKey = ("", TraceId("t"))
 BLOCK = 32
 
@@ -242,6 +244,19 @@ def test_the_clients_pin_follows_its_contexts_and_is_not_repeated_where_it_is() 
     first, moved = (pin for pin in router.nodes.pins if pin.trace == "t")
     assert (first.replicas, moved.replicas, moved.ttl_s) == (2, 2, pytest.approx(999.9, abs=0.2))
     assert first.hashes != moved.hashes
+
+
+def test_a_worker_that_cannot_recall_is_not_asked_to_but_the_store_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Members, "live", lambda _, role: [STORE] if role == "store" else [STOCK])
+
+    async def test(router: Router) -> None:
+        router.step()
+        router.retainer.send(Suspended(KEY, 100.0, 200.0, "make"))
+        await asyncio.sleep(101.0)
+        assert "Prefetch" in router.nodes.asked
+        assert not {"RecallContext", "KeepContext"} & set(router.nodes.asked)
+
+    run(test)
 
 
 def test_one_timer_brings_back_what_is_due() -> None:

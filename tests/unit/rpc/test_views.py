@@ -23,12 +23,19 @@ def whole(*nodes: NodeInfo, version: int = 1, draining: tuple[str, ...] = (), se
     return Members(version, nodes, tuple(NodeId(name) for name in draining), settles_s=settles_s)
 
 
+def made(routers: list[str]) -> Views:
+    views = Views(GRACE_S)
+    for router in routers:
+        views.add(router)
+    return views
+
+
 def nodes(views: Views, now_s: float) -> tuple[NodeInfo, ...]:
     return views.merged(now_s)[0]
 
 
 def test_the_union_of_what_routers_say_by_name() -> None:
-    views = Views(["r", "s"], GRACE_S)
+    views = made(["r", "s"])
     assert nodes(views, 0.0) == ()
     views.listed("r", whole(B), 0.0)
     views.listed("s", whole(A), 0.0)
@@ -41,7 +48,7 @@ def test_the_union_of_what_routers_say_by_name() -> None:
 
 
 def test_of_two_lives_of_a_name_the_higher_rank_counts() -> None:
-    views = Views(["r", "s"], GRACE_S)
+    views = made(["r", "s"])
     views.listed("r", whole(B2), 0.0)
     views.listed("s", whole(B), 0.0)
     assert nodes(views, 0.0) == (B2,)
@@ -50,7 +57,7 @@ def test_of_two_lives_of_a_name_the_higher_rank_counts() -> None:
 
 
 def test_a_gap_changes_nothing_and_is_told() -> None:
-    views = Views(["r"], GRACE_S)
+    views = made(["r"])
     assert not views.changed("r", MembersChanged(1, joined=(A,)), 0.0)
     views.listed("r", whole(A, version=4), 0.0)
     for version in (4, 6):
@@ -61,7 +68,7 @@ def test_a_gap_changes_nothing_and_is_told() -> None:
 
 
 def test_what_the_only_router_said_outlives_it_for_ever_and_until_its_list_is_whole_again() -> None:
-    views = Views(["r"], GRACE_S)
+    views = made(["r"])
     views.listed("r", whole(A, B, draining=("b",)), 0.0)
     views.lost("r", 1.0)
     assert views.deadline_s(1.0) is None
@@ -74,7 +81,7 @@ def test_what_the_only_router_said_outlives_it_for_ever_and_until_its_list_is_wh
 
 
 def test_a_router_that_knows_everybody_removes_who_is_absent_at_once() -> None:
-    views = Views(["r"], GRACE_S)
+    views = made(["r"])
     views.listed("r", whole(A, B), 0.0)
     views.lost("r", 1.0)
     views.listed("r", whole(A), 2.0)
@@ -82,7 +89,7 @@ def test_a_router_that_knows_everybody_removes_who_is_absent_at_once() -> None:
 
 
 def test_who_leaves_a_router_that_stood_still_stays_for_a_while() -> None:
-    views = Views(["r"], GRACE_S)
+    views = made(["r"])
     views.listed("r", whole(A, B), 0.0)
     views.changed("r", MembersChanged(2, left=(A.node, B.node), settles_s=10.0), 1.0)
     assert nodes(views, 1.0) == (A, B)
@@ -92,7 +99,7 @@ def test_who_leaves_a_router_that_stood_still_stays_for_a_while() -> None:
 
 
 def test_what_a_lost_router_said_ends_after_a_grace_where_another_knows() -> None:
-    views = Views(["r", "s"], GRACE_S)
+    views = made(["r", "s"])
     views.listed("r", whole(A, B), 0.0)
     views.listed("s", whole(A, settles_s=4.0), 0.0)
     views.lost("r", 1.0)
@@ -103,7 +110,7 @@ def test_what_a_lost_router_said_ends_after_a_grace_where_another_knows() -> Non
 
 
 def test_a_router_that_is_heard_says_who_left_for_those_that_are_not() -> None:
-    views = Views(["r", "s"], GRACE_S)
+    views = made(["r", "s"])
     views.listed("r", whole(A, B), 0.0)
     views.listed("s", whole(A, B), 0.0)
     views.lost("r", 1.0)
@@ -112,7 +119,7 @@ def test_a_router_that_is_heard_says_who_left_for_those_that_are_not() -> None:
 
 
 def test_an_older_life_that_left_takes_no_newer_one_along() -> None:
-    views = Views(["r", "s"], GRACE_S)
+    views = made(["r", "s"])
     views.listed("r", whole(B2), 0.0)
     views.listed("s", whole(B), 0.0)
     views.lost("r", 1.0)
@@ -136,7 +143,7 @@ steps = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(steps)
 def test_nobody_whom_a_heard_router_lists_is_missing_and_nobody_else_stays_for_ever(plan: list[Step]) -> None:
-    views = Views(["0", "1"], GRACE_S)
+    views = made(["0", "1"])
     heard: dict[str, set[str]] = {}
     versions: dict[str, int] = {}
     ever: set[str] = set()
@@ -168,3 +175,27 @@ def test_nobody_whom_a_heard_router_lists_is_missing_and_nobody_else_stays_for_e
                 now_s = deadline_s
                 nodes(views, now_s)
             assert {str(info.node) for info in nodes(views, now_s)} == set[str]().union(*heard.values())
+
+
+def test_a_router_that_is_none_any_more_is_forgotten_once_others_know_whom_it_named() -> None:
+    views = made(["r", "s"])
+    views.listed("r", whole(A), 0.0)
+    views.lost("r", 1.0)
+    views.end("r", 1.0)
+    assert nodes(views, 100.0) == (A,), "nobody else knows"
+    views.listed("s", whole(B), 100.0)
+    assert nodes(views, 100.0 + GRACE_S - 1.0) == (A, B)
+    assert nodes(views, 100.0 + GRACE_S) == (B,)
+    views.add("r")
+    assert nodes(views, 200.0) == (B,), "it begins anew"
+
+
+def test_a_router_that_comes_back_meanwhile_is_one_as_before() -> None:
+    views = made(["r", "s"])
+    views.listed("r", whole(A), 0.0)
+    views.lost("r", 1.0)
+    views.end("r", 1.0)
+    views.add("r")
+    views.listed("r", whole(A, B), 2.0)
+    views.listed("s", whole(), 2.0)
+    assert nodes(views, 2.0 + 2 * GRACE_S) == (A, B)

@@ -30,6 +30,9 @@ from tracehaul.engine.cpu.phases import (
     finish,
 )
 from tracehaul.engine.cpu.products import (
+    COLUMNS_1,
+    COLUMNS_3,
+    COLUMNS_6,
     gather_1,
     gather_3,
     gather_6,
@@ -54,6 +57,8 @@ from tracehaul.engine.cpu.vectors import (
     load,
     load_one,
     mul,
+    operand,
+    settle,
     size_of,
     splat,
     store,
@@ -90,20 +95,21 @@ def plan_attention(segments: Any, tasks: Any) -> int:
 
 @inner
 def arrange_keys(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
-    """Keys ``[tokens, head_dim]`` into cells ``[head_dim * size / 4, KEY_TOKENS]``; reads up to 15 keys further."""
-    stride = head_dim * size_of(like)
+    """Keys ``[tokens, head_dim]`` into cells of 4 bytes ``[.., KEY_TOKENS]``; reads up to 15 keys further."""
+    stride, cell = head_dim * size_of(like), 4 // size_of(operand(like)) * size_of(like)
     for token in range(0, tokens, LANES):
-        for at in range(0, stride, LANES * 4):
-            transpose(source + token * stride + at, stride, target + at * KEY_TOKENS + token * 4, KEY_TOKENS * 4)
+        for at in range(0, stride // cell, LANES):
+            row = target + (at * KEY_TOKENS + token) * 4
+            transpose(source + token * stride + at * cell, stride, row, KEY_TOKENS * 4, like)
 
 
 @inner
 def arrange_values(source: int, tokens: int, head_dim: int, target: int, like: Any) -> None:
     """Values into rows of cells, one for a token, or a pair of them in bfloat16."""
     stride = head_dim * size_of(like)
-    if size_of(like) == 4:
-        for at in range(0, tokens * stride, LANES * 4):
-            store(target + at, load(source + at, FULL), FULL)
+    if size_of(operand(like)) == 4:
+        for at in range(0, tokens * head_dim, LANES):
+            store(target + at * 4, load(source + at * size_of(like), like), FULL)
         return
     for token in range(0, tokens, 2):
         row = target + token * stride
@@ -127,33 +133,38 @@ def expect_run(start: int, size: int) -> None:
 
 
 @inner
-def score(group: int, q: int, q_stride: int, keys: int, steps: int, out: int, out_stride: int, like: Any) -> None:
+def score(group: int, q: int, q_stride: int, keys: int, steps: int, out: int, held: Any) -> None:
     """Scores of 6, 3 or 1 rows with 64 keys."""
+    stride = KEY_TOKENS * 4
     if group == 6:
-        scores_6(q, q_stride, keys, KEY_TOKENS * 4, steps, out, out_stride, like)
+        for at in range(0, 64 * 4, COLUMNS_6 * 4):
+            scores_6(q, q_stride, keys + at, stride, steps, out + at, stride, held)
     elif group == 3:
-        scores_3(q, q_stride, keys, KEY_TOKENS * 4, steps, out, out_stride, like)
+        for at in range(0, 64 * 4, COLUMNS_3 * 4):
+            scores_3(q, q_stride, keys + at, stride, steps, out + at, stride, held)
     else:
-        scores_1(q, q_stride, keys, KEY_TOKENS * 4, steps, out, out_stride, like)
+        for at in range(0, 64 * 4, COLUMNS_1 * 4):
+            scores_1(q, q_stride, keys + at, stride, steps, out + at, stride, held)
 
 
 @inner
-def gather(group: int, p: int, values: int, steps: int, head_dim: int, out: int, like: Any) -> None:
+def gather(group: int, p: int, values: int, steps: int, head_dim: int, out: int, held: Any) -> None:
     """Add the weighted values of 6, 3 or 1 rows to ``out``."""
-    p_stride, stride = KEY_TOKENS * size_of(like), head_dim * 4
+    p_stride, stride = KEY_TOKENS * size_of(held), head_dim * 4
+    columns = COLUMNS_6 if group == 6 else (COLUMNS_3 if group == 3 else COLUMNS_1)
     at = 0
-    while at + 64 <= head_dim:
+    while at + columns <= head_dim:
         if group == 6:
-            gather_6(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
+            gather_6(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, held)
         elif group == 3:
-            gather_3(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
+            gather_3(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, held)
         else:
-            gather_1(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, like)
-        at += 64
+            gather_1(p, p_stride, values + at * 4, stride, steps, out + at * 4, stride, held)
+        at += columns
     if at < head_dim:
         for row in range(group):
             gather_narrow_1(
-                p + row * p_stride, p_stride, values + at * 4, stride, steps, out + row * stride + at * 4, stride, like
+                p + row * p_stride, p_stride, values + at * 4, stride, steps, out + row * stride + at * 4, stride, held
             )
 
 
@@ -209,8 +220,8 @@ def attend_span(
 
     Row ``r`` sees keys before ``visible + r // group``.
     """
-    head_dim, group, size = shape.head_dim, shape.heads // shape.kv_heads, size_of(like)
-    head_bytes = head_dim * size
+    head_dim, group, held = shape.head_dim, shape.heads // shape.kv_heads, operand(like)
+    head_bytes, q_bytes, size = head_dim * size_of(like), head_dim * size_of(held), size_of(held)
     sums = result + rows * 8
     for row in range(rows):
         store_one(result + row * 8, LOWEST)
@@ -220,7 +231,7 @@ def attend_span(
     scale = LOG2_E / np.sqrt(np.float32(head_dim))
     scores, p = work, work + 6 * KEY_TOKENS * 4
     own_keys = p + 6 * KEY_TOKENS * 4
-    own_values = own_keys + KEY_TOKENS * head_bytes
+    own_values = own_keys + KEY_TOKENS * q_bytes
     for first in range(start, end, KEY_TOKENS):
         tokens = min(KEY_TOKENS, end - first)
         block_keys, block_values = keys + first * head_bytes, values + first * head_bytes
@@ -235,7 +246,7 @@ def attend_span(
                 expect_run(block_values + at, LANES * head_bytes)
         for token in range(0, tokens, LANES):
             some, at = min(LANES, tokens - token), token * head_bytes
-            arrange_values(block_values + at, some, head_dim, own_values + at, like)
+            arrange_values(block_values + at, some, head_dim, own_values + token * q_bytes, like)
             if ahead > 0:
                 expect_run(block_values + ahead + at, LANES * head_bytes // 2)
         steps = tokens if size == 4 else (tokens + 1) // 2
@@ -250,13 +261,12 @@ def attend_span(
                             expect_run(block_values + ahead + token * head_bytes + half, half)
                     score(
                         together,
-                        q + row * head_bytes,
-                        head_bytes,
+                        q + row * q_bytes,
+                        q_bytes,
                         own_keys + part * 4,
-                        head_bytes // 4,
+                        q_bytes // 4,
                         scores + part * 4,
-                        KEY_TOKENS * 4,
-                        like,
+                        held,
                     )
                 for at in range(row, row + together):
                     weigh(
@@ -268,9 +278,9 @@ def attend_span(
                         sums + at * head_dim * 4,
                         head_dim,
                         p + (at - row) * KEY_TOKENS * size,
-                        like,
+                        held,
                     )
-                gather(together, p, own_values, steps, head_dim, sums + row * head_dim * 4, like)
+                gather(together, p, own_values, steps, head_dim, sums + row * head_dim * 4, held)
             row += together
 
 
@@ -295,14 +305,14 @@ def merge_span(rows: int, head_dim: int, into: int, more: int) -> None:
 @inner
 def write_attended(shape: Shape, b: Buffers, result: int, first_row: int, rows: int, kv_head: int, like: Any) -> None:
     """The sums over the weights' sum, where the output layer reads them."""
-    head_dim, group = shape.head_dim, shape.heads // shape.kv_heads
+    head_dim, group, held = shape.head_dim, shape.heads // shape.kv_heads, operand(like)
     for row in range(rows):
         share = splat(load_one(result + row * 8 + 4))
         head = (first_row + row // group) * shape.heads + kv_head * group + row % group
-        target = b.attended + head * head_dim * size_of(like)
+        target = b.attended + head * head_dim * size_of(held)
         for at in range(0, head_dim, LANES):
             value = div(load(result + rows * 8 + (row * head_dim + at) * 4, FULL), share)
-            store(target + at * size_of(like), value, like)
+            store(target + at * size_of(held), settle(value, like, held), held)
 
 
 @inner
@@ -310,8 +320,8 @@ def attend_phase(
     shape: Shape, b: Buffers, index: int, segments: Any, tasks: Any, count: int, scratch: int, phase: int, like: Any
 ) -> None:
     """Attention of every segment over its part of the pool."""
-    head_dim, group, size = shape.head_dim, shape.heads // shape.kv_heads, size_of(like)
-    head_bytes = head_dim * size
+    head_dim, group, held = shape.head_dim, shape.heads // shape.kv_heads, operand(like)
+    head_bytes, q_bytes = head_dim * size_of(like), head_dim * size_of(held)
     slot = SPLIT_TOKENS_MAX * group * (head_dim + 2) * 4
     block = QUERY_TOKENS * group * (head_dim + 2) * 4
     state, next_state, q, work = scratch, scratch + block, scratch + 2 * block, scratch + 2 * block + block
@@ -326,9 +336,9 @@ def attend_phase(
         row, base, past = segments[at, 0] + first, segments[at, 2], segments[at, 3]
         rows, end = queries * group, past + first + queries
         for token in range(queries):
-            source = b.queries + ((row + token) * shape.heads + kv_head * group) * head_bytes
-            for piece in range(0, group * head_dim, LANES):
-                store(q + (token * group * head_dim + piece) * size, load(source + piece * size, like), like)
+            source = b.queries + ((row + token) * shape.heads + kv_head * group) * q_bytes
+            for piece in range(0, group * q_bytes, LANES * 4):
+                store(q + token * group * q_bytes + piece, load(source + piece, FULL), FULL)
         plane = b.pool_tokens * head_bytes
         keys = b.pool + (index * 2 * shape.kv_heads + kv_head) * plane + base * head_bytes
         values = keys + shape.kv_heads * plane

@@ -3,6 +3,7 @@
 # numba types neither its options nor what it makes.
 # pyright: basic
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,21 +14,22 @@ from numba import config, njit
 from numba.core.codegen import get_host_cpu_features
 
 from tracehaul.engine.cpu.code_cache import CodeCache
+from tracehaul.engine.cpu.tiling import tiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SOURCES = blake3(
     b"".join(
         (Path(__file__).parent / f"{name}.py").read_bytes()
-        for name in ("compiling", "vectors", "products", "phases", "attending", "kernels")
+        for name in ("compiling", "tiling", "vectors", "products", "panels", "linear", "phases", "attending", "kernels")
     )
 ).hexdigest()
 """What everything that was compiled comes from."""
 # numba's own variables, NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, may name another processor than this machine's.
 _settings: Any = config
 _FEATURES: str = get_host_cpu_features() if _settings.CPU_FEATURES is None else _settings.CPU_FEATURES
-HAS_DOT = "+avx512bf16" in _FEATURES.split(",")
-"""The processor multiplies bfloat16 pairs into float32 sums in one instruction."""
+TILING = tiling(platform.machine(), _FEATURES)
+"""How products are laid out on the processor that functions are compiled for."""
 TARGET = f"{_settings.CPU_NAME or get_host_cpu_name()} {_FEATURES} {_SOURCES}"
 """What functions are compiled for, and from."""
 

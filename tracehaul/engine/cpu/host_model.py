@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tracehaul.engine.cpu import kernels, phases
 from tracehaul.engine.cpu.attending import plan_attention
+from tracehaul.engine.cpu.compiling import TILING
 from tracehaul.engine.cpu.phases import Buffers, Shape
 from tracehaul.engine.cpu.team import Team
 from tracehaul.engine.cpu.vectors import LANES
@@ -16,6 +17,9 @@ from tracehaul.engine.model import Segment
 from tracehaul.engine.rope import rope_tables
 from tracehaul.engine.weights import LayerWeights, Weights
 from tracehaul.model.model_config import ModelConfig
+from tracehaul.runtime.log import Log
+
+log = Log(__name__)
 
 _KINDS = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 _KEPT_LOGITS = 64
@@ -68,6 +72,7 @@ class HostModel:
         self._partials = _pages(0)
         self._logits = torch.empty(0, c.vocab_size)
         self._tasks = np.empty((0, 5), np.int64)
+        log.info("kernels", products=TILING.words, threads=threads)
         self._arguments: tuple[object, ...] = ()
 
     def forward(
@@ -152,12 +157,13 @@ class _Rows:
     def __init__(self, shape: Shape, dtype: torch.dtype, count: int) -> None:
         self.count = count
         width = shape.heads * shape.head_dim
+        held_bytes = dtype.itemsize if TILING.pairs else 4  # as what products read
         self._parts = {
             "hidden": _pages(count * shape.hidden * 4),
-            "normed": _pages(count * shape.hidden * dtype.itemsize),
-            "queries": _pages(count * width * dtype.itemsize),
-            "attended": _pages(count * width * dtype.itemsize),
-            "activated": _pages(count * shape.intermediate * dtype.itemsize),
+            "normed": _pages(count * shape.hidden * held_bytes),
+            "queries": _pages(count * width * held_bytes),
+            "attended": _pages(count * width * held_bytes),
+            "activated": _pages(count * shape.intermediate * held_bytes),
         }
 
     def addresses(self) -> dict[str, int]:

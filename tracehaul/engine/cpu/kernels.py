@@ -18,11 +18,11 @@ import numpy as np
 
 from tracehaul.engine.cpu.attending import attend_phase
 from tracehaul.engine.cpu.compiling import compiled, inner
+from tracehaul.engine.cpu.linear import product
 from tracehaul.engine.cpu.phases import (
     FULL,
     HEAD_BLOCK,
     LAYER_PHASES,
-    LINE_BYTES,
     LOG2_E,
     NARROW_BLOCK,
     OUTPUT_BLOCK,
@@ -32,30 +32,23 @@ from tracehaul.engine.cpu.phases import (
     Shape,
     finish,
 )
-from tracehaul.engine.cpu.products import (
-    dot_4x4,
-    dot_8x2,
-    dot_16x1,
-    store_2x8,
-    store_4x4,
-)
 from tracehaul.engine.cpu.vectors import (
     LANES,
     add,
     claim,
     div,
     exp2,
-    expect,
     fma,
     load,
     load_one,
     mul,
+    operand,
+    settle,
     size_of,
     splat,
     store,
     sub,
     total,
-    widen,
 )
 
 LAYER_PARTS = (
@@ -72,63 +65,8 @@ LAYER_PARTS = (
 
 
 @inner
-def unpack_run(source: int, count: int, target: int, like: Any) -> None:
-    """A run of int8 weights into the panel; the next run is expected meanwhile."""
-    for at in range(0, count, 2 * LANES):
-        expect(source + count + at)
-        widen(source + at, target + at * size_of(like), like)
-
-
-@inner
-def scale_run(column: int, stride: int, rows: int, scales: int) -> None:
-    """A run of sums, each by its weights' scale."""
-    factors = load(scales, FULL)
-    for row in range(rows):
-        store(column + row * stride, mul(load(column + row * stride, FULL), factors), FULL)
-
-
-@inner
-def product(
-    w: int, scales: int, x: int, x_stride: int, rows: int, outputs: int, length: int,
-    out: int, out_stride: int, panel: int, like: Any, kind: Any,
-) -> None:  # fmt: skip
-    """``out[row, n] = x[row] . w[n]``, float32; at least 16 outputs."""
-    w_stride = length * size_of(like)
-    for start in range(0, outputs, LANES):
-        # The last run of a number that 16 does not divide begins earlier, and computes some again.
-        n = min(start, outputs - LANES)
-        run, column = w + n * length * size_of(kind), out + n * 4
-        if size_of(kind) == 1:
-            unpack_run(run, LANES * length, panel, like)
-            run = panel
-        paired = rows // 4 * 4
-        # Rows inside: four rows of weights stay in the nearest cache while all rows are multiplied by them.
-        for part in range(0, LANES, 4):
-            w_part, cell = run + part * w_stride, column + part * 4
-            if 0 < paired <= LANES and size_of(kind) > 1:
-                # The next four come while these are computed; what lies past the last is not touched, only expected.
-                # More rows find theirs in a cache: another block of rows was there before.
-                for at in range(4 * w_stride, 8 * w_stride, LINE_BYTES):
-                    expect(w_part + at)
-            for row in range(0, paired, 4):
-                sums = dot_4x4(w_part, w_stride, x + row * x_stride, x_stride, length, like)
-                store_4x4(cell + row * out_stride, out_stride, sums)
-        if rows - paired >= 2:
-            x_row, cell = x + paired * x_stride, column + paired * out_stride
-            for part in range(0, LANES, 8):
-                sums = dot_8x2(run + part * w_stride, w_stride, x_row, x_stride, length, like)
-                store_2x8(cell + part * 4, out_stride, sums)
-            paired += 2
-        if paired < rows:
-            sums = dot_16x1(run, w_stride, x + paired * x_stride, x_stride, length, like)
-            store(column + paired * out_stride, sums, FULL)
-        if size_of(kind) == 1:
-            scale_run(column, out_stride, rows, scales + n * 4)
-
-
-@inner
-def normalize(source: int, weight: int, size: int, eps: float, target: int, like: Any) -> None:
-    """One row's root mean square norm, from float32; ``target`` may be ``source``."""
+def normalize(source: int, weight: int, size: int, eps: float, target: int, like: Any, held: Any) -> None:
+    """One row's root mean square norm, from float32, rounded to ``like``; ``target`` may be ``source``."""
     squares = splat(np.float32(0))
     for at in range(0, size * 4, LANES * 4):
         value = load(source + at, FULL)
@@ -136,13 +74,13 @@ def normalize(source: int, weight: int, size: int, eps: float, target: int, like
     scale = splat(np.float32(1.0 / np.sqrt(total(squares) / size + eps)))
     for at in range(0, size, LANES):
         value = mul(mul(load(source + at * 4, FULL), scale), load(weight + at * 4, FULL))
-        store(target + at * size_of(like), value, like)
+        store(target + at * size_of(held), settle(value, like, held), held)
 
 
 @inner
 def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int, phase: int, like: Any) -> None:
     """Norm of the hidden rows that ``rows`` names, or of the first ``count`` where it names none."""
-    tasks = (count + 7) // 8
+    tasks, held = (count + 7) // 8, operand(like)
     mine = 0
     while True:
         task = claim(b.sync + phase * PHASE_BYTES, 1)
@@ -150,8 +88,8 @@ def normalize_phase(shape: Shape, b: Buffers, rows: Any, count: int, weight: int
             break
         for row in range(task * 8, min(task * 8 + 8, count)):
             source = rows[row] if len(rows) > 0 else row
-            target = b.normed + row * shape.hidden * size_of(like)
-            normalize(b.hidden + source * shape.hidden * 4, weight, shape.hidden, shape.eps, target, like)
+            target = b.normed + row * shape.hidden * size_of(held)
+            normalize(b.hidden + source * shape.hidden * 4, weight, shape.hidden, shape.eps, target, like, held)
         mine += 1
     finish(b.sync, phase, mine, tasks)
 
@@ -186,15 +124,27 @@ def add_bias(row: int, bias: int, size: int, like: Any) -> None:
 
 
 @inner
-def rotate(shape: Shape, head: int, position: int, target: int, like: Any) -> None:
-    """Rotary embedding of one head's float32 at ``head``."""
+def rotate(shape: Shape, head: int, position: int, target: int, like: Any, held: Any) -> None:
+    """Rotary embedding of one head's float32 at ``head``, rounded to ``like``."""
     half = shape.head_dim // 2
     for at in range(0, half, LANES):
         cos = load(shape.cos + (position * half + at) * 4, FULL)
         sin = load(shape.sin + (position * half + at) * 4, FULL)
         first, second = load(head + at * 4, FULL), load(head + (half + at) * 4, FULL)
-        store(target + at * size_of(like), sub(mul(first, cos), mul(second, sin)), like)
-        store(target + (half + at) * size_of(like), add(mul(second, cos), mul(first, sin)), like)
+        turned = settle(sub(mul(first, cos), mul(second, sin)), like, held)
+        store(target + at * size_of(held), turned, held)
+        turned = settle(add(mul(second, cos), mul(first, sin)), like, held)
+        store(target + (half + at) * size_of(held), turned, held)
+
+
+@inner
+def place(shape: Shape, head: int, turns: int, position: int, target: int, like: Any, held: Any) -> None:
+    """One head's float32, rotated if it ``turns``, rounded to ``like`` and kept as ``held``."""
+    if turns != 0:
+        rotate(shape, head, position, target, like, held)
+        return
+    for at in range(0, shape.head_dim, LANES):
+        store(target + at * size_of(held), settle(load(head + at * 4, FULL), like, held), held)
 
 
 @inner
@@ -203,10 +153,10 @@ def qkv_phase(
     scratch: int, phase: int, like: Any, kind: Any,
 ) -> None:  # fmt: skip
     """Queries, rotated; keys, rotated, and values into the pool. A task is one head of a block of rows."""
-    count, size = len(positions), size_of(like)
+    count, held = len(positions), operand(like)
     heads = shape.heads + 2 * shape.kv_heads
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
-    head_bytes, stride = shape.head_dim * size, shape.head_dim * 4
+    head_bytes, stride = shape.head_dim * size_of(like), shape.head_dim * 4
     mine = 0
     while True:
         task = claim(b.sync + phase * PHASE_BYTES, 1)
@@ -216,9 +166,9 @@ def qkv_phase(
         rows = min(ROW_BLOCK, count - first)
         w = layer[_QKV] + head * shape.head_dim * shape.hidden * size_of(kind)
         scales = layer[_QKV_SCALES] + head * stride
-        x = b.normed + first * shape.hidden * size
+        x_stride = shape.hidden * size_of(held)
         product(
-            w, scales, x, shape.hidden * size, rows, shape.head_dim, shape.hidden,
+            w, scales, b.normed + first * x_stride, x_stride, rows, shape.head_dim, shape.hidden,
             scratch, stride, scratch + shape.panel, like, kind,
         )  # fmt: skip
         norm = layer[_Q_NORM] if head < shape.heads else layer[_K_NORM]
@@ -228,22 +178,17 @@ def qkv_phase(
             source = scratch + row * stride
             if layer[_QKV_BIAS] != 0:
                 add_bias(source, layer[_QKV_BIAS] + head * head_bytes, shape.head_dim, like)
+            position, into = positions[first + row], plane + slots[first + row] * head_bytes
             if kv >= shape.kv_heads:
-                target = plane + slots[first + row] * head_bytes
-                for at in range(0, shape.head_dim, LANES):
-                    store(target + at * size, load(source + at * 4, FULL), like)
+                place(shape, source, 0, position, into, like, like)
                 continue
             if norm != 0:
-                normalize(source, norm, shape.head_dim, shape.eps, source, FULL)
+                normalize(source, norm, shape.head_dim, shape.eps, source, FULL, FULL)
             if kv >= 0:
-                target = plane + slots[first + row] * head_bytes
+                place(shape, source, layer[_ROPE], position, into, like, like)
             else:
-                target = b.queries + ((first + row) * shape.heads + head) * head_bytes
-            if layer[_ROPE] != 0:
-                rotate(shape, source, positions[first + row], target, like)
-            else:
-                for at in range(0, shape.head_dim, LANES):
-                    store(target + at * size, load(source + at * 4, FULL), like)
+                into = b.queries + ((first + row) * shape.heads + head) * shape.head_dim * size_of(held)
+                place(shape, source, layer[_ROPE], position, into, like, held)
         mine += 1
     finish(b.sync, phase, mine, heads * blocks)
 
@@ -256,7 +201,7 @@ def add_phase(
     """A linear layer's output added to the hidden rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
     tasks = (shape.hidden + NARROW_BLOCK - 1) // NARROW_BLOCK * blocks
-    size = size_of(like)
+    x_stride = length * size_of(operand(like))
     mine = 0
     while True:
         task = claim(b.sync + phase * PHASE_BYTES, 1)
@@ -264,15 +209,14 @@ def add_phase(
             break
         n, first = task // blocks * NARROW_BLOCK, task % blocks * ROW_BLOCK
         rows, outputs = min(ROW_BLOCK, count - first), min(NARROW_BLOCK, shape.hidden - n)
-        source = x + first * length * size
         product(
-            w + n * length * size_of(kind), scales + n * 4, source, length * size, rows, outputs, length,
+            w + n * length * size_of(kind), scales + n * 4, x + first * x_stride, x_stride, rows, outputs, length,
             scratch, NARROW_BLOCK * 4, scratch + shape.panel, like, kind,
         )  # fmt: skip
         for row in range(rows):
             target, piece = b.hidden + ((first + row) * shape.hidden + n) * 4, scratch + row * NARROW_BLOCK * 4
             if bias != 0:
-                add_bias(piece, bias + n * size, outputs, like)
+                add_bias(piece, bias + n * size_of(like), outputs, like)
             for at in range(0, outputs * 4, LANES * 4):
                 store(target + at, add(load(target + at, FULL), load(piece + at, FULL)), FULL)
         mine += 1
@@ -287,7 +231,8 @@ def gate_phase(
     """``silu(gate) * up`` of the normed rows."""
     blocks = (count + ROW_BLOCK - 1) // ROW_BLOCK
     tasks = (shape.intermediate + OUTPUT_BLOCK - 1) // OUTPUT_BLOCK * blocks
-    size, length, stride = size_of(like), shape.hidden, OUTPUT_BLOCK * 4
+    held, length, stride = operand(like), shape.hidden, OUTPUT_BLOCK * 4
+    size, x_stride = size_of(held), shape.hidden * size_of(held)
     ups = scratch + ROW_BLOCK * stride
     one, steep = splat(np.float32(1)), splat(-LOG2_E)
     mine = 0
@@ -297,21 +242,22 @@ def gate_phase(
             break
         n, first = task // blocks * OUTPUT_BLOCK, task % blocks * ROW_BLOCK
         rows, outputs = min(ROW_BLOCK, count - first), min(OUTPUT_BLOCK, shape.intermediate - n)
-        x = b.normed + first * length * size
+        x = b.normed + first * x_stride
         for part, out in ((n, scratch), (shape.intermediate + n, ups)):
             product(
-                w + part * length * size_of(kind), scales + part * 4, x, length * size, rows, outputs, length,
+                w + part * length * size_of(kind), scales + part * 4, x, x_stride, rows, outputs, length,
                 out, stride, scratch + shape.panel, like, kind,
             )  # fmt: skip
         for row in range(rows):
             target = b.activated + ((first + row) * shape.intermediate + n) * size
             if bias != 0:
-                add_bias(scratch + row * stride, bias + n * size, outputs, like)
-                add_bias(ups + row * stride, bias + (shape.intermediate + n) * size, outputs, like)
+                add_bias(scratch + row * stride, bias + n * size_of(like), outputs, like)
+                add_bias(ups + row * stride, bias + (shape.intermediate + n) * size_of(like), outputs, like)
             for at in range(0, outputs, LANES):
                 gate = load(scratch + row * stride + at * 4, FULL)
                 gate = div(gate, add(one, exp2(mul(gate, steep))))
-                store(target + at * size, mul(gate, load(ups + row * stride + at * 4, FULL)), like)
+                value = mul(gate, load(ups + row * stride + at * 4, FULL))
+                store(target + at * size, settle(value, like, held), held)
         mine += 1
     finish(b.sync, phase, mine, tasks)
 
@@ -323,7 +269,7 @@ def head_phase(shape: Shape, b: Buffers, count: int, scratch: int, phase: int, l
     # The last part is longer by what is too little for one of its own: no two threads write the same logits.
     parts = (shape.vocab + HEAD_BLOCK - LANES) // HEAD_BLOCK
     tasks = parts * blocks
-    size, stride = size_of(like), shape.vocab * 4
+    x_stride, stride = shape.hidden * size_of(operand(like)), shape.vocab * 4
     mine = 0
     while True:
         task = claim(b.sync + phase * PHASE_BYTES, 1)
@@ -332,10 +278,10 @@ def head_phase(shape: Shape, b: Buffers, count: int, scratch: int, phase: int, l
         first, part = task % blocks * ROW_BLOCK, task // blocks
         n, rows = part * HEAD_BLOCK, min(ROW_BLOCK, count - first)
         outputs = shape.vocab - n if part == parts - 1 else HEAD_BLOCK
-        w, x = shape.head + n * shape.hidden * size_of(kind), b.normed + first * shape.hidden * size
+        w, x = shape.head + n * shape.hidden * size_of(kind), b.normed + first * x_stride
         target = b.logits + first * stride + n * 4
         product(
-            w, shape.head_scales + n * 4, x, shape.hidden * size, rows, outputs, shape.hidden,
+            w, shape.head_scales + n * 4, x, x_stride, rows, outputs, shape.hidden,
             target, stride, scratch + shape.panel, like, kind,
         )  # fmt: skip
         mine += 1

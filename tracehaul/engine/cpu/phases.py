@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from tracehaul.engine.cpu.compiling import inner
+from tracehaul.engine.cpu.compiling import TILING, inner
 from tracehaul.engine.cpu.vectors import LANES, claim, peek
 
 SPAN_TOKENS = 512
@@ -19,12 +19,19 @@ QUERY_TOKENS = 32
 """Query block of a longer segment."""
 KEY_TOKENS = 128
 """Keys brought into multiplying order at a time."""
-ROW_BLOCK = 32
+ROW_BLOCK = 32 if TILING.pairs else 48
+"""Rows that are multiplied with one reading of weights; those that are widened to float32 want more of them."""
 OUTPUT_BLOCK = 64
 NARROW_BLOCK = 32
 HEAD_BLOCK = 256
 PHASE_BYTES = 128
 LINE_BYTES = 64
+CELL_BYTES = 4 * LANES
+"""Partial sums of two rows' product: see :mod:`tracehaul.engine.cpu.panels`."""
+PANEL_STEPS = 576
+"""Numbers of each row that are widened at a time: with as many of some other rows they fill half of 32 KiB."""
+PANEL_OUTPUTS = 8
+PANEL_BYTES = 4 * PANEL_OUTPUTS * PANEL_STEPS
 LAYER_PHASES = 7
 OUTER_PHASES = 3
 
@@ -92,7 +99,9 @@ def work_bytes(heads: int, kv_heads: int, head_dim: int) -> int:
 
 
 def panel_bytes(shape: Shape) -> int:
-    """Room for int8 weights as what they are multiplied with: a vector's lanes of the longest rows."""
+    """Room for weights as what they are multiplied with: of int8 a vector's lanes of the longest rows."""
+    if not TILING.pairs:
+        return PANEL_BYTES + ROW_BLOCK * LANES * CELL_BYTES
     return 4 * LANES * max(shape.hidden, shape.intermediate, shape.heads * shape.head_dim)
 
 

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from tracehaul.engine.cpu.compiling import HAS_DOT
+from tracehaul.engine.cpu.compiling import TILING
 from tracehaul.engine.cpu.vectors import (
     BFLOATS,
     F32,
@@ -18,24 +18,24 @@ from tracehaul.engine.cpu.vectors import (
     I16,
     I32,
     I64,
-    INTS,
     KIND_BYTES,
     LANES,
     ir_call,
     ir_constant,
     ir_fma,
-    ir_integers,
     ir_load,
     ir_offset,
+    ir_operand,
     ir_pointer,
     ir_shuffle,
     ir_splat,
+    ir_wide_load,
     vector,
     word,
 )
 
 
-def _sum_each(builder, vectors):
+def ir_sum_each(builder, vectors):
     """One vector of the sums of 16 vectors, by a tree that folds two vectors into one at each step.
 
     At each step lanes are viewed as runs of ``width``: the lower halves of both are added to the upper halves.
@@ -58,21 +58,10 @@ def _sum_each(builder, vectors):
 
 
 def _dot_step(builder, like, w, x, accumulator):
-    """Add the products of two loaded pieces; lanes hold partial sums."""
-    if like != types.uint16:
-        return ir_fma(builder, w, x, accumulator)
-    if HAS_DOT:
+    """Add the products of two loaded pieces; lanes hold partial sums. bfloat16 comes in pairs."""
+    if like == types.uint16:
         return ir_call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [accumulator, w, x])
-    for half in (0, 1):
-        accumulator = ir_fma(builder, _half(builder, w, half), _half(builder, x, half), accumulator)
-    return accumulator
-
-
-def _half(builder, pairs, odd):
-    """The even or the odd ones of 32 bfloat16, as float32."""
-    bits = builder.bitcast(pairs, INTS)
-    bits = builder.and_(bits, ir_integers(-65536)) if odd else builder.shl(bits, ir_integers(16))
-    return builder.bitcast(bits, FLOATS)
+    return ir_fma(builder, w, x, accumulator)
 
 
 def _dots(outputs, rows):
@@ -82,13 +71,12 @@ def _dots(outputs, rows):
         w, w_stride, x, x_stride, length, _ = arguments
         like = signature.args[5]
         step_bytes = 64
-        piece = ir.VectorType(I16, 2 * LANES) if like == types.uint16 else FLOATS
+        piece = BFLOATS if like == types.uint16 else FLOATS
         elements = step_bytes // KIND_BYTES[like]
 
         def fetch(base, stride, at, position):
             address = builder.add(builder.add(base, position), builder.mul(stride, ir.Constant(I64, at)))
-            got = ir_load(builder, address, piece, 2)
-            return builder.bitcast(got, BFLOATS) if like == types.uint16 and HAS_DOT else got
+            return ir_load(builder, address, piece, 2)
 
         sums = [cgutils.alloca_once_value(builder, ir_constant(0.0)) for _ in range(LANES)]
         for cell in sums:
@@ -101,7 +89,7 @@ def _dots(outputs, rows):
                 for at in range(outputs):
                     cell = sums[row * outputs + at]
                     builder.store(_dot_step(builder, like, left[at], right, builder.load(cell)), cell)
-        return _sum_each(builder, [builder.load(cell) for cell in sums])
+        return ir_sum_each(builder, [builder.load(cell) for cell in sums])
 
     return generate
 
@@ -163,46 +151,46 @@ _CELL_BYTES = 4
 """A pair of bfloat16, or one float32: what one lane multiplies in a step."""
 
 
-def _tiles(rows, columns, fresh):
+def ir_tiles(rows, columns, fresh):
     """Generator of ``rows`` times ``16 * columns`` sums, added to what is at ``out`` unless ``fresh``."""
 
     def generate(context, builder, signature, arguments):
         a, a_stride, b, b_stride, steps, out, out_stride, _ = arguments
-        like = signature.args[7]
-        pairs = like == types.uint16
+        like, lanes = signature.args[7], TILING.lanes
+        piece = ir.VectorType(F32, lanes)
+        numbers = BFLOATS if like == types.uint16 else piece
+        parts = columns * LANES // lanes
+        places = [(row, part) for row in range(rows) for part in range(parts)]
+        # The fewer of the two stay in registers, while the others come one by one.
+        places.sort(key=lambda place: place if parts <= rows else place[::-1])
 
-        def at(base, stride, row, column):
+        def at(base, stride, row, part):
             row_base = builder.add(base, builder.mul(stride, ir.Constant(I64, row)))
-            return ir_offset(builder, row_base, column * LANES * 4)
+            return ir_offset(builder, row_base, part * lanes * 4)
 
         cells = {}
-        for row in range(rows):
-            for column in range(columns):
-                first = ir_constant(0.0) if fresh else ir_load(builder, at(out, out_stride, row, column), FLOATS, 4)
-                cells[row, column] = cgutils.alloca_once(builder, FLOATS)
-                builder.store(first, cells[row, column])
+        for place in places:
+            first = ir.Constant(piece, None) if fresh else ir_load(builder, at(out, out_stride, *place), piece, 4)
+            cells[place] = cgutils.alloca_once(builder, piece)
+            builder.store(first, cells[place])
         with cgutils.for_range(builder, steps) as loop:
             b_row = builder.add(b, builder.mul(loop.index, b_stride))
             a_column = builder.add(a, builder.mul(loop.index, ir.Constant(I64, _CELL_BYTES)))
-            right = [
-                ir_load(builder, ir_offset(builder, b_row, column * LANES * 4), FLOATS, 4) for column in range(columns)
-            ]
-            for row in range(rows):
-                cell_at = builder.add(a_column, builder.mul(a_stride, ir.Constant(I64, row)))
-                left = ir_splat(builder, ir_load(builder, cell_at, F32, 2))
-                for column in range(columns):
-                    cell = cells[row, column]
-                    a_cells, b_cells = (_as_pairs(builder, x) if pairs else x for x in (left, right[column]))
-                    builder.store(_dot_step(builder, like, a_cells, b_cells, builder.load(cell)), cell)
-        for (row, column), cell in cells.items():
-            builder.store(builder.load(cell), ir_pointer(builder, at(out, out_stride, row, column), FLOATS), align=4)
+            left, right = {}, {}
+            for row, part in places:
+                if row not in left:
+                    number = ir_load(builder, at(a_column, a_stride, row, 0), F32, 2)
+                    left[row] = builder.bitcast(ir_splat(builder, number, lanes), numbers)
+                if part not in right:
+                    value = ir_load(builder, ir_offset(builder, b_row, part * lanes * 4), piece, 4)
+                    right[part] = builder.bitcast(value, numbers)
+                cell = cells[row, part]
+                builder.store(_dot_step(builder, like, left[row], right[part], builder.load(cell)), cell)
+        for place, cell in cells.items():
+            builder.store(builder.load(cell), ir_pointer(builder, at(out, out_stride, *place), piece), align=4)
         return context.get_dummy_value()
 
     return generate
-
-
-def _as_pairs(builder, cells):
-    return builder.bitcast(cells, BFLOATS if HAS_DOT else ir.VectorType(I16, 2 * LANES))
 
 
 def _tile_signature(like):
@@ -217,49 +205,70 @@ def _make_tile(rows, columns, fresh):
         ``a`` has rows of ``steps`` cells, ``b`` has ``steps`` rows of cells, one for each column; ``out`` is float32.
         Strides are in bytes.
         """
-        return _tile_signature(like), _tiles(rows, columns, fresh)
+        return _tile_signature(like), ir_tiles(rows, columns, fresh)
 
     return tile
 
 
-scores_6, scores_3, scores_1 = (_make_tile(rows, 4, fresh=True) for rows in (6, 3, 1))
-"""Fresh sums in 64 columns, for that many rows."""
-gather_6, gather_3, gather_1 = (_make_tile(rows, 4, fresh=False) for rows in (6, 3, 1))
-"""Adding to what is there, in 64 columns."""
+# The fewer rows, the more columns there are registers for.
+COLUMNS_6, COLUMNS_3, COLUMNS_1 = (min(4, TILING.columns * times) * LANES for times in (1, 2, 4))
+_TILES = ((6, COLUMNS_6 // LANES), (3, COLUMNS_3 // LANES), (1, COLUMNS_1 // LANES))
+scores_6, scores_3, scores_1 = (_make_tile(rows, columns, fresh=True) for rows, columns in _TILES)
+"""Fresh sums in so many columns, for that many rows."""
+gather_6, gather_3, gather_1 = (_make_tile(rows, columns, fresh=False) for rows, columns in _TILES)
+"""Adding to what is there, in as many columns."""
 gather_narrow_1 = _make_tile(1, 2, fresh=False)
 """Adding to what is there, for one row in 32 columns."""
 
 
+def _transposed(builder, rows):
+    """Of as many vectors as each has lanes: each step exchanges the off-diagonal quarters of all squares."""
+    lanes, size = len(rows), 1
+    while size < lanes:
+        for row in range(lanes):
+            if row & size:
+                continue
+            upper, lower = rows[row], rows[row + size]
+            kept = [lane if not lane & size else lanes + lane - size for lane in range(lanes)]
+            moved = [lane + size if not lane & size else lanes + lane for lane in range(lanes)]
+            rows[row], rows[row + size] = (
+                builder.shuffle_vector(upper, lower, ir.Constant(ir.VectorType(I32, lanes), order))
+                for order in (kept, moved)
+            )
+        size *= 2
+    return rows
+
+
 @word
-def transpose(context, source, source_stride, target, target_stride):
-    """``transpose(source, source_stride, target, target_stride)`` of 16 by 16 cells of 4 bytes."""
+def transpose(context, source, source_stride, target, target_stride, like):
+    """``transpose(source, source_stride, target, target_stride, like)`` of 16 by 16 cells of 4 bytes.
+
+    A cell is what products read: a pair of bfloat16, or a number as float32.
+    """
 
     def generate(context, builder, signature, arguments):
-        source, source_stride, target, target_stride = arguments
+        source, source_stride, target, target_stride, _ = arguments
+        like, lanes = signature.args[4], TILING.lanes
+        cell_bytes = _CELL_BYTES if ir_operand(like) == like else KIND_BYTES[like]
+        kind = ir.VectorType(F32, lanes)
 
-        def at(base, stride, row):
-            return ir_pointer(builder, builder.add(base, builder.mul(stride, ir.Constant(I64, row))), FLOATS)
+        def at(base, stride, row, offset):
+            return ir_offset(builder, builder.add(base, builder.mul(stride, ir.Constant(I64, row))), offset)
 
-        rows = [builder.load(at(source, source_stride, row), align=2) for row in range(LANES)]
-        # Each step exchanges the off-diagonal quarters of every square of twice its size.
-        size = 1
-        while size < LANES:
-            for row in range(LANES):
-                if row & size:
-                    continue
-                upper, lower = rows[row], rows[row + size]
-                kept = [lane if not lane & size else LANES + lane - size for lane in range(LANES)]
-                moved = [lane + size if not lane & size else LANES + lane for lane in range(LANES)]
-                rows[row], rows[row + size] = (
-                    ir_shuffle(builder, upper, lower, kept),
-                    ir_shuffle(builder, upper, lower, moved),
-                )
-            size *= 2
-        for row in range(LANES):
-            builder.store(rows[row], at(target, target_stride, row), align=4)
+        # Squares that a processor's registers hold.
+        for first in range(0, LANES, lanes):
+            for column in range(0, LANES, lanes):
+                places = [at(source, source_stride, first + row, column * cell_bytes) for row in range(lanes)]
+                if cell_bytes == _CELL_BYTES:
+                    rows = [ir_load(builder, place, kind, 2) for place in places]
+                else:
+                    rows = [ir_wide_load(builder, place, like, lanes) for place in places]
+                for row, value in enumerate(_transposed(builder, rows)):
+                    place = at(target, target_stride, column + row, first * _CELL_BYTES)
+                    builder.store(value, ir_pointer(builder, place, kind), align=4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), generate
+    return types.void(*[types.int64] * 4, like), generate
 
 
 @word
@@ -276,3 +285,20 @@ def interleave(context, first, second, target):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
+
+
+@word
+def widen(context, source, target, like):
+    """``widen(source, target, like)``: 32 int8 as what ``like`` says, exactly."""
+
+    def generate(context, builder, signature, arguments):
+        source, target, _ = arguments
+        numbers = ir_wide_load(builder, source, types.int8, 2 * LANES)
+        if signature.args[2] == types.uint16:  # seven bits and a sign: bfloat16 has room for them
+            bits = builder.bitcast(numbers, ir.VectorType(I32, 2 * LANES))
+            upper = builder.lshr(bits, ir.Constant(bits.type, [16] * (2 * LANES)))
+            numbers = builder.trunc(upper, ir.VectorType(I16, 2 * LANES))
+        builder.store(numbers, ir_pointer(builder, target, numbers.type), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, like), generate

@@ -18,7 +18,8 @@ from numba.core import cgutils
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import intrinsic, register_model
 
-LANES = 16
+from tracehaul.engine.cpu.compiling import TILING
+from tracehaul.engine.cpu.tiling import LANES
 
 
 def word(generator: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,12 +96,16 @@ def _widen(builder, halves):
     return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * n)), ir.VectorType(F32, n))
 
 
-def _narrow(builder, value):
-    """<16 x float> to bfloat16 bits, to nearest even."""
+def _rounded(builder, value):
+    """<16 x float> as integers whose upper halves are bfloat16, to nearest even."""
     bits = builder.bitcast(value, INTS)
     odd = builder.and_(builder.lshr(bits, ir_integers(16)), ir_integers(1))
-    rounded = builder.add(builder.add(bits, ir_integers(0x7FFF)), odd)
-    return builder.trunc(builder.lshr(rounded, ir_integers(16)), ir.VectorType(I16, LANES))
+    return builder.add(builder.add(bits, ir_integers(0x7FFF)), odd)
+
+
+def _narrow(builder, value):
+    """<16 x float> to bfloat16 bits."""
+    return builder.trunc(builder.lshr(_rounded(builder, value), ir_integers(16)), ir.VectorType(I16, LANES))
 
 
 def ir_call(builder, name, result, arguments):
@@ -114,10 +119,11 @@ def ir_fma(builder, a, b, c):
     return ir_call(builder, f"llvm.fma.v{a.type.count}f32", a.type, [a, b, c])
 
 
-def ir_splat(builder, scalar):
+def ir_splat(builder, scalar, lanes=LANES):
     """A scalar in every lane."""
-    one = builder.insert_element(ir.Constant(FLOATS, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+    nothing = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
+    one = builder.insert_element(nothing, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def ir_shuffle(builder, a, b, lanes):
@@ -125,12 +131,21 @@ def ir_shuffle(builder, a, b, lanes):
     return builder.shuffle_vector(a, b, ir.Constant(INTS, lanes))
 
 
+def ir_expect(builder, address):
+    """See :func:`expect`."""
+    line = ir_pointer(builder, address, I8)
+    kind = ir.FunctionType(ir.VoidType(), [line.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [line, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+
+
 # --- memory -------------------------------------------------------------------------------------------------
 
 KIND_BYTES = {types.float32: 4, types.uint16: 2, types.int8: 1}
 
 
-def _wide_load(builder, address, like, lanes=LANES):
+def ir_wide_load(builder, address, like, lanes=LANES):
+    """Numbers of any kind as float32."""
     if like == types.uint16:
         return _widen(builder, ir_load(builder, address, ir.VectorType(I16, lanes), 2))
     if like == types.int8:
@@ -148,12 +163,44 @@ def size_of(context, like):
     return types.int64(like), generate
 
 
+def ir_operand(like):
+    """See :func:`operand`."""
+    return types.uint16 if like == types.uint16 and TILING.pairs else types.float32
+
+
+@word
+def operand(context, like):
+    """``operand(like)``: as what products read such numbers: bfloat16 where the processor multiplies it, else float32.
+
+    Activations are rounded to what ``like`` says, and kept as this.
+    """
+
+    def generate(context, builder, signature, arguments):
+        kind = signature.return_type
+        return ir.Constant(context.get_value_type(kind), 0)
+
+    return ir_operand(like)(like), generate
+
+
+@word
+def settle(context, value, like, held):
+    """``settle(vector, like, held) -> vector``: rounded to ``like``, where to be kept as ``held`` rounds less."""
+
+    def generate(context, builder, signature, arguments):
+        value, (_, like, held) = arguments[0], signature.args
+        if like != types.uint16 or held == like:
+            return value
+        return builder.bitcast(builder.and_(_rounded(builder, value), ir_integers(-65536)), FLOATS)
+
+    return vector(vector, like, held), generate
+
+
 @word
 def load(context, address, like):
     """``load(address, like) -> vector``."""
 
     def generate(context, builder, signature, arguments):
-        return _wide_load(builder, arguments[0], signature.args[1])
+        return ir_wide_load(builder, arguments[0], signature.args[1])
 
     return vector(types.int64, like), generate
 
@@ -172,31 +219,11 @@ def store(context, address, value, like):
 
 
 @word
-def widen(context, source, target, like):
-    """``widen(source, target, like)``: 32 int8 as what ``like`` says, exactly."""
-
-    def generate(context, builder, signature, arguments):
-        source, target, _ = arguments
-        numbers = _wide_load(builder, source, types.int8, 2 * LANES)
-        if signature.args[2] == types.uint16:  # seven bits and a sign: bfloat16 has room for them
-            bits = builder.bitcast(numbers, ir.VectorType(I32, 2 * LANES))
-            upper = builder.lshr(bits, ir.Constant(bits.type, [16] * (2 * LANES)))
-            numbers = builder.trunc(upper, ir.VectorType(I16, 2 * LANES))
-        builder.store(numbers, ir_pointer(builder, target, numbers.type), align=2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, like), generate
-
-
-@word
 def expect(context, address):
     """``expect(address)``: bring a line of memory nearer, for a load that is to come."""
 
     def generate(context, builder, signature, arguments):
-        line = ir_pointer(builder, arguments[0], ir.IntType(8))
-        kind = ir.FunctionType(ir.VoidType(), [line.type, I32, I32, I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [line, *(ir.Constant(I32, n) for n in (0, 2, 1))])
+        ir_expect(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -6,12 +6,13 @@ import pytest
 from cluster.config import ClusterConfig
 from cluster.fleet.config import HostConfig, HostNodes
 from cluster.fleet.doctor import of_pairs, of_reports
-from cluster.fleet.facts import Facts, Gpu, Interface, RdmaPort, Seen
-from cluster.fleet.findings import of_fleet, of_host
+from cluster.fleet.facts import Facts, Gpu, Interface, RdmaPort, Seen, UcxDevice
+from cluster.fleet.findings import of_fleet, of_host, of_transport
 from cluster.hosts.orders import HostReport, NodeReport
 from cluster.hosts.pair import Measured
 from cluster.memory import Need
 from cluster.plan import NodeSpec
+from cluster.security.config import SecurityConfig
 
 GIB = 2**30
 GOOD = Facts(
@@ -92,6 +93,40 @@ def test_an_environment_that_is_there_needs_no_python():
     assert found(msgspec.structs.replace(GOOD, python="", python_lacks="there is none"), host) == []
 
 
+UCX_SEES = (UcxDevice("eth0", ("tcp",)), UcxDevice("mlx5_0:1", ("rc_verbs", "ud_verbs")))
+
+
+@pytest.mark.parametrize(
+    ("transport", "data", "host", "ucx", "words"),
+    [
+        ("auto", "auth", {}, UCX_SEES, ["KV moves by UCX, which neither proves nor encrypts"]),
+        ("auto", "auth", {}, (), ["KV moves by UCX, which neither proves nor encrypts"]),
+        ("auto", "auth", {}, UCX_SEES[:1], ["UCX does not find mlx5_0:1", "KV moves by UCX"]),
+        ("auto", "tls", {}, UCX_SEES, ['not used: mlx5_0:1, by data = "tls"']),
+        ("auto", "auth", {"ucx_devices": ("eth0",)}, UCX_SEES, ["not used: mlx5_0:1, by `ucx_devices` or `ucx_tls`"]),
+        ("auto", "auth", {"ucx_tls": ("tcp",)}, UCX_SEES, ["not used: mlx5_0:1, by `ucx_devices` or `ucx_tls`"]),
+        ("auto", "auth", {"ucx_tls": ("rc", "tcp")}, UCX_SEES, ["KV moves by UCX"]),
+        ("nixl", "auth", {"ucx_tls": ("^rc", "ib")}, UCX_SEES, ["KV moves by UCX"]),
+        ("nixl", "auth", {"ucx_devices": ("eth0",)}, UCX_SEES, ["not used: mlx5_0:1", "KV moves by UCX"]),
+        ("tcp", "auth", {}, UCX_SEES, ['not used: mlx5_0:1, by transport = "tcp"']),
+    ],
+)
+def test_what_kv_does_not_use_and_what_nobody_proves(transport, data, host, ucx, words):
+    config = ClusterConfig(transport=transport, security=SecurityConfig("mtls", data, True))
+    facts = msgspec.structs.replace(GOOD, ucx=ucx)
+    findings = of_transport(config, msgspec.structs.replace(HOST, **host), facts)
+    assert len(findings) == len(words)
+    for finding, said in zip(findings, words, strict=True):
+        assert said in finding.fault
+        assert finding.remedy
+        assert not finding.fatal
+
+
+def test_where_there_is_no_rdma_there_is_nothing_to_say_of_it():
+    facts = msgspec.structs.replace(GOOD, rdma=(RdmaPort("mlx5_1:1", False),))
+    assert of_transport(ClusterConfig(transport="auto"), HOST, facts) == []
+
+
 def test_hosts_are_compared():
     config = ClusterConfig(
         hosts=(HOST, HostConfig("b", address="10.0.0.2", model="/models/m"), HostConfig("c", model="/models/m"))
@@ -119,12 +154,21 @@ def test_ways_between_hosts_are_judged_by_each_other():
         ("a", "c"): msgspec.structs.replace(good, read_bytes_s=3e9),
         ("c", "a"): msgspec.structs.replace(good, ping_s=0.02),
         ("b", "c"): Measured("cannot connect to 10.0.0.3:7190: no answer"),
+        ("c", "b"): Measured("tcp: timed out", ping_s=0.1),
     }
     findings = of_pairs(pairs)
-    assert [(each.host, each.fatal) for each in findings] == [("a", False), ("c", False), ("b", True)]
+    assert [(each.host, each.fatal) for each in findings] == [
+        ("a", False),
+        ("c", False),
+        ("b", True),
+        ("c", False),
+        ("c", True),
+    ]
     assert "3.00 GB/s from c, others 10.00" in findings[0].fault
     assert "20.0 ms to a" in findings[1].fault
     assert "does not read from c: cannot connect to 10.0.0.3:7190" in findings[2].fault
+    assert "100.0 ms to b" in findings[3].fault, "which may be why"
+    assert "does not read from b" in findings[4].fault
 
 
 def test_nodes_that_were_given_up_are_told():

@@ -94,6 +94,7 @@ def test_an_address_is_asked_for_only_where_none_is_said(tmp_path: Path) -> None
         ("router = 1, ", "", 5, "no host has a router"),
         ("router = 1", "router = 2", 11, r"nodes.router"),
         ("h200 = 3.5", "h200 = -1", 2, "prices"),
+        ("kv_tokens = 8192", 'ucx_tls = ["rc,tcp"]', 19, r"ucx_tls"),
     ],
 )  # fmt: skip
 def test_each_error_names_its_line_and_its_key(tmp_path: Path, before: str, after: str, line: int, words: str) -> None:
@@ -101,6 +102,14 @@ def test_each_error_names_its_line_and_its_key(tmp_path: Path, before: str, afte
     with pytest.raises(ClusterFault, match=words) as caught:
         load_config(fleet(tmp_path, FLEET.replace(before, after, 1)), {})
     assert f"cluster.toml, line {line})" in str(caught.value)
+
+
+def test_a_host_says_what_ucx_may_use(tmp_path: Path) -> None:
+    text = FLEET.replace("kv_tokens = 8192", 'ucx_tls = ["rc", "tcp"]\nucx_devices = ["mlx5_0:1"]')
+    nodes = {spec.name: spec for spec in place(load_config(fleet(tmp_path, text), {}), {})}
+    there = nodes["decode-gpu-2-0"].data
+    assert (there.devices, there.ucx_tls) == (("mlx5_0:1",), "rc,tcp")
+    assert nodes["decode-gpu-1-0"].data.ucx_tls == ""
 
 
 def test_what_is_no_toml_is_said_with_its_line(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -11,10 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jobs.batches import Batches
+from jobs.files import FileLimits, Files
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dialects.openai.requests import INTEGER_MAX, LIMITS, NO_OPS
 from router.http import ApiConfig, create_app
 from router.http.app import NOT_SERVED
+from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.openapi import OPERATIONS
 from tracehaul.runtime.offload import InlineOffload
@@ -39,14 +44,18 @@ BODIES: dict[str, Any] = {
 def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str) -> list[httpx.Response]:
     keyring = Keyring([Key("0123abcd", hashed(SECRET), requests_per_minute=100)]) if keyed else None
 
-    async def main() -> list[httpx.Response]:
+    async def main(folder: str) -> list[httpx.Response]:
+        offload = InlineOffload()
+        files = Files(Path(folder) / "files", FileLimits(), offload)
+        jobs = Jobs(files, Batches(Path(folder) / "batches", files, offload, 10))
         app = create_app(
             FakeDispatcher(say("hi")),
             {"org/fake": FakeText()},
             lambda: b"steps 1\n",
             ApiConfig(body_bytes_max=10_000),
-            InlineOffload(),
+            offload,
             keyring=keyring,
+            jobs=jobs,
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
@@ -56,7 +65,8 @@ def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str
                 told.append(await client.request(method, path, **sent, headers=headers))
             return told
 
-    return asyncio.run(main())
+    with TemporaryDirectory() as folder:
+        return asyncio.run(main(folder))
 
 
 def document(*, keyed: bool = False) -> dict[str, Any]:

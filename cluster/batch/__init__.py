@@ -1,0 +1,1 @@
+"""``tracehaul batch``: calls from a file, against an endpoint that runs."""

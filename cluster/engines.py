@@ -1,0 +1,168 @@
+"""Workers over stock servers, as nodes of a cluster: which server, where, with which options."""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from cluster.plan import NodeSpec, Plan
+from cluster.rundir import ClusterFault, RunDir
+from engines.adapter.child import Child, free_port
+from engines.adapter.config import AdapterConfig
+from engines.adapter.dialect import Dialect, Facts
+from engines.adapter.seat import StockSeat
+from engines.adapter.server import StockServer
+from engines.adapter.watch import known
+from engines.sglang.adapter import SGLang
+from engines.vllm.adapter import VLLM
+from tracehaul.rpc.member import Member
+from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log
+from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.hashing import KVLayout
+from worker.config import WorkerConfig
+
+log = Log(__name__)
+
+EngineName = Literal["native", "sglang", "vllm"]
+POLL_S = 0.25
+LAYOUT_FILE = "TRACEHAUL_LAYOUT_FILE"
+"""In a server's environment: where its plugin writes the layout of its blocks, as JSON, before it shares any."""
+LAYOUT_TIMEOUT_S = 10.0
+
+
+def with_engine(plan: Plan, name: str, engine: str | None, attach: str) -> Plan:
+    """The plan as it is for that node, where it is told another engine, or a server of its own.
+
+    Raises:
+        ClusterFault: there is no such engine, the node is no worker, or our own engine is to use a server.
+    """
+    if engine not in (None, "native", "sglang", "vllm"):
+        raise ClusterFault(f"there is no engine {engine!r}: say native, sglang or vllm")
+    if engine is None and not attach:
+        return plan
+    spec = plan.node(name)
+    if spec.role not in ("prefill", "decode"):
+        raise ClusterFault(f"{name} is no worker: it has no engine")
+    pools = list(plan.pools)
+    at = next(at for at, pool in enumerate(pools) if pool.name == spec.pool)
+    config = pools[at].config
+    said = {"engine": engine or config.engine} | ({"attach": config.attach | {name: attach}} if attach else {})
+    try:
+        config = msgspec.structs.replace(config, **said)
+    except ValueError as error:
+        raise ClusterFault(str(error)) from error
+    if attach and config.engine == "native":
+        raise ClusterFault("--attach is for a stock server: say --engine sglang or --engine vllm")
+    pools[at] = msgspec.structs.replace(pools[at], config=config)
+    return msgspec.structs.replace(plan, pools=tuple(pools))
+
+
+def dialect_of(engine: EngineName, args: tuple[str, ...]) -> Dialect:
+    """How a server of that engine is spoken to that was started with these options."""
+    if engine == "sglang":
+        return SGLang()
+    said = "--scheduling-policy=priority" in args or ("--scheduling-policy", "priority") in pairwise(args)
+    return VLLM(priorities=said)
+
+
+async def stock_seat(
+    stack: AsyncExitStack,
+    info: NodeInfo,
+    plan: Plan,
+    spec: NodeSpec,
+    run: RunDir,
+    peers: Peers,
+    tell: Callable[..., None],
+) -> Member:
+    """A worker over a server, which is started if there is none to attach to; ``stack`` ends both.
+
+    Raises:
+        ClusterFault: the server cannot be started, does not answer, or is not what the plan says.
+    """
+    pool = plan.pool(spec.pool)
+    config, limits = pool.config, pool.config.worker or plan.config.worker
+    dialect, url = dialect_of(config.engine, config.engine_args), config.attach.get(spec.name)
+    file = run.path / f"{spec.name}.layout.json"
+    child: Child | None = None
+    if url is None:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+        child = await _started(plan, spec, dialect, run, port, file, limits)
+        stack.push_async_callback(child.stop)
+        tell(phase="loading model")
+    server = StockServer(url)
+    stack.push_async_callback(server.aclose)
+    facts = await _answering(server, dialect, child, config.adapter, run.log(f"{spec.name}-server"))
+    layout = await _layout(file, child) if limits.use_store else None
+    log.info("a server answers", engine=dialect.name, url=url, shares=layout is not None, **facts._asdict())
+    info = msgspec.structs.replace(info, model=pool.model.name)
+    ends = child is not None
+    seat = StockSeat(info, server, dialect, facts, layout, peers, limits, config.adapter, ends=ends)
+    stack.push_async_callback(seat.aclose)
+    member = seat.member
+    return member if child is None else member._replace(background=(*member.background, child.ended))
+
+
+async def _started(
+    plan: Plan, spec: NodeSpec, dialect: Dialect, run: RunDir, port: int, file: Path, limits: WorkerConfig
+) -> Child:
+    pool = plan.pool(spec.pool)
+    config = pool.config
+    args: list[str] = []
+    if limits.use_store:
+        await asyncio.to_thread(file.unlink, missing_ok=True)
+        options = {"routers": plan.routers, "cluster": plan.name, "transports": plan.transports, "node": spec.name}
+        args = dialect.sharing(options)
+    dtype = ["--dtype", config.dtype or plan.config.dtype]
+    command = dialect.command(str(pool.model.path), pool.model.name, port, [*dtype, *args, *config.engine_args])
+    environment = {**dialect.environment, LAYOUT_FILE: str(file)}
+    path = run.log(f"{spec.name}-server")
+    python = config.engine_python or sys.executable
+    log.info("a server is started", command=" ".join([python, *command]), log=path)
+    try:
+        return await Child.start([python, *command], environment, path, config.adapter.stop_timeout_s)
+    except OSError as error:
+        raise ClusterFault(f"cannot start {dialect.name} with {python}: {error}") from error
+
+
+async def _answering(
+    server: StockServer, dialect: Dialect, child: Child | None, config: AdapterConfig, path: Path
+) -> Facts:
+    """What it is, once it answers."""
+    until_s = clock.now_s() + config.start_timeout_s
+    while True:
+        try:
+            await server.get(dialect.alive_path, config.answer_timeout_s)
+            return await known(server, dialect, config.answer_timeout_s)
+        except ClusterError as error:
+            if child is not None and child.code is not None:
+                raise ClusterFault(f"{dialect.name} has ended with code {child.code}; its log is {path}") from error
+            if clock.now_s() >= until_s:
+                raise ClusterFault(f"{dialect.name} does not answer at {server.url}: {error}") from error
+        await asyncio.sleep(POLL_S)
+
+
+async def _layout(file: Path, child: Child | None) -> KVLayout | None:
+    """Of the blocks that its plugin shares, as the plugin has written it; None: it shares none.
+
+    A server that runs elsewhere, or without the plugin, writes none: then its worker's blocks are its own.
+    """
+    until_s = clock.now_s() + (LAYOUT_TIMEOUT_S if child is not None else 0.0)
+    while True:
+        try:
+            return msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=KVLayout)
+        except FileNotFoundError:
+            if clock.now_s() >= until_s:
+                log.warning("the engine's server shares no blocks: its plugin has not said their layout", file=file)
+                return None
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ClusterFault(f"cannot read the layout {file}: {error}") from error
+        await asyncio.sleep(POLL_S)

@@ -1,0 +1,75 @@
+"""What both roles share of one worker over a stock server: its server, its counts, how many steps it takes."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import msgspec
+
+from engines.adapter.generating import Generating
+from engines.adapter.ran import Ran
+from engines.adapter.stored import Stored
+from tracehaul.wire.errors import ContextTooLong, Overloaded, WrongNode
+from tracehaul.wire.hashing import token_count
+from tracehaul.wire.ids import BlockHash
+from worker.config import WorkerConfig
+
+
+class AdapterStats(msgspec.Struct):
+    """Counters of one worker's life, for metrics; tokens unless they say otherwise."""
+
+    steps: int = 0
+    steps_failed: int = 0
+    steps_aborted: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    device_tokens: int = 0
+    """Found in the engine's own memory."""
+    host_tokens: int = 0
+    store_tokens: int = 0
+    prefill_fallbacks: int = 0
+    handed_off: int = 0
+    """Steps whose prompt a prefill worker computed."""
+    stored_late: int = 0
+    """Prompts that were not all in the store when the wait for that ended."""
+    servers_lost: int = 0
+
+
+class Books:
+    """One worker's."""
+
+    def __init__(self, root: BlockHash, generating: Generating, stored: Stored, limits: WorkerConfig) -> None:
+        self.root = root
+        self.generating = generating
+        self.stored = stored
+        self.limits = limits
+        self.stats = AdapterStats()
+        self.ran = Ran()
+        self.running = 0
+
+    @property
+    def context_max(self) -> int:
+        """Longest sequence in tokens."""
+        return self.generating.facts.context_max
+
+    def check(self, root: BlockHash, packed: bytes) -> None:
+        """Raises ClusterError unless a step over that sequence can run here."""
+        if root != self.root:
+            raise WrongNode("this worker's KV has another layout, or is of another model")
+        tokens = token_count(packed)
+        if tokens >= self.context_max:
+            raise ContextTooLong(
+                f"This model's maximum context length is {self.context_max} tokens. However, you requested "
+                f"{tokens + 1} tokens"
+            )
+
+    @contextmanager
+    def step(self) -> Generator[None]:
+        """One more runs. Raises Overloaded if there are too many."""
+        if self.running >= self.limits.sequences_max + self.limits.waiting_max:
+            raise Overloaded(f"{self.running} steps are with the engine's server")
+        self.running += 1
+        self.stats.steps += 1
+        try:
+            yield
+        finally:
+            self.running -= 1

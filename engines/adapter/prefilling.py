@@ -1,0 +1,70 @@
+"""The prefill service over a stock server: one token is asked for, and what was computed awaited in the store."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from engines.adapter.books import Books
+from tracehaul.rpc.base import CallContext
+from tracehaul.runtime import deadline
+from tracehaul.wire.base import Ok, Ping
+from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, WrongNode
+from tracehaul.wire.hashing import token_count
+from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
+
+
+class PrefillAdapter:
+    """Serves :class:`PrefillStep`. A caller that leaves aborts its request."""
+
+    def __init__(self, books: Books, stored_timeout_s: float) -> None:
+        self._books = books
+        self._stored_timeout_s = stored_timeout_s
+
+    async def call(self, request: Request, context: CallContext) -> Reply:
+        if isinstance(request, Ping):
+            return Ok()
+        raise WrongNode(f"a prefill worker does not serve {type(request).__name__}")
+
+    async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
+        if not isinstance(request, PrefillStep):
+            raise WrongNode(f"a prefill worker does not serve {type(request).__name__}")
+        books = self._books
+        if not request.tokens:
+            raise InvalidRequest("a step needs a prompt")
+        books.check(request.root, request.tokens)
+        deadline_s, ended = deadline.deadline_at(request.deadline_in_s), False
+        with books.step():
+            try:
+                async with aclosing(self._run(request, deadline_s)) as replies:
+                    async for reply in replies:
+                        ended = isinstance(reply, PrefillDone)
+                        yield reply
+            except ClusterError:
+                ended = True
+                books.stats.steps_failed += 1
+                raise
+            finally:
+                books.stats.steps_aborted += not ended
+
+    def disconnected(self, peer: str) -> None:
+        """Nothing is held for a connection beyond its handlers."""
+
+    async def _run(self, request: PrefillStep, deadline_s: float | None) -> AsyncGenerator[Reply, None]:
+        books, token = self._books, None
+        ask = books.generating.ask(request, request.tokens, request.emitted, max_tokens=1)
+        async with aclosing(books.generating.run(ask, deadline_s)) as chunks:
+            async for chunk in chunks:
+                if chunk.tokens and token is None:
+                    token = chunk.tokens[0]
+                    computed_from = 0 if chunk.cached is None else min(chunk.cached.tokens, len(ask.tokens) - 1)
+                    logprobs = None if chunk.logprobs is None else chunk.logprobs[0]
+                    yield PrefillToken(token, computed_from, logprobs)
+        if token is None:
+            raise PeerLost("the engine's server computed a prompt and told no token")
+        books.stats.prompt_tokens += token_count(request.tokens)
+        hashes = books.stored.hashes(request.tokens, request.salt)
+        async with deadline.until(deadline_s):
+            published = await books.stored.wait(hashes, self._stored_timeout_s)
+        books.stats.stored_late += published < books.stored.covered(hashes)
+        yield PrefillProgress(published)
+        yield PrefillDone(published)

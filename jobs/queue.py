@@ -1,0 +1,136 @@
+"""Which line of which batch comes next: earliest deadline first, and what begins alike together. Pure."""
+
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Container, Sequence
+
+import msgspec
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """One line to be asked. Until :meth:`Queue.over` or :meth:`Queue.later` nothing of its chain is claimed."""
+
+    batch: str
+    line: int
+    chain: int
+    deadline_s: float
+
+
+class _Batch:
+    """The lines of one batch that wait."""
+
+    def __init__(self, deadline_s: float, chains: Sequence[Sequence[int]], ended: Container[int]) -> None:
+        self.deadline_s = deadline_s
+        self._chains = chains
+        self._ended = ended
+        self._at = array("L", bytes(array("L").itemsize * len(chains)))
+        """How far each chain is."""
+        self._fresh = 0
+        """Chains from here on have not begun."""
+        self._ready: deque[int] = deque()
+        """Chains that have, whose next line can be asked."""
+        self._later: list[tuple[float, int]] = []
+        """A heap of those that can at that time."""
+        self.claimed = 0
+
+    def next(self, now_s: float) -> tuple[int, int] | None:
+        """A chain and its line."""
+        while self._later and self._later[0][0] <= now_s:
+            self._ready.append(heapq.heappop(self._later)[1])
+        while self._ready:
+            if (line := self._line(chain := self._ready.popleft())) is not None:
+                return chain, line
+        while self._fresh < len(self._chains):
+            chain = self._fresh
+            self._fresh += 1
+            if (line := self._line(chain)) is not None:
+                return chain, line
+        return None
+
+    def _line(self, chain: int) -> int | None:
+        """The next one of it that has not ended."""
+        lines = self._chains[chain]
+        while self._at[chain] < len(lines):
+            line = lines[self._at[chain]]
+            if line not in self._ended:
+                return line
+            self._at[chain] += 1
+        return None
+
+    def over(self, chain: int) -> None:
+        """Its line has ended; the next step comes at once, while its context is where it is."""
+        self._at[chain] += 1
+        self._ready.appendleft(chain)
+
+    def later(self, chain: int, at_s: float) -> None:
+        """Its line is asked again then."""
+        heapq.heappush(self._later, (at_s, chain))
+
+    @property
+    def wake_s(self) -> float | None:
+        """When the next of those that wait can be asked."""
+        return self._later[0][0] if self._later else None
+
+    @property
+    def drained(self) -> bool:
+        """Nothing waits, and nothing is claimed."""
+        return not (self.claimed or self._ready or self._later or self._fresh < len(self._chains))
+
+
+class Queue:
+    """All batches of one runner. Times are of any one clock."""
+
+    def __init__(self) -> None:
+        self._batches: dict[str, _Batch] = {}
+        """The earliest deadline first."""
+
+    def __contains__(self, batch: str) -> bool:
+        return batch in self._batches
+
+    def add(self, batch: str, deadline_s: float, chains: Sequence[Sequence[int]], ended: Container[int] = ()) -> None:
+        """Its lines wait from now on.
+
+        Args:
+            batch: a name that is not there yet.
+            deadline_s: when it must be over.
+            chains: its lines: those of a chain are asked one after the other, chains beside each other in this order.
+            ended: lines that are not asked; looked at when their turn comes.
+        """
+        assert batch not in self._batches
+        self._batches[batch] = _Batch(deadline_s, chains, ended)
+        order = sorted(self._batches.items(), key=lambda item: (item[1].deadline_s, item[0]))
+        self._batches = dict(order)
+
+    def drop(self, batch: str) -> None:
+        """Nothing more of it is claimed; what is, may be told over or later, or not."""
+        self._batches.pop(batch, None)
+
+    def claim(self, now_s: float) -> Claim | None:
+        """The line to be asked now; None: there is none now."""
+        for name, batch in self._batches.items():
+            if batch.deadline_s > now_s and (found := batch.next(now_s)) is not None:
+                batch.claimed += 1
+                return Claim(name, found[1], found[0], batch.deadline_s)
+        return None
+
+    def over(self, claim: Claim) -> None:
+        """The line has ended, here or elsewhere."""
+        if (batch := self._batches.get(claim.batch)) is not None:
+            batch.claimed -= 1
+            batch.over(claim.chain)
+
+    def later(self, claim: Claim, at_s: float) -> None:
+        """It is asked again then."""
+        if (batch := self._batches.get(claim.batch)) is not None:
+            batch.claimed -= 1
+            batch.later(claim.chain, at_s)
+
+    def drained(self, batch: str) -> bool:
+        """All its lines have ended."""
+        found = self._batches.get(batch)
+        return found is None or found.drained
+
+    def wake_s(self) -> float | None:
+        """When to look again though nothing happens; None: then there is nothing to see."""
+        return min((at for batch in self._batches.values() if (at := batch.wake_s) is not None), default=None)

@@ -1,0 +1,88 @@
+"""Calls that the router makes of itself: by the same endpoints as its clients', without a socket."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp
+
+from jobs.lines import Call
+from jobs.retries import Answer, NoAnswer
+from router.calls.errors import CallFailed
+from router.dialects.openai.errors import error_body
+from router.http.access import CALLER, Caller
+
+LEAST = -1_000_000
+"""The priority of what everything else goes before."""
+LEAVING_S = 5.0
+"""A call that is left is waited for so long."""
+
+
+GONE = Answer(
+    401, msgspec.json.encode(error_body(CallFailed("unauthorized", "the API key is not valid", code="invalid_api_key")))
+)
+"""What whoever has no valid key any more is told."""
+
+
+class InProcess:
+    """Implements :class:`jobs.asking.Asker`: nobody waits for these calls."""
+
+    def __init__(self, endpoints: Mapping[str, ASGIApp], caller: Callable[[], Caller | None]) -> None:
+        """``endpoints``: by path. ``caller``: whose calls they are; None: nobody's who may call any more."""
+        self._endpoints = endpoints
+        self._caller = caller
+
+    async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+        if (caller := self._caller()) is None:
+            return GONE
+        left = asyncio.Event()
+        told: list[Mapping[str, Any]] = []
+        body: bytes | None = bytes(call.body)
+
+        async def receive() -> dict[str, Any]:
+            nonlocal body
+            if body is not None:
+                message = {"type": "http.request", "body": body, "more_body": False}
+                body = None
+                return message
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            told.append(message)
+
+        work = asyncio.ensure_future(self._endpoints[call.url](_scope(call.url, caller), receive, send))
+        try:
+            await asyncio.wait((work,), timeout=timeout_s)
+            if not work.done():
+                return NoAnswer(f"no answer within {timeout_s:.0f} s")
+        finally:
+            # As a client that leaves: that frees everything in order, which ending the task would not.
+            left.set()
+            if not work.done():
+                await asyncio.wait((work,), timeout=LEAVING_S)
+        work.result()
+        return _answer(told)
+
+
+def _scope(path: str, caller: Caller) -> dict[str, Any]:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"x-step-class", b"background"),
+        (b"x-priority", str(LEAST).encode()),
+    ]
+    return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, CALLER: caller}
+
+
+def _answer(told: list[Mapping[str, Any]]) -> Answer | NoAnswer:
+    if not told:
+        return NoAnswer("the call ended without an answer")
+    headers = {name.decode(): value.decode("latin-1") for name, value in told[0]["headers"]}
+    after = headers.get("retry-after")
+    return Answer(
+        told[0]["status"],
+        b"".join(message.get("body", b"") for message in told[1:]),
+        headers.get("x-request-id", ""),
+        None if after is None else float(after),
+    )

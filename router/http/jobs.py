@@ -1,0 +1,104 @@
+"""What outlives calls: files and batches, their pages, and what runs them."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Collection, Mapping
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from jobs.asking import Asker
+from jobs.batch import Batch
+from jobs.batches import Batches, Means
+from jobs.files import Files
+from jobs.lines import LineError, model_not_found
+from jobs.runner import Runner
+from router.http.access import ANYBODY, Caller
+from router.http.batches import BatchPages
+from router.http.config import ApiConfig
+from router.http.files import FilePages
+from router.http.in_process import InProcess
+from router.http.keys import Key, Keyring
+from tracehaul.runtime.tasks import Tasks
+
+
+class Jobs(NamedTuple):
+    """What is kept of them."""
+
+    files: Files
+    batches: Batches
+
+
+class JobsServed:
+    """Their pages; :meth:`living` runs batches."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        endpoints: Mapping[str, ASGIApp],
+        models: Collection[str],
+        keyring: Keyring | None,
+        config: ApiConfig,
+        dice: random.Random,
+    ) -> None:
+        """
+        Args:
+            jobs: what is kept.
+            endpoints: what lines ask, by path.
+            models: that may be asked for.
+            keyring: the keys that are valid; None: nobody is asked for one.
+            config: limits.
+            dice: for names.
+        """
+        self._jobs = jobs
+        self._endpoints = endpoints
+        self._models = models
+        self._keyring = keyring
+        self._config = config
+        self._dice = dice
+
+    def routes(self) -> list[Route]:
+        """Of all their pages."""
+        files = FilePages(self._jobs.files, self._config, self._dice)
+        batches = BatchPages(self._jobs.batches, self._jobs.files, self._dice)
+        return [
+            Route("/v1/files", files.upload, methods=["POST"]),
+            Route("/v1/files", files.list, methods=["GET"]),
+            Route("/v1/files/{id}", files.show, methods=["GET"]),
+            Route("/v1/files/{id}", files.delete, methods=["DELETE"]),
+            Route("/v1/files/{id}/content", files.content, methods=["GET"]),
+            Route("/v1/batches", batches.create, methods=["POST"]),
+            Route("/v1/batches", batches.list, methods=["GET"]),
+            Route("/v1/batches/{id}", batches.show, methods=["GET"]),
+            Route("/v1/batches/{id}/cancel", batches.cancel, methods=["POST"]),
+        ]
+
+    @asynccontextmanager
+    async def living(self) -> AsyncGenerator[None, None]:
+        """As long as the server runs."""
+        runner = Runner(self._config.batch_concurrency, self._dice)
+        async with Tasks("jobs") as tasks:
+            tasks.start(runner.run(), "runner")
+            tasks.start(self._jobs.batches.run(Means(runner, self._asker, self._refuse)), "batches")
+            await asyncio.sleep(0)  # they have begun when the first client comes
+            yield
+
+    def _key(self, batch: Batch) -> Key | None:
+        """The key that asked for it, if it is valid still."""
+        return None if self._keyring is None or batch.key is None else self._keyring.of(batch.key)
+
+    def _asker(self, batch: Batch) -> Asker:
+        if self._keyring is None:
+            return InProcess(self._endpoints, lambda: ANYBODY)
+        return InProcess(self._endpoints, lambda: None if (key := self._key(batch)) is None else Caller(key))
+
+    def _refuse(self, batch: Batch, model: str) -> LineError | None:
+        key = self._key(batch)
+        if model not in self._models:
+            return model_not_found(model)
+        if self._keyring is not None and (key is None or not Caller(key).serves(model)):
+            message = f"This API key may not use the model {model[:128]!r}."
+            return LineError("model_not_allowed", message, param="body.model")
+        return None

@@ -1,0 +1,74 @@
+"""Pools of other engines in the config, and models that only those run."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cluster.config import PoolConfig
+from cluster.config_file import load_config
+from cluster.engines import dialect_of
+from cluster.model import model_size, stock_layout
+from cluster.rundir import ClusterFault
+from engines.adapter.dialect import Facts
+from engines.vllm.adapter import VLLM
+from tracehaul.model.source import SourceError, resolve
+
+
+def folder(path: Path, **said: Any) -> str:
+    (path / "config.json").write_bytes(msgspec.json.encode({"architectures": ["OtherForCausalLM"]} | said))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("said", "token_bytes"),
+    [
+        ({"num_hidden_layers": 48, "num_key_value_heads": 4, "num_attention_heads": 32, "head_dim": 128}, 48 * 2048),
+        ({"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 512}, 2 * 2 * 512 * 2),
+        ({"text_config": {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}}, 3 * 2 * 8 * 2),
+        # One vector for all heads, half of it as keys.
+        ({"num_hidden_layers": 61, "num_attention_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}, 61 * 1152),
+    ],
+)
+def test_blocks_of_a_model_that_only_others_run_have_a_size(
+    tmp_path: Path, said: dict[str, Any], token_bytes: int
+) -> None:
+    model = folder(tmp_path, **said)
+    with pytest.raises(SourceError, match="OtherForCausalLM is not supported"):
+        resolve(model)
+    source = resolve(model, foreign=True)
+    assert stock_layout(source, "bfloat16").token_bytes == token_bytes
+    size = model_size(source, PoolConfig(model=model, engine="vllm"), "bfloat16")
+    assert (size.weights_bytes, size.token_bytes) == (0, token_bytes)
+    with pytest.raises(ClusterFault, match="not one that our own engine runs"):
+        model_size(source, PoolConfig(model=model), "bfloat16")
+
+
+def test_a_model_that_does_not_say_how_large_its_kv_is_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ClusterFault, match="how large its KV is"):
+        stock_layout(resolve(folder(tmp_path), foreign=True), "bfloat16")
+
+
+def test_a_pool_says_its_engine_and_an_own_one_takes_no_options_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.toml"
+    file.write_text(
+        '[pools.a]\nmodel = "m"\nengine = "sglang"\nengine_args = ["--tp", "2"]\n[pools.a.adapter]\npoll_s = 2.0\n'
+    )
+    pool = load_config(file, {}).pools["a"]
+    assert (pool.engine, pool.engine_args, pool.adapter.poll_s) == ("sglang", ("--tp", "2"), 2.0)
+    file.write_text('[pools.a]\nmodel = "m"\nengine_python = "/opt/vllm/bin/python"\n')
+    with pytest.raises(ClusterFault, match="are of other engines: say engine"):
+        load_config(file, {})
+    file.write_text('[pools.a]\nmodel = "m"\nengine = "tensorrt"\n')
+    with pytest.raises(ClusterFault, match="tensorrt"):
+        load_config(file, {})
+
+
+@pytest.mark.parametrize("args", [("--scheduling-policy", "priority"), ("--scheduling-policy=priority",), ("--x",)])
+def test_priorities_go_to_a_server_that_was_started_for_them(args: tuple[str, ...]) -> None:
+    dialect = dialect_of("vllm", args)
+    assert isinstance(dialect, VLLM)
+    models = b'{"data": [{"id": "m", "max_model_len": 8}]}'
+    facts: Facts = dialect.facts([models, b'{"version": "0.32.0"}', b""])
+    assert facts.priorities == (args != ("--x",))

@@ -1,0 +1,122 @@
+"""The pure parts of adapters: speed from sums, what was run lately, what servers say, and what they must not say."""
+
+import msgspec
+import pytest
+
+from engines.adapter.dialect import Ask, Facts, Figures, failure
+from engines.adapter.pace import Pace
+from engines.adapter.ran import Ran
+from engines.sglang.adapter import SGLang
+from engines.vllm.adapter import VLLM
+from tracehaul.wire.cluster import ASSUMED
+from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, PeerLost, ProtocolError
+from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.ids import TraceId
+from tracehaul.wire.steps import Constraint, Sampling
+
+FACTS = Facts("0", "m", "/m", 100, 1000, 8)
+T = TraceId("t")
+
+
+def ask(**how: object) -> Ask:
+    said = {"logprobs": None} | how
+    return Ask("r", "t", [1, 2, 3], 3, 8, 0, Sampling(8, **said))  # type: ignore[arg-type]
+
+
+def test_speed_is_what_was_done_since_the_last_look() -> None:
+    pace = Pace()
+    pace.look(Figures(prefill_s=1.0, prefill_tokens=10, decode_s=1.0, decode_steps=10))
+    assert pace.rates == ASSUMED, "so few say nothing"
+    pace.look(Figures(prefill_s=1.2, prefill_tokens=100, decode_s=2.0, decode_steps=100))
+    assert (pace.rates.token_s, pace.rates.decode_s) == (pytest.approx(0.012), pytest.approx(0.02))
+    pace.look(Figures(prefill_s=1.2 + 2.2, prefill_tokens=200, decode_s=2.0, decode_steps=100))
+    assert pace.rates.token_s == pytest.approx(0.012 + 0.3 * (0.022 - 0.012))
+    assert pace.rates.decode_s == pytest.approx(0.02)
+    pace.look(Figures(prefill_s=0.5, prefill_tokens=100))
+    assert pace.rates.token_s == pytest.approx(0.015 + 0.3 * (0.005 - 0.015)), "another life counts from nothing"
+
+
+def test_what_was_run_lately_is_bounded_and_forgotten() -> None:
+    ran = Ran(bytes_max=40)
+    ran.add("", T, pack_tokens([1, 2, 3, 4]))
+    assert ran.shared("", T, pack_tokens([1, 2, 9, 9, 9])) == 2
+    assert ran.shared("other", T, pack_tokens([1, 2])) == 0
+    ran.add("", TraceId("u"), pack_tokens(range(6)))
+    assert ran.shared("", T, pack_tokens([1])) == 1
+    ran.add("", TraceId("v"), pack_tokens([1]))
+    assert ran.shared("", T, pack_tokens([1])) == 0, "the oldest gives way"
+    ran.forget("", TraceId("u"))
+    assert ran.shared("", TraceId("u"), pack_tokens([0])) == 0
+    ran.clear()
+    assert ran.shared("", TraceId("v"), pack_tokens([1])) == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind"),
+    [
+        (400, "bad temperature", InvalidRequest),
+        (400, "is longer than the model's context length", ContextTooLong),
+        (422, "x", InvalidRequest),
+        (429, "x", Overloaded),
+        (503, "", Overloaded),
+        (500, "x", ClusterError),
+        (404, "x", ClusterError),
+    ],
+)
+def test_a_status_has_one_meaning(status: int, message: str, kind: type[Exception]) -> None:
+    assert type(failure(status, message)) is kind
+
+
+@pytest.mark.parametrize("dialect", [SGLang(), VLLM()])
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"choices": 3}', b'{"output_ids": "x"}', b"\xff"])
+def test_nonsense_is_no_answer(dialect: SGLang | VLLM, data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        dialect.reader(ask()).read(data)
+    with pytest.raises(ProtocolError):
+        dialect.figures(data)
+    with pytest.raises(ProtocolError):
+        dialect.facts([data, data, data])
+
+
+def test_a_server_that_tells_fewer_tokens_than_it_counts_is_not_believed() -> None:
+    event = {"output_ids": [5], "meta_info": {"completion_tokens": 3}}
+    with pytest.raises(ProtocolError):
+        SGLang().reader(ask()).read(msgspec.json.encode(event))
+
+
+def test_how_an_answer_ended_by_the_server_is_told() -> None:
+    def ended(reason: dict[str, object]) -> bytes:
+        meta = {"completion_tokens": 0, "finish_reason": reason}
+        return msgspec.json.encode({"output_ids": [], "meta_info": meta})
+
+    read = SGLang().reader(ask()).read
+    assert read(ended({"type": "length", "length": 3})).finish == "length"
+    assert read(ended({"type": "stop", "matched": "text"})).finish == "stop"
+    with pytest.raises(PeerLost):
+        read(ended({"type": "abort", "message": "Abort in waiting queue"}))
+    with pytest.raises(Overloaded):
+        read(ended({"type": "abort", "message": "full", "status_code": 503, "err_type": None}))
+    for reason in ("abort", "error"):
+        data = msgspec.json.encode({"choices": [{"token_ids": [], "finish_reason": reason}]})
+        with pytest.raises(PeerLost):
+            VLLM().reader(ask()).read(data)
+
+
+def test_what_an_engine_cannot_keep_to_is_refused_before_it_is_asked() -> None:
+    thinking = ask(constraint=Constraint("regex", "a", thinking="may"))
+    for dialect in (SGLang(), VLLM()):
+        with pytest.raises(InvalidRequest, match="reasoned"):
+            dialect.request(thinking, FACTS)
+
+
+def test_a_drawn_seed_is_not_passed_on_and_priorities_only_where_they_count() -> None:
+    def body(dialect: SGLang | VLLM, facts: Facts, **how: object) -> dict[str, object]:
+        return msgspec.json.decode(dialect.request(msgspec.structs.replace(ask(**how), priority=3), facts).body)
+
+    keen = FACTS._replace(priorities=True)
+    for dialect, seed, priority in ((SGLang(), "sampling_seed", 3), (VLLM(), "seed", -3)):
+        for seeded in (True, False):
+            said = body(dialect, FACTS, seed=7, seeded=seeded)
+            assert (seed in said.get("sampling_params", said)) == seeded  # type: ignore[operator]
+        assert "priority" not in body(dialect, FACTS)
+        assert body(dialect, keen)["priority"] == priority
