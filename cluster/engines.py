@@ -12,30 +12,32 @@ import msgspec
 
 from cluster.plan import NodeSpec, Plan
 from cluster.rundir import ClusterFault, RunDir
+from cluster.security.secrets import FOLDER, TOKEN_FILE
 from engines.adapter.child import Child, free_port
 from engines.adapter.config import AdapterConfig
 from engines.adapter.dialect import Dialect, Facts
+from engines.adapter.names import SCHEMES, Shared
 from engines.adapter.seat import StockSeat
 from engines.adapter.server import StockServer
 from engines.adapter.watch import known
 from engines.sglang.adapter import SGLang
 from engines.vllm.adapter import VLLM
+from tracehaul.model.revision import revision
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError
-from tracehaul.wire.hashing import KVLayout
+from tracehaul.wire.hashing import HASH_BYTES
 from worker.config import WorkerConfig
 
 log = Log(__name__)
 
 EngineName = Literal["native", "sglang", "vllm"]
 POLL_S = 0.25
-LAYOUT_FILE = "TRACEHAUL_LAYOUT_FILE"
-"""In a server's environment: where its plugin writes the layout of its blocks, as JSON, before it shares any."""
-LAYOUT_TIMEOUT_S = 10.0
+ROOT_TIMEOUT_S = 10.0
+"""A plugin says what its blocks' root is before its server answers."""
 
 
 def with_engine(plan: Plan, name: str, engine: str | None, attach: str) -> Plan:
@@ -90,7 +92,7 @@ async def stock_seat(
     pool = plan.pool(spec.pool)
     config, limits = pool.config, pool.config.worker or plan.config.worker
     dialect, url = dialect_of(config.engine, config.engine_args), config.attach.get(spec.name)
-    file = run.path / f"{spec.name}.layout.json"
+    file = run.path / f"{spec.name}.root.json"
     child: Child | None = None
     if url is None:
         port = free_port()
@@ -101,11 +103,11 @@ async def stock_seat(
     server = StockServer(url)
     stack.push_async_callback(server.aclose)
     facts = await _answering(server, dialect, child, config.adapter, run.log(f"{spec.name}-server"))
-    layout = await _layout(file, child) if limits.use_store else None
-    log.info("a server answers", engine=dialect.name, url=url, shares=layout is not None, **facts._asdict())
+    shared = await _shared(file, child) if limits.use_store else None
+    log.info("a server answers", engine=dialect.name, url=url, shares=shared is not None, **facts._asdict())
     info = msgspec.structs.replace(info, model=pool.model.name)
     ends = child is not None
-    seat = StockSeat(info, server, dialect, facts, layout, peers, limits, config.adapter, ends=ends)
+    seat = StockSeat(info, server, dialect, facts, shared, peers, limits, config.adapter, ends=ends)
     stack.push_async_callback(seat.aclose)
     member = seat.member
     return member if child is None else member._replace(background=(*member.background, child.ended))
@@ -119,16 +121,14 @@ async def _started(
     args: list[str] = []
     if limits.use_store:
         await asyncio.to_thread(file.unlink, missing_ok=True)
-        options = {"routers": plan.routers, "cluster": plan.name, "transports": plan.transports, "node": spec.name}
-        args = dialect.sharing(options)
+        args = dialect.sharing(await asyncio.to_thread(_options, plan, spec, run, file))
     dtype = ["--dtype", config.dtype or plan.config.dtype]
     command = dialect.command(str(pool.model.path), pool.model.name, port, [*dtype, *args, *config.engine_args])
-    environment = {**dialect.environment, LAYOUT_FILE: str(file)}
     path = run.log(f"{spec.name}-server")
     python = config.engine_python or sys.executable
     log.info("a server is started", command=" ".join([python, *command]), log=path)
     try:
-        return await Child.start([python, *command], environment, path, config.adapter.stop_timeout_s)
+        return await Child.start([python, *command], dialect.environment, path, config.adapter.stop_timeout_s)
     except OSError as error:
         raise ClusterFault(f"cannot start {dialect.name} with {python}: {error}") from error
 
@@ -150,19 +150,41 @@ async def _answering(
         await asyncio.sleep(POLL_S)
 
 
-async def _layout(file: Path, child: Child | None) -> KVLayout | None:
-    """Of the blocks that its plugin shares, as the plugin has written it; None: it shares none.
+def _options(plan: Plan, spec: NodeSpec, run: RunDir, file: Path) -> dict[str, object]:
+    """What a server's plugin is told."""
+    security, pool = plan.config.security, plan.pool(spec.pool)
+    secrets = run.path / FOLDER
+    return {
+        "routers": plan.routers,
+        "name": f"{spec.name}-engine",
+        "revision": revision(pool.model),
+        "pool": pool.name,
+        "cluster": plan.name,
+        "transports": plan.transports,
+        "listen": spec.listen,
+        "secrets": str(secrets) if security.control != "plain" else "",
+        "data_tls": security.data == "tls",
+        "token_file": str(secrets / TOKEN_FILE) if security.token else "",
+        "root_file": str(file),
+    }
 
-    A server that runs elsewhere, or without the plugin, writes none: then its worker's blocks are its own.
+
+async def _shared(file: Path, child: Child | None) -> Shared | None:
+    """The blocks that a server shares, as its plugin has written it; None: it shares none.
+
+    A server that runs elsewhere, or without the plugin, writes nothing: then its blocks are its own.
     """
-    until_s = clock.now_s() + (LAYOUT_TIMEOUT_S if child is not None else 0.0)
+    until_s = clock.now_s() + (ROOT_TIMEOUT_S if child is not None else 0.0)
     while True:
         try:
-            return msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=KVLayout)
+            shared = msgspec.json.decode(await asyncio.to_thread(file.read_bytes), type=Shared)
+            if shared.hashing not in SCHEMES or len(shared.root_hash) != HASH_BYTES:
+                raise ClusterFault(f"{file} is of a plugin that this version does not know: {shared}")
+            return shared
         except FileNotFoundError:
             if clock.now_s() >= until_s:
-                log.warning("the engine's server shares no blocks: its plugin has not said their layout", file=file)
+                log.warning("the engine's server shares no blocks: its plugin has not said their root", file=file)
                 return None
-        except (OSError, msgspec.MsgspecError) as error:
-            raise ClusterFault(f"cannot read the layout {file}: {error}") from error
+        except (OSError, ValueError) as error:  # of which msgspec's are some
+            raise ClusterFault(f"cannot read the root {file}: {error}") from error
         await asyncio.sleep(POLL_S)

@@ -123,6 +123,8 @@ class Outputs:
             raise
         self._leases = Leases(ended)
         self._waiting: list[_Ending] = []
+        self._ending: set[int] = set()
+        """Lines that are being written, and may be on the disk already: theirs is to end, whoever told it has gone."""
         self._writing: asyncio.Task[None] | None = None
         self.completed = sum(end.ok for end in ended.values())
         self.failed = len(ended) - self.completed
@@ -144,18 +146,18 @@ class Outputs:
         return self._ok.size
 
     async def claim(self, line: int, now_s: float, until_s: float) -> Held | Taken:
-        return self._leases.claim(line, now_s, until_s)
+        return Taken(math.inf) if line in self._ending else self._leases.claim(line, now_s, until_s)
 
     async def renew(self, line: int, fence: int, until_s: float) -> bool:
         return self._leases.renew(line, fence, until_s)
 
     async def put_back(self, line: int, fence: int) -> bool:
-        return self._leases.put_back(line, fence)
+        return line not in self._ending and self._leases.put_back(line, fence)
 
     async def end(self, line: int, fence: int, said: bytes, *, ok: bool) -> bool:
-        # What is being written may be on the disk already: nobody else may claim it meanwhile.
-        if not self._leases.renew(line, fence, math.inf):
+        if line in self._ending or not self._leases.renew(line, fence, math.inf):
             return False
+        self._ending.add(line)
         written: asyncio.Future[OSError | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Ending(line, fence, ok, said, written))
         if self._writing is None or self._writing.done():
@@ -195,8 +197,10 @@ class Outputs:
         except OSError as error:
             failure = error
         for ending in endings:
+            self._ending.discard(ending.line)
             if failure is None:
-                self._leases.end(ending.line, ending.fence)
+                ended = self._leases.end(ending.line, ending.fence)
+                assert ended, "nobody else could claim it"
                 self.completed += ending.ok
                 self.failed += not ending.ok
             ending.written.set_result(failure)

@@ -10,6 +10,7 @@ import msgspec
 from decode.worker import DecodeService
 from engines.adapter.config import AdapterConfig
 from engines.adapter.dialect import Dialect
+from engines.adapter.names import Shared
 from engines.adapter.seat import StockSeat
 from engines.adapter.server import StockServer
 from engines.adapter.watch import known
@@ -41,6 +42,7 @@ from worker.seat import Seat
 
 OFFLOAD = InlineOffload()
 INFO = fake_info()
+SHARED = Shared(INFO.layout.root().hex(), INFO.layout.block_tokens)
 SLOT = 8192
 G = Generation(1)
 PATIENT = AdapterConfig(poll_s=0.05)
@@ -173,7 +175,7 @@ class Place:
         server, dialect = StockServer(listening.url), dialect_of(kind)
         facts = await known(server, dialect, 5.0)
         peers = Peers(self.network.at(info.address))
-        seat = StockSeat(info, server, dialect, facts, INFO.layout, peers, limits, config)
+        seat = StockSeat(info, server, dialect, facts, SHARED, peers, limits, config)
         return Sat(seat, info.address, engine, listening)
 
     def request(

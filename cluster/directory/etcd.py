@@ -235,8 +235,8 @@ class EtcdDirectory:
         self._fault = ""
 
 
-_FAULTS = (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError, ValueError)
-"""What comes of a world in which etcd is dead, frozen, or something else."""
+_FAULTS = (httpx.HTTPError, httpx.InvalidURL, msgspec.DecodeError, ValueError, OSError)
+"""What comes of an etcd that is dead, frozen, or something else; httpx leaves some errors of TLS as they are."""
 _PATIENT = httpx.Timeout(ASK_S, read=None)
 
 

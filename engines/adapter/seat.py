@@ -12,6 +12,7 @@ from engines.adapter.config import AdapterConfig
 from engines.adapter.decoding import DecodeAdapter
 from engines.adapter.dialect import Dialect, Facts
 from engines.adapter.generating import Generating
+from engines.adapter.names import Shared
 from engines.adapter.prefilling import PrefillAdapter
 from engines.adapter.server import StockServer
 from engines.adapter.stored import Stored
@@ -21,7 +22,7 @@ from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Feature, Lack, Members, NodeInfo, NodeLoad, WorkerLimits
-from tracehaul.wire.hashing import HASH_BYTES, KVLayout
+from tracehaul.wire.hashing import HASH_BYTES
 from tracehaul.wire.ids import BlockHash
 from worker.config import WorkerConfig
 from worker.seat import member_of
@@ -36,10 +37,10 @@ _NAMESPACE = b"tracehaul/stock|"
 """No layout's root begins with that."""
 
 
-def root_of(dialect: Dialect, facts: Facts, layout: KVLayout | None) -> BlockHash:
-    """What a worker announces: its layout's root, or where it shares no blocks, what only its like have."""
-    if layout is not None:
-        return layout.root()
+def root_of(dialect: Dialect, facts: Facts, shared: Shared | None) -> BlockHash:
+    """What a worker announces: its blocks' root, or where it shares none, what only its like have."""
+    if shared is not None:
+        return shared.root_hash
     own = f"{dialect.name}|{facts.model}|{facts.path}".encode()
     return BlockHash(blake3(_NAMESPACE + own).digest(HASH_BYTES))
 
@@ -52,7 +53,7 @@ class StockSeat:
         server: where steps are computed; closed with the seat.
         dialect: how it is spoken to.
         facts: what it is.
-        layout: of the blocks that its plugin shares; None: it has none, and shares nothing.
+        shared: the blocks that its plugin shares; None: it has none, and shares nothing.
         peers: connections to the other nodes.
         limits: as of every worker.
         config: bounds of the waits for the server.
@@ -65,7 +66,7 @@ class StockSeat:
         server: StockServer,
         dialect: Dialect,
         facts: Facts,
-        layout: KVLayout | None,
+        shared: Shared | None,
         peers: Peers,
         limits: WorkerConfig,
         config: AdapterConfig,
@@ -76,13 +77,13 @@ class StockSeat:
         self._server = server
         self._dialect = dialect
         self._facts = facts
-        self._layout = layout
+        self._shared = shared
         self._config = config
         self._ends = ends
         self.watch = Watch(server, dialect, facts, config, self._lost)
         generating = Generating(server, dialect, facts, self.watch, config)
-        stored = Stored(peers, layout if limits.use_store else None)
-        self.books = Books(root_of(dialect, facts, layout), generating, stored, limits)
+        stored = Stored(peers, shared if limits.use_store else None)
+        self.books = Books(root_of(dialect, facts, shared), generating, stored, limits)
         self._decode = DecodeAdapter(self.books, peers)
         self._service: Service = self._decode
         if node.role == "prefill":
@@ -103,7 +104,7 @@ class StockSeat:
             self._node,
             model=self._node.model or facts.model,
             root=self.books.root,
-            block_tokens=UNSHARED_BLOCK_TOKENS if self._layout is None else self._layout.block_tokens,
+            block_tokens=UNSHARED_BLOCK_TOKENS if self._shared is None else self._shared.block_tokens,
             context_max=facts.context_max,
             engine=self._dialect.name,
             features=FEATURES if decodes else (),
@@ -132,12 +133,9 @@ class StockSeat:
 
     def load(self) -> NodeLoad:
         figures, facts = self.watch.figures, self._facts
-        token_bytes = 0 if self._layout is None else self._layout.token_bytes
         return NodeLoad(
             running=self.books.running,
             waiting=figures.waiting,
-            bytes_used=figures.used_tokens * token_bytes,
-            bytes_max=facts.kv_tokens_max * token_bytes,
             **self.watch.pace.rates._asdict(),
             free_tokens=max(0, facts.kv_tokens_max - figures.used_tokens),
             serving=not self.watch.fault,

@@ -2,12 +2,12 @@
 
 import asyncio
 
+from engines.adapter.names import Shared, names
 from kvstore.client.looks import LOOK_TIMEOUT_S, Looks
 from kvstore.client.nodes import StoreNodes
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members
-from tracehaul.wire.hashing import KVLayout, chain
 from tracehaul.wire.ids import BlockHash
 
 BREAK_S = 1.0
@@ -17,10 +17,10 @@ POLLS_S = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 class Stored:
-    """Looks by block, of a server whose blocks have that layout; None: it shares none."""
+    """Looks by block, of a server that shares these; None: it shares none."""
 
-    def __init__(self, peers: Peers, layout: KVLayout | None) -> None:
-        self._layout = layout
+    def __init__(self, peers: Peers, shared: Shared | None) -> None:
+        self._shared = shared
         self._nodes = StoreNodes(peers, [], BREAK_S)
         self._looks = Looks(self._nodes)
 
@@ -30,17 +30,15 @@ class Stored:
 
     def hashes(self, packed: bytes, salt: str) -> list[BlockHash]:
         """Of the full blocks of a sequence."""
-        if self._layout is None:
-            return []
-        return chain(self._layout.root(salt), packed, self._layout.block_tokens)
+        return [] if self._shared is None else names(self._shared, packed, salt)
 
     def covered(self, hashes: list[BlockHash]) -> int:
         """Tokens in so many full blocks."""
-        return 0 if self._layout is None else len(hashes) * self._layout.block_tokens
+        return 0 if self._shared is None else len(hashes) * self._shared.block_tokens
 
     async def tokens(self, hashes: list[BlockHash]) -> int:
         """Length of the leading run of these that the stores hold; takes half a second at most."""
-        if self._layout is None or not hashes or not self._nodes.live():
+        if self._shared is None or not hashes or not self._nodes.live():
             return 0
         held = await self._looks.look(hashes, (), LOOK_TIMEOUT_S)
         blocks = 0
@@ -50,7 +48,7 @@ class Stored:
 
     async def wait(self, hashes: list[BlockHash], timeout_s: float) -> int:
         """As :meth:`tokens`, once they hold all of these, or after ``timeout_s``."""
-        if self._layout is None or not hashes or not self._nodes.live():
+        if self._shared is None or not hashes or not self._nodes.live():
             return 0
         all_tokens, until_s = self.covered(hashes), clock.now_s() + timeout_s
         looks = 0

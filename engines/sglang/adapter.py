@@ -176,7 +176,7 @@ class SGLang:
 
     def sharing(self, options: Mapping[str, object]) -> list[str]:
         named = {"backend_name": "tracehaul", "module_path": PLUGIN[0], "class_name": PLUGIN[1], "interface_v1": 1}
-        extra = msgspec.json.encode(named | dict(options)).decode()
+        extra = msgspec.json.encode(named | {"tracehaul": dict(options)}).decode()
         tier = ["--enable-hierarchical-cache", "--hicache-io-backend", "direct"]
         tier += ["--hicache-mem-layout", "page_first_direct", "--hicache-write-policy", "write_through"]
         storage = ["--hicache-storage-backend", "dynamic", "--hicache-storage-prefetch-policy", "wait_complete"]

@@ -181,7 +181,7 @@ class VLLM:
             "kv_connector_module_path": PLUGIN[0],
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": dict(options),
+            "kv_connector_extra_config": {"tracehaul": dict(options)},
         }
         return ["--block-size", str(BLOCK_TOKENS), "--kv-transfer-config", msgspec.json.encode(config).decode()]
 

@@ -4,14 +4,11 @@ import asyncio
 import contextlib
 import shutil
 import signal
-import subprocess
 import tempfile
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx
 import msgspec
 import pytest
 
@@ -23,48 +20,15 @@ from cluster.directory.etcd import EtcdDirectory
 from cluster.directory.file import FileDirectory
 from cluster.launch import free_port
 from cluster.rundir import ClusterFault
+from cluster.security.ca import ensure_ca, issue
+from cluster.security.laying import lay
+from tests.etcd_server import Etcd
+from tracehaul.runtime import clock
+from tracehaul.runtime.credentials import CA_FILE, CERT_FILE, KEY_FILE
 
 A, B = "10.0.0.1:7000", "10.0.0.2:7000"
 SOON_S = 10.0
 SEED = "10.0.0.9:7000"
-
-
-class Etcd:
-    """One member, on free ports."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self.peer = f"http://127.0.0.1:{free_port()}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        words = ["--data-dir", str(self.folder), "--listen-client-urls", self.url, "--advertise-client-urls", self.url]
-        words += ["--listen-peer-urls", self.peer, "--initial-advertise-peer-urls", self.peer]
-        words += ["--initial-cluster", f"default={self.peer}", "--unsafe-no-fsync"]
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(["etcd", *words], stdout=quiet, stderr=quiet)
-        for _ in range(200):
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", trust_env=False).json()["health"] == "true":
-                    return
-            assert self.process.poll() is None
-            threading.Event().wait(0.05)
-        raise AssertionError("etcd does not start")
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-
-    def restart_empty(self) -> None:
-        self.kill()
-        shutil.rmtree(self.folder)
-        self.start()
-
-    def ask(self, what: str, **body: Any) -> dict[str, Any]:
-        return httpx.post(f"{self.url}/v3/{what}", json=body, trust_env=False).json()
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +309,41 @@ def test_what_is_no_etcd_is_said_and_takes_no_router_away(in_etcd: EtcdSite) -> 
         liar.close()
 
     asyncio.run(main())
+
+
+def test_with_certificates_of_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("etcd") is None:
+        pytest.skip("etcd is not installed: apt-get install etcd-server")
+    monkeypatch.setattr(etcd_module, "BACKOFF_MAX_S", 0.5)
+    secrets = {name: tmp_path / name for name in ("etcd", "node", "stranger")}
+    for name, folder in secrets.items():
+        authority = tmp_path / ("other" if name == "stranger" else "ours")
+        ensure_ca(authority, "ours", now_s=clock.wall_s())
+        folder.mkdir()
+        lay(folder, issue(authority, name, ["127.0.0.1"], now_s=clock.wall_s()))
+    server = Etcd(tmp_path / "data", secrets["etcd"])
+    server.start()
+    site = EtcdSite(tmp_path, server, "tls")
+
+    def shown_by(name: str) -> DirectoryConfig:
+        cert, key = str(secrets[name] / CERT_FILE), str(secrets[name] / KEY_FILE)
+        return msgspec.structs.replace(site.config, ca=str(secrets["node"] / CA_FILE), cert=cert, key=key)
+
+    async def case(follower: Follower) -> None:
+        await site.put("router-a", A)
+        await follower.until(A, SEED)
+        site.config = shown_by("stranger")
+        stranger = Follower(site.open())
+        task = asyncio.create_task(stranger.directory.follow(stranger.told.append))
+        await stranger.faulty("etcd at", server.url)
+        assert stranger.directory.routers == (SEED,)
+        task.cancel()
+
+    site.config = shown_by("node")
+    try:
+        play(site, case)
+    finally:
+        server.kill()
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,10 @@ def test_an_end_whose_teller_was_cancelled_is_kept_or_not_but_never_twice(tmp_pa
             await asyncio.sleep(0)
             telling.cancel()
             await asyncio.wait((telling,))
+            assert not await ledger.put_back(2, held.fence), "it may be on the disk already"
+            assert isinstance(await ledger.claim(2, float("inf"), float("inf")), Taken)
             await ledger.flushed()
+            assert 2 in ledger.ended
             assert await ledger.claim(2, float("inf"), float("inf")) == Taken(None)
         assert (tmp_path / "out").read_bytes() == said(2)
 

@@ -18,7 +18,7 @@ from cluster.plan import NodeSpec, Plan, PoolPlan, save_plan
 from cluster.rundir import RunDir
 from kvstore.config import StoreConfig
 from router.fleet.members import NodeStatus
-from tests.contract.test_directory import Etcd
+from tests.etcd_server import Etcd
 from tracehaul.model.source import resolve
 
 START_S = 60.0

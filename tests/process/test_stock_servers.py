@@ -21,6 +21,7 @@ from cluster.launch import down, free_port, up
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir
 from engines.adapter.config import AdapterConfig
+from engines.adapter.server_keeper import others
 from tracehaul.engine.fake import expected_output
 from tracehaul.runtime import clock
 from tracehaul.wire.steps import Sampling
@@ -92,9 +93,7 @@ def wait_for(what: Callable[[], bool], within_s: float = 20.0) -> None:
 
 
 def of_group(group: int) -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid,pgid"], capture_output=True, text=True, check=True).stdout
-    pairs = [line.split() for line in listed.splitlines()[1:]]
-    return [int(pid) for pid, pgid in pairs if int(pgid) == group and not gone(int(pid))]
+    return [pid for pid in others(group) if not gone(pid)]
 
 
 def test_a_pool_of_stock_servers_answers_through_the_router(cluster: Fleet) -> None:
