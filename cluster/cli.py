@@ -60,7 +60,7 @@ COMMANDS_GROUP = "tracehaul.commands"
 """Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 120
-PIPE_COLUMNS = 200
+PIPE_COLUMNS = 200  # it has no width to respect
 
 
 @app.command()
@@ -119,12 +119,14 @@ def up(
     access_log: Annotated[
         bool | None, typer.Option("--access-log/--no-access-log", help="A log line a request. Default: with keys.")
     ] = None,
+    restart: Annotated[str | None, typer.Option(help="never: a node that dies is left alone. Default: always.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file; options given here win over it.")] = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
     """Start a cluster on this machine and wait until it answers.
 
-    The nodes stay when this command ends; stop them with `tracehaul down`.
+    Nodes stay when this command ends, and come back when they die; stop them with `tracehaul down`. Run again where
+    their supervisor died, it brings that back.
 
     Examples:
 
@@ -155,6 +157,7 @@ def up(
         "quota_bytes": dict(quota) if quota else None,
         "s3_url": s3_url,
         "s3_bytes": s3_bytes,
+        "restart": restart,
         "api.keys_file": _text(keys),
         "api.open": open_to_all or None,
         "api.tls_cert": _text(tls_cert),
@@ -166,9 +169,9 @@ def up(
         "dispatch.use_store": False if without_store else None,
         "worker.use_store": False if without_store else None,
     }
-    chosen = load_config(config, overrides)
     run = RunDir(run_dir)
-    names = up(chosen, run, err)
+    names = up(load_config(config, overrides), run, err)
+    chosen = load_plan(run).config
     url = base_url(chosen)
     typer.echo(f"ready {url}")
     messages = [{"role": "user", "content": "What is gravity?"}]
@@ -221,12 +224,11 @@ def status(
 
       tracehaul status --config cluster.toml
     """
-    from cluster.status import mending, outside, table
+    from cluster.status import mending, outside, supervision, table
 
     if config is not None:
         asyncio.run(fleet.fleet_status(config, as_json))
         return
-    # A pipe has no width to respect.
     console = out if out.is_terminal else Console(width=PIPE_COLUMNS)
     wide = console.width >= WIDE_COLUMNS
     if url is not None:
@@ -244,7 +246,7 @@ def status(
     names, members = [spec.name for spec in plan.nodes if not spec.host], [node.info.node for node in nodes]
     others = outside(run, names, members, answers=fault is None)
     console.print(table(api.url, nodes, run, others, wide=wide))
-    for line in run.torn():
+    for line in (*run.torn(), *supervision(run)):
         _warn(line)
     if fault is not None:
         raise ClusterFault(mending(run, others, str(fault)))

@@ -149,6 +149,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """From the first process to the last one ready."""
     drain_timeout_s: Seconds = 10.0
     """What a node may take to end its work when it is told to stop."""
+    restart: Literal["always", "never"] = "always"
+    """Whether a node that ended by itself is started again: to look at a dead one, never."""
 
 
 def is_loopback(host: str) -> bool:

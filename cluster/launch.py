@@ -1,4 +1,4 @@
-"""Starts a cluster: one process per node, each in a session of its own, and waits until it can serve.
+"""Starts a cluster on this machine: a host like those of a fleet, with our own supervisor, which is asked in person.
 
 Either every node is ready when this returns, or nothing of what it started still runs.
 """
@@ -8,12 +8,9 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import httpx
 import msgspec
@@ -24,12 +21,16 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ClusterConfig, PoolConfig, pools_of, store_config
-from cluster.hosts.managers import present
+from cluster.hosts.asks import supervisor_pid
+from cluster.hosts.managers import Manager, present
+from cluster.hosts.orders import HostReport, NodeReport, order_of
+from cluster.hosts.own import OwnSupervisor, end_nodes
+from cluster.hosts.supervise import NAME as SUPERVISOR
 from cluster.memory import Available, needs, shortage
 from cluster.model import kv_layout, model_size, note, stock_layout
-from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of, save_plan
-from cluster.processes import ProcessRecord, alive, record_of, stop
-from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, NodeState, Phase, RunDir
+from cluster.plan import NodeSpec, Plan, PoolPlan, fleet_name, load_plan, nodes_of
+from cluster.processes import alive, nodes_running, stop
+from cluster.rundir import FAULT_EXIT, CannotWrite, ClusterFault, RunDir
 from cluster.security.config import SecurityConfig
 from router.fleet.members import NodeStatus
 from router.http.access import KeysOnDisk
@@ -56,37 +57,61 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
         ClusterFault: it cannot be started; nothing of it is left running.
     """
     run.create()
+    own = OwnSupervisor(run)
     with run.lock():
+        if not isinstance(_manager(run), OwnSupervisor):
+            raise ClusterFault(f"systemd runs the nodes of {run.path}; end that with: tracehaul down")
+        if supervisor_pid(run) is None and nodes_running(run.plan_file):
+            plan = load_plan(run)
+            console.print("The cluster that runs here had no supervisor; it goes on as it was started.")
+            report = own.apply(order_of(plan))
+            asyncio.run(_wait_ready(plan, run, own, report, {}, console))
+            return [pool.model.name for pool in plan.pools]
         refuse_if_running(run)
         for said in run.torn():  # of nobody who runs, or that would be known
             console.print(f"{said}; it is removed", highlight=False, markup=False, soft_wrap=True)
+        own.leave()
         run.clear()
         run.record(LAUNCHER, os.getpid())
         try:
             check_port(config)
             check_access(config)
+            own.begin()  # it gets ready while we plan
+            plan = make_plan(config, console)
             if config.api.keys_file:
                 make_operator_key(run)
-            plan = make_plan(config, console)
             for said in filter(None, (note(pool.model) for pool in plan.pools)):
                 console.print(said, highlight=False, markup=False, soft_wrap=True)
-            save_plan(run, plan)
             if config.security != SecurityConfig():
                 from cluster.security.laying import secure
 
                 secure(plan, run, now_s=clock.wall_s())
-            asyncio.run(_start(plan, run, console))
+            asyncio.run(_start(plan, own, run, console))
+        except BaseException:
+            own.leave()
+            end_nodes(run, [spec.name for spec in nodes_of(config)], grace_s=ROLLBACK_GRACE_S)
+            run.clear()
+            raise
         finally:
             run.forget(LAUNCHER)
     return [pool.model.name for pool in plan.pools]
 
 
+def _manager(run: RunDir) -> Manager:
+    """Who supervises here; our own where that cannot be read."""
+    try:
+        return present(run)
+    except ClusterFault:
+        return OwnSupervisor(run)
+
+
 def down(run: RunDir, tell: Callable[[str], None] = lambda line: None) -> tuple[list[str], list[str]]:
     """Stops everything that runs of ``run`` and forgets it; logs stay. Harmless if nothing runs.
 
-    The launcher goes first (it takes back what it started), then the router, so that no new work arrives, then
-    those who compute, then whatever else was noted. Returns the names of what was stopped, and of what had to be
-    killed. ``tell`` gets a line for each note that could not be read or removed, which keeps nothing running.
+    The launcher goes first (it takes back what it started), then who would start again what is stopped, then the
+    router, so that no new work arrives, then those who compute, then whatever else was noted. Returns the names of what
+    was stopped, and of what had to be killed. ``tell`` gets a line for each note that could not be read or removed,
+    which keeps nothing running.
     """
     try:
         grace_s = load_plan(run).config.drain_timeout_s + ROLLBACK_GRACE_S
@@ -95,39 +120,42 @@ def down(run: RunDir, tell: Callable[[str], None] = lambda line: None) -> tuple[
     for line in run.torn():
         tell(line)
     stopped: list[str] = []
-    killed: list[str] = []
-    if run.host_file.exists():  # else its supervisor would start again what is stopped here
-        stopped += [node.name for node in present(run).status().nodes if node.pid is not None]
-        present(run).stop(())
-        with suppress(OSError):
-            run.host_file.unlink(missing_ok=True)
-    for stage in ((LAUNCHER,), ("router",), ("decode", "prefill"), ("",)):
-        running = [r for r in run.records() if r.name.startswith(stage) and alive(r)]
-        killed += stop(running, grace_s=grace_s)
-        stopped += [r.name for r in running]
+    killed = stop([r for r in run.records() if r.name == LAUNCHER and alive(r)], grace_s=grace_s)
+    manager = _manager(run)
+    if not isinstance(manager, OwnSupervisor):
+        stopped += [node.name for node in manager.status().nodes if node.pid is not None]
+        manager.stop(())
+    supervised = OwnSupervisor(run).leave()
+    for found, all_ in zip(end_nodes(run, grace_s=grace_s), (stopped, killed), strict=True):
+        all_ += found
     for line in run.clear():
         tell(line)
-    return stopped, killed
+    return stopped or [SUPERVISOR] * supervised, killed
 
 
 def restart(run: RunDir, names: Sequence[str], console: Console) -> None:
     """Stops these nodes and starts them anew, the dead ones too; returns when they serve again.
+
+    From when they are stopped on, nothing that the run directory refuses leaves them so.
 
     Raises:
         ClusterFault: no cluster runs here, a name is not in its plan, nothing can be written here (then nothing is
             stopped), or a node does not come up.
     """
     plan = load_plan(run)
-    specs = [plan.node(name) for name in dict.fromkeys(names)]
+    for name in names:
+        plan.node(name)
+    manager = _manager(run)
     try:
-        run.create()
+        with run.lock():
+            before = _listed(plan, run) or {}
+            if isinstance(manager, OwnSupervisor) and supervisor_pid(run) is None and not run.host_file.exists():
+                manager.apply(order_of(plan))  # who goes on with nothing follows nobody
+            report = manager.restart(names)
+            chosen = msgspec.structs.replace(report, nodes=tuple(n for n in report.nodes if n.name in names))
+            asyncio.run(_wait_ready(plan, run, manager, chosen, before, console))
     except CannotWrite as fault:
         raise ClusterFault(f"{fault}; nothing was stopped") from fault
-    with run.lock():
-        grace_s = plan.config.drain_timeout_s + ROLLBACK_GRACE_S
-        before = _listed(plan, run) or {}
-        stop([record for record in run.records() if record.name in names and alive(record)], grace_s=grace_s)
-        asyncio.run(_start_again(plan, run, specs, before, console))
 
 
 def refuse_if_running(run: RunDir) -> None:
@@ -230,105 +258,56 @@ def check_memory(config: ClusterConfig, nodes: Sequence[NodeSpec], pools: Sequen
         raise ClusterFault(line)
 
 
-async def _start(plan: Plan, run: RunDir, console: Console) -> None:
-    """Starts all nodes and waits until they are ready; on any failure stops all of them again."""
+async def _start(plan: Plan, own: OwnSupervisor, run: RunDir, console: Console) -> None:
+    """Has all nodes started and waits until they are ready."""
     loop = asyncio.get_running_loop()
     me = asyncio.current_task()
     assert me is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, me.cancel)
-    children: dict[str, subprocess.Popen[bytes]] = {}
-    records: list[ProcessRecord] = []
     try:
         for spec in plan.nodes:
             run.log(spec.name).unlink(missing_ok=True)
-            children[spec.name] = _spawn(spec, run)
-            records.append(record_of(spec.name, children[spec.name].pid))
-            run.note(records[-1])
-        async with asyncio.timeout(plan.config.start_timeout_s):
-            await _wait_ready(plan, run, children, {}, console)
-    except BaseException as error:
-        stop(records, grace_s=ROLLBACK_GRACE_S)
-        for child in children.values():
-            child.wait()
-        run.clear()
-        if isinstance(error, TimeoutError):
-            raise ClusterFault(
-                f"not ready within {plan.config.start_timeout_s:.0f} s; logs are in {run.path / 'logs'}"
-            ) from error
-        if isinstance(error, asyncio.CancelledError):
-            raise ClusterFault("interrupted: everything that was started is stopped again") from error
-        raise
-
-
-async def _start_again(
-    plan: Plan, run: RunDir, specs: Sequence[NodeSpec], before: Mapping[str, int], console: Console
-) -> None:
-    """From here on nothing that the run directory refuses leaves a node stopped."""
-    children: dict[str, subprocess.Popen[bytes]] = {}
-    for spec in specs:
-        with suppress(CannotWrite):
-            run.write_state(spec.name, NodeState("starting"))
-        children[spec.name] = _spawn(spec, run)
-        with suppress(CannotWrite):  # the node is found by its command line
-            run.record(spec.name, children[spec.name].pid)
-    try:
-        async with asyncio.timeout(plan.config.start_timeout_s):
-            await _wait_ready(plan, run, children, before, console)
-    except TimeoutError as error:
-        raise ClusterFault(f"not ready within {plan.config.start_timeout_s:.0f} s") from error
-
-
-def _spawn(spec: NodeSpec, run: RunDir) -> subprocess.Popen[bytes]:
-    """One node's process. It leads a session, so that a Ctrl-C at this terminal does not reach it.
-
-    Its log goes on where that of its last life ended: why that one died is worth knowing.
-    """
-    command = [sys.executable, "-m", "cluster.cli", "node", spec.name, "--config", str(run.plan_file)]
-    with _opened_log(run, spec.name) as log:
-        return subprocess.Popen(
-            command, cwd=run.path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )
-
-
-def _opened_log(run: RunDir, name: str) -> BinaryIO:
-    """Nowhere, where there can be none."""
-    try:
-        return run.log(name).open("ab")
-    except OSError:
-        return Path(os.devnull).open("ab")
+        report = await asyncio.to_thread(own.apply, order_of(plan))
+        await _wait_ready(plan, run, own, report, {}, console)
+    except asyncio.CancelledError as error:
+        raise ClusterFault("interrupted: everything that was started is stopped again") from error
 
 
 async def _wait_ready(
-    plan: Plan,
-    run: RunDir,
-    children: Mapping[str, subprocess.Popen[bytes]],
-    before: Mapping[str, int],
-    console: Console,
+    plan: Plan, run: RunDir, manager: Manager, began: HostReport, before: Mapping[str, int], console: Console
 ) -> None:
-    """Returns when the API answers and lists every node, in another life than ``before``; raises when one exits.
+    """Returns when the API answers and lists the nodes of ``began``, in another life than ``before``; raises when one
+    of them ends.
 
     What a node says of itself in the run directory counts too, for as long as that can be written.
     """
     began_s = asked_s = clock.now_s()
+    end_s = began_s + plan.config.start_timeout_s
+    lives_ended = {node.name: node.restarts for node in began.nodes}
+    report = began
     with _progress(console) as progress:
-        while True:
-            states = {name: run.state(name) for name in children}
-            progress.show(states, clock.now_s() - began_s)
-            for name, child in children.items():
-                if (code := child.poll()) is not None:
-                    raise _exited(run, name, code)
-            said = all(state.phase == "ready" for state in states.values())
+        while clock.now_s() < end_s:
+            nodes = [node for node in report.nodes if node.name in lives_ended]
+            progress.show({node.name: node.phase or node.state for node in nodes}, clock.now_s() - began_s)
+            if report.supervisor == "none":
+                raise ClusterFault(f"the supervisor has ended; why is in {run.log(SUPERVISOR)}")
+            for node in nodes:
+                if (node.pid is None and node.state != "starting") or node.restarts > lives_ended[node.name]:
+                    raise _exited(run, node)
+            said = all(node.phase == "ready" for node in nodes)
             if said or clock.now_s() - asked_s >= ASK_S:
                 lives = await asyncio.to_thread(_listed, plan, run)
                 asked_s = clock.now_s()
                 serves = lives is not None and all(
-                    plan.node(name).role == "router" or lives.get(name, before.get(name)) != before.get(name)
-                    for name in children
+                    node.role == "router" or lives.get(node.name, before.get(node.name)) != before.get(node.name)
+                    for node in nodes
                 )
                 if serves and (said or not run.is_writable()):
                     return
             await asyncio.sleep(POLL_S)
+            report = await asyncio.to_thread(manager.status)
+    raise ClusterFault(f"not ready within {plan.config.start_timeout_s:.0f} s; logs are in {run.path / 'logs'}")
 
 
 def _listed(plan: Plan, run: RunDir) -> dict[str, int] | None:
@@ -344,12 +323,13 @@ def _listed(plan: Plan, run: RunDir) -> dict[str, int] | None:
     return None
 
 
-def _exited(run: RunDir, name: str, code: int) -> ClusterFault:
+def _exited(run: RunDir, node: NodeReport) -> ClusterFault:
     """What to say of a node that ended before it was ready."""
+    name, code = node.name, node.exit_code
     lines = run.log_tail(name, LOG_LINES)
     if code == FAULT_EXIT and lines:
         return ClusterFault(f"{name}: {lines[-1]}")
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with code {code}"
     if code == -signal.SIGKILL:
         how += " (out of memory, perhaps)"
     tail = "".join(f"\n  {line}" for line in lines)
@@ -362,21 +342,21 @@ class _Progress:
     def __init__(self, console: Console, live: Live | None) -> None:
         self._console = console
         self._live = live
-        self._shown: dict[str, Phase] = {}
+        self._shown: dict[str, str] = {}
         self._spinners: dict[str, Spinner] = {}
 
-    def show(self, states: dict[str, NodeState], elapsed_s: float) -> None:
-        """Update with the nodes' states of now."""
+    def show(self, phases: Mapping[str, str], elapsed_s: float) -> None:
+        """Update with how far the nodes are now."""
         if self._live is None:
-            for name, state in states.items():
-                if self._shown.get(name) != state.phase:
-                    self._shown[name] = state.phase
-                    self._console.print(f"{elapsed_s:5.1f}s  {name}: {state.phase}", highlight=False)
+            for name, phase in phases.items():
+                if self._shown.get(name) != phase:
+                    self._shown[name] = phase
+                    self._console.print(f"{elapsed_s:5.1f}s  {name}: {phase}", highlight=False)
             return
         table = Table.grid(padding=(0, 2))
-        for name, state in states.items():
+        for name, phase in phases.items():
             spinner = self._spinners.setdefault(name, Spinner("dots"))
-            table.add_row("[green]✓[/]" if state.phase == "ready" else spinner, name, f"[dim]{state.phase}[/]")
+            table.add_row("[green]✓[/]" if phase == "ready" else spinner, name, f"[dim]{phase}[/]")
         table.add_row("", f"[dim]{elapsed_s:.0f}s[/]", "")
         self._live.update(table)
 

@@ -187,7 +187,7 @@ class RunDir:
         """Removes everything but logs, files, batches and what traces were answered. A line for each file that
         stays, and why."""
         left: list[str] = []
-        paths = [self.plan_file, self.operator_key]
+        paths = [self.plan_file, self.host_file, self.operator_key]
         for folder in (self._processes, self._states):
             with suppress(OSError):
                 paths += [path for path in folder.iterdir() if path.suffix in (".json", ".tmp")]

@@ -8,8 +8,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from cluster.hosts.managers import present
+from cluster.hosts.orders import NodeReport
 from cluster.processes import ProcessRecord, age_s, alive, frozen
-from cluster.rundir import NodeState, RunDir
+from cluster.rundir import ClusterFault, NodeState, RunDir
 from router.fleet.members import NodeStatus
 
 _ON_THE_WAY = ("starting", "loading model", "stopping")
@@ -56,7 +58,7 @@ def _standing(record: ProcessRecord, state: NodeState, *, serves: bool, is_route
 
 def mending(run: RunDir, locals_: Sequence[Local], why: str) -> str:
     """What to do where no router answers, in one line."""
-    option = "" if run.path.name == ".run" else f" --run-dir {run.path}"
+    option = _option(run)
     if all(local.health == "dead" for local in locals_):
         return f"no node of the cluster in {run.path} runs; start one with: tracehaul up{option}"
     routers = [local for local in locals_ if local.name.startswith("router")]
@@ -64,6 +66,40 @@ def mending(run: RunDir, locals_: Sequence[Local], why: str) -> str:
     if any(local.health.startswith(_ON_THE_WAY) for local in routers):
         return f"{why}; {names} is on its way: see {run.log(routers[0].name)}"
     return f"{why}; the nodes above live on. Bring it back with: tracehaul restart {names}{option}"
+
+
+def supervision(run: RunDir) -> list[str]:
+    """A line for each node here that its supervisor waits for or leaves alone, and one if nobody supervises those that
+    run, with the command that mends it."""
+    try:
+        report = present(run).status()
+    except ClusterFault as fault:
+        return [str(fault)]
+    option = _option(run)
+    if report.supervisor == "none":
+        again = f"`tracehaul launch` brings a supervisor to {report.host}" if report.host else f"tracehaul up{option}"
+        lives = any(node.pid is not None for node in report.nodes)
+        return [f"nobody starts these nodes again when they die: their supervisor has ended; {again}"] if lives else []
+    return [line for node in report.nodes if (line := _told(node, f"tracehaul restart {node.name}{option}"))]
+
+
+def _told(node: NodeReport, command: str) -> str:
+    why = f" ({node.last_line.strip()})" if node.last_line else ""
+    ended = "" if node.exit_code is None else f", the last time with code {node.exit_code}"
+    match node.state:
+        case "backoff" | "faulty":
+            return f"{node.name} ended{ended}{why}; it is started again, {node.restarts} times so far"
+        case "given up":
+            deaths = "it died" if node.restarts == 0 else f"it died {node.restarts + 1} times"
+            return f"{node.name} is left alone: {deaths}{ended}{why}. Start it with: {command}"
+        case "fenced":
+            return f"{node.name} is left alone: another node has its name. Once that is gone: {command}"
+        case _:
+            return ""
+
+
+def _option(run: RunDir) -> str:
+    return "" if run.path.name == ".run" else f" --run-dir {run.path}"
 
 
 def table(url: str, nodes: Sequence[NodeStatus], run: RunDir | None, locals_: Sequence[Local], *, wide: bool) -> Table:

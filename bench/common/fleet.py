@@ -14,6 +14,8 @@ import msgspec
 from rich.console import Console
 
 from cluster.config import ClusterConfig, base_url
+from cluster.hosts.asks import supervisor_pid
+from cluster.hosts.supervise import NAME as SUPERVISOR
 from cluster.launch import down, restart, up
 from cluster.rundir import RunDir
 from tracehaul.runtime import clock
@@ -147,11 +149,16 @@ class Fleet:
 
     def cpu_s(self) -> float:
         """Processor time that all its processes have used, in seconds."""
-        return sum(_cpu_s(pid) for pid in self.pids().values())
+        return sum(_cpu_s(pid) for pid in self._processes().values())
 
     def rss_mib(self) -> dict[str, float]:
         """Resident memory by node; an arena that two processes map counts in both."""
-        return {name: _rss_mib(pid) for name, pid in self.pids().items()}
+        return {name: _rss_mib(pid) for name, pid in self._processes().items()}
+
+    def _processes(self) -> dict[str, int]:
+        """The nodes' and their supervisor's."""
+        pid = supervisor_pid(self.run)
+        return self.pids() | ({} if pid is None else {SUPERVISOR: pid})
 
     def close(self) -> None:
         """Forget the connection; the cluster runs on."""
@@ -160,7 +167,9 @@ class Fleet:
 
 @contextmanager
 def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, None]:
-    """Starts a cluster in a temporary run directory; stops it at the end, also where that is a SIGTERM."""
+    """Starts a cluster in a temporary run directory; stops it at the end, also where that is a SIGTERM. A node that is
+    killed stays dead."""
+    config = msgspec.structs.replace(config, restart="never")
     with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
         run = RunDir(Path(folder))
         model = up(config, run, console)[0]

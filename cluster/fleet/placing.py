@@ -7,7 +7,7 @@ import msgspec
 
 from cluster.config import ClusterConfig, Role, pools_of
 from cluster.fleet.config import HostConfig, NodeCount, WorkerCount
-from cluster.hosts.orders import Order
+from cluster.hosts.orders import Order, order_of
 from cluster.plan import NodeSpec, Plan
 
 _FIRST: dict[Role, int] = {"router": 0, "store": 200, "prefill": 400, "decode": 600}
@@ -107,7 +107,7 @@ def order_for(host: HostConfig, plan: Plan, home: str, digests: Mapping[str, str
         )
         for pool in there.pools
     )
-    return Order(msgspec.structs.replace(there, config=config, pools=pools), host.name, host.supervisor)
+    return order_of(msgspec.structs.replace(there, config=config, pools=pools), host.name, host.supervisor)
 
 
 def pools_on(plan: Plan, host: str) -> list[str]:

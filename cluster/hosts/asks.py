@@ -90,6 +90,17 @@ def may_ask(peer: socket.socket, run: RunDir) -> bool:
         return False
 
 
+def supervisor_pid(run: RunDir) -> int | None:
+    """Its process, as the kernel says, also where that does not answer; None if there is none."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
+        peer.settimeout(CONNECT_TIMEOUT_S)
+        try:
+            peer.connect(address(run))
+        except OSError:
+            return None
+        return _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+
+
 def ask(run: RunDir, question: Ask, *, timeout_s: float) -> HostReport | None:
     """The report after it; None if there is no supervisor.
 

@@ -14,7 +14,7 @@ from cluster.hosts.changes import changes
 from cluster.hosts.kept import digests_here
 from cluster.hosts.managers import apply as apply_order
 from cluster.hosts.managers import facts, present
-from cluster.hosts.orders import HostReport, Order
+from cluster.hosts.orders import HostReport, Order, order_of
 from cluster.hosts.slurm import PLAN_VARIABLE, placed
 from cluster.plan import Plan
 from cluster.rundir import FAULT_EXIT, ClusterFault, RunDir
@@ -164,7 +164,7 @@ def slurm_step(
     try:
         plan = msgspec.json.decode(os.environ[PLAN_VARIABLE], type=Plan, dec_hook=lambda kind, value: kind(value))
         addresses = dict(said.rsplit("=", 1) for said in at)
-        order = Order(placed(plan, addresses), host, "own")
+        order = order_of(placed(plan, addresses), host)
         supervise(RunDir(run_dir), order)
     except (ClusterFault, msgspec.DecodeError, KeyError, ValueError) as fault:
         typer.echo(f"tracehaul: {fault}", err=True)

@@ -5,10 +5,10 @@ import pwd
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.hosts.kept import load
-from cluster.hosts.orders import HostReport, Order, Supervisor
+from cluster.hosts.orders import Asked, HostReport, Order, Supervisor
 from cluster.hosts.own import OwnSupervisor
 from cluster.hosts.systemd import Systemd, manager_environment
 from cluster.rundir import ClusterFault, RunDir
@@ -53,7 +53,7 @@ class Facts(NamedTuple):
     """And stays when the user's last login ends."""
 
 
-def choose(asked: Literal["auto", "systemd", "systemd-user", "own"], facts: Facts) -> Supervisor:
+def choose(asked: Asked, facts: Facts) -> Supervisor:
     """Who it shall be.
 
     Raises:

@@ -11,6 +11,7 @@ from cluster.hosts.restarts import RestartPolicy
 from cluster.plan import NodeSpec, Plan
 
 Supervisor = Literal["systemd", "systemd-user", "own"]
+Asked = Literal["auto", "systemd", "systemd-user", "own"]
 NodeCondition = Literal["running", "starting", "backoff", "given up", "stopped", "fenced", "faulty"]
 
 DIGEST_VARIABLE = "TRACEHAUL_ORDER"
@@ -30,6 +31,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "network": _NEVER,
     "prices": _NEVER,
     "start_timeout_s": _NEVER,
+    "restart": _NEVER,
     "transport": _MOVERS,
     "dtype": _WORKERS,
     "weights": _WORKERS,
@@ -60,13 +62,18 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plan: Plan
     host: str = ""
     """Whose nodes; empty: those of the machine that launched."""
-    supervisor: Literal["auto", "systemd", "systemd-user", "own"] = "auto"
+    supervisor: Asked = "auto"
     restarts: RestartPolicy = RestartPolicy()
 
     @property
     def nodes(self) -> tuple[NodeSpec, ...]:
         """Of this host, in the order to start them."""
         return self.plan.nodes_on(self.host)
+
+
+def order_of(plan: Plan, host: str = "", supervisor: Asked = "own") -> Order:
+    """What the plan says of that host."""
+    return Order(plan, host, supervisor, RestartPolicy(again=plan.config.restart == "always"))
 
 
 class NodeReport(msgspec.Struct, frozen=True):

@@ -21,6 +21,8 @@ class RestartPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deaths_max: Annotated[int, Meta(ge=0)] = 5
     """So many deaths within ``window_s`` are borne; with one more the node is given up."""
     window_s: Seconds = 300.0
+    again: bool = True
+    """False: a node that ended is left alone, whatever it ended with."""
 
 
 class History(msgspec.Struct, frozen=True):
@@ -58,6 +60,8 @@ def judge(
         return History(), Leave("stopped")
     if exit_code == FENCED_EXIT:
         return History(), Leave("fenced")
+    if not policy.again:
+        return History(), Leave("given up")
     attempts = 0 if lived_s >= policy.settled_s else history.attempts
     # The exponent is bounded: 2.0 ** 1024 is no float any more.
     again_s = min(policy.delay_max_s, policy.delay_s * 2.0 ** min(attempts, 64))

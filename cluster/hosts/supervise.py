@@ -8,9 +8,11 @@ import asyncio
 import os
 import signal
 import socket
+import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -49,7 +51,7 @@ NAME = "supervisor"
 GRACE_S = 5.0
 """A node that is told to stop has this beside its drain."""
 LOOK_S = 5.0
-"""Between looks at how large the logs are."""
+"""Between looks at how large the logs are, and whether it is needed."""
 ASKED_TIMEOUT_S = 10.0
 """For whoever connects to say what it wants."""
 
@@ -91,7 +93,7 @@ class Supervised:
             loop.add_signal_handler(number, end)
         loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the terminal that began it is gone
         server = await asyncio.start_unix_server(self._answer, sock=listening, limit=LINE_BYTES_MAX)
-        logs = asyncio.create_task(self._keep_logs_small())
+        logs = asyncio.create_task(self._look_around())
         try:
             await self._resume(order)
             self._resumed.set()
@@ -174,6 +176,7 @@ class Supervised:
                     await self._end()
                     return self.report()
                 async with self._changing:
+                    self._adopt(self._ordered())
                     wanted = chosen(self._ordered(), names)
                     self._stopped.update(wanted)
                     self._keep()
@@ -181,7 +184,7 @@ class Supervised:
             case Restart(names):
                 async with self._changing:
                     wanted = chosen(self._ordered(), names)
-                    self._run_is_writable()
+                    self._adopt(self._ordered())
                     self._stopped.difference_update(wanted)
                     self._keep()
                     await self._stop(wanted)
@@ -275,13 +278,6 @@ class Supervised:
             raise ClusterFault(f"nothing was ordered in {self._run.path}: say what with `tracehaul host apply`")
         return self._order
 
-    def _run_is_writable(self) -> None:
-        """Raises ClusterFault if not: nothing is stopped that could not be started."""
-        try:
-            self._run.create()
-        except OSError as error:
-            raise ClusterFault(f"cannot write the run directory {self._run.path}: {error.strerror}") from error
-
     def _keep(self) -> None:
         try:
             save(self._run, Kept(self._ordered(), "own", tuple(sorted(self._stopped))))
@@ -294,11 +290,22 @@ class Supervised:
         self._faults[about] = why
         log.warning("not kept", about=about, why=why)
 
-    async def _keep_logs_small(self) -> None:
+    async def _look_around(self) -> None:
+        """Logs are kept small; who has nothing to do, as who began it died before it said what, ends."""
+        began_by = os.getppid()
         while True:
             await asyncio.sleep(LOOK_S)
+            if self._order is None and os.getppid() != began_by:
+                self._ended.set()
             for name in (*self._lives, NAME):
                 try:
                     await asyncio.to_thread(partial(keep_small, self._run.log(name)))
                 except OSError as error:
                     self._fault(f"log of {name}", f"{self._run.log(name)}: {error.strerror}")
+
+
+if __name__ == "__main__":  # without the rest of the command: it is there sooner, and smaller
+    try:
+        supervise(RunDir(Path(sys.argv[1])))
+    except ClusterFault as fault:
+        sys.exit(f"tracehaul: {fault}")

@@ -95,7 +95,7 @@ def _service(order: Order, spec: NodeSpec, site: Site) -> str:
         f"ExecStart={' '.join(map(_argument, site.commands[spec.name]))}",
         # What a dead node said of itself is not true of the next.
         f"ExecStopPost=-/bin/rm -f {_argument(f'{site.run_path}/state/{spec.name}.json')}",
-        "Restart=always",
+        f"Restart={'always' if policy.again else 'no'}",
         *_delays(policy, site.version),
         f"RestartPreventExitStatus={FENCED_EXIT}",
         "KillMode=mixed",

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Generator, Sequence
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -19,7 +20,11 @@ CHUNK_TOKENS = 256
 
 @pytest.fixture(scope="module")
 def cluster(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -> Generator[Fleet, None, None]:
-    """The cluster that the module's fixture ``config`` describes; its logs stay in pytest's temporary folder."""
+    """The cluster that the module's fixture ``config`` describes; its logs stay in pytest's temporary folder.
+
+    A node that a test kills stays dead.
+    """
+    config = msgspec.structs.replace(config, restart="never")
     run = RunDir(tmp_path_factory.mktemp("cluster"))
     console = Console(quiet=True)
     with pytest.MonkeyPatch.context() as environment:

@@ -15,7 +15,7 @@ from cluster.processes import alive
 from cluster.rundir import RunDir
 from tracehaul.runtime import clock
 
-SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB"]
+SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB", "--restart", "never"]
 
 
 def tracehaul(*args: str | Path, timeout_s: float = 100.0) -> subprocess.CompletedProcess[str]:

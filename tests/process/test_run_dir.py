@@ -37,8 +37,9 @@ NODES = {"router-0", "store-0", "decode-0"}
 @pytest.fixture(scope="module")
 def run() -> Generator[RunDir]:
     """A running cluster on a small disk, started where few files may be open."""
+    counts = NodeCounts(prefill=0)
     config = ClusterConfig(
-        port=free_port(), nodes=NodeCounts(prefill=0), kv_tokens=2048, store_bytes=64 << 20, threads=1
+        port=free_port(), nodes=counts, kv_tokens=2048, store_bytes=64 << 20, threads=1, restart="never"
     )
     with small_disk("2m") as disk:
         run = RunDir(disk / "run")

@@ -18,6 +18,7 @@ from cluster.hosts.asks import Status, address, ask
 from cluster.launch import down
 from cluster.processes import start_ticks
 from cluster.rundir import RunDir
+from cluster.status import supervision
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
 from tests.process.test_api_http import wait_until
 
@@ -63,6 +64,9 @@ def test_a_node_that_is_killed_comes_back_until_it_has_died_too_often(host: Host
     told = host.comes_to("store-0", lambda node: node.state == "given up")
     assert (told.pid, told.exit_code) == (None, -signal.SIGKILL)
     assert told.last_line
+    (line,) = supervision(RunDir(host.path))
+    assert line.startswith("store-0 is left alone: it died 3 times, the last time with code -9 (")
+    assert line.endswith(f". Start it with: tracehaul restart store-0 --run-dir {host.path}")
     after = pids(host.status())
     assert [after[name] for name in ("router-0", "store-1")] == [there.nodes[0].pid, there.nodes[2].pid]
     # An operator who says so again has mended it.

@@ -33,6 +33,12 @@ def test_one_that_dies_at_once_waits_longer_each_time_and_is_given_up():
     ]
 
 
+def test_one_that_is_never_to_be_started_again_is_left_alone_whatever_it_ended_with():
+    never = RestartPolicy(again=False)
+    for code in (None, 0, 1, FAULT_EXIT, -9):
+        assert deaths(3, lived_s=500.0, policy=never, code=code) == [Leave("given up")]
+
+
 def test_one_that_lives_for_a_while_between_deaths_begins_with_the_first_delay():
     assert deaths(20, lived_s=90.0) == [Again(1.0, "backoff")] * 20
     assert deaths(4, lived_s=59.0)[-1] == Again(8.0, "backoff")
