@@ -14,7 +14,7 @@ from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
-from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, Rates, Role, Viewer, WorkerLimits
+from tracehaul.wire.cluster import MemberRole, Members, NodeInfo, NodeLoad, Rates, Role, Viewer, WorkerLimits
 from tracehaul.wire.ids import BlockHash, NodeId
 
 STORE_OF, PREFILL_OF = 10, (1, 4, 6, 8)
@@ -52,7 +52,7 @@ def node_of(number: int) -> NodeInfo:
     return NodeInfo(NodeId(name), new_generation(), role, f"10.1.{number // 250}.{number % 250}:7100", **said)
 
 
-def load_of(role: Role) -> NodeLoad:
+def load_of(role: MemberRole) -> NodeLoad:
     """As a busy node says it."""
     if role == "store":
         return NodeLoad(blocks=70_123, bytes_used=60 << 30, bytes_max=64 << 30, disk_blocks=1 << 20, disk_block_s=2e-4)

@@ -18,7 +18,7 @@ class Gate:
     """Stands before the router's rpc ``service``. Without ``tokens`` no token is asked for.
 
     A certificate, where the control plane has them, must be of the node that is named: a good one of another node is
-    refused, also with a Join or a heartbeat that was that node's once. A node's own engine joins as ``NODE+what``.
+    refused, also with a Join or a heartbeat that was that node's once. A node's own engine observes as ``NODE+what``.
     """
 
     def __init__(self, service: Service, tokens: Sequence[str] = ()) -> None:
@@ -33,6 +33,8 @@ class Gate:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if isinstance(request, Join):
             self._check_name(request.info.node, context)
+            if "+" in request.info.node and request.info.role != "observer":
+                self._refuse(request.info.node, context, f"it would be a {request.info.role} under another's name")
             self._check_token(request, context)
         async with aclosing(self._service.stream(request, context)) as replies:
             async for reply in replies:
