@@ -23,7 +23,8 @@ SWEEP_S = 60.0
 @asynccontextmanager
 async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | None, None]:
     """What is in that folder, as long as this is open; None: it cannot be had, and the router serves without."""
-    offload, checking = ThreadOffload("files", threads=2), ThreadOffload("batches", threads=2)
+    offload, writing = ThreadOffload("files", threads=2), ThreadOffload("batches", threads=2)
+    checking = ThreadOffload("checks")  # seconds each: nothing short waits behind them
     try:
         limits = FileLimits(config.file_bytes_max, config.files_bytes_max, config.files_max)
         try:
@@ -33,8 +34,8 @@ async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | 
             yield None
             return
         try:
-            make = partial(Batches, folder / "batches", files, checking, config.batches_max)
-            batches = await checking.run(make)
+            make = partial(Batches, folder / "batches", files, writing, checking, config.batches_max)
+            batches = await writing.run(make)
             async with Tasks("files") as tasks:
                 tasks.start(_sweeping(files), "sweep")
                 yield Jobs(files, batches)
@@ -42,6 +43,7 @@ async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | 
             files.close()
     finally:
         checking.close()
+        writing.close()
         offload.close()
 
 

@@ -50,6 +50,10 @@ RECORD, INPUT, ANSWERS, ERRORS = ".json", ".input", ".answers", ".errors"
 LOOK_S = 1.0
 """So often it is looked whether a window is over."""
 AGAIN_S = 2.0
+ERRORS_MAX = 100
+"""So many wrong lines are told of each batch."""
+OVER_MAX = 1000
+"""So many batches of a tenant that are over are known; the oldest are forgotten before their time."""
 AGE_S = 30 * 86_400
 """Batches that have been over for so long are forgotten, and what they were answered is deleted after as long."""
 OUTPUT = "batch_output"
@@ -102,6 +106,7 @@ class Batches:
         folder: Path,
         files: Files,
         offload: Offload,
+        checking: Offload,
         live_max: int,
         wall_s: Callable[[], float] = clock.wall_s,
     ) -> None:
@@ -110,6 +115,7 @@ class Batches:
             folder: on the disk of the files.
             files: where inputs come from, and results go.
             offload: where the disk is waited for; the caller closes it.
+            checking: where whole files are read, which takes seconds; likewise.
             live_max: so many batches of each tenant may wait or run at a time.
             wall_s: what time it is.
 
@@ -120,6 +126,7 @@ class Batches:
         self._files = files
         self._means: Means | None = None
         self._offload = offload
+        self._checking = checking
         self._live_max = live_max
         self._wall_s = wall_s
         self._tasks = Tasks("batches")
@@ -130,10 +137,12 @@ class Batches:
         found = [batch for path in folder.glob(f"*{RECORD}") if (batch := _read(path)) is not None]
         for batch in sorted(found, key=lambda batch: (batch.created_at, batch.id)):
             self._batches[batch.tenant, batch.id] = batch
-        wanted = {batch.id for batch in found if batch.status not in OVER}
+        over = {batch.id for batch in found if batch.status in OVER}
+        kept = {path.stem for path in folder.glob(f"*{RECORD}")} - over  # also what cannot be read now
         for path in folder.iterdir():
-            if path.suffix == ".tmp" or (path.suffix != RECORD and path.stem not in wanted):
-                path.unlink(missing_ok=True)
+            if path.suffix == ".tmp" or (path.suffix != RECORD and path.stem not in kept):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     # --- what clients do --------------------------------------------------------------------------------------
 
@@ -167,6 +176,9 @@ class Batches:
             raise
         self._batches[batch.tenant, batch.id] = batch
         self._tasks.start(self._drive(live), batch.id)
+        over = [each for each in self._batches.values() if each.tenant == batch.tenant and each.status in OVER]
+        for old in over[:-OVER_MAX]:
+            await self._forget(old)
 
     def _begin(self, batch: Batch, data: Path) -> None:
         kept = self._path(batch, INPUT)
@@ -217,10 +229,13 @@ class Batches:
                 if handle(live.batch, Late(), now)[1] is not None and await self._handle(live, Late()) is not None:
                     live.interrupted.set()
             for batch in [batch for batch in self._batches.values() if _forgotten(batch, now)]:
-                with suppress(OSError):
-                    await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
-                    del self._batches[batch.tenant, batch.id]
+                await self._forget(batch)
             await asyncio.sleep(LOOK_S)
+
+    async def _forget(self, batch: Batch) -> None:
+        with suppress(OSError):
+            await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
+            self._batches.pop((batch.tenant, batch.id), None)
 
     async def _drive(self, live: _Live) -> None:
         effect = resumed(live.batch)
@@ -286,7 +301,8 @@ class Batches:
 
     async def _check(self, batch: Batch, refuse: Callable[[str], LineError | None]) -> Checked:
         path = self._path(batch, INPUT)
-        return await self._offload.run(partial(check_file, path, batch.endpoint, refuse, Limits()))
+        limits = Limits(errors_max=ERRORS_MAX)
+        return await self._checking.run(partial(check_file, path, batch.endpoint, refuse, limits))
 
     async def _opened(self, live: _Live) -> _Opened:
         """Opened once, whoever stops waiting for it."""
@@ -303,7 +319,7 @@ class Batches:
                 table = live.checked.table
                 answers, errors = self._path(batch, ANSWERS), self._path(batch, ERRORS)
                 make = partial(Outputs, answers, errors, table.index, self._offload)
-                outputs = await self._offload.run(make)
+                outputs = await self._checking.run(make)
                 try:
                     opened = _Opened(table, FileSource(self._path(batch, INPUT), table, self._offload), outputs)
                 except OSError:
@@ -319,7 +335,7 @@ class Batches:
     async def _run(self, live: _Live) -> Event:
         opened = await self._opened(live)
         deadline_s = clock.now_s() + live.batch.expires_at - self._wall_s()
-        chains = await self._offload.run(opened.table.chains)
+        chains = await self._checking.run(opened.table.chains)
         asker = self._given.asker(live.batch)
         live.job = Job(live.batch.id, deadline_s, chains, opened.source, opened.outputs, asker)
         self._given.runner.add(live.job)

@@ -4,6 +4,7 @@ What is known is written last and removed first, each time whole: a file is ther
 leaves beside is removed at the next start. So it needs no database, and a folder that was copied is whole.
 """
 
+import asyncio
 import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -66,6 +67,7 @@ class Upload:
         self.size = 0
         self._bytes_max = bytes_max
         self._offload = offload
+        self._work: asyncio.Future[None] | None = None
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     async def write(self, data: bytes) -> None:
@@ -77,7 +79,7 @@ class Upload:
         self.size += len(data)
         if self.size > self._bytes_max:
             raise TooLong(f"a file must not be longer than {self._bytes_max} bytes")
-        await on_disk(self._offload, partial(self._write, data))
+        await self._on_disk(partial(self._write, data))
 
     def _write(self, data: bytes) -> None:
         left = memoryview(data)
@@ -86,10 +88,22 @@ class Upload:
 
     async def flush(self) -> None:
         """All that was written is on the disk. Raises NoRoom."""
-        await on_disk(self._offload, partial(os.fsync, self._handle))
+        await self._on_disk(partial(os.fsync, self._handle))
+
+    async def _on_disk(self, work: Callable[[], None]) -> None:
+        self._work = asyncio.ensure_future(on_disk(self._offload, work))
+        await asyncio.shield(self._work)
 
     def close(self) -> None:
         """What was not kept is gone."""
+        if self._work is None or self._work.done():
+            self._end()
+        else:  # a thread may write yet: until then the handle's number must become no other file's
+            self._work.add_done_callback(self._end)
+
+    def _end(self, work: "asyncio.Future[None] | None" = None) -> None:
+        if work is not None and not work.cancelled():
+            work.exception()  # nobody waits for it any more
         os.close(self._handle)
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
@@ -127,10 +141,11 @@ class Files:
         found = [file for path in folder.glob(f"*{KNOWN}") if (file := self._read(path)) is not None]
         for file in sorted(found, key=lambda file: (file.created_at, file.id)):
             self._files[file.tenant, file.id] = file
-        ids = {file.id for file in found}
+        known = {path.stem for path in folder.glob(f"*{KNOWN}")}  # also what cannot be read now
         for path in folder.iterdir():
-            if path.suffix in (ARRIVING, ".tmp") or (path.suffix == BYTES and path.stem not in ids):
-                path.unlink(missing_ok=True)
+            if path.suffix in (ARRIVING, ".tmp") or (path.suffix == BYTES and path.stem not in known):
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> File | None:
         try:
@@ -192,8 +207,13 @@ class Files:
         data = self._path(file.id, BYTES)
         if not data.exists():
             os.link(path, data)
-        sync_folder(self._folder)
-        write_whole(self._path(file.id, KNOWN), msgspec.json.encode(file), private=True)
+        try:
+            sync_folder(self._folder)
+            write_whole(self._path(file.id, KNOWN), msgspec.json.encode(file), private=True)
+        except OSError:
+            with suppress(OSError):
+                self._delete(file.id)  # ``path`` still has the bytes
+            raise
 
     async def delete(self, file: File) -> None:
         """It is gone, for whoever does not read it already. Raises OSError: it cannot be."""

@@ -228,6 +228,8 @@ class Reader:
             return _ill_formed(str(error))
         except (msgspec.DecodeError, UnicodeError):
             return LineError("invalid_json_line", "This line is not parseable as valid JSON.")
+        except RecursionError:
+            return LineError("invalid_json_line", "This line is nested too deeply.")
         if (error := self._error_of(line)) is not None:
             return error
         trace = -1

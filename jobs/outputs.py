@@ -8,6 +8,7 @@ import fcntl
 import math
 import os
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,7 @@ class _File:
         try:
             fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.size = 0
+            self._torn = False
         except OSError as error:
             os.close(self.handle)
             if isinstance(error, BlockingIOError):
@@ -66,15 +68,24 @@ class _File:
 
     def append(self, data: bytes) -> None:
         """All of it, on the disk; or nothing, and OSError."""
+        if self._torn:
+            self._cut()
         try:
             left = memoryview(data)
             while left:
                 left = left[os.write(self.handle, left) :]
             os.fsync(self.handle)
         except OSError:
-            os.ftruncate(self.handle, self.size)
+            self._torn = True
+            with suppress(OSError):
+                self._cut()
             raise
         self.size += len(data)
+
+    def _cut(self) -> None:
+        """Nothing is behind what was told to be written."""
+        os.ftruncate(self.handle, self.size)
+        self._torn = False
 
 
 class _Ending(NamedTuple):

@@ -75,7 +75,13 @@ class _Batch:
     @property
     def drained(self) -> bool:
         """Nothing waits, and nothing is claimed."""
-        return not (self.claimed or self._ready or self._later or self._fresh < len(self._chains))
+        if self.claimed or self._later:
+            return False
+        while self._ready and self._line(self._ready[0]) is None:
+            self._ready.popleft()
+        while not self._ready and self._fresh < len(self._chains) and self._line(self._fresh) is None:
+            self._fresh += 1
+        return not self._ready and self._fresh == len(self._chains)
 
 
 class Queue:
@@ -131,6 +137,7 @@ class Queue:
         found = self._batches.get(batch)
         return found is None or found.drained
 
-    def wake_s(self) -> float | None:
+    def wake_s(self, now_s: float) -> float | None:
         """When to look again though nothing happens; None: then there is nothing to see."""
-        return min((at for batch in self._batches.values() if (at := batch.wake_s) is not None), default=None)
+        live = (batch for batch in self._batches.values() if batch.deadline_s > now_s)
+        return min((at for batch in live if (at := batch.wake_s) is not None), default=None)

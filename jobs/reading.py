@@ -34,8 +34,12 @@ class FileSource:
         self._handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     async def read(self, line: int) -> Call:
+        # Decoded there, where it was checked: how deep a line may be nested depends on the stack.
+        return await self._offload.run(partial(self._read, line))
+
+    def _read(self, line: int) -> Call:
         offset, length = self._table.place(line)
-        data = await self._offload.run(partial(os.pread, self._handle, length, offset))
+        data = os.pread(self._handle, length, offset)
         if len(data) < length:
             raise OSError(f"the batch's file has become shorter: line {line + 1} is not there")
         return call_of(data)

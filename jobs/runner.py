@@ -133,7 +133,7 @@ class Runner:
                     task.add_done_callback(job.attempts.discard)
                     task.add_done_callback(self._over)
                 self._settle()
-                wake_s = self._queue.wake_s() if self._running < self._concurrency else None
+                wake_s = self._queue.wake_s(clock.now_s()) if self._running < self._concurrency else None
                 pause_s = None if wake_s is None else max(0.001, wake_s - clock.now_s())
                 try:
                     async with asyncio.timeout(pause_s):
@@ -217,7 +217,7 @@ class Runner:
             while True:
                 done, _ = await asyncio.wait((work,), timeout=LEASE_S / 3)
                 if done:
-                    return work.result()
+                    return _said(job, line, work)
                 try:
                     if not await job.ledger.renew(line, fence, self._wall_s() + LEASE_S):
                         return None
@@ -247,3 +247,13 @@ class Runner:
         if job.trouble is None:
             log.warning("lines wait: they cannot be read, or what they are answered not kept", job=job.name, why=why)
         job.trouble = why
+
+
+def _said(job: Job, line: int, work: asyncio.Task[Answer | NoAnswer]) -> Answer | NoAnswer:
+    """What was answered; a fault of ours is that line's alone."""
+    if (error := work.exception()) is None:
+        return work.result()
+    if not isinstance(error, Exception):
+        raise error
+    log.error("a line could not be asked", job=job.name, line=line, error=error)
+    return NoAnswer(f"the line could not be asked: {type(error).__name__}")

@@ -3,13 +3,14 @@
 import asyncio
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import closing
 from typing import Literal
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Send
 
 from jobs.files import File, Files, NoRoom, TooLong
 from router.calls.errors import CallFailed, invalid, unavailable
@@ -90,10 +91,14 @@ class FilePages:
             raise CallFailed("unsupported_media", "a file is uploaded as it is, not packed", code="packed")
         form = Form(header(request.scope, b"content-type"), "file")
         name = f"file-{self._dice.getrandbits(96):024x}"
+        arrived = 0
         try:
             with closing(self._files.arriving(tenant, name, now)) as upload:
                 async with asyncio.timeout(self._config.body_timeout_s) as patience:
                     async for data in request.stream():
+                        arrived += len(data)
+                        if arrived > bytes_max + FORM_BYTES:
+                            raise TooLong(f"a file must not be longer than {bytes_max} bytes")
                         for piece in form.feed(data):
                             await upload.write(piece)
                         patience.reschedule(asyncio.get_running_loop().time() + self._config.body_timeout_s)
@@ -146,7 +151,7 @@ class FilePages:
             raise unavailable(f"the file cannot be read: {error.strerror}", "file_unreadable") from None
         # Never as what a browser would show or run.
         headers = {"content-length": str(file.bytes), "content-disposition": "attachment"}
-        return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+        return _Timely(chunks, self._config.send_timeout_s, headers)
 
     async def delete(self, request: Request) -> Response:
         """``DELETE /v1/files/{id}``."""
@@ -162,6 +167,24 @@ class FilePages:
         if (file := self._files.get(salt(request), name, int(wall_s()))) is None:
             raise _not_found(name)
         return file
+
+
+class _Timely(StreamingResponse):
+    """Ends when its client takes nothing for too long."""
+
+    def __init__(self, chunks: AsyncIterator[bytes], timeout_s: float, headers: Mapping[str, str]) -> None:
+        super().__init__(chunks, media_type="application/octet-stream", headers=headers)
+        self._timeout_s = timeout_s
+
+    async def stream_response(self, send: Send) -> None:
+        async def timely(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await send(message)
+            except TimeoutError:
+                raise ClientDisconnect from None
+
+        await super().stream_response(timely)
 
 
 def told(file: File) -> FileObject:

@@ -35,6 +35,7 @@ class Form:
         self._field: str | None = None
         self._field_data = b""
         self._data: list[bytes] = []
+        self._parts = 0
         callbacks = {
             "on_part_begin": self._part_began,
             "on_part_data": self._part_data,
@@ -64,6 +65,9 @@ class Form:
         return taken
 
     def _part_began(self) -> None:
+        self._parts += 1
+        if self._parts > FIELDS_MAX + 1:
+            raise CallFailed("too_large", "the form has too much beside its file", code="body_too_large")
         self._disposition, self._field, self._field_data = b"", None, b""
 
     def _header_name(self, data: bytes, start: int, end: int) -> None:
@@ -91,7 +95,7 @@ class Form:
             self._data.append(data[start:end])
             return
         self._field_data += data[start:end]
-        if len(self._field_data) > FIELD_BYTES_MAX or len(self.fields) > FIELDS_MAX:
+        if len(self._field_data) > FIELD_BYTES_MAX:
             raise CallFailed("too_large", "the form has too much beside its file", code="body_too_large")
 
     def _part_ended(self) -> None:

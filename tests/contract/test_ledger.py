@@ -144,6 +144,29 @@ def test_one_process_has_the_files_at_a_time(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_disk_that_is_lost_in_mid_line_is_cleaned_when_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with files(tmp_path) as ledger:
+            await end(ledger, 1)
+            held = await ledger.claim(2, 0.0, 10.0)
+            assert isinstance(held, Held)
+
+            def refuse(*_: object) -> None:
+                raise OSError(5, "Input/output error")
+
+            with monkeypatch.context() as lost:
+                lost.setattr(os, "fsync", refuse)
+                lost.setattr(os, "ftruncate", refuse)
+                with pytest.raises(OSError, match="Input/output"):
+                    await ledger.end(2, held.fence, said(2), ok=True)
+            assert await ledger.end(2, held.fence, said(2), ok=True)
+        assert (tmp_path / "out").read_bytes() == said(1) + said(2)
+
+    asyncio.run(main())
+
+
 def test_a_full_disk_keeps_nothing_half_and_the_line_can_be_ended_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

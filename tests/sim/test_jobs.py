@@ -234,3 +234,22 @@ def test_jobs_of_the_nearest_deadline_go_first() -> None:
         running.cancel()
 
     virtual.run(main)
+
+
+def test_a_bug_that_one_line_finds_is_that_lines_alone() -> None:
+    async def main() -> None:
+        class Buggy:
+            async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+                if call.custom_id == "0":
+                    raise RecursionError
+                return Answer(200, b"{}")
+
+        runner, ledger = Runner(1, random.Random(1), wall_s=clock.now_s), MemoryLedger()
+        job = Job("b", 9000.0, [[0], [1]], Lines(), ledger, Buggy())
+        runner.add(job)
+        running = asyncio.create_task(runner.run())
+        await job.drained.wait()
+        assert sorted((line, ok) for line, _, ok in ledger.results) == [(0, False), (1, True)]
+        running.cancel()
+
+    virtual.run(main)

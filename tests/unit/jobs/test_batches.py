@@ -76,7 +76,7 @@ def new() -> Batch:
 async def live(folder: Path, offload: InlineOffload, use: Callable[[Batches, Files], "asyncio.Future[T]"], **more) -> T:
     """What ``use`` does while batches run."""
     files = Files(folder / "files", FileLimits(), offload)
-    batches = Batches(folder / "batches", files, offload, 2, wall_s=more.get("wall_s", lambda: NOW))
+    batches = Batches(folder / "batches", files, offload, offload, 2, wall_s=more.get("wall_s", lambda: NOW))
     runner = Runner(2, random.Random(1))
     asker = more.get("asker", Prompt())
     running = [

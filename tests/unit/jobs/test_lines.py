@@ -44,6 +44,7 @@ def error(data: bytes, **options: Any) -> LineError:
         (b"{", "invalid_json_line", None),
         (b'{"custom_id": "\xff"}', "invalid_json_line", None),
         (line("b")[:-1] + b', "x": "\xff"}', "invalid_json_line", None),
+        pytest.param(line("b")[:-2] + b', "x": ' + b"[" * 5000, "invalid_json_line", None, id="nested"),
         (b"[]", "invalid_request", None),
         (b'{"custom_id": "b"}', "missing_required_parameter", "method"),
         (line("b", model=...), "missing_required_parameter", "body.model"),

@@ -51,7 +51,7 @@ def test_a_line_that_failed_holds_up_its_own_chain_alone() -> None:
     queue.later(first, 5.0)
     rest = claims(queue, 0)
     assert named(rest) == [("b", 1), ("b", 2)]
-    assert queue.wake_s() == 5.0
+    assert queue.wake_s(0.0) == 5.0
     assert queue.claim(4.9) is None
     again = queue.claim(5.0)
     assert again == first
@@ -73,6 +73,28 @@ def test_lines_that_have_ended_are_not_asked() -> None:
     assert named(claims(queue, 0)) == [("b", 2)]
 
 
+def test_a_batch_has_drained_though_a_nearer_one_is_asked_for() -> None:
+    queue = Queue()
+    queue.add("day", 86_400, [[0]])
+    last = queue.claim(0)
+    assert last is not None
+    queue.add("hour", 3600, [[0], [1]])
+    queue.over(last)
+    assert queue.drained("day")
+    queue.add("again", 9000, [[0], [1]], ended={0, 1})
+    assert queue.drained("again")
+
+
+def test_nobody_wakes_for_a_batch_whose_time_is_over() -> None:
+    queue = Queue()
+    queue.add("b", 100, [[0]])
+    claim = queue.claim(0)
+    assert claim is not None
+    queue.later(claim, 50.0)
+    assert queue.wake_s(60.0) == 50.0
+    assert queue.wake_s(100.0) is None
+
+
 def test_nothing_is_claimed_of_a_batch_that_was_dropped() -> None:
     queue = Queue()
     queue.add("b", 100, [[0], [1]])
@@ -81,7 +103,7 @@ def test_nothing_is_claimed_of_a_batch_that_was_dropped() -> None:
     queue.drop("b")
     queue.later(claim, 1.0)
     assert queue.claim(2) is None
-    assert queue.wake_s() is None
+    assert queue.wake_s(0.0) is None
     queue.add("b", 100, [[0]])
     assert queue.claim(2) is not None
 

@@ -51,7 +51,7 @@ def served(folder: Path, use: Use) -> None:
         offload = InlineOffload()
         files = Files(folder / "files", FileLimits(), offload)
         keyring, dispatcher = Keyring(tuple(KEYS.values())), FakeDispatcher(say("hi"))
-        jobs = Jobs(files, Batches(folder / "batches", files, offload, 10))
+        jobs = Jobs(files, Batches(folder / "batches", files, offload, offload, 10))
         texts = {"org/fake": FakeText()}
         app = create_app(dispatcher, texts, lambda: b"", ApiConfig(), offload, keyring=keyring, jobs=jobs)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.batches import Batches
-from jobs.files import FileLimits, Files
+from jobs.files import File, FileLimits, Files
 from router.calls.errors import CallFailed
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.http import ApiConfig, create_app
@@ -41,7 +41,7 @@ def served(folder: Path, use: Use, *, keyed: bool = False, limits: FileLimits | 
                 ApiConfig(file_bytes_max=files.limits.file_bytes_max),
                 offload,
                 keyring=Keyring(keys) if keyed else None,
-                jobs=Jobs(files, Batches(folder.with_name(f"{folder.name}-batches"), files, offload, 10)),
+                jobs=Jobs(files, Batches(folder.with_name(f"{folder.name}-batches"), files, offload, offload, 10)),
             )
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test/v1") as http:
@@ -264,3 +264,37 @@ def test_a_form_cut_anywhere_is_the_same(data: bytes, size: int) -> None:
     if b"--xx" not in data:
         assert b"".join(pieces) == data
         assert (found.fields, found.filename, found.ended) == ({"purpose": "batch"}, "é", True)
+
+
+def test_a_form_of_nothing_but_fields_is_refused(tmp_path: Path) -> None:
+    parts = b"".join(b'--x\r\ncontent-disposition: form-data; name="%d"\r\n\r\n\r\n' % at for at in range(100))
+
+    async def use(http: httpx.AsyncClient) -> None:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        answer = await http.post("/files", content=parts, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+        assert kept(tmp_path) == []
+
+    served(tmp_path, use)
+
+
+def test_what_cannot_be_read_at_a_start_is_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        offload = InlineOffload()
+        files = Files(tmp_path, FileLimits(), offload)
+        upload = files.arriving("", "file-a", 0)
+        await upload.write(b"data")
+        await files.keep(upload, File("file-a", "", "a", "batch", 4, 0))
+        upload.close()
+        files.close()
+        known = (tmp_path / "file-a.json").read_bytes()
+        (tmp_path / "file-a.json").write_bytes(b"of another release")
+        files = Files(tmp_path, FileLimits(), offload)
+        assert files.list("", 0) == []
+        files.close()
+        (tmp_path / "file-a.json").write_bytes(known)
+        files = Files(tmp_path, FileLimits(), offload)
+        assert files.path(files.list("", 0)[0]).read_bytes() == b"data"
+        files.close()
+
+    asyncio.run(main())

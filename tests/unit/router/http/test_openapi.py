@@ -47,7 +47,7 @@ def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str
     async def main(folder: str) -> list[httpx.Response]:
         offload = InlineOffload()
         files = Files(Path(folder) / "files", FileLimits(), offload)
-        jobs = Jobs(files, Batches(Path(folder) / "batches", files, offload, 10))
+        jobs = Jobs(files, Batches(Path(folder) / "batches", files, offload, offload, 10))
         app = create_app(
             FakeDispatcher(say("hi")),
             {"org/fake": FakeText()},
