@@ -32,7 +32,7 @@ LATE_S = 0.1
 """Changes are written together, at most so long after they were made where the store keeps up."""
 BATCH_BYTES = 4 << 20
 """Written at once."""
-ERASED_BYTES, EXPIRED_MAX = 64 << 10, 64
+ERASED_BYTES, EXPIRED_MAX = 64 << 10, 32
 """What a trace that is erased counts for in it, as nobody knows how much is there; and how many at most are erased at
 once because they have rested too long."""
 TURN_S = 0.002
@@ -161,12 +161,12 @@ class Journal:
         stored.trace = None
         self._changed[key] = None
         done = asyncio.get_running_loop().create_future()
-        self._erasing.setdefault(key, []).append(done)
+        self._erasing[key] = [*(one for one in self._erasing.get(key, ()) if not one.done()), done]
         self._wake.set()
         self._hurry.set()
         try:
             async with asyncio.timeout(ERASE_S):
-                await asyncio.shield(done)
+                await done
         except TimeoutError:
             raise Unavailable("what was written down of the trace cannot be erased now; ask again") from None
 
