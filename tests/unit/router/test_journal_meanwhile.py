@@ -32,6 +32,7 @@ class Slow(MemoryRecords):
     async def write(self, batch: Batch) -> None:
         self.asked.set()
         await self.free.wait()
+        await asyncio.sleep(0.002)  # whoever waits for an earlier one goes on first
         self.batches.append(batch)
         await super().write(batch)
 
