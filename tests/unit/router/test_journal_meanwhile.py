@@ -167,6 +167,30 @@ def test_what_is_deleted_before_it_is_known_does_not_come_back() -> None:
     asyncio.run(main())
 
 
+def test_what_is_deleted_while_others_become_known_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        records = MemoryRecords()
+        one = Life(records)
+        await one.journal.start()
+        for name in "abc":
+            await one.step(name)
+        await one.journal.close()
+        monkeypatch.setattr(module, "TURN_S", -1.0)  # lets go after each
+        two = Life(records)
+        starting = asyncio.create_task(two.journal.start())
+        while "a" not in known(two):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        assert "c" not in known(two)
+        with pytest.raises(Unavailable):
+            await two.book.delete("", "c")
+        await starting
+        assert known(two).keys() == {"a", "b"}
+        await two.until(lambda: not rows_of(records, "c"))
+        await two.journal.close()
+
+    asyncio.run(main())
+
+
 def test_an_error_that_nobody_thought_of_is_told_and_the_journal_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         records = MemoryRecords()
