@@ -203,12 +203,12 @@ def read(key: TraceKey, before: Read | None, number: int, data: bytes) -> Read:
     """
     try:
         change = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if change.follows and (before is None or change.follows != before.number):
+            raise Unreadable("what came before it is missing")
+        old = before.trace if change.follows and before is not None else Trace(key, 0.0)
+        trace = _trace(key, old, change)
+    except (msgspec.DecodeError, LookupError, ValueError) as error:
         raise Unreadable(str(error)) from error
-    if change.follows and (before is None or change.follows != before.number):
-        raise Unreadable("what came before it is missing")
-    old = before.trace if change.follows and before is not None else Trace(key, 0.0)
-    trace = _trace(key, old, change)
     return Read(trace, change.planned, change.clock, number, change.follows, change.editions)
 
 

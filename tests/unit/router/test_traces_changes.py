@@ -122,6 +122,10 @@ def test_a_change_that_follows_another_one_is_refused() -> None:
             read(key("a"), before, 9, body)
     with pytest.raises(Unreadable):
         read(key("a"), None, 9, body[:-3])
+    values = msgspec.msgpack.decode(body)
+    values[4][0][0] = 99  # continues a run of tokens that is not there
+    with pytest.raises(Unreadable, match="range"):
+        read(key("a"), writer.found[key("a")]._replace(number=7), 9, msgspec.msgpack.encode(values))
 
 
 def test_a_step_that_ran_when_the_router_ended_is_told_as_such() -> None:
