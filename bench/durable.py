@@ -100,7 +100,7 @@ async def cost(records: Records, kind: str, seconds: float, rounds: int) -> list
     """``journal.cpu`` and ``journal.bytes``."""
     loads = {written: Load(100, 20, 4000, 200, f"{kind}{written:d}") for written in (False, True)}
     written = loads[True]
-    written.journal = Journal(records, written.traces, written.send, KEEP_S)
+    written.journal = Journal(records, written.traces, written.send, KEEP_S, {})
     await written.journal.start()
     took: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * rounds):
@@ -118,7 +118,7 @@ async def cost(records: Records, kind: str, seconds: float, rounds: int) -> list
 async def recover(make: Any, kind: str, traces: int, turns: int) -> list[Result]:
     """``journal.recover``."""
     load = Load(traces, traces, 1000, 100, kind)
-    load.journal = Journal(make("recover"), load.traces, load.send, KEEP_S)
+    load.journal = Journal(make("recover"), load.traces, load.send, KEEP_S, {})
     await load.journal.start()
     for at in range(traces * turns):
         load.step()
@@ -129,7 +129,7 @@ async def recover(make: Any, kind: str, traces: int, turns: int) -> list[Result]
     await load.journal.close()
     known = {trace.key: trace.context_tokens for trace in load.traces.all()}
     again = Load(traces, traces, 1000, 100, kind)
-    journal = Journal(make("recover"), again.traces, again.send, KEEP_S)
+    journal = Journal(make("recover"), again.traces, again.send, KEEP_S, {})
     began_s = clock.perf_s()
     await journal.start()
     took_s = clock.perf_s() - began_s

@@ -130,8 +130,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     network: NetworkConfig = NetworkConfig()
     security: SecurityConfig = SecurityConfig()
     database: str = ""
-    """Where what outlives processes is kept: ``postgresql://user:password@host:port/name``; empty: a file of
-    SQLite's for each router, in the run directory."""
+    """Where what outlives processes is kept: ``postgresql://user:password@host:port/name``, then ``name`` is said;
+    empty: a file of SQLite's for each router, in the run directory."""
     traces_keep_s: Annotated[float, Meta(ge=0)] = 0.0
     """For how long a trace that rests is known to a router's next life; 0: nothing is written down of traces."""
     directory: DirectoryConfig = DirectoryConfig()

@@ -52,6 +52,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
         _check_names(config)
         if config.directory.etcd and not config.name:  # a name that is made up is another for each file
             raise msgspec.ValidationError("with etcd a cluster has a `name` of its own - at `$.directory.etcd`")
+        if config.database and not config.name:  # others may have rows there
+            raise msgspec.ValidationError("with `database` a cluster has a `name` of its own - at `$.database`")
         for number, host in enumerate(config.hosts):
             _check_host(number, host, config)
         _check_roles(config)

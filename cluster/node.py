@@ -367,7 +367,7 @@ class _Node:
             texts = {pool.model.name: await offload.run(partial(Text.load, pool.model)) for pool in self._plan.pools}
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
-            journal = await remember(router, config, self._run, self._spec.name, offload)
+            journal = await remember(router, config, self._run, self._spec.name, offload, texts)
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
             shown = NodeMetrics({**router.stats, **self._stats}, None, (journal,)).render

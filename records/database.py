@@ -16,6 +16,8 @@ BUSY_S = 5.0
 """How long one waits for another process that has the file."""
 LOCK = 0x7261636568617574
 """PostgreSQL's advisory lock of who brings the tables up to date."""
+SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+"""As libpq has them."""
 
 
 class BadDatabase(ValueError):
@@ -24,6 +26,7 @@ class BadDatabase(ValueError):
 
 def database_url(database: str, default: Path) -> URL:
     """Where the rows are: ``postgresql://user:password@host:port/name``, or empty: SQLite's file at ``default``.
+    After it ``?sslmode=`` and ``?host=`` are understood as libpq does.
 
     Raises:
         BadDatabase: it is neither.
@@ -32,11 +35,18 @@ def database_url(database: str, default: Path) -> URL:
         return URL.create("sqlite+aiosqlite", database=str(default))
     try:
         url = make_url(database)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:
         raise BadDatabase("database is no URL: write postgresql://user:password@host:port/name") from error
     if url.drivername != "postgresql" or not url.database:
         raise BadDatabase(f"database is {url.render_as_string()!r}: write postgresql://user:password@host:port/name")
-    return url.set(drivername="postgresql+asyncpg")
+    query = dict(url.query)
+    mode = query.pop("sslmode", None)
+    if mode not in (None, *SSL_MODES):
+        raise BadDatabase(f"database has sslmode={mode}: write one of {', '.join(SSL_MODES)}")
+    if more := query.keys() - {"host"}:
+        raise BadDatabase(f"database has `{min(more)}`, which means nothing here: write sslmode, host or nothing")
+    ssl = {"ssl": mode} if mode is not None else {}
+    return url.set(drivername="postgresql+asyncpg", query={**query, **ssl})
 
 
 def engine_of(url: URL, timeout_s: float) -> AsyncEngine:

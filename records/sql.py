@@ -9,12 +9,14 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from records.base import Batch, RecordsLost, TraceRow
+from records.base import Batch, RecordsLost, TraceName, TraceRow
 from records.database import engine_of, make_file, migrate
 from records.schema import trace_changes as changes
 
 READ_ROWS = 500
 """Read at a time."""
+CLOSE_S = 2.0
+"""A server that is frozen takes no leave."""
 
 _INSERT = insert(changes)
 _MINE = and_(
@@ -68,11 +70,15 @@ class SqlRecords:
                         found = (await connection.execute(query.where(changes.c.number > after))).all()
             if not found:
                 return
-            yield [TraceRow(*row) for row in found]
+            yield [TraceRow(_plain(row[0]), _plain(row[1]), *row[2:]) for row in found]
             after = found[-1][2]
 
     async def close(self) -> None:
-        await self._engine.dispose()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._engine.dispose()
+        except TimeoutError:
+            pass
 
     async def _ready(self) -> None:
         if not self._migrated:
@@ -84,22 +90,35 @@ class SqlRecords:
     async def _write(self, connection: AsyncConnection, batch: Batch) -> None:
         router = self._router
         if batch.erased:
-            gone = [{"b_router": router, "b_tenant": name.tenant, "b_trace": name.trace} for name in batch.erased]
-            await connection.execute(_ERASE, gone)
+            await connection.execute(_ERASE, [self._named(name) for name in batch.erased])
         if batch.rows:
-            await connection.execute(_INSERT, [{"router": router, **row._asdict()} for row in batch.rows])
-        if batch.superseded:
-            old = [
-                {"b_router": router, "b_tenant": name.tenant, "b_trace": name.trace, "b_number": number}
-                for name, number in batch.superseded
+            rows = [
+                {"router": router, **row._asdict(), "tenant": _kept(row.tenant), "trace": _kept(row.trace)}
+                for row in batch.rows
             ]
+            await connection.execute(_INSERT, rows)
+        if batch.superseded:
+            old = [{**self._named(name), "b_number": number} for name, number in batch.superseded]
             await connection.execute(_SUPERSEDE, old)
+
+    def _named(self, name: TraceName) -> dict[str, object]:
+        return {"b_router": self._router, "b_tenant": _kept(name.tenant), "b_trace": _kept(name.trace)}
 
     async def _checkpoint(self) -> None:
         """What was erased is in the log no more, either."""
         async with self._engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             await connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
+
+
+def _kept(text: str) -> str:
+    """A client's text as a database takes it: PostgreSQL has no character of number 0."""
+    return text.replace("\x1b", "\x1b1").replace("\0", "\x1b0")
+
+
+def _plain(text: str) -> str:
+    """Inverse of :func:`_kept`."""
+    return text.replace("\x1b0", "\0").replace("\x1b1", "\x1b")
 
 
 @contextmanager

@@ -41,11 +41,11 @@ class Router:
         """Serves the nodes that join."""
         return self.dispatch.members
 
-    async def remember(self, records: Records, keep_s: float) -> None:
+    async def remember(self, records: Records, keep_s: float, editions: Mapping[str, str]) -> None:
         """Know the traces again that were written down, and write down what becomes of them; once, and before clients
         come. The arguments are those of :class:`router.dispatch.journal.Journal`."""
         dispatch = self.dispatch
-        self.journal = Journal(records, dispatch.traces, dispatch.retainer.send, keep_s)
+        self.journal = Journal(records, dispatch.traces, dispatch.retainer.send, keep_s, editions)
         self.stats["journal"] = self.journal.stats
         dispatch.retainer.changed = self.journal.changed
         dispatch.book.written = self.journal

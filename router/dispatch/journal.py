@@ -6,14 +6,16 @@ a router which ends meanwhile forgets what came last. It is caught up with once 
 """
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import msgspec
 
 from records.base import Batch, Records, RecordsLost, TraceName, TraceRow
 from router.traces.changes import VERSION, Clock, Planned, Read, Unreadable, read, written
-from router.traces.events import Event
+from router.traces.events import Event, Tick
 from router.traces.machine import Traces
 from router.traces.revival import lost, revived
 from router.traces.trace import Trace, TraceKey
@@ -30,6 +32,9 @@ LATE_S = 0.1
 """Changes are written together, at most so long after they were made where the store keeps up."""
 BATCH_BYTES = 4 << 20
 """Written at once."""
+ERASED_BYTES, EXPIRED_MAX = 64 << 10, 32
+"""What a trace that is erased counts for in it, as nobody knows how much is there; and how many at most are erased at
+once because they have rested too long."""
 TURN_S = 0.002
 """The event loop is let go after so long."""
 AGAIN_S = (0.5, 5.0)
@@ -85,9 +90,17 @@ class Journal:
         traces: what is written down.
         send: tells the traces what happens.
         keep_s: what has rested for longer is erased.
+        editions: of the models whose texts the traces remember, by what they are called.
     """
 
-    def __init__(self, records: Records, traces: Traces, send: Callable[[Event], None], keep_s: float) -> None:
+    def __init__(
+        self,
+        records: Records,
+        traces: Traces,
+        send: Callable[[Event], None],
+        keep_s: float,
+        editions: Mapping[str, str],
+    ) -> None:
         self.stats = TraceJournalStats()
         self.failing = False
         """The store could not be written, or read, when it was last tried."""
@@ -95,23 +108,25 @@ class Journal:
         self._traces = traces
         self._send = send
         self._keep_s = keep_s
+        self._editions = editions
         self._stored: dict[TraceKey, _Stored] = {}
         self._number = 0
         self._changed: dict[TraceKey, None] = {}
-        self._under_way: list[TraceKey] = []
+        self._under_way = 0
         """Being written."""
         traces.changed = self._changed
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._loaded = asyncio.Event()
-        self._erasing: dict[TraceKey, asyncio.Future[None]] = {}
+        self._erasing: dict[TraceKey, list[asyncio.Future[None]]] = {}
+        """Who waits for what is not being written yet."""
         self._swept_s = 0.0
         self._tasks = Tasks("journal")
 
     @property
     def behind(self) -> int:
         """Traces that are not written down as they are."""
-        return len(self._changed) + len(self._under_way)
+        return len(self._changed) + self._under_way
 
     async def start(self) -> None:
         """Read what was written; returns when the traces are known again, or it takes too long."""
@@ -129,7 +144,7 @@ class Journal:
 
     def holds(self, key: TraceKey) -> bool:
         """The store may have something of a trace."""
-        return key in self._stored
+        return not self._loaded.is_set() or key in self._stored
 
     async def erased(self, key: TraceKey) -> None:
         """Nothing is left of what was written of a trace up to now.
@@ -137,17 +152,21 @@ class Journal:
         Raises:
             Unavailable: not yet; it will be erased as soon as the store does it.
         """
+        if not self._loaded.is_set():
+            self._changed[key] = None
+            raise Unavailable("what was written down of traces is not known yet; ask again")
         stored = self._stored.get(key)
         if stored is None:
             return
         stored.trace = None
         self._changed[key] = None
-        done = self._erasing.setdefault(key, asyncio.get_running_loop().create_future())
+        done = asyncio.get_running_loop().create_future()
+        self._erasing[key] = [*(one for one in self._erasing.get(key, ()) if not one.done()), done]
         self._wake.set()
         self._hurry.set()
         try:
             async with asyncio.timeout(ERASE_S):
-                await asyncio.shield(done)
+                await done
         except TimeoutError:
             raise Unavailable("what was written down of the trace cannot be erased now; ask again") from None
 
@@ -204,12 +223,13 @@ class Journal:
         self, found: dict[TraceKey, Read], last: dict[TraceKey, int], sizes: dict[TraceKey, _Stored], bad: set[TraceKey]
     ) -> None:
         now, turn_s = _clock(), clock.perf_s()
+        known = {key for key in found if key in self._traces or key in self._changed}
         for key, number in last.items():
             self._stored[key] = _Stored(None, number, now.now_s)
-        for trace, alarms in revived(found, _Known(self._traces, self._changed), self._keep_s, now):
+        for trace, alarms in revived(found, known, self._keep_s, now, self._editions):
             key = trace.key
-            if key in self._traces:
-                continue  # a step of it has begun meanwhile
+            if key in self._traces or key in self._changed:
+                continue  # a step of it has begun meanwhile, or it was deleted
             self._traces.restore(trace, alarms)
             del self._changed[key]
             stored, was = self._stored[key], sizes[key]
@@ -223,6 +243,7 @@ class Journal:
                 await asyncio.sleep(0)
                 turn_s = clock.perf_s()
         self._changed.update(dict.fromkeys(key for key in last if key not in self._traces and key not in bad))
+        self._send(Tick())  # what should have happened by now happens, and what comes next is planned
 
     # --- writing ------------------------------------------------------------------------------------------------
 
@@ -239,8 +260,10 @@ class Journal:
                 if await self._write():
                     self._over(pause_s)
                     pause_s = AGAIN_S[0]
-            except RecordsLost as error:
+            except Exception as error:
                 self.stats.failures += 1
+                if not isinstance(error, RecordsLost) and not self.failing:
+                    log.error("the journal of traces does what it should not", error=error)
                 if not self.failing:
                     log.warning("the journal of traces stands still; all is served on", why=error)
                 self.failing = True
@@ -253,6 +276,7 @@ class Journal:
         if self._loaded.is_set() or len(self._changed) > GONE_MAX:
             for key in [key for key in self._changed if key not in self._traces and key not in self._stored]:
                 del self._changed[key]
+                _tell(self._erasing.pop(key, ()))
 
     def _over(self, pause_s: float) -> None:
         if self.failing:
@@ -261,7 +285,7 @@ class Journal:
 
     async def _wait(self) -> None:
         """Until there is something to be written, and a little longer."""
-        if not self._changed:
+        if not self._changed and not self._sweeping():
             self._wake.clear()
             try:
                 async with asyncio.timeout(SWEEP_S):
@@ -276,56 +300,57 @@ class Journal:
         self._hurry.clear()
 
     async def _write(self) -> bool:
-        """Write some of what has changed; False: nothing had to be."""
+        """Write some of what has changed; False: nothing had to be. A trace is in it once: what becomes of it, or is
+        asked for, from when it was taken is for the next time."""
         rows: list[TraceRow] = []
         superseded: list[tuple[TraceName, int]] = []
-        erased = self._expired()
-        taken = self._under_way = [*erased]
+        expired = self._expired()
+        erased = [*expired]
+        taken: list[TraceKey] = []
+        waiting: dict[TraceKey, list[asyncio.Future[None]]] = {}
+        self._under_way = len(erased)
         now, turn_s, nbytes = _clock(), clock.perf_s(), 0
-        while self._changed and nbytes < BATCH_BYTES:
-            key = next(iter(self._changed))
-            del self._changed[key]
-            stored, trace = self._stored.get(key), self._traces.get(key)
-            if trace is not None:
-                row = self._row(key, trace, stored, now)
-                rows.append(row)
-                nbytes += len(row.body)
-                if stored is not None and self._stored[key].count == 0:
-                    superseded.append((TraceName(*key), row.number))
-            elif stored is not None:
-                erased.append(key)
-            else:
-                continue
-            taken.append(key)
-            if clock.perf_s() - turn_s > TURN_S:
-                await asyncio.sleep(0)
-                turn_s = clock.perf_s()
-        if not taken:
-            return False
         try:
-            await self._records.write(Batch(rows, superseded, [TraceName(*key) for key in erased]))
-        except (RecordsLost, asyncio.CancelledError):
-            self._failed(taken)
+            for key in list(dict.fromkeys(self._erasing) | self._changed):  # who waits comes first
+                if nbytes + len(erased) * ERASED_BYTES >= BATCH_BYTES:
+                    break
+                self._changed.pop(key, None)
+                waiting[key] = self._erasing.pop(key, [])
+                taken.append(key)
+                self._under_way += 1
+                stored, trace = self._stored.get(key), self._traces.get(key)
+                if trace is not None:
+                    row = self._row(key, trace, stored, now)
+                    rows.append(row)
+                    nbytes += len(row.body)
+                    if stored is not None and self._stored[key].count == 0:
+                        superseded.append((TraceName(*key), row.number))
+                elif stored is not None:
+                    erased.append(key)
+                if clock.perf_s() - turn_s > TURN_S:
+                    await asyncio.sleep(0)
+                    turn_s = clock.perf_s()
+            if rows or erased:
+                await self._records.write(Batch(rows, superseded, [TraceName(*key) for key in erased]))
+        except BaseException:
+            self._failed(taken, expired, waiting)
             raise
         finally:
-            self._under_way = []
-        self.stats.batches += 1
+            self._under_way = 0
+        self.stats.batches += bool(rows or erased)
         self.stats.changes += len(rows)
         self.stats.bytes_written += nbytes
         for key in erased:
             del self._stored[key]
-        for key in taken:
-            done = self._erasing.pop(key, None)
-            if done is not None:
-                done.set_result(None)
-        return True
+        _tell(chain.from_iterable(waiting.values()))
+        return bool(rows or erased)
 
     def _row(self, key: TraceKey, trace: Trace, stored: _Stored | None, now: Clock) -> TraceRow:
         before = stored.trace if stored is not None and not stored.full else None
         follows = stored.number if stored is not None and before is not None else 0
         self._number += 1
         planned: Planned = tuple((alarm.at_s, alarm.kind) for alarm in self._traces.planned(key))
-        body = written(before, follows, trace, planned, now)
+        body = written(before, follows, trace, planned, now, self._editions)
         if stored is None or before is None:
             self._stored[key] = _Stored(trace, self._number, now.now_s, len(body))
             self.stats.whole += 1
@@ -335,32 +360,40 @@ class Journal:
             stored.count += 1
         return TraceRow(key[0], key[1], self._number, VERSION, body)
 
-    def _failed(self, taken: list[TraceKey]) -> None:
+    def _failed(
+        self, taken: list[TraceKey], expired: list[TraceKey], waiting: dict[TraceKey, list[asyncio.Future[None]]]
+    ) -> None:
         """All that was taken is written anew, and whole: nobody knows what the store has. Nothing is held for it."""
         self._changed.update(dict.fromkeys(taken))
-        for key in self._changed:
+        for key, told in waiting.items():
+            if told:
+                self._erasing[key] = [*told, *self._erasing.get(key, ())]
+        if expired:
+            self._swept_s = -math.inf
+        for key in (*expired, *self._changed):
             if (stored := self._stored.get(key)) is not None:
                 stored.trace = None
 
+    def _sweeping(self) -> bool:
+        """It is time to look for what has rested too long."""
+        return clock.now_s() - self._swept_s >= SWEEP_S
+
     def _expired(self) -> list[TraceKey]:
-        """Of what nothing is to be kept any more, although it is known."""
-        now_s = clock.now_s()
-        if now_s - self._swept_s < SWEEP_S:
+        """Of what nothing is to be kept any more, although it is known: some, none of it changed."""
+        if not self._sweeping():
             return []
-        self._swept_s = now_s
-        kept = self._stored.items()
-        return [key for key, stored in kept if now_s - stored.at_s > self._keep_s and key not in self._changed]
+        now_s, kept = clock.now_s(), self._stored.items()
+        old = (key for key, stored in kept if now_s - stored.at_s > self._keep_s and key not in self._changed)
+        found = list(islice(old, EXPIRED_MAX))
+        if len(found) < EXPIRED_MAX:
+            self._swept_s = now_s
+        return found
 
 
-class _Known:
-    """Traces that live, or were forgotten in this life."""
-
-    def __init__(self, traces: Traces, changed: dict[TraceKey, None]) -> None:
-        self._traces = traces
-        self._changed = changed
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._traces or key in self._changed
+def _tell(told: Iterable[asyncio.Future[None]]) -> None:
+    for done in told:
+        if not done.done():
+            done.set_result(None)
 
 
 def _clock() -> Clock:

@@ -117,7 +117,8 @@ class Retainer:
 
     def send(self, event: Event) -> None:
         """Let something happen to a trace."""
-        self._running += isinstance(event, StepBegan) - isinstance(event, StepEnded)
+        # A step of before the router's life ends in it without having begun.
+        self._running = max(0, self._running + isinstance(event, StepBegan) - isinstance(event, StepEnded))
         for effect in self._traces.handle(event, clock.now_s()):
             self._do(effect)
         self.changed()

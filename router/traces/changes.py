@@ -4,7 +4,7 @@ A trace is a value, so what is written is how it differs from the value that was
 hashes, steps and decisions only what is new, of the rest all. The first change of a trace has all of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -133,6 +133,8 @@ class Change(msgspec.Struct, frozen=True, array_like=True):
     """None: as before; likewise what follows."""
     responses: tuple[str, ...] | None
     tools: dict[str, Tool] | None
+    editions: dict[str, str] = {}
+    """Which edition of each of the texts' models their tokens are of; what is not in it, nobody knows."""
 
 
 _REST = Rest.__struct_fields__
@@ -144,8 +146,11 @@ class Unreadable(Exception):
     """What was written cannot be read."""
 
 
-def written(before: Trace | None, follows: int, trace: Trace, planned: Planned, clock: Clock) -> bytes:
-    """How a trace differs from what was written of it, ``before`` by the change of that number; None: all."""
+def written(
+    before: Trace | None, follows: int, trace: Trace, planned: Planned, clock: Clock, editions: Mapping[str, str]
+) -> bytes:
+    """How a trace differs from what was written of it, ``before`` by the change of that number; None: all.
+    ``editions``: of the models, by what they are called."""
     assert (before is None) == (follows == 0)
     old = before or Trace(trace.key, 0.0)
     old_runs, runs = _runs(old), _runs(trace)
@@ -171,6 +176,7 @@ def written(before: Trace | None, follows: int, trace: Trace, planned: Planned, 
         children=None if trace.children == old.children else trace.children,
         responses=None if trace.responses == old.responses else trace.responses,
         tools=None if trace.tools is old.tools else dict(trace.tools),
+        editions={text.model: editions[text.model] for text in trace.texts if text.model in editions},
     )  # fmt: skip
     return _encode(change)
 
@@ -185,6 +191,8 @@ class Read(NamedTuple):
     """Of that change."""
     follows: int
     """As in :class:`Change`."""
+    editions: Mapping[str, str]
+    """Likewise."""
 
 
 def read(key: TraceKey, before: Read | None, number: int, data: bytes) -> Read:
@@ -195,13 +203,13 @@ def read(key: TraceKey, before: Read | None, number: int, data: bytes) -> Read:
     """
     try:
         change = _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        if change.follows and (before is None or change.follows != before.number):
+            raise Unreadable("what came before it is missing")
+        old = before.trace if change.follows and before is not None else Trace(key, 0.0)
+        trace = _trace(key, old, change)
+    except (msgspec.DecodeError, LookupError, ValueError) as error:
         raise Unreadable(str(error)) from error
-    if change.follows == 0:
-        return Read(_trace(key, Trace(key, 0.0), change), change.planned, change.clock, number, change.follows)
-    if before is None or change.follows != before.number:
-        raise Unreadable("what came before it is missing")
-    return Read(_trace(key, before.trace, change), change.planned, change.clock, number, change.follows)
+    return Read(trace, change.planned, change.clock, number, change.follows, change.editions)
 
 
 def _trace(key: TraceKey, old: Trace, change: Change) -> Trace:

@@ -7,17 +7,18 @@ from msgspec.structs import replace
 from router.traces.alarms import Alarm
 from router.traces.changes import Clock, Read, elapsed_s, retimed
 from router.traces.events import Answered, StepEnded
-from router.traces.trace import Trace, TraceKey
+from router.traces.trace import Trace, TraceKey, with_kept
 
 ROUTER_LOST = "router_lost"
 """How a step ended that ran when its router did."""
 
 
 def revived(
-    found: Mapping[TraceKey, Read], known: Container[TraceKey], keep_s: float, now: Clock
+    found: Mapping[TraceKey, Read], known: Container[TraceKey], keep_s: float, now: Clock, editions: Mapping[str, str]
 ) -> Iterator[tuple[Trace, list[Alarm]]]:
     """Those that live on, in the order in which they last changed: not what changed longer than ``keep_s`` ago, not
-    what is ``known`` by now. What was to come back by now is not waited for any more."""
+    what is ``known`` by now. What was to come back by now is not waited for any more. Texts whose model is of another
+    edition by now are left out: their tokens say something else to it. (Contexts name theirs by their root.)"""
     lives = {
         key: read
         for key, read in sorted(found.items(), key=lambda item: item[1].number)
@@ -31,6 +32,9 @@ def revived(
         )
         trace, planned = retimed(read.trace, read.planned, read.clock, now)
         alarms = [Alarm(at_s, key, kind) for at_s, kind in planned if at_s > now.now_s or kind == "deadline"]
+        texts = [text for text in trace.texts if read.editions.get(text.model) == editions.get(text.model)]
+        if len(texts) < len(trace.texts):
+            trace = with_kept(trace, trace.lefts, texts)
         yield replace(trace, children=children, calls_open=0), alarms
 
 

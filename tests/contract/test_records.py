@@ -4,8 +4,9 @@ import asyncio
 import functools
 import itertools
 import os
+import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from records.base import Batch, Records, RecordsLost, TraceName, TraceRow
 from records.database import BadDatabase, database_url
 from records.fakes import MemoryRecords
 from records.schema import HEAD
-from records.sql import SqlRecords
+from records.sql import CLOSE_S, SqlRecords
 from tests.postgres import Postgres, postgres
 
 pytestmark = pytest.mark.xdist_group("postgres")
@@ -116,6 +117,20 @@ async def test_what_is_superseded_or_erased_is_gone_and_nothing_else(made: Made)
 
 
 @on_a_loop
+async def test_names_are_any_text(made: Made) -> None:
+    odd = [TraceName("a\0b", "\0"), TraceName("a\x1b0b", "\x1b"), TraceName("a\x1bb", "\x1b1\\"), TraceName("ab", "ü")]
+    async with aclosing(opened(made, "r")) as one:
+        records = await anext(one)
+        wrote = [row(name, at) for at, name in enumerate(odd, 1)]
+        await records.write(Batch(wrote))
+        assert await all_of(records) == wrote
+        for at, name in enumerate(odd, 1):
+            await records.write(Batch([row(A, 9 + at)], superseded=[(name, 9)] if at % 2 else (), erased=[name]))
+            wrote = [*(one for one in wrote if (one.tenant, one.trace) != name), row(A, 9 + at)]
+            assert await all_of(records) == wrote
+
+
+@on_a_loop
 async def test_a_batch_is_written_whole_or_not_at_all(made: Made) -> None:
     async with aclosing(opened(made, "r")) as one:
         records = await anext(one)
@@ -140,6 +155,39 @@ async def test_a_server_that_went_away_is_lost_and_found_again(server: Postgres,
     await records.write(Batch([row(A, 3)]))
     assert await all_of(records) == [row(A, 1), row(A, 3)]
     await records.close()
+
+
+def stop(database: str, how: signal.Signals) -> int:
+    """Tells those of a server's processes that serve a database; returns how many these are."""
+    found = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"postgres: tracehaul {database} ".encode() in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), how)
+                found += 1
+    return found
+
+
+@on_a_loop
+async def test_a_server_that_is_frozen_holds_up_nobody(server: Postgres, tmp_path: Path) -> None:
+    name = next(names)
+    records = SqlRecords(database_url(server.create(name), tmp_path), "r", TIMEOUT_S)
+    await records.write(Batch([row(A, 1)]))
+    assert stop(name, signal.SIGSTOP) == 1
+    try:
+        async with asyncio.timeout(2 * CLOSE_S):
+            await records.close()
+    finally:
+        stop(name, signal.SIGCONT)
+
+
+@on_a_loop
+async def test_what_a_server_refuses_is_lost(server: Postgres, tmp_path: Path) -> None:
+    for url in (server.url("never"), server.create(next(names)) + "?sslmode=require"):
+        records = SqlRecords(database_url(url, tmp_path), "r", TIMEOUT_S)
+        with pytest.raises(RecordsLost):
+            await records.write(Batch([row(A, 1)]))
+        await records.close()
 
 
 @on_a_loop
@@ -182,10 +230,22 @@ def test_the_newest_migration_is_the_one_that_is_asked_for() -> None:
     assert ScriptDirectory.from_config(config).get_heads() == [HEAD]
 
 
-@pytest.mark.parametrize("named", ["mysql://a/b", "postgresql://host", "a file", "postgresql+psycopg://h/d"])
+@pytest.mark.parametrize(
+    "named", ["mysql://a/b", "postgresql://host", "a file", "postgresql+psycopg://h/d", "postgresql://h:x/d"]
+)
 def test_what_is_no_database_is_refused(named: str) -> None:
     with pytest.raises(BadDatabase, match="write postgresql://"):
         database_url(named, Path("r.sqlite"))
+
+
+def test_what_follows_a_database_is_understood_or_refused() -> None:
+    plain = "postgresql://me@h/d"
+    assert dict(database_url(plain + "?sslmode=verify-full&host=/tmp", Path("r")).query) == {
+        "ssl": "verify-full", "host": "/tmp",
+    }  # fmt: skip
+    for query in ("ssl=require", "sslmode=yes", "sslmode=require&sslmode=require", "application_name=x"):
+        with pytest.raises(BadDatabase, match=query.split("=")[0]):
+            database_url(f"{plain}?{query}", Path("r"))
 
 
 def test_a_password_is_told_nobody() -> None:

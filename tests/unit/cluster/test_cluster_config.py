@@ -16,6 +16,7 @@ from cluster.config import (
     store_config,
 )
 from cluster.config_file import load_config
+from cluster.journal import rows_of
 from cluster.plan import nodes_of, threads_of
 from cluster.rundir import ClusterFault, RunDir
 from tracehaul.wire.hashing import KVLayout
@@ -45,6 +46,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path):
         ("[nodes]\ndecode = 0", "nodes.decode"),
         ("port = 'x'", "port"),
         ("port = ", "TOML"),
+        ("database = 'postgresql://h/d'", "line 1.: with `database` a cluster has a `name`"),
     ],
 )
 def test_what_no_config_has_is_refused_by_name(tmp_path: Path, text: str, part: str):
@@ -54,6 +56,13 @@ def test_what_no_config_has_is_refused_by_name(tmp_path: Path, text: str, part: 
         load_config(file, {})
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_clusters_share_a_database_but_no_rows():
+    assert rows_of(ClusterConfig(), "router-0") == "router-0"
+    assert rows_of(ClusterConfig(name="ours", database="postgresql://h/d"), "router-0") == "ours/router-0"
+    with pytest.raises(ClusterFault, match="`name`"):
+        rows_of(ClusterConfig(database="postgresql://h/d"), "router-0")
 
 
 def test_quotas_reach_the_store_nodes(tmp_path: Path):

@@ -13,6 +13,7 @@ from router.traces.book import Book
 from router.traces.changes import VERSION
 from router.traces.events import Event
 from router.traces.machine import Traces
+from router.traces.texts import Said, fresh
 from tests.unit.router.test_traces import Machine, left
 from tracehaul.runtime import clock
 from tracehaul.wire.errors import Unavailable
@@ -29,10 +30,12 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 class Life:
     """One life of a router's traces."""
 
-    def __init__(self, records: MemoryRecords, keep_s: float = DAY_S) -> None:
+    def __init__(self, records: MemoryRecords, keep_s: float = DAY_S, edition: str = "one") -> None:
         self.m = Machine(traces_max=4, bytes_max=1 << 24)
         self.traces: Traces = self.m.traces
-        self.journal = Journal(records, self.traces, self.send, keep_s)
+        self.journal = Journal(records, self.traces, self.send, keep_s, {"m": edition})
+        self.book = Book(self.traces, self)  # type: ignore[arg-type]
+        self.book.written = self.journal
 
     def send(self, event: Event) -> None:
         self.traces.handle(event, clock.now_s())
@@ -42,7 +45,7 @@ class Life:
         now_s = clock.now_s()
         step = self.m.begin(trace, now_s)
         self.m.end(trace, step, now_s, left([*range(tokens)], step))
-        self.m.answer(trace, step, now_s)
+        self.m.answer(trace, step, now_s, said=Said(fresh("x" * tokens, range(tokens)), model="m"))
         self.journal.changed()
 
     async def until(self, done: Callable[[], bool]) -> None:
@@ -165,15 +168,9 @@ def test_a_deleted_trace_is_gone_on_return_and_does_not_come_back() -> None:
         await one.step("a")
         await one.step("b")
         await one.written()
-
-        class Keeper:
-            send = staticmethod(one.send)
-
-        book = Book(one.traces, Keeper())  # type: ignore[arg-type]
-        book.written = one.journal
-        assert await book.delete("", "a")
+        assert await one.book.delete("", "a")
         assert {row.trace for row in records.kept.values()} == {"b"}
-        assert not await book.delete("", "a")
+        assert not await one.book.delete("", "a")
         await one.step("a", tokens=3)
         await one.journal.close()
         two = Life(records)

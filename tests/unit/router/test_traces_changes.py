@@ -16,6 +16,7 @@ from tests.unit.router.test_traces_model import BYTES_MAX, TRACES_MAX, Model
 from tracehaul.wire.hashing import pack_tokens
 
 CLOCK = Clock("boot", 100.0, 5000.0)
+EDITIONS = {"m": "one"}
 
 
 class Writer:
@@ -40,7 +41,7 @@ class Writer:
             self._number += 1
             before, was = self._before.get(name), self.found.get(name)
             planned = tuple((alarm.at_s, alarm.kind) for alarm in self.traces.planned(name))
-            body = written(before, was.number if was else 0, trace, planned, clock)
+            body = written(before, was.number if was else 0, trace, planned, clock, EDITIONS)
             self.sizes.append(len(body))
             self.found[name] = read(name, was, self._number, body)
             self._before[name] = trace
@@ -65,7 +66,7 @@ class Written(Model):
     def teardown(self) -> None:
         now = Clock("boot", self.now_s, 0.0)
         again = Traces(TRACES_MAX, 2 * BYTES_MAX, RetentionConfig())
-        for trace, alarms in revived(self.writer.found, (), 1e9, now):
+        for trace, alarms in revived(self.writer.found, (), 1e9, now, EDITIONS):
             again.restore(trace, alarms)
             for event in lost(trace):
                 again.handle(event, self.now_s)
@@ -115,12 +116,16 @@ def test_only_what_is_new_is_written() -> None:
 def test_a_change_that_follows_another_one_is_refused() -> None:
     _, writer = story(steps=2, tokens=8)
     trace = writer.found[key("a")].trace
-    body = written(trace, 7, trace, (), CLOCK)
+    body = written(trace, 7, trace, (), CLOCK, EDITIONS)
     for before in (None, writer.found[key("a")]):
         with pytest.raises(Unreadable, match="missing"):
             read(key("a"), before, 9, body)
     with pytest.raises(Unreadable):
         read(key("a"), None, 9, body[:-3])
+    values = msgspec.msgpack.decode(body)
+    values[4][0][0] = 99  # continues a run of tokens that is not there
+    with pytest.raises(Unreadable, match="range"):
+        read(key("a"), writer.found[key("a")]._replace(number=7), 9, msgspec.msgpack.encode(values))
 
 
 def test_a_step_that_ran_when_the_router_ended_is_told_as_such() -> None:
@@ -129,7 +134,7 @@ def test_a_step_that_ran_when_the_router_ended_is_told_as_such() -> None:
     m.place("a", step, 50.0)
     writer.write()
     again = Traces(4, 1 << 24, RetentionConfig())
-    [(trace, alarms)] = revived(writer.found, (), 1e9, CLOCK)
+    [(trace, alarms)] = revived(writer.found, (), 1e9, CLOCK, EDITIONS)
     again.restore(trace, alarms)
     for event in lost(trace):
         again.handle(event, 100.0)
@@ -164,6 +169,24 @@ def test_times_hold_in_another_run_of_the_machine(wall_s: float, passed_s: float
 def test_what_has_rested_too_long_does_not_live_on() -> None:
     _, writer = story(steps=2, tokens=8)
     now = Clock("boot", 100.0 + 50, 0.0)
-    assert [trace.key for trace, _ in revived(writer.found, (), 51.0, now)] == [key("a")]
-    assert list(revived(writer.found, (), 49.0, now)) == []
-    assert list(revived(writer.found, {key("a")}, 51.0, now)) == []
+    assert [trace.key for trace, _ in revived(writer.found, (), 51.0, now, EDITIONS)] == [key("a")]
+    assert list(revived(writer.found, (), 49.0, now, EDITIONS)) == []
+    assert list(revived(writer.found, {key("a")}, 51.0, now, EDITIONS)) == []
+
+
+def test_texts_of_another_edition_of_the_model_do_not_live_on() -> None:
+    _, writer = story(steps=2, tokens=8)
+    [(trace, _)] = revived(writer.found, (), 1e9, CLOCK, EDITIONS)
+    assert trace.texts
+    for now in ({"m": "two"}, {}):
+        [(other, _)] = revived(writer.found, (), 1e9, CLOCK, now)
+        assert other == with_kept(trace, trace.lefts, ())
+
+
+def test_what_was_written_without_editions_is_read() -> None:
+    m, _ = story(steps=1, tokens=8)
+    known = m.traces.get(key("a"))
+    assert known is not None
+    values = msgspec.msgpack.decode(written(None, 0, known, (), CLOCK, EDITIONS))
+    again = read(key("a"), None, 1, msgspec.msgpack.encode(values[:-1]))
+    assert (again.trace, again.editions) == (known, {})
