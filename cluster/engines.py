@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from cluster.plan import NodeSpec, Plan
+from cluster.plan import NodeSpec, Plan, PoolPlan
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.secrets import FOLDER, TOKEN_FILE
 from engines.adapter.child import Child, free_port
@@ -92,7 +92,7 @@ async def stock_seat(
     pool = plan.pool(spec.pool)
     config, limits = pool.config, pool.config.worker or plan.config.worker
     dialect, url = dialect_of(config.engine, config.engine_args), config.attach.get(spec.name)
-    file = run.path / f"{spec.name}.layout.json"
+    file = layout_file(run, spec.name, started=url is None)
     child: Child | None = None
     if url is None:
         port = free_port()
@@ -103,6 +103,8 @@ async def stock_seat(
     server = StockServer(url)
     stack.push_async_callback(server.aclose)
     facts = await _answering(server, dialect, child, config.adapter, run.log(f"{spec.name}-server"))
+    if child is None:
+        check_model(url, facts, pool)
     layout = await _layout(file, child) if limits.use_store else None
     log.info("a server answers", engine=dialect.name, url=url, shares=layout is not None, **facts._asdict())
     info = msgspec.structs.replace(info, model=pool.model.name)
@@ -111,6 +113,21 @@ async def stock_seat(
     stack.push_async_callback(seat.aclose)
     member = seat.member
     return member if child is None else member._replace(background=(*member.background, child.ended))
+
+
+def layout_file(run: RunDir, name: str, *, started: bool) -> Path:
+    """Where that worker's server tells its layout. What one that was started has left is not one's that is attached."""
+    return run.path / f"{name}{'-server' if started else ''}.layout.json"
+
+
+def check_model(url: str, facts: Facts, pool: PoolPlan) -> None:
+    """Raises ClusterFault if the server there, which somebody else has started, is of another model than the pool."""
+    name = pool.model.name
+    if {facts.model, facts.path.rstrip("/")}.isdisjoint({name, pool.config.model.rstrip("/"), str(pool.model.path)}):
+        raise ClusterFault(
+            f"{url} serves {facts.model!r} from {facts.path}, and not {name!r}: attach a server of that model, or if "
+            f"it is one, start it with --served-model-name {name}"
+        )
 
 
 async def _started(

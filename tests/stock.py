@@ -30,6 +30,8 @@ class StockEngine:
     def __init__(self, cost: EngineCost | None = None, store: StoreClient | None = None) -> None:
         self.engine = FakeEngine(fake_info(kv_tokens_max=16384), cost)
         self.store = store
+        self.model = MODEL
+        """What clients call it by."""
         self.turn = asyncio.Lock()
         self.asked: list[dict[str, Any]] = []
         """Bodies of all requests for steps."""

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.stock import MODEL, PAGE, SAME, StockEngine, event, sampling_of
+from tests.stock import PAGE, SAME, StockEngine, event, sampling_of
 from tracehaul.engine.base import Result
 from tracehaul.wire.steps import Constraint, Sampling
 
@@ -57,7 +57,7 @@ class SGLangServer:
         return JSONResponse(
             {
                 "model_path": "/models/fake",
-                "served_model_name": MODEL,
+                "served_model_name": self.engine.model,
                 "page_size": PAGE,
                 "max_running_requests": 16,
                 "enable_priority_scheduling": False,

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.stock import MODEL, PAGE, SAME, StockEngine, event, sampling_of
+from tests.stock import PAGE, SAME, StockEngine, event, sampling_of
 from tracehaul.engine.base import Result
 from tracehaul.wire.steps import Constraint
 
@@ -47,7 +47,7 @@ class VLLMServer:
     async def models(self, request: Request) -> Response:
         await self.engine.frozen.wait()
         card = {
-            "id": MODEL,
+            "id": self.engine.model,
             "object": "model",
             "created": 1,
             "owned_by": "vllm",
@@ -98,7 +98,7 @@ class VLLMServer:
             said = "temperature must be non-negative"
         if said:
             return JSONResponse(self.error(400, said, "BadRequestError"), status_code=400)
-        assert body["model"] == MODEL
+        assert body["model"] == self.engine.model
         assert not (body["stream"] and body.get("prompt_logprobs")), "vLLM refuses this"
         if body["stream"]:
             return StreamingResponse(self.events(body), media_type="text/event-stream")
@@ -145,7 +145,12 @@ class VLLMServer:
         return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     async def events(self, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-        head = {"id": f"cmpl-{body['request_id']}", "object": "text_completion", "created": 1, "model": MODEL}
+        head = {
+            "id": f"cmpl-{body['request_id']}",
+            "object": "text_completion",
+            "created": 1,
+            "model": self.engine.model,
+        }
         ids: list[int] = []
         cached = 0
         assert body["stream_options"] == {"include_usage": True}
@@ -191,7 +196,7 @@ class VLLMServer:
                 "id": f"cmpl-{body['request_id']}",
                 "object": "text_completion",
                 "created": 1,
-                "model": MODEL,
+                "model": self.engine.model,
                 "choices": [choice],
                 "service_tier": None,
                 "system_fingerprint": None,

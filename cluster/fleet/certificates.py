@@ -25,7 +25,7 @@ from cluster.hosts.certificates import HostCertificates
 from cluster.plan import NodeSpec
 from cluster.rundir import ClusterFault
 from cluster.security import ca
-from cluster.security.laying import authority_of, files_for
+from cluster.security.laying import authority_of, files_for, replacing
 from cluster.security.secrets import FOLDER
 from tracehaul.runtime import clock
 from tracehaul.runtime.credentials import CA_FILE, NAME_SCHEME, mark_of
@@ -49,6 +49,7 @@ class Held(NamedTuple):
     trusts: tuple[str, ...]
     late: tuple[str, ...]
     """Nodes that run, and use something else."""
+    running: tuple[str, ...]
 
 
 def held(told: HostCertificates) -> Held | None:
@@ -68,7 +69,7 @@ def held(told: HostCertificates) -> Held | None:
     mark = mark_of(told.ca.encode(), told.cert.encode())
     late = tuple(name for name, used in told.uses.items() if used != mark)
     names = tuple(uri.removeprefix(NAME_SCHEME) for uri in uris)
-    return Held(names, cert.not_valid_after_utc.timestamp(), issuer, tuple(map(name_of, cas)), late)
+    return Held(names, cert.not_valid_after_utc.timestamp(), issuer, tuple(map(name_of, cas)), late, tuple(told.uses))
 
 
 def name_of(cert: x509.Certificate) -> str:
@@ -112,8 +113,8 @@ async def rotate(fleet: Opened, console: Console, *, ca_too: bool) -> None:
     """New certificates on every host; ``ca_too``: of a new CA, after which those of the old one are refused.
 
     Raises:
-        ClusterFault: the fleet has no certificates, a host does not answer (nothing was changed then), or one broke the
-            change off.
+        ClusterFault: the fleet has no certificates, a host does not answer or runs what is not in the file (nothing was
+            changed then), or one broke the change off.
     """
     config = fleet.config
     if config.security.control != "mtls":
@@ -125,8 +126,20 @@ async def rotate(fleet: Opened, console: Console, *, ca_too: bool) -> None:
         nodes = place(config, await addresses_of(fleet.hands))
     except HostFault as fault:
         raise ClusterFault(str(fault)) from fault
+    if strange := strangers({name: each for name, each in found.items() if each is not None}, nodes):
+        # A launch refuses while the CA is being replaced.
+        way = "put it back until the CA is replaced" if replacing(config) else "launch first"
+        said = "; ".join(f"{host}: {', '.join(names)} is not in the file any more" for host, names in strange.items())
+        raise ClusterFault(f"{said}: {way}; nothing was changed")
     with progress(console, [hand.host.name for hand in fleet.hands]) as shown:
         await Rotation(config, fleet.hands, nodes, shown).run(ca_too=ca_too)
+
+
+def strangers(found: Mapping[str, Held], nodes: Sequence[NodeSpec]) -> dict[str, list[str]]:
+    """By host, what runs there and is none of ``nodes``: a new certificate would not be of it. Pure."""
+    placed = {(spec.host, spec.name) for spec in nodes}
+    strange = {host: [name for name in held.running if (host, name) not in placed] for host, held in found.items()}
+    return {host: names for host, names in strange.items() if names}
 
 
 class Rotation:
@@ -155,7 +168,7 @@ class Rotation:
         if ca_too and len(ca.trusted(self._authority)) == 1:
             ca.rotate(self._authority, now_s=clock.wall_s())
         cas = ca.trusted(self._authority)
-        if ca_too:
+        if len(cas) > 1:  # also where a replacement was broken off: certificates are of the new CA from then on
             await self._on_all("trusts both CAs", partial(self._trust, b"".join(cas)))
         await self._on_all("has a new certificate", self._certify)
         if ca_too:

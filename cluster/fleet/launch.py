@@ -101,6 +101,7 @@ class Launching:
         host, name = hand.host, hand.host.name
         if fatal := self._found.fatal(name):
             raise HostFault("; ".join(f"{finding.fault}: {finding.remedy}" for finding in fatal))
+        await asyncio.to_thread(self._check_authority)
         facts = self._found.seen[name].facts
         report = self._found.reports.get(name)
         if report is not None and any(node.pid is not None for node in report.nodes):
@@ -115,6 +116,18 @@ class Launching:
             await self._put_model(hand, facts, pool, order.plan.pool(pool).model.path, told)
         await self._put_files(hand, facts, order)
         return order
+
+    def _check_authority(self) -> None:
+        """Raises HostFault while the CA is being replaced: hosts that do not yet trust the new one would refuse it."""
+        if not self._plan.config.security.secrets:
+            return
+        from cluster.security.laying import replacing
+
+        try:
+            if replacing(self._plan.config):
+                raise HostFault("the CA is being replaced: finish `tracehaul certificates rotate --ca` first")
+        except ClusterFault as fault:
+            raise HostFault(str(fault)) from fault
 
     async def _check_security(self, hand: Hand, facts: Facts) -> None:
         """Raises HostFault if nodes that run there would not know those that this launch starts."""

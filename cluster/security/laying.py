@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.config import ClusterConfig
 from cluster.plan import NodeSpec, Plan
 from cluster.rundir import ClusterFault, RunDir
-from cluster.security.ca import Issued, ensure_ca, issue
+from cluster.security.ca import AUTHORITY_FILE, Issued, ensure_ca, issue, trusted
 from cluster.security.secrets import FOLDER, TOKEN_FILE, read_tokens
 from tracehaul.runtime.credentials import CA_FILE, CERT_FILE, KEY_FILE
 from tracehaul.runtime.durable import write_whole
@@ -39,6 +39,16 @@ def authority_of(config: ClusterConfig) -> Path:
     return Path(
         config.security.authority or Path.home() / ".tracehaul" / "authority" / (config.name or LOCAL)
     ).expanduser()
+
+
+def replacing(config: ClusterConfig) -> bool:
+    """Whether a fleet's CA is being replaced: then not all hosts need trust the new one, of which certificates are.
+
+    Raises:
+        ClusterFault: the CA cannot be read.
+    """
+    authority = authority_of(config)
+    return config.security.control == "mtls" and (authority / AUTHORITY_FILE).exists() and len(trusted(authority)) > 1
 
 
 def files_for(

@@ -222,7 +222,9 @@ class _Step:
         sampled here. Whatever goes wrong costs time: what is missing is computed here.
         """
         request, books = self._request, self._books
-        if request.prefill is None or request.prompt_logprobs is not None or not await self._lacks_much():
+        if request.prefill is None or request.prompt_logprobs is not None or not books.stored.shares:
+            return
+        if not await self._lacks_much():
             return
         step = PrefillStep(
             step=request.step,

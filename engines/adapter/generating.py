@@ -21,6 +21,8 @@ ABORT_TIMEOUT_S = 2.0
 ABORT_AGAIN_S = 0.3
 END_TIMEOUT_S = 1.0
 """For what a server still has to say when an answer is complete."""
+TOKEN_S = 1.0
+"""The longest that a token may take where they all come at once."""
 
 
 class Generating:
@@ -66,6 +68,8 @@ class Generating:
             PeerLost: the server is lost; TimedOut: it is silent; ClusterError: it refuses, fails, or talks nonsense.
         """
         request, reader = self._dialect.request(ask, self.facts), self._dialect.reader(ask)
+        # One body comes when all of it is computed: that takes as long as its tokens do.
+        silence_s = self._config.silence_timeout_s + (0.0 if request.streams else ask.max_new * TOKEN_S)
         sent = told = ended = finished = False
         try:
             with self._watch.waiting() as waits:
@@ -73,7 +77,7 @@ class Generating:
                     while True:
                         sent = True
                         with waits:
-                            data = await self._next(events, deadline_s, finished=finished)
+                            data = await self._next(events, deadline_s, silence_s, finished=finished)
                         if data is None:
                             ended = True
                             break
@@ -88,11 +92,11 @@ class Generating:
                 self._abort(ask.rid, again=not told)
 
     async def _next(
-        self, events: AsyncGenerator[bytes, None], deadline_s: float | None, *, finished: bool
+        self, events: AsyncGenerator[bytes, None], deadline_s: float | None, silence_s: float, *, finished: bool
     ) -> bytes | None:
         """One timer for all that may end the wait: it is set for each token."""
         now_s = clock.now_s()
-        until_s = now_s + (END_TIMEOUT_S if finished else self._config.silence_timeout_s)
+        until_s = now_s + (END_TIMEOUT_S if finished else silence_s)
         late = deadline_s is not None and deadline_s < until_s
         try:
             async with asyncio.timeout_at(deadline_s if late else until_s):
@@ -102,7 +106,7 @@ class Generating:
                 return None  # it is complete
             if late:
                 raise deadline.exceeded() from None
-            raise TimedOut(f"no token came for {self._config.silence_timeout_s:.0f} s") from error
+            raise TimedOut(f"no token came for {silence_s:.0f} s") from error
         except ClusterError:
             if finished:
                 return None

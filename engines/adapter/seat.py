@@ -99,6 +99,8 @@ class StockSeat:
     @property
     def info(self) -> NodeInfo:
         facts, limits, decodes = self._facts, self.books.limits, self._node.role == "decode"
+        # What shares nothing gains nothing by a prefill worker: no helper is priced for it.
+        local_tokens = limits.local_prefill_tokens if self.books.stored.shares else facts.context_max
         return msgspec.structs.replace(
             self._node,
             model=self._node.model or facts.model,
@@ -113,7 +115,7 @@ class StockSeat:
                 sequences_max=facts.sequences_max or limits.sequences_max,
                 waiting_max=limits.waiting_max,
                 chunk_tokens=limits.chunk_tokens,
-                local_prefill_tokens=limits.local_prefill_tokens if decodes else 0,
+                local_prefill_tokens=local_tokens if decodes else 0,
             ),
             rates=self.watch.pace.rates,
         )

@@ -109,10 +109,14 @@ async def _beginning(response: httpx.Response) -> str:
 
 async def _lines(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """Ended by a line feed, as JSON's text may hold what else ends lines of text."""
-    rest = b""
+    rest: list[bytes] = []  # joined once: a long line comes in many parts
+    nbytes = 0
     async for part in response.aiter_bytes():
-        *whole, rest = (rest + part).split(b"\n")
-        for line in whole:
-            yield line
-        if len(rest) > EVENT_BYTES_MAX:
+        first, *others = part.split(b"\n")
+        rest.append(first)
+        nbytes += len(first)
+        for line in others:
+            yield b"".join(rest)
+            rest, nbytes = [line], len(line)
+        if nbytes > EVENT_BYTES_MAX:
             raise ProtocolError(f"the engine's server answered with an event of more than {EVENT_BYTES_MAX} bytes")

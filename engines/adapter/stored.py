@@ -25,6 +25,11 @@ class Stored:
         self._nodes = StoreNodes(peers, [], BREAK_S)
         self._looks = Looks(self._nodes)
 
+    @property
+    def shares(self) -> bool:
+        """Whether what other servers computed is ever found here."""
+        return self._layout is not None
+
     def set_members(self, members: Members) -> None:
         """Membership changed."""
         self._nodes.set(members.nodes, members.draining)

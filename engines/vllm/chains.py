@@ -43,7 +43,8 @@ class Chain:
     def __post_init__(self) -> None:
         root = salted(self.root, self.request.cache_salt or "")
         lora = self.request.lora_request
-        self._root = root if lora is None else salted(root, f"lora:{lora.lora_name}:{lora.lora_path}")
+        # Named, not salted: a salt is what clients say, and none of theirs may be an adapter's.
+        self._root = root if lora is None else named(root, f"lora:{lora.lora_name}:{lora.lora_path}".encode())
 
     @property
     def tenant(self) -> str:

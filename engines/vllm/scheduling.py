@@ -10,7 +10,8 @@ from engines.vllm.chains import Chain, Move, leading, of_rank
 from tracehaul.wire.ids import BlockHash
 
 GLANCE_S = 0.005
-"""The longest that a step waits for a look at the stores; a longer one is asked about again at the next step."""
+"""The longest that a step waits for looks at the stores, all of them together; what is not answered by then is asked
+about again at the next step."""
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Scheduling:
         self._chains: dict[str, Chain] = {}
         self._looks: dict[str, _Look] = {}
         self._loads: list[Move] = []
+        self._glance_s = GLANCE_S
+        """What is left of it to this step."""
 
     def joined(self, store: EngineStore, roots: Sequence[BlockHash]) -> None:
         """The store to ask, and the root of each rank's blocks."""
@@ -69,6 +72,7 @@ class Scheduling:
     def step(self, scheduled: Any, *, saving: bool) -> tuple[list[Move], list[Move]]:
         """What is loaded, and saved, with the step that this output of the scheduler is."""
         loads, self._loads = self._loads, []
+        self._glance_s = GLANCE_S
         cached = scheduled.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         for request_id, new in zip(cached.req_ids, cached.new_block_ids, strict=True):
@@ -102,15 +106,20 @@ class Scheduling:
     def _look(self, request_id: str, chain: Chain, last: int) -> tuple[int, bool] | None:
         """Leading blocks that all ranks' stores have, and whether that is known; None while they are asked."""
         look = self._looks.get(request_id)
+        if self._store is None:
+            return 0, False
         if look is None:
-            if self._store is None or not self._store.ready or not last:
+            if not self._store.ready or not last:
                 return 0, False
             first, keys = self._roots[0], chain.keys[:last]
             futures = [self._store.looking([of_rank(root, first, key) for key in keys]) for root in self._roots]
             look = self._looks[request_id] = _Look(futures, self._store.now_s() + self._timeout_s + LATE_S)
         asked = [future for future in look.futures if future is not None]
-        _, pending = concurrent.futures.wait(asked, GLANCE_S)
-        if pending and self._store is not None and self._store.now_s() < look.until_s:
+        began_s = self._store.now_s()
+        _, pending = concurrent.futures.wait(asked, self._glance_s)
+        now_s = self._store.now_s()
+        self._glance_s = max(0.0, self._glance_s - (now_s - began_s))
+        if pending and now_s < look.until_s:
             return None
         del self._looks[request_id]
         failed = pending or len(asked) < len(look.futures) or any(_failed(future) for future in asked)

@@ -9,7 +9,7 @@ import pytest
 from router.dispatch.dispatch import Dispatch, DispatchConfig
 from router.dispatch.steps import Finished, StepRequest
 from tests.contract.test_seat import GREEDY, LONG, PROMPT, SLOW, expected
-from tests.seats import PATIENT, QUICK, STOCK, Place, Sat, app_of, play, until
+from tests.seats import LIMITS, PATIENT, QUICK, STOCK, Place, Sat, app_of, play, until
 from tests.stock import Listening, StockEngine
 from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
@@ -176,6 +176,33 @@ def test_without_its_prefill_worker_or_the_store_a_step_is_computed_where_it_is(
         assert told.tokens == expected(other, sampling)
         assert told.end.published_tokens == 0
         assert clock.now_s() - began_s < 5.0
+
+    play(case)
+
+
+@pytest.mark.parametrize("kind", ["sglang", "vllm"])
+def test_what_shares_no_blocks_computes_each_prompt_once(kind: str) -> None:
+    async def case(place: Place) -> None:
+        prefill = await place.seat(kind, "prefill")
+        decode = await place.seat(kind, limits=msgspec.structs.replace(LIMITS, use_store=False))
+        assert decode.seat.info.limits.local_prefill_tokens == decode.seat.info.context_max, "no helper is priced"
+        assert (await place.seat(kind)).seat.info.limits.local_prefill_tokens == LIMITS.local_prefill_tokens
+        sampling = Sampling(4, **GREEDY)
+        told = await place.run(decode, place.request(LONG, sampling, prefill=prefill.seat.info.node))
+        assert told.tokens == expected(LONG, sampling)
+        assert prefill.engine.asked == []
+
+    play(case)
+
+
+def test_an_answer_in_one_body_may_take_as_long_as_its_tokens() -> None:
+    async def case(place: Place) -> None:
+        sat = await place.seat("vllm", cost=SLOW, config=QUICK)
+        sampling = Sampling(45, **GREEDY)
+        began_s = clock.now_s()
+        told = await place.run(sat, place.request(PROMPT, sampling, prompt_logprobs=0))
+        assert clock.now_s() - began_s > QUICK.silence_timeout_s
+        assert told.tokens == expected(PROMPT, sampling)
 
     play(case)
 

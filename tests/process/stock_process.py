@@ -25,6 +25,7 @@ async def main(arguments: list[str]) -> None:
     engine = StockEngine()
     cost = EngineCost(iteration_s=float(os.environ.get("STOCK_ITERATION_S", "0.0")))
     engine.engine = FakeEngine(fake_info(vocab_size=VOCABULARY, kv_tokens_max=16384), cost)
+    engine.model = said.get("--served-model-name", engine.model)
     server = SGLangServer(engine) if said["-m"] == "sglang.launch_server" else VLLMServer(engine)
     noted = {"arguments": arguments, "pid": os.getpid()}
     Path(os.environ["STOCK_NOTES"]).write_bytes(msgspec.json.encode(noted))  # noqa: ASYNC240 - nothing runs yet

@@ -50,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Fleet, None, 
         pools={"stock": stock, "there": there},
         worker=WorkerConfig(use_store=False),
     )
-    of_its_own = [str(python), "-m", "sglang.launch_server", "--port", str(port)]
+    of_its_own = [str(python), "-m", "sglang.launch_server", "--served-model-name", "there", "--port", str(port)]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "STOCK_NOTES": str(folder / "there")}
     server = subprocess.Popen(of_its_own, env=environ, start_new_session=True)
     run, console = RunDir(folder / "run"), Console(quiet=True)

@@ -1,19 +1,30 @@
 """Pools of other engines in the config, and models that only those run."""
 
+import asyncio
+from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
-from cluster.config import PoolConfig
+from cluster.config import ClusterConfig, PoolConfig
 from cluster.config_file import load_config
-from cluster.engines import dialect_of
+from cluster.engines import dialect_of, layout_file, stock_seat
 from cluster.model import model_size, stock_layout
-from cluster.rundir import ClusterFault
+from cluster.plan import NodeSpec, PoolPlan
+from cluster.rundir import ClusterFault, RunDir
 from engines.adapter.dialect import Facts
 from engines.vllm.adapter import VLLM
-from tracehaul.model.source import SourceError, resolve
+from tests.seats import INFO
+from tests.stock import Listening, StockEngine
+from tests.stock_sglang import SGLangServer
+from tracehaul.model.source import ModelSource, SourceError, resolve
+from tracehaul.rpc.local import LocalNetwork
+from tracehaul.rpc.peers import Peers
+from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.ids import Generation, NodeId
 
 
 def folder(path: Path, **said: Any) -> str:
@@ -72,3 +83,41 @@ def test_priorities_go_to_a_server_that_was_started_for_them(args: tuple[str, ..
     models = b'{"data": [{"id": "m", "max_model_len": 8}]}'
     facts: Facts = dialect.facts([models, b'{"version": "0.32.0"}', b""])
     assert facts.priorities == (args != ("--x",))
+
+
+def attached(folder: Path, name: str, model: str, path: str = "/elsewhere") -> NodeInfo:
+    """What a worker announces over a server of ``/models/fake``, called ``fake``."""
+
+    async def main() -> NodeInfo:
+        listening = await Listening(SGLangServer(StockEngine()).app()).start()
+        config = PoolConfig(model=model, engine="sglang", attach={"decode-a-0": listening.url})
+        pool = PoolPlan("a", ModelSource(name, Path(path), "hf", "foreign"), config)
+        plan: Any = SimpleNamespace(pool=lambda _: pool, config=ClusterConfig())
+        spec = NodeSpec("decode-a-0", "decode", pool="a")
+        info = NodeInfo(NodeId("decode-a-0"), Generation(1), "decode", "decode-a-0:1")
+        try:
+            async with AsyncExitStack() as stack:
+                peers = Peers(LocalNetwork().at("decode-a-0:1"))
+                member = await stock_seat(stack, info, plan, spec, RunDir(folder), peers, lambda **_: None)
+                return member.info
+        finally:
+            await listening.kill()
+
+    return asyncio.run(main())
+
+
+def test_a_server_of_another_model_is_not_attached_to(tmp_path: Path) -> None:
+    for said in (("fake", "org/x"), ("a", "/models/fake"), ("a", "org/x", "/models/fake"), ("a", "fake")):
+        assert attached(tmp_path, *said).model == said[0]
+    told = r"serves 'fake' from /models/fake, and not 'a': .*--served-model-name a"
+    with pytest.raises(ClusterFault, match=told):
+        attached(tmp_path, "a", "org/x")
+
+
+def test_what_a_started_server_has_left_is_not_of_one_that_is_attached(tmp_path: Path) -> None:
+    layout = msgspec.json.encode(INFO.layout)
+    alone = attached(tmp_path, "fake", "fake").root
+    layout_file(RunDir(tmp_path), "decode-a-0", started=True).write_bytes(layout)
+    assert attached(tmp_path, "fake", "fake").root == alone != INFO.layout.root()
+    layout_file(RunDir(tmp_path), "decode-a-0", started=False).write_bytes(layout)
+    assert attached(tmp_path, "fake", "fake").root == INFO.layout.root()

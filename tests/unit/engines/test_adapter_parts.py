@@ -1,11 +1,17 @@
 """The pure parts of adapters: speed from sums, what was run lately, what servers say, and what they must not say."""
 
+import asyncio
+import time  # noqa: TID251 - of the processor, not of the clock
+from collections.abc import AsyncGenerator
+
+import httpx
 import msgspec
 import pytest
 
-from engines.adapter.dialect import Ask, Facts, Figures, failure
+from engines.adapter.dialect import Ask, Facts, Figures, Request, failure
 from engines.adapter.pace import Pace
 from engines.adapter.ran import Ran
+from engines.adapter.server import StockServer
 from engines.sglang.adapter import SGLang
 from engines.vllm.adapter import VLLM
 from tracehaul.wire.cluster import ASSUMED
@@ -120,3 +126,51 @@ def test_a_drawn_seed_is_not_passed_on_and_priorities_only_where_they_count() ->
             assert (seed in said.get("sampling_params", said)) == seeded  # type: ignore[operator]
         assert "priority" not in body(dialect, FACTS)
         assert body(dialect, keen)["priority"] == priority
+
+
+class Parts(httpx.AsyncByteStream):
+    """An answer's body, as it comes."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self._parts = parts
+
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
+        for part in self._parts:
+            yield part
+
+
+def events_of(parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    async def main() -> list[bytes]:
+        server = StockServer("http://nobody")
+
+        async def send(*_: object, **__: object) -> httpx.Response:
+            return httpx.Response(200, stream=Parts(parts))
+
+        monkeypatch.setattr(httpx.AsyncClient, "send", send)
+        try:
+            return [data async for data in server.events(Request("/", b""))]
+        finally:
+            await server.aclose()
+
+    return asyncio.run(main())
+
+
+def test_events_are_lines_wherever_their_parts_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = b"data: a\n\ndata: bc\n: open\ndata: d\n\ndata: [DONE]\n"
+    for size in (1, 2, 3, 7, 100):
+        parts = [body[at : at + size] for at in range(0, len(body), size)]
+        assert events_of(parts, monkeypatch) == [b"a", b"bc", b"d"]
+    with pytest.raises(PeerLost, match="no end"):
+        events_of([b"data: a\n", b"data: [DONE]"], monkeypatch)
+    monkeypatch.setattr("engines.adapter.server.EVENT_BYTES_MAX", 8)
+    with pytest.raises(ProtocolError, match="more than 8"):
+        events_of([b"data:", b"1234"], monkeypatch)
+
+
+def test_a_large_event_is_not_copied_with_each_of_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [b"data: ", *[b"x" * 2048] * 4096, b"\ndata: [DONE]\n"]
+    began_s = time.thread_time()
+    (data,) = events_of(parts, monkeypatch)
+    assert len(data) == 2048 * 4096
+    took_s = time.thread_time() - began_s
+    assert took_s < 3.0, "8 MiB"

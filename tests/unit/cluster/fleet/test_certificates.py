@@ -2,6 +2,8 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,8 +13,10 @@ from cluster.fleet import certificates
 from cluster.fleet.certificates import Held, Rotation, held
 from cluster.fleet.config import HostConfig
 from cluster.fleet.connection import HostFault, Local
+from cluster.fleet.launch import Launching
+from cluster.fleet.opened import Opened
 from cluster.fleet.progress import Progress
-from cluster.fleet.survey import Hand
+from cluster.fleet.survey import Hand, Survey
 from cluster.hosts.certificates import HostCertificates, certificates_of
 from cluster.plan import NodeSpec
 from cluster.rundir import ClusterFault, RunDir
@@ -115,3 +119,56 @@ def test_a_step_that_is_not_complete_everywhere_is_not_followed_by_the_next(flee
     assert {each.issuer for each in after} != {old}
     assert all(each.trusts == (each.issuer,) for each in after)
     assert ca.trusted(fleet.authority) == cas[:1]
+
+
+def test_a_change_of_the_ca_that_was_broken_off_is_not_passed_over(fleet: Fleet) -> None:
+    old = fleet.held()[0].issuer
+    ca.rotate(fleet.authority, now_s=clock.wall_s())
+    fleet.frozen["b"] = "what it had"
+    with pytest.raises(ClusterFault, match=r"b: .*did not take"):
+        fleet.rotate(ca_too=False)
+    assert [each.issuer for each in fleet.held()] == [old, old], "no certificate of the new CA before all trust it"
+    fleet.frozen.clear()
+    fleet.rotate(ca_too=False)
+    after = fleet.held()
+    assert {len(each.trusts) for each in after} == {2}, "which `rotate --ca` alone ends"
+    assert {each.issuer for each in after} == {each.trusts[0] for each in after} != {old}
+
+
+def test_nothing_is_launched_while_the_ca_is_being_replaced(fleet: Fleet) -> None:
+    class Passed(Exception):
+        """It went on to look at the host."""
+
+    class Seen(dict[str, Any]):
+        def __missing__(self, name: str) -> Any:
+            raise Passed
+
+    plan: Any = SimpleNamespace(config=fleet.config)
+    launching = Launching(plan, Survey(Seen(), {}, ()), {}, {})
+
+    def prepare() -> None:
+        asyncio.run(launching.prepare(fleet.hands[0], lambda line: None))
+
+    with pytest.raises(Passed):
+        prepare()
+    ca.rotate(fleet.authority, now_s=clock.wall_s())
+    with pytest.raises(HostFault, match="the CA is being replaced: finish `tracehaul certificates rotate --ca` first"):
+        prepare()
+    fleet.rotate(ca_too=True)
+    with pytest.raises(Passed):
+        prepare()
+
+
+def test_a_node_that_runs_and_is_not_in_the_file_keeps_its_name(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fleet.held()
+    opened = Opened(fleet.config, fleet.hands)
+    monkeypatch.setattr(certificates, "place", lambda *_: NODES[:1])
+    for replaced, way in ((False, "launch first"), (True, "put it back until the CA is replaced")):
+        if replaced:
+            ca.rotate(fleet.authority, now_s=clock.wall_s())
+        told = f"b: store-b-0 is not in the file any more: {way}; nothing was changed"
+        with pytest.raises(ClusterFault, match=f"^{told}$"):
+            asyncio.run(certificates.rotate(opened, Console(quiet=True), ca_too=replaced))
+    assert fleet.held() == before
+    monkeypatch.setattr(certificates, "place", lambda *_: NODES)
+    asyncio.run(certificates.rotate(opened, Console(quiet=True), ca_too=False))
