@@ -9,7 +9,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cluster.api import here, make_operator_key
 from cluster.config import ClusterConfig, PoolConfig, pools_of, store_config
-from cluster.hosts.asks import supervisor_pid
+from cluster.hosts.asks import Stranger, supervisor_pid
 from cluster.hosts.managers import Manager, present
 from cluster.hosts.orders import HostReport, NodeReport, order_of
 from cluster.hosts.own import OwnSupervisor, end_nodes
@@ -88,7 +88,8 @@ def up(config: ClusterConfig, run: RunDir, console: Console) -> list[str]:
                 secure(plan, run, now_s=clock.wall_s())
             asyncio.run(_start(plan, own, run, console))
         except BaseException:
-            own.leave()
+            with suppress(Stranger):  # which has none of our nodes
+                own.leave()
             end_nodes(run, [spec.name for spec in nodes_of(config)], grace_s=ROLLBACK_GRACE_S)
             run.clear()
             raise
@@ -112,6 +113,10 @@ def down(run: RunDir, tell: Callable[[str], None] = lambda line: None) -> tuple[
     router, so that no new work arrives, then those who compute, then whatever else was noted. Returns the names of what
     was stopped, and of what had to be killed. ``tell`` gets a line for each note that could not be read or removed,
     which keeps nothing running.
+
+    Raises:
+        ClusterFault: somebody else has the supervisor's name, which leaves our nodes stopped all the same; or the nodes
+            are another user's.
     """
     try:
         grace_s = load_plan(run).config.drain_timeout_s + ROLLBACK_GRACE_S
@@ -125,11 +130,20 @@ def down(run: RunDir, tell: Callable[[str], None] = lambda line: None) -> tuple[
     if not isinstance(manager, OwnSupervisor):
         stopped += [node.name for node in manager.status().nodes if node.pid is not None]
         manager.stop(())
-    supervised = OwnSupervisor(run).leave()
-    for found, all_ in zip(end_nodes(run, grace_s=grace_s), (stopped, killed), strict=True):
-        all_ += found
+    supervised, another = False, None
+    try:
+        supervised = OwnSupervisor(run).leave()
+    except Stranger as fault:
+        another = fault
+    try:
+        for found, all_ in zip(end_nodes(run, grace_s=grace_s), (stopped, killed), strict=True):
+            all_ += found
+    except PermissionError as error:
+        raise another or ClusterFault(f"the nodes of {run.path} are another user's") from error
     for line in run.clear():
         tell(line)
+    if another is not None:
+        raise another
     return stopped or [SUPERVISOR] * supervised, killed
 
 

@@ -7,7 +7,7 @@ given to somebody else is never signalled.
 import os
 import select
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,9 @@ from tracehaul.runtime import clock
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _MODULE = b"cluster.cli"
 _COMMAND = b"tracehaul"
+_SUPERVISOR = b"cluster.hosts.supervise"
+_SUPERVISE = (b"supervise", b"slurm-step")
+_RUN_DIR = b"--run-dir"
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
@@ -108,6 +111,72 @@ def _node_commands() -> Iterator[tuple[int, str, Path]]:
                 yield int(entry.name), os.fsdecode(words[at + 1]), Path(folder, os.fsdecode(words[said + 1]))
         except (OSError, IndexError):  # it has ended, or is somebody else's
             continue
+
+
+def supervisors_running(folder: Path, users: Collection[int]) -> list[ProcessRecord]:
+    """This machine's processes that supervise that run directory and are these users', as their command lines say; the
+    oldest first: while one forks, two say the same."""
+    found: list[ProcessRecord] = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and supervises(record := record_of("supervisor", int(entry.name)), folder, users):
+            found.append(record)
+    return sorted(found, key=lambda record: record.start_ticks)
+
+
+def supervises(record: ProcessRecord, folder: Path, users: Collection[int]) -> bool:
+    """Whether that very process supervises that run directory, as its command line says, and is one of these users'."""
+    process = Path(f"/proc/{record.pid}")
+    try:
+        said = supervised_folder((process / "cmdline").read_bytes().split(b"\0"))
+        if said is None:
+            return False
+        where = Path(os.fsdecode(said))
+        if not where.is_absolute():
+            where = Path(os.readlink(process / "cwd"), where)
+        status = {
+            name: values.split()
+            for line in (process / "status").read_text().splitlines()
+            for name, _, values in [line.partition(":")]
+        }
+    except OSError:  # it has ended, or is somebody else's
+        return False
+    ours = int(status["Uid"][1]) in users and len(status.get("NSpid", "1")) == 1  # no container's
+    return ours and os.path.realpath(where) == os.path.realpath(folder) and alive(record)
+
+
+def supervised_folder(words: Sequence[bytes]) -> bytes | None:
+    """The run directory of the supervisor that this is the command line of; None: of none."""
+    if not os.path.basename(words[0]).startswith(b"python"):
+        return None  # who only wraps the command, such as sudo, is not it
+    for at, (word, *said) in enumerate(zip(words, words[1:], words[2:], strict=False), start=1):
+        if word == b"-m" and said[0] == _SUPERVISOR:
+            return said[1]
+        if (word == _MODULE or os.path.basename(word) == _COMMAND) and said[0] == b"host" and said[1] in _SUPERVISE:
+            options = list(words[at + 2 :])
+            if _RUN_DIR in options[:-1]:
+                return options[options.index(_RUN_DIR) + 1]
+            whole = _RUN_DIR + b"="
+            return next((option.removeprefix(whole) for option in options if option.startswith(whole)), b".run")
+    return None
+
+
+def kill(record: ProcessRecord) -> None:
+    """Sends SIGKILL to that very process, if it still runs.
+
+    Raises:
+        PermissionError: it is somebody else's.
+    """
+    try:
+        handle = os.pidfd_open(record.pid)
+    except ProcessLookupError:
+        return
+    try:
+        if alive(record):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def stop(records: Sequence[ProcessRecord], *, grace_s: float) -> list[str]:

@@ -1,23 +1,33 @@
 """What a supervisor is asked, over a socket that needs no disk: an abstract name, made of the run directory's.
 
 Whoever has the name is the supervisor of that run directory; the kernel frees it when its holder dies. Such a name has
-no owner and no permissions, so both ends ask the kernel who the other is. One JSON line is asked and one is answered.
+no owner and no permissions, so both ends ask the kernel who the other is, before anything else. It is known in a whole
+network namespace, which containers may share, so it is made of the container's too. One JSON line is asked and one is
+answered.
 """
 
 import os
 import socket
 import struct
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Final
 
 import msgspec
 
 from cluster.hosts.orders import HostReport, Order
+from cluster.processes import supervisors_running
 from cluster.rundir import ClusterFault, RunDir
 
 LINE_BYTES_MAX: Final = 64 << 20
 _CREDENTIALS = struct.Struct("3i")
+_TIMEVAL = struct.Struct("ll")
 CONNECT_TIMEOUT_S = 5.0
+"""For a supervisor to take others who ask, so that there is room for us."""
+
+
+class Stranger(ClusterFault):
+    """Who has the supervisor's name is not ours to ask or to end."""
 
 
 class Apply(msgspec.Struct, frozen=True, tag="apply"):
@@ -65,8 +75,13 @@ Answer = Told | Refused
 
 
 def address(run: RunDir) -> str:
-    """Of the supervisor of that run directory."""
-    return f"\0tracehaul-supervisor-{blake2b(os.fsencode(run.path), digest_size=16).hexdigest()}"
+    """Of the supervisor of that run directory, among processes that see each other."""
+    try:
+        container = os.readlink("/proc/self/ns/pid")
+    except OSError:  # a kernel without
+        container = ""
+    named = f"{container} {run.path}".encode(errors="surrogateescape")
+    return f"\0tracehaul-supervisor-{blake2b(named, digest_size=16).hexdigest()}"
 
 
 def encode(message: Ask | Answer) -> bytes:
@@ -80,25 +95,64 @@ def decode_ask(line: bytes) -> Ask:
 
 
 def may_ask(peer: socket.socket, run: RunDir) -> bool:
-    """Whether who is at the other end may do here what it likes anyway: this user, root, the run directory's owner."""
-    uid = _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[1]
-    if uid in (0, os.geteuid()):
-        return True
-    try:
-        return uid == run.path.stat().st_uid
-    except OSError:
-        return False
+    """Whether who is at the other end may do here what it likes anyway."""
+    return _credentials(peer)[1] in trusted(run)
+
+
+def trusted(run: RunDir) -> set[int]:
+    """This user, root, the run directory's owner."""
+    users = {0, os.geteuid()}
+    with suppress(OSError):
+        users.add(run.path.stat().st_uid)
+    return users
 
 
 def supervisor_pid(run: RunDir) -> int | None:
-    """Its process, as the kernel says, also where that does not answer; None if there is none."""
+    """Its process, as the kernel says, also where that does not answer; None if there is none.
+
+    Raises:
+        Stranger: who has its name is not ours.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(CONNECT_TIMEOUT_S)
         try:
-            peer.connect(address(run))
-        except OSError:
-            return None
-        return _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))[0]
+            return _connect(peer, run)
+        except OSError as error:  # it is frozen, and so many have asked that it cannot be asked who it is
+            running = supervisors_running(run.path, trusted(run))
+            if not running:
+                raise Stranger(f"{_cannot(run, error)}, and is no process of ours") from error
+            return running[0].pid
+
+
+def _connect(peer: socket.socket, run: RunDir) -> int | None:
+    """To who has the address; its process. None: nobody has.
+
+    Raises:
+        OSError: somebody has, and takes no connection in time.
+        Stranger: as :func:`supervisor_pid`.
+    """
+    seconds, fraction = divmod(CONNECT_TIMEOUT_S, 1.0)
+    # The kernel waits for room, which it does not do for a socket with a timeout of Python's.
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), int(fraction * 1e6)))
+    try:
+        peer.connect(address(run))
+    except ConnectionRefusedError:
+        return None
+    if not may_ask(peer, run):
+        raise Stranger(f"the supervisor of {run.path} is another user's")
+    pid = _credentials(peer)[0]
+    if not pid:  # the kernel has no number for it here
+        raise Stranger(f"the supervisor of {run.path} is another container's")
+    return pid
+
+
+def _credentials(peer: socket.socket) -> tuple[int, int, int]:
+    """The process, the user and the group at the other end."""
+    return _CREDENTIALS.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+
+
+def _cannot(run: RunDir, error: OSError) -> str:
+    why = "it takes nobody who asks" if isinstance(error, BlockingIOError) else error.strerror
+    return f"the supervisor of {run.path} cannot be reached ({why})"
 
 
 def ask(run: RunDir, question: Ask, *, timeout_s: float) -> HostReport | None:
@@ -129,15 +183,11 @@ class Unanswered(msgspec.Struct, frozen=True):
 
 def _asked(run: RunDir, question: Ask, timeout_s: float) -> Answer | Unanswered | None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.settimeout(CONNECT_TIMEOUT_S)
         try:
-            peer.connect(address(run))
-        except ConnectionRefusedError:
-            return None
+            if _connect(peer, run) is None:
+                return None
         except OSError as error:
-            raise ClusterFault(f"the supervisor of {run.path} cannot be reached: {error}") from error
-        if not may_ask(peer, run):
-            raise ClusterFault(f"the supervisor of {run.path} is another user's")
+            raise ClusterFault(_cannot(run, error)) from error
         peer.settimeout(timeout_s)
         try:
             peer.sendall(encode(question))

@@ -1,7 +1,6 @@
 """Asks our own supervisor, and begins it where there is none."""
 
 import os
-import signal
 import subprocess
 import time  # noqa: TID251 - waits for a process outside any loop
 from collections.abc import Callable, Sequence
@@ -11,12 +10,12 @@ from pathlib import Path
 import msgspec
 
 from cluster.config import Role
-from cluster.hosts.asks import Apply, Ask, Leave, Restart, Status, Stop, ask, supervisor_pid
+from cluster.hosts.asks import Apply, Ask, Leave, Restart, Status, Stop, Stranger, ask, supervisor_pid, trusted
 from cluster.hosts.kept import idle_nodes, interpreter, load, release, save
 from cluster.hosts.logs import last_lines
 from cluster.hosts.orders import HostReport, NodeReport, Order, role_of, stages
 from cluster.hosts.supervise import GRACE_S, NAME
-from cluster.processes import alive, record_of
+from cluster.processes import alive, kill, record_of, supervises
 from cluster.processes import stop as stop_processes
 from cluster.rundir import ClusterFault, RunDir
 from tracehaul import __version__
@@ -98,13 +97,20 @@ class OwnSupervisor:
         return HostReport(host, "none", tuple(nodes.values()), __version__)
 
     def leave(self) -> bool:
-        """Ends the supervisor, by force if it does not answer; nodes live on. Whether there was one."""
+        """Ends the supervisor, by force if it does not answer; nodes live on. Whether there was one.
+
+        Raises:
+            Stranger: who has its name is not ours; it is left alone.
+        """
         begun, self._begun = self._begun, None
-        pid = supervisor_pid(self._run)
-        if pid is None:
-            if begun is not None:  # it is not so far yet, and has no nodes
+        pid = None
+        try:
+            pid = supervisor_pid(self._run)
+        finally:
+            if pid is None and begun is not None:  # it is not so far yet, and has no nodes
                 begun.kill()
                 begun.wait()
+        if pid is None:
             return False
         record = record_of(NAME, pid)
         with suppress(ClusterFault):
@@ -112,7 +118,13 @@ class OwnSupervisor:
             with suppress(ClusterFault):
                 self._wait(lambda: not alive(record), "does not leave", LEAVE_TIMEOUT_S)
         if alive(record):
-            os.kill(pid, signal.SIGKILL)
+            # Who listens may have given its socket to others, and its number may be somebody else's by now.
+            if not supervises(record, self._run.path, trusted(self._run)):
+                raise Stranger(f"process {pid} has the name of the supervisor of {self._run.path}, and is none")
+            try:
+                kill(record)
+            except PermissionError as error:
+                raise Stranger(f"the supervisor of {self._run.path} is another user's, and frozen") from error
             self._wait(lambda: not alive(record), "does not end")
         return True
 
