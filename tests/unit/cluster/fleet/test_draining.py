@@ -1,7 +1,9 @@
 """A drain that leads to nothing is taken back: no store is left draining."""
 
 import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -28,7 +30,7 @@ class Way:
         self._refuses = refuses
         self._hangs = hangs
 
-    async def run(self, command, stdin=b"", timeout_s=60.0) -> Done:
+    async def run(self, command: Sequence[str], stdin: bytes | Path = b"", timeout_s: float = 60.0) -> Done:
         words = command[-1].split()
         if "drain" in words:
             name = words[words.index("drain") + 1]
@@ -47,7 +49,7 @@ class Way:
         return Done(0, b"", b"")
 
     @asynccontextmanager
-    async def hold(self, command, timeout_s=30.0):
+    async def hold(self, command: Sequence[str], timeout_s: float = 30.0) -> AsyncGenerator[bytes]:
         yield b""
 
     async def address(self) -> str:
