@@ -66,7 +66,7 @@ class Host:
         """Without a process of its own, so that it can be asked often."""
         return present(RunDir(self.path)).status()
 
-    def comes_to(self, name: str, true: Callable[[NodeReport], bool]) -> NodeReport:
+    def comes_to(self, name: str, true: Callable[[NodeReport], bool], within_s: float = 20.0) -> NodeReport:
         """That node as soon as this is true of it."""
         seen: list[NodeReport] = []
 
@@ -74,7 +74,7 @@ class Host:
             seen.append(self.node(name))
             return true(seen[-1])
 
-        wait_until(look)
+        wait_until(look, within_s)
         return seen[-1]
 
     def kill(self, name: str) -> int:

@@ -40,6 +40,7 @@ SECRET = f"th-0123abcd-{'s' * 43}"
 OTHER = f"th-4567abcd-{'t' * 43}"
 WITHIN_S = 1.0
 """What a client that left may hold, and for how long."""
+ATTEMPTS = 3
 
 
 def script(request: StepRequest) -> Script:
@@ -338,26 +339,33 @@ def by(kind: str, plain: Served, encrypted: Served) -> Iterator[tuple[Served, ss
 def test_five_hundred_clients_that_leave_hold_nothing(plain: Served, encrypted: Served, kind: str) -> None:
     rng = random.Random(7)
     with by(kind, plain, encrypted) as (served, context):
-        began = time.monotonic()
-        open_now: list[tuple[socket.socket, bool]] = []
-        for at in range(500):
-            connection = served.connect(context)
-            data = request(ask("forever", stream=at % 2 == 0))
-            whole = rng.random() < 0.8  # else it leaves in the middle of what it sends
-            connection.sendall(data if whole else data[: rng.randrange(1, len(data))])
-            open_now.append((connection, whole))
-            if rng.random() < 0.5:
-                leave(open_now.pop(rng.randrange(len(open_now)))[0], rng)
-        running = sum(whole for _, whole in open_now)
-        assert running > 100
-        until(lambda: served.dispatcher.running == running)
-        aborted, opened = len(served.dispatcher.aborted), time.monotonic()
-        for connection, _ in open_now:
-            leave(connection, rng)
-        until(lambda: served.dispatcher.running == 0)
-        # On a machine that is slow in all it does: no longer than it took to begin them.
-        assert time.monotonic() - opened < max(WITHIN_S, opened - began)
-        assert len(served.dispatcher.aborted) >= aborted + running
+        # What holds them for a time does so each time; what else the machine does, does not.
+        assert any(five_hundred_leave(served, context, rng) for _ in range(ATTEMPTS))
+
+
+def five_hundred_leave(served: Served, context: ssl.SSLContext | None, rng: random.Random) -> bool:
+    """Whether it was at once. Nothing of them stays, however long it took."""
+    began = time.monotonic()
+    open_now: list[tuple[socket.socket, bool]] = []
+    for at in range(500):
+        connection = served.connect(context)
+        data = request(ask("forever", stream=at % 2 == 0))
+        whole = rng.random() < 0.8  # else it leaves in the middle of what it sends
+        connection.sendall(data if whole else data[: rng.randrange(1, len(data))])
+        open_now.append((connection, whole))
+        if rng.random() < 0.5:
+            leave(open_now.pop(rng.randrange(len(open_now)))[0], rng)
+    running = sum(whole for _, whole in open_now)
+    assert running > 100
+    until(lambda: served.dispatcher.running == running)
+    aborted, opened = len(served.dispatcher.aborted), time.monotonic()
+    for connection, _ in open_now:
+        leave(connection, rng)
+    until(lambda: served.dispatcher.running == 0)
+    left = time.monotonic()
+    assert len(served.dispatcher.aborted) >= aborted + running
+    # On a machine that is slow in all it does: no longer than it took to begin them.
+    return left - opened < max(WITHIN_S, opened - began)
 
 
 def leave(connection: socket.socket, rng: random.Random) -> None:

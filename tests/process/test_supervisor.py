@@ -22,6 +22,9 @@ from cluster.status import supervision
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
 from tests.process.test_api_http import wait_until
 
+STARTS_S = 60.0
+"""For a node to be started four times, each time by a new Python, where others compute too."""
+
 
 @pytest.fixture
 def host(tmp_path: Path) -> Generator[Host, None, None]:
@@ -80,10 +83,10 @@ def test_what_an_operator_must_mend_is_told_and_tried_until_it_is_mended(host: H
         taken.bind(("127.0.0.1", order.plan.node("store-0").control_port))
         taken.listen()
         host.ask("apply", given=encoded(order))
-        told = host.comes_to("store-0", lambda node: node.state == "faulty" and node.restarts >= 3)
+        told = host.comes_to("store-0", lambda node: node.state == "faulty" and node.restarts >= 3, STARTS_S)
         assert told.exit_code == 3
         assert "in use" in told.last_line
-    host.comes_to("store-0", lambda node: node.phase == "joining")
+    host.comes_to("store-0", lambda node: node.phase == "joining", STARTS_S)
 
 
 def test_nodes_outlive_their_supervisor_and_are_followed_on(host: Host):
