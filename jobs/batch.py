@@ -4,6 +4,8 @@ What :func:`handle` returns is kept before its effects are carried out; after a 
 with what was kept. Every effect can be carried out twice.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -12,6 +14,10 @@ from jobs.lines import LineError
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 OVER: frozenset[Status] = frozenset({"failed", "completed", "expired", "cancelled"})
+AGE_S = 30 * 86_400
+"""Batches that have been over for so long are forgotten, and what they were answered is deleted after as long."""
+OVER_MAX = 1000
+"""So many batches of a tenant that are over are known; the oldest are forgotten before their time."""
 
 
 class Counts(msgspec.Struct, frozen=True):
@@ -133,3 +139,16 @@ def resumed(batch: Batch) -> Effect | None:
             return "stop"
         case _:
             return None
+
+
+def outlived(batches: Sequence[Batch], now: int) -> list[Batch]:
+    """Those to be forgotten, of all batches, the oldest first."""
+    found: list[Batch] = []
+    known: Counter[str] = Counter()
+    for batch in reversed(batches):
+        if batch.status in OVER:
+            known[batch.tenant] += 1
+            ends = (batch.completed_at, batch.failed_at, batch.expired_at, batch.cancelled_at)
+            if known[batch.tenant] > OVER_MAX or max(end or 0 for end in ends) + AGE_S <= now:
+                found.append(batch)
+    return found

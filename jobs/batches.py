@@ -16,6 +16,7 @@ import msgspec
 
 from jobs.asking import Asker
 from jobs.batch import (
+    AGE_S,
     OVER,
     Batch,
     Cancelled,
@@ -29,6 +30,7 @@ from jobs.batch import (
     Stopped,
     Validated,
     handle,
+    outlived,
     resumed,
 )
 from jobs.files import File, Files, NoRoom, on_disk
@@ -50,12 +52,8 @@ RECORD, INPUT, ANSWERS, ERRORS = ".json", ".input", ".answers", ".errors"
 LOOK_S = 1.0
 """So often it is looked whether a window is over."""
 AGAIN_S = 2.0
-ERRORS_MAX = 100
-"""So many wrong lines are told of each batch."""
-OVER_MAX = 1000
-"""So many batches of a tenant that are over are known; the oldest are forgotten before their time."""
-AGE_S = 30 * 86_400
-"""Batches that have been over for so long are forgotten, and what they were answered is deleted after as long."""
+LIMITS = Limits(errors_max=100)
+"""So many wrong lines are told of each."""
 OUTPUT = "batch_output"
 """The purpose of what a batch was answered."""
 
@@ -125,8 +123,7 @@ class Batches:
         self._folder = folder
         self._files = files
         self._means: Means | None = None
-        self._offload = offload
-        self._checking = checking
+        self._offload, self._checking = offload, checking
         self._live_max = live_max
         self._wall_s = wall_s
         self._tasks = Tasks("batches")
@@ -137,8 +134,8 @@ class Batches:
         found = [batch for path in folder.glob(f"*{RECORD}") if (batch := _read(path)) is not None]
         for batch in sorted(found, key=lambda batch: (batch.created_at, batch.id)):
             self._batches[batch.tenant, batch.id] = batch
-        over = {batch.id for batch in found if batch.status in OVER}
-        kept = {path.stem for path in folder.glob(f"*{RECORD}")} - over  # also what cannot be read now
+        kept = {path.stem for path in folder.glob(f"*{RECORD}")}  # also what cannot be read now
+        kept -= {batch.id for batch in found if batch.status in OVER}
         for path in folder.iterdir():
             if path.suffix == ".tmp" or (path.suffix != RECORD and path.stem not in kept):
                 with suppress(OSError):
@@ -176,9 +173,6 @@ class Batches:
             raise
         self._batches[batch.tenant, batch.id] = batch
         self._tasks.start(self._drive(live), batch.id)
-        over = [each for each in self._batches.values() if each.tenant == batch.tenant and each.status in OVER]
-        for old in over[:-OVER_MAX]:
-            await self._forget(old)
 
     def _begin(self, batch: Batch, data: Path) -> None:
         kept = self._path(batch, INPUT)
@@ -228,14 +222,11 @@ class Batches:
             for live in list(self._live.values()):
                 if handle(live.batch, Late(), now)[1] is not None and await self._handle(live, Late()) is not None:
                     live.interrupted.set()
-            for batch in [batch for batch in self._batches.values() if _forgotten(batch, now)]:
-                await self._forget(batch)
+            for batch in outlived(list(self._batches.values()), now):
+                with suppress(OSError):
+                    await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
+                    del self._batches[batch.tenant, batch.id]
             await asyncio.sleep(LOOK_S)
-
-    async def _forget(self, batch: Batch) -> None:
-        with suppress(OSError):
-            await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
-            self._batches.pop((batch.tenant, batch.id), None)
 
     async def _drive(self, live: _Live) -> None:
         effect = resumed(live.batch)
@@ -301,8 +292,7 @@ class Batches:
 
     async def _check(self, batch: Batch, refuse: Callable[[str], LineError | None]) -> Checked:
         path = self._path(batch, INPUT)
-        limits = Limits(errors_max=ERRORS_MAX)
-        return await self._checking.run(partial(check_file, path, batch.endpoint, refuse, limits))
+        return await self._checking.run(partial(check_file, path, batch.endpoint, refuse, LIMITS))
 
     async def _opened(self, live: _Live) -> _Opened:
         """Opened once, whoever stops waiting for it."""
@@ -406,8 +396,3 @@ def _read(path: Path) -> Batch | None:
     except (OSError, msgspec.DecodeError, UnicodeError) as error:
         log.warning("a batch cannot be read: it is left out", path=path, why=error)
         return None
-
-
-def _forgotten(batch: Batch, now: int) -> bool:
-    ends = (batch.completed_at, batch.failed_at, batch.expired_at, batch.cancelled_at)
-    return batch.status in OVER and max(end or 0 for end in ends) + AGE_S <= now

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.batch import (
+    AGE_S,
     OVER,
+    OVER_MAX,
     Batch,
     Cancelled,
     Counts,
@@ -18,6 +20,7 @@ from jobs.batch import (
     Stopped,
     Validated,
     handle,
+    outlived,
     resumed,
 )
 from jobs.lines import LineError
@@ -97,3 +100,16 @@ def test_no_event_undoes_an_end_and_a_death_only_repeats(events: list[tuple[int,
             assert again == effect or (effect, again) == ("deliver", "stop")
         else:
             assert resumed(batch) is not None, "it would be stuck"
+
+
+def test_batches_that_are_over_are_forgotten_by_age_and_beyond_a_number_of_each_tenant() -> None:
+    def ended(name: str, tenant: str, at: int) -> Batch:
+        return Batch(
+            name, tenant, "/v1/completions", "file-in", "1h", at, at + 3600, status="completed", completed_at=at
+        )
+
+    many = [ended(f"b{at}", "t", 10**9) for at in range(OVER_MAX + 2)]
+    other, running = ended("o", "u", 10**9), Batch("r", "t", "/v1/completions", "file-in", "1h", 0, 3600)
+    assert outlived([running, other, *many], 10**9) == [many[1], many[0]]
+    assert outlived([running, other], 10**9 + AGE_S - 1) == []
+    assert outlived([running, other], 10**9 + AGE_S) == [other]
