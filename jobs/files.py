@@ -7,7 +7,7 @@ leaves beside is removed at the next start. So it needs no database, and a folde
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from io import FileIO
@@ -236,11 +236,11 @@ class Files:
         """Where its bytes are."""
         return self._path(file.id, BYTES)
 
-    def open(self, file: File) -> AsyncIterator[bytes]:
+    def open(self, file: File) -> AsyncGenerator[bytes]:
         """Its bytes, whatever becomes of the file meanwhile. Raises OSError: they are not there."""
         return self._chunks(self.path(file).open("rb", buffering=0))
 
-    async def _chunks(self, source: FileIO) -> AsyncIterator[bytes]:
+    async def _chunks(self, source: FileIO) -> AsyncGenerator[bytes]:
         with source:
             while data := await self._offload.run(partial(source.read, READ_BYTES)):
                 yield data

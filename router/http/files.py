@@ -3,14 +3,14 @@
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import closing
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, closing, suppress
 from typing import Literal
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from jobs.files import File, Files, NoRoom, TooLong
 from router.calls.errors import CallFailed, invalid, unavailable
@@ -170,11 +170,17 @@ class FilePages:
 
 
 class _Timely(StreamingResponse):
-    """Ends when its client takes nothing for too long."""
+    """Ends when its client takes nothing for too long, and what it reads with it."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], timeout_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes], timeout_s: float, headers: Mapping[str, str]) -> None:
         super().__init__(chunks, media_type="application/octet-stream", headers=headers)
+        self._chunks = chunks
         self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._chunks):
+            with suppress(ClientDisconnect):
+                await super().__call__(scope, receive, send)
 
     async def stream_response(self, send: Send) -> None:
         async def timely(message: Message) -> None:

@@ -298,3 +298,44 @@ def test_what_cannot_be_read_at_a_start_is_kept(tmp_path: Path) -> None:
         files.close()
 
     asyncio.run(main())
+
+
+def test_a_client_that_takes_nothing_holds_a_file_no_longer_than_it_may(tmp_path: Path) -> None:
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "GET",
+        "path": "/v1/files/file-a/content",
+        "query_string": b"",
+        "headers": [],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+        "scheme": "http",
+        "root_path": "",
+    }
+    taken: list[str] = []
+
+    async def stuck(*message: Any) -> Any:
+        taken.extend(each["type"] for each in message)
+        if len(taken) > 1 or not message:  # only how it begins is taken
+            await asyncio.Event().wait()
+
+    async def main() -> None:
+        offload = InlineOffload()
+        files = Files(tmp_path / "files", FileLimits(), offload)
+        upload = files.arriving("", "file-a", 0)
+        await upload.write(b"data")
+        await files.keep(upload, File("file-a", "", "a", "batch", 4, 0))
+        upload.close()
+        jobs = Jobs(files, Batches(tmp_path / "batches", files, offload, offload, 10))
+        config = ApiConfig(send_timeout_s=0.05)
+        app = create_app(FakeDispatcher(say("hi")), {"org/fake": FakeText()}, lambda: b"", config, offload, jobs=jobs)
+        before = len(os.listdir("/proc/self/fd"))
+        async with asyncio.timeout(5):
+            await app(scope, stuck, stuck)
+        assert taken == ["http.response.start", "http.response.body"]
+        assert len(os.listdir("/proc/self/fd")) == before
+        files.close()
+
+    asyncio.run(main())
