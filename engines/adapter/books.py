@@ -8,7 +8,7 @@ import msgspec
 from engines.adapter.generating import Generating
 from engines.adapter.ran import Ran
 from engines.adapter.stored import Stored
-from tracehaul.wire.errors import ContextTooLong, Overloaded, WrongNode
+from tracehaul.wire.errors import ClusterError, ContextTooLong, Overloaded, WrongNode
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import BlockHash
 from worker.config import WorkerConfig
@@ -32,6 +32,13 @@ class AdapterStats(msgspec.Struct):
     stored_late: int = 0
     """Prompts that were not all in the store when the wait for that ended."""
     servers_lost: int = 0
+
+
+class Outcome:
+    """Of a step that runs."""
+
+    ended = False
+    """Its terminal message was told."""
 
 
 class Books:
@@ -63,13 +70,23 @@ class Books:
             )
 
     @contextmanager
-    def step(self) -> Generator[None]:
-        """One more runs. Raises Overloaded if there are too many."""
+    def step(self) -> Generator[Outcome]:
+        """One more runs, and is counted by how it ends: with its terminal message, an error, or a caller that leaves.
+
+        Raises:
+            Overloaded: there are too many.
+        """
         if self.running >= self.limits.sequences_max + self.limits.waiting_max:
             raise Overloaded(f"{self.running} steps are with the engine's server")
         self.running += 1
         self.stats.steps += 1
+        outcome = Outcome()
         try:
-            yield
+            yield outcome
+        except ClusterError:
+            outcome.ended = True
+            self.stats.steps_failed += 1
+            raise
         finally:
+            self.stats.steps_aborted += not outcome.ended
             self.running -= 1

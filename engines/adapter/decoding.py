@@ -73,21 +73,15 @@ class DecodeAdapter:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, DecodeStep):
             raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
-        books, ended = self._books, False
-        step = _Step(books, self._peers, self._prefills, request, context)
+        step = _Step(self._books, self._peers, self._prefills, request, context)
         step.check()
-        with books.step():
+        with self._books.step() as outcome:
             try:
                 async with aclosing(step.run()) as replies:
                     async for reply in replies:
-                        ended = isinstance(reply, StepDone)
+                        outcome.ended = isinstance(reply, StepDone)
                         yield reply
-            except ClusterError:
-                ended = True
-                books.stats.steps_failed += 1
-                raise
             finally:
-                books.stats.steps_aborted += not ended
                 step.count()
 
     def disconnected(self, peer: str) -> None:

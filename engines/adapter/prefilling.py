@@ -7,7 +7,7 @@ from engines.adapter.books import Books
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import deadline
 from tracehaul.wire.base import Ok, Ping
-from tracehaul.wire.errors import ClusterError, InvalidRequest, PeerLost, WrongNode
+from tracehaul.wire.errors import InvalidRequest, PeerLost, WrongNode
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
@@ -32,19 +32,12 @@ class PrefillAdapter:
         if not request.tokens:
             raise InvalidRequest("a step needs a prompt")
         books.check(request.root, request.tokens)
-        deadline_s, ended = deadline.deadline_at(request.deadline_in_s), False
-        with books.step():
-            try:
-                async with aclosing(self._run(request, deadline_s)) as replies:
-                    async for reply in replies:
-                        ended = isinstance(reply, PrefillDone)
-                        yield reply
-            except ClusterError:
-                ended = True
-                books.stats.steps_failed += 1
-                raise
-            finally:
-                books.stats.steps_aborted += not ended
+        deadline_s = deadline.deadline_at(request.deadline_in_s)
+        with books.step() as outcome:
+            async with aclosing(self._run(request, deadline_s)) as replies:
+                async for reply in replies:
+                    outcome.ended = isinstance(reply, PrefillDone)
+                    yield reply
 
     def disconnected(self, peer: str) -> None:
         """Nothing is held for a connection beyond its handlers."""

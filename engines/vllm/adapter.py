@@ -84,7 +84,7 @@ class VLLM:
     """Implements :class:`engines.adapter.dialect.Dialect`. ``priorities``: it was started to schedule by these."""
 
     name = "vllm"
-    tested: Sequence[str] = ("0.32.", "0.33.")
+    tested: Sequence[str] = ("0.32.",)
     alive_path = "/health"
     load_path = "/metrics"
     deep_path = None

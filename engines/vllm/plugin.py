@@ -36,7 +36,7 @@ from tracehaul.wire.ids import BlockHash
 
 log = Log(__name__)
 
-TESTED = "vLLM 0.32 and 0.33"
+TESTED = "vLLM 0.32"
 LOAD_THREADS = 2
 _NOBODY = BlockHash(b"")
 SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
