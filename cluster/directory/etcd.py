@@ -179,6 +179,8 @@ class EtcdDirectory:
                         told = msgspec.json.decode(line, type=_Watched, strict=False).result
                         if told.events or told.canceled:
                             break
+                    else:
+                        raise ConnectionResetError("the watch has ended")
                 await asyncio.sleep(SETTLE_S)
         except TimeoutError:
             pass

@@ -19,8 +19,8 @@ from router.dialects.body import parse
 from router.http.access import caller_of
 from router.http.asgi import body_of
 from router.http.files import AGE_S_MAX, AGE_S_MIN
-from router.http.pages import json_response
-from router.http.traces import page_limit, salt
+from router.http.pages import json_response, page_after, page_limit
+from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
 
 BODY_BYTES_MAX = 64 * 2**10
@@ -140,13 +140,9 @@ class BatchPages:
 
     async def list(self, request: Request) -> Response:
         """``GET /v1/batches?limit=&after=``: the newest first."""
-        found = [*reversed(self._batches.list(salt(request)))]
         limit = page_limit(request)
-        if (after := request.query_params.get("after")) is not None:
-            names = [batch.id for batch in found]
-            if after not in names:
-                raise invalid(f"no batch {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
-            found = found[names.index(after) + 1 :]
+        all_ = self._batches.list(salt(request))
+        found = page_after(request, all_[::-1], "batch", lambda batch: batch.id)
         page = [told(batch) for batch in found[:limit]]
         ends = (page[0].id, page[-1].id) if page else (None, None)
         return json_response(BatchList(page, *ends, has_more=len(found) > len(page)))

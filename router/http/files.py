@@ -18,7 +18,7 @@ from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.asgi import header
 from router.http.config import ApiConfig
 from router.http.multipart import Form
-from router.http.pages import json_response
+from router.http.pages import json_response, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
 
@@ -124,17 +124,11 @@ class FilePages:
             raise invalid("order must be asc or desc", "order", "invalid_value")
         if order == "desc":
             found.reverse()
-        limit = asked.get("limit", str(LIST_MAX))
-        if not _NUMBER.fullmatch(limit) or not 1 <= int(limit) <= LIST_MAX:
-            raise invalid(f"limit must be from 1 to {LIST_MAX}", "limit", "invalid_value")
-        if (after := asked.get("after")) is not None:
-            names = [file.id for file in found]
-            if after not in names:
-                raise invalid(f"no file {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
-            found = found[names.index(after) + 1 :]
-        page = [told(file) for file in found[: int(limit)]]
+        limit = page_limit(request, LIST_MAX, LIST_MAX)
+        rest = page_after(request, found, "file", lambda file: file.id)
+        page = [told(file) for file in rest[:limit]]
         ends = (page[0].id, page[-1].id) if page else (None, None)
-        return json_response(FileList(page, *ends, has_more=len(found) > len(page)))
+        return json_response(FileList(page, *ends, has_more=len(rest) > len(page)))
 
     async def show(self, request: Request) -> Response:
         """``GET /v1/files/{id}``."""

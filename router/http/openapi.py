@@ -26,10 +26,10 @@ from router.fleet.members import NodeStatus
 from router.http.access import PUBLIC
 from router.http.batches import BatchBody, BatchList, BatchObject
 from router.http.files import LIST_MAX, FileDeleted, FileForm, FileList, FileObject
-from router.http.pages import Health, ModelEntry, ModelList, Version
+from router.http.pages import LIMIT_MAX, Health, ModelEntry, ModelList, Version
 from router.http.responses import ItemPage, ResponseDeleted
 from router.http.tokens import MessageTokens, ResponseTokens
-from router.http.traces import LIMIT_MAX, PinAnswer, PinBody, Resume, Suspend
+from router.http.traces import PinAnswer, PinBody, Resume, Suspend
 from router.traces.views import TraceDeleted, TraceList, TraceView
 from tracehaul import __version__
 

@@ -1,13 +1,15 @@
-"""The pages that only look: models, health, metrics, nodes."""
+"""The pages that only look: models, health, metrics, nodes; and what lists have in common."""
 
-from collections.abc import Callable
-from typing import Literal
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.calls.errors import model_not_found
+from router.calls.errors import invalid, model_not_found
+from router.calls.identity import ID_CHARACTERS_MAX
 from router.dispatch.steps import Dispatcher
 from router.http.access import caller_of
 from router.http.errors import RETRY_AFTER_S
@@ -15,6 +17,12 @@ from tracehaul import __version__
 from tracehaul.runtime.clock import wall_s
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LIMIT_MAX = 100
+LIMIT = 20
+
+T = TypeVar("T")
+
+_NUMBER = re.compile(r"[0-9]{1,6}")
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
@@ -113,3 +121,21 @@ def _whole(value: object) -> object:
     if isinstance(value, msgspec.Struct):
         return {name: _whole(getattr(value, name)) for name in value.__struct_fields__}
     return value
+
+
+def page_limit(request: Request, default: int = LIMIT, most: int = LIMIT_MAX) -> int:
+    """How many of a list are asked for. Raises CallFailed if that is no number, or too many."""
+    text = request.query_params.get("limit", str(default))
+    if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= most:
+        raise invalid(f"limit must be from 1 to {most}", "limit", "invalid_value")
+    return int(text)
+
+
+def page_after(request: Request, found: Sequence[T], what: str, name: Callable[[T], str]) -> Sequence[T]:
+    """What follows the one that ``after`` names, all if it names none. Raises CallFailed if there is no such."""
+    if (after := request.query_params.get("after")) is None:
+        return found
+    for at, each in enumerate(found, start=1):
+        if name(each) == after:
+            return found[at:]
+    raise invalid(f"no {what} {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +26,8 @@ from router.http.config import ApiConfig
 from router.http.endpoint import Collected, Endpoint
 from router.http.entrance import Edge
 from router.http.errors import STATUS
-from router.http.pages import json_response
-from router.http.traces import page_limit, salt
+from router.http.pages import json_response, page_after, page_limit
+from router.http.traces import salt
 from router.http.translate import translate
 from router.http.visits import LEFT, Visit
 from tracehaul.runtime import clock
@@ -44,7 +44,7 @@ class ResponseDeleted(msgspec.Struct, frozen=True):
 class ItemPage(msgspec.Struct, frozen=True):
     """``GET /v1/responses/{id}/input_items``."""
 
-    data: list[msgspec.Raw]
+    data: Sequence[msgspec.Raw]
     first_id: str | None
     last_id: str | None
     has_more: bool
@@ -249,17 +249,13 @@ class ResponsePages:
         order = request.query_params.get("order", "desc")
         if order not in ("asc", "desc"):
             raise invalid("order must be asc or desc", "order", "invalid_value")
-        limit, after = page_limit(request), request.query_params.get("after")
+        limit = page_limit(request)
         if order == "desc":
             items.reverse()
-        if after is not None:
-            names = [_id(item) for item in items]
-            if after not in names:
-                raise invalid(f"no item {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
-            items = items[names.index(after) + 1 :]
-        page = items[:limit]
+        rest = page_after(request, items, "item", _id)
+        page = rest[:limit]
         ends: tuple[Any, Any] = (_id(page[0]), _id(page[-1])) if page else (None, None)
-        return json_response(ItemPage(page, *ends, has_more=len(items) > limit))
+        return json_response(ItemPage(page, *ends, has_more=len(rest) > limit))
 
     def _entry(self, request: Request) -> Entry:
         name = str(request.path_params["id"])

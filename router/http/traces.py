@@ -1,6 +1,5 @@
 """``/v1/traces``: what clients may know of their traces, and say of them. All of it is optional."""
 
-import re
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -15,21 +14,16 @@ from router.dialects.body import parse
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
 from router.http.access import caller_of
 from router.http.asgi import body_of
-from router.http.pages import json_response
+from router.http.pages import json_response, page_limit
 from router.traces.book import Book, TraceBusy
 from router.traces.views import TraceDeleted, TraceView
 from tracehaul.wire.blocks import REPLICAS_MAX, PinKind
 from tracehaul.wire.ids import TraceId
 
-LIMIT_MAX = 100
-LIMIT = 20
 SECONDS_MAX = 30 * 86400.0
 PRIORITY_MAX = float(2**32)
 BODY_BYTES_MAX = 16384
 BODY_TIMEOUT_S = 10.0
-
-_NUMBER = re.compile(r"[0-9]{1,6}")
-
 
 Seconds = Annotated[float, Meta(ge=0, le=SECONDS_MAX)]
 
@@ -158,11 +152,3 @@ def salt(request: Request) -> str:
     if len(salt) > SALT_CHARACTERS_MAX:
         raise invalid(f"cache_salt must have at most {SALT_CHARACTERS_MAX} characters", "cache_salt")
     return caller_of(request.scope).space(salt).salt
-
-
-def page_limit(request: Request) -> int:
-    """How many of a list are asked for. Raises CallFailed if that is no number, or too many."""
-    text = request.query_params.get("limit", str(LIMIT))
-    if not _NUMBER.fullmatch(text) or not 1 <= int(text) <= LIMIT_MAX:
-        raise invalid(f"limit must be from 1 to {LIMIT_MAX}", "limit", "invalid_value")
-    return int(text)
