@@ -54,6 +54,21 @@ def prompt(seed: int, tokens: int = 300) -> list[int]:
     return random.Random(seed).choices(range(100, 49_000), k=tokens)
 
 
+def crossed(operator: Operator, alone: Alone, seed: int) -> None:
+    """A step is computed on b and pulled by c. Tokens are equal in any case; where b is priced as slow, for all that
+    the machine does meanwhile, c computes alone, and another one is asked."""
+    seen: list[object] = []
+    for at in range(5):
+        asked = prompt(100 * seed + at)
+        answer = operator.step("a", f"{seed}-{at}", asked, OUTPUT)
+        assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
+        told = answer["usage"]["tracehaul"]
+        if told["pulled_tokens"] >= 256 and told["prefill_fallback"] == "":
+            return
+        seen.append(told)
+    raise AssertionError(seen)
+
+
 def test_a_trace_computed_on_one_host_is_decoded_on_another(operator: Operator, alone: Alone, tmp_path: Path) -> None:
     three = fleet(a="{ router = 1 }", b="+{ store = 1, prefill = 1 }", c="{ decode = 1 }")
     operator.write(three)
@@ -68,16 +83,11 @@ def test_a_trace_computed_on_one_host_is_decoded_on_another(operator: Operator, 
     releases = operator.rig.hosts["b"].run("sh", "-c", "readlink -f /proc/*/exe /srv/tracehaul/current | sort -u")
     assert "/srv/tracehaul/releases/" in releases, "b runs what came with the bundle"
 
-    asked = prompt(1)
-    answer = operator.step("a", "one", asked, OUTPUT)
-    assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
+    crossed(operator, alone, 1)
     assert operator.rig.hosts["c"].run("ls", "/srv/tracehaul/run/secrets").split() == [
         "ca.pem", "join.token", "node.key", "node.pem",
     ], "certificates, unless the file says that there are none"  # fmt: skip
     assert "authenticated" in operator.ask("logs", "decode-c-0", "--lines", "200")
-    moved = answer["usage"]["tracehaul"]
-    assert moved["pulled_tokens"] >= 256, "computed on b, pulled by c"
-    assert moved["prefill_fallback"] == ""
 
     health = json.loads(operator.ask("doctor", "--json"))
     assert [each for each in health["findings"] if each["fatal"]] == []  # one way may be slow on a busy machine
@@ -90,10 +100,7 @@ def test_a_trace_computed_on_one_host_is_decoded_on_another(operator: Operator, 
     nixl = three.replace('"tcp"', '"nixl"')
     operator.write(nixl)
     operator.ask("launch", "--bundle", archive)
-    asked = prompt(2)
-    answer = operator.step("a", "two", asked, OUTPUT)
-    assert answer["choices"][0]["token_ids"] == alone(asked, Sampling(max_tokens=OUTPUT, temperature=0.0))
-    assert answer["usage"]["tracehaul"]["pulled_tokens"] >= 256
+    crossed(operator, alone, 2)
 
 
 def test_hosts_come_and_go_while_agents_work(operator: Operator) -> None:

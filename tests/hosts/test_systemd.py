@@ -121,7 +121,8 @@ def test_units_run_the_nodes(site: Site):
     # A node that says that another has its name now is left alone, however often the same is ordered.
     folder = f"{site.units}/{unit_name('store-1')}.d"
     site.shell(
-        f"mkdir -p {folder}; printf '[Service]\nExecStart=\nExecStart=/bin/sh -c \"exit 4\"\n' > {folder}/x.conf"
+        f"mkdir -p {folder}; "
+        f"printf '[Service]\nExecStart=\nExecStart=/bin/sh -c \"sleep 0.5; exit 4\"\n' > {folder}/x.conf"
     )
     apply(order)
     site.ask("restart", "store-1")
