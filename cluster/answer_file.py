@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.answer_bytes import AnswerBytes, Damaged, New, Row
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from router.traces.kept import Answers, Kept, NoAnswers, Whose
 from router.traces.texts import Said
 from router.traces.trace import RESPONSES_MAX, TraceKey
@@ -119,6 +119,10 @@ class AnswerFile:
         self._gone += rows
         self._begin()
         return True
+
+    def drop_all(self, salt: str) -> None:
+        for key in [key for key in self._traces if key[0] == salt]:
+            self.drop(key)
 
     async def dropped(self) -> None:
         while self._writing is not None:

@@ -13,6 +13,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from cluster import bill_command, whatif_command
 from cluster.api import Api, here
 from cluster.asking import ask_router
 from cluster.batch.command import app as batch_app
@@ -23,10 +24,12 @@ from cluster.hosts import pair_command
 from cluster.hosts.command import app as host_app
 from cluster.keys import app as keys_app
 from cluster.plan import load_plan
+from cluster.roles import flip
 from cluster.rundir import ClusterFault, RunDir
 from cluster.sizes import DiskOption, QuotaOption, S3Option, SizeOption
 from cluster.store.command import KeyOption
 from cluster.store.commands import app as store_app
+from cluster.webhooks.commands import app as webhooks_app
 from tracehaul import __version__
 
 err = Console(stderr=True)
@@ -45,9 +48,13 @@ app = typer.Typer(
 app.add_typer(store_app, name="store")
 app.add_typer(keys_app, name="keys")
 app.add_typer(batch_app, name="batch")
+app.add_typer(webhooks_app, name="webhooks")
 app.add_typer(host_app, name="host", hidden=True)
 pair_command.register(host_app)
+bill_command.register(app)
+whatif_command.register(app)
 fleet.register(app)
+app.command()(flip)
 
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
@@ -284,6 +291,37 @@ def explain(
         return
     for line in explain(ask, trace, salt, run):
         out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def erase(
+    tenant: Annotated[str, typer.Argument(help="Whose data: the tenant of its API keys, or its cache_salt.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: Annotated[
+        list[str] | None, typer.Option(help="Base URL of a router; repeat for each. Default: the one started here.")
+    ] = None,
+    key: KeyOption = None,
+    run_dir: RunDirOption = DEFAULT_RUN_DIR,
+) -> None:
+    """Erase all that routers keep of a tenant: traces, responses, chat completions, batches and files.
+
+    What runs of it ends.
+
+    Example:
+
+      tracehaul erase acme --url http://10.0.0.1:8000 --url http://10.0.0.2:8000
+    """
+    from cluster.erase import erase
+
+    local = RunDir(run_dir)
+    apis = [Api(each, key) for each in url] if url else [here(load_plan(local), local)]
+    if not yes:
+        typer.confirm(f"Erase all data of {tenant!r} at {', '.join(api.url for api in apis)}?", abort=True)
+    for where, erased in erase(apis, tenant):
+        counts = ", ".join(
+            f"{count} {what.replace('_', ' ')}" for what, count in msgspec.structs.asdict(erased).items()
+        )
+        out.print(f"{where}: {counts}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -16,13 +16,14 @@ from cluster.directory.config import DirectoryConfig
 from cluster.fleet.config import HOSTS_MAX, NODES_MAX, HostConfig, NetworkConfig, PoolName
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.config import SecurityConfig
+from cluster.webhooks.config import WebhookConfig
 from engines.adapter.config import AdapterConfig
 from kvstore.config import PAGE_BYTES, StoreConfig
 from kvstore.copies.copier import ReplicationConfig
 from kvstore.tiers.objects import parse_url
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from router.http.config import ApiConfig
 from tracehaul.model.source import DEFAULT_MODEL
 from tracehaul.transfer.opening import Kind
@@ -37,6 +38,7 @@ OBJECTS_MAX = 4_000_000
 ROUTER = "router-0"
 
 POOLS_MAX = 16
+WEBHOOKS_MAX = 16
 
 Count = Annotated[int, Meta(ge=1, le=NODES_MAX)]
 KVTokens = Annotated[int, Meta(ge=32)]
@@ -132,12 +134,17 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     database: str = ""
     """Where what outlives processes is kept: ``postgresql://user:password@host:port/name``, then ``name`` is said;
     empty: a file of SQLite's for each router, in the run directory."""
-    traces_keep_s: Annotated[float, Meta(ge=0)] = 0.0
+    traces_keep_s: Annotated[float, Meta(ge=0)] = 7 * 86400.0
     """For how long a trace that rests is known to a router's next life; 0: nothing is written down of traces."""
+    bills_keep_s: Annotated[float, Meta(gt=0)] = 90 * 86400.0
+    """For how long what traces were billed is written down."""
     directory: DirectoryConfig = DirectoryConfig()
     """Where routers register and are found, beside those of the plan; then ``name`` is said."""
+    webhooks: Annotated[tuple[WebhookConfig, ...], Meta(max_length=WEBHOOKS_MAX)] = ()
+    """Who is told of batches and responses in the background that have ended (``[[webhooks]]``)."""
     prices: dict[str, Annotated[float, Meta(ge=0)]] = {}
-    """Of an hour, by the hosts' kinds; in any currency."""
+    """Of an hour of a machine, by the hosts' kinds, and of ``local`` where there are no hosts; in the unit of
+    ``dispatch.tariff``. Workers on one machine share it."""
     tiering: TieringConfig = TieringConfig()
     replication: ReplicationConfig = ReplicationConfig()
     worker: WorkerConfig = WorkerConfig()

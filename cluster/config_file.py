@@ -136,6 +136,9 @@ def _check_names(config: ClusterConfig) -> None:
     served = [pool.serves or name for name, pool in config.pools.items()]
     if len(set(served)) < len(served):
         raise msgspec.ValidationError(f"two pools serve one name ({', '.join(sorted(served))}) - at `$.pools`")
+    urls = [webhook.url for webhook in config.webhooks]
+    if len(set(urls)) < len(urls):
+        raise msgspec.ValidationError("two webhooks have one url - at `$.webhooks`")
     seen: set[str] = set()
     for number, host in enumerate(config.hosts):
         if host.name in seen:

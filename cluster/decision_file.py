@@ -2,19 +2,22 @@
 
 import asyncio
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
 import msgspec
 
+from router.policy.hindsight import Ended, Priced
 from router.traces.decisions import Decision, Entry
+from router.traces.decisions import Ended as StepEnded
 from router.traces.trace import TraceKey
 from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.wire.ids import TraceId
 
-FILE_BYTES_MAX = 16 * 2**20
+FILE_BYTES_MAX = 32 * 2**20
 """Of one file; the one before it is kept."""
 LATE_S = 0.5
 """Lines are written together, at most so long after they were made."""
@@ -36,6 +39,15 @@ class Line(msgspec.Struct, frozen=True):
     """The trace's tenant's."""
 
 
+class PricedLine(msgspec.Struct, frozen=True):
+    """What a decision was based on, just before it."""
+
+    at_s: float
+    trace: TraceId
+    decision: Priced
+    salt: str = ""
+
+
 class DecisionFile:
     """Appends to ``path``, bounded in size. Used within one event loop. A disk that refuses costs lines, no more."""
 
@@ -53,9 +65,15 @@ class DecisionFile:
 
     def write(self, key: TraceKey, entry: Entry) -> None:
         """Append one."""
-        salt, trace = key
+        self._write(Line(wall_s(), key[1], entry.decision, key[0]))
+
+    def write_priced(self, key: TraceKey, priced: Priced) -> None:
+        """Append what one was based on."""
+        self._write(PricedLine(wall_s(), key[1], priced, key[0]))
+
+    def _write(self, said: Line | PricedLine) -> None:
         before = len(self._waiting)
-        self._encode(Line(wall_s(), trace, entry.decision, salt), self._waiting, before)
+        self._encode(said, self._waiting, before)
         self._waiting += b"\n"
         if self._size + len(self._waiting) > FILE_BYTES_MAX and self._size + before:
             line = self._waiting[before:]
@@ -127,8 +145,7 @@ def lines_of(path: Path, trace: str, salt: str) -> list[Line]:
     found: list[Line] = []
     needle = msgspec.json.encode(trace)
     decode = msgspec.json.Decoder(Line).decode
-    files = [file for file in (path.with_name(path.name + OLD), path) if file.exists()]
-    for file in files or [path]:
+    for file in _files(path):
         with file.open("rb") as lines:
             for line in lines:
                 if needle not in line:
@@ -140,3 +157,31 @@ def lines_of(path: Path, trace: str, salt: str) -> list[Line]:
                 if (read.trace, read.salt) == (trace, salt):
                     found.append(read)
     return found
+
+
+def log_of(path: Path) -> Iterator[tuple[str, Priced | Ended]]:
+    """What each decision was based on, and when steps ended, the oldest first, each with its trace's salt; what is
+    torn, or of another version, is left out.
+
+    Raises:
+        OSError: there is no file that can be read.
+    """
+    based, decided = msgspec.json.Decoder(PricedLine).decode, msgspec.json.Decoder(Line).decode
+    for file in _files(path):
+        with file.open("rb") as lines:
+            for line in lines:
+                try:
+                    if b'"decision":{"type":"priced"' in line:
+                        read = based(line)
+                        yield read.salt, read.decision
+                    elif b'"decision":{"type":"ended"' in line:
+                        told = decided(line)
+                        if isinstance(told.decision, StepEnded):
+                            yield told.salt, Ended(told.decision.step, told.decision.output_tokens)
+                except msgspec.DecodeError:
+                    continue
+
+
+def _files(path: Path) -> list[Path]:
+    """The one before it first; ``path`` alone if there is none."""
+    return [file for file in (path.with_name(path.name + OLD), path) if file.exists()] or [path]

@@ -8,36 +8,47 @@ from pathlib import Path
 
 from jobs.batches import Batches
 from jobs.files import FileLimits, Files
+from jobs.left import BATCHES, FILES, locked, others
 from router.http.config import ApiConfig
 from router.http.jobs import Jobs
-from tracehaul.runtime.clock import wall_s
-from tracehaul.runtime.log import Log
-from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.runtime.clock import now_s, wall_s
+from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.offload import Offload, ThreadOffload
 from tracehaul.runtime.tasks import Tasks
 
 log = Log(__name__)
 
+seldom = Seldom(log, 60.0)
+
 SWEEP_S = 60.0
+LOOK_S = 2.0
+"""So often it is looked what other routers have left."""
+GONE_S = 10.0
+"""A router whose folder nobody has had for so long is not about to start again."""
+BUSY_S = 10.0
+"""A folder of one's own that somebody has is waited for: what was left in it is being moved."""
 
 
 @asynccontextmanager
 async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | None, None]:
-    """What is in that folder, as long as this is open; None: it cannot be had, and the router serves without."""
+    """What is in that folder, as long as this is open, and what routers that are gone have left in those beside it;
+    None: it cannot be had, and the router serves without."""
     offload, writing = ThreadOffload("files", threads=2), ThreadOffload("batches", threads=2)
     checking = ThreadOffload("checks")  # seconds each: nothing short waits behind them
     try:
         limits = FileLimits(config.file_bytes_max, config.files_bytes_max, config.files_max)
         try:
-            files = await offload.run(lambda: Files(folder / "files", limits, offload))
+            files = await _files(folder / FILES, limits, offload)
         except OSError as error:
             log.warning("neither files nor batches are served", folder=folder, why=error)
             yield None
             return
         try:
-            make = partial(Batches, folder / "batches", files, writing, checking, config.batches_max)
+            make = partial(Batches, folder / BATCHES, files, writing, checking, config.batches_max)
             batches = await writing.run(make)
             async with Tasks("files") as tasks:
                 tasks.start(_sweeping(files), "sweep")
+                tasks.start(_adopting(folder, Jobs(files, batches), offload), "adopt")
                 yield Jobs(files, batches)
         finally:
             files.close()
@@ -45,6 +56,47 @@ async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | 
         checking.close()
         writing.close()
         offload.close()
+
+
+async def _files(folder: Path, limits: FileLimits, offload: Offload) -> Files:
+    """Raises OSError."""
+    until_s = now_s() + BUSY_S
+    while True:
+        try:
+            return await offload.run(partial(Files, folder, limits, offload))
+        except BlockingIOError:
+            if now_s() > until_s:
+                raise
+        await asyncio.sleep(BUSY_S / 20)
+
+
+async def _adopting(folder: Path, jobs: Jobs, offload: Offload) -> None:
+    """Go on with what is left in the folders beside this one, once nobody has had one for :data:`GONE_S`."""
+    free_s: dict[Path, float] = {}
+    while True:
+        try:
+            left = await offload.run(partial(others, folder))
+            free_s = {each: free_s.get(each, now_s()) for each in left if await offload.run(partial(_is_free, each))}
+            for each in [each for each, since_s in free_s.items() if now_s() - since_s >= GONE_S]:
+                del free_s[each]
+                await _adopt(each, jobs)
+        except OSError as error:
+            seldom.warning("what other routers left is not gone on with", folder=folder.parent, why=error)
+        await asyncio.sleep(LOOK_S)
+
+
+def _is_free(folder: Path) -> bool:
+    with locked(folder) as mine:
+        return mine
+
+
+async def _adopt(folder: Path, jobs: Jobs) -> None:
+    with locked(folder) as mine:
+        if mine:
+            files, batches = await jobs.files.adopt(folder / FILES), await jobs.batches.adopt(folder / BATCHES)
+            log.info(
+                "files and batches of a router that is gone are here", of=folder.name, files=files, batches=batches
+            )
 
 
 async def _sweeping(files: Files) -> None:

@@ -5,8 +5,13 @@ from typing import NamedTuple
 
 from cluster.config import ClusterConfig
 from cluster.plan import NodeSpec, PoolPlan
+from engines.adapter.footprint import Footprint
 
 MIB, GIB = 2**20, 2**30
+SERVER_BYTES = 2 * GIB
+"""Of a stock server's processes beside weights, KV and staging: measured 1.8 to 2.5 GiB, one rank on a CPU."""
+STAGING_BYTES = 256 * MIB
+"""Of its plugin, of each rank: as :class:`engines.blocks.config.EngineConfig` has it."""
 WORKER_BYTES = 320 * MIB
 """Of a worker's process beside weights, KV and staging: measured 230 to 275 MiB."""
 PROCESS_BYTES = 128 * MIB
@@ -22,6 +27,8 @@ class ModelSize(NamedTuple):
     """Workers with the same word here map one copy; empty: each has its own."""
     token_bytes: int
     """Of KV."""
+    stock: Footprint | None = None
+    """What a server of it takes that its worker starts; None: our own engine computes."""
 
 
 class Need(NamedTuple):
@@ -70,8 +77,13 @@ def needs(
         if not count:
             continue
         workers += count
-        if pool.config.engine != "native":
-            continue  # a stock server takes what its own options say
+        stock = sizes[pool.name].stock
+        if stock is not None:
+            servers = [node.name for node in nodes if node.role in ("prefill", "decode") and node.pool == pool.name]
+            started = sum(name not in pool.config.attach for name in servers)
+            shares = (pool.config.worker or config.worker).use_store
+            found += _of_servers(pool, sizes[pool.name], stock, started, shares=shares, on_gpu=on_gpu)
+            continue
         of = f"{_count(count, 'worker')} of {pool.model.name}"
         size, said = sizes[pool.name], pool.config
         staging = (said.worker or config.worker).staging_blocks * staging_bytes
@@ -91,6 +103,22 @@ def needs(
     others = len(nodes) - workers
     found.append(Need(f"{_count(others, 'other process')}", others * PROCESS_BYTES, "fewer nodes"))
     return sorted((need for need in found if need.nbytes), key=lambda need: -need.nbytes)
+
+
+def _of_servers(
+    pool: PoolPlan, size: ModelSize, stock: Footprint, count: int, *, shares: bool, on_gpu: bool
+) -> list[Need]:
+    """What so many stock servers take. What their options do not say of KV is not known, and not counted."""
+    of = f"{_count(count, 'server')} of {pool.model.name}"
+    found = [Need(f"processes of {of}", count * stock.ranks * SERVER_BYTES, "fewer workers")]
+    if shares:
+        staging = count * stock.ranks * STAGING_BYTES
+        found.append(Need(f"staging of {of}", staging, "fewer workers, or use_store = false"))
+        found.append(Need(f"host pages of {of}", count * stock.host_bytes, stock.option))
+    if not on_gpu:
+        found.append(Need(f"KV of {of}", count * stock.computed_bytes, stock.option))
+        found.append(Need(f"weights of {of}", count * size.weights_bytes, "a smaller model"))
+    return found
 
 
 def shortage(asked: Sequence[Need], available: Available) -> str | None:

@@ -5,20 +5,8 @@ shown all the same, under its own name; a test says so.
 """
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
-Kind = Literal["counter", "gauge"]
-
-
-class Metric(NamedTuple):
-    """One metric. A counter's name ends with ``_total`` on the page."""
-
-    name: str
-    """Without ``_total``; what is counted, or the unit, comes last where the name is not older than this rule."""
-    unit: str
-    help: str
-    labels: tuple[str, ...] = ()
-
+from cluster.metric import Kind, Metric
 
 COUNTERS: dict[str, dict[str, Metric]] = {
     "StoreStats": {
@@ -109,12 +97,9 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "store_tokens": Metric("store_tokens", "tokens", "Prompt tokens that it got from the store."),
         "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed: computed here."),
         "handed_off": Metric("handed_off_steps", "steps", "Steps whose prompt a prefill worker was to compute."),
-        "stored_late": Metric(
-            "stored_late_prompts",
-            "prompts",
-            "Prompts whose blocks were not all in the store when they were waited for.",
-        ),
+        "stored_late": Metric("stored_late_prompts", "prompts", "Prompts that were not all stored when waited for."),
         "servers_lost": Metric("servers_lost", "servers", "Times that the engine's server was lost."),
+        "tokens_again": Metric("tokens_again", "tokens", "Output tokens of a lost router's steps, told to another."),
     },
     "WorkerStats": {
         "steps": Metric("steps", "steps", "Steps begun."),
@@ -129,23 +114,31 @@ COUNTERS: dict[str, dict[str, Metric]] = {
         "missed_blocks": Metric("missed_blocks", "blocks", "Blocks expected from the store that did not arrive."),
         "evicted_sequences": Metric("evicted_sequences", "sequences", "Idle sequences given up for memory."),
         "suspended_steps": Metric("suspended_steps", "steps", "Running steps that gave their memory to older ones."),
+        "background_suspended": Metric("background_suspended", "steps", "Those of them of the background."),
         "prefill_fallbacks": Metric("prefill_fallbacks", "steps", "Steps whose prefill worker failed: computed here."),
-        "recalled_tokens": Metric(
-            "recalled_tokens", "tokens", "Tokens whose KV came from the store before a step asked for it."
-        ),
-        "write_back_refused": Metric(
-            "write_back_refused", "sequences", "Sequences whose blocks the store did not take."
-        ),
+        "recalled_tokens": Metric("recalled_tokens", "tokens", "Tokens pulled before a step asked for them."),
+        "tokens_again": Metric("tokens_again", "tokens", "Output tokens of a lost router's steps, told to another."),
+        "write_back_refused": Metric("write_back_refused", "sequences", "Sequences whose blocks no store took."),
+    },
+    "BillStats": {
+        "worker_s": Metric("worker_seconds", "seconds", "Workers' time billed to traces, by its use.", ("reason",)),
+        "tenant_worker_s": Metric("tenant_worker_seconds", "seconds", "The same, by tenant.", ("tenant",)),
+        "tenant_amount": Metric("tenant_amount", "tariff", "What was billed, in the tariff's unit.", ("tenant",)),
     },
     "DispatchStats": {
         "steps": Metric("steps", "steps", "Steps begun."),
         "steps_finished": Metric("steps_finished", "steps", "Steps that ended well."),
         "steps_failed": Metric("steps_failed", "steps", "Steps that ended with an error."),
+        "traces_refused": Metric("traces_refused", "traces", "First steps that were told to come later."),
         "steps_aborted": Metric("steps_aborted", "steps", "Steps that the client, or a stop string, ended."),
         "steps_moved": Metric("steps_moved", "attempts", "Attempts that failed and were followed by another worker's."),
         "steps_replaced": Metric(
-            "steps_replaced", "attempts", "Attempts that left a prefill worker's queue for a better place."
+            "steps_replaced", "attempts", "Attempts that left a worker's queue for a better place."
         ),
+        "steps_waited": Metric("steps_waited", "steps", "Steps that waited in the router for their turn."),
+        "waited_s": Metric("waited_seconds", "seconds", "How long all of them did."),
+        "steps_again": Metric("steps_again", "steps", "Steps asked for again that began with what they had."),
+        "tokens_again": Metric("tokens_again", "tokens", "Output tokens told again, and not sampled again."),
         "prompt_tokens": Metric("prompt_tokens", "tokens", "Tokens of finished steps' prompts."),
         "cached_tokens": Metric("cached_tokens", "tokens", "Of these, those that nobody computed again."),
         "output_tokens": Metric("output_tokens", "tokens", "Tokens of finished steps' answers."),
@@ -224,6 +217,31 @@ COUNTERS["TraceJournalStats"] = {
     "failures": Metric("failures", "transactions", "Times that the store of records did not do what it was asked."),
     "restored": Metric("restored_traces", "traces", "Traces known again when the router started."),
     "unreadable": Metric("unreadable_traces", "traces", "Traces that were there and could not be read."),
+    "lost": Metric("lost_traces", "traces", "Changes of traces that another router had taken over: not written."),
+}
+COUNTERS["HandoverStats"] = {
+    "fetched": Metric("fetched_traces", "traces", "Traces of calls that came from other routers."),
+    "given": Metric("given_traces", "traces", "Traces that other routers asked for and got."),
+    "busy": Metric("busy_traces", "traces", "Traces that stayed with another router, as a step of them ran there."),
+    "adopted": Metric("adopted_traces", "traces", "Traces of routers that live no more."),
+    "unfetched": Metric("unfetched_calls", "calls", "Calls served without asking what other routers know: too late."),
+}
+COUNTERS["FlipStats"] = {
+    "flipped": Metric("flipped", "workers", "Workers that have another role now, as this router ordered."),
+    "refused": Metric("refused", "orders", "Changes of a role that could not be ordered, as the fleet was."),
+    "failed": Metric("failed", "orders", "Changes of a role that were ordered and have not come to pass."),
+}
+COUNTERS["ChatStats"] = {
+    "kept": Metric("kept", "completions", "Chat completions kept for clients that asked for it (`store`)."),
+    "not_kept": Metric("not_kept", "completions", "Those that were to be kept and are not: the database refused."),
+    "forgotten": Metric("forgotten", "completions", "Those that were too old, or beyond a limit."),
+}
+
+COUNTERS["WebhookStats"] = {
+    "sent": Metric("sent", "events", "Events that receivers of webhooks took."),
+    "failed": Metric("failed", "attempts", "Attempts that they did not take."),
+    "given_up": Metric("given_up", "events", "Events given up: after all attempts, or too many waited."),
+    "not_kept": Metric("not_kept", "events", "Times that one on its way could not be kept in the database."),
 }
 
 PARTS = {
@@ -240,17 +258,24 @@ PARTS = {
     "adapter": "AdapterStats",
     "router": "DispatchStats",
     "retention": "RetentionStats",
+    "bills": "BillStats",
     "control": "AcceptStats",
     "api": "AcceptStats",
     "notes": "NotesStats",
     "output": "OutputStats",
     "journal": "TraceJournalStats",
+    "handover": "HandoverStats",
+    "flips": "FlipStats",
+    "chats": "ChatStats",
+    "webhooks": "WebhookStats",
 }
 """What comes after ``tracehaul_``, by struct: the table in the docs."""
 
 LOAD: dict[str, Metric] = {
     "running": Metric("running", "steps", "Steps in progress."),
     "waiting": Metric("waiting", "steps", "Steps queued for memory."),
+    "background": Metric("background", "steps", "Of those in progress, steps of the background."),
+    "orphans": Metric("orphans", "answers", "What it said to routers that are lost, kept for the next ones."),
     "blocks": Metric("blocks", "blocks", "Published blocks in a store node's memory."),
     "bytes_used": Metric("used_bytes", "bytes", "Bytes of those blocks; on a worker, KV memory in use."),
     "bytes_max": Metric("max_bytes", "bytes", "The most that it can be."),
@@ -274,6 +299,9 @@ LOAD: dict[str, Metric] = {
         "Computing of a worker that is at the cost of others on the same cores, while they compute.",
     ),
     "free_tokens": Metric("free_tokens", "tokens", "KV memory of a worker that nothing is in."),
+    "up_s": Metric("up_seconds", "seconds", "How long a worker has been there."),
+    "busy_s": Metric("busy_seconds", "seconds", "How much of that its iterations took."),
+    "charges": Metric("charges", "accounts", "Of steps and traces, that a worker tells routers of."),
     "s3_blocks": Metric("s3_blocks", "blocks", "Blocks of a store node in its bucket."),
     "s3_bytes_used": Metric("s3_used_bytes", "bytes", "Bytes of those blocks."),
     "s3_bytes_max": Metric("s3_max_bytes", "bytes", "The most that it can be."),
@@ -285,6 +313,8 @@ GAUGES: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("store_slots", "slots", "Slots of a store node's memory, by what they are.", ("state",)),
+        Metric("webhooks_waiting", "events", "Events on their way to receivers of webhooks.", ("receiver",)),
+        Metric("webhooks_broken", "addresses", "Addresses there that are told nothing for now.", ("receiver",)),
         Metric("journal_behind", "traces", "Traces that are not written down as they are."),
         Metric("journal_failing", "1", "1 while the store of records does not do what it is asked."),
         Metric("store_open_leases", "leases", "Open leases of readers."),
@@ -312,12 +342,7 @@ OTHER_COUNTERS: dict[str, Metric] = {
         Metric("store_softened_pins", "pins", "Hard pins that outgrew their limits and became soft."),
         Metric("store_scrubbed_blocks", "blocks", "Blocks in memory verified by scrubs on demand."),
         Metric("store_subscriber_overflows", "subscribers", "Subscribers cut off because they fell too far behind."),
-        Metric(
-            "transfer_refused_connections",
-            "connections",
-            "Connections of the TCP transport closed at once.",
-            ("reason",),
-        ),
+        Metric("transfer_refused_connections", "connections", "TCP connections closed at once.", ("reason",)),
         Metric("transfer_dropped_notifications", "messages", "Notifications of peers that made no sense."),
     )
 }

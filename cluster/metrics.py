@@ -48,10 +48,11 @@ class StructCollector(Collector):
                 value = getattr(load, field.name)
                 if not isinstance(value, str):
                     metric = load_of(field.name)
-                    yield GaugeMetricFamily(metric.name, metric.help, value=float(value))
+                    shown = len(value) if isinstance(value, tuple) else float(value)
+                    yield GaugeMetricFamily(metric.name, metric.help, value=shown)
 
 
-def _counter(metric: Named, value: float | dict[str, int]) -> Metric:
+def _counter(metric: Named, value: float | dict[str, int] | dict[str, float]) -> Metric:
     """One count, or one per reason."""
     if not isinstance(value, dict):
         return CounterMetricFamily(metric.name, metric.help, value=float(value))

@@ -6,6 +6,8 @@ Read from the files' headers and the tokenizer, without torch, so that a launch 
 from cluster.config import PoolConfig
 from cluster.memory import ModelSize
 from cluster.rundir import ClusterFault
+from engines.sglang.adapter import SGLang
+from engines.vllm.adapter import VLLM
 from tracehaul.model.model_config import ModelConfig
 from tracehaul.model.source import ModelSource, SourceError, read_any_config, read_config
 from tracehaul.model.text import Text
@@ -74,7 +76,11 @@ def model_size(source: ModelSource, pool: PoolConfig, dtype: str) -> ModelSize:
     """
     dtype = pool.dtype or dtype
     if pool.engine != "native":
-        return ModelSize(0, "", stock_layout(source, dtype).token_bytes)
+        token_bytes = stock_layout(source, dtype).token_bytes
+        dialect = VLLM() if pool.engine == "vllm" else SGLang()
+        shares = pool.worker is None or pool.worker.use_store
+        stock = dialect.footprint(pool.engine_args, token_bytes, shares=shares)
+        return ModelSize(_files_bytes(source), "", token_bytes, stock)
     shape = _shape(source)
     wide = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim * shape.hidden
     layer = wide + 3 * shape.hidden * shape.intermediate
@@ -83,6 +89,16 @@ def model_size(source: ModelSource, pool: PoolConfig, dtype: str) -> ModelSize:
     made = source.kind == "gguf" or pool.weights == "int8"  # what is made of a model's files is kept, and mapped
     shared = f"{source.path} {dtype} {pool.weights}" if made else ""
     return ModelSize(numbers * element_bytes, shared, kv_layout(source, dtype).token_bytes)
+
+
+def _files_bytes(source: ModelSource) -> int:
+    """Of the files that a model's weights are in; 0 where they are not here, or of no kind that is known."""
+    if source.path.is_file():
+        return source.path.stat().st_size
+    for kind in ("*.safetensors", "*.bin", "*.gguf"):
+        if files := list(source.path.glob(kind)):
+            return sum(file.stat().st_size for file in files)
+    return 0
 
 
 def _shape(source: ModelSource) -> ModelConfig:

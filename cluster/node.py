@@ -281,7 +281,7 @@ class _Node:
             peers,
             offload,
             limits,
-            PrefillService if role == "prefill" else lambda host: DecodeService(host, peers),
+            {"prefill": PrefillService, "decode": lambda host: DecodeService(host, peers)},
             buffer_bytes=buffer_bytes,
             shared=shared_cores(workers, self._threads(), usable_cores()),
         )
@@ -338,8 +338,9 @@ class _Node:
         from cluster.answer_file import opened_answers
         from cluster.api import operator_key
         from cluster.decision_file import DecisionFile
-        from cluster.journal import remember
-        from cluster.kept_jobs import opened_jobs
+        from cluster.journal import Whose, remember
+        from cluster.kept import opened_kept
+        from cluster.prices import prices_of
         from router.assemble import Router
         from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
@@ -352,11 +353,11 @@ class _Node:
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            router = Router(peers, config.dispatch, self._terms(stack, offload))
+            router = Router(peers, config.dispatch, self._terms(stack, offload), prices_of(self._plan))
             stack.push_async_callback(router.close)
             decisions = DecisionFile(self._run.decisions())
             stack.callback(decisions.close)
-            router.dispatch.retainer.told = decisions.write
+            router.dispatch.retainer.told, router.dispatch.pricing.told = decisions.write, decisions.write_priced
             answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
             router.dispatch.book.answers = await stack.enter_async_context(answers)
             gate = Gate(router.service, self._networks.tokens)
@@ -367,19 +368,18 @@ class _Node:
             texts = {pool.model.name: await offload.run(partial(Text.load, pool.model)) for pool in self._plan.pools}
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
-            journal = await remember(router, config, self._run, self._spec.name, offload, texts)
+            journal = await remember(router, config, self._run, Whose(self._spec.name, server.address), offload, texts)
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
-            shown = NodeMetrics({**router.stats, **self._stats}, None, (journal,)).render
-            folder = Path(config.api.files_dir) if config.api.files_dir else self._run.jobs(self._spec.name)
-            jobs = await stack.enter_async_context(opened_jobs(folder, config.api))
-            app = router.app(texts, config.api, offload, shown, keyring=keys.keyring if keys else None, jobs=jobs)
-            grace_s = max(1, int(config.drain_timeout_s))
+            bills = router.dispatch.bills
+            kept = await stack.enter_async_context(opened_kept(config, self._run, self._spec.name, offload, bills))
+            shown = NodeMetrics({**router.stats, **self._stats, **kept.stats}, None, (journal, kept.metrics)).render
+            app = kept.app(router, texts, config.api, offload, shown, keys.keyring if keys else None)
             api = await serve(
                 app,
                 config.host,
                 config.port,
-                grace_s=grace_s,
+                grace_s=max(1, int(config.drain_timeout_s)),
                 config=config.api,
                 certificate=certificate,
                 accepts=accepts,

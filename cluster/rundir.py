@@ -242,6 +242,11 @@ class RunDir:
         """Where that router keeps what clients upload, and batches."""
         return self.path / "jobs" / name
 
+    @property
+    def webhooks(self) -> Path:
+        """Where the secrets are that receivers of events know us by."""
+        return self.path / "webhooks"
+
     def decisions(self) -> Path:
         """Where the router writes down what it decides."""
         return self._logs / "decisions.jsonl"

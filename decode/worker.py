@@ -9,10 +9,19 @@ from tracehaul.runtime.deadline import deadline_at, left_s, until
 from tracehaul.runtime.log import Log
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import Members, NodeInfo
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest, PeerLost, ProtocolError, WrongNode
+from tracehaul.wire.errors import (
+    BudgetExceeded,
+    ClusterError,
+    DeadlineExceeded,
+    InvalidRequest,
+    PeerLost,
+    ProtocolError,
+    WrongNode,
+)
 from tracehaul.wire.hashing import pack_tokens, token_count
 from tracehaul.wire.ids import BlockHash, NodeId
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.spent import Reading
 from tracehaul.wire.steps import (
     DecodeStep,
     FinishReason,
@@ -31,20 +40,26 @@ from tracehaul.wire.steps import (
 )
 from worker.context import Context
 from worker.flights import Flight, Flights
+from worker.guides import guide_of
 from worker.host import WorkerHost
 from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written, usable_context
+from worker.meter import Account
+from worker.orphans import Said, uncharged
+from worker.taking_over import Taken, TakingOver
 
 log = Log(__name__)
 
 
 class DecodeService:
-    """Serves :class:`DecodeStep`. A caller that leaves frees its step here and on the prefill worker."""
+    """Serves :class:`DecodeStep`. A caller that leaves frees its step here and on the prefill worker; what that has
+    said is remembered, for a router that comes in the place of one that is lost."""
 
     def __init__(self, host: WorkerHost, peers: Peers) -> None:
         self._host = host
         self._peers = peers
         self._prefills: dict[NodeId, NodeInfo] = {}
-        self.flights = Flights()
+        self.flights = host.flights
+        self.taking_over = TakingOver()
 
     def set_members(self, members: Members) -> None:
         """Membership changed."""
@@ -72,12 +87,14 @@ class DecodeService:
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         if not isinstance(request, DecodeStep):
             raise WrongNode(f"a decode worker does not serve {type(request).__name__}")
-        step = _Step(self._host, self._peers, self._prefills, self.flights, request, context)
         stats = self._host.stats
         stats.steps += 1
         ended = False
         try:
-            async with aclosing(step.run()) as replies:
+            async with (
+                self.taking_over.of(request, context.peer) as taken,
+                aclosing(self._run(taken, context)) as replies,
+            ):
                 async for reply in replies:
                     ended = isinstance(reply, StepDone)
                     yield reply
@@ -87,10 +104,26 @@ class DecodeService:
             raise
         finally:
             stats.steps_aborted += not ended
-            stats.output_tokens += step.sampled
+
+    async def _run(self, taken: Taken, context: CallContext) -> AsyncGenerator[Reply, None]:
+        for reply in taken.told:
+            yield reply
+        self._host.stats.tokens_again += taken.tokens_again
+        if taken.over:
+            return
+        with self._host.meter.step(taken.request) as account:
+            step = _Step(self._host, self._peers, self._prefills, self.flights, taken.request, context, account)
+            try:
+                async with aclosing(step.run()) as replies:
+                    async for reply in replies:
+                        account.told = isinstance(reply, StepDone)
+                        yield reply
+            finally:
+                self._host.stats.output_tokens += step.sampled
+                taken.said = step.said or taken.said
 
     def disconnected(self, peer: str) -> None:
-        """Nothing is held for a connection beyond its handlers."""
+        self.taking_over.lost(peer)
 
 
 class _Step:
@@ -104,6 +137,7 @@ class _Step:
         flights: Flights,
         request: DecodeStep,
         call: CallContext,
+        account: Account,
     ) -> None:
         self._host = host
         self._peers = peers
@@ -111,6 +145,9 @@ class _Step:
         self._flights = flights
         self._request = request
         self._call = call
+        self._account = account
+        self._prefill_reading = Reading()
+        account.allow(request.allowance, self._prefill_reading)
         self._prompt_tokens = token_count(request.prompt)
         self._computed_from = self._prompt_tokens
         self._deadline_s = deadline_at(request.deadline_in_s)
@@ -123,6 +160,8 @@ class _Step:
         self._told_usage = False
         self._published_tokens = 0
         self.sampled = 0
+        self.said: Said | None = None
+        """As far as it came, once it has a context."""
 
     async def run(self) -> AsyncGenerator[Reply, None]:
         """Tokens, then one StepDone."""
@@ -137,15 +176,36 @@ class _Step:
             length = token_count(packed)
             room = length + min(self._left(length), self._host.config.headroom_tokens)
             async with self._host.context(
-                request.trace, request.family, request.salt, packed, room, suspended, deadline_s=self._deadline_s
+                request.trace,
+                request.family,
+                request.salt,
+                packed,
+                room,
+                suspended,
+                background=request.step_class == "background",
+                deadline_s=self._deadline_s,
+                account=self._account,
             ) as here:
-                async with aclosing(self._run_on(here)) as replies:
-                    async for reply in replies:
-                        yield reply
+                try:
+                    async with aclosing(self._run_on(here)) as replies:
+                        async for reply in replies:
+                            yield reply
+                finally:
+                    self._came_to(here)
                 if self._reason is not None:
                     yield StepDone(self._reason, self._usage(here), here.length, self._published_tokens)
                     return
             suspended, packed = here, here.tokens.tobytes()
+
+    def _came_to(self, here: Context) -> None:
+        """Nothing more is sampled here. What an iteration under way had sampled when the caller left is among it."""
+        output = here.tokens[self._prompt_tokens :]
+        self.sampled = len(output) - token_count(self._request.emitted)
+        reason = self._reason
+        if output and self.sampled and reason is None:
+            sampling, length = self._request.sampling, len(here.tokens)
+            reason = sampling.finish_reason(output[-1], len(output), length, usable_context(self._host.engine.info))
+        self.said = Said(output.tobytes(), uncharged(self._usage(here)), reason, here.length, self._published_tokens)
 
     def _left(self, length: int) -> int:
         """How many more may be sampled after so many tokens."""
@@ -187,10 +247,11 @@ class _Step:
             pull_s=first.pulled.seconds,
             missed_blocks=first.pulled.missed_blocks,
             prefill_fallback=self._fallback,
+            reading=self._account.reading,
+            prefill_reading=self._prefill_reading,
         )
 
     def _token(self, here: Context, token: int, logprobs: TokenLogprobs | None) -> Tokens:
-        self.sampled += 1
         usage = None if self._told_usage else self._usage(here)
         self._told_usage = True
         return Tokens(pack_tokens([token]), usage, None if logprobs is None else (logprobs,))
@@ -231,6 +292,8 @@ class _Step:
             step_class=request.step_class,
             priority=request.priority,
             deadline_in_s=left_s(self._deadline_s),
+            known_tokens=request.known_tokens,
+            seconds_max=self._account.prefill_max_s(request.allowance, self._prefill_reading),
         )
         try:
             prefill = self._prefills.get(request.prefill)
@@ -242,11 +305,13 @@ class _Step:
             async with aclosing(replies):
                 while (reply := await self._next(replies)) is not None:
                     match reply:
-                        case PrefillProgress(published) | PrefillDone(published):
+                        case PrefillProgress(published, reading) | PrefillDone(published, reading):
+                            self._billed(reading)
                             self._published_tokens = published
                             await here.locate(published)
                             await here.pull(min(published, wanted))
-                        case PrefillToken(token, computed_from, logprobs) if len(here.tokens) == wanted:
+                        case PrefillToken(token, computed_from, logprobs, reading) if len(here.tokens) == wanted:
+                            self._billed(reading)
                             self._computed_from = min(self._computed_from, computed_from)
                             here.tokens.append(token)
                             self._reason = request.sampling.finish_reason(
@@ -255,7 +320,7 @@ class _Step:
                             yield self._token(here, token, logprobs)
                         case _:
                             raise ProtocolError(f"{prefill.node} answered a prefill with {type(reply).__name__}")
-        except DeadlineExceeded:
+        except (DeadlineExceeded, BudgetExceeded):
             raise
         except ClusterError as error:
             self._fallback = error.code
@@ -263,17 +328,24 @@ class _Step:
             self._host.stats.prefill_fallbacks += 1
             log.warning("prefill failed: computing here", step=request.step, prefill=request.prefill, reason=error)
 
+    def _billed(self, reading: Reading) -> None:
+        self._prefill_reading = reading
+        self._account.allow(self._request.allowance, reading)
+
     async def _next(self, replies: Replies) -> Reply | None:
         async with until(self._deadline_s):
             return await anext(replies, None)
 
     async def _decode(self, here: Context, flight: Flight) -> AsyncGenerator[Tokens, None]:
         """Compute what is still missing, then one token after the other, until the step ends or is suspended."""
+        self._account.check()
         if here.length == len(here.tokens):  # all of it was pulled, and nobody sampled what follows
             self._host.engine.truncate(here.sequence, here.length - 1)
         self._computed_from = min(self._computed_from, here.length)
         emitted = len(here.tokens) - self._prompt_tokens
-        guide = await self._host.guide(self._request.sampling, here.tokens[self._prompt_tokens :], self._deadline_s)
+        guide = await guide_of(
+            self._host.engine, self._request.sampling, here.tokens[self._prompt_tokens :], self._deadline_s
+        )
         job = Job(
             arrival=here.arrival,
             came_s=here.came_s,
@@ -288,6 +360,7 @@ class _Step:
             copying=here.copying,
             scores_top=self._request.prompt_logprobs if self._scores else None,
             scores_end=self._prompt_tokens,
+            account=self._account,
         )
         failed: ClusterError | None = None
         suspended, scored = False, here.length

@@ -10,11 +10,10 @@ from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from jobs.asking import Asker
 from jobs.batch import (
     AGE_S,
     OVER,
@@ -33,13 +32,15 @@ from jobs.batch import (
     outlived,
     resumed,
 )
+from jobs.batch_records import read_batch, write_batch
 from jobs.files import File, Files, NoRoom, on_disk
-from jobs.lines import Checked, Limits, LineError, Table
+from jobs.left import moved
+from jobs.lines import Checked, Limits, LineError
+from jobs.live import Live, Means, Opened
 from jobs.outputs import ForeignFile, InUse, Outputs
 from jobs.reading import FileSource, check_file
-from jobs.runner import Job, Runner
+from jobs.runner import Job
 from tracehaul.runtime import clock
-from tracehaul.runtime.durable import write_whole
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
 from tracehaul.runtime.tasks import Tasks
@@ -52,48 +53,20 @@ RECORD, INPUT, ANSWERS, ERRORS = ".json", ".input", ".answers", ".errors"
 LOOK_S = 1.0
 """So often it is looked whether a window is over."""
 AGAIN_S = 2.0
+ENDS_S = 10.0
+"""A batch that is to be erased has ended by then."""
 LIMITS = Limits(errors_max=100)
 """So many wrong lines are told of each."""
 OUTPUT = "batch_output"
 """The purpose of what a batch was answered."""
 
 
-class Means(NamedTuple):
-    """What batches are run with."""
-
-    runner: Runner
-    """Whoever runs batches has it run."""
-    asker: Callable[[Batch], Asker]
-    """Who answers the lines of that batch."""
-    refuse: Callable[[Batch, str], LineError | None]
-    """What is wrong with a model's name in that batch, if anything."""
+class StillRuns(Exception):
+    """It has not ended yet; says which."""
 
 
 class TooMany(Exception):
     """No more batches are taken; says why."""
-
-
-class _Opened(NamedTuple):
-    """What a batch's lines are read from and written to."""
-
-    table: Table
-    source: FileSource
-    outputs: Outputs
-
-
-class _Live:
-    """A batch that is not over."""
-
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.changing = asyncio.Lock()
-        self.interrupted = asyncio.Event()
-        """It was cancelled, or its time is over: what is being done for it ends."""
-        self.checked: Checked | None = None
-        self.opening: asyncio.Task[_Opened] | None = None
-        self.outputs: Outputs | None = None
-        """Once they are open."""
-        self.job: Job | None = None
 
 
 class Batches:
@@ -127,13 +100,10 @@ class Batches:
         self._live_max = live_max
         self._wall_s = wall_s
         self._tasks = Tasks("batches")
-        self._batches: dict[tuple[str, str], Batch] = {}
-        """By tenant and id, the oldest first."""
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = [batch for path in folder.glob(f"*{RECORD}") if (batch := _read(path)) is not None]
-        for batch in sorted(found, key=lambda batch: (batch.created_at, batch.id)):
-            self._batches[batch.tenant, batch.id] = batch
+        found = [batch for path in folder.glob(f"*{RECORD}") if (batch := read_batch(path)) is not None]
+        self._batches = _in_order(found)
         kept = {path.stem for path in folder.glob(f"*{RECORD}")}  # also what cannot be read now
         kept -= {batch.id for batch in found if batch.status in OVER}
         for path in folder.iterdir():
@@ -165,7 +135,7 @@ class Batches:
         """
         if sum(live.batch.tenant == batch.tenant for live in self._live.values()) >= self._live_max:
             raise TooMany(f"{self._live_max} batches are not over yet, which is the most")
-        live = self._live[batch.id] = _Live(batch)
+        live = self._live[batch.id] = Live(batch)
         try:
             await on_disk(self._offload, partial(self._begin, batch, self._files.path(file)))
         except BaseException:
@@ -194,15 +164,32 @@ class Batches:
                     live.interrupted.set()
         return self.get(batch.tenant, batch.id) or batch
 
+    async def erase(self, tenant: str) -> int:
+        """Nothing is known of theirs any more; what they were answered is among the files. Returns how many there were.
+
+        Raises:
+            NoRoom, OSError, StillRuns: not of all of them.
+        """
+        found = [batch for owner, batch in self._batches.items() if owner[0] == tenant]
+        for batch in found:
+            await self.cancel(batch)
+        until_s = clock.now_s() + ENDS_S
+        for batch in found:
+            while batch.id in self._live:
+                if clock.now_s() > until_s:
+                    raise StillRuns(f"the batch {batch.id} has not ended yet")
+                await asyncio.sleep(ENDS_S / 200)
+            await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
+            self._batches.pop((tenant, batch.id), None)
+        return len(found)
+
     # --- how they live ----------------------------------------------------------------------------------------
 
     async def run(self, means: Means) -> None:
         """Until it is cancelled: whoever runs it next goes on. None is created before."""
         self._means = means
         for batch in self._batches.values():
-            if batch.status not in OVER:
-                live = self._live[batch.id] = _Live(batch)
-                self._tasks.start(self._drive(live), batch.id)
+            self._begun(batch)
         self._tasks.start(self._looking(), "look")
         try:
             await asyncio.Event().wait()
@@ -210,6 +197,22 @@ class Batches:
             await self._tasks.close()
             for live in self._live.values():
                 await self._close(live)
+
+    async def adopt(self, folder: Path) -> int:
+        """As :meth:`jobs.files.Files.adopt`; those that are not over go on here, where any run."""
+        paths = await self._offload.run(partial(moved, folder, self._folder, [INPUT, ANSWERS, ERRORS]))
+        found = [batch for path in paths if (batch := await self._offload.run(partial(read_batch, path))) is not None]
+        self._batches = _in_order([*self._batches.values(), *found])
+        for batch in found if self._means is not None else ():
+            self._begun(batch)
+        return len(found)
+
+    def _begun(self, batch: Batch) -> None:
+        if batch.status in OVER:
+            self._given.over(batch)
+            return
+        live = self._live[batch.id] = Live(batch)
+        self._tasks.start(self._drive(live), batch.id)
 
     @property
     def _given(self) -> Means:
@@ -228,7 +231,7 @@ class Batches:
                     del self._batches[batch.tenant, batch.id]
             await asyncio.sleep(LOOK_S)
 
-    async def _drive(self, live: _Live) -> None:
+    async def _drive(self, live: Live) -> None:
         effect = resumed(live.batch)
         while effect is not None:
             match effect:
@@ -247,7 +250,7 @@ class Batches:
         await self._offload.run(partial(self._clean, live.batch))
         del self._live[live.batch.id]
 
-    async def _unless(self, live: _Live, work: Coroutine[Any, Any, T]) -> T | None:
+    async def _unless(self, live: Live, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work leads to; None: it was interrupted."""
         tasks = asyncio.create_task(work), asyncio.create_task(live.interrupted.wait())
         try:
@@ -258,7 +261,7 @@ class Batches:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    async def _handle(self, live: _Live, event: Event) -> Effect | None:
+    async def _handle(self, live: Live, event: Event) -> Effect | None:
         """Keep what the event makes of the batch, however long that takes; then what follows."""
         while True:
             async with live.changing:
@@ -274,10 +277,12 @@ class Batches:
                     return effect
             await asyncio.sleep(AGAIN_S)
 
-    def _know(self, live: _Live, batch: Batch) -> None:
+    def _know(self, live: Live, batch: Batch) -> None:
         live.batch = self._batches[batch.tenant, batch.id] = batch
+        if batch.status in OVER:
+            self._given.over(batch)
 
-    async def _validate(self, live: _Live) -> Event:
+    async def _validate(self, live: Live) -> Event:
         batch = live.batch
         try:
             checked = await self._check(batch, partial(self._given.refuse, batch))
@@ -294,13 +299,13 @@ class Batches:
         path = self._path(batch, INPUT)
         return await self._checking.run(partial(check_file, path, batch.endpoint, refuse, LIMITS))
 
-    async def _opened(self, live: _Live) -> _Opened:
+    async def _opened(self, live: Live) -> Opened:
         """Opened once, whoever stops waiting for it."""
         if live.opening is None:
             live.opening = self._tasks.start(self._open(live), f"open {live.batch.id}")
         return await asyncio.shield(live.opening)
 
-    async def _open(self, live: _Live) -> _Opened:
+    async def _open(self, live: Live) -> Opened:
         batch = live.batch
         while True:
             try:
@@ -311,7 +316,7 @@ class Batches:
                 make = partial(Outputs, answers, errors, table.index, self._offload)
                 outputs = await self._checking.run(make)
                 try:
-                    opened = _Opened(table, FileSource(self._path(batch, INPUT), table, self._offload), outputs)
+                    opened = Opened(table, FileSource(self._path(batch, INPUT), table, self._offload), outputs)
                 except OSError:
                     outputs.close()
                     raise
@@ -322,7 +327,7 @@ class Batches:
                 live.outputs = outputs
                 return opened
 
-    async def _run(self, live: _Live) -> Event:
+    async def _run(self, live: Live) -> Event:
         opened = await self._opened(live)
         deadline_s = clock.now_s() + live.batch.expires_at - self._wall_s()
         chains = await self._checking.run(opened.table.chains)
@@ -332,13 +337,13 @@ class Batches:
         await live.job.drained.wait()
         return Drained()
 
-    async def _stop(self, live: _Live) -> Event:
+    async def _stop(self, live: Live) -> Event:
         if live.job is not None:
             await self._given.runner.drop(live.job)
             live.job = None
         return Stopped()
 
-    async def _deliver(self, live: _Live) -> Event:
+    async def _deliver(self, live: Live) -> Event:
         await self._stop(live)
         if live.batch.in_progress_at is None:
             return Delivered(Counts(), 0, None, None)
@@ -368,7 +373,7 @@ class Batches:
         await self._files.take(self._path(batch, kind), file)
         return name
 
-    async def _close(self, live: _Live) -> None:
+    async def _close(self, live: Live) -> None:
         if live.job is not None:
             await self._given.runner.drop(live.job)
         if live.opening is not None and live.outputs is not None:
@@ -387,12 +392,9 @@ class Batches:
         return self._folder / f"{batch.id}{kind}"
 
     def _write(self, batch: Batch) -> None:
-        write_whole(self._path(batch, RECORD), msgspec.json.encode(batch), private=True)
+        write_batch(self._path(batch, RECORD), batch)
 
 
-def _read(path: Path) -> Batch | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Batch)
-    except (OSError, msgspec.DecodeError, UnicodeError) as error:
-        log.warning("a batch cannot be read: it is left out", path=path, why=error)
-        return None
+def _in_order(batches: Sequence[Batch]) -> dict[tuple[str, str], Batch]:
+    """By tenant and id, the oldest first."""
+    return {(each.tenant, each.id): each for each in sorted(batches, key=lambda each: (each.created_at, each.id))}

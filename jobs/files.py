@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import msgspec
 
+from jobs.left import moved
 from tracehaul.runtime.durable import sync_folder, write_whole
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import Offload
@@ -154,6 +155,17 @@ class Files:
             log.warning("what is known of a file cannot be read: it is left out", path=path, why=error)
             return None
 
+    async def adopt(self, folder: Path) -> int:
+        """What is in that folder, which the caller has locked, is here from now on; how many these are. Raises OSError:
+        not all of it."""
+        paths = await self._offload.run(partial(moved, folder, self._folder, [BYTES]))
+        found = [file for path in paths if (file := await self._offload.run(partial(self._read, path))) is not None]
+        all_ = [*self._files.values(), *found]
+        self._files = {
+            (file.tenant, file.id): file for file in sorted(all_, key=lambda file: (file.created_at, file.id))
+        }
+        return len(found)
+
     def _path(self, name: str, kind: str) -> Path:
         return self._folder / f"{name}{kind}"
 
@@ -219,6 +231,13 @@ class Files:
         """It is gone, for whoever does not read it already. Raises OSError: it cannot be."""
         await self._offload.run(partial(self._delete, file.id))
         self._files.pop((file.tenant, file.id), None)
+
+    async def erase(self, tenant: str) -> int:
+        """None of theirs is there any more; how many there were. Raises OSError: some still are."""
+        own = [file for file in self._files.values() if file.tenant == tenant]
+        for file in own:
+            await self.delete(file)
+        return len(own)
 
     def _delete(self, name: str) -> None:
         self._path(name, KNOWN).unlink(missing_ok=True)

@@ -2,10 +2,13 @@
 
 import heapq
 from array import array
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Container, Sequence
 
 import msgspec
+
+from jobs.cap import Left
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -20,8 +23,13 @@ class Claim(msgspec.Struct, frozen=True):
 class _Batch:
     """The lines of one batch that wait."""
 
-    def __init__(self, deadline_s: float, chains: Sequence[Sequence[int]], ended: Container[int]) -> None:
+    def __init__(
+        self, deadline_s: float, chains: Sequence[Sequence[int]], ended: Container[int], *, presses: bool
+    ) -> None:
         self.deadline_s = deadline_s
+        self.presses = presses
+        self.left = sum(line not in ended for chain in chains for line in chain)
+        """Lines that have not ended."""
         self._chains = chains
         self._ended = ended
         self._at = array("L", bytes(array("L").itemsize * len(chains)))
@@ -60,6 +68,7 @@ class _Batch:
 
     def over(self, chain: int) -> None:
         """Its line has ended; the next step comes at once, while its context is where it is."""
+        self.left -= 1
         self._at[chain] += 1
         self._ready.appendleft(chain)
 
@@ -89,12 +98,21 @@ class Queue:
 
     def __init__(self) -> None:
         self._batches: dict[str, _Batch] = {}
+        self._order: list[tuple[float, str]] = []
         """The earliest deadline first."""
 
     def __contains__(self, batch: str) -> bool:
         return batch in self._batches
 
-    def add(self, batch: str, deadline_s: float, chains: Sequence[Sequence[int]], ended: Container[int] = ()) -> None:
+    def add(
+        self,
+        batch: str,
+        deadline_s: float,
+        chains: Sequence[Sequence[int]],
+        ended: Container[int] = (),
+        *,
+        presses: bool = True,
+    ) -> None:
         """Its lines wait from now on.
 
         Args:
@@ -102,19 +120,26 @@ class Queue:
             deadline_s: when it must be over.
             chains: its lines: those of a chain are asked one after the other, chains beside each other in this order.
             ended: lines that are not asked; looked at when their turn comes.
+            presses: it is to be over by then, whatever else runs.
         """
         assert batch not in self._batches
-        self._batches[batch] = _Batch(deadline_s, chains, ended)
-        order = sorted(self._batches.items(), key=lambda item: (item[1].deadline_s, item[0]))
-        self._batches = dict(order)
+        self._batches[batch] = _Batch(deadline_s, chains, ended, presses=presses)
+        insort(self._order, (deadline_s, batch))
 
     def drop(self, batch: str) -> None:
         """Nothing more of it is claimed; what is, may be told over or later, or not."""
-        self._batches.pop(batch, None)
+        if (found := self._batches.pop(batch, None)) is not None:
+            del self._order[bisect_left(self._order, (found.deadline_s, batch))]
+
+    def left(self, now_s: float) -> list[Left]:
+        """Of those that press, the earliest deadline first."""
+        batches = [self._batches[name] for _, name in self._order]
+        return [Left(batch.left, batch.deadline_s - now_s) for batch in batches if batch.presses and batch.left]
 
     def claim(self, now_s: float) -> Claim | None:
         """The line to be asked now; None: there is none now."""
-        for name, batch in self._batches.items():
+        for _, name in self._order:
+            batch = self._batches[name]
             if batch.deadline_s > now_s and (found := batch.next(now_s)) is not None:
                 batch.claimed += 1
                 return Claim(name, found[1], found[0], batch.deadline_s)

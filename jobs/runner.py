@@ -1,11 +1,16 @@
 """Asks the lines of batches, so many at once, and keeps what is answered."""
 
 import asyncio
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import count
 from typing import Protocol
 
 from jobs.asking import Asker
+from jobs.cap import AHEAD, LINE_S, Grants, lasts, needed
 from jobs.leases import Held, Taken
 from jobs.ledger import Ledger
 from jobs.lines import Call
@@ -21,6 +26,8 @@ LEASE_S = 60.0
 """A line whose asker died can be claimed by another after this; who lives renews it."""
 AGAIN_S = 2.0
 """So often what cannot be kept is tried to be kept again."""
+LOOK_S = 0.25
+"""So often it is looked what is granted while something waits."""
 ANSWER_S = 3600.0
 """A line that takes longer has no answer."""
 
@@ -71,24 +78,39 @@ class Job:
         self.attempts: set[asyncio.Task[None]] = set()
 
 
+class _Trying:
+    """A line that is being asked."""
+
+    def __init__(self, *, urgent: bool) -> None:
+        self.urgent = urgent
+        """Whatever else runs."""
+
+
+class NoTurn(Exception):
+    """There was no room for a call in time."""
+
+
 class Runner:
-    """Runs jobs beside each other, the earliest deadline first: :meth:`add` some, and have :meth:`run` run."""
+    """Runs jobs beside each other, the earliest deadline first: :meth:`add` some, and have :meth:`run` run.
+
+    It is the one queue of all that nobody waits for: calls that are no job's line take a :meth:`turn` in it.
+    """
 
     def __init__(
         self,
-        concurrency: int,
+        grants: Grants,
         dice: random.Random,
         wall_s: Callable[[], float] = clock.wall_s,
         answer_s: float = ANSWER_S,
     ) -> None:
         """
         Args:
-            concurrency: so many at once.
+            grants: how many at once.
             dice: scatters retries.
             wall_s: leases are of this clock.
             answer_s: how long an answer may take.
         """
-        self._concurrency = concurrency
+        self._grants = grants
         self._dice = dice
         self._wall_s = wall_s
         self._answer_s = answer_s
@@ -96,6 +118,12 @@ class Runner:
         self._jobs: dict[str, Job] = {}
         self._changed = asyncio.Event()
         self._running = 0
+        self._urgent = 0
+        """Of those, in progress whatever else runs."""
+        self._line_s = LINE_S
+        self._turns: dict[str, asyncio.Future[bool]] = {}
+        """Calls that wait for one."""
+        self._names = count()
         self._crash: BaseException | None = None
 
     def add(self, job: Job) -> None:
@@ -123,18 +151,10 @@ class Runner:
                 self._changed.clear()
                 if self._crash is not None:
                     raise self._crash
-                while self._running < self._concurrency and (claim := self._queue.claim(clock.now_s())) is not None:
-                    job = self._jobs[claim.batch]
-                    self._running += 1
-                    task = asyncio.create_task(self._attempt(job, claim), name=f"line {claim.line} of {claim.batch}")
-                    attempts.add(task)
-                    job.attempts.add(task)
-                    task.add_done_callback(attempts.discard)
-                    task.add_done_callback(job.attempts.discard)
-                    task.add_done_callback(self._over)
+                waits = self._begin(attempts)
                 self._settle()
-                wake_s = self._queue.wake_s(clock.now_s()) if self._running < self._concurrency else None
-                pause_s = None if wake_s is None else max(0.001, wake_s - clock.now_s())
+                wake_s = self._queue.wake_s(clock.now_s())
+                pause_s = LOOK_S if waits else None if wake_s is None else max(0.001, wake_s - clock.now_s())
                 try:
                     async with asyncio.timeout(pause_s):
                         await self._changed.wait()
@@ -146,21 +166,87 @@ class Runner:
             if attempts:
                 await asyncio.wait(list(attempts))
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a turn."""
+        return len(self._turns)
+
+    @asynccontextmanager
+    async def turn(self, deadline_s: float, *, presses: bool = False) -> AsyncGenerator[bool, None]:
+        """A place among all that runs, for one call.
+
+        Args:
+            deadline_s: of :func:`tracehaul.runtime.clock.now_s`; in this order turns come.
+            presses: it comes by then, whatever else runs: then the turn is urgent.
+
+        Raises:
+            NoTurn: none came by then.
+        """
+        name, turn = f"call {next(self._names)}", asyncio.get_running_loop().create_future()
+        self._turns[name] = turn
+        self._queue.add(name, deadline_s, [range(1)], presses=presses)
+        self._changed.set()
+        began_s: float | None = None
+        try:
+            try:
+                async with asyncio.timeout(deadline_s - clock.now_s()):
+                    urgent = await asyncio.shield(turn)
+            except TimeoutError:
+                raise NoTurn from None
+            began_s = clock.now_s()
+            yield urgent
+        finally:
+            self._queue.drop(name)
+            if self._turns.pop(name, None) is None:
+                self._ended(clock.now_s() if began_s is None else began_s, urgent=turn.result())
+
+    def _begin(self, attempts: set[asyncio.Task[None]]) -> bool:
+        """As many as may; whether more would, if they might."""
+        now_s = clock.now_s()
+        cap = self._grants()
+        live = cap.until_s > now_s
+        lines = cap.lines if live else 0
+        pressing = needed(self._queue.left(now_s), self._line_s) if live else 0
+        while True:
+            urgent = self._running >= lines
+            if urgent and self._urgent >= pressing - lines:
+                return True
+            if (claim := self._queue.claim(now_s)) is None:
+                return False
+            self._running += 1
+            self._urgent += urgent
+            if (turn := self._turns.pop(claim.batch, None)) is not None:
+                turn.set_result(urgent)
+                continue
+            job = self._jobs[claim.batch]
+            trying = _Trying(urgent=urgent)
+            task = asyncio.create_task(self._attempt(job, claim, trying), name=f"line {claim.line} of {claim.batch}")
+            attempts.add(task)
+            job.attempts.add(task)
+            task.add_done_callback(attempts.discard)
+            task.add_done_callback(job.attempts.discard)
+            task.add_done_callback(partial(self._over, now_s, trying))
+
     def _settle(self) -> None:
         for job in self._jobs.values():
             if self._queue.drained(job.name):
                 job.drained.set()
 
-    def _over(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, began_s: float, *, urgent: bool) -> None:
         self._running -= 1
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._crash = error
+        self._urgent -= urgent
+        self._line_s = lasts(self._line_s, clock.now_s() - began_s)
         self._changed.set()
 
-    async def _attempt(self, job: Job, claim: Claim) -> None:
+    def _over(self, began_s: float, trying: _Trying, task: asyncio.Task[None]) -> None:
+        self._ended(began_s, urgent=trying.urgent)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._crash = error
+
+    async def _attempt(self, job: Job, claim: Claim, trying: _Trying) -> None:
         """Ask a line once, and see to what follows."""
         try:
-            again_s = await self._tried(job, claim.line)
+            again_s = await self._tried(job, claim.line, trying)
         except OSError as error:
             # Neither read nor claimed: no line is to blame.
             self._trouble(job, str(error))
@@ -171,14 +257,14 @@ class Runner:
         else:
             self._queue.later(claim, clock.now_s() + again_s)
 
-    async def _tried(self, job: Job, line: int) -> float | None:
+    async def _tried(self, job: Job, line: int, trying: _Trying) -> float | None:
         """In how many seconds it is to be asked again; None: it has ended."""
         now_s = self._wall_s()
         held = await job.ledger.claim(line, now_s, now_s + LEASE_S)
         if isinstance(held, Taken):
             return None if held.until_s is None else max(1.0, min(LEASE_S, held.until_s - now_s))
         try:
-            return await self._asked(job, line, held)
+            return await self._asked(job, line, held, trying)
         finally:
             # Of no effect where it has ended.
             await asyncio.shield(self._put_back(job, line, held.fence))
@@ -189,13 +275,13 @@ class Runner:
         except OSError as error:
             log.debug("a claim was not given back: its time will end", job=job.name, line=line, why=error)
 
-    async def _asked(self, job: Job, line: int, held: Held) -> float | None:
+    async def _asked(self, job: Job, line: int, held: Held, trying: _Trying) -> float | None:
         call = await job.source.read(line)
         left_s = job.deadline_s - clock.now_s()
         if held.lost >= FAULTS_MAX:
             said = NoAnswer(f"whoever asked this died of it, {held.lost} times")
         else:
-            found = await self._answer(job, line, held.fence, call, min(left_s, self._answer_s))
+            found = await self._answer(job, line, held.fence, call, min(left_s, self._answer_s), trying)
             if found is None:
                 return 1.0
             said = found
@@ -210,14 +296,27 @@ class Runner:
         await self._end(job, line, held.fence, result(job.name, call.custom_id, said), ok=ok)
         return None
 
-    async def _answer(self, job: Job, line: int, fence: int, call: Call, timeout_s: float) -> Answer | NoAnswer | None:
-        """What the call is answered; None: the line is another's by now."""
-        work = asyncio.create_task(job.asker.ask(call, timeout_s))
+    async def _answer(
+        self, job: Job, line: int, fence: int, call: Call, timeout_s: float, trying: _Trying
+    ) -> Answer | NoAnswer | None:
+        """What the call is answered; None: the line is another's by now. Where its deadline comes near, whoever answers
+        is left and asked again, urgently: that is the same call, and what it has is not lost."""
+        ends_s = clock.now_s() + timeout_s
+        work = asyncio.create_task(job.asker.ask(call, timeout_s, urgent=trying.urgent))
         try:
             while True:
-                done, _ = await asyncio.wait((work,), timeout=LEASE_S / 3)
+                rises_s = math.inf if trying.urgent else job.deadline_s - AHEAD * self._line_s - clock.now_s()
+                done, _ = await asyncio.wait((work,), timeout=min(LEASE_S / 3, max(0.0, rises_s)))
                 if done:
                     return _said(job, line, work)
+                if rises_s <= LEASE_S / 3:
+                    work.cancel()
+                    await asyncio.wait((work,))
+                    if not work.cancelled():
+                        return _said(job, line, work)
+                    trying.urgent = True
+                    self._urgent += 1
+                    work = asyncio.create_task(job.asker.ask(call, ends_s - clock.now_s(), urgent=True))
                 try:
                     if not await job.ledger.renew(line, fence, self._wall_s() + LEASE_S):
                         return None

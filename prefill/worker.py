@@ -12,9 +12,11 @@ from tracehaul.wire.hashing import token_count
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
 from worker.context import Context
-from worker.flights import Flight, Flights
+from worker.flights import Flight
+from worker.guides import guide_of
 from worker.host import WorkerHost
 from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written
+from worker.meter import Account
 
 
 class PrefillService:
@@ -22,7 +24,9 @@ class PrefillService:
 
     def __init__(self, host: WorkerHost) -> None:
         self._host = host
-        self.flights = Flights()
+        self.flights = host.flights
+        self.taking_over = None
+        """It has no router, but the decode worker that asks."""
 
     def set_members(self, members: Members) -> None:
         """Membership changed."""
@@ -39,27 +43,53 @@ class PrefillService:
         if request.root != self._host.root:
             raise WrongNode("this worker's KV has another layout, or is of another model")
         self._host.stats.steps += 1
+        with self._host.meter.step(request) as account:
+            account.limit_s = request.seconds_max
+            account.check()
+            async with aclosing(self._run(request, account)) as replies:
+                async for reply in replies:
+                    account.told = isinstance(reply, PrefillDone)
+                    yield reply
+
+    async def _run(self, request: PrefillStep, account: Account) -> AsyncGenerator[Reply, None]:
         packed, tokens = request.tokens, token_count(request.tokens)
         deadline_s = deadline_at(request.deadline_in_s)
-        async with self._host.context(
-            request.trace, request.family, request.salt, packed, tokens, deadline_s=deadline_s
-        ) as here:
-            await here.locate()
-            await here.pull(tokens - 1)
-            await self.flights.join(here)
-            with self.flights.lead(here) as flight:
-                async with aclosing(self._compute(request, here, flight)) as replies:
-                    async for reply in replies:
-                        yield reply
+        suspended, computed_from = None, tokens
+        while True:
+            async with self._host.context(
+                request.trace,
+                request.family,
+                request.salt,
+                packed,
+                tokens,
+                suspended,
+                background=request.step_class == "background",
+                deadline_s=deadline_s,
+                account=account,
+            ) as here:
+                await here.locate()
+                await here.pull(tokens - 1)
+                await self.flights.join(here)
+                computed_from = min(computed_from, here.length)  # what a suspended step pulls again was computed here
+                with self.flights.lead(here) as flight:
+                    async with aclosing(self._compute(request, here, flight, account, computed_from)) as replies:
+                        async for reply in replies:
+                            yield reply
+                            if isinstance(reply, PrefillDone):
+                                return
+            suspended = here
 
     def disconnected(self, peer: str) -> None:
         """Nothing is held for a connection beyond its handlers."""
 
     async def _compute(
-        self, request: PrefillStep, here: Context, flight: Flight
+        self, request: PrefillStep, here: Context, flight: Flight, account: Account, computed_from: int
     ) -> AsyncGenerator[PrefillProgress | PrefillToken | PrefillDone, None]:
-        computed_from, end = here.length, len(here.tokens)
-        guide = await self._host.guide(request.sampling, here.tokens[end - request.emitted :], here.deadline_s)
+        """To the end, which :class:`PrefillDone` tells; or until it has to give its memory to others."""
+        end = len(here.tokens)
+        guide = await guide_of(
+            self._host.engine, request.sampling, here.tokens[end - request.emitted :], here.deadline_s
+        )
         job = Job(
             arrival=here.arrival,
             came_s=here.came_s,
@@ -72,6 +102,7 @@ class PrefillService:
             deadline_s=here.deadline_s,
             guide=guide,
             copying=here.copying,
+            account=account,
         )
 
         def published(tokens: int) -> None:
@@ -82,24 +113,27 @@ class PrefillService:
             flight.end()
             job.events.put_nowait(Written())
 
-        sampled = ended = False
+        sampled = ended = suspended = False
         async with self._host.writer(here, request.home, published, written) as writer:
             async with self._host.job(job):
-                while not (sampled and ended):
+                while not (suspended or (sampled and ended)):
                     match await job.events.get():
                         case Computed(length):
                             writer.computed(length, last=length == end)  # the tail travels with the last blocks
                         case Published(length):
-                            yield PrefillProgress(length)
+                            yield PrefillProgress(length, account.reading)
                         case Sampled(token, _, logprobs):
-                            yield PrefillToken(token, computed_from, logprobs)
+                            yield PrefillToken(token, computed_from, logprobs, account.reading)
                             sampled = True
                         case Written():
                             ended = True
                         case Failed(error):
                             raise error
                         case Suspended():
-                            raise AssertionError("a prompt's memory is all there before it is computed")
+                            suspended = True
                         case Scored():
                             raise AssertionError("prompts are scored where they are decoded")
-            yield PrefillDone(writer.published_tokens)
+            if suspended:
+                await writer.finish()
+            else:
+                yield PrefillDone(writer.published_tokens, account.reading)

@@ -2,6 +2,7 @@
 
 import logging
 import sqlite3
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,17 @@ def make_file(url: URL) -> None:
     path.touch(mode=0o600)
 
 
-async def migrate(engine: AsyncEngine) -> None:
+async def migrate(engine: AsyncEngine, to: str = HEAD) -> None:
     """The tables are as this version needs them. Alembic is only loaded where they are not."""
     async with engine.connect() as connection:
-        if await connection.run_sync(_version) == HEAD:
+        if await connection.run_sync(_version) == to:
             return
     async with engine.begin() as connection:
         if engine.dialect.name == "postgresql":
             await connection.execute(text(f"SELECT pg_advisory_xact_lock({LOCK})"))
-        await connection.run_sync(_upgrade)
+        else:  # said here, as SQLite's driver begins nothing for what makes tables: all of it, or nothing
+            await connection.execute(text("BEGIN IMMEDIATE"))
+        await connection.run_sync(partial(_upgrade, to))
 
 
 def _version(connection: Connection) -> str | None:
@@ -86,15 +89,15 @@ def _version(connection: Connection) -> str | None:
     return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
 
 
-def _upgrade(connection: Connection) -> None:
+def _upgrade(to: str, connection: Connection) -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it has much to say when it is imported
     from alembic import command
     from alembic.config import Config
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, to)
 
 
 def _set_up(connection: Any, _: object) -> None:

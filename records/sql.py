@@ -1,31 +1,22 @@
 """The rows in a database."""
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
 
-from sqlalchemy import and_, bindparam, delete, insert, select, text
+from sqlalchemy import text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from records.base import Batch, RecordsLost, TraceName, TraceRow
+from records import statements as sql
+from records.base import Batch, Claim, Holder, TraceName, TraceRow
 from records.database import engine_of, make_file, migrate
-from records.schema import trace_changes as changes
+from records.translate import escaped, plain, translated
 
-READ_ROWS = 500
-"""Read at a time."""
+TRACES_AT_ONCE = 40
+"""Read, or looked at, by one statement."""
+READ_ROWS = 200
 CLOSE_S = 2.0
 """A server that is frozen takes no leave."""
-
-_INSERT = insert(changes)
-_MINE = and_(
-    changes.c.router == bindparam("b_router"),
-    changes.c.tenant == bindparam("b_tenant"),
-    changes.c.trace == bindparam("b_trace"),
-)
-_ERASE = delete(changes).where(_MINE)
-_SUPERSEDE = delete(changes).where(_MINE, changes.c.number < bindparam("b_number"))
 
 
 class SqlRecords:
@@ -33,45 +24,97 @@ class SqlRecords:
 
     Args:
         url: the database's: see :func:`records.database.database_url`.
-        router: whose rows.
+        scope: whose rows: a cluster's, or a router's whose file it is.
+        router: who writes.
+        life: which life of it: told from all others.
+        address: ``host:port`` of its control plane.
         timeout_s: what a write, or a part of what is read, may take.
     """
 
-    def __init__(self, url: URL, router: str, timeout_s: float) -> None:
+    def __init__(self, url: URL, scope: str, router: str, life: str, address: str, timeout_s: float) -> None:
         self._url = url
-        self._router = router
+        self._scope = scope
         self._timeout_s = timeout_s
         self._engine = engine_of(url, timeout_s)
         self._sqlite = url.get_backend_name() == "sqlite"
         self._migrated = False
+        self._me = {"b_scope": scope, "b_router": router, "b_life": life}
+        self._address = address
 
-    async def write(self, batch: Batch) -> None:
-        with _translated():
+    async def write(self, batch: Batch) -> frozenset[TraceName]:
+        with translated():
             async with asyncio.timeout(self._timeout_s):
                 await self._ready()
                 async with self._engine.begin() as connection:
-                    await self._write(connection, batch)
+                    lost = await self._write(connection, batch)
                 if batch.erased and self._sqlite:
                     await self._checkpoint()
+        return lost
 
-    async def rows(self) -> AsyncIterator[Sequence[TraceRow]]:
-        query = (
-            select(changes.c.tenant, changes.c.trace, changes.c.number, changes.c.version, changes.c.body)
-            .where(changes.c.router == self._router)
-            .order_by(changes.c.number)
-            .limit(READ_ROWS)
-        )
-        after = -1
-        while True:
-            with _translated():
-                async with asyncio.timeout(self._timeout_s):
-                    await self._ready()
-                    async with self._engine.connect() as connection:
-                        found = (await connection.execute(query.where(changes.c.number > after))).all()
-            if not found:
-                return
-            yield [TraceRow(_plain(row[0]), _plain(row[1]), *row[2:]) for row in found]
-            after = found[-1][2]
+    async def adopt(self, *, others: bool, all_mine: bool) -> list[Claim]:
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                async with self._engine.begin() as connection:
+                    now_s = (await connection.execute(sql.now(sqlite=self._sqlite))).scalar_one()
+                    found = list((await connection.execute(sql.ADOPT_MINE, self._me)).all())
+                    if others:
+                        found += (await connection.execute(sql.ADOPT_OTHERS, {**self._me, "b_now_s": now_s})).all()
+                    if all_mine:
+                        found = list((await connection.execute(sql.MINE, self._me)).all())
+        return [Claim(plain(tenant), plain(trace), fence) for tenant, trace, fence in found]
+
+    async def claim(self, name: TraceName) -> Claim | None:
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                async with self._engine.begin() as connection:
+                    found = (await connection.execute(sql.CLAIM, {**self._me, **_named(name)})).all()
+        return Claim(*name, found[0][0]) if found else None
+
+    async def holder(self, tenant: str, name: str, tips: Sequence[bytes] = (), answer: str = "") -> Holder | None:
+        where = {"b_scope": self._scope, "b_tenant": escaped(tenant)}
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                async with self._engine.connect() as connection:
+                    found = (await connection.execute(sql.BY_NAME, {**where, "b_trace": escaped(name)})).all()
+                    if not found and tips:
+                        found = (await connection.execute(sql.BY_TIP, {**where, "b_tips": list(tips)})).all()
+                        found = sorted(found, key=lambda row: tips.index(row.tip))
+                    if not found and answer:
+                        found = (await connection.execute(sql.BY_ANSWER, {**where, "b_answer": answer})).all()
+                    if not found:
+                        return None
+                    row, now_s = found[-1], (await connection.execute(sql.now(sqlite=self._sqlite))).scalar_one()
+        lives = row.until_s is not None and row.until_s > now_s
+        return Holder(tenant, plain(row.trace), row.router, row.address or "", lives)
+
+    async def live(self, for_s: float) -> None:
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                async with self._engine.begin() as connection:
+                    now_s = (await connection.execute(sql.now(sqlite=self._sqlite))).scalar_one() if for_s else 0.0
+                    row = {**self._me, "b_address": self._address, "b_until_s": now_s + for_s}
+                    await connection.execute(sql.LIVE, row)
+
+    async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
+        for at in range(0, len(names), TRACES_AT_ONCE):
+            async for rows in self._rows(names[at : at + TRACES_AT_ONCE]):
+                yield rows
+
+    async def erase(self, tenant: str) -> int:
+        where = {"b_scope": self._scope, "b_tenant": escaped(tenant)}
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                async with self._engine.begin() as connection:
+                    gone = (await connection.execute(sql.ERASE_HEADS, where)).rowcount
+                    await connection.execute(sql.ERASE_ROWS, where)
+                if self._sqlite:
+                    await self._checkpoint()
+        return gone
 
     async def close(self) -> None:
         try:
@@ -87,22 +130,60 @@ class SqlRecords:
             await migrate(self._engine)
             self._migrated = True
 
-    async def _write(self, connection: AsyncConnection, batch: Batch) -> None:
-        router = self._router
-        if batch.erased:
-            await connection.execute(_ERASE, [self._named(name) for name in batch.erased])
-        if batch.rows:
-            rows = [
-                {"router": router, **row._asdict(), "tenant": _kept(row.tenant), "trace": _kept(row.trace)}
-                for row in batch.rows
-            ]
-            await connection.execute(_INSERT, rows)
-        if batch.superseded:
-            old = [{**self._named(name), "b_number": number} for name, number in batch.superseded]
-            await connection.execute(_SUPERSEDE, old)
+    async def _rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
+        wanted = [(escaped(name.tenant), escaped(name.trace)) for name in names]
+        asked: dict[str, object] = {"b_scope": self._scope, "b_names": wanted, "b_limit": READ_ROWS}
+        query = sql.ROWS
+        while True:
+            with translated():
+                async with asyncio.timeout(self._timeout_s):
+                    await self._ready()
+                    async with self._engine.connect() as connection:
+                        found = (await connection.execute(query, asked)).all()
+            if found:
+                yield [TraceRow(plain(row[0]), plain(row[1]), *row[2:]) for row in found]
+            if len(found) < READ_ROWS:
+                return
+            # Rows that go meanwhile, as a trace is written whole, move none of those that follow.
+            query = sql.ROWS_AFTER
+            asked |= dict(zip(("b_tenant", "b_trace", "b_number"), found[-1][:3], strict=True))
 
-    def _named(self, name: TraceName) -> dict[str, object]:
-        return {"b_router": self._router, "b_tenant": _kept(name.tenant), "b_trace": _kept(name.trace)}
+    async def _write(self, connection: AsyncConnection, batch: Batch) -> frozenset[TraceName]:
+        scope = {"b_scope": self._scope}
+        claims = {_name(claim): (max(1, claim.fence), marks) for claim, marks in batch.claims}
+        fences = {name: fence for name, (fence, _) in claims.items()}
+        fences |= {_name(claim): claim.fence for claim in batch.erased}
+        if new := [_name(claim) for claim, _ in batch.claims if claim.fence == 0]:
+            await connection.execute(sql.NEW, [{**self._me, **_named(name)} for name in new])
+        held = await self._held(connection, list(fences))
+        lost = frozenset(name for name, fence in fences.items() if held.get(name) != fence)
+        if gone := [{**scope, **_named(_name(claim))} for claim in batch.erased if _name(claim) not in lost]:
+            await connection.execute(sql.ERASE, gone)
+            await connection.execute(sql.ERASE_HEAD, gone)
+        rows = [row for row in batch.rows if TraceName(row.tenant, row.trace) not in lost]
+        if rows:
+            named = [{**row._asdict(), "tenant": escaped(row.tenant), "trace": escaped(row.trace)} for row in rows]
+            await connection.execute(sql.INSERT, [{"scope": self._scope, **row} for row in named])
+        if marks := [
+            {**scope, **_named(name), "b_tip": found.tip, "b_answer": found.answers[0], "b_heard": found.answers[1]}
+            for name, (_, found) in claims.items()
+            if name not in lost
+        ]:
+            await connection.execute(sql.MARK, marks)
+        if old := [
+            {**scope, **_named(name), "b_number": number} for name, number in batch.superseded if name not in lost
+        ]:
+            await connection.execute(sql.SUPERSEDE, old)
+        return lost
+
+    async def _held(self, connection: AsyncConnection, names: Sequence[TraceName]) -> dict[TraceName, int]:
+        """Those that this life has, with their fences; nobody takes them before the transaction has ended."""
+        held: dict[TraceName, int] = {}
+        for at in range(0, len(names), TRACES_AT_ONCE):
+            some = [(escaped(name.tenant), escaped(name.trace)) for name in names[at : at + TRACES_AT_ONCE]]
+            found = (await connection.execute(sql.HELD, {**self._me, "b_names": some})).all()
+            held |= {TraceName(plain(tenant), plain(trace)): fence for tenant, trace, fence in found}
+        return held
 
     async def _checkpoint(self) -> None:
         """What was erased is in the log no more, either."""
@@ -111,24 +192,9 @@ class SqlRecords:
             await connection.execute(text("PRAGMA wal_checkpoint(TRUNCATE)"))
 
 
-def _kept(text: str) -> str:
-    """A client's text as a database takes it: PostgreSQL has no character of number 0."""
-    return text.replace("\x1b", "\x1b1").replace("\0", "\x1b0")
+def _name(claim: Claim) -> TraceName:
+    return TraceName(claim.tenant, claim.trace)
 
 
-def _plain(text: str) -> str:
-    """Inverse of :func:`_kept`."""
-    return text.replace("\x1b0", "\0").replace("\x1b1", "\x1b")
-
-
-@contextmanager
-def _translated() -> Generator[None, None, None]:
-    try:
-        yield
-    except TimeoutError as error:
-        raise RecordsLost("it does not answer in time") from error
-    except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None) or error
-        raise RecordsLost(str(cause).splitlines()[0] if str(cause) else type(cause).__name__) from error
-    except OSError as error:
-        raise RecordsLost(str(error)) from error
+def _named(name: TraceName) -> dict[str, object]:
+    return {"b_tenant": escaped(name.tenant), "b_trace": escaped(name.trace)}

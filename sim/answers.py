@@ -4,9 +4,10 @@ from typing import Any
 
 import msgspec
 
+from router.dispatch.gate import NotAdmitted
 from router.http.errors import RETRY_AFTER_S
 
-_DATA = b"data: "
+_DATA, _ID = b"data: ", b"id: "
 _DONE = b"[DONE]"
 _BUSY = "service_unavailable"
 
@@ -14,10 +15,12 @@ _BUSY = "service_unavailable"
 class CallFailed(Exception):
     """A call that its client was refused, or lost; ``retriable``: the client may try again."""
 
-    def __init__(self, code: str, message: str, *, retriable: bool) -> None:
+    def __init__(self, code: str, message: str, *, retriable: bool, retry_after_s: float | None = None) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
         self.retriable = retriable
+        self.retry_after_s = retry_after_s
+        """When its trace may begin; None: that is not why."""
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -31,6 +34,10 @@ class Told(msgspec.Struct, frozen=True):
     """Tokens whose logprobs it tells."""
     reason: str | None = None
     usage: dict[str, Any] | None = None
+    event: str | None = None
+    """The event's id."""
+    call: str = ""
+    """The answer's."""
 
 
 class Answer:
@@ -58,6 +65,10 @@ class Answer:
             return []
         self.ended = True
         body = msgspec.json.decode(self._buffer)
+        if not self._ok and body["error"]["code"] == NotAdmitted.code:
+            assert self._retry is not None
+            message = body["error"]["message"]
+            raise CallFailed(NotAdmitted.code, message, retriable=True, retry_after_s=float(self._retry))
         if not self._ok:
             assert (self._retry == str(RETRY_AFTER_S)) == (body["error"]["type"] == _BUSY), body
         return [_read(body)]
@@ -65,12 +76,16 @@ class Answer:
     def _event(self, event: bytes) -> Told | None:
         if event.startswith(b":"):
             return None
+        name = None
+        if event.startswith(_ID):
+            head, _, event = event.partition(b"\n")
+            name = head[len(_ID) :].decode()
         assert event.startswith(_DATA), event
         assert not self.ended, f"{event!r} after the end"
         if event == _DATA + _DONE:
             self.ended = True
             return None
-        return _read(msgspec.json.decode(event[len(_DATA) :]))
+        return msgspec.structs.replace(_read(msgspec.json.decode(event[len(_DATA) :])), event=name)
 
 
 def _read(body: dict[str, Any]) -> Told:
@@ -79,7 +94,7 @@ def _read(body: dict[str, Any]) -> Told:
         raise CallFailed(error["code"] or error["type"], error["message"], retriable=error["type"] == _BUSY)
     usage = body.get("usage")
     if not body["choices"]:
-        return Told(usage=usage)
+        return Told(usage=usage, call=body["id"])
     (choice,) = body["choices"]
     said = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
     marks = choice.get("logprobs") or {}
@@ -90,4 +105,5 @@ def _read(body: dict[str, Any]) -> Told:
         marks=len(marks.get("content") or marks.get("tokens") or ()),
         reason=choice["finish_reason"],
         usage=usage,
+        call=body["id"],
     )

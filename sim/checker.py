@@ -168,6 +168,31 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+class SampledChecker:
+    """No token that a client has of a step it can ask for again is sampled again, as long as the router lives."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+        self._had: dict[str, tuple[str, int]] = {}
+        """Of each step: by which life of the router it was told, and how many tokens its client has."""
+        self.again = 0
+        """Times that one was gone on with."""
+
+    def received(self, step: str, router: str, tokens: int) -> None:
+        """The client of ``step`` has so many tokens, told by that life of the router."""
+        before, had = self._had.get(step, (router, 0))
+        self._had[step] = router, max(tokens, had if before == router else 0)
+
+    def asked(self, step: str, router: str, emitted: int) -> None:
+        """That life of a router asks a worker for what follows the first ``emitted`` tokens."""
+        told_by, had = self._had.get(step, ("", 0))
+        if told_by != router:
+            return
+        self.again += 1
+        if emitted < had:
+            self._findings.add("sampled", f"{step}: asked for token {emitted + 1}, of which its client has {had}")
+
+
 class ReferenceChecker:
     """When all work has ended and every timeout passed, nobody holds anything for anybody."""
 
@@ -239,6 +264,19 @@ class ProgressChecker:
     def stuck(self, what: str) -> None:
         """It never ended."""
         self._findings.add("progress", f"{what} never ended after healing")
+
+
+class RoleChecker:
+    """Where nothing else goes wrong there is always a worker of each role that keeps it, and one changes at a time."""
+
+    def __init__(self, findings: Findings) -> None:
+        self._findings = findings
+
+    def audit(self, roles: Sequence[tuple[str, bool]]) -> None:
+        """Each worker's role now, and whether it is about to have another."""
+        keep = {role for role, leaves in roles if not leaves}
+        if keep != {"prefill", "decode"} or sum(leaves for _, leaves in roles) > 1:
+            self._findings.add("roles", f"roles, and whether they are being changed: {list(roles)}")
 
 
 class AbortChecker:

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from sim.answers import Answer, CallFailed, Told
-from sim.checker import AbortChecker, CachedChecker, Ended, OutputChecker, ProgressChecker, TerminalChecker
+from sim.checker import (
+    AbortChecker,
+    CachedChecker,
+    Ended,
+    OutputChecker,
+    ProgressChecker,
+    SampledChecker,
+    TerminalChecker,
+)
 from sim.http import Exchange, Gateway
 from sim.keeper import Keeper
 from sim.loop import VirtualLoop
@@ -30,6 +38,7 @@ class Books(NamedTuple):
     terminal: TerminalChecker
     output: OutputChecker
     cached: CachedChecker
+    sampled: SampledChecker
     progress: ProgressChecker
     aborts: AbortChecker | None
     """None where faults may delay an abort."""
@@ -92,8 +101,12 @@ class _Call:
 class Agents:
     """All clients of one run, of the model called ``model``."""
 
-    def __init__(self, gateway: Gateway, books: Books, model: str, keeper: Keeper | None = None) -> None:
+    def __init__(
+        self, gateway: Gateway, books: Books, model: str, keeper: Keeper | None = None, *, sure: bool = True
+    ) -> None:
+        """``sure``: who served a trace's last step knows it for certain, as nobody can have taken it over."""
         self._gateway = gateway
+        self._sure = sure
         self._keeper = keeper
         self._books = books
         self._model = model
@@ -101,9 +114,13 @@ class Agents:
         """The context after each step, for those who fork from it."""
         self.finished = 0
         self.failed = 0
+        self.refused = 0
+        """Calls whose trace was told to begin later."""
         self.hung_up = 0
         self.unheard: set[TraceId] = set()
         """Traces whose client left their last call before it heard anything: the router may never have begun it."""
+        self.last_at: dict[TraceId, str] = {}
+        """By which life of a router each trace's last call was served."""
 
     async def run(self, plans: Sequence[TracePlan]) -> None:
         """Until every trace has ended."""
@@ -142,6 +159,10 @@ class Agents:
                 call, exchange = self._ask(plan, index, step, voice, name)
                 await self._follow(plan, step, call, exchange)
             except CallFailed as failure:
+                if failure.retry_after_s is not None:
+                    self.refused += 1
+                    await asyncio.sleep(failure.retry_after_s)
+                    continue
                 self.failed += 1
                 _record(f"{name} failed {failure.code}")
                 self._books.progress.failed(name, began_s, failure)
@@ -152,17 +173,21 @@ class Agents:
             _record(f"{name} {call.received}")
             if _is_last(plan, index) and not (call.received or call.answered):
                 self.unheard.add(plan.trace)
+            if _is_last(plan, index):
+                self.last_at[plan.trace] = call.router
             kept = call.answered and not _is_last(plan, index)
             voice.heard(call.router, call.prompt, call.received, call.output, kept=kept)
             return
 
     def _ask(self, plan: TracePlan, index: int, step: StepPlan, voice: Voice, name: str) -> tuple[_Call, Exchange]:
         router = self._gateway.process
-        call = _Call(name, step.sampling, router, voice.prompts(router))
+        call = _Call(name, step.sampling, router, voice.prompts(router if self._sure else ""))
         self._books.cached.began(plan.salt, f"{plan.trace}.{index}", call.sequences)
         if self._books.aborts is not None:
             self._books.aborts.asked(plan.trace)
         headers: dict[str, str] = {"X-Trace-Id": plan.trace}
+        if plan.background:
+            headers["X-Step-Class"] = "background"
         if plan.fork_of is not None:
             headers["X-Parent-Trace-Id"] = plan.fork_of
         if _is_last(plan, index):
@@ -170,6 +195,8 @@ class Agents:
         body = {"model": self._model, **voice.body(), **_options(step, chat=plan.dialect == "chat")}
         if plan.salt:
             body["cache_salt"] = plan.salt
+        if _keyed(plan, step):
+            headers["Idempotency-Key"] = f"{plan.trace}.{index}"
         return call, self._gateway.post(voice.path, headers, msgspec.json.encode(body))
 
     async def _follow(self, plan: TracePlan, step: StepPlan, call: _Call, exchange: Exchange) -> None:
@@ -191,6 +218,8 @@ class Agents:
                 for told in answer.feed(data, last=last):
                     terminal.message(key, terminal=False)
                     call.take(told, self._books.output)
+                    if _keyed(plan, step) and step.sampling.logprobs is None:
+                        self._books.sampled.received(f"{told.call}-0", call.router, len(call.received))
                 if last:
                     cut_off = False
                     call.answered = answer.ended
@@ -222,6 +251,11 @@ class Agents:
 
 def _is_last(plan: TracePlan, index: int) -> bool:
     return index == len(plan.steps) - 1
+
+
+def _keyed(plan: TracePlan, step: StepPlan) -> bool:
+    """Its client names the call, and asks by that name again: half of those that stay to the end."""
+    return step.hang_up_after is None and sum(plan.trace.encode()) % 2 == 0
 
 
 def _options(step: StepPlan, *, chat: bool) -> dict[str, Any]:

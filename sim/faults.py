@@ -20,7 +20,7 @@ crash     The process is gone between two instructions: no cleanup runs, connect
 freeze    SIGSTOP, or a machine that swaps: nothing runs there, nobody is told, and then it goes on with all its
           timers late. Copies that its memory takes part in go on, as one-sided copies do. A :class:`Zombie` was
           replaced meanwhile.
-operator  Drains a node and replaces it (:class:`Retire`).
+operator  Drains a node and replaces it (:class:`Retire`), or changes a worker's role (:class:`Turn`).
 disk      A device is slow, full, dead for a while (:class:`DiskTrouble`), or rots (:class:`DiskRot`).
 ========= ==================================================================================================
 """
@@ -33,6 +33,10 @@ import msgspec
 from tracehaul.wire.ids import NodeId
 
 Rng = random.Random
+
+TURNLESS_SHARE = 0.5
+TURNS_BEGIN_S = 9.0
+"""Before that no router knows who is there."""
 
 
 class Crash(msgspec.Struct, frozen=True, tag=True):
@@ -126,6 +130,14 @@ class Retire(msgspec.Struct, frozen=True, tag=True):
     for_s: float
 
 
+class Turn(msgspec.Struct, frozen=True, tag=True):
+    """``router`` is told to give the worker ``node`` the role that it does not have."""
+
+    at_s: float
+    node: NodeId
+    router: NodeId
+
+
 class DiskTrouble(msgspec.Struct, frozen=True, tag=True):
     """The device of ``node`` is slow, refuses writes, or everything, or its bucket is unreachable, for ``for_s``."""
 
@@ -143,7 +155,20 @@ class DiskRot(msgspec.Struct, frozen=True, tag=True):
 
 
 Fault = (
-    Crash | Freeze | Cut | Break | Slow | Storm | Rot | Zombie | PowerLoss | HostLoss | Retire | DiskTrouble | DiskRot
+    Crash
+    | Freeze
+    | Cut
+    | Break
+    | Slow
+    | Storm
+    | Rot
+    | Zombie
+    | PowerLoss
+    | HostLoss
+    | Retire
+    | Turn
+    | DiskTrouble
+    | DiskRot
 )
 
 
@@ -232,6 +257,17 @@ def _make(rng: Rng, kind: type[Any], fleet: Targets, end_s: float) -> Fault:
     assert kind is Storm
     shares = [rng.choice([0.0, 0.02, 0.2]) for _ in range(3)]
     return Storm(at_s, for_s, *shares, late_s=rng.choice([1.0, 8.0]))
+
+
+def make_turns(seed: int, fleet: Targets, end_s: float) -> list[Fault]:
+    """Changes of roles, in half of all runs: one now and then, or many at once, by any router. A generator of its own,
+    so that other runs stay what they were; runs without faults have some, too, as these are none."""
+    rng = random.Random(f"turns {seed}")  # noqa: S311 - reproducible is the point
+    if rng.random() < TURNLESS_SHARE:
+        return []
+    count = rng.choice([2, 6, 20])
+    times_s = sorted(rng.uniform(TURNS_BEGIN_S, end_s) for _ in range(count))
+    return [Turn(at_s, rng.choice(fleet.workers), rng.choice(fleet.routers)) for at_s in times_s]
 
 
 class Weather:

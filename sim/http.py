@@ -87,23 +87,26 @@ class Exchange:
 
 
 class Gateway:
-    """Where clients find the router."""
+    """Where clients find a router: the first that listens."""
 
     def __init__(self) -> None:
-        self.router: Life | None = None
-        self._open: dict[asyncio.Task[Any], Exchange] = {}
+        self.routers: dict[str, Life] = {}
+        self._open: dict[asyncio.Task[Any], tuple[Exchange, Life]] = {}
 
     @property
     def process(self) -> str:
-        """Of the router as it is now.
+        """Of that router as it is now.
 
         Raises:
             CallFailed: nobody listens.
         """
-        life = self.router
-        if life is None or not life.alive or life.app is None:
-            raise CallFailed("peer_lost", "connection refused", retriable=True)
-        return life.process
+        return self._listening().process
+
+    def _listening(self) -> Life:
+        for node in sorted(self.routers):
+            if self.routers[node].alive and self.routers[node].app is not None:
+                return self.routers[node]
+        raise CallFailed("peer_lost", "connection refused", retriable=True)
 
     def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Exchange:
         """Make a request, until its exchange is left.
@@ -111,9 +114,7 @@ class Gateway:
         Raises:
             CallFailed: nobody listens.
         """
-        exchange, life = Exchange(body), self.router
-        assert self.process
-        assert life is not None
+        exchange, life = Exchange(body), self._listening()
         assert life.app is not None
         sent = {**JSON, "content-length": str(len(body)), **headers}
         scope = {
@@ -132,17 +133,18 @@ class Gateway:
         }
         serving = life.app(scope, exchange.receive, exchange.send)
         task = life.context().run(asyncio.ensure_future, serving)
-        self._open[task] = exchange
+        self._open[task] = exchange, life
         task.add_done_callback(self._served)
         return exchange
 
-    def lost(self) -> None:
-        """The router's process is gone, and all connections to it."""
-        for exchange in self._open.values():
-            exchange.cut("connection reset")
-        self._open.clear()
+    def lost(self, life: Life) -> None:
+        """A router's process is gone, and all connections to it."""
+        for task, (exchange, served_by) in list(self._open.items()):
+            if served_by is life:
+                exchange.cut("connection reset")
+                del self._open[task]
 
     def _served(self, task: asyncio.Task[Any]) -> None:
-        exchange = self._open.pop(task, None)
-        if exchange is not None:
-            exchange.cut("connection closed")
+        served = self._open.pop(task, None)
+        if served is not None:
+            served[0].cut("connection closed")

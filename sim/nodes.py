@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import msgspec
 from starlette.types import ASGIApp
@@ -23,20 +23,26 @@ from kvstore.tiers.object_tier import ObjectTier
 from kvstore.tiers.slot_tier import SlotTier
 from kvstore.tiers.stack import Stack
 from prefill.worker import PrefillService
+from records.fakes import MemoryDocuments
 from router.assemble import Router
-from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.dispatch.bill_keeper import BillKeeper
+from router.dispatch.config import DispatchConfig
+from router.dispatch.dispatch import Dispatch
 from router.fleet.members import Terms
 from router.http.config import ApiConfig
-from sim.checker import AbortChecker, Findings, TerminalChecker, is_terminal
+from sim.bills import Timed
+from sim.checker import AbortChecker, Findings, SampledChecker, TerminalChecker, is_terminal
+from sim.lifespan import living
 from sim.links import SimMemory, WatchedTransfer
 from sim.loop import PROCESS
+from sim.records import Database, SimRecords
 from sim.slot_checker import SlotChecker
 from sim.storage import Below, SimDevice
 from sim.store_checker import PinChecker, TierChecker, excuses, offset_in
 from sim.text import SimText
 from tracehaul.engine.base import EngineInfo
 from tracehaul.engine.fake import EngineCost, FakeEngine
-from tracehaul.rpc.base import CallContext, Service
+from tracehaul.rpc.base import NO_CONTEXT, CallContext, Replies, Service
 from tracehaul.rpc.local import LocalNetwork
 from tracehaul.rpc.member import Member, serving
 from tracehaul.rpc.membership import Membership
@@ -49,6 +55,7 @@ from tracehaul.transfer.plane import Plane
 from tracehaul.wire.blocks import Lease, Leased, Publish, Published, Release, Reserve, Reserved
 from tracehaul.wire.cluster import NodeInfo, Role
 from tracehaul.wire.errors import ClusterError, Fenced, NameTaken
+from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import DecodeStep, PrefillStep
@@ -59,6 +66,8 @@ from worker.host import WorkerHost
 
 OFFLOAD = InlineOffload()
 CLUSTER = "simulated"
+KEEP_S = 86400.0
+"""For so long a trace that rests is in the database."""
 FENCE_GRACE_S = 15.0
 """After which nobody believes in a life that another has replaced: requests under way have ended."""
 
@@ -85,6 +94,7 @@ class Surroundings(Protocol):
     findings: Findings
     terminal: TerminalChecker
     aborts: AbortChecker
+    sampled: SampledChecker
     ledgers: dict[str, SlotChecker]
     router_addresses: tuple[str, ...]
     tiers: TierChecker
@@ -92,6 +102,9 @@ class Surroundings(Protocol):
     devices: dict[NodeId, SimDevice]
     """What is below each store's memory; it outlives its node's lives."""
     healed_s: float | None
+    database: Database
+    documents: MemoryDocuments
+    """What routers write beside: no fault hits that."""
 
     def ended(self, life: "Life", why: ClusterError) -> None:
         """Its process exits: another life has its name."""
@@ -116,10 +129,15 @@ class Life:
     ledger: SlotChecker | None = None
     host: WorkerHost | None = None
     engine: FakeEngine | None = None
+    router: Router | None = None
     dispatch: Dispatch | None = None
     app: ASGIApp | None = None
     """The router's, for clients; once it is ready."""
+    worker: Worker | None = None
     flights: Flights | None = None
+    keeper: BillKeeper | None = None
+    timed: Timed | None = None
+    """How long its engine was at work."""
     membership: Membership | None = None
     tasks: Tasks = field(default_factory=lambda: Tasks("life"))
     ready: asyncio.Event = field(default_factory=asyncio.Event)
@@ -211,6 +229,22 @@ def _enter(ledger: SlotChecker, peer: str, request: Request, reply: Reply) -> No
             pass
 
 
+class AskingPeers(Peers):
+    """A router's: what it asks of workers counts when it is asked, as it may reach them long after."""
+
+    def __init__(self, life: Life, around: Surroundings) -> None:
+        super().__init__(around.network.at(life.address))
+        self._process = life.process
+        self._sampled = around.sampled
+
+    def stream(
+        self, address: str, request: Request, *, idle_timeout_s: float, context: CallContext = NO_CONTEXT
+    ) -> Replies:
+        if isinstance(request, DecodeStep):
+            self._sampled.asked(request.step, self._process, token_count(request.emitted))
+        return super().stream(address, request, idle_timeout_s=idle_timeout_s, context=context)
+
+
 def start(life: Life, role: Role | None, around: Surroundings) -> None:
     """Begin a life, in its own context; ``role`` None is the router. ``life.ready`` is set when it serves."""
     work = _run_router(life, around) if role is None else _run_node(life, role, around)
@@ -220,12 +254,17 @@ def start(life: Life, role: Role | None, around: Surroundings) -> None:
 async def _run_router(life: Life, around: Surroundings) -> None:
     # The simulated world has one clock, and a router forgets its epochs with its life.
     terms = Terms(cluster=CLUSTER, wall_s=clock.now_s)
-    router = Router(Peers(around.network.at(life.address)), around.shape.dispatch, terms)
-    life.dispatch = router.dispatch
+    router = Router(AskingPeers(life, around), around.shape.dispatch, terms)
+    life.router, life.dispatch = router, router.dispatch
     await around.network.listen(life.address, WatchedService(life, router.service, around))
+    records = SimRecords(around.database, life.node, life.process, life.address)
+    await router.remember(records, KEEP_S, {}, OFFLOAD, life.node)
     dice = random.Random(life.process)  # noqa: S311 - reproducible is the point
     life.app = router.app({around.shape.engine.model: SimText()}, around.shape.api, OFFLOAD, lambda: b"", dice)
-    life.ready.set()
+    keeper = life.keeper = BillKeeper(router.dispatch.bills, around.documents, life.process, KEEP_S)
+    async with living(life.app), keeper:
+        life.ready.set()
+        await asyncio.Event().wait()  # simulated routers crash
 
 
 async def _run_node(life: Life, role: Role, around: Surroundings) -> None:
@@ -292,6 +331,8 @@ def _promoted(ledger: SlotChecker, buffer: memoryview, view: memoryview) -> None
 def _worker(life: Life, info: NodeInfo, transfer: WatchedTransfer, peers: Peers, around: Surroundings) -> Worker:
     shape = around.shape
     engine = life.engine = FakeEngine(shape.engine, shape.cost)
+    timed = life.timed = Timed()
+    cast(Any, engine).run = timed.around(engine.run)
     buffer_bytes = shape.engine.layout.block_bytes
     memory = life.memory = SimMemory(shape.worker.staging_blocks * buffer_bytes)
     worker = assemble_worker(
@@ -302,8 +343,8 @@ def _worker(life: Life, info: NodeInfo, transfer: WatchedTransfer, peers: Peers,
         peers,
         OFFLOAD,
         shape.worker,
-        PrefillService if info.role == "prefill" else lambda host: DecodeService(host, peers),
+        {"prefill": PrefillService, "decode": lambda host: DecodeService(host, peers)},
         buffer_bytes=buffer_bytes,
     )
-    life.host, life.flights = worker.host, worker.service.flights
+    life.worker, life.host, life.flights = worker, worker.host, worker.host.flights
     return worker

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from sim import loop as virtual
+from sim.bills import check_bills
 from sim.checker import OutputChecker, ProgressChecker
 from sim.clients import Agents, Books
 from sim.ending import check_end, counts
-from sim.faults import Fault, FaultPlan, Retire
+from sim.faults import Fault, FaultPlan, Freeze, Retire, Turn
 from sim.keeper import ADDRESS, Keeper
 from sim.shape import FLEET, MIX, ROLES
 from sim.slot_checker import Truth
@@ -93,11 +94,13 @@ def simulate(
 async def run(world: World, plans: Sequence[TracePlan]) -> Agents:
     """Start, run the traces under faults, heal, wait for the end of all work, check what is left."""
     progress = ProgressChecker(world.findings)
-    progress.calm = not world.plan.faults
+    progress.calm = all(isinstance(fault, Turn) for fault in world.plan.faults)
     truth = Truth(FAKE_LAYOUT)
     aborts = world.aborts if progress.calm else None
-    books = Books(world.terminal, OutputChecker(world.findings), world.cached, progress, aborts, truth)
-    agents = Agents(world.gateway, books, world.shape.engine.model, _keeper(world))
+    books = Books(world.terminal, OutputChecker(world.findings), world.cached, world.sampled, progress, aborts, truth)
+    stood_still = any(isinstance(fault, Freeze) and fault.node in FLEET.routers for fault in world.plan.faults)
+    sure = world.database.calm and not stood_still
+    agents = Agents(world.gateway, books, world.shape.engine.model, _keeper(world), sure=sure)
     lives = [world.start(node) for node in ROLES]
     async with asyncio.timeout(BOOT_TIMEOUT_S):
         await asyncio.gather(*(life.ready.wait() for life in lives))
@@ -115,7 +118,14 @@ async def run(world: World, plans: Sequence[TracePlan]) -> Agents:
         await asyncio.sleep(IDLE_S)
         await _probe(world, truth)
         await asyncio.sleep(TOLD_S)
-        check_end(world, truth, agents.unheard)
+        # Two routers may have served a trace at once where they could not hear of each other: one of them keeps it.
+        check_end(world, truth, agents.unheard | world.unheard, {} if sure else agents.last_at, sure=sure)
+        everybody = world.graves + [life for life in world.zombies if life.alive] + list(world.lives.values())
+        engines = [life.timed for life in everybody if life.timed is not None]
+        for life in world.lives.values():
+            if life.keeper is not None:
+                await life.keeper.flush()
+        await check_bills(world.findings, world.documents, engines)
     auditing.cancel()
     world.bugs.uncaught(world.loop.errors)
     return agents
@@ -146,6 +156,9 @@ async def _audit(world: World) -> None:
         if world.one_at_a_time:
             lives = [world.lives[node] for node in FLEET.stores]
             world.pins.audit_fleet([life.store for life in lives if life.alive and life.store is not None])
+        if all(isinstance(fault, Turn) for fault in world.plan.faults):
+            services = [life.worker.service for life in world.lives.values() if life.worker is not None]
+            world.roles.audit([(service.node.role, service.closed) for service in services])
 
 
 async def _probe(world: World, truth: Truth) -> None:

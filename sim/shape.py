@@ -3,7 +3,9 @@
 import random
 
 from kvstore.config import StoreConfig
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
+from router.fleet.flips import FlipConfig
+from router.policy.admission import AdmissionConfig
 from router.policy.retention import RetentionConfig
 from sim.faults import Targets
 from sim.nodes import Shape
@@ -39,6 +41,23 @@ PINS_END_S = 10.0
 """Well before the stores are looked at in the end: those of a router that died are never ended by it."""
 
 
+def make_gate(seed: int) -> AdmissionConfig:
+    """Every third cluster refuses traces long before it must."""
+    gated = random.Random(f"gates {seed}").random() < 0.3  # noqa: S311 - reproducible is the point
+    return AdmissionConfig(enabled=gated, close_share=0.4, open_share=0.3, half_life_s=1.0, stored_half_life_s=2.0)
+
+
+def make_flips(seed: int) -> FlipConfig:
+    """Time for what runs, or none; and one change after the other, or not so often."""
+    rng = random.Random(f"flips {seed}")  # noqa: S311 - reproducible is the point
+    return FlipConfig(drain_s=rng.choice([0.0, 0.05, 1.0]), cooldown_s=rng.choice([0.0, 2.0]))
+
+
+def make_turns(seed: int) -> bool:
+    """In every other cluster steps wait in the router."""
+    return random.Random(f"turns {seed}").random() < 0.5  # noqa: S311 - reproducible is the point
+
+
 def make_shape(seed: int) -> Shape:
     """Sizes of a cluster: roomy ones, and such that everything is always short of something."""
     rng = random.Random(f"shape {seed}")  # noqa: S311 - reproducible is the point
@@ -69,6 +88,11 @@ def make_shape(seed: int) -> Shape:
             group_blocks=rng.choice([1, 4, 8]),
             store_timeout_s=rng.choice([1.0, 5.0]),
         ),
-        dispatch=DispatchConfig(retention=RetentionConfig(pin_max_s=PINS_END_S)),
+        dispatch=DispatchConfig(
+            retention=RetentionConfig(pin_max_s=PINS_END_S),
+            admission=make_gate(seed),
+            flips=make_flips(seed),
+            turns=make_turns(seed),
+        ),
         below=below,
     )

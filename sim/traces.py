@@ -44,6 +44,8 @@ class TracePlan(msgspec.Struct, frozen=True):
     steps: tuple[StepPlan, ...]
     dialect: Dialect = "completions"
     """What its client speaks; the same as the trace's that it forks from."""
+    background: bool = False
+    """Nobody waits for its steps."""
 
 
 class Mix(msgspec.Struct, frozen=True):
@@ -63,6 +65,7 @@ class Mix(msgspec.Struct, frozen=True):
     long_gap_share: float = 0.05
     """Gaps of half a minute: leases end in them."""
     tenants: int = 2
+    background_share: float = 0.0
     systems: int = 3
     """Distinct system prompts that traces share."""
 
@@ -89,6 +92,7 @@ def make_traces(seed: int, mix: Mix, vocab_size: int) -> tuple[TracePlan, ...]:
                 fork_step=rng.randrange(len(parent.steps)) if parent else 0,
                 steps=tuple(steps),
                 dialect=parent.dialect if parent else "chat" if index % 2 else "completions",
+                background=random.Random(f"background {index} {seed}").random() < mix.background_share,  # noqa: S311
             )
         )
     return tuple(plans)

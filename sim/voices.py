@@ -1,7 +1,7 @@
 """How a simulated agent says its context to the router, and what the router may make of that in tokens.
 
 An oracle of its own: it knows of the router's memory only what the API promises, that what was answered in a trace
-comes back in the tokens that were generated, for as long as that router lives. Pure.
+comes back in the tokens that were generated, for as long as that router lives; others may know it, too. Pure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ class Voice(Protocol):
         ...
 
     def prompts(self, router: str) -> list[TrueState]:
-        """What it may be in tokens, to that life of the router; likeliest first."""
+        """What it may be in tokens, to that life of the router (empty: to any); likeliest first."""
         ...
 
     def heard(
@@ -118,11 +118,13 @@ class Chat:
 
     def prompts(self, router: str) -> list[TrueState]:
         text = render(self._messages)
-        answered = [known for known in reversed(self._answered) if known.router == router]
+        answered = [*reversed(self._answered)]
         nothing = _Known(router, "", TrueState(VOCAB))
-        # The other trace may have ended, and be forgotten; our own last step is remembered for certain.
-        bases = [*answered, nothing] if self._forked or not answered else answered[:1]
-        bases += [known for known in self._perhaps if known.router == router]
+        # The other trace may have ended, and be forgotten; our own last step is remembered for certain by who served
+        # it, and by the others as far as it was written down.
+        certain = answered and answered[0].router == router and not self._forked
+        bases = answered[:1] if certain else [*answered, nothing]
+        bases += self._perhaps
         prompts: list[TrueState] = []
         for base in bases:
             assert text.startswith(base.text)

@@ -4,8 +4,18 @@ import asyncio
 
 import msgspec
 
+from records.fakes import MemoryDocuments
+from router.dispatch.flips import FlipOutcome
 from sim import loop as virtual
-from sim.checker import AbortChecker, BugChecker, CachedChecker, Findings, TerminalChecker
+from sim.checker import (
+    AbortChecker,
+    BugChecker,
+    CachedChecker,
+    Findings,
+    RoleChecker,
+    SampledChecker,
+    TerminalChecker,
+)
 from sim.faults import (
     Break,
     Crash,
@@ -18,15 +28,18 @@ from sim.faults import (
     PowerLoss,
     Retire,
     Rot,
+    Turn,
     Weather,
     Zombie,
     make_faults,
     make_store_faults,
+    make_turns,
 )
 from sim.http import Gateway
 from sim.links import CopyLink, FrameLink
 from sim.nodes import Life, start
-from sim.shape import FAULTS_END_S, FLEET, ROLES, ROUTER, ROUTERS, make_shape
+from sim.records import Database, ended_unwritten
+from sim.shape import FAULTS_END_S, FLEET, ROLES, ROUTERS, make_shape
 from sim.slot_checker import SlotChecker
 from sim.storage import SimDevice, SimObjects
 from sim.store_checker import DrainChecker, PinChecker, TierChecker
@@ -35,8 +48,9 @@ from tracehaul.rpc.local import LocalNetwork
 from tracehaul.runtime import clock
 from tracehaul.transfer.local import LocalHub
 from tracehaul.wire.blocks import Drain, DrainState
+from tracehaul.wire.cluster import WorkerRole
 from tracehaul.wire.errors import ClusterError, NameTaken
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.ids import Generation, NodeId, TraceId
 
 
 class World:
@@ -48,11 +62,13 @@ class World:
         self.terminal = TerminalChecker(self.findings)
         self.aborts = AbortChecker(self.findings)
         self.cached = CachedChecker(self.findings)
+        self.sampled = SampledChecker(self.findings)
         self.ledgers: dict[str, SlotChecker] = {}
         self.tiers = TierChecker(self.findings)
         self.pins = PinChecker(self.findings)
         self.devices: dict[NodeId, SimDevice] = {}
         self.drains = DrainChecker(self.findings)
+        self.roles = RoleChecker(self.findings)
         self.one_at_a_time = False
         """Whether store nodes die so far apart that copies have been made anew; then what they promise is checked."""
         self.zombies: list[Life] = []
@@ -67,8 +83,12 @@ class World:
         self._same_addresses = seed % 2 == 0
         self.router_addresses = tuple(self._address(node, 0) for node in ROUTERS)
         self.gateway = Gateway()
+        self.database = Database(seed, FAULTS_END_S)
+        self.documents = MemoryDocuments()
         self.lives: dict[NodeId, Life] = {}
         self.graves: list[Life] = []
+        self.unheard: set[TraceId] = set()
+        """Traces that ended at a router which died before it had written that: the next one waits for more of them."""
         self.bugs = BugChecker(self.findings)
         self._generation = 0
         self._by_process: dict[str, Life] = {}
@@ -78,9 +98,10 @@ class World:
 
     def _make_plan(self, seed: int) -> FaultPlan:
         plan = make_faults(seed, FLEET, FAULTS_END_S)
-        if self.shape.below is None:
-            return plan
-        faults = sorted((*plan.faults, *make_store_faults(seed, FLEET, FAULTS_END_S)), key=lambda fault: fault.at_s)
+        more = make_turns(seed, FLEET, FAULTS_END_S)
+        if self.shape.below is not None:
+            more += make_store_faults(seed, FLEET, FAULTS_END_S)
+        faults = sorted((*plan.faults, *more), key=lambda fault: fault.at_s)
         return msgspec.structs.replace(plan, faults=tuple(faults))
 
     # --- life and death -----------------------------------------------------------------------------------
@@ -97,8 +118,8 @@ class World:
         self._generation += 1
         life = Life(node, Generation(self._generation), self._address(node, self._generation))
         self.lives[node] = self._by_process[life.process] = life
-        if node == ROUTER:
-            self.gateway.router = life
+        if node in ROUTERS:
+            self.gateway.routers[node] = life
         if ROLES[node] == "store" and node not in self.devices:
             self._give_device(node)
         start(life, ROLES[node], self)
@@ -117,6 +138,8 @@ class World:
     def crash(self, life: Life, *, power: bool = False) -> None:
         """It is gone, between two instructions; if its power is, too, so is what its device had not flushed."""
         life.alive = False
+        if life.timed is not None:
+            life.timed.died()
         if life.device is not None:
             life.device.killed()
             if power:
@@ -128,8 +151,10 @@ class World:
         self.network.crash(life.address)
         self.terminal.died(life.process)
         self.ledgers.pop(life.process, None)  # its memory is unreachable: who still tries fails
-        if life.node == ROUTER:
-            self.gateway.lost()
+        if life.node in ROUTERS:
+            self.gateway.lost(life)
+        if life.dispatch is not None:
+            self.unheard |= ended_unwritten(self.database.tables, life.dispatch.traces)
 
     def ended(self, life: Life, why: ClusterError) -> None:
         """Its process exits. Who took a frozen life's place in vain leaves it the place."""
@@ -178,6 +203,8 @@ class World:
                     await self._replace(life, for_s)
             case Retire(node=node, for_s=for_s):
                 await self._retire(self.lives[node], for_s)
+            case Turn(node=node, router=router):
+                self.turn(node, self.lives[router])
             case DiskTrouble(node=node):
                 await self._trouble(fault)
             case DiskRot(node=node):
@@ -243,6 +270,14 @@ class World:
             others = [self.lives[node] for node in FLEET.stores if node != life.node]
             self.drains.done(life.process, life.store, [o.store for o in others if o.alive and o.store], state)
         return True
+
+    def turn(self, node: NodeId, router: Life) -> "asyncio.Task[FlipOutcome] | None":
+        """That life of a router changes the role of a worker; None: it cannot, as it is not there."""
+        dispatch, worker = router.dispatch, self.lives[node].worker
+        if not router.alive or not router.ready.is_set() or dispatch is None or worker is None:
+            return None
+        to: WorkerRole = "decode" if worker.info.role == "prefill" else "prefill"
+        return router.context().run(router.tasks.start, dispatch.flip(node, to), f"flip {node}")
 
     async def _trouble(self, fault: DiskTrouble) -> None:
         device = self.devices.get(fault.node)

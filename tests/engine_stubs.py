@@ -146,6 +146,9 @@ class KVConnectorBase_V1(ABC):
     def register_kv_caches(self, kv_caches: Any) -> None:
         raise NotImplementedError
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        raise NotImplementedError
+
     @abstractmethod
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None: ...
 
@@ -179,11 +182,27 @@ class KVConnectorBase_V1(ABC):
     @abstractmethod
     def build_connector_meta(self, scheduler_output: Any) -> Any: ...
 
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        self._kv_cache_manager = kv_cache_manager
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        return
+
     def request_finished(self, request: Any, block_ids: Any) -> Any:
         raise NotImplementedError
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
         raise NotImplementedError
+
+
+class KVCacheManager:
+    """``vllm.v1.core.kv_cache_manager``, as far as it forgets."""
+
+    def __init__(self) -> None:
+        self.evicted: set[int] = set()
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        self.evicted |= block_ids
 
 
 class FullAttentionSpec:
@@ -212,7 +231,7 @@ def install_vllm(patch: pytest.MonkeyPatch) -> None:
 
 
 def vllm_config(
-    extra: dict[str, Any], layers: list[str], backend: str = "CPU_ATTN", **parallel: Any
+    extra: dict[str, Any], layers: list[str], backend: str = "CPU_ATTN", device: str = "cuda", **parallel: Any
 ) -> SimpleNamespace:
     """``VllmConfig``, as far as a connector looks at it."""
     layer = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: backend))
@@ -227,6 +246,7 @@ def vllm_config(
         ),
         cache_config=SimpleNamespace(block_size=4, cache_dtype="auto", calculate_kv_scales=False),
         parallel_config=SimpleNamespace(**sizes),
+        device_config=SimpleNamespace(device_type=device),
         model_config=model,
         compilation_config=SimpleNamespace(static_forward_context=dict.fromkeys(layers, layer)),
     )

@@ -160,7 +160,7 @@ class Place:
             peers,
             OFFLOAD,
             limits,
-            PrefillService if info.role == "prefill" else lambda host: DecodeService(host, peers),
+            {"prefill": PrefillService, "decode": lambda host: DecodeService(host, peers)},
             buffer_bytes=SLOT,
         )
         return Sat(worker, info.address, None, None)
@@ -230,7 +230,8 @@ def app_of(kind: str, engine: StockEngine) -> Any:
 
 
 def dialect_of(kind: str) -> Dialect:
-    return VLLM() if kind == "vllm" else SGLang()
+    """SGLang's knows the model's end token, or does not: then it ends answers itself."""
+    return VLLM() if kind == "vllm" else SGLang([INFO.vocab_size - 1] if kind == "sglang" else [])
 
 
 def play(case: Callable[[Place], Awaitable[None]]) -> None:

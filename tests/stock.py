@@ -4,11 +4,13 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 
+from engines.vllm.chains import tenant_of
 from kvstore.client.client import StoreClient
 from kvstore.client.writer import OutgoingBlock
 from tracehaul.engine.base import Result, Scoring, Work
@@ -50,24 +52,28 @@ class StockEngine:
         self.put: set[BlockHash] = set()
         self.prefill_tokens = 0
         self.decoded = 0
-        self.ran: list[bytes] = []
+        self.ran: list[tuple[str, bytes]] = []
+        """What its own memory has, by salts."""
+        self.garbles = False
+        """Whether it reads what the store has in another order than it was written in."""
         self.tasks: set[asyncio.Task[None]] = set()
 
     async def generate(
-        self, rid: str, tokens: list[int], sampling: Sampling, salt: str, scores_top: int | None
+        self, rid: str, tokens: list[int], sampling: Sampling, salt: str, scores_top: int | None, *, stops: bool = True
     ) -> AsyncGenerator[tuple[Result, int, int], None]:
-        """Results, each with the tokens found in its own memory and in the store."""
+        """Results, each with the tokens found in its own memory and in the store. ``stops``: at a stop token."""
         engine, stop = self.engine, asyncio.Event()
         self.running[rid] = stop
         sequence = engine.open(len(tokens) + sampling.max_tokens)
         assert sequence is not None
         try:
             packed = pack_tokens(tokens)
-            device = max((common_prefix(packed, other) for other in self.ran), default=0)
+            device = max((common_prefix(packed, other) for own, other in self.ran if own == salt), default=0)
             device = 0 if scores_top is not None else min(device, len(tokens) - 1) // PAGE * PAGE
             if device:
                 await self._step(Work(sequence, tokens[:device]))
-            stored = await self._pull(sequence, packed, device, salt) if scores_top is None else 0
+            shared = tenant_of(SimpleNamespace(cache_salt=salt))
+            stored = await self._pull(sequence, packed, device, shared) if scores_top is None else 0
             history = History.of(sampling, tokens, 0)
             guide = None if sampling.constraint is None else await engine.guide(sampling.constraint, [])
             rest, emitted = tokens[device + stored :], 0
@@ -78,8 +84,8 @@ class StockEngine:
                 work = Work(sequence, rest, sampling, emitted, history, scoring, guide)
                 result = await self._step(work)
                 if emitted == 0:
-                    self.ran.append(packed)
-                    task = asyncio.create_task(self._put(packed, salt))
+                    self.ran.append((salt, packed))
+                    task = asyncio.create_task(self._put(packed, shared))
                     self.tasks.add(task)
                     task.add_done_callback(self.tasks.discard)
                 assert result.token is not None, result.error
@@ -89,7 +95,7 @@ class StockEngine:
                     history.add(result.token)
                 yield result, device, stored
                 if emitted == sampling.max_tokens or (
-                    result.token in sampling.stop_tokens and emitted >= sampling.min_tokens
+                    stops and result.token in sampling.stop_tokens and emitted >= sampling.min_tokens
                 ):
                     return
                 rest, scoring = [result.token], None
@@ -116,6 +122,8 @@ class StockEngine:
                 (got,) = await self.store.get([hashes[at]], [buffer], TIMEOUT_S, [holders[at]])
                 assert got == layout.block_bytes
                 view = [buffer.view(layout.block_bytes)]
+                if self.garbles:
+                    view[0][:] = bytes(view[0])[::-1]
                 await self.engine.unpack(sequence, start + at * PAGE, PAGE, view)
             finally:
                 self.store.staging.release([buffer])
@@ -155,7 +163,6 @@ def sampling_of(
     body: dict[str, Any], names: dict[str, str], tops: int | None, constraint: Constraint | None
 ) -> Sampling:
     said = {ours: body[theirs] for ours, theirs in names.items() if body.get(theirs) is not None}
-    assert body["ignore_eos"] is True
     return Sampling(
         **said,
         top_k=max(0, body["top_k"]),

@@ -1,12 +1,8 @@
 """SGLang's HTTP as of 0.5.23, over a fake engine.
 
-Every field of what it answers is as the server's own sources make it, and no other is made up (``sglang/srt``): events
-of ``/generate`` in ``managers/tokenizer_manager.py`` (``_handle_batch_output``, ``add_logprob_to_meta_info``,
-``_handle_abort_req``), how they end in ``managers/schedule_batch.py`` (``FINISH_MATCHED_TOKEN``, ``FINISH_LENGTH``,
-``FINISH_ABORT``), hits in ``managers/scheduler_components/output_streamer.py`` (``get_cached_tokens_details``), errors
-in ``entrypoints/http_server.py`` (``stream_results``), ``/v1/loads`` in ``entrypoints/v1_loads.py`` and
-``managers/load_snapshot.py`` (``LoadSnapshot``), ``/server_info`` in ``entrypoints/http_server.py`` and
-``utils/common.py`` (``build_server_info``). The sources were read, the server was not run.
+What it answers has the fields that a server of 0.5.23 on a CPU answered with, value by value where the adapter looks,
+but for ``server_info``'s other five hundred. What was not provoked there is as the sources make it (``sglang/srt``):
+aborts in a queue (``managers/tokenizer_manager.py``) and errors with a status (``entrypoints/http_server.py``).
 """
 
 import asyncio
@@ -16,11 +12,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from tests.stock import PAGE, SAME, StockEngine, event, sampling_of
 from tracehaul.engine.base import Result
+from tracehaul.wire.errors import InvalidRequest
 from tracehaul.wire.steps import Constraint, Sampling
 
 
@@ -39,6 +36,7 @@ class SGLangServer:
                 Route("/v1/loads", self.loads),
                 Route("/health", self.health),
                 Route("/server_info", self.info),
+                Route("/flush_cache", self.flush, methods=["GET", "POST"]),
             ]
         )
 
@@ -59,15 +57,16 @@ class SGLangServer:
                 "model_path": "/models/fake",
                 "served_model_name": self.engine.model,
                 "page_size": PAGE,
-                "max_running_requests": 16,
+                "max_running_requests": None,
                 "enable_priority_scheduling": False,
                 "launch_command": "",
                 "status": "ready",
                 "max_total_num_tokens": info.kv_tokens_max,
                 "max_req_input_len": info.context_max,
                 "kv_events": None,
-                "startup_time": 1.0,
-                "internal_states": [],
+                "startup_time": {"load_weight": 1.0, "scheduler_e2e": 25.3},
+                "hicache_object_layout": None,
+                "internal_states": [{"page_size": PAGE}],
                 "version": "0.5.23",
                 "frontend": "python",
             }
@@ -88,17 +87,29 @@ class SGLangServer:
             "num_active_tokens": used,
             "num_prealloc_ready_tokens": 0,
             "max_total_num_tokens": self.engine.engine.info.kv_tokens_max,
-            "max_running_requests": 16,
+            "max_running_requests": 2048,
             "token_usage": 0.0,
             "gen_throughput": 0.0,
             "cache_hit_rate": 0.0,
             "utilization": 0.0,
             "total_prefill_uncached_tokens": self.engine.prefill_tokens,
             "total_prefill_busy_us": self.engine.prefill_tokens * 1000,
-            "decode_moments": None,
+            "decode_moments": [6.0, 6.0, 1456610.0, 6.0, 1456610.0, 6.0],
         }
-        answer = {"timestamp": "", "version": "0.5.23", "accelerator": None, "num_accelerators": 1, "loads": [load]}
+        answer = {
+            "timestamp": "2026-01-01T00:00:00+00:00",
+            "version": "0.5.23",
+            "accelerator": None,
+            "num_accelerators": 1,
+            "loads": [load],
+        }
         return JSONResponse(answer)
+
+    async def flush(self, request: Request) -> Response:
+        if self.engine.running:
+            return PlainTextResponse("Flush cache failed.\n", status_code=400)
+        self.engine.ran.clear()
+        return PlainTextResponse("Cache flushed.\n")
 
     async def abort(self, request: Request) -> Response:
         await self.engine.frozen.wait()
@@ -137,6 +148,7 @@ class SGLangServer:
         names = SAME | {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
         tops = body["top_logprobs_num"] if body.get("return_logprob") else None
         sampling = sampling_of(params, names, tops, constraint)
+        stops = params["ignore_eos"] is False  # else those of the request are ignored with the model's own
         told: dict[str, list[Any]] = {"ids": [], "output_token_logprobs": [], "output_top_logprobs": []}
         inputs: dict[str, Any] = {}
         computed: asyncio.Queue[tuple[Result, int, int] | None] = asyncio.Queue()
@@ -144,11 +156,22 @@ class SGLangServer:
         async def compute() -> None:
             """Goes on when the client has left: that is looked at every four seconds there."""
             salt = body.get("cache_salt", "")
-            async with contextlib.aclosing(self.engine.generate(rid, tokens, sampling, salt, scores_top)) as results:
+            results = self.engine.generate(rid, tokens, sampling, salt, scores_top, stops=stops)
+            async with contextlib.aclosing(results):
                 async for item in results:
                     computed.put_nowait(item)
             computed.put_nowait(None)
 
+        try:
+            if constraint is not None:
+                await self.engine.engine.guide(constraint, [])
+        except InvalidRequest as error:
+            # A token that nobody sampled comes with it.
+            finish = {"type": "abort", "message": f"Failed to compile grammar: {error}", "status_code": 400}
+            meta = {"id": rid, "finish_reason": finish | {"err_type": "BadRequestError"}, "prompt_tokens": 1}
+            meta |= {"completion_tokens": 1, "cached_tokens": 0, "cached_tokens_details": None}
+            yield event({"text": "-", "output_ids": [29], "meta_info": meta}) + b"data: [DONE]\n\n"
+            return
         task = asyncio.create_task(compute())
         self.engine.tasks.add(task)
         task.add_done_callback(self.engine.tasks.discard)
@@ -168,13 +191,13 @@ class SGLangServer:
                     [[value, token, None] for token, value in score.top] for score in result.scores
                 ]
             yield self.event(body, told, inputs, device, stored, sampling)
-        if rid in self.engine.ended and not self.finish(told["ids"], sampling):
+        if rid in self.engine.ended and not self.finish(told["ids"], sampling, stops):
             meta = {"id": rid, "finish_reason": {"type": "abort", "message": "Abort in waiting queue"}}
             yield event({"text": "", "output_ids": [], "meta_info": meta | {"completion_tokens": len(told["ids"])}})
         yield b"data: [DONE]\n\n"
 
-    def finish(self, ids: list[int], sampling: Sampling) -> dict[str, Any] | None:
-        if ids[-1:] and ids[-1] in sampling.stop_tokens and len(ids) >= sampling.min_tokens:
+    def finish(self, ids: list[int], sampling: Sampling, stops: bool) -> dict[str, Any] | None:
+        if stops and ids[-1:] and ids[-1] in sampling.stop_tokens and len(ids) >= sampling.min_tokens:
             return {"type": "stop", "matched": ids[-1]}
         return {"type": "length", "length": len(ids)} if len(ids) == sampling.max_tokens else None
 
@@ -192,7 +215,7 @@ class SGLangServer:
 
         meta: dict[str, Any] = {
             "id": body["rid"],
-            "finish_reason": self.finish(told["ids"], sampling),
+            "finish_reason": self.finish(told["ids"], sampling, body["sampling_params"]["ignore_eos"] is False),
             "prompt_tokens": len(body["input_ids"]),
             "weight_version": "default",
             "num_retractions": 0,
@@ -200,7 +223,13 @@ class SGLangServer:
             "completion_tokens": len(told["ids"]),
             "cached_tokens": device + stored,
             "cached_tokens_details": None,
+            "dp_rank": None,
         }
+        if len(told["ids"]) == 1:
+            meta["response_sent_to_client_ts"] = 1795986070.2
+        if meta["finish_reason"]:
+            meta |= {"weight_versions": [{"version": "default", "start": 0, "end": len(told["ids"])}]}
+            meta["e2e_latency"] = 1.36
         if device + stored:
             meta["cached_tokens_details"] = {
                 "device": device,

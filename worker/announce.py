@@ -18,6 +18,7 @@ def announced(info: NodeInfo, host: WorkerHost) -> NodeInfo:
         block_tokens=engine.layout.block_tokens,
         context_max=usable_context(engine),
         engine="native",
+        roles=("prefill", "decode"),
         features=("constraints", "prompt_logprobs", "recall") if info.role == "decode" else (),
         limits=WorkerLimits(
             kv_tokens_max=engine.kv_tokens_max,

@@ -1,12 +1,13 @@
-"""The one place that puts a worker together: its engine, its way to the store, and the service of its role.
+"""The one place that puts a worker together: its engine, its way to the store, and the service of each role.
 
 What differs between a cluster, the simulator and a test is an argument: the engine, the memory, the transports, where
-copies run. Services are above this room, so which one a role has is said by the caller.
+copies run. Services are above this room, so which one a role has is said by the caller; see :mod:`worker.roles`.
 """
 
+import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -14,52 +15,36 @@ from kvstore.client.client import StoreClient
 from kvstore.client.probe import StoreProbe
 from kvstore.client.staging import Staging
 from tracehaul.engine.base import Engine
-from tracehaul.rpc.base import Service
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
-from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
+from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, WorkerRole
 from worker.announce import announced
 from worker.config import WorkerConfig
-from worker.flights import Flights
 from worker.host import WorkerHost
+from worker.roles import Roles, StepService
 from worker.seat import member_of
-
-
-class StepService(Service, Protocol):
-    """What a role makes of a host."""
-
-    @property
-    def flights(self) -> Flights:
-        """Who computes which blocks now."""
-        ...
-
-    def set_members(self, members: Members) -> None:
-        """Membership changed."""
-        ...
 
 
 @dataclass(frozen=True)
 class Worker:
     """Our own engine's :class:`worker.seat.Seat`."""
 
-    node: NodeInfo
-    """Who it is, and where it listens."""
     host: WorkerHost
-    service: StepService
+    service: Roles
     planes: Sequence[Plane]
     probe: StoreProbe
 
     @property
     def member(self) -> Member:
         """What it brings into the fleet, with its rates as they are now: so after calibration."""
-        return member_of(self)
+        return member_of(self)._replace(joins=self.service.joins)
 
     @property
     def info(self) -> NodeInfo:
-        return announced(self.node, self.host)
+        return announced(self.service.node, self.host)
 
     @property
     def background(self) -> tuple[Callable[[], Coroutine[Any, Any, None]], ...]:
@@ -70,7 +55,16 @@ class Worker:
         return {"worker": self.host.stats, "store_client": self.host.client.stats}
 
     def load(self) -> NodeLoad:
-        return msgspec.structs.replace(self.host.load(), serving=self.probe.serving, fault=self.probe.fault)
+        left = self.service.taking_over
+        orphans = () if left is None else left.names()
+        load = msgspec.structs.replace(
+            self.host.load(), serving=self.probe.serving, fault=self.probe.fault, orphans=orphans
+        )
+        return self.service.load(load)
+
+    async def news(self) -> None:
+        left = self.service.taking_over
+        await (asyncio.Event().wait() if left is None else left.news())
 
     def set_members(self, members: Members) -> None:
         self.service.set_members(members)
@@ -91,7 +85,7 @@ def assemble_worker(
     peers: Peers,
     offload: Offload,
     config: WorkerConfig,
-    serve: Callable[[WorkerHost], StepService],
+    serve: Mapping[WorkerRole, Callable[[WorkerHost], StepService]],
     *,
     buffer_bytes: int,
     shared: float = 0.0,
@@ -106,7 +100,7 @@ def assemble_worker(
         peers: connections to the other nodes.
         offload: where long copies run.
         config: limits.
-        serve: the service of its role.
+        serve: the service of each role; the first that it has is in ``info``.
         buffer_bytes: at least a block; aligned as the stores' slots are, a copy moves whole pages.
         shared: as in :class:`tracehaul.wire.cluster.NodeLoad`.
     """
@@ -114,4 +108,5 @@ def assemble_worker(
     engine.attach(memory.buffer)
     client = StoreClient(peers, planes, Staging(memory, buffer_bytes), offload)
     host = WorkerHost(engine, client, config, shared)
-    return Worker(info, host, serve(host), planes, client.probe(info.node))
+    roles = Roles(info, host, {role: make(host) for role, make in serve.items()})
+    return Worker(host, roles, planes, client.probe(info.node))

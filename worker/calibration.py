@@ -19,6 +19,8 @@ log = Log(__name__)
 KEPT_S = 3600.0
 """Then it is measured anew: whatever else ran at the time made it look slower."""
 FILES_MAX = 64
+TOKENS = 64
+"""Twice so many and one more are computed: 0.2 s where a token takes a millisecond. More tell hardly more."""
 WAIT_S = 30.0
 """For another worker that measures; after that this one does, too."""
 
@@ -43,7 +45,7 @@ async def calibrate(host: WorkerHost, folder: Path, offload: Offload) -> None:
             is_ours = bool(info.hardware) and await offload.run(lambda: _take_turn(stack, folder))
             known = _read(path) if is_ours else None
             if known is None:
-                measured = await host.calibrate()
+                measured = await host.loop.calibrate(min(TOKENS, host.config.chunk_tokens))
                 if is_ours and measured:
                     _write(path, _Calibration(clock.wall_s(), tuple(measured)))
     host.loop.learn(known or ())

@@ -13,6 +13,8 @@ from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.hashing import TOKEN_BYTES, KVLayout, tail_candidates, token_array
 from tracehaul.wire.ids import BlockHash, NodeId
 from worker.config import WorkerConfig
+from worker.meter import Account
+from worker.pressure import Arrival
 
 Fetched = tuple[list[StagingBuffer], list[int | None]]
 """Staging buffers, and the bytes that landed in each (None: a miss)."""
@@ -40,7 +42,7 @@ class Context:
         client: StoreClient,
         config: WorkerConfig,
         *,
-        arrival: int,
+        arrival: Arrival,
         came_s: float,
         deadline_s: float | None,
         salt: str,
@@ -53,7 +55,7 @@ class Context:
         self._client = client
         self._config = config
         self.arrival = arrival
-        """Its step's place in the order of arrival on this worker."""
+        """Its step's place among those of this worker."""
         self.came_s = came_s
         """When its step counts as having come: the first of its family did."""
         self.deadline_s = deadline_s
@@ -71,6 +73,8 @@ class Context:
         self.holders: list[NodeId | None] = [None] * len(self.hashes)
         """Which store node holds each block, as of the last look."""
         self.pulled = PullStats()
+        self.account: Account | None = None
+        """Who is charged for what moves; None: nobody."""
         self.copying = asyncio.Lock()
         """Held while its sequence is copied out: it must not grow meanwhile."""
 
@@ -164,7 +168,12 @@ class Context:
         self._engine.truncate(self.sequence, start)
         views = [buffer.view(self.layout.block_bytes) for buffer in buffers]
         await finish(self._engine.unpack(self.sequence, start, len(views) * self.layout.block_tokens, views))
-        self.pulled.nbytes += len(views) * self.layout.block_bytes
+        self._landed(len(views) * self.layout.block_bytes)
+
+    def _landed(self, nbytes: int) -> None:
+        self.pulled.nbytes += nbytes
+        if self.account is not None:
+            self.account.moved_bytes += nbytes
 
     async def _pull_tail(self, until: int) -> None:
         """Pull the longest partial block that continues the full ones, if it adds anything."""
@@ -189,7 +198,7 @@ class Context:
                 return
             self._engine.truncate(self.sequence, base * block_tokens)
             await finish(self._engine.unpack(self.sequence, base * block_tokens, count, [buffers[0].view(nbytes)]))
-            self.pulled.nbytes += nbytes
+            self._landed(nbytes)
         finally:
             self._client.staging.release(buffers)
 

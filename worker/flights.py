@@ -15,7 +15,9 @@ UNPUBLISHED_MAX_S = 5.0
 class Flight:
     """One step's computation, as others that need the same blocks see it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, background: bool) -> None:
+        self.background = background
+        """Others than the background's do not wait for it: they would wait for their own end."""
         self._published_tokens = 0
         self._ended = False
         self._changed = asyncio.Event()
@@ -59,7 +61,7 @@ class Flights:
         """
         first = here.length // here.layout.block_tokens
         flight = self._flights.get(here.hashes[first]) if first < len(here.hashes) else None
-        if flight is None:
+        if flight is None or (flight.background and not here.arrival.background):
             return
         last = first
         while last < len(here.hashes) and self._flights.get(here.hashes[last]) is flight:
@@ -72,10 +74,12 @@ class Flights:
     @contextmanager
     def lead(self, here: Context) -> Generator[Flight]:
         """Others that need the full blocks that are missing here wait for this step, until its flight ends."""
-        flight = Flight()
+        flight = Flight(background=here.arrival.background)
         mine = here.hashes[here.length // here.layout.block_tokens :]
         for block in mine:
-            self._flights.setdefault(block, flight)
+            known = self._flights.setdefault(block, flight)
+            if known.background and not flight.background:
+                self._flights[block] = flight
         try:
             yield flight
         finally:

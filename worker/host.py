@@ -5,52 +5,28 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 
-import msgspec
-
 from kvstore.client.client import StoreClient
-from tracehaul.engine.base import Engine, Guide, SequenceId
+from tracehaul.engine.base import Engine, SequenceId
 from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.finish import finish
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
-from tracehaul.wire.errors import ContextTooLong, Overloaded
+from tracehaul.wire.errors import ContextTooLong, Overloaded, Unavailable
 from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, salted, token_count
 from tracehaul.wire.ids import BlockHash, NodeId, TraceId
-from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.families import Families
-from worker.iteration import IterationLoop, Job, Measured, usable_context
-from worker.pressure import Line
+from worker.flights import Flights
+from worker.iteration import IterationLoop, Job, usable_context
+from worker.meter import Account, Meter
+from worker.pressure import Arrival, Line
 from worker.residency import Residency, Resident
 from worker.scheduler import Scheduler
+from worker.stats import WorkerStats
 from worker.writer import BlockWriter
-
-CALIBRATION_TOKENS = 64
-"""Twice so many and one more are computed: 0.2 s where a token takes a millisecond. More tell hardly more."""
 
 Acquired = tuple[SequenceId, int, Sequence[BlockHash]]
 """A busy sequence, how many of a step's tokens it holds already, and the hashes of those, and more."""
-
-
-class WorkerStats(msgspec.Struct):
-    """Counters of one worker's life, for metrics; tokens unless they say otherwise."""
-
-    steps: int = 0
-    steps_failed: int = 0
-    steps_aborted: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    resident_tokens: int = 0
-    pulled_tokens: int = 0
-    pulled_bytes: int = 0
-    pull_s: float = 0.0
-    missed_blocks: int = 0
-    evicted_sequences: int = 0
-    suspended_steps: int = 0
-    prefill_fallbacks: int = 0
-    write_back_refused: int = 0
-    recalled_tokens: int = 0
-    """Pulled before a step asked for them."""
 
 
 class WorkerHost:
@@ -62,20 +38,26 @@ class WorkerHost:
         self.config = config
         self.stats = WorkerStats()
         self.root = engine.info.layout.root()
-        self.loop = IterationLoop(engine, Scheduler(config.chunk_tokens, config.sequences_max), self._make_room)
-        self._residency = Residency()
+        self.meter = Meter()
+        scheduler = Scheduler(config.chunk_tokens, config.sequences_max)
+        self.loop = IterationLoop(engine, scheduler, self._make_room, self.meter)
+        token_bytes = engine.info.layout.token_bytes
+        self.residency = Residency(
+            lambda one: self.meter.rests(one.sequence, one.salt, one.trace, one.length * token_bytes, clock.now_s()),
+            lambda one: self.meter.rested(one.sequence, clock.now_s()),
+        )
         self._line = Line()
         self._families = Families()
+        self.flights = Flights()
         self._room = asyncio.Event()
         """Set when there may be memory for somebody in the line."""
         self._arrivals = count()
+        self._leave_before = 0
+        self._background: set[SequenceId] = set()
+        """Busy sequences of steps of the background."""
         self._shared = shared
         self._running = 0
         self._recalls: dict[tuple[str, TraceId], asyncio.Task[None]] = {}
-
-    async def calibrate(self) -> list[Measured]:
-        """Learn how fast the engine is, before anything runs; what it does later corrects that."""
-        return await self.loop.calibrate(min(CALIBRATION_TOKENS, self.config.chunk_tokens))
 
     async def run(self) -> None:
         """Iterate for ever; cancel to stop."""
@@ -86,18 +68,43 @@ class WorkerHost:
         stores = [node for node in nodes if node.role == "store"] if self.config.use_store else []
         self.client.set_nodes(stores, draining)
 
+    def leave(self) -> None:
+        """All steps that are here end as soon as they can go on elsewhere: what they have is in the store by then."""
+        self._leave_before = next(self._arrivals)
+        self.loop.leave(self._leave_before)
+        self._cut_recalls()
+        self._room.set()
+
+    def _stays(self, arrival: Arrival) -> None:
+        if arrival.number < self._leave_before:
+            raise Unavailable("this worker has another role now: the step goes on elsewhere")
+
+    @asynccontextmanager
+    async def taken(self, resident: Resident) -> AsyncGenerator[Context]:
+        """One that was taken out of residency, until it is idle again."""
+        of, at = (resident.salt, resident.tokens, resident.hashes), (resident.sequence, resident.length)
+        context = self._context(Arrival(True, next(self._arrivals)), *of, *at)
+        try:
+            yield context
+        finally:
+            self._retire(resident.trace, context)
+
     def load(self) -> NodeLoad:
         """What is so now."""
         self.loop.meter.aged(clock.now_s())
         info = self.engine.info
         return NodeLoad(
             running=self._running,
+            background=len(self._background),
             waiting=len(self._line),
             bytes_used=(info.kv_tokens_max - self.engine.free_tokens) * info.layout.token_bytes,
             bytes_max=info.kv_tokens_max * info.layout.token_bytes,
             **self.loop.meter.rates._asdict(),
             shared=self._shared,
             free_tokens=self.engine.free_tokens,
+            up_s=self.meter.up_s(clock.now_s()),
+            busy_s=self.meter.busy_s,
+            charges=self.meter.charges(clock.now_s()),
         )
 
     @asynccontextmanager
@@ -110,7 +117,9 @@ class WorkerHost:
         capacity: int,
         suspended: Context | None = None,
         *,
+        background: bool = False,
         deadline_s: float | None = None,
+        account: Account | None = None,
     ) -> AsyncGenerator[Context]:
         """A context with room for ``capacity`` tokens, starting from what is resident; waits for memory.
 
@@ -133,21 +142,27 @@ class WorkerHost:
             raise ContextTooLong(message)
         capacity = min(capacity, longest)
         if suspended is None:
-            arrival = next(self._arrivals)
+            arrival = Arrival(background, next(self._arrivals))
         else:
             arrival = suspended.arrival
+            self._stays(arrival)
             self.stats.suspended_steps += 1
+            self.stats.background_suspended += background
         await self._end_recall(trace, salt)
         sequence, resident_tokens, known = await self._acquire(
             arrival, trace, salt, packed, capacity, deadline_s, may_refuse=suspended is None
         )
         self._running += 1
+        if arrival.background:
+            self._background.add(sequence)
         came_s = self._families.join((salt, family), clock.now_s() if suspended is None else suspended.came_s)
         context = self._context(arrival, salt, packed, known, sequence, resident_tokens, came_s, deadline_s)
+        context.account = account
         try:
             yield context
         finally:
             self._running -= 1
+            self._background.discard(sequence)
             self._families.leave((salt, family))
             self._count(context)
             self._retire(trace, context)
@@ -155,12 +170,12 @@ class WorkerHost:
 
     def keep(self, trace: TraceId, salt: str, for_s: float) -> int:
         """What is idle here of a trace is worth its memory for so long; returns its longest context's tokens."""
-        return self._residency.value(trace, salt, clock.now_s() + for_s)
+        return self.residency.value(trace, salt, clock.now_s() + for_s)
 
     async def forget(self, trace: TraceId, salt: str) -> int:
         """Free what is idle here of a trace; returns what is left of it."""
         await self._end_recall(trace, salt)
-        for resident in self._residency.forget(trace, salt):
+        for resident in self.residency.forget(trace, salt):
             self.engine.close(resident.sequence)
         self._room.set()
         return 0
@@ -188,12 +203,12 @@ class WorkerHost:
 
     async def _recall(self, trace: TraceId, salt: str, packed: bytes, *, worthless: bool) -> None:
         tokens = token_count(packed)
-        taken = self._residency.take_own(trace, salt, packed)
+        taken = self.residency.take_own(trace, salt, packed)
         known: Sequence[BlockHash] = ()
         if taken is not None:
             resident, shared = taken
             if shared == tokens or not self._make_room(resident.sequence, tokens, worthless=worthless):
-                self._residency.keep(resident)
+                self.residency.keep(resident)
                 return
             sequence, known = resident.sequence, resident.hashes
             self.engine.truncate(sequence, shared)
@@ -203,12 +218,13 @@ class WorkerHost:
             shared, sequence = 0, self._try_open(tokens, worthless=worthless)
             if sequence is None:
                 return
-        context = self._context(next(self._arrivals), salt, packed, known, sequence, shared)
+        context = self._context(Arrival(True, next(self._arrivals)), salt, packed, known, sequence, shared)
         try:
             await context.locate()
             await context.pull(tokens)
         finally:
             self.stats.recalled_tokens += context.length - shared
+            self.meter.moved(salt, trace, context.pulled.nbytes, clock.now_s())
             self._retire(trace, context)
 
     def _cut_recalls(self) -> None:
@@ -225,7 +241,7 @@ class WorkerHost:
 
     def _context(
         self,
-        arrival: int,
+        arrival: Arrival,
         salt: str,
         packed: bytes,
         known: Sequence[BlockHash],
@@ -247,18 +263,6 @@ class WorkerHost:
             sequence=sequence,
             resident_tokens=resident_tokens,
         )
-
-    async def guide(self, sampling: Sampling, output: Sequence[int], deadline_s: float | None) -> Guide | None:
-        """What keeps the answer that begins with ``output`` to its constraint; None if it has none.
-
-        Raises:
-            InvalidRequest: the constraint cannot be used here.
-            DeadlineExceeded: the deadline has passed.
-        """
-        if sampling.constraint is None:
-            return None
-        async with deadline.until(deadline_s):
-            return await self.engine.guide(sampling.constraint, output)
 
     @asynccontextmanager
     async def job(self, job: Job) -> AsyncGenerator[Job]:
@@ -301,7 +305,7 @@ class WorkerHost:
             before = min(length, token_count(context.packed))
             packed = context.packed[: before * TOKEN_BYTES] + context.tokens[before:length].tobytes()
             hashes = self._chain(context.salt, packed, context.hashes, before)
-            self._residency.keep(Resident(sequence, trace, context.salt, packed, tuple(hashes)))
+            self.residency.keep(Resident(sequence, trace, context.salt, packed, tuple(hashes)))
         self._room.set()
 
     def _chain(self, salt: str, packed: bytes, known: Sequence[BlockHash], shared_tokens: int) -> list[BlockHash]:
@@ -313,6 +317,7 @@ class WorkerHost:
         """Grow a busy sequence, evicting idle ones as needed; ``worthless``: only those past their time."""
         if self.engine.capacity(sequence) >= capacity:
             return True
+        worthless = worthless or (sequence in self._background and len(self._background) > 1)
         wanted = min(capacity + self.config.headroom_tokens, self.engine.info.context_max)
         while not (self.engine.grow(sequence, wanted) or self.engine.grow(sequence, capacity)):
             if not self._evict(worthless=worthless):
@@ -324,7 +329,7 @@ class WorkerHost:
 
     async def _acquire(
         self,
-        arrival: int,
+        arrival: Arrival,
         trace: TraceId,
         salt: str,
         packed: bytes,
@@ -333,7 +338,7 @@ class WorkerHost:
         *,
         may_refuse: bool,
     ) -> Acquired:
-        """Wait for a sequence: what runs comes first, then who came first.
+        """Wait for a sequence: what runs comes first, then who came first, and the background last.
 
         Raises:
             Overloaded: ``may_refuse``, and too many wait already.
@@ -342,25 +347,30 @@ class WorkerHost:
         acquired = self._try_acquire(arrival, trace, salt, packed, capacity)
         if acquired is not None:
             return acquired
-        if may_refuse and len(self._line) >= self.config.waiting_max:
+        if may_refuse and self._line.before(arrival) >= self.config.waiting_max:
             raise Overloaded(f"{len(self._line)} steps wait for KV memory")
         self._line.join(arrival)
         try:
-            async with deadline.until(deadline_s):
-                while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
-                    self._cut_recalls()
-                    self._room.clear()
-                    await self._room.wait()
+            with self.loop.wanted(arrival):
+                async with deadline.until(deadline_s):
+                    while (acquired := self._try_acquire(arrival, trace, salt, packed, capacity)) is None:
+                        self._cut_recalls()
+                        self._room.clear()
+                        await self._room.wait()
+                        self._stays(arrival)
             return acquired
         finally:
             self._line.leave(arrival)
             self._room.set()
 
-    def _try_acquire(self, arrival: int, trace: TraceId, salt: str, packed: bytes, capacity: int) -> Acquired | None:
-        """A warm sequence waits for no turn: it takes little from those in the line."""
-        if self.loop.lacks_memory:
+    def _try_acquire(
+        self, arrival: Arrival, trace: TraceId, salt: str, packed: bytes, capacity: int
+    ) -> Acquired | None:
+        """A warm sequence waits for no turn, unless it is the background's: it takes little from those in the line."""
+        first = self._line.is_first(arrival)
+        if self.loop.holds_up(arrival) or (arrival.background and not first):
             return None
-        taken = self._residency.take(trace, salt, packed)
+        taken = self.residency.take(trace, salt, packed)
         if taken is not None:
             resident, shared = taken
             kept = min(shared, token_count(packed) - 1)
@@ -370,7 +380,8 @@ class WorkerHost:
             # Idle sequences are gone by now and busy ones hold the rest: start anew where there will be room.
             self.engine.close(resident.sequence)
             self._room.set()
-        sequence = self._try_open(capacity) if self._line.is_first(arrival) else None
+        worthless = arrival.background and len(self._background) > 0
+        sequence = self._try_open(capacity, worthless=worthless) if first else None
         return None if sequence is None else (sequence, 0, ())
 
     def _try_open(self, capacity: int, *, worthless: bool = False) -> SequenceId | None:
@@ -380,7 +391,7 @@ class WorkerHost:
         return sequence
 
     def _evict(self, *, worthless: bool = False) -> bool:
-        victim = self._residency.evict(clock.now_s(), worthless=worthless)
+        victim = self.residency.evict(clock.now_s(), worthless=worthless)
         if victim is None:
             return False
         self.stats.evicted_sequences += 1

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,14 +13,22 @@ from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError, InvalidRequest
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
-from worker.pressure import LEAVING_MAX_S, Pressure
-from worker.rates import STRETCH, RateMeter, compute_s
+from worker.meter import Account, Meter
+from worker.pressure import LEAVING_MAX_S, Arrival, Pressure
+from worker.rates import STRETCH, RateMeter, compute_s, token_s
 from worker.scheduler import Grant, Scheduler
 
 log = Log(__name__)
 
 SCORED_TOKENS_MAX = 128
 """Most tokens of one job that an iteration scores: each takes a row of logits, over the whole vocabulary."""
+SLICE_S = 0.05
+"""So long an iteration takes at most that computes a prompt of the background: whoever comes waits for its end."""
+SLICE_TOKENS_MIN = 16
+BESIDE_SHARE = 0.1
+"""By so much a prompt of the background may slow others' decode steps."""
+
+MakeRoom = Callable[[SequenceId, int], bool]
 
 
 class Measured(NamedTuple):
@@ -87,8 +95,8 @@ Event = Computed | Sampled | Scored | Published | Written | Suspended | Failed
 class Job:
     """A sequence being extended. ``tokens`` grows with each sampled one; KV is held for the first ``computed``."""
 
-    arrival: int
-    """Its step's place in the order of arrival, which no other job in the loop has."""
+    arrival: Arrival
+    """Its step's place, which no other job in the loop has."""
     came_s: float
     """When it counts as having come."""
     sequence: SequenceId
@@ -106,6 +114,8 @@ class Job:
     scores_end: int = 0
     guide: Guide | None = None
     """Of the sampling's constraint, where there is one."""
+    account: Account | None = None
+    """Who is charged for it; None: nobody."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
     """Bounded by what a step can produce: one event for each token and chunk."""
     samples: int = 0
@@ -142,11 +152,12 @@ class IterationLoop:
     a job is suspended, and whoever owns its sequence says when that is idle (:meth:`freed`).
     """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, make_room: Callable[[SequenceId, int], bool]) -> None:
+    def __init__(self, engine: Engine, scheduler: Scheduler, make_room: MakeRoom, metered: Meter | None = None) -> None:
         self._engine = engine
         self._scheduler = scheduler
         self._make_room = make_room
         self.meter = RateMeter()
+        self._metered = metered or Meter()
         self._context_max = usable_context(engine.info)
         self._pressure = Pressure()
         self._jobs: dict[int, Job] = {}
@@ -157,6 +168,7 @@ class IterationLoop:
         """Jobs that the iteration under way may touch, also those that left."""
         self._iteration_ended = asyncio.Event()
         self._iteration_ended.set()
+        self._leave_before = 0
         self.iterations = 0
         self.computed_tokens = 0
 
@@ -168,7 +180,26 @@ class IterationLoop:
         """A job waits to grow: what becomes free or idle is for it."""
         return self._pressure.high
 
-    def freed(self, arrival: int) -> None:
+    def holds_up(self, arrival: Arrival) -> bool:
+        """A job waits to grow that goes before that step."""
+        return self._pressure.holds_up(arrival)
+
+    @contextlib.contextmanager
+    def wanted(self, arrival: Arrival) -> Generator[None, None, None]:
+        """That step waits for memory: those of the background leave for any other."""
+        self._pressure.waits(arrival)
+        self._wake.set()
+        try:
+            yield
+        finally:
+            self._pressure.waits_no_more(arrival)
+
+    def leave(self, before: int) -> None:
+        """Jobs of steps whose number is less are suspended, also those that start later."""
+        self._leave_before = before
+        self._wake.set()
+
+    def freed(self, arrival: Arrival) -> None:
         """That step's sequence is idle or closed."""
         self._pressure.left(arrival)
         self._wake.set()
@@ -179,8 +210,12 @@ class IterationLoop:
         self._next_key += 1
         self._jobs[key] = job
         at_most = None if job.scores_top is None else SCORED_TOKENS_MAX
-        own_s = compute_s(self.meter.rates, job.computed, len(job.tokens))
-        self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=job.came_s + STRETCH * own_s)
+        rates, background = self.meter.rates, job.arrival.background
+        if background:
+            slice_tokens = int(SLICE_S / token_s(rates, len(job.tokens)))
+            at_most = min(at_most or slice_tokens, max(SLICE_TOKENS_MIN, slice_tokens))
+        rank = job.came_s + STRETCH * compute_s(rates, job.computed, len(job.tokens))
+        self._scheduler.add(key, len(job.tokens) - job.computed, at_most, rank=rank, background=background)
         if job.deadline_s is not None:
             # No turn is needed to leave: it may wait for memory, or behind others.
             at_s, late = job.deadline_s, deadline.exceeded()
@@ -258,7 +293,8 @@ class IterationLoop:
         return bool(computed)
 
     async def _compute(self) -> list[tuple[Grant, Job, Result]]:
-        plan = self._scheduler.plan()
+        rates = self.meter.rates
+        plan = self._scheduler.plan(beside=int(BESIDE_SHARE * rates.decode_s / rates.token_s))
         self._planned = frozenset(grant.key for grant in plan)
         fitting = await self._fitting(plan)
         self._relieve()
@@ -279,7 +315,11 @@ class IterationLoop:
             for grant, _ in grants:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []
-        self.meter.iterated([(job.computed, grant.tokens) for grant, job in grants], clock.now_s() - started_s)
+        finally:
+            now_s = clock.now_s()
+            shared = [(job.account, job.computed, grant.tokens) for grant, job in grants]
+            self._metered.iterated(shared, now_s - started_s, rates, now_s)
+        self.meter.iterated([(job.computed, grant.tokens) for grant, job in grants], now_s - started_s)
         return [(grant, job, result) for (grant, job), result in zip(grants, results, strict=True)]
 
     async def _fitting(self, grants: list[Grant]) -> list[tuple[Grant, Job]]:
@@ -302,13 +342,18 @@ class IterationLoop:
         return fitting
 
     def _relieve(self) -> None:
-        """If a job lacks memory, let one leave."""
+        """Let those leave that have to; if a job lacks memory, one."""
+        for key in [key for key, job in self._jobs.items() if job.arrival.number < self._leave_before]:
+            self._suspend(key)
         keys = {job.arrival: key for key, job in self._jobs.items()}
         arrival = self._pressure.suspend(keys, clock.now_s())
         if arrival is not None:
-            job = self._jobs[keys[arrival]]
-            self._drop(keys[arrival])
-            job.events.put_nowait(Suspended())
+            self._suspend(keys[arrival])
+
+    def _suspend(self, key: int) -> None:
+        job = self._jobs[key]
+        self._drop(key)
+        job.events.put_nowait(Suspended())
 
     def _work(self, grant: Grant, job: Job) -> Work:
         end = job.computed + grant.tokens
@@ -336,11 +381,17 @@ class IterationLoop:
             if job.computed == len(job.tokens):
                 self._drop(grant.key)
             else:
-                self._scheduler.computed(grant, sampled=False)
+                self._goes_on(grant, job, sampled=False)
             return
         reason = job.accept(result.token, self._context_max)
         job.events.put_nowait(Sampled(result.token, reason, result.logprobs))
         if reason is not None or job.samples == job.samples_max:
             self._drop(grant.key)
         else:
-            self._scheduler.computed(grant, sampled=True)
+            self._goes_on(grant, job, sampled=True)
+
+    def _goes_on(self, grant: Grant, job: Job, *, sampled: bool) -> None:
+        if job.account is not None and job.account.exhausted:
+            self._fail(grant.key, job.account.over())
+        else:
+            self._scheduler.computed(grant, sampled=sampled)

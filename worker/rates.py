@@ -114,3 +114,8 @@ def _mean(known: float, new: float, count: int) -> float:
 def compute_s(rates: Rates, start: int, end: int) -> float:
     """Computing the tokens from ``start`` to ``end`` of a sequence."""
     return (end - start) * rates.token_s + (end * end - start * start) / 2 * rates.pair_s
+
+
+def token_s(rates: Rates, length: int) -> float:
+    """Computing one token of a sequence of that length."""
+    return rates.token_s + length * rates.pair_s

@@ -5,6 +5,7 @@ be evicted. Everything kept here is also in the store (or was refused by it), so
 a recomputation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tracehaul.engine.base import SequenceId
@@ -32,7 +33,14 @@ class Resident:
 class Residency:
     """Idle sequences, least recently used first; each may be worth its memory until a certain time."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        kept: Callable[[Resident], None] = lambda resident: None,
+        removed: Callable[[Resident], None] = lambda resident: None,
+    ) -> None:
+        """``kept`` and ``removed`` are told of each sequence that becomes idle, and of each that is so no more."""
+        self._kept = kept
+        self._removed = removed
         self._idle: dict[SequenceId, Resident] = {}
         self._until_s: dict[SequenceId, float] = {}
 
@@ -48,6 +56,7 @@ class Residency:
         """A step ended: its sequence is idle and the most recently used."""
         assert resident.sequence not in self._idle
         self._idle[resident.sequence] = resident
+        self._kept(resident)
 
     def value(self, trace: TraceId, salt: str, until_s: float) -> int:
         """A trace's sequences are worth their memory until then; returns the length of the longest."""
@@ -55,6 +64,14 @@ class Residency:
         for resident in own:
             self._until_s[resident.sequence] = until_s
         return max((resident.length for resident in own), default=0)
+
+    def all(self) -> list[Resident]:
+        """Every one of them, the least recently used first."""
+        return list(self._idle.values())
+
+    def take_this(self, resident: Resident) -> bool:
+        """Remove it; False: it is not here any more."""
+        return self._idle.get(resident.sequence) is resident and self._remove(resident) is resident
 
     def take_own(self, trace: TraceId, salt: str, tokens: bytes) -> tuple[Resident, int] | None:
         """As :meth:`take`, of the trace's own only."""
@@ -73,6 +90,7 @@ class Residency:
 
     def _remove(self, resident: Resident) -> Resident:
         self._until_s.pop(resident.sequence, None)
+        self._removed(resident)
         return self._idle.pop(resident.sequence)
 
     def take(self, trace: TraceId, salt: str, tokens: bytes) -> tuple[Resident, int] | None:

@@ -3,6 +3,9 @@
 Each job has a number of *pending* tokens: known, but without KV yet. One pending token is a decode step, several are
 a prompt (or what is left of it). Decode steps go first, since a token costs them one pass whatever shares it; prompts
 fill the rest of the budget in order of their ranks, in chunks.
+
+Jobs of the background get what is left: nothing beside a prompt of others, beside others' decode steps their own and a
+few tokens of a prompt, and where there is nobody else a piece of one, short enough to be waited for.
 """
 
 from typing import NamedTuple
@@ -26,11 +29,12 @@ class Scheduler:
         self._pending: dict[int, int] = {}
         self._at_most: dict[int, int] = {}
         self._ranks: dict[int, float] = {}
+        self._background: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def add(self, key: int, pending: int, at_most: int | None = None, *, rank: float) -> None:
+    def add(self, key: int, pending: int, at_most: int | None = None, *, rank: float, background: bool = False) -> None:
         """A job with ``pending`` tokens to compute joins; no more than ``at_most`` of them in one iteration.
 
         Prompts of a lower ``rank`` come first; of the same rank, the one in progress, then the one that came first.
@@ -42,17 +46,54 @@ class Scheduler:
         if at_most is not None:
             self._at_most[key] = at_most
         self._ranks[key] = rank
+        if background:
+            self._background.add(key)
 
     def remove(self, key: int) -> None:
         """A job leaves: ended or aborted. Removing it twice is harmless."""
         self._pending.pop(key, None)
         self._at_most.pop(key, None)
         self._ranks.pop(key, None)
+        self._background.discard(key)
 
-    def plan(self) -> list[Grant]:
-        """Grants for the next iteration, decode steps first; at most ``sequences_max``, ``chunk_tokens`` in sum."""
-        decodes = [key for key, pending in self._pending.items() if pending == 1]
-        prompts = sorted([key for key, pending in self._pending.items() if pending > 1], key=self._ranks.__getitem__)
+    def plan(self, beside: int = 0) -> list[Grant]:
+        """Grants for the next iteration, decode steps first; at most ``sequences_max``, ``chunk_tokens`` in sum.
+
+        ``beside``: so many tokens of the background's prompts may run beside others' decode steps.
+        """
+        if not self._background:
+            return self._front(self._decodes(), self._prompts())
+        prompts = self._prompts(background=False)
+        grants = self._front(self._decodes(background=False), prompts)
+        return grants if prompts else grants + self._behind(grants, beside)
+
+    def _decodes(self, *, background: bool | None = None) -> list[int]:
+        return [key for key, pending in self._pending.items() if pending == 1 and self._of(key, background)]
+
+    def _prompts(self, *, background: bool | None = None) -> list[int]:
+        found = [key for key, pending in self._pending.items() if pending > 1 and self._of(key, background)]
+        return sorted(found, key=self._ranks.__getitem__)
+
+    def _of(self, key: int, background: bool | None) -> bool:
+        return background is None or (key in self._background) == background
+
+    def _behind(self, front: list[Grant], beside: int) -> list[Grant]:
+        """For the background, with others' decode steps or without any."""
+        decodes, prompts = self._decodes(background=True), self._prompts(background=True)
+        budget = self._chunk_tokens - len(front)
+        places = min(self._sequences_max - len(front), budget - bool(prompts and not front))
+        grants = [Grant(key, 1) for key in decodes[: max(0, places)]]
+        budget -= len(grants)
+        if prompts and len(front) + len(grants) < self._sequences_max:
+            key = prompts[0]  # one at a time: it is short enough alone
+            tokens = min(self._pending[key], budget, self._at_most.get(key, budget))
+            if front:
+                tokens = min(tokens, beside)
+            if tokens > 0:
+                grants.append(Grant(key, tokens))
+        return grants
+
+    def _front(self, decodes: list[int], prompts: list[int]) -> list[Grant]:
         # However many decode, the first prompt gets on.
         places = max(1, min(self._sequences_max, self._chunk_tokens) - bool(prompts))
         grants = [Grant(key, 1) for key in decodes[:places]]

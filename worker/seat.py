@@ -51,6 +51,10 @@ class Seat(Protocol):
         """Wait until it can serve for the first time."""
         ...
 
+    async def news(self) -> None:
+        """Wait until its load says something that no router should hear late."""
+        ...
+
     async def aclose(self) -> None:
         """Give back what it holds elsewhere; what it was given stays whose it was."""
         ...
@@ -58,4 +62,13 @@ class Seat(Protocol):
 
 def member_of(seat: Seat) -> Member:
     """What a seat brings into the fleet, with its rates as they are now: so after they were measured."""
-    return Member(seat.info, seat.service, seat.load, seat.set_members, seat.background, seat.stats, served=seat.served)
+    return Member(
+        seat.info,
+        seat.service,
+        seat.load,
+        seat.set_members,
+        seat.background,
+        seat.stats,
+        served=seat.served,
+        news=seat.news,
+    )

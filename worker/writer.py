@@ -41,6 +41,7 @@ class BlockWriter:
         self._sequence = context.sequence
         self._tokens = context.tokens
         self._copying = context.copying
+        self._account = context.account
         self._root = context.root
         self._tenant = context.salt
         self._hashes = list(context.hashes)
@@ -152,6 +153,9 @@ class BlockWriter:
                 outgoing.append(OutgoingBlock(own, parent, buffer, count * self._layout.token_bytes))
             timeout_s = self._config.store_timeout_s
             outcomes = await self._client.put(self._home, outgoing, timeout_s, self._tenant)
+            if self._account is not None:
+                published = zip(outgoing, outcomes, strict=True)
+                self._account.moved_bytes += sum(one.nbytes for one, how in published if how == "published")
         finally:
             self._client.staging.release(buffers)
         self.refused = next(

@@ -3,7 +3,7 @@
 import os
 import signal
 import tempfile
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -173,13 +173,32 @@ def fleet(config: ClusterConfig, console: Console) -> Generator[Fleet, None, Non
     with tempfile.TemporaryDirectory(prefix="tracehaul-bench-") as folder:
         run = RunDir(Path(folder))
         model = up(config, run, console)[0]
-        signal.signal(signal.SIGTERM, _leave)  # after it: launching handles signals itself, and puts back the default
+        end_on_sigterm()  # after it: launching handles signals itself, and puts back the default
         try:
             running = Fleet(config, run, model, console)
             yield running
             running.close()
         finally:
             down(run)
+
+
+@contextmanager
+def environment(said: Mapping[str, str]) -> Generator[None, None, None]:
+    """Variables of all that is started meanwhile."""
+    before = {name: os.environ.get(name) for name in said}
+    os.environ.update(said)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def end_on_sigterm() -> None:
+    """A SIGTERM ends this process as its end would: what was started is stopped."""
+    signal.signal(signal.SIGTERM, _leave)
 
 
 def _leave(signum: int, _: FrameType | None) -> NoReturn:

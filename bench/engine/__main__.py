@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from bench.common.processes import Place, Process, running
 from bench.common.report import Result, finish
-from bench.engine.avx2 import avx2
+from bench.engine.avx2 import SWITCHED_OFF, avx2
 from bench.engine.handoff import handoff
 from bench.engine.model import hub_folder
 from tracehaul.model.source import DEFAULT_MODEL, default_cache_dir
@@ -282,6 +282,20 @@ def start(python: Path | None, quick: bool, stack: ExitStack) -> tuple[Engines, 
     return Engines(processes), results
 
 
+def start_avx2(python: Path | None, stack: ExitStack) -> Process | None:
+    """vLLM with its kernels for AVX2, where it is installed."""
+    if not _has_vllm(python):
+        return None
+    words = [str(hub_folder()), str(KV_TOKENS), str(TOKEN_BYTES), "avx2"]
+    place = vllm_place(python or PEER)
+    place = Place(place.host, place.command, {**place.environment, **SWITCHED_OFF})
+    process = Process(place, *words, module="bench.peers.baselines_vllm", python=str(python))
+    stack.enter_context(running(process))
+    with console.status("starting vLLM without AVX-512"):
+        process.hear()
+    return process
+
+
 def int8(quick: bool) -> list[Result]:
     """Our engine with its weights in int8, beside itself with them in bfloat16."""
     rounds, iterations = (2, 8) if quick else (3, 16)
@@ -370,7 +384,8 @@ def main(
     if only in (None, Part.INT8):
         results += int8(quick)
     if only in (None, Part.AVX2):
-        results += avx2(quick, console)
+        with ExitStack() as stack:
+            results += avx2(quick, console, start_avx2(vllm, stack))
     if only in (None, Part.HANDOFF):
         results += handoff(quick, console)
     finish(config, results, json, console)

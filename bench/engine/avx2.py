@@ -2,7 +2,8 @@
 
 In one process, to which AVX-512 is switched off, by turns: prompts; torch's float32 products of the same matrices with
 as many rows (what else a prompt needs, attention above all, is not counted there); decode steps; and a reading of
-memory. Ratios are medians over rounds, by the clock and by processor seconds, which say more on a shared machine.
+memory. Ratios are medians over rounds, by the clock and by processor seconds, which say more on a shared machine. Where
+vLLM is installed it takes its turns in a process of its own, with its kernels for AVX2.
 """
 
 import asyncio
@@ -156,14 +157,22 @@ def _timed(do: Callable[[], object]) -> Took:
     return _since(began)
 
 
-def avx2(quick: bool, console: Console) -> list[Result]:
-    """Both shares, and whether the kernels' bars are reached: ``engine.avx2.prefill``, ``engine.avx2.decode``."""
+def avx2(quick: bool, console: Console, vllm: Process | None) -> list[Result]:
+    """Both shares, and whether the kernels' bars are reached: ``engine.avx2.prefill``, ``engine.avx2.decode``.
+
+    ``vllm``: a process of ``bench.peers.baselines_vllm`` that has no AVX-512 either, whose tasks are measured too.
+    """
     commands: dict[str, dict[str, Any]] = {}
     for tokens in PROMPTS:
         commands |= {f"prefill.{tokens}": {"do": "prefill", "tokens": tokens}}
         commands |= {f"multiply.{tokens}": {"do": "multiply", "tokens": tokens}}
     commands |= {"decode": {"do": "decode", "context": CONTEXT, "steps": STEPS}, "read": {"do": "read"}}
+    theirs: dict[str, dict[str, Any]] = {}
+    if vllm is not None:
+        theirs = {f"prefill.{tokens}": {"do": "prefill", "tokens": [17] * tokens, "held": 0} for tokens in PROMPTS}
+        theirs["decode"] = {"do": "decode", "contexts": [CONTEXT], "iterations": STEPS, "warm_up": 1}
     took: dict[str, list[Took]] = {name: [] for name in commands}
+    beside_s: dict[str, list[float]] = {name: [] for name in theirs}
     process = Process(Place("127.0.0.1", (), SWITCHED_OFF), module="bench.engine.avx2")
     with running(process), Progress(console=console) as progress:
         token_bytes = process.hear()["token_bytes"]
@@ -174,8 +183,27 @@ def avx2(quick: bool, console: Console) -> list[Result]:
                 one = Took(*process.ask(**commands[name]))
                 if turn:  # the first warms up
                     took[name].append(one)
+                if vllm is not None and name in theirs:
+                    one_s = vllm.ask(**theirs[name])["seconds"]
+                    if turn:
+                        beside_s[name].append(one_s)
             progress.advance(bar)
-    return _results(took, token_bytes)
+    return _results(took, token_bytes) + _beside(took, beside_s)
+
+
+def _beside(took: dict[str, list[Took]], beside_s: dict[str, list[float]]) -> list[Result]:
+    """Speeds as ratios to vLLM's."""
+    return [
+        Result(
+            f"engine.avx2.vllm.{name}",
+            (STEPS if name == "decode" else int(name.removeprefix("prefill.")))
+            / median(one.seconds for one in took[name]),
+            "tokens/s",
+            "vllm",
+            median(other / one.seconds for one, other in zip(took[name], others, strict=True)),
+        )
+        for name, others in beside_s.items()
+    ]
 
 
 def _results(took: dict[str, list[Took]], token_bytes: int) -> list[Result]:

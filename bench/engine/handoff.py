@@ -21,7 +21,7 @@ from bench.common.fleet import Fleet, fleet
 from bench.common.report import Result
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from tracehaul.runtime import clock
 
 PROMPT_TOKENS = 4096

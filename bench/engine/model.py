@@ -15,13 +15,14 @@ def hub_folder() -> Path:
     """The folder, in the user's cache; written once per revision of the weights."""
     source = resolve()
     weights = load_weights(source, torch.bfloat16, torch.device("cpu"))
-    folder = default_cache_dir() / f"hub-{weights.revision}-1"
+    folder = default_cache_dir() / f"hub-{weights.revision}-2"
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_tensors(weights), folder / "model.safetensors", metadata={"format": "pt"})
         text = Text.load(source)
         (folder / "tokenizer.json").write_text(text.serialized())
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        says = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": text.chat_template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(says))
         # Last, and in one step: a folder with a config is complete.
         (folder / "config.json.part").write_text(json.dumps(_config(weights.config), indent=1))
         (folder / "config.json.part").replace(folder / "config.json")

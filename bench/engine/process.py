@@ -20,6 +20,7 @@ from tracehaul.runtime import clock
 from tracehaul.wire.steps import Constraint, Sampling
 from worker.config import WorkerConfig
 from worker.iteration import Failed, IterationLoop, Job, Sampled
+from worker.pressure import Arrival
 from worker.scheduler import Scheduler
 
 TOKEN = 17
@@ -155,7 +156,7 @@ class Driver:
         self, sequence: SequenceId, tokens: list[int], outputs: int, guide: Guide | None = None
     ) -> tuple[Job, int]:
         job = Job(
-            arrival=sequence,
+            arrival=Arrival(False, sequence),
             came_s=0.0,
             sequence=sequence,
             tokens=array("I", tokens),

@@ -143,7 +143,11 @@ def say(answer: Any) -> None:
 
 
 def main(model: str, kv_tokens: str, token_bytes: str, mode: str) -> None:
-    """Answer commands until the input ends."""
+    """Answer commands until the input ends. ``mode``: compiled, eager, or avx2: eager with its kernels for AVX2."""
+    if mode == "avx2":
+        cpu: Any = import_module("torch").cpu
+        cpu._is_avx512_supported = cpu._is_avx512_bf16_supported = lambda: False
+        cpu._is_amx_tile_supported = lambda: False
     engine = VLLM(model, int(kv_tokens), int(token_bytes), compiled=mode == "compiled")
     say(engine.usage())
     for line in sys.stdin:

@@ -16,7 +16,7 @@ import httpx
 from cluster.launch import free_port
 from tracehaul.runtime import clock
 
-READY_TIMEOUT_S = 240.0
+READY_TIMEOUT_S = 600.0
 POLL_S = 0.5
 END_S = 20.0
 LMCACHE_CHUNK_TOKENS = 64
@@ -41,7 +41,14 @@ class Peers(NamedTuple):
 
 @contextlib.contextmanager
 def vllm_server(
-    peers: Peers, model: Path, *, kv_bytes: int, context_max: int, lmcache_bytes: int = 0
+    peers: Peers,
+    model: Path,
+    *,
+    kv_bytes: int,
+    context_max: int,
+    lmcache_bytes: int = 0,
+    cores: Sequence[int] | None = None,
+    batch_tokens: int = 2048,
 ) -> Generator[str, None, None]:
     """A server of ``model`` with so much KV memory; its address.
 
@@ -51,25 +58,25 @@ def vllm_server(
         kv_bytes: of its own KV cache.
         context_max: tokens.
         lmcache_bytes: of host memory of an LMCache process that takes what the server's cache gives up; 0: none.
+        cores: those that it computes on; None: all that this process may use.
+        batch_tokens: the most that one of its iterations computes.
 
     Raises:
         RuntimeError: one of the processes ended before it was ready, or was not ready in time.
     """
     logs = Path(tempfile.mkdtemp(prefix="tracehaul-vllm-"))
     port, cache_port = free_port(), free_port()
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    bound = sorted(os.sched_getaffinity(0) if cores is None else cores)
     environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in bound),
         "VLLM_TARGET_DEVICE": "cpu",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CACHE_ROOT": str(logs / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
     command = [str(peers.vllm), "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--served-model-name", "model"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", str(context_max)]
-    command += ["--block-size", "32", "--kv-cache-memory-bytes", str(kv_bytes), "--enable-prefix-caching"]
-    command += ["--enable-prompt-tokens-details", "--max-num-batched-tokens", "2048", "--max-num-seqs", "32"]
-    command += ["--disable-uvicorn-access-log", "--enforce-eager"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--block-size", "32"]
+    command += ["--enable-prompt-tokens-details", *options(kv_bytes, context_max, batch_tokens)]
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, logs, ignore_errors=True)
         started: list[tuple[str, subprocess.Popen[bytes]]] = []
@@ -90,6 +97,13 @@ def vllm_server(
         url = f"http://127.0.0.1:{port}"
         _wait(url, started, logs)
         yield url
+
+
+def options(kv_bytes: int, context_max: int, batch_tokens: int) -> list[str]:
+    """What a server is told of its memory and batches, whoever starts it."""
+    sizes = ["--kv-cache-memory-bytes", str(kv_bytes), "--max-model-len", str(context_max)]
+    batches = ["--max-num-batched-tokens", str(batch_tokens), "--max-num-seqs", "32"]
+    return [*sizes, *batches, "--enable-prefix-caching", "--disable-uvicorn-access-log", "--enforce-eager"]
 
 
 def _start(

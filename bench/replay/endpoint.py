@@ -239,6 +239,8 @@ def _take_usage(event: dict[str, Any], record: StepRecord) -> None:
     record.prompt_tokens = usage.get("prompt_tokens")
     details = usage.get("prompt_tokens_details") or {}
     record.cached_tokens = details.get("cached_tokens")
+    cost = (usage.get("tracehaul") or {}).get("cost") or {}
+    record.cost, record.cost_unit = cost.get("amount"), cost.get("unit", "")
 
 
 def _request(prompt: Prompt, model: str, form: Form, output_tokens: int, salt: str) -> tuple[str, dict[str, Any]]:

@@ -33,6 +33,9 @@ class StepRecord(msgspec.Struct):
     prompt_tokens: int | None = None
     """As the server counts; None where it does not say."""
     cached_tokens: int | None = None
+    cost: float | None = None
+    """Likewise."""
+    cost_unit: str = ""
     output_tokens: int = 0
     error: str | None = None
     """Its kind: ``connect``, ``timeout``, ``http 429``, ``stream``, ``cut off``, ``short``, ``malformed``."""
@@ -85,6 +88,7 @@ def summary(
     results += _shares("replay.ttft", [r.ttft_s for r in good if r.ttft_s is not None])
     results += _shares("replay.itl", [gap_s for r in good for gap_s in r.itl_s])
     results += _shares("replay.step", [r.ended_s - r.sent_s for r in good])
+    results += _costs(records, roots)
     if found is not None:
         ratio = found.delivered / found.shared if found.shared else None
         results.append(Result("replay.hits.shared", found.shared, "1"))
@@ -97,6 +101,23 @@ def summary(
     kinds = Counter(record.error for record in records if record.error is not None)
     results += [Result(f"replay.errors.{kind.replace(' ', '_')}", count, "1") for kind, count in sorted(kinds.items())]
     return results
+
+
+def _costs(records: Sequence[StepRecord], roots: Sequence[Completed]) -> list[Result]:
+    """Of a task, with all its subagents, as far as the server tells."""
+    parents = {record.trace: record.parent for record in records}
+    costs = {root.trace: 0.0 for root in roots}
+    told = [record for record in records if record.cost is not None]
+    for record in told:
+        task = record.trace
+        while (parent := parents.get(task)) is not None:
+            task = parent
+        if task in costs:
+            costs[task] += record.cost or 0.0
+    if not told or not costs:
+        return []
+    unit = told[0].cost_unit
+    return [Result("replay.cost.task", sum(costs.values()) / len(costs), unit)]
 
 
 def degraded(records: Sequence[StepRecord]) -> bool:

@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import uvloop
@@ -79,11 +80,19 @@ class RouterAlone:
     """The running two."""
 
     def __init__(
-        self, model: str, port: int, router: subprocess.Popen[bytes], worker: Process, root: BlockHash
+        self,
+        model: str,
+        port: int,
+        router: subprocess.Popen[bytes],
+        start: Callable[[], subprocess.Popen[bytes]],
+        worker: Process,
+        root: BlockHash,
     ) -> None:
+        """``start``: another router in its place, which may not serve yet when it returns."""
         self.model = model
         self.port = port
         self.worker = worker
+        self._start = start
         self._router = router
         self._root = root
         self.worker_address = str(worker.hear())
@@ -125,8 +134,25 @@ class RouterAlone:
 
     def rss_mb(self) -> float:
         """The router's resident memory in MB."""
+        return self._memory_mb("VmRSS")
+
+    def peak_mb(self) -> float:
+        """The most that it was, in MB."""
+        return self._memory_mb("VmHWM")
+
+    def forget_peak(self) -> None:
+        """It counts from now on."""
+        Path(f"/proc/{self._router.pid}/clear_refs").write_text("5")
+
+    def _memory_mb(self, kind: str) -> float:
         lines = Path(f"/proc/{self._router.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) * 1024 / 1e6
+        return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024 / 1e6
+
+    def kill(self) -> None:
+        """SIGKILL; another begins over what it kept."""
+        self._router.kill()
+        self._router.wait()
+        self._router = self._start()
 
     def pin(self) -> None:
         """The router on one core, everybody else on the others; where there is but one, all on that."""
@@ -168,10 +194,10 @@ def http(method: str, path: str, body: bytes = b"", trace: str | None = None, *,
 
 
 @contextmanager
-def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, None]:
-    """A fresh router and its worker; both end with the context."""
+def router_alone(text: Text, console: Console, **more: Any) -> Generator[RouterAlone, None, None]:
+    """A fresh router and its worker; both end with the context. ``more`` of its :class:`ClusterConfig`."""
     api = ApiConfig(requests_max=REQUESTS_MAX)
-    config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, api=api)
+    config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, api=api, **more)
     token = text.encode(WORD)
     assert len(token) == 1, token
     cores = os.sched_getaffinity(0)
@@ -183,9 +209,14 @@ def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, N
         save_plan(run, plan)
         command = [sys.executable, "-m", "cluster.cli", "node", ROUTER, "--config", str(run.plan_file)]
         log = stack.enter_context(run.log(ROUTER).open("ab"))
-        router = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        stack.callback(_stop, router)
-        _wait_ready(run, router)
+
+        def start() -> subprocess.Popen[bytes]:
+            router = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            stack.callback(_stop, router)
+            _wait_ready(run, router)
+            return router
+
+        router = start()
         model = plan.pools[0].model
         layout = kv_layout(model, config.dtype)
         root = layout.root()
@@ -193,7 +224,7 @@ def router_alone(text: Text, console: Console) -> Generator[RouterAlone, None, N
         words = msgspec.json.encode(told).decode()
         worker = Process(Place("127.0.0.1"), words, module="bench.router.worker")
         stack.callback(worker.end)
-        yield RouterAlone(model.name, config.port, router, worker, root)
+        yield RouterAlone(model.name, config.port, router, start, worker, root)
 
 
 def _wait_ready(run: RunDir, router: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,9 @@
 """A fake decode worker for the router's bench, as a process: joins the router, computes nothing, and answers at once or
 at a pace.
 
-Told by JSON lines: ``pace`` (tokens a second from now on; 0: at once), ``go`` (paced steps, which wait after their
-first token, go on), ``times`` (when each paced token was due and was sent, by trace, in seconds of ``perf_s``).
+Told by JSON lines: ``said`` (how many tokens it has), ``pace`` (tokens a second from now on; 0: at once), ``go`` (paced
+steps, which wait after their first token, go on), ``times`` (when each paced token was due and was sent, by trace, in
+seconds of ``perf_s``).
 """
 
 import asyncio
@@ -60,6 +61,7 @@ class FakeWorker:
         self._ticking: asyncio.Task[None] | None = None
         self._sent_s: dict[TraceId, tuple[int, array[float]]] = {}
         """Of each paced step its phase, and when its tokens were sent."""
+        self._said = 0
 
     async def do(self, command: dict[str, Any]) -> Any:
         """Carry out one command."""
@@ -69,6 +71,8 @@ class FakeWorker:
                 self._sent_s = {}
             case "pin":
                 os.sched_setaffinity(0, command["cores"])
+            case "said":
+                return self._said
             case "go":
                 if self._ticking is not None:
                     self._ticking.cancel()
@@ -86,18 +90,22 @@ class FakeWorker:
 
     async def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:
         assert isinstance(request, DecodeStep)
-        prompt_tokens, count = len(request.prompt) // TOKEN_BYTES, request.sampling.max_tokens
+        prompt_tokens, before = len(request.prompt) // TOKEN_BYTES, len(request.emitted) // TOKEN_BYTES
+        count = request.sampling.max_tokens
         usage = StepUsage(prompt_tokens, count, prompt_tokens - 1, computed_from=prompt_tokens - 1)
+        self._said += 1
         yield Tokens(self._next.ids, usage)
-        if self._per_s == 0 and count > 1:
-            yield Tokens(pack_tokens([self._token] * (count - 1)))
+        if self._per_s == 0 and count > before + 1:
+            self._said += count - before - 1
+            yield Tokens(pack_tokens([self._token] * (count - before - 1)))
         elif self._per_s:
             phase = len(self._sent_s) % PHASES
             sent_s = array("d")
             self._sent_s[request.trace] = phase, sent_s
             ready = self._phases[phase]
-            for _ in range(count - 1):
+            for _ in range(count - before - 1):
                 await ready.wait()
+                self._said += 1
                 sent_s.append(clock.perf_s())
                 yield self._next
         yield StepDone("length", usage, prompt_tokens + count - 1)

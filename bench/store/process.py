@@ -28,7 +28,7 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
-from tracehaul.transfer import shm
+from tracehaul.transfer import copy_jobs
 from tracehaul.transfer.copying import compiled
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.opening import open_transport
@@ -107,6 +107,8 @@ class Client:
                 return self._raw.move(command["way"], command["batch"] % BATCHES, BATCH_BYTES, self._size)
             case "exists":
                 return await self._exists(command["count"], command["times"])
+            case "cpu":
+                return cpu_s()
             case "lookups":
                 return await self._lookups(command["count"], command["seconds"])
             case other:
@@ -154,8 +156,8 @@ class Client:
         sums = [known] * (BATCH_BYTES // self._size)
         copying_only = compiled(summing=False)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patch.object(shm, "compiled_here", lambda: copying_only))
-            stack.enter_context(patch.object(shm.CopyJob, "sums", return_value=sums))
+            stack.enter_context(patch.object(copy_jobs, "compiled_here", lambda: copying_only))
+            stack.enter_context(patch.object(copy_jobs.CopyJob, "sums", return_value=sums))
             return stack.pop_all()
 
     async def _exists(self, count: int, times: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ from bench.common.report import Result
 from bench.replay.choose import Limits, choose
 from bench.replay.recording import Trace
 from kvstore.tiers.tiering import TieringConfig
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from router.policy.retention import RetentionConfig
 from router.traces.decisions import Ended
 from sim.faults import FaultPlan

@@ -32,7 +32,7 @@ from bench.replay.run import Outcome, Progress, Target, replay
 from bench.replay.schedule import Pacing
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from worker.config import WorkerConfig
 
 STORE_BYTES = 3 << 30

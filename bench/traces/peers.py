@@ -22,7 +22,7 @@ from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
 from bench.traces.replay import STORE_BYTES, steps_per_h
 from cluster.config import ClusterConfig, NodeCounts
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 
 KV_BYTES = 422 << 20
 """Of all workers together: a third of the contexts that live at once."""

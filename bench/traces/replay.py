@@ -22,7 +22,7 @@ from bench.replay.run import Outcome, Target, replay
 from bench.replay.schedule import Pacing
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from worker.config import WorkerConfig
 
 CAPACITY_SHARE = 3

@@ -22,7 +22,7 @@ from bench.common.fleet import Fleet, Step, fleet
 from bench.common.report import Result
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from router.policy.retention import RetentionConfig
 from tracehaul.runtime import clock
 

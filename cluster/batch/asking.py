@@ -16,9 +16,9 @@ class Endpoint:
         """``client``: of the endpoint, with its key; the caller closes it."""
         self._client = client
 
-    async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+    async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
         timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s), pool=None)
-        headers = {"content-type": "application/json", "x-step-class": "background"}
+        headers = {"content-type": "application/json", "x-step-class": "standard" if urgent else "background"}
         try:
             got = await self._client.post(call.url, content=bytes(call.body), headers=headers, timeout=timeout)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:

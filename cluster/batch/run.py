@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster.api import Api
 from cluster.batch.asking import Endpoint, client
 from cluster.rundir import ClusterFault
+from jobs.cap import fixed
 from jobs.lines import Checked, Limits, LineError, model_not_found
 from jobs.outputs import ForeignFile, InUse, Outputs
 from jobs.reading import FileSource, check_file
@@ -114,7 +115,7 @@ async def run(order: Order, api: Api, found: Checked, err: Console) -> Outcome:
         stack.push_async_callback(outputs.flushed)
         before = outputs.completed + outputs.failed
         http: httpx.AsyncClient = await stack.enter_async_context(client(api, order.concurrency))
-        runner = Runner(order.concurrency, random.Random())  # noqa: S311 - it scatters retries
+        runner = Runner(fixed(order.concurrency), random.Random())  # noqa: S311 - it scatters retries
         job = Job(order.file.name, deadline_s, found.table.chains(), source, outputs, Endpoint(http))
         runner.add(job)
         progress = stack.enter_context(_progress(err))

@@ -7,11 +7,15 @@ import msgspec
 
 from engines.adapter.generating import Generating
 from engines.adapter.ran import Ran
+from engines.adapter.sharing import Sharing
 from engines.adapter.stored import Stored
+from engines.adapter.thinking import UNMARKED, Marks
+from tracehaul.runtime import clock
 from tracehaul.wire.errors import ClusterError, ContextTooLong, Overloaded, WrongNode
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import BlockHash
 from worker.config import WorkerConfig
+from worker.meter import Account, Meter
 
 
 class AdapterStats(msgspec.Struct):
@@ -32,6 +36,8 @@ class AdapterStats(msgspec.Struct):
     stored_late: int = 0
     """Prompts that were not all in the store when the wait for that ended."""
     servers_lost: int = 0
+    tokens_again: int = 0
+    """Said for a router that was lost, and told to another."""
 
 
 class Outcome:
@@ -44,13 +50,18 @@ class Outcome:
 class Books:
     """One worker's."""
 
-    def __init__(self, root: BlockHash, generating: Generating, stored: Stored, limits: WorkerConfig) -> None:
+    def __init__(
+        self, root: BlockHash, generating: Generating, stored: Stored, limits: WorkerConfig, marks: Marks = UNMARKED
+    ) -> None:
         self.root = root
         self.generating = generating
         self.stored = stored
         self.limits = limits
+        self.marks = marks
         self.stats = AdapterStats()
         self.ran = Ran()
+        self.meter = Meter()
+        self.sharing = Sharing(self.meter)
         self.running = 0
 
     @property
@@ -68,6 +79,15 @@ class Books:
                 f"This model's maximum context length is {self.context_max} tokens. However, you requested "
                 f"{tokens + 1} tokens"
             )
+
+    @contextmanager
+    def serving(self, account: Account) -> Generator[None]:
+        """The server has a request for that step."""
+        self.sharing.begins(account, clock.now_s())
+        try:
+            yield
+        finally:
+            self.sharing.ends(account, clock.now_s())
 
     @contextmanager
     def step(self) -> Generator[Outcome]:

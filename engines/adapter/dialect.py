@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from engines.adapter.footprint import Footprint
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, ProtocolError
 from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
 
@@ -27,6 +28,8 @@ class Ask(msgspec.Struct, frozen=True):
     sampling: Sampling
     salt: str = ""
     priority: int = 0
+    due_s: float = 0.0
+    """By the worker's clock; of those of equal priority the one that is due first goes first."""
     prompt_logprobs: int | None = None
     """As in :class:`tracehaul.wire.steps.DecodeStep`."""
 
@@ -162,12 +165,25 @@ class Dialect(Protocol):
         """What ends a request beside closing its connection; None: that is enough."""
         ...
 
+    def afresh(self, nonce: str, turn: int) -> tuple[str, Request | None]:
+        """How a prompt of a self-test is asked for again: the salt under which its blocks are found in the store and
+        nothing of it in the server's own memory, and what is to be posted before."""
+        ...
+
+    def from_store(self, cached: Cached) -> int:
+        """How many tokens of a prompt that was asked for like this came from the store."""
+        ...
+
     def command(self, model: str, name: str, port: int, args: Sequence[str]) -> list[str]:
         """How a server is started, without the interpreter that runs it; ``args`` go last and so win."""
         ...
 
     def sharing(self, options: Mapping[str, object]) -> list[str]:
         """Options of a server whose plugin shares blocks through the store; ``options`` are the plugin's own."""
+        ...
+
+    def footprint(self, args: Sequence[str], token_bytes: int, *, shares: bool) -> Footprint:
+        """What a server takes for KV that is started with these options; ``token_bytes`` of a token in all ranks."""
         ...
 
     @property

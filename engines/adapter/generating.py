@@ -19,6 +19,9 @@ log = Log(__name__)
 
 ABORT_TIMEOUT_S = 2.0
 ABORT_AGAIN_S = 0.3
+DUE_AFTER = 1.0
+"""A prompt is due so many times as long after it came as it is expected to take: a running trace's next few tokens do
+not wait for a new trace's thousands, and those do not wait for ever."""
 END_TIMEOUT_S = 1.0
 """For what a server still has to say when an answer is complete."""
 TOKEN_S = 1.0
@@ -42,8 +45,11 @@ class Generating:
         """Wait for the aborts under way, at most their timeout."""
         await asyncio.gather(*self._aborts)
 
-    def ask(self, step: DecodeStep | PrefillStep, packed: bytes, emitted: int, *, max_tokens: int) -> Ask:
-        """For at most ``max_tokens`` more after ``packed``, of which the last ``emitted`` are the step's output."""
+    def ask(
+        self, step: DecodeStep | PrefillStep, packed: bytes, emitted: int, *, max_tokens: int, missing: int = 0
+    ) -> Ask:
+        """For at most ``max_tokens`` more after ``packed``, of which the last ``emitted`` are the step's output and
+        ``missing`` are expected to be computed."""
         tokens = token_array(packed).tolist()
         return Ask(
             rid=f"{step.step}-{secrets.token_hex(4)}",  # a step may come twice, and its first life not be over
@@ -55,6 +61,7 @@ class Generating:
             sampling=step.sampling,
             salt=step.salt,
             priority=step.priority,
+            due_s=clock.now_s() + DUE_AFTER * missing * self._watch.pace.rates.token_s,
             prompt_logprobs=step.prompt_logprobs if isinstance(step, DecodeStep) else None,
         )
 

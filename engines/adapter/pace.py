@@ -17,6 +17,11 @@ class Pace:
         self._before: Figures | None = None
         self._measured = [False, False]
 
+    def begin(self, before: Figures, after: Figures) -> None:
+        """Between these two a prompt was computed; what was before them is not of how it is now."""
+        self._before = before
+        self.look(after)
+
     def look(self, now: Figures) -> None:
         """The next figures; sums that have shrunk are those of another life."""
         before, rates = self._before or Figures(), self.rates

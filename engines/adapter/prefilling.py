@@ -5,12 +5,13 @@ from contextlib import aclosing
 
 from engines.adapter.books import Books
 from tracehaul.rpc.base import CallContext
-from tracehaul.runtime import deadline
+from tracehaul.runtime import clock, deadline
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.errors import InvalidRequest, PeerLost, WrongNode
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.steps import PrefillDone, PrefillProgress, PrefillStep, PrefillToken
+from worker.meter import Account
 
 
 class PrefillAdapter:
@@ -33,25 +34,29 @@ class PrefillAdapter:
             raise InvalidRequest("a step needs a prompt")
         books.check(request.root, request.tokens)
         deadline_s = deadline.deadline_at(request.deadline_in_s)
-        with books.step() as outcome:
-            async with aclosing(self._run(request, deadline_s)) as replies:
+        with books.step() as outcome, books.meter.step(request) as account:
+            async with aclosing(self._run(request, account, deadline_s)) as replies:
                 async for reply in replies:
-                    outcome.ended = isinstance(reply, PrefillDone)
+                    outcome.ended = account.told = isinstance(reply, PrefillDone)
                     yield reply
 
     def disconnected(self, peer: str) -> None:
         """Nothing is held for a connection beyond its handlers."""
 
-    async def _run(self, request: PrefillStep, deadline_s: float | None) -> AsyncGenerator[Reply, None]:
+    async def _run(
+        self, request: PrefillStep, account: Account, deadline_s: float | None
+    ) -> AsyncGenerator[Reply, None]:
         books, token = self._books, None
         ask = books.generating.ask(request, request.tokens, request.emitted, max_tokens=1)
-        async with aclosing(books.generating.run(ask, deadline_s)) as chunks:
-            async for chunk in chunks:
-                if chunk.tokens and token is None:
-                    token = chunk.tokens[0]
-                    computed_from = 0 if chunk.cached is None else min(chunk.cached.tokens, len(ask.tokens) - 1)
-                    logprobs = None if chunk.logprobs is None else chunk.logprobs[0]
-                    yield PrefillToken(token, computed_from, logprobs)
+        with books.serving(account):
+            async with aclosing(books.generating.run(ask, deadline_s)) as chunks:
+                async for chunk in chunks:
+                    if chunk.tokens and token is None:
+                        token = chunk.tokens[0]
+                        computed_from = 0 if chunk.cached is None else min(chunk.cached.tokens, len(ask.tokens) - 1)
+                        books.sharing.said(account, computed_from, clock.now_s())
+                        logprobs = None if chunk.logprobs is None else chunk.logprobs[0]
+                        yield PrefillToken(token, computed_from, logprobs, account.reading)
         if token is None:
             raise PeerLost("the engine's server computed a prompt and told no token")
         books.stats.prompt_tokens += token_count(request.tokens)
@@ -59,5 +64,5 @@ class PrefillAdapter:
         async with deadline.until(deadline_s):
             published = await books.stored.wait(hashes, self._stored_timeout_s)
         books.stats.stored_late += published < books.stored.covered(hashes)
-        yield PrefillProgress(published)
-        yield PrefillDone(published)
+        yield PrefillProgress(published, account.reading)
+        yield PrefillDone(published, account.reading)

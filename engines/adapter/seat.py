@@ -11,14 +11,16 @@ from engines.adapter.books import Books
 from engines.adapter.config import AdapterConfig
 from engines.adapter.decoding import DecodeAdapter
 from engines.adapter.dialect import Dialect, Facts
-from engines.adapter.generating import Generating
+from engines.adapter.generating import DUE_AFTER, Generating
 from engines.adapter.prefilling import PrefillAdapter
 from engines.adapter.server import StockServer
 from engines.adapter.stored import Stored
+from engines.adapter.thinking import UNMARKED, Marks
 from engines.adapter.watch import ServerLost, Watch
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Feature, Lack, Members, NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.hashing import HASH_BYTES, KVLayout
@@ -56,6 +58,7 @@ class StockSeat:
         peers: connections to the other nodes.
         limits: as of every worker.
         config: bounds of the waits for the server.
+        marks: the model's tokens around its reasoning, as far as its files are here.
         ends: the server was started by this worker, and lost for long it takes the worker with it.
     """
 
@@ -70,6 +73,7 @@ class StockSeat:
         limits: WorkerConfig,
         config: AdapterConfig,
         *,
+        marks: Marks = UNMARKED,
         ends: bool = False,
     ) -> None:
         self._node = node
@@ -82,7 +86,7 @@ class StockSeat:
         self.watch = Watch(server, dialect, facts, config, self._lost)
         generating = Generating(server, dialect, facts, self.watch, config)
         stored = Stored(peers, layout if limits.use_store else None)
-        self.books = Books(root_of(dialect, facts, layout), generating, stored, limits)
+        self.books = Books(root_of(dialect, facts, layout), generating, stored, limits, marks)
         self._decode = DecodeAdapter(self.books, peers)
         self._service: Service = self._decode
         if node.role == "prefill":
@@ -106,6 +110,7 @@ class StockSeat:
             model=self._node.model or facts.model,
             root=self.books.root,
             block_tokens=UNSHARED_BLOCK_TOKENS if self._layout is None else self._layout.block_tokens,
+            hashing="" if self._layout is None else self._layout.hashing,
             context_max=facts.context_max,
             engine=self._dialect.name,
             features=FEATURES if decodes else (),
@@ -116,6 +121,7 @@ class StockSeat:
                 waiting_max=limits.waiting_max,
                 chunk_tokens=limits.chunk_tokens,
                 local_prefill_tokens=local_tokens if decodes else 0,
+                stretch=DUE_AFTER,
             ),
             rates=self.watch.pace.rates,
         )
@@ -133,7 +139,9 @@ class StockSeat:
         return {"adapter": self.books.stats}
 
     def load(self) -> NodeLoad:
-        figures, facts = self.watch.figures, self._facts
+        figures, facts, now_s = self.watch.figures, self._facts, clock.now_s()
+        self.books.sharing.settle(now_s)
+        meter = self.books.meter
         token_bytes = 0 if self._layout is None else self._layout.token_bytes
         return NodeLoad(
             running=self.books.running,
@@ -144,6 +152,10 @@ class StockSeat:
             free_tokens=max(0, facts.kv_tokens_max - figures.used_tokens),
             serving=not self.watch.fault,
             fault=self.watch.fault,
+            up_s=meter.up_s(now_s),
+            busy_s=meter.busy_s,
+            charges=meter.charges(now_s),
+            orphans=self._decode.taking_over.names(),
         )
 
     def set_members(self, members: Members) -> None:
@@ -152,6 +164,9 @@ class StockSeat:
 
     async def served(self) -> None:
         """It has said what it is."""
+
+    async def news(self) -> None:
+        await self._decode.taking_over.news()
 
     async def aclose(self) -> None:
         await self.books.generating.aclose()

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 import httpx
+import msgspec
 
 from engines.adapter.dialect import Request, failure
 from tracehaul.wire.errors import ClusterError, PeerLost, ProtocolError, TimedOut
@@ -15,6 +16,17 @@ EVENT_BYTES_MAX = 256 * 2**20
 """A whole prompt's scores are one event."""
 ERROR_BYTES_MAX = 2**16
 _DONE = b"[DONE]"
+
+
+class _Error(msgspec.Struct):
+    message: str
+
+
+class _Failed(msgspec.Struct):
+    error: _Error
+
+
+_errors = msgspec.json.Decoder(_Failed)
 
 
 class StockServer:
@@ -73,7 +85,7 @@ class StockServer:
         except httpx.HTTPError as error:
             raise self._lost(error) from error
         if response.status_code != 200:
-            raise failure(response.status_code, response.text[:ERROR_BYTES_MAX])
+            raise failure(response.status_code, _message(response.content[:ERROR_BYTES_MAX]))
         return response.content
 
     async def _events(self, request: Request) -> AsyncGenerator[bytes, None]:
@@ -104,6 +116,13 @@ async def _beginning(response: httpx.Response) -> str:
         body += part
         if len(body) > ERROR_BYTES_MAX:
             break
+    return _message(body)
+
+
+def _message(body: bytes) -> str:
+    """What an error's body says: its message, where it is one in JSON."""
+    with suppress(msgspec.MsgspecError):
+        return _errors.decode(body).error.message
     return body.decode(errors="replace")
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 
-from engines.blocks.naming import names
 from kvstore.client.looks import LOOK_TIMEOUT_S, Looks
 from kvstore.client.nodes import StoreNodes
 from tracehaul.rpc.peers import Peers
@@ -10,6 +9,7 @@ from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Members
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.naming import Naming
 
 BREAK_S = 1.0
 """How long a node that failed is left alone."""
@@ -38,7 +38,7 @@ class Stored:
         """Of the full blocks of a sequence."""
         if self._layout is None:
             return []
-        return names(self._layout, packed, salt)
+        return Naming.of(self._layout, salt).names(packed)
 
     def covered(self, hashes: list[BlockHash]) -> int:
         """Tokens in so many full blocks."""

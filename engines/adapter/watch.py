@@ -18,6 +18,8 @@ seldom = Seldom(log)
 
 LOADS_EVERY = 2
 """Looks at whether it lives: a page of metrics is long."""
+DEEP_EVERY = 10
+"""The same: an idle engine computes a token for each."""
 
 
 class ServerLost(Exception):
@@ -121,10 +123,11 @@ class Watch:
         self._fault, self._down_s = "", None
 
     async def _look_deep(self, path: str) -> None:
-        """A server may say that it does not compute when it only takes long to: for how long it says so counts."""
-        well_s = clock.now_s()
+        """A server may say that it does not compute when it only takes long to: for how long it says so counts, and
+        has computed nothing of any prompt."""
+        well_s, computed = clock.now_s(), self.figures.prefill_tokens
         while True:
-            await asyncio.sleep(self._config.poll_s)
+            await asyncio.sleep(self._config.poll_s * DEEP_EVERY)
             if self._fault:
                 well_s = clock.now_s()
                 continue
@@ -132,6 +135,8 @@ class Watch:
                 await self._server.get(path, self._config.stall_timeout_s)
                 well_s = clock.now_s()
             except ClusterError as error:
+                if self.figures.prefill_tokens != computed:
+                    well_s, computed = clock.now_s(), self.figures.prefill_tokens
                 if clock.now_s() - well_s >= self._config.stall_timeout_s:
                     self.lost(f"its engine does not compute: {error}")
 

@@ -13,13 +13,16 @@ class EngineRefused(Exception):
 class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of one server; all its ranks are given the same."""
 
-    routers: tuple[str, ...]
-    """``host:port`` of each router's control plane."""
     name: str
     """The server's in the fleet; its ranks put theirs behind it. A later server of the name takes its place."""
     revision: str
     """Which weights these are: a commit, a digest. There is no default: the same name with other weights is another
     model, and nothing else would tell."""
+    routers: tuple[str, ...] = ()
+    """``host:port`` of each router's control plane."""
+    routers_file: str = ""
+    """Where they are told anew when they change: a JSON array of such addresses, read again when it is written. Until
+    it is there, and where it cannot be read, they are those above, or those told last."""
     model: str = ""
     """Empty: as the engine calls it."""
     pool: str = ""
@@ -62,6 +65,6 @@ def config_of(extra: Mapping[str, Any] | None) -> EngineConfig:
         config = msgspec.convert(said, EngineConfig)
     except msgspec.ValidationError as error:
         raise EngineRefused(f"tracehaul: {error}") from None
-    if not config.routers or not config.revision or not config.name:
-        raise EngineRefused("tracehaul: routers, name and revision must not be empty")
+    if not (config.routers or config.routers_file) or not config.revision or not config.name:
+        raise EngineRefused("tracehaul: routers (or routers_file), name and revision must not be empty")
     return config

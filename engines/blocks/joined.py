@@ -8,6 +8,7 @@ from typing import Any
 
 from engines.blocks.config import EngineConfig, EngineRefused
 from engines.blocks.identity import RECORD_BYTES, RECORD_PARENT, difference, record_hash, record_of
+from engines.blocks.routers import RoutersFile
 from kvstore.client import OutgoingBlock, PutOutcome, Staging, StagingBuffer, StoreClient
 from kvstore.client.probe import StoreProbe
 from tracehaul.rpc.member import new_generation
@@ -15,12 +16,15 @@ from tracehaul.rpc.membership import Membership
 from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.tcp import TcpNetwork
 from tracehaul.runtime.credentials import Credentials
-from tracehaul.runtime.files import refreshing
+from tracehaul.runtime.files import Refreshed, refreshing
 from tracehaul.runtime.log import Log
 from tracehaul.runtime.offload import ThreadOffload
+from tracehaul.transfer.copying import compiled_here
 from tracehaul.transfer.memory import allocate
 from tracehaul.transfer.opening import open_planes
+from tracehaul.transfer.pieces import LendingRegion
 from tracehaul.transfer.place import Place
+from tracehaul.transfer.plane import Plane
 from tracehaul.transfer.tcp_proof import Guard
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError
@@ -52,6 +56,8 @@ class Joined:
         self._name = name
         self._told = told
         self._changed = asyncio.Event()
+        self.lending: LendingRegion | None = None
+        """Where pages can be lent to transfers on this host; None: there is no such transport, or not yet."""
 
     async def run(self, stopping: asyncio.Event, opened: Callable[[], None]) -> None:
         """Open, join, and be told of the stores until ``stopping`` is set.
@@ -90,9 +96,14 @@ class Joined:
         owner, place = f"{self._name}#{generation}", Place(listen=config.listen)
         planes = await open_planes(config.transports, owner, place, memory, offload, guard)
         stack.push_async_callback(planes.close)
+        ways = list(planes.planes)
+        for at, plane in enumerate(ways):
+            if plane.transfer.kind == "shm" and compiled_here() is not None:
+                self.lending = LendingRegion(plane.region)
+                ways[at] = Plane(plane.transfer, self.lending)
         peers = Peers(TcpNetwork(credentials=credentials))
         stack.push_async_callback(peers.close)
-        self.client = StoreClient(peers, planes.planes, Staging(memory, self._unit_bytes), offload)
+        self.client = StoreClient(peers, ways, Staging(memory, self._unit_bytes), offload)
         stack.push_async_callback(self.client.aclose)
         self.puts = await self.client.staging.acquire(units // 2, 1.0)
         probe = self.client.probe(self._name)
@@ -107,8 +118,11 @@ class Joined:
             peers, config.routers, info, NodeLoad, on_members, cluster=config.cluster, token=self._token()
         )
         background: list[Coroutine[Any, Any, None]] = [plane.transfer.broken() for plane in planes.planes]
-        if credentials is not None:
-            background.append(refreshing(credentials))
+        followed: list[Refreshed] = [] if credentials is None else [credentials]
+        if config.routers_file:
+            followed.append(RoutersFile(Path(config.routers_file), membership.set_routers))
+        if followed:
+            background.append(refreshing(*followed))
         return membership, probe, background
 
     async def _identify(self, membership: Membership, probe: StoreProbe) -> None:

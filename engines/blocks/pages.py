@@ -1,7 +1,8 @@
-"""The engine's own memory, a block at a time: it is copied from and into, and never lent to a transfer.
+"""The engine's own memory, a block at a time.
 
-A transfer that misses its deadline may land later, into memory that an engine has long used for something else. So
-bytes move between the store and staging memory of ours, and a page is touched only inside the engine's own call.
+Between it and a store of this host its bytes are copied by this process alone, and it can call that off: see
+:mod:`.direct`. Any other transfer that misses its deadline may land later, into memory that an engine has long used for
+something else; so there bytes go by staging memory of ours, and a page is touched only inside the engine's own call.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Page(Protocol):
@@ -31,28 +33,34 @@ class Page(Protocol):
 class HostPage:
     """A block in host memory: its pieces, one after the other, are its bytes."""
 
-    def __init__(self, pieces: Sequence[memoryview]) -> None:
-        self._pieces = pieces
-        self.nbytes = sum(piece.nbytes for piece in pieces)
+    def __init__(self, addresses: NDArray[np.uint64], sizes: NDArray[np.uint64], memory: object) -> None:
+        """``memory``: whose the pieces are; it lives as long as the page."""
+        self.addresses = addresses
+        self.sizes = sizes
+        self.nbytes = int(sizes.sum())
+        self._memory = memory
+
+    @classmethod
+    def of(cls, pieces: Sequence[memoryview]) -> "HostPage":
+        """Those pieces."""
+        return cls(_words([_address(piece) for piece in pieces]), _words([piece.nbytes for piece in pieces]), pieces)
 
     def save(self, into: memoryview) -> None:
-        at = 0
-        for piece in self._pieces:
-            _copy(into[at : at + piece.nbytes], piece)
-            at += piece.nbytes
+        at = _address(into)
+        for address, nbytes in zip(self.addresses.tolist(), self.sizes.tolist(), strict=True):
+            ctypes.memmove(at, address, nbytes)  # without the interpreter lock: the engine's other threads go on
+            at += nbytes
 
     def load(self, source: memoryview) -> None:
-        at = 0
-        for piece in self._pieces:
-            _copy(piece, source[at : at + piece.nbytes])
-            at += piece.nbytes
+        at = _address(source)
+        for address, nbytes in zip(self.addresses.tolist(), self.sizes.tolist(), strict=True):
+            ctypes.memmove(address, at, nbytes)
+            at += nbytes
 
 
-def memory_at(address: int, nbytes: int) -> memoryview:
-    """Memory of this process, as bytes. Whose it is must keep it."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+def _address(memory: memoryview) -> int:
+    return np.frombuffer(memory, dtype=np.uint8).ctypes.data
 
 
-def _copy(to: memoryview, source: memoryview) -> None:
-    # By numpy, since it lets go of the interpreter lock: the engine's other threads go on.
-    np.copyto(np.frombuffer(to, dtype=np.uint8), np.frombuffer(source, dtype=np.uint8))
+def _words(numbers: Sequence[int]) -> NDArray[np.uint64]:
+    return np.array(numbers, dtype=np.uint64)

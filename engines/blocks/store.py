@@ -6,17 +6,19 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from engines.blocks.config import EngineConfig, EngineRefused
+from engines.blocks.direct import GOOD, Beside, Direct
 from engines.blocks.joined import Joined
 from engines.blocks.pages import Page
 from kvstore.client import OutgoingBlock, StagingBuffer
 from tracehaul.runtime import clock
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.log import Log, setup_beside
 from tracehaul.wire.errors import ClusterError
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.ids import BlockHash
@@ -28,8 +30,11 @@ T = TypeVar("T")
 LATE_S = 0.5
 """The loop thread ends what is asked of it at its deadline; only if it cannot run at all is it left behind."""
 CLOSE_S = 5.0
-GOOD = ("published", "present")
-"""Outcomes of a put after which a block can be got."""
+PART_BYTES = 16 << 20
+"""Blocks move in parts of about so much: one is copied between pages and staging memory while the next is with the
+store, and what was copied is still in the processor's cache."""
+PARTS = 2
+"""Of one get, on their way at a time."""
 
 
 class EngineStats(msgspec.Struct):
@@ -47,8 +52,8 @@ class EngineStats(msgspec.Struct):
 class EngineStore:
     """Blocks of one layout, from any thread. What is lost, late, refused or wrong is a miss.
 
-    No transfer ever touches a page: what misses its deadline lands in staging memory, which is used again only when it
-    has settled.
+    Pages of host memory go to stores of the same host as they are (:mod:`.direct`). Between others no transfer ever
+    touches a page: what misses its deadline lands in staging memory, which is used again only when it has settled.
     """
 
     def __init__(self, config: EngineConfig, layout: KVLayout, page_bytes: int, rank: str = "") -> None:
@@ -69,13 +74,15 @@ class EngineStore:
         self._ready = False
         self._refused: str | None = None
         self._news = threading.Event()
-        self._opened = threading.Event()
         self._room = threading.Condition()
         self._free: deque[StagingBuffer] = deque()
+        self._part_blocks = PART_BYTES // max(page_bytes, 1) or 1
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
         name = f"{config.name}-{rank}" if rank else config.name
+        setup_beside(name)
         self._joined = Joined(config, layout, page_bytes, name, self._told)
+        self._direct = Direct(self._joined, self._submit, config.staging_bytes // 2)
         self._thread = threading.Thread(target=self._run, name="tracehaul-store", daemon=True)
         self._thread.start()
         self._news.wait(config.attach_s)
@@ -96,7 +103,7 @@ class EngineStore:
 
     @property
     def ready(self) -> bool:
-        """Whether blocks move: a store is there, gave back what it was given, and the pool is ours."""
+        """Whether blocks move: a store gave back what it was given, and the pool is ours."""
         return self._ready and self._refused is None
 
     @property
@@ -115,33 +122,47 @@ class EngineStore:
             return None
         return self._submit(self._look(list(hashes)))
 
-    def get(self, hashes: Sequence[BlockHash], pages: Sequence[Page]) -> list[bool]:
-        """Land block ``i`` in ``pages[i]``; whether it did. One that did not may hold anything only if it was begun."""
-        assert len(hashes) == len(pages)
+    def get(self, hashes: Sequence[BlockHash], pages: Sequence[Page], timeout_s: float | None = None) -> list[bool]:
+        """Land block ``i`` in ``pages[i]``; whether it did. One that did not may hold anything only if it was begun.
+        ``timeout_s``: as configured if not given."""
+        timeout_s = self._config.timeout_s if timeout_s is None else timeout_s
+        pieces = self._direct.lends(pages) if self.ready and timeout_s > 0 else None
+        if pieces is not None:
+            return self._got(self._direct.get(hashes, pieces, partial(self._result, timeout_s=timeout_s), timeout_s))
         goods: list[bool] = []
-        deadline_s = self.now_s() + self._config.timeout_s
-        while len(goods) < len(hashes) and self.ready and (left_s := deadline_s - self.now_s()) > 0:
-            at = len(goods)
-            goods += self._get_part(hashes[at:], pages[at:], left_s)
-        goods += [False] * (len(hashes) - len(goods))
-        got = sum(goods)
-        self.stats.got += got
-        self.stats.missed += len(goods) - got
-        return goods
+        deadline_s = self.now_s() + timeout_s
+        parts: deque[_Lent] = deque()
+        begun = 0
+        while True:
+            while begun < len(hashes) and len(parts) < PARTS and self.ready and self.now_s() < deadline_s:
+                parts.append(self._start_get(hashes[begun:], deadline_s))
+                begun += parts[-1].count
+            if not parts:
+                break
+            goods += self._end_get(parts.popleft(), pages[len(goods) :])
+        return self._got(goods + [False] * (len(hashes) - len(goods)))
 
     def put(
         self, hashes: Sequence[BlockHash], parents: Sequence[BlockHash], pages: Sequence[Page], tenant: str = ""
     ) -> list[bool]:
         """Publish blocks; whether each can be got now. Waits for staging memory and for the stores."""
-        goods: list[bool] = []
-        deadline_s = self.now_s() + self._config.timeout_s
-        while len(goods) < len(hashes) and self.ready and (left_s := deadline_s - self.now_s()) > 0:
-            at = len(goods)
+        timeout_s = self._config.timeout_s
+        pieces = self._direct.lends(pages) if self.ready else None
+        if pieces is not None:
+            wait = partial(self._result, timeout_s=timeout_s)
+            return self._were_put(self._direct.put(hashes, parents, pieces, tenant, wait, timeout_s))
+        parts: list[tuple[int, concurrent.futures.Future[list[bool]] | None]] = []
+        deadline_s = self.now_s() + timeout_s
+        at = 0
+        while at < len(hashes) and self.ready and (left_s := deadline_s - self.now_s()) > 0:
             with self._room:
                 self._room.wait_for(lambda: self._free, left_s)
-            taken, putting = self._start_put(hashes[at:], parents[at:], pages[at:], tenant, deadline_s)
-            if not taken:
+            parts.append(self._start_put(hashes[at:], parents[at:], pages[at:], tenant, deadline_s))
+            if not parts[-1][0]:
                 break
+            at += parts[-1][0]
+        goods: list[bool] = []
+        for taken, putting in parts:
             goods += self._result(putting, deadline_s - self.now_s()) or [False] * taken
         return goods + [False] * (len(hashes) - len(goods))
 
@@ -150,12 +171,26 @@ class EngineStore:
     ) -> int:
         """Copy the first of the blocks, as many as there is free staging memory for, and publish them in the
         background; how many. Waits for nothing; the pages may change as soon as it returns."""
-        taken = 0
-        if self.ready:
-            deadline_s = self.now_s() + self._config.timeout_s
-            taken, _ = self._start_put(hashes, parents, pages, tenant, deadline_s)
+        taken, deadline_s = 0, self.now_s() + self._config.timeout_s
+        while taken < len(hashes) and self.ready:
+            more, _ = self._start_put(hashes[taken:], parents[taken:], pages[taken:], tenant, deadline_s)
+            if not more:
+                break
+            taken += more
         self.stats.dropped += len(hashes) - taken
         return taken
+
+    def put_beside(
+        self, hashes: Sequence[BlockHash], parents: Sequence[BlockHash], pages: Sequence[Page], tenant: str = ""
+    ) -> Beside | None:
+        """As :meth:`put_later`, from where they are; see :class:`Beside`. None: they cannot be lent."""
+        pieces = self._direct.lends(pages) if self.ready else None
+        if pieces is None:
+            return None
+        until_s = self.now_s() + self._config.timeout_s
+        beside = self._direct.put_beside(hashes, parents, pieces, tenant, until_s, self._were_put)
+        self.stats.dropped += len(hashes) - beside.count
+        return beside
 
     def close(self) -> None:
         """Leave the fleet. Calls after it miss."""
@@ -219,10 +254,7 @@ class EngineStore:
         finally:
             for block in blocks:
                 self._give_back(block.buffer)
-        goods = [outcome in GOOD for outcome in outcomes]
-        self.stats.put += sum(goods)
-        self.stats.lost += len(goods) - sum(goods)
-        return goods
+        return self._were_put([outcome in GOOD for outcome in outcomes])
 
     def _give_back(self, buffer: StagingBuffer) -> None:
         """For the next put, once no transfer reads from it."""
@@ -236,21 +268,26 @@ class EngineStore:
 
     # --- the engine's threads -----------------------------------------------------------------------------
 
-    def _get_part(self, hashes: Sequence[BlockHash], pages: Sequence[Page], timeout_s: float) -> list[bool]:
+    def _start_get(self, hashes: Sequence[BlockHash], deadline_s: float) -> "_Lent":
+        """The first of the blocks, on their way to staging memory."""
         staging = self._joined.client.staging
-        count = min(len(hashes), max(1, (staging.count - len(self._joined.puts)) // 2))
-        lent = _Lent()
-        landing = self._submit(self._land(lent, list(hashes[:count]), timeout_s))
-        lent.wait(landing, timeout_s + LATE_S)
+        count = min(len(hashes), self._part_blocks, max(1, (staging.count - len(self._joined.puts)) // PARTS))
+        lent = _Lent(count, deadline_s)
+        lent.landing = self._submit(self._land(lent, list(hashes[:count]), deadline_s - self.now_s()))
+        return lent
+
+    def _end_get(self, lent: "_Lent", pages: Sequence[Page]) -> list[bool]:
+        """Wait for what was begun, and copy it; whether each block is there."""
+        lent.wait(lent.deadline_s - self.now_s() + LATE_S)
         landed = lent.take()
         if landed is None:
-            if landing is not None:
-                landing.cancel()
-            return [False] * count
+            if lent.landing is not None:
+                lent.landing.cancel()
+            return [False] * lent.count
         buffers, sizes = landed
         goods: list[bool] = []
         try:
-            for page, buffer, size in zip(pages[:count], buffers, sizes, strict=True):
+            for page, buffer, size in zip(pages, buffers, sizes, strict=False):
                 good = size == page.nbytes
                 if good:
                     page.load(buffer.view(page.nbytes))
@@ -258,8 +295,8 @@ class EngineStore:
         except Exception as error:
             log.error("a block could not be copied to the engine", error=error)
         finally:
-            self._soon(staging.release, buffers)
-        return goods + [False] * (count - len(goods))
+            self._soon(self._joined.client.staging.release, buffers)
+        return goods + [False] * (lent.count - len(goods))
 
     def _start_put(
         self,
@@ -269,9 +306,9 @@ class EngineStore:
         tenant: str,
         deadline_s: float,
     ) -> "tuple[int, concurrent.futures.Future[list[bool]] | None]":
-        """How many blocks were copied, and what becomes of them."""
+        """How many of the first blocks were copied, and what becomes of them."""
         with self._room:
-            buffers = [self._free.popleft() for _ in range(min(len(hashes), len(self._free)))]
+            buffers = [self._free.popleft() for _ in range(min(len(hashes), self._part_blocks, len(self._free)))]
         blocks: list[OutgoingBlock] = []
         try:
             for block_hash, parent, page, buffer in zip(hashes, parents, pages, buffers, strict=False):
@@ -284,6 +321,16 @@ class EngineStore:
         if not blocks:
             return 0, None
         return len(blocks), self._submit(self._publish(blocks, tenant, deadline_s))
+
+    def _got(self, goods: list[bool]) -> list[bool]:
+        self.stats.got += sum(goods)
+        self.stats.missed += len(goods) - sum(goods)
+        return goods
+
+    def _were_put(self, goods: list[bool]) -> list[bool]:
+        self.stats.put += sum(goods)
+        self.stats.lost += len(goods) - sum(goods)
+        return goods
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T] | None":
         try:
@@ -312,7 +359,10 @@ class EngineStore:
 class _Lent:
     """Buffers on their way from the loop's thread to the caller, who may have given up: one of the two has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int, deadline_s: float) -> None:
+        self.count = count
+        self.deadline_s = deadline_s
+        self.landing: concurrent.futures.Future[None] | None = None
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._landed: tuple[list[StagingBuffer], list[int | None]] | None = None
@@ -326,8 +376,9 @@ class _Lent:
             self._landed = buffers, sizes
             return True
 
-    def wait(self, landing: "concurrent.futures.Future[None] | None", timeout_s: float) -> None:
+    def wait(self, timeout_s: float) -> None:
         """Until they were given, or never will be."""
+        landing = self.landing
         if landing is None:
             return
         landing.add_done_callback(lambda _: self._done.set())

@@ -10,12 +10,15 @@ from typing import Any
 import msgspec
 
 from engines.adapter.dialect import Ask, Cached, Chunk, Facts, Figures, Reader, Request, failure, scored, unreadable
+from engines.adapter.footprint import Footprint, last_said, number, ranks
 from tracehaul.wire.errors import InvalidRequest, PeerLost
 from tracehaul.wire.steps import Constraint, FinishReason
 
 PLUGIN = ("engines.sglang.plugin", "TracehaulStorage")
 """Its module and class."""
 BLOCK_TOKENS = 32
+HICACHE_RATIO = 2.0
+"""Host pages to one of its own, where nobody says otherwise."""
 
 Item = tuple[float | None, int, str | None]
 """A token's logarithm, its id, and its text where that is asked for."""
@@ -95,6 +98,10 @@ class SGLang:
     environment: Mapping[str, str] = {"SGLANG_RETURN_ORIGINAL_LOGPROB": "1"}
     """Before temperature, as ours are."""
 
+    def __init__(self, ends: Sequence[int] = ()) -> None:
+        """``ends``: the model's own end tokens, at which it stops with those of a request or not at all."""
+        self._ends = frozenset(ends)
+
     def facts(self, answers: Sequence[bytes]) -> Facts:
         try:
             info = _infos.decode(answers[0])
@@ -136,7 +143,8 @@ class SGLang:
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
             "stop_token_ids": list(sampling.stop_tokens),
-            "ignore_eos": True,  # the model's own end tokens are among those
+            # True: none of these counts there, and who asks ends it. False: the model's own count, too.
+            "ignore_eos": not (self._ends and self._ends.issubset(sampling.stop_tokens)),
             "skip_special_tokens": False,
             "no_stop_trim": True,
         }
@@ -169,6 +177,12 @@ class SGLang:
     def abort(self, rid: str) -> Request | None:
         return Request("/abort_request", msgspec.json.encode({"rid": rid}))
 
+    def afresh(self, nonce: str, turn: int) -> tuple[str, Request | None]:
+        return nonce, Request("/flush_cache", b"", streams=False)
+
+    def from_store(self, cached: Cached) -> int:
+        return cached.store
+
     def command(self, model: str, name: str, port: int, args: Sequence[str]) -> list[str]:
         fixed = ["--model-path", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
         how = ["--enable-cache-report", "--incremental-streaming-output", "--grammar-backend", "llguidance"]
@@ -182,6 +196,17 @@ class SGLang:
         storage = ["--hicache-storage-backend", "dynamic", "--hicache-storage-prefetch-policy", "wait_complete"]
         page = ["--page-size", str(BLOCK_TOKENS)]
         return [*page, *tier, *storage, "--hicache-storage-backend-extra-config", extra]
+
+    def footprint(self, args: Sequence[str], token_bytes: int, *, shares: bool) -> Footprint:
+        tp, pp = ("--tensor-parallel-size", "--tp-size", "--tp"), ("--pipeline-parallel-size", "--pp-size")
+        count = ranks(args, tp, pp)
+        kv = int(number(last_said(args, "--max-total-tokens"))) * token_bytes
+        pages = 0
+        if shares:
+            size_gb = number(last_said(args, "--hicache-size"))
+            ratio = number(last_said(args, "--hicache-ratio"), HICACHE_RATIO)
+            pages = int(size_gb * 1e9) * count if size_gb else int(ratio * kv)
+        return Footprint(kv, pages, count, "--max-total-tokens and --hicache-ratio in engine_args")
 
 
 def _constrained(constraint: Constraint) -> dict[str, str]:

@@ -11,19 +11,20 @@ that a block of this model, revision, layout and rank. A page is one block, howe
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import sglang
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
 
 from engines.blocks.config import EngineRefused, config_of
 from engines.blocks.identity import shard
-from engines.blocks.naming import SGLANG
-from engines.blocks.pages import HostPage, memory_at
+from engines.blocks.pages import HostPage
 from engines.blocks.signatures import check
 from engines.blocks.store import EngineStore
 from tracehaul.runtime.log import Log
 from tracehaul.wire.hashing import KVLayout, named
 from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.naming import SGLANG
 
 log = Log(__name__)
 
@@ -163,8 +164,9 @@ class TracehaulStorage(HiCacheStorage):
 
     def _pages(self, host_indices: Any) -> list[HostPage]:
         pointers, sizes = self.mem_pool_host.get_page_buffer_meta(host_indices)
-        pieces = [memory_at(pointer, size) for pointer, size in zip(pointers, sizes, strict=True)]
-        return [HostPage(pieces[at : at + self._pieces]) for at in range(0, len(pieces), self._pieces)]
+        addresses = np.array(pointers, dtype=np.uint64).reshape(-1, self._pieces)
+        lengths = np.array(sizes[: self._pieces], dtype=np.uint64)
+        return [HostPage(row, lengths, self.mem_pool_host) for row in addresses]
 
     def _prove(self, kind: str) -> None:
         """That the pieces of the last page are the page as the pool itself has it, in its order.

@@ -6,17 +6,22 @@ Names are those of ``vllm/entrypoints``: ``openai/completion/protocol.py`` and `
 
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import msgspec
 
 from engines.adapter.dialect import Ask, Cached, Chunk, Facts, Figures, Reader, Request, failure, scored, unreadable
+from engines.adapter.footprint import Footprint, last_said, number, ranks
+from engines.vllm.chains import SALT_CHARACTERS_MAX, SELF_TEST, spelled
 from tracehaul.wire.errors import InvalidRequest, PeerLost
 from tracehaul.wire.steps import Constraint, FinishReason, TokenLogprobs
 
 PLUGIN = ("engines.vllm.plugin", "TracehaulConnector")
 """Its module and class."""
 BLOCK_TOKENS = 32
+PRIORITY_MS = 1 << 40
+"""Due times within one priority never reach the next."""
 
 _PLACEHOLDER = "token_id:"
 _SAMPLE = re.compile(rb"^vllm:(\w+)(?:\{([^}]*)\})? ([0-9.eE+-]+)", re.MULTILINE)
@@ -108,9 +113,12 @@ class VLLM:
     def figures(self, answer: bytes) -> Figures:
         samples = _SAMPLE.findall(answer)
         sums: dict[str, float] = {}
-        for name, _, value in samples:
-            sums[name.decode()] = sums.get(name.decode(), 0.0) + float(value)
-        if "num_requests_running" not in sums:
+        try:
+            for name, _, value in samples:
+                sums[name.decode()] = sums.get(name.decode(), 0.0) + float(value)
+        except ValueError as error:
+            raise unreadable("what its load is", answer) from error
+        if "num_requests_running" not in sums or not all(map(isfinite, sums.values())):
             raise unreadable("what its load is", answer)
         return Figures(
             running=int(sums["num_requests_running"]),
@@ -159,9 +167,9 @@ class VLLM:
         if sampling.constraint is not None:
             body["structured_outputs"] = _constrained(sampling.constraint)
         if ask.salt:
-            body["cache_salt"] = ask.salt
-        if ask.priority and facts.priorities:
-            body["priority"] = -ask.priority  # there the lower goes first
+            body["cache_salt"] = _spelled(ask.salt)
+        if facts.priorities:  # there the lower goes first
+            body["priority"] = round(1e3 * ask.due_s) - ask.priority * PRIORITY_MS
         return Request("/v1/completions", msgspec.json.encode(body), streams)
 
     def reader(self, ask: Ask) -> Reader:
@@ -170,9 +178,15 @@ class VLLM:
     def abort(self, rid: str) -> Request | None:
         return None
 
+    def afresh(self, nonce: str, turn: int) -> tuple[str, Request | None]:
+        return f"{SELF_TEST}{nonce}#{turn}", None
+
+    def from_store(self, cached: Cached) -> int:
+        return cached.tokens  # it tells one number
+
     def command(self, model: str, name: str, port: int, args: Sequence[str]) -> list[str]:
         fixed = ["--model", model, "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-        how = ["--enable-prompt-tokens-details", "--generation-config", "vllm"]
+        how = ["--enable-prompt-tokens-details", "--generation-config", "vllm", "--scheduling-policy", "priority"]
         return ["-m", "vllm.entrypoints.openai.api_server", *fixed, *how, *args]
 
     def sharing(self, options: Mapping[str, object]) -> list[str]:
@@ -184,6 +198,25 @@ class VLLM:
             "kv_connector_extra_config": dict(options),
         }
         return ["--block-size", str(BLOCK_TOKENS), "--kv-transfer-config", msgspec.json.encode(config).decode()]
+
+    def footprint(self, args: Sequence[str], token_bytes: int, *, shares: bool) -> Footprint:
+        count = ranks(
+            args,
+            ("--tensor-parallel-size", "-tp"),
+            ("--pipeline-parallel-size", "-pp"),
+            ("--data-parallel-size", "-dp"),
+        )
+        option = "--kv-cache-memory-bytes"  # of each rank
+        return Footprint(int(number(last_said(args, option))) * count, 0, count, f"{option} in engine_args")
+
+
+def _spelled(salt: str) -> str:
+    said = spelled(salt)
+    if len(said) > SALT_CHARACTERS_MAX:
+        raise InvalidRequest(
+            f"cache_salt is too long: vLLM takes {SALT_CHARACTERS_MAX} characters, a key's tenant included"
+        )
+    return said
 
 
 def _constrained(constraint: Constraint) -> dict[str, Any]:

@@ -3,12 +3,39 @@
 vLLM's own hashes are random per process unless it is told otherwise, so they are not used.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from tracehaul.wire.hashing import named, next_hash, pack_tokens, salted
 from tracehaul.wire.ids import BlockHash
+
+SELF_TEST = "tracehaul-self-test:"
+"""How salts of self-tests begin. To vLLM all of them are different; to the store, what follows a ``#`` is nothing: so
+a server looks in the store for what it has computed and still has itself."""
+SALT_CHARACTERS_MAX = 128
+"""What vLLM takes."""
+_SPELLED = {"~": "~t", "/": "~s", "@": "~a", "\\": "~b", "\0": "~n"}
+"""Characters that it does not take, and the one that tells them."""
+_PLAIN = {spelled: plain for plain, spelled in _SPELLED.items()}
+
+
+def spelled(salt: str) -> str:
+    """A salt in characters that vLLM takes, for :func:`tenant_of` to read; it may be longer than vLLM takes."""
+    if not any(char in salt for char in _SPELLED):
+        return salt
+    return "~" + "".join(_SPELLED.get(char, char) for char in salt)
+
+
+def tenant_of(request: Any) -> str:
+    """Whose a request's blocks are: the salt that was meant."""
+    salt: str = request.cache_salt or ""
+    if salt.startswith("~"):
+        salt = re.sub("~.", lambda pair: _PLAIN.get(pair[0], pair[0]), salt[1:])
+    return salt.partition("#")[0] if salt.startswith(SELF_TEST) else salt
 
 
 @dataclass
@@ -39,17 +66,22 @@ class Chain:
     """Blocks that the engine had itself when it was last asked."""
     saved: int = 0
     """Blocks that the store has, or was given."""
+    looked: tuple[int, bool] | None = None
+    """Leading blocks that the stores had when they were asked last, and whether they told; None: not asked yet."""
+    looked_s: float = 0.0
+    """When that was."""
 
     def __post_init__(self) -> None:
-        root = salted(self.root, self.request.cache_salt or "")
+        root = salted(self.root, self.tenant)
         lora = self.request.lora_request
         # Named, not salted: a salt is what clients say, and none of theirs may be an adapter's.
-        self._root = root if lora is None else named(root, f"lora:{lora.lora_name}:{lora.lora_path}".encode())
+        said = None if lora is None else msgspec.json.encode(["lora", lora.lora_name, lora.lora_path])
+        self._root = root if said is None else named(root, said)
 
     @property
     def tenant(self) -> str:
         """On whose account its blocks are."""
-        return self.request.cache_salt or ""
+        return tenant_of(self.request)
 
     def upto(self, blocks: int) -> int:
         """Know the first so many blocks, or as many as there are tokens for; how many."""
@@ -74,12 +106,12 @@ class Chain:
 
     def _shown(self, at: int) -> bytes:
         """The pictures and sounds that the block at that token shows, and where: their tokens are all the same."""
-        shown: list[str] = []
+        shown: list[tuple[str, int]] = []
         for feature in self.request.mm_features or ():
             position = feature.mm_position
             if position.offset < at + self.block_tokens and at < position.offset + position.length:
-                shown.append(f"|{feature.identifier}@{position.offset - at}")
-        return "".join(shown).encode()
+                shown.append((feature.identifier, position.offset - at))
+        return msgspec.json.encode(shown) if shown else b""  # what clients call a picture cannot pass for two
 
 
 def of_rank(root: BlockHash, first: BlockHash, key: BlockHash) -> BlockHash:

@@ -6,9 +6,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from engines.blocks.config import EngineRefused
+from engines.blocks.pages import HostPage, Page
 
 FORM = 1
 """Of what a block's bytes are here; changes with it."""
@@ -16,12 +18,35 @@ VERIFIED = ("CPU_ATTN",)
 """Attention back ends whose blocks were moved between two servers with equal tokens."""
 
 
-class TensorPage:
-    """One block: its part of each layer, one after the other, as the layer has it."""
+class Pages:
+    """All blocks of one rank: a block is its part of each layer, one after the other, as the layer has it."""
 
-    def __init__(self, layers: Sequence[torch.Tensor], block: int) -> None:
-        self._parts = [layer[block] for layer in layers]
-        self.nbytes = sum(part.numel() * part.element_size() for part in self._parts)
+    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+        self._layers = layers
+        self._on_host = all(_is_bytes_of_host(layer) for layer in layers)
+        self._bases = np.array([layer.data_ptr() for layer in layers], dtype=np.uint64)
+        self._strides = np.array([layer.stride(0) * layer.element_size() for layer in layers], dtype=np.uint64)
+        self._sizes = np.array([layer[0].numel() * layer.element_size() for layer in layers], dtype=np.uint64)
+        self.nbytes = int(self._sizes.sum())
+        """Of a block."""
+
+    def of(self, block: int) -> Page:
+        """One of them."""
+        if self._on_host:
+            return HostPage(self._bases + np.uint64(block) * self._strides, self._sizes, self._layers)
+        return TensorPage([layer[block] for layer in self._layers])
+
+
+def _is_bytes_of_host(layer: torch.Tensor) -> bool:
+    return layer.device.type == "cpu" and layer.dtype == torch.uint8 and layer[0].is_contiguous()
+
+
+class TensorPage:
+    """One block, wherever its tensors are."""
+
+    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
+        self._parts = parts
+        self.nbytes = sum(part.numel() * part.element_size() for part in parts)
 
     def save(self, into: memoryview) -> None:
         for kept, part in self._beside(into):
@@ -89,7 +114,7 @@ def _packing(vllm_config: Any, device: str) -> str:
     return "/" + _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
 
 
-def prove(layers: Sequence[torch.Tensor], blocks: int) -> None:
+def prove(pages: Pages, blocks: int) -> None:
     """That a block written is that block, and no other. Nothing uses the cache yet.
 
     Raises:
@@ -97,7 +122,7 @@ def prove(layers: Sequence[torch.Tensor], blocks: int) -> None:
     """
     if blocks < 3:
         raise EngineRefused("tracehaul: a KV cache of less than three blocks")
-    page, other = TensorPage(layers, blocks - 2), TensorPage(layers, blocks - 1)
+    page, other = pages.of(blocks - 2), pages.of(blocks - 1)
     known = (torch.arange(page.nbytes) % 251).to(torch.uint8).numpy().tobytes()
     kept, beside, found, after = (bytearray(page.nbytes) for _ in range(4))
     page.save(memoryview(kept))

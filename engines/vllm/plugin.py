@@ -1,7 +1,9 @@
 """tracehaul's store behind vLLM's KV connector interface (V1), loaded by ``kv_connector_module_path``.
 
-What a step computes is copied at its end and published while the next ones run; no step waits for that, and what finds
-no room is dropped. What the store has of a new prompt is loaded while other requests run.
+What a step computes is published while the next ones run, and no step waits for that: it is read where it is, or, on a
+GPU, copied at the step's end. What finds no room is dropped. What the store has of a new prompt is loaded while other
+requests run, but for on a CPU, where the step that computes the rest of it waits for it: there nothing runs beside
+anything.
 """
 
 # vLLM is not where this is checked.
@@ -28,8 +30,9 @@ from engines.blocks.identity import shard
 from engines.blocks.signatures import check
 from engines.blocks.store import EngineStore
 from engines.vllm.chains import Move, of_rank
-from engines.vllm.paging import TensorPage, layers_of, order_of, prove
-from engines.vllm.scheduling import Scheduling
+from engines.vllm.paging import Pages, layers_of, order_of, prove
+from engines.vllm.saving import Saving
+from engines.vllm.scheduling import Scheduling, fresh
 from tracehaul.runtime.log import Log
 from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.ids import BlockHash
@@ -38,12 +41,15 @@ log = Log(__name__)
 
 TESTED = "vLLM 0.32"
 LOAD_THREADS = 2
+STEP_WAIT_S = 2.0
+"""The longest that all loads of a step take where it waits for them."""
 _NOBODY = BlockHash(b"")
 SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 """Kinds of KV cache whose every block holds all of its tokens for as long as the request runs."""
 SIGNATURES = {
     "__init__": ("vllm_config", "role", "kv_cache_config"),
     "register_kv_caches": ("kv_caches",),
+    "handle_preemptions": ("kv_connector_metadata",),
     "start_load_kv": ("forward_context", "kwargs"),
     "wait_for_layer_load": ("layer_name",),
     "save_kv_layer": ("layer_name", "kv_layer", "attn_metadata", "kwargs"),
@@ -55,6 +61,8 @@ SIGNATURES = {
     "get_num_new_matched_tokens": ("request", "num_computed_tokens"),
     "update_state_after_alloc": ("request", "blocks", "num_external_tokens"),
     "build_connector_meta": ("scheduler_output",),
+    "bind_kv_cache_manager": ("kv_cache_manager",),
+    "update_connector_output": ("connector_output",),
     "request_finished": ("request", "block_ids"),
     "set_xfer_handshake_metadata_pp_aware": ("metadata",),
 }
@@ -62,10 +70,11 @@ SIGNATURES = {
 
 @dataclass
 class Moves(KVConnectorMetadata):
-    """What one step loads and saves."""
+    """What one step loads and saves, and which blocks it writes to from their beginning on."""
 
     loads: list[Move] = field(default_factory=list[Move])
     saves: list[Move] = field(default_factory=list[Move])
+    fresh: list[int] = field(default_factory=list[int])
 
 
 @dataclass
@@ -90,9 +99,12 @@ class TracehaulConnector(KVConnectorBase_V1):
         _refuse_what_is_not_served(vllm_config, kv_cache_config)
         self._reads, self._writes = transfer.is_kv_consumer, transfer.is_kv_producer
         self._tokens = cache.block_size
+        # vLLM begins loads that it does not wait for once it has launched the forward pass: on a CPU that is its end.
+        # Of several ranks one may miss what the others have, and all compute on it: there a request waits, too.
+        self._later = vllm_config.device_config.device_type != "cpu" or _ranks(vllm_config) > 1
         self._store: EngineStore | None = None
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduling = Scheduling(self._tokens, self._config.timeout_s, reads=self._reads)
+            self._scheduling = Scheduling(self._tokens, self._config.timeout_s, reads=self._reads, later=self._later)
         else:
             self._worker_starts()
 
@@ -129,10 +141,27 @@ class TracehaulConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: Any) -> Moves:
         """What workers load and save with the step."""
         loads, saves = self._scheduling.step(scheduler_output, saving=self._writes)
-        return Moves(loads, saves)
+        return Moves(loads, saves, fresh(scheduler_output, loads, self._tokens))
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        """The scheduler's own index of its blocks.
+
+        Raises:
+            EngineRefused: it does not forget blocks as is expected.
+        """
+        check(f"vLLM {self._version}", TESTED, type(kv_cache_manager), {"evict_blocks": ("block_ids",)})
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._cached = kv_cache_manager
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """What a step could not load. vLLM computes it again for the request that needed it, but has it in its index
+        from when the step was scheduled: were that request to leave, others would find it there."""
+        failed: set[int] = connector_output.invalid_block_ids
+        if failed:
+            self._cached.evict_blocks(self._scheduling.failed(failed))
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Its blocks may be freed: what is saved of them has been copied."""
+        """Its blocks may be freed: what is saved of them is read before they change, or not published."""
         self._scheduling.finished(request.request_id)
         return False, None
 
@@ -141,6 +170,8 @@ class TracehaulConnector(KVConnectorBase_V1):
     def _worker_starts(self) -> None:
         self._loading = ThreadPoolExecutor(LOAD_THREADS, "tracehaul-load")
         self._lock = threading.Lock()
+        self._spoilt: set[str] = set()
+        """Requests that this step computes on what is not there."""
         self._loaded: set[str] = set()
         self._failed: set[int] = set()
 
@@ -151,17 +182,19 @@ class TracehaulConnector(KVConnectorBase_V1):
             EngineRefused: they cannot be served.
         """
         config, blocks = self._config, self._kv_cache_config.num_blocks
-        self._layers = layers_of(kv_caches, blocks)
+        layers = layers_of(kv_caches, blocks)
         order = order_of(self._version, self._vllm_config, kv_caches, config.backends)
-        prove(self._layers, blocks)
+        self._pages = Pages(layers)
+        prove(self._pages, blocks)
         self._layout = self._layout_of(kv_caches, order)
         # Of the first rank all is the same but which part it has; ranks of other stages have other layers.
         self._first = self._layout.root() if self._layout.shard.startswith("0/") and self._stage == 0 else _NOBODY
         parallel = self._vllm_config.parallel_config
-        alone = parallel.tensor_parallel_size * parallel.pipeline_parallel_size == 1
-        page = TensorPage(self._layers, 0)
-        self._store = EngineStore(config, self._layout, page.nbytes, "" if alone else str(parallel.rank))
-        log.info("blocks", root=self._store.root.hex(), order=order, block_bytes=page.nbytes)
+        alone = _ranks(self._vllm_config) == 1
+        nbytes = self._pages.nbytes
+        self._store = EngineStore(config, self._layout, nbytes, "" if alone else str(parallel.rank))
+        self._saving = Saving(self._store)
+        log.info("blocks", root=self._store.root.hex(), order=order, block_bytes=nbytes)
 
     def _layout_of(self, kv_caches: dict[str, Any], order: str) -> KVLayout:
         parallel, model = self._vllm_config.parallel_config, self._vllm_config.model_config
@@ -187,23 +220,38 @@ class TracehaulConnector(KVConnectorBase_V1):
         """For the scheduler."""
         return Identity(self._layout)
 
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin what the step asks for, and do not wait."""
-        for move in self._get_connector_metadata().loads:
-            self._loading.submit(self._load, move)
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        """A step begins: what it writes to is not what was there, and perhaps still on its way to the store."""
+        if self._store is not None:
+            self._saving.changes(kv_connector_metadata.fresh)
 
-    def _load(self, move: Move) -> None:
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Begin what the step asks for. Where the step's forward pass needs it, all of it has ended on return."""
+        moves: list[Move] = self._get_connector_metadata().loads
+        if self._later:
+            for move in moves:
+                self._loading.submit(self._load, move, self._config.timeout_s)
+            return
+        store = self._store
+        assert store is not None, "its caches were registered"
+        until_s = store.now_s() + min(STEP_WAIT_S, self._config.timeout_s)
+        self._spoilt = {move.request for move in moves if not self._load(move, until_s - store.now_s())}
+
+    def _load(self, move: Move, timeout_s: float) -> bool:
+        """Whether all of it is there."""
         assert self._store is not None
         goods: list[bool] = []
         try:
-            pages = [TensorPage(self._layers, block) for block in move.block_ids]
-            goods = self._store.get(self._mine(move.keys), pages)
+            pages = [self._pages.of(block) for block in move.block_ids]
+            goods = self._store.get(self._mine(move.keys), pages, timeout_s)
         except Exception as error:
             log.error("blocks could not be loaded", error=error)
         goods += [False] * (len(move.block_ids) - len(goods))
         with self._lock:
             self._failed.update(block for block, good in zip(move.block_ids, goods, strict=True) if not good)
-            self._loaded.add(move.request)
+            if self._later:
+                self._loaded.add(move.request)
+        return all(goods)
 
     def _mine(self, keys: list[BlockHash]) -> list[BlockHash]:
         """This rank's parts of the blocks that the first rank calls so."""
@@ -217,13 +265,14 @@ class TracehaulConnector(KVConnectorBase_V1):
         """Nothing: a block goes with all its layers."""
 
     def wait_for_save(self) -> None:
-        """Copy what the step has filled, as much as there is room for; it is published later."""
-        store = self._store
-        if store is None or not self._writer:
+        """Publish what the step has filled, as much as there is room for, while others run."""
+        if self._store is None or not self._writer:
             return
         for move in self._get_connector_metadata().saves:
-            pages = [TensorPage(self._layers, block) for block in move.block_ids]
-            store.put_later(self._mine(move.keys), self._mine(move.parents), pages, move.tenant)
+            if move.request in self._spoilt:
+                continue  # it is computed again, and what that fills must not be shared
+            pages = [self._pages.of(block) for block in move.block_ids]
+            self._saving.save(move, self._mine(move.keys), self._mine(move.parents), pages)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads have ended, well or not."""
@@ -236,6 +285,11 @@ class TracehaulConnector(KVConnectorBase_V1):
         with self._lock:
             failed, self._failed = self._failed, set()
         return failed
+
+
+def _ranks(vllm_config: Any) -> int:
+    parallel = vllm_config.parallel_config
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size
 
 
 def _refuse_what_is_not_served(vllm_config: Any, kv_cache_config: Any) -> None:

@@ -9,9 +9,11 @@ from engines.blocks.store import LATE_S, EngineStore
 from engines.vllm.chains import Chain, Move, leading, of_rank
 from tracehaul.wire.ids import BlockHash
 
-GLANCE_S = 0.005
+GLANCE_S = 0.02
 """The longest that a step waits for looks at the stores, all of them together; what is not answered by then is asked
-about again at the next step."""
+about again at the next step, which may be a long one."""
+KEPT_S = 0.25
+"""How long an answer is good for: a request that finds no room asks at each step."""
 
 
 @dataclass
@@ -25,15 +27,19 @@ class _Look:
 class Scheduling:
     """Of one engine, on its scheduler's thread."""
 
-    def __init__(self, block_tokens: int, timeout_s: float, *, reads: bool) -> None:
+    def __init__(self, block_tokens: int, timeout_s: float, *, reads: bool, later: bool = True) -> None:
+        """``later``: a request waits for its loads while others run, and not the step that it is in."""
         self._tokens = block_tokens
         self._timeout_s = timeout_s
         self._reads = reads
+        self._later = later
         self._store: EngineStore | None = None
         self._roots: list[BlockHash] = []
         self._chains: dict[str, Chain] = {}
         self._looks: dict[str, _Look] = {}
-        self._loads: list[Move] = []
+        self._loads: list[tuple[Chain, Move]] = []
+        self._loading: list[Chain] = []
+        """Those that the last step had loads of, finished since or not."""
         self._glance_s = GLANCE_S
         """What is left of it to this step."""
 
@@ -49,14 +55,18 @@ class Scheduling:
         chain = self._chain(request)
         first = chain.first = computed_tokens // self._tokens
         last = chain.upto((request.num_tokens - 1) // self._tokens)  # one token at least is computed here
-        looked = self._look(request.request_id, chain, last)
-        if looked is None:
+        if not self._later and self._loads_any(chain.keys[:first]):
+            return None, False  # vLLM takes them for computed, and they may not come: a step later that is known
+        if chain.looked is None or self._store.now_s() > chain.looked_s + KEPT_S:
+            chain.looked, chain.looked_s = self._look(request.request_id, chain, last), self._store.now_s()
+        if chain.looked is None:
             return None, False
-        found, known = looked
+        found, known = chain.looked
+        found = min(found, last)
         # What the engine has itself and the store does not, or does no more, is saved again.
         chain.saved = min(first, found) if known else first
         more = max(0, found - first) if self._reads else 0
-        return more * self._tokens, more > 0
+        return more * self._tokens, more > 0 and self._later
 
     def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
         """See the connector's ``update_state_after_alloc``."""
@@ -66,12 +76,13 @@ class Scheduling:
         chain.block_ids = block_ids
         if external_tokens:
             end = chain.first + external_tokens // self._tokens
-            self._loads.append(chain.move(chain.first, end))
+            self._loads.append((chain, chain.move(chain.first, end)))
             chain.saved = end if chain.saved == chain.first else chain.saved
 
     def step(self, scheduled: Any, *, saving: bool) -> tuple[list[Move], list[Move]]:
         """What is loaded, and saved, with the step that this output of the scheduler is."""
-        loads, self._loads = self._loads, []
+        loads = [move for _, move in self._loads]
+        self._loading, self._loads = [chain for chain, _ in self._loads], []
         self._glance_s = GLANCE_S
         cached = scheduled.scheduled_cached_reqs
         computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -92,6 +103,17 @@ class Scheduling:
                 chain.saved = end
         return loads, saves
 
+    def failed(self, block_ids: set[int]) -> set[int]:
+        """These were not loaded: what is computed instead is saved anew. Blocks that are not what vLLM takes them for:
+        those and what follows them in a request."""
+        wrong: set[int] = set()
+        for chain in (*self._chains.values(), *self._loading):
+            at = next((at for at, block in enumerate(chain.block_ids) if block in block_ids), None)
+            if at is not None:
+                chain.saved = min(chain.saved, at)
+                wrong.update(chain.block_ids[at:])
+        return wrong
+
     def finished(self, request_id: str) -> None:
         """Nothing more comes of it."""
         self._chains.pop(request_id, None)
@@ -102,6 +124,10 @@ class Scheduling:
         if chain is None:
             chain = self._chains[request.request_id] = Chain(request, self._tokens, self._roots[0])
         return chain
+
+    def _loads_any(self, keys: list[BlockHash]) -> bool:
+        """Whether the step that is being scheduled loads one of these."""
+        return any(not set(move.keys).isdisjoint(keys) for _, move in self._loads)
 
     def _look(self, request_id: str, chain: Chain, last: int) -> tuple[int, bool] | None:
         """Leading blocks that all ranks' stores have, and whether that is known; None while they are asked."""
@@ -124,6 +150,21 @@ class Scheduling:
         del self._looks[request_id]
         failed = pending or len(asked) < len(look.futures) or any(_failed(future) for future in asked)
         return (0, False) if failed else (leading([future.result() for future in asked]), True)
+
+
+def fresh(scheduled: Any, loads: Sequence[Move], block_tokens: int) -> list[int]:
+    """Blocks that the step of this scheduler's output, with these loads, writes to from their beginning on: those that
+    it gave out, but for what the engine had in them already."""
+    blocks = [block for move in loads for block in move.block_ids]
+    for new in scheduled.scheduled_new_reqs:
+        blocks += new.block_ids[0][new.num_computed_tokens // block_tokens :]
+    cached = scheduled.scheduled_cached_reqs
+    for request_id, new_ids, computed in zip(
+        cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+    ):
+        if new_ids is not None:
+            blocks += new_ids[0][computed // block_tokens if request_id in cached.resumed_req_ids else 0 :]
+    return blocks
 
 
 def _failed(future: "concurrent.futures.Future[int]") -> bool:

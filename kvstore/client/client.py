@@ -85,6 +85,10 @@ class StoreClient:
         self._nodes.set(nodes, draining)
         self._warming.follow()
 
+    def kinds(self) -> frozenset[str]:
+        """See :meth:`StoreNodes.kinds`."""
+        return self._nodes.kinds()
+
     async def warm(self, timeout_s: float) -> None:
         """Wait until the way to each store node is made.
 

@@ -132,7 +132,7 @@ class Get:
         if item.buffer.unsettled() is None:
             return True
         # A late transfer may still write there: land in other memory, if there is any, and let that one rest.
-        spare = self._staging.spare()
+        spare = None if item.buffer.lent else self._staging.spare()
         if spare is None:
             return False
         item.buffer.trade(spare)

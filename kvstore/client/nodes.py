@@ -89,6 +89,12 @@ class StoreNodes:
         now_s = clock.now_s()
         return [view for view in self._nodes.values() if view.is_live(now_s)]
 
+    def kinds(self) -> frozenset[str]:
+        """The transports by which members are reached; empty for one that is not known, or not any more. From any
+        thread."""
+        ways = [view.attached for view in self._nodes.values()]
+        return frozenset("" if way is None else way[0].transfer.kind for way in ways)
+
     def find(self, node: NodeId) -> StoreNodeView | None:
         """The node, if it is live."""
         view = self._nodes.get(node)

@@ -13,7 +13,10 @@ WAITERS_MAX = 1024
 class StagingBuffer:
     """One block's room in registered memory."""
 
-    __slots__ = ("_holds", "_view", "nbytes", "offset")
+    __slots__ = ("_holds", "_view", "nbytes", "offset", "spoilt")
+
+    lent = False
+    """Whether it is of memory that others own: there is no other in its place."""
 
     def __init__(self, view: memoryview, offset: int) -> None:
         self._view = view
@@ -21,6 +24,8 @@ class StagingBuffer:
         """From the start of the registered memory."""
         self.nbytes = view.nbytes
         """Its room."""
+        self.spoilt = False
+        """Its bytes may have changed while they were put, which only who puts them knows: they are not published."""
         self._holds: list[asyncio.Future[None]] = []
 
     def view(self, nbytes: int) -> memoryview:
@@ -46,6 +51,18 @@ class StagingBuffer:
                 return self._holds[-1]
             self._holds.pop()
         return None
+
+
+class LentBuffer(StagingBuffer):
+    """A block of somebody else's memory, which only a transport that copies by itself knows by its offset."""
+
+    __slots__ = ()
+
+    lent = True
+
+    def __init__(self, nbytes: int, offset: int) -> None:
+        super().__init__(memoryview(b""), offset)
+        self.nbytes = nbytes
 
 
 class Staging:

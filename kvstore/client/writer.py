@@ -131,6 +131,7 @@ class Writer:
             if fills:
                 async with self._renewing(view, fills):
                     sums = await self._write(view, way, fills, deadline_s)
+                    fills, sums = self._unspoilt(view, fills, sums)
                     await self._publish(view, fills, sums, outcomes, deadline_s)
 
         async def put_all(placed: Sequence[_Placed]) -> None:
@@ -227,6 +228,16 @@ class Writer:
             self._nodes.failed(view)
             raise
 
+    def _unspoilt(
+        self, view: StoreNodeView, fills: Sequence[_Filled], sums: Sequence[Checksum] | None
+    ) -> tuple[Sequence[_Filled], Sequence[Checksum] | None]:
+        """What was written of bytes that nobody changed meanwhile; the rest is given up."""
+        good = [place for place, fill in enumerate(fills) if not fill.block.buffer.spoilt]
+        if len(good) == len(fills):
+            return fills, sums
+        self._abandon(view, [fill for place, fill in enumerate(fills) if place not in set(good)])
+        return [fills[place] for place in good], None if sums is None else [sums[place] for place in good]
+
     async def _publish(
         self,
         view: StoreNodeView,
@@ -235,6 +246,8 @@ class Writer:
         outcomes: list[PutOutcome],
         deadline_s: float,
     ) -> None:
+        if not fills:
+            return
         try:
             verified = sums is not None
             known = [f.block.checksum for f in fills if f.block.checksum is not None]

@@ -28,3 +28,11 @@ class Admission:
             yield
         finally:
             self.active -= 1
+
+    def went_on(self) -> None:
+        """What a call began runs on after it; :meth:`over` follows. It was admitted before."""
+        self.active += 1
+
+    def over(self) -> None:
+        """That is over."""
+        self.active -= 1

@@ -136,6 +136,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     trace: TraceFields = TraceFields()
     keep_s: float = 0.0
     """For how long the client means its context to be kept; 0: it does not say."""
+    flex: bool = False
+    """It is background work: it may wait, and be refused."""
     priority: int | None = None
     """As in :class:`router.calls.urgency.Urgency`; None: the body says nothing of it."""
     tenant: str = ""
@@ -144,3 +146,6 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """Whose quota its blocks count to; None: the tenant's."""
     nbytes: int = 0
     """Size of what the client sent: what it takes to render it goes by that."""
+    keyed: bool = False
+    """Its client has named it, to be able to ask again: then :attr:`id` is the same again, and its seeds follow from
+    that; and each token is told by itself, so that its answer is in the same pieces again."""

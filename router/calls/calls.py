@@ -8,6 +8,8 @@ import msgspec
 from blake3 import blake3
 
 from router.calls.admission import Admission
+from router.calls.again import ANEW, KEYED_S, UNANSWERED_S, Again, ask_name
+from router.calls.allowed import allowed
 from router.calls.answers import Answer
 from router.calls.call import Asked, Call, Conversation, Options
 from router.calls.conversation import lineage, sought
@@ -27,7 +29,7 @@ from router.dispatch.steps import Dispatcher, ModelCard, StepRequest
 from tracehaul.runtime import clock
 from tracehaul.runtime.deadline import until
 from tracehaul.runtime.offload import Offload
-from tracehaul.wire.ids import StepId
+from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Constraint, Sampling
 
 SEED_BITS = 63
@@ -74,6 +76,10 @@ class Calls:
             raise model_not_found(found)
         return found
 
+    def ready(self, model: str) -> bool:
+        """Somebody serves it now, or it is none that may be asked for."""
+        return model not in self._served or self._dispatcher.model(model) is not None
+
     async def tokens(self, call: Call, headers: Mapping[str, str]) -> list[int]:
         """A call's first prompt in tokens, of any length: those that it would have if it ran now.
 
@@ -95,6 +101,21 @@ class Calls:
         prompts = await served.prompts.of(call, trace, parent, unlimited)
         return prompts[0].ids
 
+    async def fetched(self, call: Call, headers: Mapping[str, str], fresh: str) -> None:
+        """Have the call's trace come here if another router has it; the arguments are those of :meth:`identified`,
+        before which it is awaited. A call that says nothing of a trace, or whose trace does not come, runs as it is.
+
+        Raises:
+            CallFailed: as :meth:`identified`.
+        """
+        if not self._memory.elsewhere:
+            return
+        asked, named = call.prompts[0], call.trace.previous_response_id or call.trace.baseline or ""
+        identity = self._identity(call, headers, fresh)
+        trace = None if identity.trace == fresh else identity.trace
+        told = sought(asked, call.tenant) if trace is None and isinstance(asked, Conversation) else None
+        await self._memory.arrive(call.tenant, trace, told, named)
+
     @contextmanager
     def identified(self, call: Call, headers: Mapping[str, str], fresh: str) -> Generator[Identity, None, None]:
         """The trace that a call belongs to, for as long as the call lasts.
@@ -111,14 +132,17 @@ class Calls:
         if served is not None and card is not None:
             served.prompts.check_length(call, card)
         identity = self._identity(call, headers, fresh)
-        identity = msgspec.structs.replace(identity, urgency=urgency(headers, clock.now_s(), call.priority))
+        urgent = urgency(headers, clock.now_s(), call.priority, flex=call.flex)
+        named = identity.trace != fresh
+        limits = allowed(headers, call.trace.metadata)
+        identity = msgspec.structs.replace(identity, urgency=urgent, named=named, limits=limits)
         asked = call.prompts[0]
         if not isinstance(asked, Conversation):
             yield identity
             return
         said = lineage(asked)
         identity = msgspec.structs.replace(identity, agent=said.agent, tools=said.called)
-        if identity.trace != fresh:
+        if named:
             yield identity
             return
         told = sought(asked, call.tenant)
@@ -177,7 +201,7 @@ class Calls:
         steps: list[StepRequest] = []
         answers: list[Answer] = []
         for at, prompt in enumerate(prompts):
-            seed = self._dice.getrandbits(SEED_BITS) if options.seed is None else options.seed
+            seed = self._seed(call) if options.seed is None else options.seed
             # Where only the prompt is wanted, one token runs along that nobody sees.
             wanted = None if options.max_tokens is None else max(options.max_tokens, 1)
             max_tokens = output_budget(prompt.tokens, wanted, card, call.where)
@@ -186,6 +210,8 @@ class Calls:
             for k in range(options.n):
                 name = f"{call.id}-{len(steps)}"
                 sampling = self._sampling(options, served.text, max_tokens, choice_seed(seed, k), constraint)
+                trace = numbered(identity.trace, at)
+                again = self._again(call, identity, trace, k, prompt.packed, sampling)
                 answers.append(
                     Answer(
                         served.text.stream(None) if options.special_shown else served.forms.stream(form),
@@ -199,10 +225,10 @@ class Calls:
                 steps.append(
                     StepRequest(
                         step=StepId(name),
-                        trace=numbered(identity.trace, at),
+                        trace=trace,
                         parent=identity.parent,
                         prompt=prompt.packed,
-                        sampling=sampling,
+                        sampling=sampling if again.seed is None else msgspec.structs.replace(sampling, seed=again.seed),
                         # Once for all choices of a prompt.
                         prompt_logprobs=options.logprobs if options.echo and k == 0 else None,
                         pool=card.pool,
@@ -217,11 +243,33 @@ class Calls:
                         keep_s=call.keep_s,
                         changed=prompt.changed,
                         agent=identity.agent,
+                        ask=again.name,
+                        keyed=call.keyed,
+                        begun=again.begun,
+                        limits=identity.limits,
+                        choices=options.n - k,
                     )
                 )
         scored = options.logprobs is not None
         echoes = [Echo(served.text, prompt, scored=scored) for prompt in prompts] if options.echo else []
         return Accepted(call, prompts, steps, answers, echoes, identity.beginning)
+
+    def _seed(self, call: Call) -> int:
+        """Where the client has none."""
+        if not call.keyed:
+            return self._dice.getrandbits(SEED_BITS)
+        return int.from_bytes(blake3(f"seed {call.id}".encode()).digest(8)) >> (64 - SEED_BITS)
+
+    def _again(
+        self, call: Call, identity: Identity, trace: TraceId, choice: int, prompt: bytes, sampling: Sampling
+    ) -> Again:
+        """What came of that choice when it was asked for before, if it was. A step that runs for somebody is nobody
+        else's; of one that tells logprobs only the seed is the same, as nobody keeps these."""
+        if not (call.keyed or identity.named) or sampling.logprobs is not None:
+            return ANEW
+        name = ask_name(call.id if call.keyed else "", choice, prompt, sampling)
+        known = self._memory.asked((call.tenant, trace), name, KEYED_S if call.keyed else UNANSWERED_S)
+        return Again(name) if known is None else Again(name, known.seed, known.begun)
 
     def _sampling(
         self, options: Options, text: Text, max_tokens: int, seed: int, constraint: Constraint | None

@@ -8,16 +8,18 @@ Cause = Literal[
     "forbidden",
     "not_found",
     "conflict",
+    "mismatched",
     "too_large",
     "unsupported_media",
     "too_slow",
     "limited",
     "late",
+    "spent",
     "unavailable",
     "failed",
 ]
 """Whose doing it is: the client's, up to ``limited`` (asked for more than it may have for now); nobody's: its time is
-over (``late``), or nobody is there now (``unavailable``: try again); ours."""
+over (``late``), what it may cost is spent (``spent``), or nobody is there now (``unavailable``: try again); ours."""
 
 
 class CallFailed(Exception):
@@ -31,6 +33,7 @@ class CallFailed(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        begins_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.cause: Cause = cause
@@ -42,6 +45,8 @@ class CallFailed(Exception):
         """The request's id, where it has one."""
         self.retry_after_s = retry_after_s
         """When it may go better; None: nobody knows."""
+        self.begins_s = begins_s
+        """In how many seconds what was refused is expected to begin; None: nobody knows."""
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> CallFailed:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from router.policy.prices import FREE, Bill
 from router.traces.hits import Hits
 from tracehaul.wire.steps import FinishReason, TokenLogprobs
 
@@ -84,6 +85,9 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     missed_blocks: int
     prefill_fallback: str
     hits: Hits
+    bill: Bill = FREE
+    unit: str = ""
+    """Of what things cost."""
     compared: Compared | None = None
     """None: nothing was to be compared."""
 

@@ -3,24 +3,33 @@
 import asyncio
 import codecs
 import json
+import math
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
+from router.dispatch.again import began, told
+from router.dispatch.flips import FlipOutcome
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
 from router.fleet.members import NodeStatus
+from router.policy.prices import FREE, Bill
 from router.policy.retention import RetentionConfig
+from router.policy.slack import Slack
+from router.traces.asks import Begun
 from router.traces.book import Book
 from router.traces.contexts import Left
-from router.traces.events import Deleted, Event, StepBegan, StepEnded
+from router.traces.events import Deleted, Event, StepEnded
 from router.traces.hits import Hits
 from router.traces.machine import Traces
 from router.traces.trace import PinWish, Trace
 from tracehaul.runtime import clock
 from tracehaul.wire.blocks import Pinned
+from tracehaul.wire.cluster import WorkerRole
 from tracehaul.wire.errors import InvalidRequest, Overloaded
 from tracehaul.wire.hashing import pack_tokens
-from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.ids import BlockHash, NodeId, StepId
 from tracehaul.wire.steps import StepUsage
 
 IM_START, IM_END = 256, 257
@@ -114,6 +123,10 @@ Script = Sequence[Output | Finished | Exception | float]
 """What a step does, in order: tell, end, fail, or wait that many seconds."""
 
 
+CROWD = 16
+"""So many traces are checked at each event."""
+
+
 class FakeKeeper:
     """Tells the traces, and notes what it is told; what follows is not done."""
 
@@ -128,7 +141,9 @@ class FakeKeeper:
     def send(self, event: Event) -> None:
         self.events.append(event)
         self._traces.handle(event, clock.now_s())
-        self._traces.check()
+        # A check looks at each trace: at a crowd of them not at each event.
+        if len(self.events) % (1 + len(self._traces) // CROWD) == 0:
+            self._traces.check()
 
     async def pin(self, trace: Trace, wish: PinWish) -> Pinned:
         self.told.append(("pin", trace.trace, wish.kind, wish.priority, wish.replicas))
@@ -147,6 +162,10 @@ class FakeDispatcher:
         self.script = script
         self.card: ModelCard | None = ModelCard("org/fake", context_max)
         self.statuses: list[NodeStatus] = []
+        self.flips: list[tuple[NodeId, str]] = []
+        self.why_not_flipped = ""
+        self.room = 4
+        """For steps of the background."""
         self.requests: list[StepRequest] = []
         self.running = 0
         self.aborted: list[str] = []
@@ -154,6 +173,8 @@ class FakeDispatcher:
         self.traces = Traces(100, 1 << 24, RetentionConfig())
         self.keeper = FakeKeeper(self.traces)
         self.book = Book(self.traces, self.keeper)
+        self.cost = FREE
+        """Of each step."""
 
     @property
     def deleted(self) -> list[str]:
@@ -163,23 +184,29 @@ class FakeDispatcher:
     async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         key, step, prompt = (request.salt, request.trace), request.step, request.prompt_tokens
         self.requests.append(request)
-        self.running += 1
-        self.keeper.send(StepBegan(key, step, request.parent, prompt, request.tools, request.agent, request.keep_s))
         emitted: list[int] = []
-        ending = None
+        for item in told(request):
+            yield item
+            if isinstance(item, Finished):
+                return
+            emitted += item.tokens
+        self.running += 1
+        self.keeper.send(began(request, clock.now_s()))
+        ending, known, hits = None, request.begun.usage, request.begun.hits
         try:
-            for item in self.script(request):
+            for item in _behind(self.script(request), len(emitted)):
                 match item:
                     case float() | int():
                         await asyncio.sleep(item)
                     case Exception():
                         ending = "internal"
                         raise item
-                    case Finished(reason):
+                    case Finished(reason, known, hits):
                         ending = reason
                         yield item
                     case Output(tokens, usage, _, logprobs):
                         emitted += tokens
+                        known = usage or known
                         if tell is None or usage or logprobs or not tell(tokens):
                             yield item
         finally:
@@ -188,7 +215,11 @@ class FakeDispatcher:
                 self.aborted.append(step)
             packed = request.prompt + pack_tokens(emitted[:-1])
             left = Left(step, BlockHash(b"fake"), 32, packed, b"", prompt, None) if emitted else None
-            self.keeper.send(StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final))
+            reason: Any = ending if ending in ("stop", "length") else None
+            begun = Begun(pack_tokens(emitted), reason, known, hits) if request.ask else None
+            self.keeper.send(
+                StepEnded(key, step, ending or "aborted", len(emitted), None, left, 0.0, request.final, begun)
+            )
 
     def model(self, name: str) -> ModelCard | None:
         return self.card if self.card is not None and self.card.name == name else None
@@ -196,8 +227,37 @@ class FakeDispatcher:
     def models(self) -> list[ModelCard]:
         return [] if self.card is None else [self.card]
 
+    @property
+    def unit(self) -> str:
+        return "worker seconds"
+
+    def bill(self, step: StepId) -> Bill:
+        return self.cost
+
+    def slack(self) -> Slack:
+        return Slack(self.room, math.inf)
+
     def nodes(self) -> list[NodeStatus]:
         return self.statuses
+
+    async def flip(self, node: NodeId, role: WorkerRole) -> FlipOutcome:
+        self.flips.append((node, role))
+        return FlipOutcome(node, role, not self.why_not_flipped, self.why_not_flipped, 0.5)
+
+
+def _behind(script: Script, count: int) -> Script:
+    """What follows the first ``count`` tokens of a script; of these nothing is left, nor the time that they take."""
+    found: list[Output | Finished | Exception | float] = []
+    for item in script:
+        if isinstance(item, Output) and item.tokens and count:
+            count -= (cut := min(count, len(item.tokens)))
+            if cut == len(item.tokens):
+                continue
+            item = msgspec.structs.replace(item, tokens=item.tokens[cut:])
+        elif count and isinstance(item, float | int):
+            continue
+        found.append(item)
+    return found
 
 
 def say(text: str, *, reason: str = "stop", delay_s: float = 0.0) -> Callable[[StepRequest], Script]:

@@ -10,6 +10,7 @@ from blake3 import blake3
 from router.calls.call import TraceFields
 from router.calls.errors import invalid
 from router.calls.urgency import Urgency
+from router.policy.prices import UNLIMITED, Limits
 from tracehaul.wire.ids import NodeId, TraceId
 
 ID_CHARACTERS_MAX = 128
@@ -63,10 +64,14 @@ class Identity(msgspec.Struct, frozen=True):
     """The decode worker that an operator asked for."""
     agent: str = ""
     urgency: Urgency = Urgency()
+    limits: Limits = UNLIMITED
+    """Of its trace, as far as it says any."""
     tools: tuple[str, ...] = ()
     """As in :class:`router.calls.conversation.Lineage`."""
     beginning: bytes = b""
     """Where messages alone name the trace: the digest of all of them."""
+    named: bool = False
+    """The client names the trace."""
 
 
 def identify(

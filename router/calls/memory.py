@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
+from router.traces.asks import Ask, find
 from router.traces.book import Book
 from router.traces.kept import Kept
 from router.traces.prefixes import Place, Sought
@@ -26,6 +27,15 @@ class Memory:
         finally:
             self._book.over(tenant, place.trace)
 
+    async def arrive(self, tenant: str, trace: TraceId | None, sought: Sought | None, answer: str) -> None:
+        """See :meth:`router.traces.book.Book.arrive`."""
+        await self._book.arrive(tenant, trace, sought, answer)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Other routers have traces, too."""
+        return self._book.elsewhere is not None
+
     def found(self, tenant: str, sought: Sought, fresh: TraceId) -> Place:
         """The same of a call that does not run: nothing is remembered of it."""
         return self._book.find(tenant, sought, fresh)
@@ -33,6 +43,10 @@ class Memory:
     def texts(self, traces: Sequence[TraceKey]) -> list[Text]:
         """What was said in ``traces``, of each the newest first."""
         return self._book.texts(traces)
+
+    def asked(self, trace: TraceKey, name: bytes, within_s: float) -> Ask | None:
+        """What came of a step of that name, which does not run any more; None: it was not asked for in that time."""
+        return find(self._book.asks(trace), name, self._book.now_s() - within_s)
 
     def keeps(self, traces: Sequence[TraceKey], *, former: bool) -> bool:
         """Whether answers of ``traces`` are kept: see :class:`router.traces.kept.Answers`."""
@@ -60,6 +74,7 @@ class Memory:
         said: Said | None,
         heard: str | None,
         final: bool,
+        done: bool,
     ) -> None:
         """A step is over for its client, in whatever way: once for each step.
 
@@ -71,5 +86,8 @@ class Memory:
             said: what was said; None likewise.
             heard: what calls are recognised by that go on from here; None: they have another name for the trace.
             final: it was answered, and the client says that nothing follows.
+            done: it was answered to its end.
         """
-        self._book.answered(*trace, step, response=response, tools=tools, said=said, heard=heard, final=final)
+        self._book.answered(
+            *trace, step, response=response, tools=tools, said=said, heard=heard, final=final, done=done
+        )

@@ -16,10 +16,11 @@ from router.calls.prompts import Prompt
 from router.calls.running import running
 from router.calls.story import answered, says, sent
 from router.dispatch.steps import Dispatcher, Finished, Output, StepRequest
+from router.policy.prices import FREE
 from router.traces.hits import together
 from router.traces.texts import Said
 from router.traces.turns import Turn, with_turn
-from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.hashing import pack_tokens, token_count
 
 
 class Accepted(msgspec.Struct, frozen=True):
@@ -62,8 +63,9 @@ class Run:
         self._accepted = accepted
         self._options = accepted.call.options
         self._answers = accepted.answers
+        self._dispatcher = dispatcher
         self._memory = memory
-        plain = accepted.answers[0].plain and not self._options.continuous_usage
+        plain = accepted.answers[0].plain and not self._options.continuous_usage and not accepted.call.keyed
         self._running = running(dispatcher, accepted.steps, self._options.n, self._tell if plain else None)
         self._openings: list[Opening | None] = [None] * len(accepted.answers)
         """Of the choices that have begun."""
@@ -96,7 +98,8 @@ class Run:
         """
         events: list[CallEvent] = []
         for index, event in await self._running.next():
-            self._take(index, event, events)
+            for one in singly(event) if self._accepted.call.keyed else (event,):
+                self._take(index, one, events)
         return events
 
     @property
@@ -108,6 +111,20 @@ class Run:
     def output_tokens(self) -> int:
         """Of all choices, so far."""
         return sum(len(answer.tokens) for answer in self._answers)
+
+    @property
+    def prompt_tokens_anew(self) -> int:
+        """Of the prompts that were not asked for before."""
+        n, steps = self._options.n, self._accepted.steps
+        return sum(p.tokens for at, p in enumerate(self._accepted.prompts) if not steps[at * n].begun.packed)
+
+    @property
+    def output_tokens_anew(self) -> int:
+        """Of all choices, so far, without those that were sampled when it was asked for before."""
+        return self.output_tokens - sum(
+            min(len(answer.tokens), token_count(step.begun.packed))
+            for answer, step in zip(self._answers, self._accepted.steps, strict=True)
+        )
 
     def choices(self) -> list[Choice]:
         """All of them, once they have ended."""
@@ -142,6 +159,8 @@ class Run:
             missed_blocks=sum(part.missed_blocks for part in parts),
             prefill_fallback=next((part.prefill_fallback for part in parts if part.prefill_fallback), ""),
             hits=hits,
+            bill=sum((self._dispatcher.bill(step.step) for step in self._accepted.steps), FREE),
+            unit=self._dispatcher.unit,
             compared=compared,
         )
 
@@ -229,5 +248,27 @@ class Run:
         response = call.id if index < n else None
         final = step.final and answer.reason is not None
         self._memory.answered(
-            (step.salt, step.trace), step.step, response=response, tools=tools, said=said, heard=heard, final=final
+            (step.salt, step.trace),
+            step.step,
+            response=response,
+            tools=tools,
+            said=said,
+            heard=heard,
+            final=final,
+            done=answer.reason is not None,
         )
+
+
+def singly(event: Output | Finished) -> list[Output | Finished]:
+    """The same, each token by itself."""
+    if isinstance(event, Finished) or len(event.tokens) < 2:
+        return [event]
+    marks = event.logprobs
+    first = Output(
+        event.tokens[:1], event.usage, event.hits, None if marks is None else marks[:1], event.prompt_logprobs
+    )
+    rest = [
+        Output([token], logprobs=None if marks is None else marks[at : at + 1])
+        for at, token in enumerate(event.tokens[1:], start=1)
+    ]
+    return [first, *rest]

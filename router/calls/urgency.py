@@ -21,20 +21,21 @@ class Urgency(msgspec.Struct, frozen=True):
     deadline_s: float | None = None
 
 
-def urgency(headers: Mapping[str, str], now_s: float, priority: int | None = None) -> Urgency:
+def urgency(headers: Mapping[str, str], now_s: float, priority: int | None = None, *, flex: bool = False) -> Urgency:
     """``X-Step-Class``, ``X-Priority`` and ``X-Deadline-S``: seconds that the call may take from now on.
 
     Args:
         headers: looked up by lower-case name.
         now_s: of the clock that the deadline is to be of.
         priority: the body's, which counts where no header tells one.
+        flex: the body says that it is background work, whatever a header says.
 
     Raises:
         CallFailed: one of them holds no such value.
     """
     deadline_in_s = _deadline_in_s(headers.get("x-deadline-s"))
     return Urgency(
-        step_class=_step_class(headers.get("x-step-class")),
+        step_class="background" if flex else _step_class(headers.get("x-step-class")),
         priority=_priority(headers.get("x-priority"), priority or 0),
         deadline_s=None if deadline_in_s is None else now_s + deadline_in_s,
     )

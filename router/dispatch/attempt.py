@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from router.dispatch.bills import Bills
 from router.dispatch.inflight import InFlight
 from router.dispatch.relief import Relief
 from router.dispatch.run import Run
@@ -13,7 +14,7 @@ from tracehaul.runtime import clock
 from tracehaul.wire.errors import ClusterError, ProtocolError
 from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.messages import Reply
-from tracehaul.wire.steps import StepDone, Tokens
+from tracehaul.wire.steps import StepDone, StepUsage, Tokens
 
 Events = list[Output | Finished]
 
@@ -27,9 +28,12 @@ class Attempt:
         replies: the worker's; nothing is sent before :meth:`next`.
         sent: its entries in the fleets' books.
         relief: left as soon as the prompt is computed.
+        bills: told what the workers have spent.
     """
 
-    def __init__(self, run: Run, placement: Placement, replies: Replies, sent: InFlight, relief: Relief) -> None:
+    def __init__(
+        self, run: Run, placement: Placement, replies: Replies, sent: InFlight, relief: Relief, bills: Bills
+    ) -> None:
         self.placement = placement
         self.emitted_before = len(run.emitted)
         """Of the step, by other attempts."""
@@ -37,6 +41,7 @@ class Attempt:
         self._replies = replies
         self._sent = sent
         self._relief = relief
+        self._bills = bills
         self._computed = False
         """The worker has told of tokens: the prompt is."""
         self._retained: int | None = None
@@ -110,15 +115,23 @@ class Attempt:
                     events.append(Output(tokens, logprobs=logprobs))
                 else:
                     run.published_tokens = run.request.prompt_tokens  # before it is told, the prompt is written
+                    self._billed(usage, done=False)
                     events.append(Output(tokens, run.account(usage), run.attribute(), logprobs))
                 return True
             case StepDone(reason, usage, retained_tokens, published_tokens):
                 self._retained, run.published_tokens = retained_tokens, published_tokens
+                self._billed(usage, done=True)
                 events.append(Finished(reason, run.account(usage), run.attribute()))
             case _:
                 node = self.placement.decode.node
                 self._failure = ProtocolError(f"{node} answered a step with {type(reply).__name__}")
         return False
+
+    def _billed(self, usage: StepUsage, *, done: bool) -> None:
+        step, helper = self._run.request.step, self.placement.helper
+        self._bills.told(self.placement.decode, step, usage.reading, done=done)
+        if helper is not None:
+            self._bills.told(helper, step, usage.prefill_reading, done=done)
 
 
 def _merged(replies: Sequence[Reply]) -> list[Reply]:

@@ -1,40 +1,50 @@
 """Runs steps on the fleet: places them, follows their tokens, moves them when a worker fails."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from itertools import zip_longest
-from typing import Annotated
+from collections.abc import AsyncGenerator
 
 import msgspec
-from msgspec import Meta
 
+from router.dispatch.again import Growing, began, possible, told
 from router.dispatch.attempt import Attempt, Events
-from router.dispatch.feasible import refusal, unable
+from router.dispatch.bills import Bills
+from router.dispatch.config import DispatchConfig
+from router.dispatch.flips import FlipOutcome, Flips
+from router.dispatch.gate import Gate
 from router.dispatch.inflight import InFlight
-from router.dispatch.pooled import Pooled
+from router.dispatch.line import Line, Needs
+from router.dispatch.pooled import Books, Pooled
 from router.dispatch.predicted import TTL_S, Predicted
+from router.dispatch.pricing import Pricing
 from router.dispatch.retainer import Retainer
+from router.dispatch.room import Room
 from router.dispatch.run import BetterPlace, Run
+from router.dispatch.stats import DispatchStats
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
-from router.fleet.index import Index, TierRun
+from router.fleet.index import Index, Match
 from router.fleet.load import Key
 from router.fleet.members import MemberRegistry, NodeStatus, Terms
 from router.fleet.pools import in_pool
 from router.fleet.watch import StoreWatch
-from router.policy.cost import StoredRun
-from router.policy.placement import Ask, Placement, Policy, place
+from router.policy.cost import OUTPUT_TOKENS
+from router.policy.feasible import refusal
+from router.policy.placement import Placement
+from router.policy.prices import Bill, Prices
 from router.policy.retention import RetentionConfig
+from router.policy.turns import served_s
 from router.traces.book import Book
 from router.traces.decisions import NODES_MAX, Moved, Placed, Replaced
 from router.traces.effects import StopSteps
-from router.traces.events import StepBegan, StepMoved, StepPlaced
+from router.traces.events import StepMoved, StepPlaced
 from router.traces.hits import Hits
 from router.traces.machine import Traces
 from tracehaul.rpc.base import CallContext
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.log import Log
+from tracehaul.wire.cluster import WorkerRole
 from tracehaul.wire.errors import (
+    BudgetExceeded,
     CannotContinue,
     ClusterError,
     ContextTooLong,
@@ -42,88 +52,46 @@ from tracehaul.wire.errors import (
     InvalidRequest,
     Unavailable,
 )
-from tracehaul.wire.ids import NodeId
+from tracehaul.wire.hashing import token_count
+from tracehaul.wire.ids import NodeId, StepId
 from tracehaul.wire.steps import StepUsage
 
 log = Log(__name__)
 
-
-class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an operator may set on the router's dispatching."""
-
-    traces_max: Annotated[int, Meta(ge=1)] = 10_000
-    """Traces remembered."""
-    traces_bytes_max: Annotated[int, Meta(ge=0)] = 768 * 2**20
-    """Memory for all that is known of them: texts, tokens, block hashes, steps and decisions, 10 bytes a token. Of a
-    trace that is forgotten the next step is tokenized and hashed anew, and nobody can say what was lost of it."""
-    answers_bytes_max: Annotated[int, Meta(ge=0)] = 256 * 2**20
-    """Disk for what their models answered, which a restarted router goes on from: some kilobytes a step. 0: none is
-    kept."""
-    answers_max: Annotated[int, Meta(ge=1)] = 100_000
-    """Answers kept there; where there are more, or they take more, those of the traces that have rested longest go."""
-    policy: Policy = "cost"
-    """How decode workers are chosen; ``sticky`` and ``round-robin`` are there to compare with."""
-    use_store: bool = True
-    """Without it no step reads the store or leaves anything there, and decode workers compute all that they lack:
-    to compare with, too."""
-    attempts_max: Annotated[int, Meta(ge=1)] = 4
-    """Workers tried in a row without a new token before a step fails."""
-    retry_pause_s: Annotated[float, Meta(ge=0)] = 0.2
-    """Pause before the next attempt: membership needs a moment to notice a death."""
-    retention: RetentionConfig = RetentionConfig()
-    idle_timeout_s: Annotated[float, Meta(gt=0)] = 5.0
-    """Longest silence of a decode worker (a living one proves itself every second)."""
-
-
-class DispatchStats(msgspec.Struct):
-    """Counters of the router's life, for metrics."""
-
-    steps: int = 0
-    steps_finished: int = 0
-    steps_failed: int = 0
-    steps_aborted: int = 0
-    steps_moved: int = 0
-    steps_replaced: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    missed_blocks: int = 0
-    """Blocks that the store was said to hold and that did not arrive."""
-    prefill_fallbacks: int = 0
-    theoretical_tokens: int = 0
-    """Of all steps that computed anything: what the trace had, as in :class:`router.traces.hits.Hits`."""
-    indexed_tokens: int = 0
-    chosen_tokens: int = 0
-    delivered_tokens: int = 0
-    recomputed_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    """Tokens that the trace had, computed again, by :data:`router.traces.hits.LossReason`."""
-    pool_steps: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    """Steps that finished, by pool; like those that follow."""
-    pool_prompt_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    pool_cached_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
-    pool_output_tokens: dict[str, int] = msgspec.field(default_factory=dict[str, int])
+FINAL = (InvalidRequest, DeadlineExceeded, BudgetExceeded, CannotContinue)
+"""No other worker may try what has failed so."""
 
 
 class Dispatch:
     """The router without HTTP: implements :class:`router.dispatch.steps.Dispatcher`."""
 
-    def __init__(self, peers: Peers, config: DispatchConfig, terms: Terms | None = None) -> None:
+    def __init__(
+        self, peers: Peers, config: DispatchConfig, terms: Terms | None = None, prices: Prices | None = None
+    ) -> None:
         self._peers = peers
         self._config = config
         self.stats = DispatchStats()
         self.index = Index()
         self._watch = StoreWatch(peers, self.index)
-        self.members = MemberRegistry(self._watch.set_nodes, terms)
+        self.members = MemberRegistry(self._watch.set_nodes, terms, config.flips)
+        self.flips = Flips(peers, self.members, config.flips)
         self.pools: dict[str, Pooled] = {}
         """Of those that had a step, by name."""
         self._predicted = Predicted()
+        self.pricing = Pricing(config.policy, self.members, self._predicted, self.pools, stores=config.use_store)
         self._sweeping: asyncio.TimerHandle | None = None
-        self._turn = 0
+        self.slack = Room(self.members, self.pools).now
         self._runs: dict[Run, None] = {}
         retention = config.retention if config.use_store else RetentionConfig(pins=False, recall=False)
         self.traces = Traces(config.traces_max, config.traces_bytes_max, retention)
         self.retainer = Retainer(peers, self.members, self.traces, self._stop)
+        self.bills = Bills(self.traces, self.retainer.send, prices or Prices(config.tariff))
+        self.members.listener = self.bills
+        self._growing = Growing(self._runs, self.retainer.send)
         self.book = Book(self.traces, self.retainer)
+        self.book.bills = self.bills
+        self.gate = Gate(self.members, config.admission, self.stats, stores=config.use_store)
+        self.line = Line(self._front, self._needs, self.stats)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
@@ -131,6 +99,9 @@ class Dispatch:
             pool.relief.close()
         if self._sweeping is not None:
             self._sweeping.cancel()
+        self._growing.close()
+        await self.flips.close()
+        self.line.close()
         await self.retainer.close()
         await self._watch.close()
 
@@ -144,25 +115,52 @@ class Dispatch:
     def models(self) -> list[ModelCard]:
         return [card for name in sorted(self.members.pools()) if (card := self.model(name)) is not None]
 
+    @property
+    def unit(self) -> str:
+        return self.bills.unit
+
+    def bill(self, step: StepId) -> Bill:
+        return self.bills.bill(step)
+
     def nodes(self) -> list[NodeStatus]:
         return self.members.statuses()
 
+    async def flip(self, node: NodeId, role: WorkerRole) -> FlipOutcome:
+        return await self.flips.flip(node, role)
+
     async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         key = (request.salt, request.trace)
-        began = StepBegan(
-            key, request.step, request.parent, request.prompt_tokens, request.tools, request.agent, request.keep_s
-        )
-        self.retainer.send(began)
+        if request.begun.packed:
+            request = possible(request, self.members.live("decode", request.pool))
+            self.stats.steps_again += 1
+            self.stats.tokens_again += token_count(request.begun.packed)
+            for event in told(request):
+                yield event
+                if isinstance(event, Finished):
+                    return
+        bill = self.bills.entered(key, request.tenant, request.limits, request.choices, clock.now_s())
+        request = msgspec.structs.replace(request, deadline_s=deadline.sooner(request.deadline_s, bill.ends_s))
+        self.gate.enter(request, known=self.traces.get(key) is not None)
+        self.bills.began(request.step, bill, clock.now_s())
+        self.retainer.send(began(request, clock.now_s()))
+        if request.ask and self.traces.changed is not None:
+            self._growing.watch()
         self.stats.steps += 1
         run = Run(request, *self.traces.lefts(key), tell)
         self._runs[run] = None
         tries = _Tries()
         try:
+            if self._config.turns:
+                await self.line.turn(run)
             while True:
-                for event in await self._next(run, tries):
+                events = await self._next(run, tries)
+                if not run.heard:
+                    run.heard = True
+                    self.line.moved(request.pool)  # its prompt is computed
+                for event in events:
                     if isinstance(event, Finished):
                         run.ending = event.reason
-                        self._count(event.usage, request.pool)
+                        self.stats.finished(event.usage, request.pool)
                         yield event
                         return
                     yield event
@@ -177,7 +175,10 @@ class Dispatch:
             self.stats.steps_aborted += run.ending == "aborted"
             if run.hits is not None:
                 self._count_hits(run, run.hits)
+            self.gate.leave(request, len(run.emitted))
+            self.line.moved(request.pool)
             self.retainer.send(run.over(self.retainer.reload_token_s(run.warm)))
+            self.bills.ended(request.step, clock.now_s())
 
     def _stop(self, effect: StopSteps) -> None:
         for run in self._runs:
@@ -198,7 +199,8 @@ class Dispatch:
                 attempt = await tries.leave()
                 assert attempt is not None
                 self.stats.steps_replaced += 1
-                left = Replaced(run.request.step, attempt.placement.prefill, better.wait_s, better.cost_s)
+                at, _ = attempt.placement.waits_at or (attempt.placement.decode, 0.0)
+                left = Replaced(run.request.step, at.node, better.wait_s, better.cost_s)
                 self.retainer.send(StepMoved(run.key, left))
             except ClusterError as error:
                 attempt = await tries.leave()
@@ -217,7 +219,7 @@ class Dispatch:
         tries.failures = 1 if grew else tries.failures + 1
         # A worker's own bug may be that worker's alone: one other may try.
         attempts_max = self._config.attempts_max if error.retriable else 2
-        if isinstance(error, InvalidRequest | DeadlineExceeded | CannotContinue) or tries.failures >= attempts_max:
+        if isinstance(error, FINAL) or tries.failures >= attempts_max:
             raise error
         node = None
         if attempt is not None:
@@ -227,7 +229,8 @@ class Dispatch:
         self.retainer.send(StepMoved(run.key, Moved(run.request.step, node, error.code, len(run.emitted))))
         log.warning("an attempt failed", step=run.request.step, node=node, tokens=len(run.emitted), why=error)
 
-    def _place(self, run: Run) -> Placement:
+    def _look(self, run: Run, *, places: bool) -> tuple[Match, Placement]:
+        """What the stores have of its prompt, and where it would be placed now, or is."""
         decodes = self.members.live("decode", run.request.pool)
         if not decodes:
             raise Unavailable(f"no decode worker is ready{in_pool(run.request.pool)}")
@@ -241,24 +244,29 @@ class Dispatch:
             )
             raise ContextTooLong(message)
         run.cut(decodes[0])
+        self._pool(run)
         found = self.index.match(run.hashes)
-        placement = self._price(run, found.runs, run.leaves)
+        placement = self.pricing.price(run, found.runs, self._home(run), run.leaves, places=places)
         assert placement is not None
+        return found, placement
+
+    def _place(self, run: Run) -> Placement:
+        found, placement = self._look(run, places=True)
+        pool = self._pool(run)
         warm, stored_tokens = run.warm, found.blocks * run.block_tokens
-        lives = warm is not None and Key(warm.node, warm.generation) in self._pool(run).decodes.rows
+        lives = warm is not None and Key(warm.node, warm.generation) in pool.seen_by(run).decodes.rows
         run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
         if placement.computes is not None:
             self._predicted.add(run.request.step, run.hashes, [placement.computes], clock.now_s())
             if self._sweeping is None:
                 self._sweeping = asyncio.get_running_loop().call_later(TTL_S, self._sweep)
-        self._turn += 1
         placed = self._placed(run, placement, stored_tokens)
         self.retainer.send(StepPlaced(run.key, placed, run.continues, run.takes(placement)))
         log.debug(
             "a step was placed",
             step=run.request.step,
             trace=run.request.trace,
-            tokens=tokens,
+            tokens=run.request.prompt_tokens + len(run.emitted),
             decode=placement.decode.node,
             reason=placement.reason,
             prefill=placement.prefill,
@@ -273,45 +281,29 @@ class Dispatch:
         again = len(self._predicted) > 0
         self._sweeping = asyncio.get_running_loop().call_later(TTL_S, self._sweep) if again else None
 
-    def _elsewhere(self, run: Run, prefill: Key) -> Placement | None:
-        """Where a step would be placed now if not by that prefill worker; None if nowhere."""
-        return self._price(run, self.index.match(run.hashes).runs, run.leaves | {prefill})
+    def _elsewhere(self, run: Run, worker: Key) -> Placement | None:
+        """Where a step would be placed now if not by that worker; None if nowhere."""
+        stored = self.index.match(run.hashes).runs
+        placement = self.pricing.price(run, stored, self._home(run), run.leaves | {worker}, places=False)
+        return None if placement is None or worker == placement.decode else placement
 
-    def _price(self, run: Run, stored: Sequence[TierRun], leaves: set[Key]) -> Placement | None:
-        pool, now_s = self._pool(run), clock.now_s()
-        decodes, prefills = (self.members.live(role, run.request.pool) for role in ("decode", "prefill"))
-        for workers, fleet in ((decodes, pool.decodes), (prefills, pool.prefills)):
-            fleet.sync(workers, self.members.loads(workers))
-        expected = self._predicted.match(run.request.step, run.hashes, now_s)
-        ask = Ask(
-            trace=run.request.trace,
-            prompt_tokens=run.request.prompt_tokens + len(run.emitted),
-            stored=self._stored(stored, run.block_tokens),
-            warm=run.warm,
-            home=self._home(run),
-            predicted={node: blocks * run.block_tokens for node, blocks in expected.items()},
-            avoided=frozenset(run.avoid),
-            unable=unable(decodes, run.needs),
-            left=frozenset(leaves),
-            asked=run.request.decode,
-            turn=self._turn,
-        )
-        stores = [info.node for info in self.members.live("store")] if self._config.use_store else []
-        return place(self._config.policy, ask, pool.decodes, pool.prefills, stores, now_s)
+    def _front(self, pool: str) -> Books:
+        return self.pricing.synced(self._named(pool).front, pool)
 
-    def _stored(self, runs: Sequence[TierRun], block_tokens: int) -> list[StoredRun]:
-        """With what it takes to bring each up: on the slowest node, as it may be on any."""
-        if all(run.tier == 0 for run in runs):
-            return [StoredRun(run.end * block_tokens, 0.0) for run in runs]
-        block_s = [0.0]
-        for load in self.members.loads(self.members.live("store")):
-            below = [0.0, *(seconds for seconds in (load.disk_block_s, load.s3_block_s) if seconds)]
-            block_s = [max(pair) for pair in zip_longest(block_s, below, fillvalue=0.0)]
-        depth = len(block_s) - 1
-        return [StoredRun(run.end * block_tokens, block_s[min(run.tier, depth)] / block_tokens) for run in runs]
+    def _needs(self, run: Run) -> Needs:
+        _, placement = self._look(run, places=False)
+        trace, decodes = self.traces.get(run.key), self._pool(run).front.decodes
+        parent = None if trace is None or trace.parent is None else self.traces.get((run.key[0], trace.parent))
+        services = [one.service for one in (trace, parent) if one is not None]
+        given_s = [served_s(decodes, one.tokens_computed, one.tokens_decoded) for one in services]
+        begins = trace is not None and trace.parent is None and trace.steps_count <= 1
+        takes_s, decodes_s = placement.decode_work_s + placement.prefill_work_s, served_s(decodes, 0, OUTPUT_TOKENS)
+        return Needs(max(given_s, default=0.0), takes_s, decodes_s, begins)
 
     def _pool(self, run: Run) -> Pooled:
-        name = run.request.pool
+        return self._named(run.request.pool)
+
+    def _named(self, name: str) -> Pooled:
         if name not in self.pools:
             self.pools[name] = Pooled(self._predicted, self._elsewhere)
         return self.pools[name]
@@ -321,7 +313,7 @@ class Dispatch:
         return trace.home if trace is not None else None
 
     def _placed(self, run: Run, placement: Placement, stored_tokens: int) -> Placed:
-        warm, decodes = run.warm, self._pool(run).decodes
+        warm, decodes = run.warm, self._pool(run).seen_by(run).decodes
         return Placed(
             step=run.request.step,
             decode=placement.decode.node,
@@ -338,6 +330,7 @@ class Dispatch:
             warm_cost_s=placement.warm_cost_s,
             pull_tokens=placement.pull_tokens,
             pool=run.request.pool,
+            waited_s=run.waited_s,
         )
 
     def _attempt(self, run: Run, placement: Placement) -> Attempt:
@@ -347,29 +340,15 @@ class Dispatch:
         parent = trace.parent if trace is not None else None
         replies = self._peers.stream(
             info.address,
-            run.message(info, placement, parent),
+            run.message(info, placement, parent, self.bills.allowance(request.step, info.node, placement.prefill)),
             idle_timeout_s=self._config.idle_timeout_s,
             context=CallContext(trace=request.trace, step=request.step),
         )
-        sent = InFlight(pool.decodes, pool.prefills, placement, clock.now_s())
-        if self._config.policy == "cost" and run.prompt_logprobs is None:
+        tokens = request.prompt_tokens + len(run.emitted)
+        sent = InFlight(pool.entered_by(run), placement, clock.now_s(), tokens)
+        if self._config.policy == "cost" and not run.background and run.prompt_logprobs is None:
             pool.relief.enter(run, placement)
-        return Attempt(run, placement, replies, sent, pool.relief)
-
-    def _count(self, usage: StepUsage, pool: str) -> None:
-        for counts, tokens in (
-            (self.stats.pool_steps, 1),
-            (self.stats.pool_prompt_tokens, usage.prompt_tokens),
-            (self.stats.pool_cached_tokens, usage.computed_from),
-            (self.stats.pool_output_tokens, usage.output_tokens),
-        ):
-            counts[pool] = counts.get(pool, 0) + tokens
-        self.stats.steps_finished += 1
-        self.stats.prompt_tokens += usage.prompt_tokens
-        self.stats.cached_tokens += usage.computed_from
-        self.stats.output_tokens += usage.output_tokens
-        self.stats.missed_blocks += usage.missed_blocks
-        self.stats.prefill_fallbacks += usage.prefill_fallback != ""
+        return Attempt(run, placement, replies, sent, pool.relief, self.bills)
 
     def _count_hits(self, run: Run, hits: Hits) -> None:
         self.stats.theoretical_tokens += hits.theoretical

@@ -1,34 +1,49 @@
-"""One attempt's entries in the fleets' books. Pure."""
+"""One attempt's entries in a pool's books. Pure."""
+
+from collections.abc import Sequence
+from typing import Protocol
 
 from router.fleet.load import WorkerTable
 from router.policy.placement import Placement
 
 
-class InFlight:
-    """From when a step is sent to its workers until it ends there, whatever way."""
+class Tables(Protocol):
+    """A book."""
 
-    def __init__(self, decodes: WorkerTable, prefills: WorkerTable, placement: Placement, now_s: float) -> None:
-        self._decodes = decodes
-        self._prefills = prefills
+    decodes: WorkerTable
+    prefills: WorkerTable
+
+
+class InFlight:
+    """From when a step, of so many tokens, is sent to its workers until it ends there, whatever way."""
+
+    def __init__(self, books: Sequence[Tables], placement: Placement, now_s: float, tokens: int) -> None:
+        self._books = books
         self._placement = placement
+        self._tokens = tokens
         self._computed = False
-        decodes.sent(placement.decode, placement.decode_work_s, now_s)
-        if placement.queued is not None:
-            prefills.sent(placement.queued, placement.prefill_work_s, now_s)
+        for book in books:
+            book.decodes.sent(placement.decode, placement.decode_work_s, now_s, tokens)
+            if placement.queued is not None:
+                book.prefills.sent(placement.queued, placement.prefill_work_s, now_s)
 
     def token(self, now_s: float) -> None:
         """The worker has told of tokens; with the first of them the prompt is computed."""
+        if self._computed:
+            return
+        self._computed = True
         placement = self._placement
-        if not self._computed:
-            self._computed = True
-            self._decodes.computed(placement.decode, placement.decode_work_s, now_s)
+        for book in self._books:
+            book.decodes.computed(placement.decode, placement.decode_work_s, now_s)
             if placement.queued is not None:
-                self._prefills.computed(placement.queued, placement.prefill_work_s, now_s)
-                self._prefills.ended(placement.queued, placement.prefill_work_s, computed=True)
+                book.prefills.computed(placement.queued, placement.prefill_work_s, now_s)
+                book.prefills.ended(placement.queued, placement.prefill_work_s, computed=True)
 
     def ended(self) -> None:
         """It is over. To be called once."""
         placement = self._placement
-        self._decodes.ended(placement.decode, placement.decode_work_s, computed=self._computed)
-        if not self._computed and placement.queued is not None:
-            self._prefills.ended(placement.queued, placement.prefill_work_s, computed=False)
+        for book in self._books:
+            work_s, computed = placement.decode_work_s, self._computed
+            book.decodes.ended(placement.decode, work_s, computed=computed, tokens=self._tokens)
+            if not self._computed and placement.queued is not None:
+                book.prefills.ended(placement.queued, placement.prefill_work_s, computed=False)

@@ -6,35 +6,36 @@ a router which ends meanwhile forgets what came last. It is caught up with once 
 """
 
 import asyncio
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import chain
 
 import msgspec
 
-from records.base import Batch, Records, RecordsLost, TraceName, TraceRow
-from router.traces.changes import VERSION, Clock, Planned, Read, Unreadable, read, written
-from router.traces.events import Event, Tick
+from records.base import Batch, Claim, Marks, Records, RecordsLost, TraceName, TraceRow
+from router.dispatch.ledger import Ledger, Stored, TraceJournalStats, names
+from router.dispatch.rereading import Reread, now_here, reread
+from router.traces.changes import Planned
+from router.traces.events import Elsewhere, Event, Tick
 from router.traces.machine import Traces
+from router.traces.packing import packed
 from router.traces.revival import lost, revived
-from router.traces.trace import Trace, TraceKey
+from router.traces.trace import TraceKey
 from tracehaul.runtime import clock
-from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.log import Log
+from tracehaul.runtime.offload import Offload
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.errors import Unavailable
 from tracehaul.wire.ids import TraceId
 
 log = Log(__name__)
-seldom = Seldom(log, 60.0)
 
 LATE_S = 0.1
 """Changes are written together, at most so long after they were made where the store keeps up."""
 BATCH_BYTES = 4 << 20
-"""Written at once."""
-ERASED_BYTES, EXPIRED_MAX = 64 << 10, 32
-"""What a trace that is erased counts for in it, as nobody knows how much is there; and how many at most are erased at
-once because they have rested too long."""
+"""Written at once, before it is packed."""
+ERASED_BYTES = 64 << 10
+"""What a trace that is erased counts for in it, as nobody knows how much is there."""
 TURN_S = 0.002
 """The event loop is let go after so long."""
 AGAIN_S = (0.5, 5.0)
@@ -43,43 +44,22 @@ LOAD_S = 20.0
 """A router that starts waits so long for its traces; they come later, then."""
 ERASE_S = 5.0
 CLOSE_S = 3.0
-SWEEP_S = 600.0
 GONE_MAX = 100_000
 """Traces that ended before it was known which there were."""
-CHANGES_FEW, CHANGES_MAX = 16, 128
-"""A trace is written whole again after the first number of changes if they take half of what it took, else after the
-second."""
 
 
-class TraceJournalStats(msgspec.Struct):
-    """Counters of the router's life, for metrics."""
+class _Taken(msgspec.Struct):
+    """What a batch is made of."""
 
-    batches: int = 0
-    changes: int = 0
-    bytes_written: int = 0
-    whole: int = 0
-    failures: int = 0
-    restored: int = 0
-    unreadable: int = 0
-
-
-@dataclass
-class _Stored:
-    """What the store has of a trace."""
-
-    trace: Trace | None
-    """As it was written; None: it is to be written whole."""
-    number: int
-    """Of its last change."""
-    at_s: float
-    whole_bytes: int = 0
-    since_bytes: int = 0
-    count: int = 0
-
-    @property
-    def full(self) -> bool:
-        """It is time to write it whole."""
-        return self.count >= CHANGES_MAX or (self.count >= CHANGES_FEW and 2 * self.since_bytes >= self.whole_bytes)
+    keys: list[TraceKey]
+    waiting: dict[TraceKey, list[asyncio.Future[None]]]
+    rows: list[TraceRow]
+    claims: list[tuple[Claim, Marks]]
+    superseded: list[tuple[TraceName, int]]
+    expired: list[TraceKey]
+    erased: list[TraceKey]
+    """The expired, too."""
+    nbytes: int = 0
 
 
 class Journal:
@@ -91,6 +71,8 @@ class Journal:
         send: tells the traces what happens.
         keep_s: what has rested for longer is erased.
         editions: of the models whose texts the traces remember, by what they are called.
+        offload: packs what is written.
+        shared: other routers have rows beside these, and give and take traces.
     """
 
     def __init__(
@@ -100,8 +82,12 @@ class Journal:
         send: Callable[[Event], None],
         keep_s: float,
         editions: Mapping[str, str],
+        offload: Offload,
+        *,
+        shared: bool = False,
     ) -> None:
         self.stats = TraceJournalStats()
+        self.shared = shared
         self.failing = False
         """The store could not be written, or read, when it was last tried."""
         self._records = records
@@ -109,8 +95,8 @@ class Journal:
         self._send = send
         self._keep_s = keep_s
         self._editions = editions
-        self._stored: dict[TraceKey, _Stored] = {}
-        self._number = 0
+        self._offload = offload
+        self._ledger = Ledger(keep_s, editions)
         self._changed: dict[TraceKey, None] = {}
         self._under_way = 0
         """Being written."""
@@ -118,9 +104,8 @@ class Journal:
         self._wake = asyncio.Event()
         self._hurry = asyncio.Event()
         self._loaded = asyncio.Event()
-        self._erasing: dict[TraceKey, list[asyncio.Future[None]]] = {}
-        """Who waits for what is not being written yet."""
-        self._swept_s = 0.0
+        self._waiting: dict[TraceKey, list[asyncio.Future[None]]] = {}
+        """Who waits for a trace to be written, or erased, as it is from now on."""
         self._tasks = Tasks("journal")
 
     @property
@@ -128,9 +113,14 @@ class Journal:
         """Traces that are not written down as they are."""
         return len(self._changed) + self._under_way
 
+    @property
+    def loaded(self) -> bool:
+        """What was written is known."""
+        return self._loaded.is_set()
+
     async def start(self) -> None:
         """Read what was written; returns when the traces are known again, or it takes too long."""
-        self._swept_s = clock.now_s()
+        self._ledger.swept(clock.now_s())
         self._tasks.start(self._run(), "writer")
         try:
             async with asyncio.timeout(LOAD_S):
@@ -144,7 +134,7 @@ class Journal:
 
     def holds(self, key: TraceKey) -> bool:
         """The store may have something of a trace."""
-        return not self._loaded.is_set() or key in self._stored
+        return not self.loaded or key in self._ledger.stored
 
     async def erased(self, key: TraceKey) -> None:
         """Nothing is left of what was written of a trace up to now.
@@ -152,29 +142,37 @@ class Journal:
         Raises:
             Unavailable: not yet; it will be erased as soon as the store does it.
         """
-        if not self._loaded.is_set():
+        if not self.loaded:
             self._changed[key] = None
             raise Unavailable("what was written down of traces is not known yet; ask again")
-        stored = self._stored.get(key)
-        if stored is None:
-            return
-        stored.trace = None
-        self._changed[key] = None
-        done = asyncio.get_running_loop().create_future()
-        self._erasing[key] = [*(one for one in self._erasing.get(key, ()) if not one.done()), done]
-        self._wake.set()
-        self._hurry.set()
         try:
             async with asyncio.timeout(ERASE_S):
-                await done
-        except TimeoutError:
+                if key in self._ledger.stored:
+                    self._ledger.unsure([key])
+                    await self._done(key)
+                left = await self._records.holder(*key) if self.shared else None
+        except (TimeoutError, RecordsLost):
             raise Unavailable("what was written down of the trace cannot be erased now; ask again") from None
+        if left is not None:
+            raise Unavailable("another router has the trace, where a step of it may run; ask again")
+
+    async def erased_all(self, tenant: str) -> int:
+        """See :meth:`router.traces.book.Written.erased_all`; traces that begin meanwhile are new ones."""
+        try:
+            async with asyncio.timeout(ERASE_S):
+                while not self.loaded or self._under_way:  # noqa: ASYNC110
+                    await asyncio.sleep(LATE_S / 10)
+                gone = await self._records.erase(tenant)
+        except (TimeoutError, RecordsLost) as error:
+            raise Unavailable("what was written down of the traces cannot be erased now; ask again") from error
+        self._ledger.forget(tenant)
+        return gone
 
     async def close(self) -> None:
-        """What can be is written down."""
+        """What can be is written down; the records stay open."""
         try:
             async with asyncio.timeout(CLOSE_S):
-                while self._loaded.is_set() and self.behind and not self.failing:
+                while self.loaded and self.behind and not self.failing:
                     self._wake.set()
                     self._hurry.set()
                     await asyncio.sleep(LATE_S / 10)
@@ -183,82 +181,104 @@ class Journal:
         await self._tasks.close()
         if self.behind:
             log.warning("traces are not written down as they are", traces=self.behind)
-        await self._records.close()
 
-    # --- reading ------------------------------------------------------------------------------------------------
+    # --- whose traces are -----------------------------------------------------------------------------------------
 
-    async def _load(self) -> None:
-        began_s, turn_s, rows = clock.perf_s(), clock.perf_s(), 0
-        found: dict[TraceKey, Read] = {}
-        bad: set[TraceKey] = set()
-        last: dict[TraceKey, int] = {}
-        sizes: dict[TraceKey, _Stored] = {}
-        async for some in self._records.rows():
-            for row in some:
-                key = (row.tenant, TraceId(row.trace))
-                last[key] = row.number
-                try:
-                    if row.version > VERSION:
-                        raise Unreadable(f"version {row.version} is newer than {VERSION}")
-                    found[key] = now = read(key, found.get(key), row.number, row.body)
-                    bad.discard(key)
-                    size = sizes.get(key) if now.follows else None
-                    size = sizes[key] = size or _Stored(None, 0, 0.0, len(row.body), -len(row.body), -1)
-                    size.since_bytes, size.count = size.since_bytes + len(row.body), size.count + 1
-                except Unreadable as error:
-                    found.pop(key, None)
-                    if key not in bad:
-                        seldom.warning("a trace cannot be read", trace=row.trace, why=error)
-                    bad.add(key)
-                rows += 1
-                if clock.perf_s() - turn_s > 10 * TURN_S:
-                    await asyncio.sleep(0)
-                    turn_s = clock.perf_s()
-        self._number = max(last.values(), default=0)
-        self.stats.unreadable += len(bad)
-        await self._revive(found, last, sizes, bad)
-        log.info("traces are known again", traces=self.stats.restored, rows=rows, seconds=clock.perf_s() - began_s)
+    def writes(self, key: TraceKey, fence: int = 0) -> bool:
+        """A trace is known, and nobody else writes it, as far as is known here; under that fence, or a later one."""
+        known = key in self._ledger.stored or (key in self._traces and key not in self._ledger.foreign)
+        return known and self._ledger.fence(key) >= fence
 
-    async def _revive(
-        self, found: dict[TraceKey, Read], last: dict[TraceKey, int], sizes: dict[TraceKey, _Stored], bad: set[TraceKey]
-    ) -> None:
-        now, turn_s = _clock(), clock.perf_s()
-        known = {key for key in found if key in self._traces or key in self._changed}
-        for key, number in last.items():
-            self._stored[key] = _Stored(None, number, now.now_s)
-        for trace, alarms in revived(found, known, self._keep_s, now, self._editions):
+    async def give(self, key: TraceKey) -> bool:
+        """Another router takes a trace: it is written as it is, and known here no more. False: something is under way
+        in it. The caller limits the wait."""
+        if not self._idle(key):
+            return False
+        if key in self._changed or self._under_way:
+            await self._done(key)
+        if not self._idle(key):
+            return False
+        self._let_go(key)
+        return True
+
+    async def take(self, told: Reread, claims: Sequence[Claim]) -> None:
+        """Traces are this router's from now on; where one is known here as something else, it is that. Those that were
+        read and are not claimed are others', and only known."""
+        now, turn_s = now_here(), clock.perf_s()
+        self.stats.unreadable += len(told.bad)
+        fences = {(claim.tenant, TraceId(claim.trace)): claim.fence for claim in claims}
+        older = {key for key, fence in fences.items() if fence <= self._ledger.fence(key)}  # claimed again meanwhile
+        fences = {key: fence for key, fence in fences.items() if key not in older}
+        for key in told.stored.keys() | fences.keys():
+            if key in self._ledger.foreign and self._idle(key):
+                self._let_go(key)
+        known = {key for key in told.found if key in self._traces or key in self._changed or key in self._ledger.stored}
+        for key, fence in fences.items():
+            stored = self._ledger.stored[key] = told.stored.get(key) or Stored(None, 0, 0.0)
+            stored.at_s, stored.fence = now.now_s, fence
+            self._ledger.foreign.discard(key)
+        for trace, alarms in revived(told.found, known, self._keep_s, now, self._editions):
             key = trace.key
-            if key in self._traces or key in self._changed:
-                continue  # a step of it has begun meanwhile, or it was deleted
+            if key in self._traces or key in self._changed or (key in fences and key not in self._ledger.stored):
+                continue  # a step of it has begun meanwhile, or it was deleted, or is another one's
             self._traces.restore(trace, alarms)
-            del self._changed[key]
-            stored, was = self._stored[key], sizes[key]
-            if found[key].clock.boot == now.boot:  # else all its times are others now
-                stored.trace = found[key].trace
-                stored.whole_bytes, stored.since_bytes, stored.count = was.whole_bytes, was.since_bytes, was.count
+            self._changed.pop(key, None)
+            if key not in fences:
+                self._ledger.foreign.add(key)
+            elif told.found[key].clock.boot == now.boot:  # else all its times are others now
+                self._ledger.stored[key].trace = told.found[key].trace
             self.stats.restored += 1
             for event in lost(trace):
                 self._send(event)
             if clock.perf_s() - turn_s > 10 * TURN_S:
                 await asyncio.sleep(0)
                 turn_s = clock.perf_s()
-        self._changed.update(dict.fromkeys(key for key in last if key not in self._traces and key not in bad))
+        others = {key for key in fences if key in known or key not in self._traces}  # than what was read
+        self._changed.update(dict.fromkeys(others - told.bad))
         self._send(Tick())  # what should have happened by now happens, and what comes next is planned
 
-    # --- writing ------------------------------------------------------------------------------------------------
+    def _idle(self, key: TraceKey) -> bool:
+        trace = self._traces.get(key)
+        return key not in self._traces or (trace is not None and trace.forgettable and not trace.unanswered)
+
+    def _let_go(self, key: TraceKey) -> None:
+        self._ledger.stored.pop(key, None)
+        self._send(Elsewhere(key))
+        self._changed.pop(key, None)
+        self._ledger.foreign.discard(key)
+        if key in self._traces:
+            self._ledger.foreign.add(key)
+
+    async def _done(self, key: TraceKey) -> None:
+        self._changed[key] = None
+        done = asyncio.get_running_loop().create_future()
+        self._waiting[key] = [*(one for one in self._waiting.get(key, ()) if not one.done()), done]
+        self._wake.set()
+        self._hurry.set()
+        await done
+
+    # --- working --------------------------------------------------------------------------------------------------
+
+    async def _load(self) -> None:
+        began_s = clock.perf_s()
+        claims = await self._records.adopt(others=not self.shared, all_mine=True)
+        told = await reread(self._records.rows(names(claims)), self._offload)
+        await self.take(told, claims)
+        seconds = clock.perf_s() - began_s
+        log.info("traces are known again", traces=self.stats.restored, rows=told.rows, seconds=seconds)
 
     async def _run(self) -> None:
         pause_s = AGAIN_S[0]
         while True:
             try:
-                if not self._loaded.is_set():
+                if not self.loaded:
                     await self._load()
                     self._loaded.set()
-                    self._over(pause_s)
+                    self._over()
                     pause_s = AGAIN_S[0]
                 await self._wait()
                 if await self._write():
-                    self._over(pause_s)
+                    self._over()
                     pause_s = AGAIN_S[0]
             except Exception as error:
                 self.stats.failures += 1
@@ -273,22 +293,24 @@ class Journal:
 
     def _prune(self) -> None:
         """Of traces that came and went meanwhile nothing has to be known."""
-        if self._loaded.is_set() or len(self._changed) > GONE_MAX:
-            for key in [key for key in self._changed if key not in self._traces and key not in self._stored]:
+        if self.loaded or len(self._changed) > GONE_MAX:
+            known = self._ledger.stored
+            for key in [key for key in self._changed if key not in self._traces and key not in known]:
                 del self._changed[key]
-                _tell(self._erasing.pop(key, ()))
+                _tell(self._waiting.pop(key, ()))
 
-    def _over(self, pause_s: float) -> None:
+    def _over(self) -> None:
         if self.failing:
             log.info("the journal of traces goes on", behind=self.behind)
         self.failing = False
 
     async def _wait(self) -> None:
         """Until there is something to be written, and a little longer."""
-        if not self._changed and not self._sweeping():
+        rest_s = self._ledger.sweeps_s(clock.now_s())
+        if not self._changed and rest_s:
             self._wake.clear()
             try:
-                async with asyncio.timeout(SWEEP_S):
+                async with asyncio.timeout(rest_s):
                     await self._wake.wait()
             except TimeoutError:
                 pass
@@ -300,101 +322,78 @@ class Journal:
         self._hurry.clear()
 
     async def _write(self) -> bool:
-        """Write some of what has changed; False: nothing had to be. A trace is in it once: what becomes of it, or is
-        asked for, from when it was taken is for the next time."""
-        rows: list[TraceRow] = []
-        superseded: list[tuple[TraceName, int]] = []
-        expired = self._expired()
-        erased = [*expired]
-        taken: list[TraceKey] = []
-        waiting: dict[TraceKey, list[asyncio.Future[None]]] = {}
-        self._under_way = len(erased)
-        now, turn_s, nbytes = _clock(), clock.perf_s(), 0
+        """Write some of what has changed; False: nothing had to be."""
+        expired = self._ledger.expired(clock.now_s(), self._changed)
+        taken = _Taken([], {}, [], [], [], expired, [*expired])
+        self._under_way = len(expired)
+        away = frozenset[TraceName]()
         try:
-            for key in list(dict.fromkeys(self._erasing) | self._changed):  # who waits comes first
-                if nbytes + len(erased) * ERASED_BYTES >= BATCH_BYTES:
-                    break
-                self._changed.pop(key, None)
-                waiting[key] = self._erasing.pop(key, [])
-                taken.append(key)
-                self._under_way += 1
-                stored, trace = self._stored.get(key), self._traces.get(key)
-                if trace is not None:
-                    row = self._row(key, trace, stored, now)
-                    rows.append(row)
-                    nbytes += len(row.body)
-                    if stored is not None and self._stored[key].count == 0:
-                        superseded.append((TraceName(*key), row.number))
-                elif stored is not None:
-                    erased.append(key)
-                if clock.perf_s() - turn_s > TURN_S:
-                    await asyncio.sleep(0)
-                    turn_s = clock.perf_s()
-            if rows or erased:
-                await self._records.write(Batch(rows, superseded, [TraceName(*key) for key in erased]))
+            await self._take_some(taken)
+            if taken.rows or taken.erased:
+                bodies = await self._offload.run(partial(packed, [row.body for row in taken.rows]))
+                rows = [row._replace(body=body) for row, body in zip(taken.rows, bodies, strict=True)]
+                gone = self._ledger.gone(taken.erased)
+                away = await self._records.write(Batch(rows, taken.claims, taken.superseded, gone))
+                self.stats.batches += 1
+                self.stats.changes += len(rows)
+                self.stats.bytes_written += sum(map(len, bodies))
         except BaseException:
-            self._failed(taken, expired, waiting)
+            self._failed(taken)
             raise
         finally:
             self._under_way = 0
-        self.stats.batches += bool(rows or erased)
-        self.stats.changes += len(rows)
-        self.stats.bytes_written += nbytes
-        for key in erased:
-            del self._stored[key]
-        _tell(chain.from_iterable(waiting.values()))
-        return bool(rows or erased)
+        self.stats.whole = self._ledger.whole
+        self._ledger.wrote(taken.keys)
+        for key in taken.erased:
+            self._ledger.stored.pop(key, None)
+        for key in self._ledger.lost(away, taken.claims):
+            self.stats.lost += 1
+            self._let_go(key)
+        _tell(chain.from_iterable(taken.waiting.values()))
+        return bool(taken.rows or taken.erased)
 
-    def _row(self, key: TraceKey, trace: Trace, stored: _Stored | None, now: Clock) -> TraceRow:
-        before = stored.trace if stored is not None and not stored.full else None
-        follows = stored.number if stored is not None and before is not None else 0
-        self._number += 1
-        planned: Planned = tuple((alarm.at_s, alarm.kind) for alarm in self._traces.planned(key))
-        body = written(before, follows, trace, planned, now, self._editions)
-        if stored is None or before is None:
-            self._stored[key] = _Stored(trace, self._number, now.now_s, len(body))
-            self.stats.whole += 1
-        else:
-            stored.trace, stored.number, stored.at_s = trace, self._number, now.now_s
-            stored.since_bytes += len(body)
-            stored.count += 1
-        return TraceRow(key[0], key[1], self._number, VERSION, body)
+    async def _take_some(self, taken: _Taken) -> None:
+        """A trace is in it once: what becomes of it, or is asked for, from when it was taken is for the next time."""
+        now, turn_s, ledger = now_here(), clock.perf_s(), self._ledger
+        for key in list(dict.fromkeys(self._waiting) | self._changed):  # who waits comes first
+            if taken.nbytes + len(taken.erased) * ERASED_BYTES >= BATCH_BYTES:
+                break
+            self._changed.pop(key, None)
+            trace = self._traces.get(key)
+            if key in ledger.foreign:
+                if trace is None:
+                    ledger.foreign.discard(key)
+                _tell(self._waiting.pop(key, ()))
+                continue
+            taken.waiting[key] = self._waiting.pop(key, [])
+            taken.keys.append(key)
+            self._under_way += 1
+            if trace is not None:
+                planned: Planned = tuple((alarm.at_s, alarm.kind) for alarm in self._traces.planned(key))
+                row, claim, first = ledger.row(trace, planned, now)
+                taken.rows.append(row)
+                taken.claims.append(claim)
+                taken.nbytes += len(row.body)
+                if first:
+                    taken.superseded.append((TraceName(*key), first))
+            elif key in ledger.stored:
+                taken.erased.append(key)
+            if clock.perf_s() - turn_s > TURN_S:
+                await asyncio.sleep(0)
+                turn_s = clock.perf_s()
 
-    def _failed(
-        self, taken: list[TraceKey], expired: list[TraceKey], waiting: dict[TraceKey, list[asyncio.Future[None]]]
-    ) -> None:
+    def _failed(self, taken: _Taken) -> None:
         """All that was taken is written anew, and whole: nobody knows what the store has. Nothing is held for it."""
-        self._changed.update(dict.fromkeys(taken))
-        for key, told in waiting.items():
+        self._changed.update(dict.fromkeys(taken.keys))
+        for key, told in taken.waiting.items():
             if told:
-                self._erasing[key] = [*told, *self._erasing.get(key, ())]
-        if expired:
-            self._swept_s = -math.inf
-        for key in (*expired, *self._changed):
-            if (stored := self._stored.get(key)) is not None:
-                stored.trace = None
-
-    def _sweeping(self) -> bool:
-        """It is time to look for what has rested too long."""
-        return clock.now_s() - self._swept_s >= SWEEP_S
-
-    def _expired(self) -> list[TraceKey]:
-        """Of what nothing is to be kept any more, although it is known: some, none of it changed."""
-        if not self._sweeping():
-            return []
-        now_s, kept = clock.now_s(), self._stored.items()
-        old = (key for key, stored in kept if now_s - stored.at_s > self._keep_s and key not in self._changed)
-        found = list(islice(old, EXPIRED_MAX))
-        if len(found) < EXPIRED_MAX:
-            self._swept_s = now_s
-        return found
+                self._waiting[key] = [*told, *self._waiting.get(key, ())]
+        if taken.expired:
+            self._ledger.swept()
+        self._ledger.unsure((*taken.expired, *self._changed))
 
 
 def _tell(told: Iterable[asyncio.Future[None]]) -> None:
     for done in told:
         if not done.done():
             done.set_result(None)
-
-
-def _clock() -> Clock:
-    return Clock(clock.boot_id(), clock.now_s(), clock.wall_s())

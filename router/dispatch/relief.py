@@ -1,11 +1,12 @@
-"""Prompts that wait at prefill workers are placed anew where others have become idle.
+"""Steps that wait at workers are placed anew where others have become idle: prompts at prefill workers, and whole steps
+at decode workers whose memory is full of steps that do not give way.
 
 What was the cheapest place when a step came need not be it any more: what came after it has delayed it, or another
 worker is done. The last of the longest queue is looked at first: it waits longest.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from router.dispatch.predicted import Predicted
@@ -24,18 +25,18 @@ class _Waiting(NamedTuple):
     due_s: float
     """When its turn comes, about: in that order workers compute prompts."""
     work_s: float
-    """Of the prefill worker."""
+    """Of the worker."""
 
 
 class Relief:
-    """One router's. ``price`` says where a step would be placed now if not by that prefill worker. While it waits,
-    ``predicted`` says who is about to have its blocks.
+    """One pool's. ``price`` says where a step would be placed now if not by that worker. While it waits, ``predicted``
+    says who is about to have its blocks.
     """
 
     def __init__(
-        self, prefills: WorkerTable, predicted: Predicted, price: Callable[[Run, Key], Placement | None]
+        self, tables: Sequence[WorkerTable], predicted: Predicted, price: Callable[[Run, Key], Placement | None]
     ) -> None:
-        self._prefills = prefills
+        self._tables = tables
         self._predicted = predicted
         self._price = price
         self._queues: dict[Key, dict[Run, _Waiting]] = {}
@@ -50,16 +51,16 @@ class Relief:
             self._timer.cancel()
 
     def enter(self, run: Run, placement: Placement) -> None:
-        """A step was sent to where its prompt may have to wait."""
-        if placement.queued is not None and not self._closed:
-            now_s, at, work_s = clock.now_s(), placement.queued, placement.prefill_work_s
-            due_s = now_s + self._prefills.due_s(at, work_s)
+        """A step was sent to where it may have to wait."""
+        if placement.waits_at is not None and not self._closed:
+            now_s, (at, work_s) = clock.now_s(), placement.waits_at
+            due_s = now_s + max(table.due_s(at, work_s) for table in self._tables)
             self._queues.setdefault(at, {})[run] = _Waiting(now_s, due_s, work_s)
             self._plan()
 
     def leave(self, run: Run, placement: Placement) -> None:
         """Its prompt is computed, or it ended. Leaving twice is harmless."""
-        at = placement.queued
+        at, _ = placement.waits_at or (None, 0.0)
         if at is not None and at in self._queues:
             self._queues[at].pop(run, None)
             if not self._queues[at]:
@@ -75,11 +76,14 @@ class Relief:
         for queue in self._queues.values():
             for run in queue:
                 self._predicted.renew(run.request.step, run.hashes, now_s)
-        waits_s = self._prefills.queue_s(now_s)
-        rows = self._prefills.rows
+        waits_s = {
+            key: float(wait_s)
+            for table in self._tables
+            for key, wait_s in zip(table.keys, table.queue_s(now_s), strict=True)
+            if key in self._queues
+        }
         looks = LOOKS_MAX
-        longest = sorted(((float(waits_s[rows[key]]), key) for key in self._queues if key in rows), reverse=True)
-        for wait_s, key in longest:
+        for key, wait_s in sorted(waits_s.items(), key=lambda item: (-item[1], item[0])):
             queue = sorted(self._queues[key].items(), key=lambda item: item[1].due_s)
             while looks and len(queue) > 1:  # nothing is gained for the first: it is computed now
                 looks -= 1

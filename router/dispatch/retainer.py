@@ -179,7 +179,7 @@ class Retainer:
                 if prefetch is not None:
                     prefetch.cancel()
             case FreeContext(key, worker):
-                self._hint("decode", worker, ForgetContext(key[1], key[0]), Resident)
+                self._hint(None, worker, ForgetContext(key[1], key[0]), Resident)
             case StopSteps():
                 self._stop(effect)
 
@@ -284,7 +284,10 @@ class Retainer:
         same = next((w for w in workers if warm and (w.node, w.generation) == (warm.node, warm.generation)), None)
         return same or min(workers, key=lambda worker: self._members.load(worker.node).running, default=None)
 
-    def _node(self, role: str, node: NodeId | None) -> NodeInfo | None:
+    def _node(self, role: str | None, node: NodeId | None) -> NodeInfo | None:
+        """None for the role: whatever it is, also while it changes."""
+        if role is None:
+            return None if node is None else self._members.known(node)
         return next((info for info in self._members.live(role) if info.node == node), None)
 
     async def _ask(self, info: NodeInfo, request: Request, reply_type: type[R], timeout_s: float = CALL_TIMEOUT_S) -> R:
@@ -302,7 +305,7 @@ class Retainer:
             seldom.warning("a hint was not taken", about=info.node, hint=type(request).__name__, why=str(error))
             return None
 
-    def _hint(self, role: str, node: NodeId, request: Request, reply_type: type[Reply]) -> None:
+    def _hint(self, role: str | None, node: NodeId, request: Request, reply_type: type[Reply]) -> None:
         info = self._node(role, node)
         if info is not None:
             self._start(self._try(info, request, reply_type), f"{type(request).__name__} at {node}")

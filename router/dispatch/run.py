@@ -2,26 +2,31 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import cached_property
 
 import msgspec
 
-from router.dispatch.feasible import Needs, needs_of
 from router.dispatch.steps import StepRequest, Tell
 from router.fleet.load import Key, Warm
+from router.policy.feasible import Needs, needs_of
 from router.policy.placement import Placement
+from router.traces.asks import Begun
 from router.traces.contexts import Cut, Left, cut, joined
 from router.traces.events import StepEnded
 from router.traces.hits import Expected, Hits, Outcome, attribute
 from router.traces.trace import TraceKey
 from tracehaul.runtime import deadline
 from tracehaul.runtime.interruptible import Interruptible
-from tracehaul.wire.cluster import NodeInfo
+from tracehaul.wire.answers import answer_name
+from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import TraceDeleted
-from tracehaul.wire.hashing import extend_chain, pack_tokens, salted, token_count
+from tracehaul.wire.hashing import pack_tokens, token_count, unpack_tokens
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
+from tracehaul.wire.naming import Naming
+from tracehaul.wire.spent import Allowance
 from tracehaul.wire.steps import DecodeStep, FinishReason, StepUsage, TokenLogprobs
 
-WORTH = ("aborted", "stop", "length", "deadline_exceeded")
+WORTH = ("aborted", "stop", "length", "deadline_exceeded", "budget_exceeded")
 """Endings after which what was computed is worth coming back to: the API aborts a step at a stop string, too."""
 FAIR = ("aborted", "stop", "length")
 """Endings that a client does not answer by asking again: what it said was its trace's last step then was it."""
@@ -53,17 +58,21 @@ class Run:
         """What came of the context that it continues, as of now."""
         self.deleted = False
         """Its trace was, by the client."""
-        self.emitted: list[int] = []
+        self.emitted = unpack_tokens(request.begun.packed)
         self.scored_tokens = 0
         """Of the prompt, told in this or an earlier attempt."""
-        self.usage: StepUsage | None = None
+        self.usage = request.begun.usage
         """Of all attempts so far, as far as workers told."""
         self.context_max = 0
         """Of the worker that ran the last attempt."""
         self.avoid: set[Key] = set()
         """Workers that failed it, while there are others."""
         self.leaves: set[Key] = set()
-        """Prefill workers that it does not wait for any more."""
+        """Workers that it does not wait for any more."""
+        self.waited_s = 0.0
+        """For its turn."""
+        self.heard = False
+        """A worker has told something of it."""
         self.home_lost = False
         self.warm: Warm | None = None
         """Who holds how much of the prompt, as far as a worker told."""
@@ -71,15 +80,25 @@ class Run:
         self.block_tokens = 0
         self._lefts = (*parents, *own)
         self._own = own
-        self._root = BlockHash(b"")
+        self._naming = Naming(BlockHash(b""), 0)
         self._cut = Cut(b"", (), None, 0)
         self._expected: Expected | None = None
         self._changed = request.changed
         self._warm_gone = False
         self._attempts = 0
+        self._grown = len(self.emitted)
+        """What was told of by :meth:`grown`."""
         self._waits = Interruptible()
         self._deadline: asyncio.TimerHandle | None = None
         """Ends the wait during which it passes."""
+
+    @cached_property
+    def _answer(self) -> bytes:
+        return answer_name(self._naming.tenant, self.request.prompt, self.request.sampling)
+
+    def begun_by(self, load: NodeLoad) -> bool:
+        """Whether a worker that says so has begun its answer, for a router that is gone; the prompt was cut."""
+        return bool(load.orphans) and self._answer in load.orphans
 
     @property
     def hashes(self) -> Sequence[BlockHash]:
@@ -90,6 +109,11 @@ class Run:
     def needs(self) -> Needs:
         """What the next attempt takes of its worker."""
         return needs_of(self.request.sampling, scores=self.prompt_logprobs is not None, began=bool(self.emitted))
+
+    @property
+    def background(self) -> bool:
+        """Whether workers let everything else go first."""
+        return self.request.step_class == "background"
 
     @property
     def forks(self) -> bool:
@@ -103,11 +127,11 @@ class Run:
 
     def cut(self, worker: NodeInfo) -> None:
         """Hash the prompt's blocks as that worker does; once, since a fleet serves one layout."""
-        root = salted(worker.root, self.request.salt)
-        if root == self._root:
+        naming = Naming(worker.root, worker.block_tokens, worker.hashing, self.request.salt)
+        if naming == self._naming:
             return
-        self._root, self.block_tokens = root, worker.block_tokens
-        self._cut = cut(root, self.request.prompt, worker.block_tokens, self._lefts)
+        self._naming, self.block_tokens = naming, worker.block_tokens
+        self._cut = cut(naming, self.request.prompt, self._lefts)
         if self._lefts and self._changed is not None:
             had = token_count(self._lefts[-1].packed)
             self._changed = msgspec.structs.replace(self._changed, tokens=max(0, had - self._cut.shared_tokens))
@@ -118,7 +142,9 @@ class Run:
             if not self.forks or kept == left.warm.retained_tokens:
                 self.warm = Warm(left.warm.node, left.warm.generation, kept)
 
-    def message(self, worker: NodeInfo, placement: Placement, parent: TraceId | None) -> DecodeStep:
+    def message(
+        self, worker: NodeInfo, placement: Placement, parent: TraceId | None, allowance: Allowance | None = None
+    ) -> DecodeStep:
         """What that worker is told; ``parent`` is the trace that started this one."""
         request = self.request
         return DecodeStep(
@@ -138,6 +164,8 @@ class Run:
             step_class=request.step_class,
             priority=request.priority,
             deadline_in_s=deadline.left_s(request.deadline_s),
+            known_tokens=self._expected.theoretical if self._expected is not None else 0,
+            allowance=allowance,
         )
 
     def takes(self, placement: Placement) -> bool:
@@ -166,7 +194,8 @@ class Run:
 
     def account(self, usage: StepUsage) -> StepUsage:
         """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""
-        before = self.request.prompt_tokens
+        # Where nobody knows what was cached when it was begun, in another life: the last token was not.
+        before = self.request.prompt_tokens - bool(self.request.begun.packed)
         if self.usage is not None:
             before = self.usage.computed_from
         elif self._attempts > 1 and self._expected is not None:
@@ -217,14 +246,47 @@ class Run:
         left = self._left() if self.emitted and self.ending in WORTH else None
         request = self.request
         final = request.final and self.ending in FAIR
-        return StepEnded(self.key, request.step, self.ending, len(self.emitted), self.hits, left, reload_token_s, final)
+        return StepEnded(
+            self.key,
+            request.step,
+            self.ending,
+            len(self.emitted),
+            self.hits,
+            left,
+            reload_token_s,
+            final,
+            self._begun() if request.ask else None,
+        )
+
+    def grown(self) -> bytes | None:
+        """The tokens so far, packed; None: there is none more than when they were asked for last."""
+        if len(self.emitted) == self._grown:
+            return None
+        self._grown = len(self.emitted)
+        return pack_tokens(self.emitted)
+
+    def _begun(self) -> Begun:
+        """What it begins with when it is asked for again."""
+        packed = pack_tokens(self.emitted)
+        match self.ending:
+            case "stop" | "length" as ending:
+                return Begun(packed, ending, self.usage, self.hits)
+            case _:
+                return Begun(packed, None, self.usage, self.hits)
 
     def _left(self) -> Left:
         """The context that it leaves to the next."""
         packed = self.request.prompt + pack_tokens(self.emitted[:-1])
-        hashes = extend_chain(self._root, packed, self.block_tokens, self._cut.hashes, self.request.prompt_tokens)
+        naming = self._naming
+        hashes = naming.extend(packed, self._cut.hashes, self.request.prompt_tokens)
         return Left(
-            self.request.step, self._root, self.block_tokens, packed, joined(hashes), self.published_tokens, self.warm
+            self.request.step,
+            naming.tenant,
+            self.block_tokens,
+            packed,
+            joined(hashes),
+            self.published_tokens,
+            self.warm,
         )
 
     # --- what others decide -----------------------------------------------------------------------------------
@@ -251,10 +313,10 @@ class Run:
         self.deleted = True
         self._waits.interrupt(self._was_deleted())
 
-    def move(self, prefill: Key, wait_s: float, cost_s: float) -> None:
+    def move(self, worker: Key, wait_s: float, cost_s: float) -> None:
         """Place it anew, from another task, if it waits for that worker: see :class:`BetterPlace`."""
         if self._waits.interrupt(BetterPlace(wait_s, cost_s)):
-            self.leaves.add(prefill)
+            self.leaves.add(worker)
 
     def close(self) -> None:
         """No wait follows."""

@@ -5,9 +5,14 @@ from typing import Protocol
 
 import msgspec
 
+from router.dispatch.flips import FlipOutcome
 from router.fleet.members import NodeStatus
+from router.policy.prices import UNLIMITED, Bill, Limits
+from router.policy.slack import Slack
+from router.traces.asks import NOTHING, Begun
 from router.traces.book import Book
 from router.traces.hits import Changed, Hits
+from tracehaul.wire.cluster import WorkerRole
 from tracehaul.wire.hashing import token_count
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.steps import FinishReason, Sampling, StepClass, StepUsage, TokenLogprobs
@@ -49,6 +54,16 @@ class StepRequest(msgspec.Struct, frozen=True):
     """Where the prompt parts from what its trace has run, as far as its text tells; tokens are not counted yet."""
     agent: str = ""
     """Names the kind of agent, as far as the call tells: see :class:`router.traces.trace.Trace`."""
+    ask: bytes = b""
+    """As :attr:`router.traces.asks.Ask.name`; empty: it is not to be asked again."""
+    keyed: bool = False
+    """As in :class:`router.traces.asks.Ask`."""
+    begun: Begun = NOTHING
+    """What came of it when it was asked for before: told first, and not sampled again."""
+    limits: Limits = UNLIMITED
+    """Of its trace, as far as its call says any."""
+    choices: int = 1
+    """Steps of its call that have its prompt and have not begun, it among them."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -117,6 +132,23 @@ class Dispatcher(Protocol):
         """Its traces."""
         ...
 
+    def bill(self, step: StepId) -> Bill:
+        """What a step has cost so far; nothing where that is not known any more."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Of what things cost."""
+        ...
+
+    def slack(self) -> Slack:
+        """How many steps of the background may be in progress."""
+        ...
+
     def nodes(self) -> list[NodeStatus]:
         """Every known node, by name."""
+        ...
+
+    async def flip(self, node: NodeId, role: WorkerRole) -> FlipOutcome:
+        """As :meth:`router.dispatch.flips.Flips.flip`."""
         ...

@@ -4,7 +4,7 @@ Pure. The router enters what it sends and what comes back, since heartbeats are 
 was sent there and has not answered, in seconds at its own rates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from tracehaul.wire.ids import Generation, NodeId
 
 Column = NDArray[np.float64]
 
-FIGURES = 8
+FIGURES = 10
+_SENT = 5
 
 
 class Key(NamedTuple):
@@ -24,6 +25,18 @@ class Key(NamedTuple):
 
     node: NodeId
     generation: Generation
+
+
+class Row(NamedTuple):
+    """One worker as a table had it, to be written down."""
+
+    key: Key
+    figures: tuple[float, ...]
+    """What it said of itself."""
+    running: int
+    decoding: int
+    work_s: float
+    until_s: float
 
 
 OVERDUE_SHARE = 0.3
@@ -41,6 +54,8 @@ class _Account:
     """Prompts that are still computed, by estimate."""
     until_s: float = 0.0
     """When they should be done, one after the other."""
+    tokens: float = 0.0
+    """Contexts of all of them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,7 @@ class WorkerTable:
         self.keys: list[Key] = []
         self.rows: dict[Key, int] = {}
         self._columns = np.zeros((FIGURES, 0))
-        self._sent = np.zeros((4, 0))
+        self._sent = np.zeros((_SENT, 0))
 
     def __len__(self) -> int:
         """Workers."""
@@ -76,7 +91,7 @@ class WorkerTable:
             self.rows = {key: row for row, key in enumerate(self.keys)}
             figures = [_figures(info, load) for info, load in zip(infos, loads, strict=True)]
             self._columns = np.array(figures, dtype=np.float64).reshape(-1, FIGURES).T.copy()
-            self._sent = np.zeros((4, len(infos)))
+            self._sent = np.zeros((_SENT, len(infos)))
             for row, key in enumerate(self.keys):
                 self._write(row, self._accounts.get(key))
             return
@@ -85,10 +100,34 @@ class WorkerTable:
                 self._columns[:, row] = _figures(infos[row], load)
         self._loads = list(loads)
 
-    def sent(self, key: Key, work_s: float, now_s: float) -> None:
-        """A step was sent there, whose prompt takes so long."""
+    def written(self, rows: Iterable[int]) -> list[Row]:
+        """Those rows, to be read by :meth:`read`."""
+        found: list[Row] = []
+        for row in rows:
+            running, decoding, work_s, until_s, _ = self._sent[:, row].tolist()
+            figures = tuple(float(f"{figure:.6g}") for figure in self._columns[:, row])
+            found.append(Row(self.keys[row], figures, int(running), int(decoding), work_s, until_s))
+        return found
+
+    @staticmethod
+    def read(rows: Sequence[Row]) -> "WorkerTable":
+        """A table of these."""
+        table = WorkerTable()
+        table.keys = [row.key for row in rows]
+        table.rows = {key: number for number, key in enumerate(table.keys)}
+        table._columns = np.array([row.figures for row in rows], dtype=np.float64).reshape(-1, FIGURES).T.copy()
+        table._sent = np.zeros((_SENT, len(rows)))
+        for number, row in enumerate(rows):
+            account = _Account(row.running, row.decoding, row.work_s, row.until_s)
+            table._accounts[row.key] = account
+            table._write(number, account)
+        return table
+
+    def sent(self, key: Key, work_s: float, now_s: float, tokens: float = 0.0) -> None:
+        """A step was sent there, whose prompt takes so long, and has so many tokens."""
         account = self._accounts.setdefault(key, _Account())
         account.running += 1
+        account.tokens += tokens
         account.work_s += work_s
         account.until_s = max(now_s, account.until_s) + work_s
         self._tell(key, account)
@@ -102,10 +141,11 @@ class WorkerTable:
             account.until_s = now_s + account.work_s
         self._tell(key, account)
 
-    def ended(self, key: Key, work_s: float, *, computed: bool) -> None:
+    def ended(self, key: Key, work_s: float, *, computed: bool, tokens: float = 0.0) -> None:
         """A step ended there, before its first token if not ``computed``."""
         account = self._accounts[key]
         account.running -= 1
+        account.tokens -= tokens
         assert account.running >= 0
         if computed:
             account.decoding -= 1
@@ -128,7 +168,7 @@ class WorkerTable:
 
     def queue_s(self, now_s: float) -> Column:
         """How long a prompt that is sent now waits for its turn."""
-        _, _, work_s, until_s = self._sent
+        _, _, work_s, until_s, _ = self._sent
         return np.minimum(work_s, np.maximum(until_s - now_s, OVERDUE_SHARE * work_s))
 
     @property
@@ -140,6 +180,11 @@ class WorkerTable:
     def decoding(self) -> Column:
         """Steps that get tokens now."""
         return self._sent[1]
+
+    @property
+    def sent_tokens(self) -> Column:
+        """Of the prompts of steps in progress."""
+        return self._sent[4]
 
     @property
     def token_s(self) -> Column:
@@ -176,6 +221,17 @@ class WorkerTable:
         """Missing tokens that a decode worker computes itself in any case."""
         return self._columns[6]
 
+    @property
+    def held_tokens(self) -> Column:
+        """KV memory of a worker whose steps hold theirs until they end, while others wait for it; 0 where they give
+        way."""
+        return self._columns[8]
+
+    @property
+    def kv_tokens(self) -> Column:
+        """KV memory; 0 where that is not known, or sequences share it, as in servers that schedule themselves."""
+        return self._columns[9]
+
     def due_s(self, key: Key, work_s: float) -> float:
         """When it is the turn of a prompt there that takes so long, counted from when it came."""
         row = self.rows.get(key)
@@ -191,10 +247,18 @@ class WorkerTable:
 
     def _write(self, row: int, account: _Account | None) -> None:
         if account is not None:
-            self._sent[:, row] = (account.running, account.decoding, account.work_s, account.until_s)
+            self._sent[:, row] = (
+                account.running,
+                account.decoding,
+                account.work_s,
+                account.until_s,
+                account.tokens,
+            )
 
 
 def _figures(info: NodeInfo, load: NodeLoad) -> tuple[float, ...]:
     rates = Rates(load.token_s, load.pair_s, load.decode_s, load.pull_token_s) if load.token_s else info.rates
     limits = info.limits
-    return *rates, float(load.free_tokens), load.shared, float(limits.local_prefill_tokens), limits.stretch
+    held = float(limits.kv_tokens_max) if "suspension" in info.lacks else 0.0
+    own = float(limits.kv_tokens_max) if info.engine in ("", "native") else 0.0
+    return *rates, float(load.free_tokens), load.shared, float(limits.local_prefill_tokens), limits.stretch, held, own

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 import msgspec
 
 from router.fleet.epochs import Epochs
+from router.fleet.flips import FlipConfig, View, Worker, may_flip
+from router.fleet.listening import Listener, Nobody
 from router.fleet.lists import MemberList
-from router.fleet.pools import Pool, pools_of, refusal
+from router.fleet.pools import WORKERS, Pool, pools_of, refusal
 from tracehaul.rpc.base import CallContext
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
 from tracehaul.wire.base import Ok, Ping
-from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad, Viewer
+from tracehaul.wire.cluster import Heartbeat, Join, NodeInfo, NodeLoad, Objection, Viewer
 from tracehaul.wire.errors import ClusterError, Fenced, NameTaken, WrongCluster, WrongNode, WrongPool, WrongVersion
-from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.ids import NodeId
 from tracehaul.wire.messages import Reply, Request
 from tracehaul.wire.version import WIRE, understands
 
@@ -41,7 +43,8 @@ class NodeStatus(msgspec.Struct, frozen=True):
     info: NodeInfo
     load: NodeLoad
     health: str
-    """``ready``; ``joining`` while it cannot serve; ``draining``; or ``suspect`` when heartbeats are late."""
+    """``ready``; ``joining`` while it cannot serve; ``turning`` while its role is changed; ``draining``; or
+    ``suspect`` when heartbeats are late."""
     heartbeat_age_s: float
 
 
@@ -75,18 +78,29 @@ class _Member:
 class MemberRegistry:
     """The router's rpc service. ``on_stores`` is called with all store nodes after one of them joined or left."""
 
-    def __init__(self, on_stores: Callable[[tuple[NodeInfo, ...]], None], terms: Terms | None = None) -> None:
+    def __init__(
+        self,
+        on_stores: Callable[[tuple[NodeInfo, ...]], None],
+        terms: Terms | None = None,
+        flips: FlipConfig | None = None,
+    ) -> None:
         self._members: dict[NodeId, _Member] = {}
         self._on_stores = on_stores
         self._terms = terms or Terms()
+        self._flips = flips or FlipConfig()
+        self._turned_s: dict[str, float] = {}
+        """When a role changed last, by pool."""
         self._lists: dict[Viewer, MemberList] = {}
         self._touched: dict[NodeId, None] = {}
         """Whom nobody was told of yet."""
         self._telling: asyncio.TimerHandle | None = None
+        self.looked: Callable[[], None] = lambda: None
+        """Called after the members were looked after, now and then."""
         self._ticking: asyncio.TimerHandle | None = None
         self._tick_at_s = 0.0
         self._whole_at_s: float | None = None
         """When everybody who lives has had the time to join this router; None before the first has."""
+        self.listener: Listener = Nobody()
         self._given_up_until_s = 0.0
         """Until then nodes may leave since the router stood still."""
 
@@ -94,9 +108,8 @@ class MemberRegistry:
         match request:
             case Ping():
                 return Ok()
-            case Heartbeat(node, generation, load):
-                self._heard(node, generation, load)
-                return Ok()
+            case Heartbeat():
+                return self._heard(request)
             case _:
                 raise WrongNode(f"the router does not serve {type(request).__name__}")
 
@@ -148,7 +161,32 @@ class MemberRegistry:
             and now_s - member.heard_s < SUSPECT_AFTER_S
             and member.load.serving
             and not member.load.draining
+            and not member.load.turning
         ]
+
+    def view(self) -> View:
+        """The fleet, for who wants to change roles in it."""
+        now_s = clock.now_s()
+        members = [member for _, member in sorted(self._members.items()) if member.info.role in WORKERS]
+        workers = [
+            Worker(
+                member.info,
+                turning=bool(member.load.turning),
+                live=now_s - member.heard_s < SUSPECT_AFTER_S and member.load.serving and not member.load.draining,
+            )
+            for member in members
+        ]
+        settled = self._whole_at_s is not None and now_s >= self._whole_at_s
+        return View(workers, len(self.live("store")), settled, dict(self._turned_s))
+
+    def may_flip(self, node: NodeId, role: str) -> str | None:
+        """Why that worker may not have that role now, by what this router knows; None if it may."""
+        return may_flip(self.view(), node, role, clock.now_s(), self._flips.cooldown_s)
+
+    def known(self, node: NodeId) -> NodeInfo | None:
+        """What the member of that name says of itself."""
+        member = self._members.get(node)
+        return member.info if member is not None else None
 
     def load(self, node: NodeId) -> NodeLoad:
         """What a member last said of itself."""
@@ -172,6 +210,8 @@ class MemberRegistry:
             member = self._members[node]
             age_s = now_s - member.heard_s
             health = "draining" if member.load.draining else "ready" if member.load.serving else "joining"
+            if member.load.turning:
+                health = "turning"
             if age_s >= SUSPECT_AFTER_S:
                 health = "suspect"
             statuses.append(NodeStatus(member.info, member.load, health, age_s))
@@ -197,6 +237,9 @@ class MemberRegistry:
             if silent_s < SUSPECT_AFTER_S:
                 where = " on ".join(filter(None, (before.info.address, before.info.host)))
                 raise NameTaken(f"another {node} is alive at {where}, heard {silent_s:.1f} s ago")
+        said = before.info if before is not None and before.info.generation == info.generation else info
+        if info.role_epoch < said.role_epoch:
+            raise WrongNode(f"{node} has said since then that it is a {said.role} worker")
         why = refusal(info, self.infos(), terms.models)
         if why is not None:
             raise self._refused(WrongPool(why))
@@ -211,9 +254,15 @@ class MemberRegistry:
         info = msgspec.structs.replace(info, epoch=epoch)
         if before is not None:
             self._end(before, info)
+            if before.info.generation != info.generation:
+                self.listener.gone(before.info, now_s - before.heard_s)
         member = _Member(info, join.load, now_s, self._list(Viewer(info.role, info.pool)))
         self._members[node] = member
+        self._tell_of(member, join.load, new=join.info.epoch == 0)
         log.info("a node joined", node=node, role=info.role, pool=info.pool, address=info.address, epoch=epoch)
+        if info.role_epoch > said.role_epoch:
+            log.info("a node has another role", node=node, was=said.role, role=info.role, role_epoch=info.role_epoch)
+            self._turned_s[info.pool] = now_s
         self._changed(info)
         self._look(now_s)
         return member
@@ -235,13 +284,27 @@ class MemberRegistry:
         return found
 
     def _remove(self, node: NodeId) -> None:
-        self._changed(self._members.pop(node).info)
+        member = self._members.pop(node)
+        self._changed(member.info)
+        self.listener.gone(member.info, clock.now_s() - member.heard_s)
 
-    def _heard(self, node: NodeId, generation: Generation, load: NodeLoad) -> None:
+    def _tell_of(self, member: _Member, load: NodeLoad, *, new: bool) -> None:
+        """It says this of itself: whom it worked for is the listener's business alone."""
+        self.listener.heard(member.info, load, clock.now_s(), new=new)
+        member.load = msgspec.structs.replace(load, charges=()) if load.charges else load
+
+    def _heard(self, beat: Heartbeat) -> Reply:
+        node, load = beat.node, beat.load
         member = self._members.get(node)
-        if member is None or member.info.generation != generation:
-            raise WrongNode(f"{node}#{generation} is not a member: join first")
-        before, member.load, now_s = member.load, load, clock.now_s()
+        if member is None or (member.info.generation, member.info.role_epoch) != (beat.generation, beat.role_epoch):
+            raise WrongNode(f"{node}#{beat.generation} is not a member: join first")
+        objection = None
+        if load.turning and not member.load.turning:
+            objection = self.may_flip(node, load.turning)
+            load = msgspec.structs.replace(load, turning="" if objection else load.turning)
+            log.info("a node wants another role", node=node, role=load.turning, objection=objection)
+        before, now_s = member.load, clock.now_s()
+        self._tell_of(member, load, new=False)
         if member.silent:
             member.silent = False
             log.info("a node is heard again", node=node, silent_s=now_s - member.heard_s)
@@ -251,6 +314,7 @@ class MemberRegistry:
         if load.draining != before.draining:
             log.info("a node is draining" if load.draining else "a node takes new blocks again", node=node)
             self._touch(node)
+        return Ok() if objection is None else Objection(objection)
 
     # --- silence ------------------------------------------------------------------------------------------
 
@@ -277,6 +341,7 @@ class MemberRegistry:
                 member.ended = WrongNode(f"{node} was silent for {LOST_AFTER_S:g} s: join again")
                 self._remove(node)
                 member.wake.set()
+        self.looked()
         if self._members:
             self._look(now_s)
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,36 +13,46 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jobs.cap import Cap, Grants
+from jobs.runner import Runner
+from jobs.webhooks.outbox import Outbox
 from router.calls.calls import UNFORESEEN, Calls
 from router.calls.errors import CallFailed
 from router.calls.text import Text
 from router.dialects.base import Dialect, Teller
-from router.dialects.chat import Chat
 from router.dialects.completions import Completions
 from router.dialects.messages import Messages
 from router.dialects.messages.answers import error_body as messages_error
 from router.dialects.openai.errors import error_body
 from router.dispatch.steps import Dispatcher
-from router.http.access import Gate
+from router.http.access import ANYBODY, Caller, Gate
+from router.http.chats import ChatEndpoint, ChatPages, Chats
 from router.http.config import ApiConfig
 from router.http.endpoint import Endpoint
 from router.http.entrance import Edge, Entrance, Origins
+from router.http.erasing import Erasing
 from router.http.errors import STATUS, headers_of
 from router.http.jobs import Jobs, JobsServed
 from router.http.keys import Keyring
 from router.http.openapi import document
+from router.http.outliving import Outliving
 from router.http.pages import Pages, json_response
+from router.http.repeats import Repeats
 from router.http.request_ids import RequestIds
-from router.http.responses import ResponsePages, ResponsesEndpoint
+from router.http.response_pages import ResponsePages
+from router.http.responses import ResponsesEndpoint
+from router.http.roles import RolePages
 from router.http.tokens import TokenPages
+from router.http.told import note_response
 from router.http.traces import TracePages
 from router.http.translate import translate
+from router.http.turns import Turns
 from router.http.visits import Visits
 from tracehaul.runtime.offload import Offload
+from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.errors import ClusterError
 
 DIALECTS: Mapping[str, Dialect[Teller]] = {
-    "/v1/chat/completions": Chat(),
     "/v1/completions": Completions(),
     "/v1/messages": Messages(),
 }
@@ -61,6 +72,9 @@ def create_app(
     dialects: Mapping[str, Dialect[Teller]] = DIALECTS,
     keyring: Keyring | None = None,
     jobs: Jobs | None = None,
+    chats: Chats | None = None,
+    outbox: Outbox | None = None,
+    outliving: Outliving | None = None,
 ) -> ASGIApp:
     """The whole HTTP surface.
 
@@ -74,22 +88,33 @@ def create_app(
         dialects: the dialect at each path.
         keyring: the keys that are valid; None: nobody is asked for one.
         jobs: files and batches that are kept here; None: none are.
+        chats: chat completions that are; None: none are.
+        outbox: is told what has ended; None: nobody is.
+        outliving: where what runs in the background outlives this router; None: it does not.
     """
     calls = Calls(dispatcher, texts, config, offload, dice)
-    pages = Pages(dispatcher, metrics_render)
-    traces = TracePages(dispatcher.book)
+    pages, roles = Pages(dispatcher, metrics_render), RolePages(dispatcher)
     logged = keyring is not None if config.access_log is None else config.access_log
-    edge = Edge(Gate(keyring), Origins(config.origins), Visits(on=logged, content=config.log_content))
-    responses = ResponsesEndpoint(calls, config, dice, edge)
+    runner = Runner(_grants(dispatcher, config.batch_concurrency), dice)
+    gate, visits = Gate(keyring), Visits(on=logged, content=config.log_content)
+    repeats = Repeats(config, gate, calls.admission, visits)
+    edge = Edge(gate, Origins(config.origins), visits, Turns(runner, config), repeats)
+    traces = TracePages(dispatcher.book, repeats.forget)
+    responses = ResponsesEndpoint(calls, config, dice, edge, outliving, _callers(keyring))
+    if outbox is not None:
+        responses.tell(partial(note_response, outbox))
     tokens = TokenPages(calls, dispatcher, responses, config, offload, dice, edge.gate, _told)
     endpoints: dict[str, ASGIApp] = {path: Endpoint(d, calls, config, dice, edge) for path, d in dialects.items()}
+    endpoints["/v1/chat/completions"] = ChatEndpoint(calls, config, dice, edge, chats)
     endpoints["/v1/responses"] = responses
     called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
-    background = None if jobs is None else JobsServed(jobs, endpoints, texts, keyring, config, dice)
-    kept = [] if background is None else background.routes()
+    background = None if jobs is None else JobsServed(jobs, endpoints, texts, keyring, config, dice, runner, outbox)
+    erasing = Erasing(traces, responses, outliving, chats, jobs)
+    kept = [*([] if background is None else background.routes()), *([] if chats is None else _stored(ChatPages(chats)))]
+    kept.append(Route("/v1/data", erasing.erase, methods=["DELETE"]))
     rest = Starlette(
-        routes=[*called, *_pages(ResponsePages(responses), tokens, pages, traces), *kept],
-        lifespan=_living(responses, background),
+        routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles), *kept],
+        lifespan=_living(responses, repeats, background, chats, outbox, runner),
         middleware=[
             Middleware(RequestIds, dice=dice),
             *edge.origins.middleware(),
@@ -108,20 +133,55 @@ def create_app(
     return app
 
 
+def _grants(dispatcher: Dispatcher, lines_max: int) -> Grants:
+    """What the fleet has room for."""
+
+    def granted() -> Cap:
+        room = dispatcher.slack()
+        return Cap(min(room.steps, lines_max), room.until_s)
+
+    return granted
+
+
+def _callers(keyring: Keyring | None) -> Callable[[str | None], Caller | None]:
+    """Whose an API key is, by its id."""
+
+    def caller(name: str | None) -> Caller | None:
+        if keyring is None:
+            return ANYBODY
+        key = None if name is None else keyring.of(name)
+        return None if key is None else Caller(key)
+
+    return caller
+
+
 def _living(
-    responses: ResponsesEndpoint, jobs: JobsServed | None
+    responses: ResponsesEndpoint,
+    repeats: Repeats,
+    jobs: JobsServed | None,
+    chats: Chats | None,
+    outbox: Outbox | None,
+    runner: Runner,
 ) -> Callable[[object], AbstractAsyncContextManager[None]]:
     """What runs beside calls, as long as the server does."""
 
     @asynccontextmanager
     async def living(app: object) -> AsyncGenerator[None, None]:
-        async with responses.living(app), nullcontext() if jobs is None else jobs.living():
-            yield
+        async with Tasks("background") as tasks, repeats.living():
+            tasks.start(runner.run(), "queue")
+            if chats is not None:
+                tasks.start(chats.sweep(), "chats")
+            if outbox is not None:
+                tasks.start(outbox.run(), "webhooks")
+            async with responses.living(app), nullcontext() if jobs is None else jobs.living():
+                yield
+            if outbox is not None:
+                await outbox.flushed()
 
     return living
 
 
-def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages) -> list[Route]:
+def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages, roles: RolePages) -> list[Route]:
     """All but the calls."""
     return [
         Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
@@ -136,6 +196,7 @@ def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TraceP
         Route("/v1/models", pages.models, methods=["GET"]),
         Route("/v1/models/{name:path}", pages.model, methods=["GET"]),
         Route("/v1/traces", traces.list, methods=["GET"]),
+        Route("/v1/traces", traces.delete_all, methods=["DELETE"]),
         Route("/v1/traces/{id:path}/suspend", traces.suspend, methods=["POST"]),
         Route("/v1/traces/{id:path}/resume", traces.resume, methods=["POST"]),
         Route("/v1/traces/{id:path}/pin", traces.pin, methods=["POST"]),
@@ -146,6 +207,19 @@ def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TraceP
         Route("/openapi.json", pages.openapi, methods=["GET"]),
         Route("/metrics", pages.metrics, methods=["GET"]),
         Route("/cluster", pages.cluster, methods=["GET"]),
+        Route("/cluster/{id}/role", roles.change, methods=["POST"]),
+    ]
+
+
+def _stored(chats: ChatPages) -> list[Route]:
+    """Those of chat completions that are kept."""
+    one = "/v1/chat/completions/{id}"
+    return [
+        Route("/v1/chat/completions", chats.list, methods=["GET"]),
+        Route(one, chats.show, methods=["GET"]),
+        Route(one, chats.update, methods=["POST"]),
+        Route(one, chats.delete, methods=["DELETE"]),
+        Route(f"{one}/messages", chats.messages, methods=["GET"]),
     ]
 
 

@@ -1,8 +1,8 @@
 """The edge to the server: bodies in, answers out, and clients that leave."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
@@ -123,7 +123,7 @@ class Reply:
         self._send = send
         self._chunks = chunks
         self._dialect = dialect
-        self.broken = dialect.broken
+        self.broken: Callable[[CallFailed], bytes] = dialect.broken
         """How a stream that has begun ends with an error."""
         self._timeout_s = timeout_s
         self._silence_s = silence_s
@@ -236,3 +236,32 @@ class Reply:
             self._ended = True
             raise ClientGone from error
         self._sending = False
+
+
+async def attended(work: Coroutine[Any, Any, None], receive: Receive, reply: Reply) -> None:
+    """Answer, as long as the client is there and takes what is sent.
+
+    Raises:
+        ClientGone: it is not, or does not.
+        Exception: what ``work`` raises.
+    """
+    answering = asyncio.create_task(work)
+    watch = asyncio.create_task(disconnected(receive))
+    try:
+        await _attend(answering, watch, reply)
+        if not answering.done():
+            raise ClientGone
+        answering.result()
+    finally:
+        answering.cancel()
+        watch.cancel()
+        await asyncio.gather(answering, watch, return_exceptions=True)
+        del answering  # its exception leads back to this frame, and would keep the body alive
+
+
+async def _attend(answering: asyncio.Task[None], watch: asyncio.Task[None], reply: Reply) -> None:
+    """Until one of the two has ended; meanwhile the answer is looked after."""
+    done: set[asyncio.Task[None]] = set()
+    while not done:
+        pause_s = await reply.look()
+        done, _ = await asyncio.wait((answering, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)

@@ -19,7 +19,7 @@ from router.dialects.body import parse
 from router.http.access import caller_of
 from router.http.asgi import body_of
 from router.http.files import AGE_S_MAX, AGE_S_MIN
-from router.http.pages import json_response, page_after, page_limit
+from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
 
@@ -80,16 +80,6 @@ class BatchObject(msgspec.Struct, frozen=True):
     object: Literal["batch"] = "batch"
 
 
-class BatchList(msgspec.Struct, frozen=True):
-    """``GET /v1/batches``."""
-
-    data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-    object: Literal["list"] = "list"
-
-
 class BatchPages:
     """A tenant (its key's, else ``cache_salt``) sees its own batches only."""
 
@@ -143,9 +133,7 @@ class BatchPages:
         limit = page_limit(request)
         all_ = self._batches.list(salt(request))
         found = page_after(request, all_[::-1], "batch", lambda batch: batch.id)
-        page = [told(batch) for batch in found[:limit]]
-        ends = (page[0].id, page[-1].id) if page else (None, None)
-        return json_response(BatchList(page, *ends, has_more=len(found) > len(page)))
+        return listed([told(batch) for batch in found[:limit]], lambda batch: batch.id, more=len(found) > limit)
 
     async def show(self, request: Request) -> Response:
         """``GET /v1/batches/{id}``."""

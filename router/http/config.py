@@ -20,10 +20,21 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     """A client that reads nothing for this long is taken for gone."""
     keepalive_s: Seconds = 10.0
     """After this much silence a stream starts, if it has not, and carries a comment."""
+    idempotency_bytes_max: Count = 64 * 2**20
+    """Memory for answers to calls with an ``Idempotency-Key``, packed; beyond it the oldest are forgotten."""
+    idempotency_age_s: Seconds = 86400.0
+    """Older ones are forgotten, too."""
+    idempotency_grace_s: Seconds = 30.0
+    """Such a call goes on for so long when its client has left, for the client to come back."""
     responses_max: Count = 4096
     """Responses that are kept for later calls (``store``); beyond it, as beyond the next, old ones are forgotten."""
     responses_bytes_max: Count = 256 * 2**20
     responses_age_s: Seconds = 86400.0
+    """Older ones are forgotten, too."""
+    chats_max: Count = 10_000
+    """Chat completions that are kept (``store``); beyond it, as beyond the next, old ones are forgotten."""
+    chats_bytes_max: Count = 2**30
+    chats_age_s: Seconds = 30 * 86400.0
     """Older ones are forgotten, too."""
     background_max: Count = 64
     """Responses that run in the background; more are answered 503. A key's tenant has no more of them than are free
@@ -37,8 +48,10 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     files_max: Count = 10_000
     batches_max: Count = 100
     """Batches of each tenant that are not over; more are answered 429."""
-    batch_concurrency: Count = 4
-    """Lines of batches that are asked at once, of all batches together."""
+    batch_concurrency: Count = 64
+    """Calls of the background in progress, lines of batches above all; what the fleet has room for may be less."""
+    flex_wait_s: Seconds = 600.0
+    """A call of the background (``service_tier`` flex) waits so long for room; then it is answered 429."""
     connections_max: Count = 8192
     """Open connections; calls on more are answered 503, and still more connections are closed."""
     headers_timeout_s: Seconds = 20.0

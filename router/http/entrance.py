@@ -13,7 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.calls.errors import CallFailed
 from router.http.access import CALLER, PUBLIC, Gate
 from router.http.asgi import Headers
+from router.http.repeats import Repeats
 from router.http.request_ids import REQUEST_ID
+from router.http.turns import Turns
 from router.http.visits import LEFT, Visit, Visits
 from tracehaul.runtime import clock
 
@@ -21,6 +23,7 @@ EXPOSED = (
     "x-request-id",
     "x-trace-id",
     "x-tracehaul-warning",
+    "idempotent-replayed",
     "retry-after",
     *(f"x-ratelimit-{name}-{kind}" for kind in ("requests", "tokens") for name in ("limit", "remaining", "reset")),
 )
@@ -69,6 +72,8 @@ class Edge(NamedTuple):
     gate: Gate
     origins: Origins
     visits: Visits
+    turns: Turns
+    repeats: Repeats
 
 
 class Entrance:

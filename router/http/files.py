@@ -18,7 +18,7 @@ from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.asgi import header
 from router.http.config import ApiConfig
 from router.http.multipart import Form
-from router.http.pages import json_response, page_after, page_limit
+from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
 
@@ -52,16 +52,6 @@ class FileForm(msgspec.Struct, frozen=True):
 
     file: bytes
     purpose: Literal["assistants", "batch", "evals", "fine-tune", "user_data", "vision"]
-
-
-class FileList(msgspec.Struct, frozen=True):
-    """``GET /v1/files``."""
-
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-    object: Literal["list"] = "list"
 
 
 class FileDeleted(msgspec.Struct, frozen=True):
@@ -126,9 +116,7 @@ class FilePages:
             found.reverse()
         limit = page_limit(request, LIST_MAX, LIST_MAX)
         rest = page_after(request, found, "file", lambda file: file.id)
-        page = [told(file) for file in rest[:limit]]
-        ends = (page[0].id, page[-1].id) if page else (None, None)
-        return json_response(FileList(page, *ends, has_more=len(rest) > len(page)))
+        return listed([told(file) for file in rest[:limit]], lambda file: file.id, more=len(rest) > limit)
 
     async def show(self, request: Request) -> Response:
         """``GET /v1/files/{id}``."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
+import xxhash
 from starlette.types import ASGIApp
 
 from jobs.lines import Call
@@ -28,16 +29,24 @@ GONE = Answer(
 class InProcess:
     """Implements :class:`jobs.asking.Asker`: nobody waits for these calls."""
 
-    def __init__(self, endpoints: Mapping[str, ASGIApp], caller: Callable[[], Caller | None]) -> None:
-        """``endpoints``: by path. ``caller``: whose calls they are; None: nobody's who may call any more."""
+    def __init__(self, name: str, endpoints: Mapping[str, ASGIApp], caller: Callable[[], Caller | None]) -> None:
+        """``name``: of all of them. ``endpoints``: by path. ``caller``: whose they are; None: nobody's who may call
+        any more."""
+        self._name = name
         self._endpoints = endpoints
         self._caller = caller
+        self._failed: dict[str, int] = {}
+        """How often, by ``custom_id``: then it is another call."""
 
-    async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+    async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
         if (caller := self._caller()) is None:
             return GONE
         left = asyncio.Event()
         told: list[Mapping[str, Any]] = []
+        times = self._failed.get(call.custom_id, 0)
+        # The same over restarts: what a killed router had of its answer is not computed again.
+        key = f"{self._name}-{xxhash.xxh3_128_hexdigest(call.custom_id.encode())}-{times}"
+        scope = _scope(call.url, caller, key, urgent=urgent)
         body: bytes | None = bytes(call.body)
 
         async def receive() -> dict[str, Any]:
@@ -52,7 +61,7 @@ class InProcess:
         async def send(message: Any) -> None:
             told.append(message)
 
-        work = asyncio.ensure_future(self._endpoints[call.url](_scope(call.url, caller), receive, send))
+        work = asyncio.ensure_future(self._endpoints[call.url](scope, receive, send))
         try:
             await asyncio.wait((work,), timeout=timeout_s)
             if not work.done():
@@ -63,13 +72,19 @@ class InProcess:
             if not work.done():
                 await asyncio.wait((work,), timeout=LEAVING_S)
         work.result()
-        return _answer(told)
+        said = _answer(told)
+        if isinstance(said, Answer) and said.ok:
+            self._failed.pop(call.custom_id, None)
+        else:
+            self._failed[call.custom_id] = times + 1
+        return said
 
 
-def _scope(path: str, caller: Caller) -> dict[str, Any]:
+def _scope(path: str, caller: Caller, key: str, *, urgent: bool) -> dict[str, Any]:
     headers = [
         (b"content-type", b"application/json"),
-        (b"x-step-class", b"background"),
+        (b"idempotency-key", key.encode()),
+        (b"x-step-class", b"standard" if urgent else b"background"),
         (b"x-priority", str(LEAST).encode()),
     ]
     return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, CALLER: caller}

@@ -11,16 +11,19 @@ from starlette.types import ASGIApp
 
 from jobs.asking import Asker
 from jobs.batch import Batch
-from jobs.batches import Batches, Means
+from jobs.batches import Batches
 from jobs.files import Files
 from jobs.lines import LineError, model_not_found
+from jobs.live import Means
 from jobs.runner import Runner
+from jobs.webhooks.outbox import Outbox
 from router.http.access import ANYBODY, Caller
 from router.http.batches import BatchPages
 from router.http.config import ApiConfig
 from router.http.files import FilePages
 from router.http.in_process import InProcess
 from router.http.keys import Key, Keyring
+from router.http.told import note_batch
 from tracehaul.runtime.tasks import Tasks
 
 
@@ -42,6 +45,8 @@ class JobsServed:
         keyring: Keyring | None,
         config: ApiConfig,
         dice: random.Random,
+        runner: Runner,
+        outbox: Outbox | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +56,8 @@ class JobsServed:
             keyring: the keys that are valid; None: nobody is asked for one.
             config: limits.
             dice: for names.
+            runner: has batches run.
+            outbox: is told what is over.
         """
         self._jobs = jobs
         self._endpoints = endpoints
@@ -58,6 +65,8 @@ class JobsServed:
         self._keyring = keyring
         self._config = config
         self._dice = dice
+        self._runner = runner
+        self._outbox = outbox
 
     def routes(self) -> list[Route]:
         """Of all their pages."""
@@ -78,12 +87,15 @@ class JobsServed:
     @asynccontextmanager
     async def living(self) -> AsyncGenerator[None, None]:
         """As long as the server runs."""
-        runner = Runner(self._config.batch_concurrency, self._dice)
         async with Tasks("jobs") as tasks:
-            tasks.start(runner.run(), "runner")
-            tasks.start(self._jobs.batches.run(Means(runner, self._asker, self._refuse)), "batches")
+            means = Means(self._runner, self._asker, self._refuse, self._over)
+            tasks.start(self._jobs.batches.run(means), "batches")
             await asyncio.sleep(0)  # they have begun when the first client comes
             yield
+
+    def _over(self, batch: Batch) -> None:
+        if self._outbox is not None:
+            note_batch(self._outbox, batch)
 
     def _key(self, batch: Batch) -> Key | None:
         """The key that asked for it, if it is valid still."""
@@ -91,8 +103,8 @@ class JobsServed:
 
     def _asker(self, batch: Batch) -> Asker:
         if self._keyring is None:
-            return InProcess(self._endpoints, lambda: ANYBODY)
-        return InProcess(self._endpoints, lambda: None if (key := self._key(batch)) is None else Caller(key))
+            return InProcess(batch.id, self._endpoints, lambda: ANYBODY)
+        return InProcess(batch.id, self._endpoints, lambda: None if (key := self._key(batch)) is None else Caller(key))
 
     def _refuse(self, batch: Batch, model: str) -> LineError | None:
         key = self._key(batch)

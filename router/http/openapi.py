@@ -22,18 +22,22 @@ from router.dialects.responses.answers import OutputItem
 from router.dialects.responses.answers import Response as ResponsesAnswer
 from router.dialects.responses.requests import ResponsesRequest
 from router.dialects.tokens.requests import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from router.dispatch.flips import FlipOutcome
 from router.fleet.members import NodeStatus
 from router.http.access import PUBLIC
-from router.http.batches import BatchBody, BatchList, BatchObject
-from router.http.files import LIST_MAX, FileDeleted, FileForm, FileList, FileObject
-from router.http.pages import LIMIT_MAX, Health, ModelEntry, ModelList, Version
-from router.http.responses import ItemPage, ResponseDeleted
+from router.http.batches import BatchBody, BatchObject
+from router.http.chats import ChatDeleted, KeptChat, Update
+from router.http.erasing import DataDeleted
+from router.http.files import LIST_MAX, FileDeleted, FileForm, FileObject
+from router.http.pages import LIMIT_MAX, Health, Listed, ModelEntry, ModelList, Version
+from router.http.response_pages import ResponseDeleted
+from router.http.roles import RoleBody
 from router.http.tokens import MessageTokens, ResponseTokens
 from router.http.traces import PinAnswer, PinBody, Resume, Suspend
-from router.traces.views import TraceDeleted, TraceList, TraceView
+from router.traces.views import TraceDeleted, TraceList, TracesDeleted, TraceView
 from tracehaul import __version__
 
-CALL = (400, 404, 409, 413, 415, 503, 504)
+CALL = (400, 402, 404, 409, 413, 415, 422, 503, 504)
 """Statuses of what reads a body and runs, or counts as running."""
 BODY = (400, 413, 415)
 ALWAYS = (408, 431, 500)
@@ -89,14 +93,29 @@ _OWN = ("cache_salt",)
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/chat/completions"): _call("A chat completion", ChatRequest, Response[ChatChoice]),
+    ("GET", "/v1/chat/completions"): Operation(
+        "Those that are kept, the oldest first",
+        None,
+        Listed[msgspec.Raw],
+        (400, 503),
+        query=(*_PAGES, "order", "model"),
+    ),
+    ("GET", "/v1/chat/completions/{id}"): Operation("One of those", None, KeptChat, (400, 404, 503), query=_OWN),
+    ("POST", "/v1/chat/completions/{id}"): Operation("Its metadata", Update, KeptChat, (*BODY, 404, 503), query=_OWN),
+    ("DELETE", "/v1/chat/completions/{id}"): Operation("Forget it", None, ChatDeleted, (400, 404, 503), query=_OWN),
+    ("GET", "/v1/chat/completions/{id}/messages"): Operation(
+        "What it answers", None, Listed[msgspec.Raw], (400, 404, 503), query=(*_PAGES, "order")
+    ),
     ("POST", "/v1/completions"): _call("A completion of texts", CompletionRequest, Response[TextChoice]),
     ("POST", "/v1/responses"): _call("A response", ResponsesRequest, ResponsesAnswer),
     ("POST", "/v1/messages"): _call("A message, in Anthropic's form", MessagesRequest, Answer, MessagesError),
-    ("GET", "/v1/responses/{id}"): Operation("A kept response", None, ResponsesAnswer, (400, 404), query=_OWN),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "A kept response", None, ResponsesAnswer, (400, 404), streams=True, query=(*_OWN, "stream", "starting_after")
+    ),
     ("DELETE", "/v1/responses/{id}"): Operation("Forget it", None, ResponseDeleted, (400, 404), query=_OWN),
     ("POST", "/v1/responses/{id}/cancel"): Operation("End it", None, ResponsesAnswer, (400, 404), query=_OWN),
     ("GET", "/v1/responses/{id}/input_items"): Operation(
-        "What it answers", None, ItemPage, (400, 404), query=(*_PAGES, "order")
+        "What it answers", None, Listed[msgspec.Raw], (400, 404), query=(*_PAGES, "order")
     ),
     ("POST", "/v1/responses/input_tokens"): Operation(
         "Count its prompt", ResponsesRequest, ResponseTokens, CALL, limited=True
@@ -109,6 +128,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/v1/models"): Operation("What can be asked for now", None, ModelList),
     ("GET", "/v1/models/{name}"): Operation("One of those", None, ModelEntry, (404,)),
     ("GET", "/v1/traces"): Operation("Traces, the last used first", None, TraceList, (400,), query=_PAGES),
+    ("DELETE", "/v1/traces"): Operation("Forget all of one's own", None, TracesDeleted, (400, 503), query=_OWN),
+    ("DELETE", "/v1/data"): Operation(
+        "Forget all that is kept of one's own", None, DataDeleted, (400, 503), query=_OWN
+    ),
     ("GET", "/v1/traces/{id}"): Operation("A trace", None, TraceView, (400, 404), query=_OWN),
     ("DELETE", "/v1/traces/{id}"): Operation("Forget it", None, TraceDeleted, (400, 404), query=_OWN),
     ("POST", "/v1/traces/{id}/suspend"): Operation("It pauses", Suspend, TraceView, (*BODY, 404, 409), query=_OWN),
@@ -118,7 +141,12 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Keep a file", FileForm, FileObject, (400, 413, 415, 503), query=_OWN, takes="multipart/form-data"
     ),
     ("GET", "/v1/files"): Operation(
-        "Files, the newest first", None, FileList, (400,), query=(*_PAGES, "order", "purpose"), limit_max=LIST_MAX
+        "Files, the newest first",
+        None,
+        Listed[FileObject],
+        (400,),
+        query=(*_PAGES, "order", "purpose"),
+        limit_max=LIST_MAX,
     ),
     ("GET", "/v1/files/{id}"): Operation("A file", None, FileObject, (400, 404), query=_OWN),
     ("DELETE", "/v1/files/{id}"): Operation("Delete it", None, FileDeleted, (400, 404, 503), query=_OWN),
@@ -128,7 +156,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/v1/batches"): Operation(
         "Run a file of calls", BatchBody, BatchObject, (400, 404, 413, 415, 429, 503), query=_OWN
     ),
-    ("GET", "/v1/batches"): Operation("Batches, the newest first", None, BatchList, (400,), query=_PAGES),
+    ("GET", "/v1/batches"): Operation("Batches, the newest first", None, Listed[BatchObject], (400,), query=_PAGES),
     ("GET", "/v1/batches/{id}"): Operation("A batch", None, BatchObject, (400, 404), query=_OWN),
     ("POST", "/v1/batches/{id}/cancel"): Operation("End it", None, BatchObject, (400, 404, 503), query=_OWN),
     ("GET", "/health"): Operation("Whether a worker is ready", None, Health, (503,), error=Health),
@@ -136,6 +164,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This", None, dict[str, Any]),
     ("GET", "/metrics"): Operation("For Prometheus", None, str, media="text/plain"),
     ("GET", "/cluster"): Operation("Every known node", None, list[NodeStatus]),
+    ("POST", "/cluster/{id}/role"): Operation("Change a worker's role", RoleBody, FlipOutcome, (*BODY, 404, 409)),
 }
 
 

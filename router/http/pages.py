@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -53,6 +53,16 @@ class Version(msgspec.Struct, frozen=True):
     """``GET /version``."""
 
     version: str
+
+
+class Listed(msgspec.Struct, Generic[T], frozen=True):
+    """Some of a list."""
+
+    data: Sequence[T]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
 
 
 class Pages:
@@ -121,6 +131,12 @@ def _whole(value: object) -> object:
     if isinstance(value, msgspec.Struct):
         return {name: _whole(getattr(value, name)) for name in value.__struct_fields__}
     return value
+
+
+def listed(page: Sequence[T], name: Callable[[T], str], *, more: bool) -> Response:
+    """These of a list, by what they are called; ``more``: others follow."""
+    ends = (name(page[0]), name(page[-1])) if page else (None, None)
+    return json_response(Listed(page, *ends, has_more=more))
 
 
 def page_limit(request: Request, default: int = LIMIT, most: int = LIMIT_MAX) -> int:

@@ -2,59 +2,49 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response as HttpResponse
 
+from records.base import RecordsLost
 from router.calls.call import Call
 from router.calls.calls import Calls
-from router.calls.errors import CallFailed, invalid, unavailable, unsupported
-from router.calls.identity import ID_CHARACTERS_MAX, fresh_name
+from router.calls.errors import CallFailed, invalid
+from router.calls.identity import ID_CHARACTERS_MAX, Identity, fresh_name
 from router.calls.noise import without_noise
 from router.dialects.responses import Responses
 from router.dialects.responses.answers import Response
 from router.dialects.responses.kept import Entry, Kept, Key, Limits, Turn, chain, items_of
 from router.dialects.responses.requests import REFERENCE, Item
 from router.dialects.responses.teller import ResponseTeller
-from router.http.access import Caller
-from router.http.asgi import Reply
+from router.http.access import ANYBODY, Caller
 from router.http.config import ApiConfig
-from router.http.endpoint import Collected, Endpoint
+from router.http.endpoint import Endpoint
 from router.http.entrance import Edge
 from router.http.errors import STATUS
-from router.http.pages import json_response, page_after, page_limit
-from router.http.traces import salt
+from router.http.idempotency import Told
+from router.http.outliving import Outliving, Written, begun
+from router.http.places import Places
+from router.http.response_items import output, raw
+from router.http.telling import Replying, Telling
 from router.http.translate import translate
+from router.http.turns import LATER_S
 from router.http.visits import LEFT, Visit
 from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.tasks import Tasks
 
+log = Log(__name__)
+seldom = Seldom(log, 60.0)
 
-class ResponseDeleted(msgspec.Struct, frozen=True):
-    """``DELETE /v1/responses/{id}``."""
-
-    id: str
-    deleted: Literal[True] = True
-    object: Literal["response"] = "response"
-
-
-class ItemPage(msgspec.Struct, frozen=True):
-    """``GET /v1/responses/{id}/input_items``."""
-
-    data: Sequence[msgspec.Raw]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-    object: Literal["list"] = "list"
-
-
-class Kind(msgspec.Struct, frozen=True):
-    """What of an item finds it in a list."""
-
-    id: str
+READY_S = 0.25
+"""So often it is looked whether anybody serves a response's model."""
+ADOPT_S = 2.0
+"""So often it is looked what other routers have left."""
+RESTORE_S = 5.0
+"""Clients wait at a start so long for what an earlier life left."""
 
 
 class _Running(NamedTuple):
@@ -64,33 +54,48 @@ class _Running(NamedTuple):
     begun: Response
     tenant: str
     """Whose it is."""
+    written: Written | None
+    """As it outlives this router."""
 
 
 class ResponsesEndpoint(Endpoint[ResponseTeller]):
     """Answers ``POST /v1/responses``, and keeps what it answers."""
 
-    def __init__(self, calls: Calls, config: ApiConfig, dice: random.Random, edge: Edge) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        config: ApiConfig,
+        dice: random.Random,
+        edge: Edge,
+        outliving: Outliving | None = None,
+        callers: Callable[[str | None], Caller | None] = lambda key: ANYBODY,
+    ) -> None:
+        """``outliving``: what runs in the background outlives this router there. ``callers``: whose an API key is, by
+        its id; None: nobody's any more."""
         super().__init__(Responses(), calls, config, dice, edge)
+        self._outliving = outliving
+        self._callers = callers
         limits = Limits(config.responses_max, config.responses_bytes_max, config.responses_age_s)
         self.kept = Kept(limits)
         self._running: dict[Key, _Running] = {}
         """In the background."""
+        self._places = Places(config.background_max)
+        self._tellings: dict[Key, Telling] = {}
+        """What is told of those, for whoever streams them."""
 
     async def _serve(
-        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, reply: Reply, visit: Visit
+        self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, reply: Replying, visit: Visit
     ) -> None:
         key = (call.tenant, call.id)
+        if call.keyed and teller.begun.background and await self._is_there(key, reply, streams=call.options.stream):
+            return
         call, before = self.continued(call, teller)
         if teller.begun.background:
-            tenant = call.tenant if call.quota is None else call.quota
-            self._check_room(tenant, shared=visit.caller.key is not None)
-            self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
-            work = self._work(call, teller, headers, fresh, visit.again())
-            task = asyncio.create_task(work, name=f"background-{call.id}")
-            self._running[key] = _Running(task, teller.begun, tenant)
-            self._edge.gate.went_on(visit.caller)
-            task.add_done_callback(lambda _: self._over(key, visit.caller))
-            await reply.json(200, msgspec.json.encode(teller.begun))
+            telling = await self._take_in(call, teller, headers, fresh, visit, before)
+            if call.options.stream:
+                await telling.follow(reply, [])
+            else:
+                await reply.json(200, msgspec.json.encode(teller.begun))
             return
         reply.broken = teller.broken
         if teller.begun.store:
@@ -101,6 +106,15 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
 
             teller.keep = keep
         await super()._serve(call, teller, headers, fresh, reply, visit)
+
+    def tell(self, note: Callable[[str, str, str], None]) -> None:
+        """It hears tenant, name and status of each that ran in the background and has ended: somebody may wait."""
+
+        def ended(key: Key, response: Response) -> None:
+            if response.background:
+                note(*key, response.status)
+
+        self.kept.ended = ended
 
     def counted(self, body: bytes, caller: Caller) -> Call:
         """The call whose prompt such a body has. Raises CallFailed as the dialect and :meth:`continued` do."""
@@ -148,127 +162,239 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
 
     # --- in the background ----------------------------------------------------------------------------------
 
-    def _check_room(self, tenant: str, *, shared: bool) -> None:
-        """For one more. ``shared``: with tenants who have as good a right to it.
+    async def _is_there(self, key: Key, reply: Replying, *, streams: bool) -> bool:
+        """Answer with a response that was asked for by this name before, also in an earlier life of the router."""
+        running, entry, telling = self._running.get(key), self.kept.get(key, clock.now_s()), self._tellings.get(key)
+        if streams:
+            if telling is None and entry is not None and isinstance(entry.stream, Told):
+                telling = self.telling(entry)
+            if telling is not None:
+                await telling.follow(reply, [])
+            return telling is not None
+        body = entry.body if entry else msgspec.json.encode(running.begun) if running else b""
+        if body:
+            await reply.json(200, body)
+        return bool(body)
+
+    async def _take_in(
+        self,
+        call: Call,
+        teller: ResponseTeller,
+        headers: Mapping[str, str],
+        fresh: str,
+        visit: Visit,
+        before: Turn | None,
+    ) -> Telling:
+        """One begins in the background; what is told of it. A client that leaves before it hears of it asked nothing.
 
         Raises:
-            CallFailed: there is none, or the tenant would have more places than it leaves to others.
+            CallFailed: there is no place.
         """
-        free = self._config.background_max - len(self._running)
-        if free <= 0:
-            raise unavailable("too many responses run in the background", "overloaded")
-        own = sum(running.tenant == tenant for running in self._running.values())
-        if shared and own >= free:
-            message = f"{own} responses of this API key's tenant run in the background, which leaves as many to others"
-            raise CallFailed("limited", message, code="rate_limit_exceeded")
+        key, api_key = (call.tenant, call.id), visit.caller.key
+        running = [each.tenant for each in self._running.values()]
+        tenant = call.tenant if call.quota is None else call.quota
+        with self._places.entering(key, tenant, running, shared=api_key is not None):
+            self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
+            written = None
+            if self._outliving is not None:
+                asked = [(item.id or "", msgspec.json.encode(item)) for item in teller.asked]
+                at, whose = teller.begun.created_at, api_key and api_key.id
+                written = Written(fresh, at, call.tenant, whose, {}, teller.body, asked, None)
+                written = begun(written, headers, None if before is None else chain(before))
+                try:
+                    await self._outliving.begin(written)
+                except asyncio.CancelledError:
+                    self.kept.drop(key)
+                    raise
+            return self._begin(call, teller, headers, fresh, visit.again(), written)
+
+    def _begin(
+        self,
+        call: Call,
+        teller: ResponseTeller,
+        headers: Mapping[str, str],
+        fresh: str,
+        visit: Visit,
+        written: Written | None,
+    ) -> Telling:
+        """In a task of its own; what is told of it."""
+        key, tenant = (call.tenant, call.id), call.tenant if call.quota is None else call.quota
+        telling = self._tellings[key] = Telling(teller.broken)
+        telling.streams()
+        task = asyncio.create_task(self._work(call, teller, headers, fresh, visit), name=f"background-{call.id}")
+        self._running[key] = _Running(task, teller.begun, tenant, written)
+        self._edge.gate.went_on(visit.caller)
+        task.add_done_callback(lambda _: self._over(key, visit.caller))
+        return telling
 
     def _over(self, key: Key, caller: Caller) -> None:
         del self._running[key]
         self._edge.gate.ended(caller)
 
+    async def _outlive(self, key: Key, written: Written | None) -> None:
+        """How it ended, too, unless it was deleted meanwhile."""
+        entry = self.kept.get(key, clock.now_s())
+        if self._outliving is not None and written is not None and entry is not None:
+            await self._outliving.put(msgspec.structs.replace(written, told=entry.body))
+
+    async def _restore(self, outliving: Outliving) -> None:
+        """What an earlier life of this router left: what had ended is known again, what had not runs again."""
+        self._restore_all(await outliving.all())
+
+    async def _adopt(self, outliving: Outliving) -> None:
+        """What routers left that are gone."""
+        while outliving.shared:
+            try:
+                found = await outliving.adopted()
+            except RecordsLost as error:
+                seldom.warning("what other routers left in the background is not gone on with", why=error)
+            else:
+                self._restore_all(found)
+                if found:
+                    log.info("responses in the background of a router that is gone are here", responses=len(found))
+            await asyncio.sleep(ADOPT_S)
+
+    def _restore_all(self, found: Sequence[Written]) -> None:
+        for written in found:
+            try:
+                self._restored(written)
+            except Exception as error:
+                log.warning("a response in the background cannot be gone on with", response=written.fresh, why=error)
+
+    def _restored(self, written: Written) -> None:
+        caller = self._callers(written.key)
+        call, teller = self._dialect.read(written.body, written.fresh, written.created, self._calls)
+        call = call if caller is None else caller.placed(call)
+        key = (written.tenant, call.id)
+        teller.asked = tuple(msgspec.json.decode(item, type=Item) for _, item in written.asked)
+        before = None if written.before is None else Turn(None, raw(written.before))
+        if written.told is not None:
+            turn = Turn(before, raw(written.asked))
+            self.kept.restore(key, written.told, turn, output(written.told), clock.now_s())
+            return
+        self.kept.begin(key, teller.begun, teller.asked, before, clock.now_s())
+        if caller is None:
+            gone = CallFailed("unauthorized", "the API key is not valid any more", code="invalid_api_key")
+            self.kept.change(key, teller.failed(gone), ended=True)
+            return
+        items = chain(before)
+        call, _ = without_noise(teller.continued(call, items_of(items), sum(map(len, items))))
+        visit = Visit(written.fresh, "POST", "/v1/responses")
+        visit.caller, visit.model, visit.tenant = caller, call.model, call.tenant
+        self._begin(call, teller, written.headers, written.fresh, visit, written)
+
     async def _work(
         self, call: Call, teller: ResponseTeller, headers: Mapping[str, str], fresh: str, visit: Visit
     ) -> None:
         """Run a call that nobody waits for; whatever happens is told in its response."""
-        key, gate, caller = (call.tenant, call.id), self._edge.gate, visit.caller
+        key = (call.tenant, call.id)
+        telling = self._tellings.setdefault(key, Telling(teller.broken))
+        call = msgspec.structs.replace(call, keyed=True)  # run anew, it is told in the same events
         teller.keep = lambda response: self.kept.change(key, response, ended=True)
         status = LEFT
         try:
-            with self._calls.admission.admitted(), self._calls.identified(call, headers, fresh) as identity:
-                visit.trace = identity.trace
-                async with await self._calls.accept(call, identity) as run:
-                    going = msgspec.structs.replace(teller.begun, status="in_progress")
-                    self.kept.change(key, going, ended=False)
-                    run.outlet = Collected()
-                    gate.spent(caller, run.prompt_tokens)
-                    try:
-                        while not run.done:
-                            await run.next()
-                    finally:
-                        gate.spent(caller, run.output_tokens)
-                        self._edge.visits.ran(visit, run)
-                    teller.whole(run.choices(), run.usage())
+            await self._ready(call.model)
+            async with self._edge.turns.later() as step_class:
+                await self._calls.fetched(call, headers, fresh)
+                with self._calls.admission.admitted(), self._calls.identified(call, headers, fresh) as identity:
+                    visit.trace = identity.trace
+                    urgency = msgspec.structs.replace(identity.urgency, step_class=step_class)
+                    await self._run(call, msgspec.structs.replace(identity, urgency=urgency), teller, telling, visit)
             status = 200
+            await self._outlive(key, self._running[key].written)
+        except asyncio.CancelledError:
+            telling.add(teller.cancelled())
+            raise
         except Exception as error:
             failure = translate(error)
             status = STATUS[failure.cause]
             self.kept.change(key, teller.failed(failure), ended=True)
+            telling.add(teller.broken(failure))
+            await self._outlive(key, self._running[key].written)
         finally:
             self._edge.visits.over(visit, status, None)
+            self._told(key)
+
+    async def _ready(self, model: str) -> None:
+        """Somebody serves the model, or will not: a router that starts does not know all workers yet."""
+        until_s = clock.now_s() + LATER_S
+        while clock.now_s() < until_s and not self._calls.ready(model):  # noqa: ASYNC110
+            await asyncio.sleep(READY_S)
+
+    def _told(self, key: Key) -> None:
+        """Nothing is added to what was told of a response; as long as it is kept, so is that."""
+        telling = self._tellings.pop(key, None)
+        if telling is not None:
+            telling.streams()
+            telling.over()
+            telling.told.pack()
+            self.kept.streamed(key, telling.told)
+
+    def telling(self, entry: Entry) -> Telling:
+        """What is, or was, told of a response that runs in the background.
+
+        Raises:
+            CallFailed: it did not, or nobody knows any more.
+        """
+        if not entry.background:
+            raise invalid("only a response that was made with background=true can be streamed later", "stream")
+        if (telling := self._tellings.get(entry.key)) is not None:
+            return telling
+        if not isinstance(entry.stream, Told):
+            message = "the events of this response are not kept any more: ask for it without stream"
+            raise invalid(message, "stream", "stream_not_kept")
+        return Telling(self._dialect.broken, entry.stream)
+
+    async def _run(
+        self, call: Call, identity: Identity, teller: ResponseTeller, telling: Telling, visit: Visit
+    ) -> None:
+        """To its end."""
+        gate, caller = self._edge.gate, visit.caller
+        async with await self._calls.accept(call, identity) as run:
+            going = msgspec.structs.replace(teller.begun, status="in_progress")
+            self.kept.change((call.tenant, call.id), going, ended=False)
+            gate.spent(caller, run.prompt_tokens_anew)
+            try:
+                while not run.done:
+                    telling.add(teller.events(await run.next()))
+            finally:
+                gate.spent(caller, run.output_tokens_anew)
+                self._edge.visits.ran(visit, run)
+            telling.add(teller.end(run.usage()))
 
     async def cancel(self, key: Key) -> None:
         """End a response that runs in the background; returns when it has."""
         if (running := self._running.get(key)) is not None:
             running.task.cancel()
             await asyncio.wait((running.task,))
+            self._told(key)  # it may not have begun
             self.kept.change(key, msgspec.structs.replace(running.begun, status="cancelled"), ended=True)
+            await self._outlive(key, running.written)
+
+    async def forget(self, key: Key) -> None:
+        """End it, and know nothing of it any more."""
+        entry = self.kept.get(key, clock.now_s())
+        background = entry is not None and entry.background
+        await self.cancel(key)
+        self.kept.drop(key)
+        if self._outliving is not None and background:
+            await self._outliving.forget(key[1].removeprefix("resp_"))
 
     async def close(self) -> None:
-        """End all of them."""
-        for key in list(self._running):
-            await self.cancel(key)
+        """End all of them; those that outlive this router are run by the next."""
+        for running in list(self._running.values()):
+            running.task.cancel()
+            await asyncio.wait((running.task,))
+        if self._outliving is not None:
+            await self._outliving.close()
 
     @asynccontextmanager
     async def living(self, app: object) -> AsyncGenerator[None, None]:
         """As long as the server runs."""
-        yield
-        await self.close()
-
-
-class ResponsePages:
-    """What can be asked of a response later. A tenant (its key's, else ``cache_salt``) sees its own only."""
-
-    def __init__(self, responses: ResponsesEndpoint) -> None:
-        self._responses = responses
-
-    async def show(self, request: Request) -> HttpResponse:
-        """``GET /v1/responses/{id}``."""
-        entry = self._entry(request)
-        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
-            raise unsupported("stream", "streaming a response that was kept")
-        return _body(entry)
-
-    async def delete(self, request: Request) -> HttpResponse:
-        """``DELETE /v1/responses/{id}``: if it still runs, it ends."""
-        key = self._entry(request).key
-        await self._responses.cancel(key)
-        self._responses.kept.drop(key)
-        return json_response(ResponseDeleted(key[1]))
-
-    async def cancel(self, request: Request) -> HttpResponse:
-        """``POST /v1/responses/{id}/cancel``: what runs in the background ends; what has ended stays as it is."""
-        entry = self._entry(request)
-        if not entry.background:
-            raise invalid("Cannot cancel a synchronous response.", "response_id", "invalid_value")
-        await self._responses.cancel(entry.key)
-        return _body(entry)
-
-    async def input_items(self, request: Request) -> HttpResponse:
-        """``GET /v1/responses/{id}/input_items?limit=&order=&after=``: all that it answers, the newest first."""
-        items = chain(self._entry(request).asked)
-        order = request.query_params.get("order", "desc")
-        if order not in ("asc", "desc"):
-            raise invalid("order must be asc or desc", "order", "invalid_value")
-        limit = page_limit(request)
-        if order == "desc":
-            items.reverse()
-        rest = page_after(request, items, "item", _id)
-        page = rest[:limit]
-        ends: tuple[Any, Any] = (_id(page[0]), _id(page[-1])) if page else (None, None)
-        return json_response(ItemPage(page, *ends, has_more=len(rest) > limit))
-
-    def _entry(self, request: Request) -> Entry:
-        name = str(request.path_params["id"])
-        entry = self._responses.kept.get((salt(request), name), clock.now_s())
-        if entry is None:
-            shown = name[:ID_CHARACTERS_MAX]
-            raise CallFailed("not_found", f"Response with id {shown!r} not found.", param="response_id")
-        return entry
-
-
-def _body(entry: Entry) -> HttpResponse:
-    return HttpResponse(entry.body, media_type="application/json")
-
-
-def _id(item: msgspec.Raw) -> str:
-    return msgspec.json.decode(item, type=Kind).id
+        async with Tasks("responses") as tasks:
+            if self._outliving is not None:
+                restoring = tasks.start(self._restore(self._outliving), "restore")
+                await asyncio.wait((restoring,), timeout=RESTORE_S)
+                tasks.start(self._adopt(self._outliving), "adopt")
+            yield
+            await self.close()

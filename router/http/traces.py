@@ -1,5 +1,6 @@
 """``/v1/traces``: what clients may know of their traces, and say of them. All of it is optional."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -16,7 +17,7 @@ from router.http.access import caller_of
 from router.http.asgi import body_of
 from router.http.pages import json_response, page_limit
 from router.traces.book import Book, TraceBusy
-from router.traces.views import TraceDeleted, TraceView
+from router.traces.views import TraceDeleted, TracesDeleted, TraceView
 from tracehaul.wire.blocks import REPLICAS_MAX, PinKind
 from tracehaul.wire.ids import TraceId
 
@@ -66,8 +67,10 @@ class PinAnswer(msgspec.Struct, frozen=True):
 class TracePages:
     """The endpoints. A tenant (its key's, else ``cache_salt``) sees its own traces only."""
 
-    def __init__(self, book: Book) -> None:
+    def __init__(self, book: Book, forget: Callable[[str, str], None]) -> None:
+        """``forget``: what calls were told in a tenant's trace."""
         self._book = book
+        self._forget = forget
 
     async def list(self, request: Request) -> Response:
         """``GET /v1/traces?limit=&after=``: the last used first."""
@@ -79,12 +82,12 @@ class TracePages:
 
     async def show(self, request: Request) -> Response:
         """``GET /v1/traces/{id}``."""
-        trace = _trace(request)
+        trace = await self._here(request)
         return _answer(trace, self._book.view(salt(request), trace))
 
     async def suspend(self, request: Request) -> Response:
         """``POST /v1/traces/{id}/suspend``: a tool runs, or a person reads, and that will take about so long."""
-        trace, body = _trace(request), await _body(request, Suspend)
+        trace, body = await self._here(request), await _body(request, Suspend)
         try:
             view = self._book.suspend(salt(request), trace, body.expected_s, body.deadline_s, body.tool)
         except TraceBusy as busy:
@@ -93,7 +96,7 @@ class TracePages:
 
     async def resume(self, request: Request) -> Response:
         """``POST /v1/traces/{id}/resume``: the tool is done, so that its context should come back now."""
-        trace, _ = _trace(request), await _body(request, Resume)
+        trace, _ = await self._here(request), await _body(request, Resume)
         try:
             view = self._book.resume(salt(request), trace)
         except TraceBusy as busy:
@@ -103,7 +106,7 @@ class TracePages:
     async def pin(self, request: Request) -> Response:
         """``POST /v1/traces/{id}/pin``: keep its contexts in the store; ``ttl_s`` 0 ends that."""
         caller_of(request.scope).steer("pins")
-        trace, body = _trace(request), await _body(request, PinBody)
+        trace, body = await self._here(request), await _body(request, PinBody)
         pinned = await self._book.pin(salt(request), trace, body.kind, body.ttl_s, body.priority, body.replicas)
         if pinned is None:
             raise not_found(trace)
@@ -111,10 +114,27 @@ class TracePages:
 
     async def delete(self, request: Request) -> Response:
         """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
-        trace = _trace(request)
+        trace = await self._here(request)
+        self._forget(salt(request), trace)
         if not await self._book.delete(salt(request), trace):
             raise not_found(trace)
         return json_response(TraceDeleted(trace))
+
+    async def delete_all(self, request: Request) -> Response:
+        """``DELETE /v1/traces``: all of a tenant's, as one; with all that was said in them."""
+        return json_response(TracesDeleted(await self.erase(salt(request))))
+
+    async def erase(self, whose: str) -> int:
+        """Forget all traces of that tenant; how many there were."""
+        for trace in self._book.names(whose):
+            self._forget(whose, trace)
+        return await self._book.erase(whose)
+
+    async def _here(self, request: Request) -> TraceId:
+        """The trace's name; it is known here, if any router knows it."""
+        trace = TraceId(str(request.path_params["id"]))
+        await self._book.arrive(salt(request), trace)
+        return trace
 
 
 def not_found(trace: TraceId) -> CallFailed:
@@ -140,10 +160,6 @@ def _answer(trace: TraceId, view: TraceView | None) -> Response:
     if view is None:
         raise not_found(trace)
     return json_response(view)
-
-
-def _trace(request: Request) -> TraceId:
-    return TraceId(str(request.path_params["id"]))
 
 
 def salt(request: Request) -> str:

@@ -1,8 +1,9 @@
 """From what was raised to what a client is told."""
 
 from router.calls.errors import CallFailed, invalid, unavailable
+from router.dispatch.gate import NotAdmitted
 from tracehaul.runtime.log import Log
-from tracehaul.wire.errors import ClusterError, DeadlineExceeded, InvalidRequest
+from tracehaul.wire.errors import BudgetExceeded, ClusterError, DeadlineExceeded, InvalidRequest
 
 log = Log(__name__)
 
@@ -16,6 +17,11 @@ def translate(error: Exception) -> CallFailed:
             return invalid(str(error), code=error.code)
         case DeadlineExceeded():
             return CallFailed("late", str(error) or error.code, code=error.code)
+        case BudgetExceeded():
+            return CallFailed("spent", str(error) or error.code, code=error.code)
+        case NotAdmitted():
+            retry_s, begins_s = error.retry_after_s, error.begins_s
+            return CallFailed("limited", str(error), code=error.code, retry_after_s=retry_s, begins_s=begins_s)
         case ClusterError() if error.retriable:
             return unavailable(str(error) or error.code, error.code)
         case ClusterError():

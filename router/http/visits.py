@@ -24,6 +24,8 @@ class Visit:
         self.method = method
         self.path = path
         self.caller: Caller = ANYBODY
+        self.inside = False
+        """The router asks itself, and has had its turn."""
         self.trace = ""
         self.tenant = ""
         self.model = ""
@@ -35,8 +37,13 @@ class Visit:
     def again(self) -> "Visit":
         """For what goes on after its answer, and has a line of its own."""
         visit = Visit(self.request, self.method, self.path)
+        visit.inside = self.inside
         visit.caller, visit.tenant, visit.model, visit.asked = self.caller, self.tenant, self.model, self.asked
         return visit
+
+    def ran_as(self, other: "Visit") -> None:
+        """What is known of its call is known of another visit."""
+        self.trace, self.usage, self.answered = other.trace, other.usage, other.answered
 
 
 class Visits:

@@ -14,18 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.fleet.load import Column, WorkerTable
+from router.policy.knobs import DEFAULT, Knobs
 
 OUTPUT_TOKENS = 64
 """What a step is expected to generate."""
 CROWD_SHARE = 0.15
 """By how much one more sequence slows an iteration that decodes."""
-LOCAL_MARGIN = 0.7
-"""A decode worker computes more than a short rest itself only if that is so much faster: what it computes delays steps
-that nobody knows of yet, too."""
-
-
-PULL_MARGIN = 0.85
-"""Share of the cost at most at which computing is chosen over pulling: estimates are no better."""
 PULL_ENDS_MAX = 4
 """Points considered at which pulling may end."""
 
@@ -73,6 +67,8 @@ class Costs(NamedTuple):
     """Leading tokens that nobody computes."""
     pull: Column
     """Leading tokens of the store that are worth pulling."""
+    held_s: Column
+    """For so long it keeps others from all of the memory, where they wait for it."""
 
 
 def compute_s(workers: WorkerTable, start: Column | float, end: Column | float) -> Column:
@@ -128,7 +124,13 @@ def again_s(workers: WorkerTable, need: Need, start: Column) -> Column:
 
 
 def decode_costs(
-    decodes: WorkerTable, need: Need, warm_row: int | None, predicted: Column, prefilled_s: float | None, now_s: float
+    decodes: WorkerTable,
+    need: Need,
+    warm_row: int | None,
+    predicted: Column,
+    prefilled_s: float | None,
+    now_s: float,
+    knobs: Knobs = DEFAULT,
 ) -> Costs:
     """Of the step on each decode worker.
 
@@ -143,7 +145,7 @@ def decode_costs(
     costs = _costs_here(decodes, need, have, warm_row, predicted, farthest, now_s)
     for end in nearer:
         other = _costs_here(decodes, need, have, warm_row, predicted, end, now_s)
-        worth = other.seconds < PULL_MARGIN * costs.seconds
+        worth = other.seconds < knobs.pull_margin * costs.seconds
         if worth.any():
             costs = Costs(*[np.where(worth, new, old) for new, old in zip(other, costs, strict=True)])
     seconds = costs.seconds
@@ -151,14 +153,20 @@ def decode_costs(
         reach = np.maximum(have, float(need.stored))
         remote = np.maximum(prefilled_s, _fetch_s(decodes, need, have, warm_row, need.stored))
         remote += (need.prompt - reach) * decodes.pull_token_s
-        local = (need.prompt - costs.reach <= decodes.local_tokens) | (seconds < LOCAL_MARGIN * remote)
+        local = (need.prompt - costs.reach <= decodes.local_tokens) | (seconds < knobs.local_margin * remote)
         seconds = np.where(local, seconds, remote)
         costs = costs._replace(
             local=local, reach=np.where(local, costs.reach, reach), pull=np.where(local, costs.pull, need.stored)
         )
     decoding = OUTPUT_TOKENS * decodes.decode_s * (1 + CROWD_SHARE * decodes.decoding)
     gives_way = np.maximum(need.prompt - have - decodes.free_tokens, 0.0) * decodes.pull_token_s
-    return costs._replace(seconds=seconds + decoding + gives_way)
+    held_s = OUTPUT_TOKENS * decodes.decode_s * _share(need.prompt, decodes.held_tokens)
+    return costs._replace(seconds=seconds + decoding + gives_way, held_s=held_s)
+
+
+def _share(tokens: int, held_tokens: Column) -> Column:
+    """Of memory that others wait for."""
+    return np.where(held_tokens > 0, np.minimum(tokens / np.maximum(held_tokens, 1.0), 1.0), 0.0)
 
 
 def _fetch_s(decodes: WorkerTable, need: Need, have: Column, warm_row: int | None, end: int) -> Column:
@@ -178,4 +186,5 @@ def _costs_here(
     own = compute_s(decodes, start, float(need.prompt))
     seconds = _fetch_s(decodes, need, have, warm_row, end) + (start - reach) * decodes.pull_token_s
     seconds += decodes.queue_s(now_s) + own * (1 + decodes.decoding) + again_s(decodes, need, start)
-    return Costs(seconds, own, np.ones(len(decodes), dtype=np.bool_), reach, np.full(len(decodes), float(end)))
+    here, pull = np.ones(len(decodes), dtype=np.bool_), np.full(len(decodes), float(end))
+    return Costs(seconds, own, here, reach, pull, np.zeros(len(decodes)))

@@ -13,13 +13,12 @@ import numpy as np
 
 from router.fleet.load import Column, Key, Warm, WorkerTable
 from router.policy.cost import Costs, Need, StoredRun, decode_costs, prefill_s
+from router.policy.knobs import DEFAULT, Knobs
 from tracehaul.wire.hashing import weight
 from tracehaul.wire.ids import NodeId, TraceId
 
 Policy = Literal["cost", "sticky", "round-robin"]
 
-STICKY_MARGIN = 0.15
-"""Share of its cost that another worker must save before a trace leaves the one that has its context."""
 MOVE_MARGIN = 0.7
 """A prompt that waits is taken elsewhere if that costs at most this share of its waiting, past and to come: what it has
 waited shows how far the estimates can be trusted, and bounds what waiting on can lose."""
@@ -46,7 +45,10 @@ class Ask(msgspec.Struct, frozen=True):
     unable: frozenset[Key] = frozenset()
     """Workers that cannot do it: never chosen."""
     left: frozenset[Key] = frozenset()
-    """Prefill workers that it does not wait for any more."""
+    """Workers that it does not wait for any more: no prefill worker of them is chosen, and a decode worker if there is
+    no other."""
+    begun: NodeId | None = None
+    """The worker that has said the beginning of its answer."""
     asked: NodeId | None = None
     """The worker that the caller wants."""
     turn: int = 0
@@ -70,8 +72,10 @@ class Placement(msgspec.Struct, frozen=True):
     warm_cost_s: float | None
     """Of the step on the worker that has its context, if that lives."""
     decode_work_s: float
-    """Computing that the decode worker is expected to do."""
+    """Computing that the decode worker is expected to do, and for how long others wait for the step's memory there."""
     prefill_work_s: float
+    holds: bool = False
+    """Steps wait for memory at the decode worker until others have ended."""
 
     @property
     def prefill(self) -> NodeId | None:
@@ -82,6 +86,13 @@ class Placement(msgspec.Struct, frozen=True):
     def queued(self) -> Key | None:
         """The helper, if it has more than next to nothing to compute: there the prompt may wait for others."""
         return self.helper if self.prefill_work_s else None
+
+    @property
+    def waits_at(self) -> tuple[Key, float] | None:
+        """Where the step may have to wait before anything is told of it, and what it is to that worker, in seconds."""
+        if self.queued is not None:
+            return self.queued, self.prefill_work_s
+        return (self.decode, self.decode_work_s) if self.holds else None
 
     @property
     def computes(self) -> NodeId | None:
@@ -99,7 +110,13 @@ def choose_home(stores: Sequence[NodeId], trace: TraceId, current: NodeId | None
 
 
 def place(
-    policy: Policy, ask: Ask, decodes: WorkerTable, prefills: WorkerTable, stores: Sequence[NodeId], now_s: float
+    policy: Policy,
+    ask: Ask,
+    decodes: WorkerTable,
+    prefills: WorkerTable,
+    stores: Sequence[NodeId],
+    now_s: float,
+    knobs: Knobs = DEFAULT,
 ) -> Placement | None:
     """Choose the workers of one step; None if there is no decode worker for it. Without a store there is no way from
     prefill to decode: the decode worker computes all that it lacks."""
@@ -117,8 +134,8 @@ def place(
     # Where memory is short, what is decoded sooner frees it sooner: that is worth what sharing cores costs.
     busy = float(np.mean((decodes.running_steps > 0) & (decodes.free_tokens >= need.prompt)))
     helper, prefilled_s, helper_work_s = _best_prefill(policy, ask, need, helpers, busy, now_s)
-    costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s)
-    row, reason = _choose(policy, ask, decodes, costs, allowed, warm_row)
+    costs = decode_costs(decodes, need, warm_row, _predicted(ask, decodes), prefilled_s, now_s, knobs)
+    row, reason = _choose(policy, ask, decodes, costs, allowed, warm_row, knobs.sticky_margin)
     reach = float(costs.reach[row])
     short = need.prompt - reach <= float(decodes.local_tokens[row])
     if policy == "cost" and costs.local[row] and not short:
@@ -133,8 +150,9 @@ def place(
         reason=reason,
         cost_s=float(costs.seconds[row]),
         warm_cost_s=float(costs.seconds[warm_row]) if warm_row is not None else None,
-        decode_work_s=float(costs.own_s[row]) if alone else 0.0,
+        decode_work_s=(float(costs.own_s[row]) if alone else 0.0) + float(costs.held_s[row]),
         prefill_work_s=0.0 if alone else helper_work_s,
+        holds=bool(decodes.held_tokens[row]),
     )
 
 
@@ -148,10 +166,13 @@ def _allowed(ask: Ask, decodes: WorkerTable) -> list[int]:
     rows: Sequence[int] = range(len(decodes))
     if ask.unable:
         rows = [row for row in rows if decodes.keys[row] not in ask.unable]
-    if ask.avoided:
-        rows = [row for row in rows if decodes.keys[row] not in ask.avoided] or rows
-    if ask.asked is not None:
-        rows = [row for row in rows if decodes.keys[row][0] == ask.asked] or rows
+    left = ask.left if ask.asked is None else frozenset[Key]()  # who wants that worker waits for it
+    for unwanted in (left, ask.avoided):
+        if unwanted:
+            rows = [row for row in rows if decodes.keys[row] not in unwanted] or rows
+    for node in (ask.begun, ask.asked):
+        if node is not None:
+            rows = [row for row in rows if decodes.keys[row][0] == node] or rows
     return list(rows)
 
 
@@ -179,10 +200,18 @@ def _best_prefill(
 
 
 def _choose(
-    policy: Policy, ask: Ask, decodes: WorkerTable, costs: Costs, allowed: list[int], warm_row: int | None
+    policy: Policy,
+    ask: Ask,
+    decodes: WorkerTable,
+    costs: Costs,
+    allowed: list[int],
+    warm_row: int | None,
+    sticky_margin: float,
 ) -> tuple[int, str]:
     if ask.asked is not None and decodes.keys[allowed[0]][0] == ask.asked:
         return allowed[0], "asked for"
+    if ask.begun is not None and decodes.keys[allowed[0]][0] == ask.begun:
+        return allowed[0], "its answer has begun there"
     if policy == "round-robin":
         return allowed[ask.turn % len(allowed)], "its turn"
     by = costs.seconds if policy == "cost" else decodes.running_steps
@@ -194,7 +223,7 @@ def _choose(
             return best, "its worker cannot do it"
         failed = (ask.warm.node, ask.warm.generation) in ask.avoided
         return best, "its worker failed it" if failed else "its worker is gone"
-    if policy == "sticky" or (1 - STICKY_MARGIN) * costs.seconds[warm_row] <= costs.seconds[best]:
+    if policy == "sticky" or (1 - sticky_margin) * costs.seconds[warm_row] <= costs.seconds[best]:
         return warm_row, "warm"
     return best, "cheaper than its own worker"
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from router.policy.prices import FREE, Bill, Tariff
+from router.traces.asks import Ask
 from router.traces.events import (
     Answered,
     CallOver,
@@ -58,6 +60,10 @@ class Written(Protocol):
         """Nothing is left of it. Raises Unavailable."""
         ...
 
+    async def erased_all(self, tenant: str) -> int:
+        """Nothing is left of a tenant's; returns of how many traces there was. Raises Unavailable."""
+        ...
+
 
 class NothingWritten:
     """Implements :class:`Written` where nobody writes."""
@@ -67,6 +73,43 @@ class NothingWritten:
 
     async def erased(self, key: TraceKey) -> None:
         pass
+
+    async def erased_all(self, tenant: str) -> int:
+        return 0
+
+
+class Billed(Protocol):
+    """What traces cost: see :class:`router.dispatch.bills.Bills`."""
+
+    @property
+    def unit(self) -> str:
+        """Of amounts."""
+        ...
+
+    def total(self, key: TraceKey) -> Bill:
+        """Of a trace, with what runs."""
+        ...
+
+
+class OfEnded:
+    """Implements :class:`Billed` where nobody knows what runs."""
+
+    unit = Tariff().unit
+
+    def __init__(self, traces: Traces) -> None:
+        self._traces = traces
+
+    def total(self, key: TraceKey) -> Bill:
+        trace = self._traces.get(key)
+        return FREE if trace is None else trace.bill
+
+
+class Elsewhere(Protocol):
+    """Other routers that have traces: see :class:`router.dispatch.handover.Handover`."""
+
+    async def arrive(self, tenant: str, name: str, tips: Sequence[bytes] = (), answer: str = "") -> None:
+        """A trace is known here, if any router knows it and lets go of it in time."""
+        ...
 
 
 class Book:
@@ -79,6 +122,10 @@ class Book:
         """What outlives the router."""
         self.written: Written = NothingWritten()
         """Likewise."""
+        self.bills: Billed = OfEnded(traces)
+        """What they cost."""
+        self.elsewhere: Elsewhere | None = None
+        """None: no other router has any."""
 
     # --- for calls ----------------------------------------------------------------------------------------------
 
@@ -108,6 +155,15 @@ class Book:
         """What was said in these traces, of each the newest first."""
         return self._traces.texts(traces)
 
+    def asks(self, trace: TraceKey) -> Sequence[Ask]:
+        """What may be asked again in it."""
+        known = self._traces.get(trace)
+        return () if known is None else known.asks
+
+    def now_s(self) -> float:
+        """The traces' time."""
+        return self._keeper.now_s()
+
     def response(self, salt: str, response: str) -> TraceId | None:
         """The trace in which a tenant was given a response."""
         return self._traces.response(salt, response)
@@ -123,6 +179,7 @@ class Book:
         said: Said | None = None,
         heard: str | None = None,
         final: bool = False,
+        done: bool = False,
     ) -> None:
         """A step is over for its caller, whatever way: once for each step. See
         :class:`router.traces.events.Answered`. ``final``: nothing follows it."""
@@ -130,9 +187,25 @@ class Book:
         known = self._traces.get(key)
         if known is not None and step in known.unanswered and said is not None and worth(said):
             self.answers.keep(key, said, heard)
-        self._keeper.send(Answered(key, step, response, tools, said, heard))
+        self._keeper.send(Answered(key, step, response, tools, said, heard, done))
         if final:
             self.answers.drop(key)
+
+    async def arrive(self, salt: str, trace: TraceId | None, sought: Sought | None = None, answer: str = "") -> None:
+        """A tenant's trace that another router has comes here, if it can: the one of that name, else the one that gave
+        an answer, or had that conversation, unless nobody can have gone on from it."""
+        if self.elsewhere is None:
+            return
+        if trace is not None:
+            await self.elsewhere.arrive(salt, trace)
+        elif answer and self._traces.response(salt, answer) is None:
+            await self.elsewhere.arrive(salt, "", (), answer)
+        elif sought is not None and not sought.first:
+            fresh = TraceId("")
+            place = self.find(salt, sought, fresh)
+            if place.trace == fresh or place.parent is not None:
+                heard = sought.heard.name if sought.heard is not None else ""
+                await self.elsewhere.arrive(salt, "", own(sought.conversation, sought.opening), heard)
 
     # --- for clients --------------------------------------------------------------------------------------------
 
@@ -144,7 +217,9 @@ class Book:
     def view(self, salt: str, trace: TraceId) -> TraceView | None:
         """All that is known of one."""
         known = self._traces.get((salt, trace))
-        return None if known is None else view(known, self._keeper.now_s())
+        if known is None:
+            return None
+        return view(known, self._keeper.now_s(), self.bills.total(known.key), self.bills.unit)
 
     async def delete(self, salt: str, trace: TraceId) -> bool:
         """Forget one, and end what runs of it; False if it is not known. What is kept of it is gone on return.
@@ -162,6 +237,24 @@ class Book:
             await self.answers.dropped()
         await self.written.erased(key)
         return known is not None or dropped or held
+
+    def names(self, salt: str) -> list[TraceId]:
+        """Of a tenant's traces."""
+        return [trace.trace for trace in self._traces.of(salt)]
+
+    async def erase(self, salt: str) -> int:
+        """Forget all of a tenant's traces, and end what runs of them; returns how many there were. What is kept of them
+        is gone on return.
+
+        Raises:
+            Unavailable: what was written down is still there: ask again.
+        """
+        known = self.names(salt)
+        for name in known:
+            self._keeper.send(Deleted((salt, name)))
+        self.answers.drop_all(salt)
+        await self.answers.dropped()
+        return max(len(known), await self.written.erased_all(salt))
 
     def suspend(
         self, salt: str, trace: TraceId, expected_s: float, deadline_s: float | None, tool: str | None

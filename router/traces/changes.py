@@ -12,8 +12,10 @@ import msgspec
 from msgspec.structs import replace
 
 from router.fleet.load import Warm
+from router.policy.prices import FREE, UNLIMITED, Bill, Limits
 from router.policy.retention import Retention
 from router.traces.alarms import AlarmKind
+from router.traces.asks import Ask
 from router.traces.contexts import Left
 from router.traces.prefixes import DIGEST_BYTES
 from router.traces.rows import LENGTH_BYTES, Rows, unpacked
@@ -22,9 +24,6 @@ from router.traces.trace import PinWish, Service, Step, Suspension, Tool, Trace,
 from tracehaul.wire.hashing import TOKEN_BYTES
 from tracehaul.wire.hashing import common_prefix as common_tokens
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
-
-VERSION = 1
-"""Of a change's form: one that is higher than this cannot be read here."""
 
 Planned = tuple[tuple[float, AlarmKind], ...]
 """What is to happen to a trace, and when."""
@@ -86,6 +85,15 @@ class TextChange(msgspec.Struct, frozen=True, array_like=True):
     dated_s: float
 
 
+class AskChange(msgspec.Struct, frozen=True, array_like=True):
+    """One of :mod:`router.traces.asks`."""
+
+    ask: Ask
+    """Without its tokens."""
+    packed: int
+    """Which of the change's runs of tokens."""
+
+
 class Rest(msgspec.Struct, frozen=True):
     """All else of a trace: as in :class:`router.traces.trace.Trace`."""
 
@@ -110,6 +118,9 @@ class Rest(msgspec.Struct, frozen=True):
     ended: bool
     tip: bytes | None
     calls_open: int
+    tenant: str = ""
+    limits: Limits = UNLIMITED
+    bill: Bill = FREE
 
 
 class Change(msgspec.Struct, frozen=True, array_like=True):
@@ -135,6 +146,7 @@ class Change(msgspec.Struct, frozen=True, array_like=True):
     tools: dict[str, Tool] | None
     editions: dict[str, str] = {}
     """Which edition of each of the texts' models their tokens are of; what is not in it, nobody knows."""
+    asks: tuple[AskChange, ...] = ()
 
 
 _REST = Rest.__struct_fields__
@@ -177,6 +189,7 @@ def written(
         responses=None if trace.responses == old.responses else trace.responses,
         tools=None if trace.tools is old.tools else dict(trace.tools),
         editions={text.model: editions[text.model] for text in trace.texts if text.model in editions},
+        asks=tuple(AskChange(_holding(ask, b""), place[ask.begun.packed]) for ask in trace.asks),
     )  # fmt: skip
     return _encode(change)
 
@@ -232,6 +245,7 @@ def _trace(key: TraceKey, old: Trace, change: Change) -> Trace:
         children=old.children if change.children is None else change.children,
         responses=old.responses if change.responses is None else change.responses,
         tools=old.tools if change.tools is None else MappingProxyType(change.tools),
+        asks=tuple(_holding(ask.ask, runs[ask.packed]) for ask in change.asks),
         **{name: getattr(change.rest, name) for name in _REST},
     )
     return with_kept(trace, lefts, texts)
@@ -242,7 +256,12 @@ def _trace(key: TraceKey, old: Trace, change: Change) -> Trace:
 
 def _runs(trace: Trace) -> list[bytes]:
     """Its runs of tokens, each once."""
-    return list(dict.fromkeys(part.packed for part in (*trace.lefts, *trace.texts)))
+    begun = [ask.begun for ask in trace.asks]
+    return list(dict.fromkeys(part.packed for part in (*trace.lefts, *trace.texts, *begun)))
+
+
+def _holding(ask: Ask, packed: bytes) -> Ask:
+    return replace(ask, begun=replace(ask.begun, packed=packed))
 
 
 def _run(run: bytes, known: Sequence[bytes]) -> Tail:
@@ -349,6 +368,7 @@ def retimed(trace: Trace, planned: Planned, then: Clock, now: Clock) -> tuple[Tr
         suspension=None if pause is None else replace(pause, since_s=pause.since_s + by_s),
         past=_moved(trace.past, _PAST_TIMES, by_s),
         log=_moved(trace.log, _LOG_TIMES, by_s),
+        asks=tuple(replace(ask, at_s=ask.at_s + by_s) for ask in trace.asks),
     )
     return trace, tuple((at_s + by_s, kind) for at_s, kind in planned)
 

@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 
 from router.fleet.load import Warm
-from tracehaul.wire.hashing import HASH_BYTES, TOKEN_BYTES, chain, common_prefix, extend_chain
+from tracehaul.wire.hashing import HASH_BYTES, TOKEN_BYTES, common_prefix
 from tracehaul.wire.ids import BlockHash, StepId
+from tracehaul.wire.naming import Naming
 
 LEAVES_MAX = 8
 """Contexts of one trace that are kept open: its choices, and what it does at once under one name."""
@@ -22,7 +23,7 @@ class Left(msgspec.Struct, frozen=True, gc=False):
 
     step: StepId
     root: BlockHash
-    """What the hashes are chained to: model, layout and tenant."""
+    """Of model, layout and tenant: :attr:`Naming.tenant`."""
     block_tokens: int
     packed: bytes
     hashes: bytes
@@ -64,18 +65,18 @@ def listed(hashes: bytes) -> list[BlockHash]:
     return np.frombuffer(hashes, f"V{HASH_BYTES}").tolist()
 
 
-def cut(root: BlockHash, packed: bytes, block_tokens: int, lefts: Sequence[Left]) -> Cut:
+def cut(naming: Naming, packed: bytes, lefts: Sequence[Left]) -> Cut:
     """A prompt's hashes, from those of the earlier context that shares most of it; of equals, the last one."""
-    best, shared_tokens = None, 0
+    best, shared_tokens, root, block_tokens = None, 0, naming.tenant, naming.block_tokens
     for left in reversed(lefts):
         if left.root == root and left.block_tokens == block_tokens:
             shared = common_prefix(left.packed, packed)
             if shared > shared_tokens:
                 best, shared_tokens = left, shared
     if best is None:
-        return Cut(packed, chain(root, packed, block_tokens), None, 0)
+        return Cut(packed, naming.names(packed), None, 0)
     known = listed(best.hashes[: shared_tokens // block_tokens * HASH_BYTES])
-    return Cut(packed, extend_chain(root, packed, block_tokens, known, shared_tokens), best, shared_tokens)
+    return Cut(packed, naming.extend(packed, known, shared_tokens), best, shared_tokens)
 
 
 def grow(lefts: Sequence[Left], new: Left) -> tuple[Left, ...]:

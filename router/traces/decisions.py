@@ -42,6 +42,8 @@ class Placed(msgspec.Struct, frozen=True, tag="placed"):
     """Up to where the store's tokens are pulled, where the rest would come up more slowly than it is computed."""
     pool: str = ""
     """Whose workers there were to choose from."""
+    waited_s: float = 0.0
+    """In the router, for its turn."""
 
 
 class Moved(msgspec.Struct, frozen=True, tag="moved"):
@@ -55,12 +57,12 @@ class Moved(msgspec.Struct, frozen=True, tag="moved"):
 
 
 class Replaced(msgspec.Struct, frozen=True, tag="replaced"):
-    """A step leaves the prefill worker where it waits for another place."""
+    """A step leaves the worker where it waits for another place."""
 
     step: StepId
-    prefill: NodeId | None
+    worker: NodeId | None
     wait_s: float
-    """Until its prompt would have been computed there."""
+    """Until it would have been its turn there."""
     cost_s: float
     """Of all of the step elsewhere."""
 

@@ -6,6 +6,8 @@ Plain data. Written down in their order with the times they came at, and handled
 import msgspec
 
 from router.fleet.load import Warm
+from router.policy.prices import UNLIMITED, Bill, Limits
+from router.traces.asks import Ask, Begun
 from router.traces.contexts import Left
 from router.traces.decisions import Moved, Placed, Recalled, Replaced
 from router.traces.hits import Hits
@@ -48,6 +50,19 @@ class StepBegan(OfTrace, frozen=True, gc=False, tag="step_began"):
     agent: str = ""
     keep_s: float = 0.0
     """For how long the client means its context to be kept; 0: it does not say."""
+    ask: Ask | None = None
+    """None: it is not to be asked again."""
+    tenant: str = ""
+    """Whom it counts for."""
+    limits: Limits = UNLIMITED
+    """Of its trace, as far as its call says any."""
+
+
+class StepGrew(OfTrace, frozen=True, gc=False, tag="step_grew"):
+    """So far it has these tokens."""
+
+    step: StepId
+    packed: bytes
 
 
 class StepPlaced(OfTrace, frozen=True, gc=False, tag="step_placed"):
@@ -80,6 +95,14 @@ class StepEnded(OfTrace, frozen=True, gc=False, tag="step_ended"):
     """What bringing back a token of that is expected to take."""
     final: bool
     """The client says that no other follows, and has what it asked for: it does not ask again."""
+    begun: Begun | None = None
+    """What it begins with when it is asked again, where that may be; None: nobody knows."""
+
+
+class Charged(OfTrace, frozen=True, gc=False, tag="charged"):
+    """It is billed for something: a step that has ended, and what was kept for it before."""
+
+    bill: Bill
 
 
 class Answered(OfTrace, frozen=True, gc=False, tag="answered"):
@@ -94,6 +117,8 @@ class Answered(OfTrace, frozen=True, gc=False, tag="answered"):
     """None where the client sent tokens, or nothing was answered, or nothing follows."""
     heard: str | None = None
     """What calls are recognised by that go on from here: see :class:`router.traces.prefixes.Heard`."""
+    done: bool = False
+    """It had its whole answer."""
 
 
 class ContextRecalled(OfTrace, frozen=True, gc=False, tag="context_recalled"):
@@ -138,6 +163,10 @@ class Deleted(OfTrace, frozen=True, gc=False, tag="deleted"):
     """Nothing of it is to be kept, and what runs of it is to stop."""
 
 
+class Elsewhere(OfTrace, frozen=True, gc=False, tag="elsewhere"):
+    """Another router has it: nothing is known of it here any more, unless something is under way in it."""
+
+
 # --- time -------------------------------------------------------------------------------------------------------
 
 
@@ -147,8 +176,10 @@ class Tick(msgspec.Struct, frozen=True, gc=False, tag="tick"):
 
 OfKnown = (
     StepPlaced
+    | StepGrew
     | StepMoved
     | StepEnded
+    | Charged
     | Answered
     | ContextRecalled
     | CallOver
@@ -157,6 +188,7 @@ OfKnown = (
     | PinAsked
     | PinHeld
     | Deleted
+    | Elsewhere
 )
 """What changes nothing of a trace that is not known."""
 

@@ -109,6 +109,10 @@ class Answers(Protocol):
         """Forget a trace, from now on; False if nothing of it was kept."""
         ...
 
+    def drop_all(self, salt: str) -> None:
+        """Forget all traces of a tenant, from now on."""
+        ...
+
     async def dropped(self) -> None:
         """Nothing that was dropped before can be read any more, by whomever."""
         ...
@@ -134,6 +138,9 @@ class NoAnswers:
 
     def drop(self, key: TraceKey) -> bool:
         return False
+
+    def drop_all(self, salt: str) -> None:
+        pass
 
     async def dropped(self) -> None:
         pass

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from router.policy.gaps import Gaps
 from router.policy.retention import RetentionConfig
+from router.traces import asks
 from router.traces.alarms import Alarm, Alarms
 from router.traces.between import Between, noted
 from router.traces.contexts import Left, grow, warmed
@@ -21,8 +22,10 @@ from router.traces.effects import Effect, StopRecall, StopSteps
 from router.traces.events import (
     Answered,
     CallOver,
+    Charged,
     ContextRecalled,
     Deleted,
+    Elsewhere,
     Event,
     OfKnown,
     PinAsked,
@@ -31,6 +34,7 @@ from router.traces.events import (
     Resumed,
     StepBegan,
     StepEnded,
+    StepGrew,
     StepMoved,
     StepPlaced,
     Suspended,
@@ -43,7 +47,6 @@ from router.traces.texts import Text, remember
 from router.traces.trace import (
     CHILDREN_MAX,
     UNANSWERED_MAX,
-    Service,
     Step,
     Trace,
     TraceKey,
@@ -116,13 +119,7 @@ class Traces:
         return parent.lefts if parent is not None else (), trace.lefts
 
     def place(
-        self,
-        salt: str,
-        digests: Sequence[bytes],
-        fresh: TraceId,
-        *,
-        first: bool = False,
-        heard: Heard | None = None,
+        self, salt: str, digests: Sequence[bytes], fresh: TraceId, *, first: bool = False, heard: Heard | None = None
     ) -> Place:
         """The trace of a call with these digests (see :func:`router.traces.prefixes.own`); ``fresh`` if it is a new
         one. ``heard.at``: its place among them."""
@@ -179,6 +176,8 @@ class Traces:
         match event:
             case StepPlaced():
                 return self._placed(trace, event, now_s, effects)
+            case StepGrew(_, step, packed):
+                return replace(trace, asks=asks.grown(trace.asks, step, packed, now_s))
             case StepMoved(_, decision):
                 known = trace.runs(decision.step) is not None
                 return noted(trace, decision, now_s, effects) if known else trace
@@ -189,6 +188,8 @@ class Traces:
             case ContextRecalled(_, step, warm, decision):
                 trace = noted(trace, decision, now_s, effects)
                 return replace(trace, lefts=warmed(trace.lefts, step, warm)) if warm is not None else trace
+            case Charged(_, bill):
+                return replace(trace, bill=trace.bill + bill)
             case CallOver():
                 calls = max(0, trace.calls_open - 1)
                 return replace(trace, calls_open=calls) if trace.steps_count or calls else None
@@ -202,6 +203,8 @@ class Traces:
                 return trace if ttl_s else replace(trace, pin=None)
             case PinHeld(_, wish):
                 return replace(trace, pin=wish)
+            case Elsewhere():
+                return None if trace.forgettable else trace
             case Deleted():
                 if trace.running:
                     effects.append(StopSteps(trace.key, tuple(step.step for step in trace.running)))
@@ -268,6 +271,9 @@ class Traces:
                 suspension=None,
                 decided=False,
                 ended=False,
+                asks=asks.asked(trace.asks, event.ask),
+                tenant=event.tenant,
+                limits=event.limits.after(trace.limits),
             )
         )
         self._traces.move_to_end(event.key)
@@ -303,21 +309,18 @@ class Traces:
             return trace
         output_tokens, hits, seconds = event.output_tokens, event.hits, now_s - step.began_s
         done = replace(step, ended_s=now_s, ending=event.ending, output_tokens=output_tokens, hits=hits)
-        service = trace.service
+        computed = max(0, step.prompt_tokens - hits.delivered) if hits is not None else 0
         trace = replace(
             trace,
             running=tuple(one for one in trace.running if one is not step),
             past=past_with(trace.past, done),
+            asks=asks.ended(trace.asks, event.step, event.begun, now_s),
             ended=trace.ended or event.final,
-            service=Service(
-                service.tokens_computed + (max(0, step.prompt_tokens - hits.delivered) if hits is not None else 0),
-                service.tokens_decoded + output_tokens,
-                service.seconds + seconds,
-            ),
+            service=trace.service.more(computed, output_tokens, seconds),
         )
         if event.left is not None:
-            trace = with_kept(trace, grow(trace.lefts, event.left), trace.texts)
             trace = replace(trace, reload_token_s=event.reload_token_s)
+            trace = with_kept(trace, grow(trace.lefts, event.left), trace.texts)
         ended = Ended(event.step, event.ending, step.prompt_tokens, output_tokens, seconds, hits)
         trace = noted(trace, ended, now_s, effects)
         if not trace.running:
@@ -329,7 +332,8 @@ class Traces:
     def _answered(self, trace: Trace, event: Answered, now_s: float, effects: list[Effect]) -> Trace:
         if event.step not in trace.unanswered:
             return trace
-        trace = replace(trace, unanswered=tuple(step for step in trace.unanswered if step != event.step))
+        left = asks.answered(trace.asks, event.step) if event.done else trace.asks
+        trace = replace(trace, unanswered=tuple(step for step in trace.unanswered if step != event.step), asks=left)
         for name in (event.response, event.heard):
             if name is not None:
                 trace = replace(trace, responses=self._lookups.gave(trace.key, trace.responses, name))

@@ -21,7 +21,7 @@ def revived(
     edition by now are left out: their tokens say something else to it. (Contexts name theirs by their root.)"""
     lives = {
         key: read
-        for key, read in sorted(found.items(), key=lambda item: item[1].number)
+        for key, read in sorted(found.items(), key=lambda item: item[1].clock.wall_s)
         if key not in known and read.trace.steps_count and elapsed_s(read.clock, now) <= keep_s
     }
     for key, read in lives.items():

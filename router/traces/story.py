@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from router.traces.decisions import Asked, Decision, Ended, Moved, Placed, Recalled, Replaced, Retained
 from router.traces.hits import Hits
-from router.traces.views import DecisionView, StepView, TraceView
+from router.traces.views import CostView, DecisionView, StepView, TraceView
 from tracehaul.wire.ids import StepId
 
 LOSSES: Mapping[str, str] = {
@@ -25,6 +25,8 @@ LOSSES: Mapping[str, str] = {
 def story(trace: TraceView) -> list[str]:
     """One line per event, the oldest first, after a line for the trace as it is now."""
     lines = [_now(trace)]
+    if trace.cost.amount or trace.cost.budget is not None or trace.cost.deadline_in_s is not None:
+        lines.append(_cost(trace.cost))
     if trace.tools:
         uses = [
             f"{name} {tool.uses}x (mean {_s(tool.mean_s)}, longest {_s(tool.longest_s)})"
@@ -61,6 +63,21 @@ def _now(trace: TraceView) -> str:
     )
 
 
+def _cost(cost: CostView) -> str:
+    kept_s = cost.resident_byte_s + cost.memory_byte_s + cost.disk_byte_s
+    line = (
+        f"It has cost {cost.amount:.6g} {cost.unit}: {_s(cost.prefill_s)} of workers' time for prompts, "
+        f"{_s(cost.recompute_s)} to compute again what had been, {_s(cost.decode_s)} for output; "
+        f"{cost.moved_bytes / 1e6:.3g} MB moved, {kept_s / 3600e9:.3g} GB hours kept"
+    )
+    if cost.budget is not None:
+        line += f"; its budget is {cost.budget:.6g}"
+    if cost.deadline_in_s is not None:
+        ahead_s = cost.deadline_in_s
+        line += f"; its deadline is in {_s(ahead_s)}" if ahead_s > 0 else f"; its deadline was {_s(-ahead_s)} ago"
+    return line + "."
+
+
 def _event(entry: DecisionView, steps: Mapping[StepId, StepView]) -> str:
     decision: Decision = entry.decision
     match decision:
@@ -69,9 +86,9 @@ def _event(entry: DecisionView, steps: Mapping[StepId, StepView]) -> str:
         case Moved(step, decode, error, emitted):
             kept = f", the {emitted} tokens that the client has are kept" if emitted else ""
             return f"Step {step}: {decode or 'finding a worker'} failed ({error}); it goes on elsewhere{kept}."
-        case Replaced(step, prefill, wait_s, cost_s):
+        case Replaced(step, worker, wait_s, cost_s):
             return (
-                f"Step {step} would wait {_s(wait_s)} more at {prefill}, and another place has become free: all of it "
+                f"Step {step} would wait {_s(wait_s)} more at {worker}, and another place has become free: all of it "
                 f"is expected to take {_s(cost_s)} there."
             )
         case Ended():
@@ -99,13 +116,15 @@ def _placed(placed: Placed, step: StepView | None) -> str:
     slow = ""
     if placed.pull_tokens is not None:
         slow = f" (what the store has after token {placed.pull_tokens} comes up too slowly)"
+    waited = f" after {_s(placed.waited_s)} in line" if placed.waited_s else ""
     prefill = (
         f"what is missing is computed by {placed.prefill}" if placed.prefill else "what is missing is computed there"
     )
     return (
         f"Step {placed.step}{before}: {_count(placed.prompt_tokens, 'token')}, of which the stores held "
-        f"{placed.indexed_tokens} and {warm}. Put on {placed.decode}{pool} ({placed.reason}{cost}; running: {load}), "
-        f"expecting {placed.expected_tokens} cached{slow}; {prefill}, new blocks go to {placed.home or 'no store'}."
+        f"{placed.indexed_tokens} and {warm}. Put on {placed.decode}{pool}{waited} ({placed.reason}{cost}; running: "
+        f"{load}), expecting {placed.expected_tokens} cached{slow}; {prefill}, new blocks go to "
+        f"{placed.home or 'no store'}."
     )
 
 

@@ -10,7 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from router.policy.prices import FREE, UNLIMITED, Bill, Limits
 from router.policy.retention import Retention
+from router.traces.asks import Ask, size
 from router.traces.contexts import Left
 from router.traces.decisions import Entry, entry_of
 from router.traces.hits import Hits
@@ -78,6 +80,10 @@ class Service(msgspec.Struct, frozen=True, gc=False):
     tokens_decoded: int = 0
     seconds: float = 0.0
     """Of all steps, those side by side added up."""
+
+    def more(self, computed: int, decoded: int, seconds: float) -> "Service":
+        """With a step more."""
+        return Service(self.tokens_computed + computed, self.tokens_decoded + decoded, self.seconds + seconds)
 
 
 class Suspension(msgspec.Struct, frozen=True, gc=False):
@@ -155,6 +161,13 @@ class Trace(msgspec.Struct, frozen=True, gc=False):
     calls_open: int = 0
     """Recognised calls that are not over."""
     responses: tuple[str, ...] = ()
+    asks: tuple[Ask, ...] = ()
+    """What may be asked again, the last one last."""
+    tenant: str = ""
+    """Whom its last step counted for."""
+    limits: Limits = UNLIMITED
+    bill: Bill = FREE
+    """Of the steps that have ended, and of what was kept for it before them."""
 
     @property
     def trace(self) -> TraceId:
@@ -192,7 +205,7 @@ class Trace(msgspec.Struct, frozen=True, gc=False):
         names = len(self.children) + len(self.tools) + len(self.running) + len(self.unanswered)
         lookups = len(self.digests) + len(self.responses)
         rows = len(self.past.data) + len(self.log.data)
-        return TRACE_BYTES + self.heavy + rows + NAME_BYTES * names + LOOKUP_BYTES * lookups
+        return TRACE_BYTES + self.heavy + size(self.asks) + rows + NAME_BYTES * names + LOOKUP_BYTES * lookups
 
     @property
     def forgettable(self) -> bool:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import msgspec
 
+from router.policy.prices import Bill, Limits
 from router.policy.retention import Retention
 from router.traces.decisions import Decision
 from router.traces.hits import Hits
@@ -65,6 +66,27 @@ class ServiceView(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class CostView(msgspec.Struct, frozen=True):
+    """What it has cost so far, with what runs, and for what: see ``docs/bills.md``."""
+
+    amount: float
+    unit: str
+    worker_amount: float
+    """Of that, for workers' time."""
+    prefill_s: float
+    recompute_s: float
+    decode_s: float
+    moved_bytes: int
+    resident_byte_s: float
+    """Bytes of KV times the seconds that they lay on workers between steps; likewise the two that follow."""
+    memory_byte_s: float
+    disk_byte_s: float
+    budget: float | None
+    """The most that it may cost; None: that was not said."""
+    deadline_in_s: float | None
+    """Until it has to have ended; likewise."""
+
+
 class SuspensionView(msgspec.Struct, frozen=True):
     """What its client said of its pause."""
 
@@ -99,6 +121,7 @@ class TraceView(msgspec.Struct, frozen=True):
     """The kind of agent: calls with the same system prompt and the same tools."""
     tools: dict[str, ToolView]
     service: ServiceView
+    cost: CostView
     suspension: SuspensionView | None
     retention: Retention | None
     """What becomes of its context meanwhile, counted from its last step's end or from what its client said."""
@@ -130,6 +153,14 @@ class TraceDeleted(msgspec.Struct, frozen=True):
     object: Literal["trace.deleted"] = "trace.deleted"
 
 
+class TracesDeleted(msgspec.Struct, frozen=True):
+    """``DELETE /v1/traces``."""
+
+    deleted: int
+    """How many there were."""
+    object: Literal["trace.list.deleted"] = "trace.list.deleted"
+
+
 def trace_list(traces: Sequence[Trace], has_more: bool, now_s: float) -> TraceList:
     """A page of them."""
     data = [summary(trace, now_s) for trace in traces]
@@ -150,8 +181,8 @@ def summary(trace: Trace, now_s: float) -> TraceSummary:
     )
 
 
-def view(trace: Trace, now_s: float) -> TraceView:
-    """All that is known of one."""
+def view(trace: Trace, now_s: float, bill: Bill, unit: str) -> TraceView:
+    """All that is known of one. ``bill``: with what runs."""
     pause = trace.suspension
     warm = trace.lefts[-1].warm if trace.lefts else None
     return TraceView(
@@ -169,6 +200,7 @@ def view(trace: Trace, now_s: float) -> TraceView:
             name: ToolView(tool.uses, tool.seconds / tool.uses, tool.longest_s) for name, tool in trace.tools.items()
         },
         service=ServiceView(trace.service.tokens_computed, trace.service.tokens_decoded, trace.service.seconds),
+        cost=_cost(bill, unit, trace.limits, now_s - trace.began_s),
         suspension=SuspensionView(now_s - pause.since_s, pause.expected_s, pause.deadline_s, pause.tool)
         if pause
         else None,
@@ -177,6 +209,24 @@ def view(trace: Trace, now_s: float) -> TraceView:
         home=trace.home,
         warm=warm.node if warm is not None else None,
         decisions=[DecisionView(now_s - entry.at_s, entry.decision) for entry in trace.decisions],
+    )
+
+
+def _cost(bill: Bill, unit: str, limits: Limits, age_s: float) -> CostView:
+    spent = bill.spent
+    return CostView(
+        bill.amount,
+        unit,
+        bill.worker_amount,
+        spent.prefill_s,
+        spent.recompute_s,
+        spent.decode_s,
+        spent.moved_bytes,
+        spent.resident_byte_s,
+        spent.memory_byte_s,
+        spent.disk_byte_s,
+        limits.budget,
+        None if limits.deadline_s is None else limits.deadline_s - age_s,
     )
 
 

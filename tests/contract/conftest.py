@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import uvloop
 from cluster.security.ca import Issued, ensure_ca, issue
 from cluster.security.laying import lay
 from router.fleet import gate
+from tests.postgres import Postgres, postgres
 from tracehaul.rpc import membership
 from tracehaul.rpc import tcp as rpc_tcp
 from tracehaul.rpc.base import CallContext, Network
@@ -24,6 +25,14 @@ from tracehaul.wire.steps import PrefillProgress
 
 HOST = "127.0.0.1"
 LISTEN = f"{HOST}:0"
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Postgres]:
+    """For tests of the group ``postgres``."""
+    with postgres() as running:
+        yield running
+
 
 Main = Callable[[], Coroutine[Any, Any, None]]
 

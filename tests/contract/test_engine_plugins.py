@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from engines.blocks import EngineRefused
-from engines.blocks.naming import names
 from tests import engine_stubs as stubs
 from tests.engine_rig import Fleet, fleet
+from tests.engine_vllm import BLOCKS, LAYERS, Engine, request
 from tracehaul.wire.hashing import KVLayout, named, pack_tokens
-
-BLOCKS, LAYERS = 16, ["layer.0", "layer.1"]
+from tracehaul.wire.naming import Naming
 
 
 @pytest.fixture(scope="module")
@@ -156,75 +155,6 @@ def test_sglang_of_another_interface_is_refused_by_name(rig: Fleet, sglang: Any,
 # --- vLLM ---------------------------------------------------------------------------------------------------
 
 
-def request(name: str, tokens: list[int], **more: Any) -> SimpleNamespace:
-    said = {"cache_salt": None, "lora_request": None, "mm_features": [], "prompt_embeds": None}
-    return SimpleNamespace(request_id=name, all_token_ids=tokens, num_tokens=len(tokens), **{**said, **more})
-
-
-class Engine:
-    """A scheduler's and a worker's connector, and what vLLM does between them."""
-
-    def __init__(self, plugin: Any, extra: dict[str, Any], **how: Any) -> None:
-        self.caches = {name: torch.zeros(BLOCKS, 2, 4, 16, dtype=torch.bfloat16) for name in LAYERS}
-        config = stubs.vllm_config(extra, LAYERS, **how)
-        role, blocks = stubs.KVConnectorRole, stubs.cache_config(BLOCKS)
-        self.scheduler = plugin.TracehaulConnector(config, role.SCHEDULER, blocks)
-        self.worker = plugin.TracehaulConnector(config, role.WORKER, blocks)
-        self.worker.register_kv_caches(self.caches)
-        self.scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): self.worker.get_handshake_metadata()})
-
-    def fill(self, *blocks: int) -> None:
-        for cache in self.caches.values():
-            for block in blocks:
-                cache[block] = torch.randn(cache[block].shape).to(cache.dtype)
-
-    def matched(self, asked: Any, computed: int = 0) -> tuple[int, bool]:
-        """As the scheduler asks: again at each step, while there is no answer."""
-        for _ in range(500):
-            tokens, later = self.scheduler.get_num_new_matched_tokens(asked, computed)
-            if tokens is not None:
-                return tokens, later
-            time.sleep(0.01)
-        raise AssertionError("a request is parked")
-
-    def allocate(self, asked: Any, blocks: list[int], external: int) -> None:
-        got = SimpleNamespace(get_block_ids=lambda: (blocks,))
-        self.scheduler.update_state_after_alloc(asked, got, external)
-
-    def step(self, new: dict[str, tuple[int, int]], cached: dict[str, tuple[int, int, list[int] | None]]) -> Any:
-        """By request: tokens computed before, tokens of this step, and new blocks."""
-        output = SimpleNamespace(
-            scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=at) for name, (at, _) in new.items()],
-            scheduled_cached_reqs=SimpleNamespace(
-                req_ids=list(cached),
-                resumed_req_ids=set(),
-                num_computed_tokens=[at for at, _, _ in cached.values()],
-                new_block_ids=[None if blocks is None else (blocks,) for _, _, blocks in cached.values()],
-            ),
-            num_scheduled_tokens={name: one[1] for name, one in (*new.items(), *cached.items())},
-        )
-        meta = self.scheduler.build_connector_meta(output)
-        self.worker.bind_connector_metadata(meta)
-        self.worker.start_load_kv(None)
-        self.worker.wait_for_save()
-        return meta
-
-    def loaded(self, name: str) -> set[int]:
-        """Waits for a request's loads; blocks that failed."""
-        failed: set[int] = set()
-        for _ in range(500):
-            _, received = self.worker.get_finished(set())
-            failed |= self.worker.get_block_ids_with_load_errors()
-            if received and name in received:
-                return failed
-            time.sleep(0.01)
-        raise AssertionError("a load does not end")
-
-    def close(self) -> None:
-        self.worker.shutdown()
-        self.scheduler.shutdown()
-
-
 def saved(engine: Engine, asked: Any, blocks: int) -> None:
     """The request's first so many blocks can be got."""
     tokens = 0
@@ -234,6 +164,16 @@ def saved(engine: Engine, asked: Any, blocks: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"{tokens} tokens are there")
+
+
+def held(engine: Engine, name: str) -> list[int]:
+    """Which of the request's blocks the store has, once nothing is on its way there."""
+    store = engine.worker._store
+    for _ in range(500):
+        if store.puts_free == len(store._joined.puts):
+            break
+        time.sleep(0.01)
+    return [engine.scheduler._store.exists([key]) for key in engine.scheduler._scheduling._chains[name].keys]
 
 
 def test_vllm_blocks_go_from_one_server_to_another(rig: Fleet, vllm: Any):
@@ -257,7 +197,7 @@ def test_vllm_blocks_go_from_one_server_to_another(rig: Fleet, vllm: Any):
     longer = request("c", [*prompt, 1])
     saved(second, longer, 4)
     layout = second.worker.get_handshake_metadata().layout
-    assert second.scheduler._store.exists(names(layout, pack_tokens(prompt))) == 4, "what others can compute"
+    assert second.scheduler._store.exists(Naming.of(layout).names(pack_tokens(prompt))) == 4, "what others can compute"
     second.allocate(longer, [2, 4, 6, 8, 10], 16)
     assert second.step({}, {}).loads[0].block_ids == [2, 4, 6, 8]
     assert second.loaded("c") == set()
@@ -298,6 +238,112 @@ def test_vllm_what_is_lost_between_look_and_load_is_computed(rig: Fleet, vllm: A
     finally:
         engine.close()
         rig.start_store()
+
+
+def test_vllm_on_a_cpu_the_step_that_needs_blocks_loads_them(rig: Fleet, vllm: Any):
+    engine = Engine(vllm, rig.extra(name="vl-cpu", pool="vl", timeout_s=1.0), device="cpu")
+    prompt = list(range(500, 509))
+    asked = request("a", prompt)
+    engine.matched(asked)
+    engine.allocate(asked, [1, 2, 3], 0)
+    engine.fill(1, 2)
+    engine.step({"a": (0, 9)}, {})
+    engine.scheduler.request_finished(asked, [1, 2, 3])
+    kept = {name: cache.clone() for name, cache in engine.caches.items()}
+    other = request("b", prompt)
+    saved(engine, other, 2)
+    assert engine.matched(other) == (8, False), "it is not to wait"
+    engine.allocate(other, [4, 5, 6], 8)
+    meta = engine.step({"b": (8, 1)}, {})
+    assert [move.block_ids for move in meta.loads] == [[4, 5]]
+    assert meta.saves == []
+    for name, cache in engine.caches.items():
+        assert torch.equal(cache[4], kept[name][1])
+        assert torch.equal(cache[5], kept[name][2])
+    assert engine.worker.get_finished(set()) == (None, None), "no request waited"
+    assert engine.worker.get_block_ids_with_load_errors() == set()
+    lost = request("c", prompt)
+    assert engine.matched(lost) == (8, False)
+    engine.allocate(lost, [7, 8, 9], 8)
+    rig.kill()
+    try:
+        began = time.monotonic()
+        engine.step({"c": (8, 1)}, {})
+        assert time.monotonic() - began < 1.7, "a lost store holds a step no longer than was said"
+        assert engine.worker.get_block_ids_with_load_errors() == {7, 8}
+    finally:
+        engine.close()
+        rig.start_store()
+
+
+def test_vllm_what_a_step_computes_on_blocks_that_did_not_come_is_not_shared(
+    rig: Fleet, vllm: Any, monkeypatch: pytest.MonkeyPatch
+):
+    first, engine = Engine(vllm, rig.extra(name="vl-there", pool="vl")), None
+    try:
+        text = list(range(700, 717))
+        first.matched(request("a", text[:9]))
+        first.allocate(request("a", text[:9]), [1, 2, 3], 0)
+        first.fill(1, 2)
+        first.step({"a": (0, 9)}, {})
+        engine = Engine(vllm, rig.extra(name="vl-spoilt", pool="vl"), device="cpu")
+        asked = request("b", text)
+        saved(engine, asked, 2)
+        engine.allocate(asked, [4, 5, 6, 7, 8], 8)
+        got = engine.worker._store.get
+        monkeypatch.setattr(engine.worker._store, "get", lambda keys, pages, timeout_s: [True, False])
+        beside = request("c", list(range(800, 805)))
+        engine.matched(beside)
+        engine.allocate(beside, [9, 10], 0)
+        engine.fill(9)
+        meta = engine.step({"b": (8, 4), "c": (0, 5)}, {})
+        assert (len(meta.loads), [move.block_ids for move in meta.saves]) == (1, [[6], [9]])
+        assert engine.failed() == {5}
+        assert engine.index.evicted == {5, 6, 7, 8}, "nobody finds what was computed on nothing"
+        assert held(engine, "c") == [1], "a request beside it has nothing to do with that"
+        assert held(engine, "b") == [1, 1, 0, 0], "what was computed on nothing is nowhere"
+        engine.fill(5, 6, 7)
+        meta = engine.step({}, {"b": (4, 12, None)})
+        assert [move.block_ids for move in meta.saves] == [[5, 6, 7]], "what was computed instead is shared"
+        assert held(engine, "b") == [1, 1, 1, 1]
+        kept = {name: cache.clone() for name, cache in engine.caches.items()}
+        monkeypatch.setattr(engine.worker._store, "get", got)
+        again = request("d", text)
+        saved(engine, again, 4)
+        engine.allocate(again, [1, 2, 11, 12, 13], 16)
+        engine.step({"d": (16, 1)}, {})
+        assert engine.failed() == set()
+        assert all(torch.equal(kept[name][a], engine.caches[name][b]) for name in LAYERS for a, b in ((6, 11), (7, 12)))
+    finally:
+        first.close()
+        if engine is not None:
+            engine.close()
+
+
+def test_vllm_what_is_computed_instead_of_a_late_load_is_saved(rig: Fleet, vllm: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = Engine(vllm, rig.extra(name="vl-instead", pool="vl"))
+    asked = request("b", list(range(900, 909)))
+    assert engine.matched(asked) == (0, False)
+    engine.allocate(asked, [1, 2, 3], 0)
+    engine.step({"b": (0, 9)}, {})
+    saved(engine, request("c", asked.all_token_ids), 2)
+    other = request("d", asked.all_token_ids)
+    assert engine.matched(other) == (8, True)
+    engine.allocate(other, [4, 5, 6], 8)
+    monkeypatch.setattr(engine.worker._store, "get", lambda keys, pages, timeout_s: [True, False])
+    engine.step({}, {})
+    failed = engine.loaded("d")
+    assert failed == {5}
+    engine.scheduler.update_connector_output(SimpleNamespace(invalid_block_ids=failed))
+    engine.allocate(other, [4, 5, 6], 0)
+    assert [move.block_ids for move in engine.step({"d": (4, 5)}, {}).saves] == [[5]]
+    engine.close()
+
+
+def test_vllm_of_several_ranks_waits_for_no_load_in_a_step(rig: Fleet, vllm: Any):
+    config = stubs.vllm_config(rig.extra(), LAYERS, device="cpu", tensor_parallel_size=2)
+    connector = vllm.TracehaulConnector(config, stubs.KVConnectorRole.SCHEDULER, stubs.cache_config(BLOCKS))
+    assert connector._scheduling._later, "one rank may lack what the other computes on"
 
 
 def test_vllm_what_the_store_lost_is_saved_again(rig: Fleet, vllm: Any):

@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time  # noqa: TID251 - threads wait here, and no loop
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -72,7 +73,7 @@ class Blocks:
 
 def page(memory: bytearray) -> HostPage:
     whole = memoryview(memory)
-    return HostPage([whole[:1000], whole[3000:5000]])
+    return HostPage.of([whole[:1000], whole[3000:5000]])
 
 
 def until(true: Callable[[], bool], within_s: float = 10.0) -> None:
@@ -175,6 +176,23 @@ def test_a_server_starts_without_a_store_and_uses_the_one_that_comes(rig: Fleet)
         rig.start_store()
         until(lambda: store.ready)
         until(lambda: store.put(blocks.hashes, blocks.parents, blocks.pages) == [True] * 4)
+
+
+def test_routers_are_those_that_the_file_names_now(rig: Fleet, tmp_path: Path):
+    file = tmp_path / "routers.json"
+    config = rig.config(name="followed", routers=(), routers_file=str(file), attach_s=0.2)
+    with opened(config) as store:
+        assert not store.ready, "nobody has said where routers are"
+        file.write_bytes(b'["127.0.0.1:')
+        time.sleep(1.2)
+        assert not store.ready, "what is torn names nobody"
+        file.write_bytes(msgspec.json.encode([rig.router]))
+        until(lambda: store.ready)
+        blocks = Blocks(store.root, 40)
+        assert store.put(blocks.hashes, blocks.parents, blocks.pages) == [True] * 4
+        file.write_bytes(b"[]")
+        time.sleep(1.2)
+        assert store.get(blocks.hashes, blocks.empty()[1]) == [True] * 4, "who names nobody takes none away"
 
 
 def test_what_lands_late_lands_in_no_page(store: EngineStore, monkeypatch: pytest.MonkeyPatch):
@@ -337,6 +355,7 @@ def test_another_rank_of_the_same_cut_is_no_other_pool(rig: Fleet):
     [
         (None, "no object"),
         ({"tracehaul": {"routers": ["r:1"], "name": "n"}}, "revision"),
+        ({"tracehaul": {"name": "n", "revision": "r"}}, "routers"),
         ({"tracehaul": {"routers": ["r:1"], "name": "n", "revision": ""}}, "must not be empty"),
         ({"tracehaul": {"routers": ["r:1"], "name": "n", "revision": "r", "rooter": 1}}, "rooter"),
     ],

@@ -2,15 +2,19 @@
 
 import asyncio
 from contextlib import aclosing
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
+from engines.vllm.chains import tenant_of
 from tests.seats import INFO, KINDS, ROOT, STOCK, Place, play, until
 from tracehaul.engine.fake import EngineCost, expected_output
 from tracehaul.rpc.base import NO_CONTEXT
 from tracehaul.runtime import clock
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.errors import (
+    BudgetExceeded,
     CannotContinue,
     ClusterError,
     ContextTooLong,
@@ -20,9 +24,11 @@ from tracehaul.wire.errors import (
 )
 from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import BlockHash, StepId, TraceId
+from tracehaul.wire.spent import Allowance
 from tracehaul.wire.steps import Constraint, ForgetContext, KeepContext, PrefillStep, Resident, Sampling
 
 PROMPT = list(range(1, 22))
+TENANT = "acme/someone@example.com"
 LONG = [(7 * n) % 251 for n in range(200)]
 GREEDY = {"temperature": 0.0}
 SLOW = EngineCost(iteration_s=0.02)
@@ -61,6 +67,8 @@ def test_an_answer_ends_with_its_stop_token_and_not_before_its_least_length(kind
         stop = Sampling(12, stop_tokens=(free[3],), **GREEDY)
         told = await place.run(sat, place.request(PROMPT, stop))
         assert (told.tokens, told.end.reason) == (free[:4], "stop")
+        if kind != "native":
+            await until(lambda: not sat.engine.running, 1.0)  # nor does its server go on
         later = Sampling(12, stop_tokens=(free[3],), min_tokens=6, **GREEDY)
         told = await place.run(sat, place.request(PROMPT, later))
         assert told.tokens == expected(PROMPT, later)
@@ -131,6 +139,10 @@ def test_answers_keep_to_schemas_and_grammars(kind: str) -> None:
             told = await place.run(sat, place.request(PROMPT, sampling))
             assert bytes(told.tokens[:-1]).decode() == text
             assert (told.tokens[-1], told.end.reason) == (end, "stop")
+        if kind.startswith("sglang"):
+            bad = Sampling(20, constraint=Constraint("grammar", "start: nothere"), **GREEDY)
+            with pytest.raises(InvalidRequest, match="Failed to compile"):
+                await place.run(sat, place.request(PROMPT, bad))
 
     play(case)
 
@@ -181,11 +193,13 @@ def test_what_was_there_already_is_told_by_where_it_was(kind: str) -> None:
         assert (usage.resident_tokens, usage.pulled_tokens) == (
             (200, 0) if kind == "vllm" else (0, usage.computed_from)
         )
-        other = await place.run(second, place.request(longer, sampling, salt="tenant"))
+        other = await place.run(second, place.request(longer, sampling, salt=TENANT))
+        assert other.tokens == elsewhere.tokens
         if kind == "native":
             assert other.end.usage.computed_from == 0
         else:
-            assert second.engine.asked[-1]["cache_salt"] == "tenant"
+            said = second.engine.asked[-1]["cache_salt"]
+            assert (tenant_of(SimpleNamespace(cache_salt=said)) if kind == "vllm" else said) == TENANT
 
     play(case)
 
@@ -312,5 +326,56 @@ def test_a_seat_says_its_servers_load_and_speed(kind: str) -> None:
         assert load.bytes_max == 16384 * INFO.layout.token_bytes
         assert sat.seat.info.limits.kv_tokens_max == 16384
         assert sat.seat.info.rates.token_s == pytest.approx(1e-3)
+
+    play(case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_charged_for_what_it_took_and_nobody_else(kind: str) -> None:
+    async def case(place: Place) -> None:
+        sat = await place.seat(kind, cost=SLOW)
+        sat.seat.load()
+        request = place.request(PROMPT, Sampling(8, **GREEDY))
+        told = await place.run(sat, request)
+        reading, load = told.end.usage.reading, sat.seat.load()
+        assert reading.account > 0
+        assert min(reading.spent.prefill_s, reading.spent.decode_s) > 0
+        assert reading.spent.recompute_s == 0
+        [charge] = [charge for charge in load.charges if charge.step]
+        assert charge.reading == reading
+        assert (charge.trace, charge.step, charge.salt) == (request.trace, request.step, "")
+        assert load.busy_s == pytest.approx(reading.spent.worker_s)
+        assert load.up_s > load.busy_s
+
+    play(case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_step_computes_again_is_told_apart(kind: str) -> None:
+    async def case(place: Place) -> None:
+        sat = await place.seat(kind, cost=SLOW)
+        request = msgspec.structs.replace(place.request(LONG, Sampling(2, **GREEDY)), known_tokens=len(LONG) // 2)
+        spent = (await place.run(sat, request)).end.usage.reading.spent
+        share = spent.recompute_s / (spent.recompute_s + spent.prefill_s)
+        assert 0.2 < share < 0.6  # of the prompt's tokens the first half, each of which has less before it
+
+    play(case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_ends_when_it_has_spent_what_it_may(kind: str) -> None:
+    async def case(place: Place) -> None:
+        sat = await place.seat(kind, cost=SLOW)
+        request = place.request(PROMPT, Sampling(300, **GREEDY))
+        whole = (await place.run(sat, place.request(PROMPT, Sampling(40, **GREEDY)))).end.usage.reading.spent
+        sat.seat.load()
+        poor = msgspec.structs.replace(request, allowance=Allowance(whole.worker_s, 1.0, 1.0))
+        before_s = sat.seat.load().busy_s
+        with pytest.raises(BudgetExceeded):
+            await place.run(sat, poor)
+        took_s = sat.seat.load().busy_s - before_s
+        assert whole.worker_s <= took_s < 3 * whole.worker_s + 0.5
+        with pytest.raises(BudgetExceeded):
+            await place.run(sat, msgspec.structs.replace(poor, allowance=Allowance(0.0, 1.0, 1.0)))
 
     play(case)

@@ -6,7 +6,8 @@ from contextlib import aclosing
 import msgspec
 import pytest
 
-from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.dispatch.config import DispatchConfig
+from router.dispatch.dispatch import Dispatch
 from router.dispatch.steps import Finished, StepRequest
 from tests.contract.test_seat import GREEDY, LONG, PROMPT, SLOW, expected
 from tests.seats import LIMITS, PATIENT, QUICK, STOCK, Place, Sat, app_of, play, until
@@ -88,6 +89,21 @@ def test_a_frozen_server_is_a_lost_one_and_its_engine_alone_too(kind: str, what:
         sat.engine.stalled.set()
         await until(lambda: sat.seat.load().serving)
         await until(lambda: sat.seat.load().running == 0)
+
+    play(case)
+
+
+def test_a_server_that_takes_long_over_a_prompt_is_lost_only_when_it_gets_no_further() -> None:
+    async def case(place: Place) -> None:
+        config = msgspec.structs.replace(QUICK, stall_timeout_s=0.4, silence_timeout_s=30.0)
+        sat = await place.seat("sglang", config=config)
+        sat.engine.stalled.clear()  # no token comes
+        for _ in range(20):
+            sat.engine.prefill_tokens += 64
+            await asyncio.sleep(0.05)
+            assert sat.seat.load().serving
+        await until(lambda: not sat.seat.load().serving)
+        assert "does not compute" in sat.seat.load().fault
 
     play(case)
 

@@ -7,6 +7,7 @@ import asyncio
 import importlib.util
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ transfer_peer = sys.modules.setdefault("transfer_peer", importlib.util.module_fr
 if not hasattr(transfer_peer, "Peer"):
     _spec.loader.exec_module(transfer_peer)
 Failed = transfer_peer.Failed
+Died = transfer_peer.Died
 
 # Each test with processes of its own starts up to three, and UCX takes its time to look at the machine.
 KINDS = [
@@ -45,6 +47,7 @@ KINDS = [
     ),
 ]
 NBYTES = 48 << 20
+CUT_ATTEMPTS = 3
 
 
 class FreezableLink:
@@ -374,7 +377,19 @@ def test_what_has_landed_outlives_its_sender(start: Start) -> None:
 
 
 def test_a_cut_connection_loses_what_it_carried_and_is_made_again(start: Start) -> None:
-    us, peer = start("us#1"), start("peer#1")
+    for life in range(1, CUT_ATTEMPTS + 1):
+        us, peer = start(f"us#{life}"), start(f"peer#{life}")
+        try:
+            cut_and_go_on(us, peer)
+            return
+        except Died as died:
+            # A thread of UCX's own, which runs no code of ours, now and then faults on a cut TCP connection. To the
+            # cluster that is a node that was killed; here it tells nothing of what a node that lives on does.
+            if us.kind != "nixl-request" or died.code != -signal.SIGSEGV or life == CUT_ATTEMPTS:
+                raise
+
+
+def cut_and_go_on(us: Any, peer: Any) -> None:
     if us.kind == "nixl-read":
         # Over TCP UCX emulates one-sided reads in software, and aborts the process ("unexpected error: Endpoint
         # timeout") when the connection of one breaks. Hence such reads are used with RDMA alone.

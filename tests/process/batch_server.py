@@ -10,10 +10,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from cluster.kept_jobs import opened_jobs
+from cluster.config import ClusterConfig
+from cluster.kept import opened_kept
+from cluster.rundir import RunDir
+from cluster.webhooks.config import WebhookConfig
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
+from router.dispatch.bills import Bills
 from router.dispatch.steps import StepRequest
-from router.http import ApiConfig, create_app, serve
+from router.http import create_app, serve
+from router.policy.prices import Prices, Tariff
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.hashing import unpack_tokens
@@ -38,11 +43,15 @@ def script(request: StepRequest) -> Script:
 
 
 async def main() -> None:
-    """Serves on a free port, and keeps files and batches in the folder that the environment names."""
+    """Serves on a free port, keeps all of it in the folder that the environment names, and tells who that names."""
     offload = ThreadOffload("tokenize")
-    config = ApiConfig()
-    async with opened_jobs(Path(os.environ["KEPT"]), config) as jobs:
-        app = create_app(FakeDispatcher(script), {MODEL: FakeText()}, lambda: b"", config, offload, jobs=jobs)
+    receivers = (WebhookConfig(os.environ["RECEIVER"], networks=("127.0.0.0/8",)),) if "RECEIVER" in os.environ else ()
+    config = ClusterConfig(webhooks=receivers)
+    dispatcher = FakeDispatcher(script)
+    bills = Bills(dispatcher.traces, dispatcher.keeper.send, Prices(Tariff()))
+    async with opened_kept(config, RunDir(Path(os.environ["KEPT"])), "router-0", offload, bills) as kept:
+        texts, parts = {MODEL: FakeText()}, {"jobs": kept.jobs, "chats": kept.chats, "outbox": kept.outbox}
+        app = create_app(dispatcher, texts, lambda: b"", config.api, offload, **parts)
         server = await serve(app, "127.0.0.1", 0, grace_s=1)
         print(server.port, flush=True)  # noqa: T201 - who started this waits for it
         await asyncio.to_thread(sys.stdin.read)

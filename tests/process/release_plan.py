@@ -6,12 +6,11 @@ Its arguments are how KV moves, and ``FOLDER:PORT`` for each router: a run direc
 import sys
 from pathlib import Path
 
-from cluster.config import ClusterConfig, PoolConfig
+from cluster.config import ClusterConfig, DispatchConfig, PoolConfig  # wherever a release has them
 from cluster.launch import free_port
 from cluster.plan import NodeSpec, Plan, PoolPlan, save_plan
 from cluster.rundir import RunDir
 from kvstore.config import StoreConfig
-from router.dispatch.dispatch import DispatchConfig
 from tracehaul.model.source import resolve
 from worker.config import WorkerConfig
 

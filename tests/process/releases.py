@@ -13,12 +13,13 @@ from typing import Any
 
 import httpx
 
+from bench.common import fake_node
 from cluster.launch import free_port
-from tests.process.fake_node import VOCABULARY
 from tracehaul.engine.fake import TrueState
 from tracehaul.wire.steps import Sampling
 
-PROGRAM = Path(__file__).with_name("fake_node.py")
+PROGRAM = Path(fake_node.__file__)
+VOCABULARY = 256
 PLAN_PROGRAM = Path(__file__).with_name("release_plan.py")
 STORES, WORKERS, ROUTERS = ("store-0", "store-1"), ("prefill-0", "decode-0", "decode-1"), ("router-0", "router-1")
 START_S, END_S = 60.0, 20.0
@@ -42,7 +43,7 @@ class Mixed:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def _run(self, tree: Path, *words: str) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "PYTHONPATH": str(tree)}
+        environment = {**os.environ, "PYTHONPATH": str(tree), "FAKE_VOCABULARY": str(VOCABULARY)}
         with (self._runs[0].parent / "output").open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-P", *words], env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output

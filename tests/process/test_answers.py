@@ -55,7 +55,10 @@ def anew(cluster: Fleet, how: str) -> None:
 @pytest.mark.parametrize(("trace", "how"), [("named", "restarted"), (None, "restarted"), ("killed", "killed")], ids=str)
 def test_the_whole_answer_hits_after_a_restart(cluster: Fleet, trace: str | None, how: str) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Write a file, {trace}."}]
-    first = step(cluster, messages, trace, tool_choice="required", parallel_tool_calls=False)
+    stored = {"store": True, "metadata": {"how": how}}
+    first = step(cluster, messages, trace, tool_choice="required", parallel_tool_calls=False, **stored)
+    assert first.pop("store") is True
+    kept_as = json.dumps(first, sort_keys=True)
     told = first["choices"][0]["message"]
     [call] = told["tool_calls"]
     call["function"]["arguments"] = json.dumps(json.loads(call["function"]["arguments"]), sort_keys=True, indent=2)
@@ -63,6 +66,9 @@ def test_the_whole_answer_hits_after_a_restart(cluster: Fleet, trace: str | None
 
     anew(cluster, how)
 
+    again = httpx.get(f"{cluster.url}/v1/chat/completions/{first['id']}", trust_env=False).json()
+    assert json.dumps({key: again[key] for key in first}, sort_keys=True) == kept_as
+    assert again["metadata"] == {"how": how}
     usage = step(cluster, messages, trace)["usage"]
     # The token that ended the answer stands in the next prompt, and is computed there.
     written = first["usage"]["total_tokens"] - 1

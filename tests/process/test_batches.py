@@ -2,10 +2,14 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,42 @@ import pytest
 from openai.types import Batch
 
 from tests.process.test_batch_command import line, results
-from tracehaul.runtime import clock
+from tests.waiting import wait_until
 
 HERE = Path(__file__).parent
 LINES = 150
 OVER = ("completed", "failed", "expired", "cancelled")
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = clock.perf_s() + 60
-    while not condition():
-        assert clock.perf_s() < deadline_s
+class Receiver:
+    """Takes what a server tells, unless it is dead: then it answers nothing."""
+
+    def __init__(self) -> None:
+        self.dead = threading.Event()
+        self.told: list[tuple[bytes, dict[str, str]]] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if receiver.dead.is_set():
+                    self.rfile.read(1)  # until whoever tells is gone
+                    return
+                receiver.told.append((body, dict(self.headers)))
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, format: str, *arguments: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class Server:
@@ -32,9 +61,13 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.asked = folder / "asked"
+        self.folder = folder
+        self.receiver = Receiver()
+        self._secret = folder / "kept" / "webhooks" / "secret"
         self._environment = os.environ | {
             "ASKED": str(self.asked),
             "KEPT": str(folder / "kept"),
+            "RECEIVER": self.receiver.url,
             "PYTHONPATH": str(HERE.parents[1]),
         }
         self.start()
@@ -46,6 +79,17 @@ class Server:
         assert self._process.stdout is not None
         port = int(self._process.stdout.readline())
         self.client = openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0)
+
+    def told(self) -> list[Any]:
+        """Events that the receiver took, each proven and read by OpenAI's client."""
+        secret = self._secret.read_text().strip()
+        return [self.client.webhooks.unwrap(*told, secret=secret) for told in self.receiver.told]
+
+    def on_their_way(self) -> list[bytes]:
+        """Events, as the server keeps them until somebody took them."""
+        with closing(sqlite3.connect(self.folder / "kept" / "records" / "router-0.sqlite")) as database:
+            rows = database.execute("SELECT body FROM documents WHERE kind = 'webhook' AND body != x''").fetchall()
+        return [body for (body,) in rows]
 
     def kill(self) -> None:
         self._process.send_signal(signal.SIGKILL)
@@ -83,6 +127,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("batches"))
     yield server
     server.kill()
+    server.receiver.close()
 
 
 def test_each_line_ends_once_however_often_the_router_is_killed(server: Server, tmp_path: Path) -> None:
@@ -182,3 +227,45 @@ def test_lists_are_of_the_newest_first(server: Server) -> None:
     assert found[:3] == [batch.id for batch in reversed(made)]
     for batch in made:
         assert server.over(batch).status == "completed"
+
+
+def test_an_end_is_told_though_the_router_is_killed_while_it_tells(server: Server) -> None:
+    server.receiver.dead.set()
+    batch = server.batch(line("t", "told of it"))
+    assert server.over(batch).status == "completed"
+    body: dict[str, Any] = {"model": "org/fake", "input": "in the background", "background": True}
+    response = server.client.responses.create(**body)
+    wait_until(lambda: server.client.responses.retrieve(response.id).status == "completed")
+    wait_until(lambda: database_has(server, "response.completed"))
+    server.kill()
+    server.receiver.dead.clear()
+    server.start()
+    wait_until(lambda: {batch.id, response.id} <= {event.data.id for event in server.told()})
+    kinds = {event.data.id: event.type for event in server.told()}
+    assert (kinds[batch.id], kinds[response.id]) == ("batch.completed", "response.completed")
+
+
+def database_has(server: Server, kind: str) -> bool:
+    """An event of that kind waits to be told."""
+    return any(kind.encode() in body for body in server.on_their_way())
+
+
+def test_the_end_of_each_batch_was_told(server: Server) -> None:
+    """Of all that the tests above have made."""
+    batches = [batch for batch in server.client.batches.list(limit=100) if batch.status in OVER]
+    assert len({batch.status for batch in batches}) >= 3
+    expected = {(f"batch.{batch.status}", batch.id) for batch in batches}
+    missing = set(expected)
+
+    def all_told() -> bool:
+        missing.difference_update((event.type, event.data.id) for event in server.told())
+        return not missing
+
+    try:
+        wait_until(all_told, 120.0)
+    except AssertionError:
+        pytest.fail(f"never told: {missing}; {server.on_their_way()}")
+    names = {(event.type, event.data.id): event.id for event in server.told()}
+    assert {event.id for event in server.told()} == set(names.values()), (
+        "of each end one name, however often it is told"
+    )

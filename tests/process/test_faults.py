@@ -19,8 +19,8 @@ from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from cluster.processes import alive as runs
 from kvstore.client.client import BREAK_S
-from router.dispatch.dispatch import DispatchConfig
-from tracehaul.runtime import clock
+from router.dispatch.config import DispatchConfig
+from tests.waiting import wait_until
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 
@@ -65,16 +65,6 @@ def whole_again(cluster: Fleet) -> Generator[None, None, None]:
     if dead:
         cluster.restart(dead)
     wait_until(lambda: len(ready(cluster)) == 4, NOTICED_S)
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float) -> float:
-    """Until it holds; how long that took."""
-    started_s = clock.perf_s()
-    pause = threading.Event()
-    while not holds():
-        assert clock.perf_s() - started_s < timeout_s, "it did not come to hold in time"
-        pause.wait(0.01)
-    return clock.perf_s() - started_s
 
 
 def words(count: int, seed: str) -> list[int]:

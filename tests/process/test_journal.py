@@ -1,8 +1,10 @@
 """A router that is killed knows its traces again, and erases what it was told to erase."""
 
+import json
 import os
 import signal
 import sqlite3
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig
 from cluster.launch import free_port, restart
 from tests.process.test_api_http import wait_until
+from tracehaul.runtime import clock
 
 pytestmark = pytest.mark.xdist_group("journal")
 
@@ -76,6 +79,50 @@ def test_a_killed_router_goes_on_as_if_nothing_had_happened(cluster: Fleet) -> N
     [step] = view(cluster, "killed")["steps"][-1:]
     assert step["parent"] == told["steps"][-1]["id"]
     assert step["hits"]["theoretical"] > undisturbed["prompt_tokens"] // 2
+
+
+def told(
+    cluster: Fleet, has: str | None = None, until: Callable[[int], bool] = lambda _: False
+) -> list[tuple[str, str]]:
+    """Ids and data of a keyed stream's events, as far as they are wanted."""
+    body = {"model": cluster.model, "messages": [{"role": "user", "content": "Go on."}], "stream": True}
+    body |= {"max_tokens": 1200, "ignore_eos": True, "temperature": 1.0}
+    headers = {"Idempotency-Key": "one", "X-Trace-Id": "keyed"} | ({} if has is None else {"Last-Event-ID": has})
+    events: list[tuple[str, str]] = []
+    url = f"{cluster.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=120, trust_env=False) as answer:
+        assert answer.status_code == 200, answer.read()
+        name = ""
+        for line in answer.iter_lines():
+            if line.startswith("id: "):
+                name = line[4:]
+            elif line.startswith("data: "):
+                events.append((name, line[6:]))
+                if until(len(events)):
+                    break
+    return events
+
+
+def text(events: list[tuple[str, str]]) -> str:
+    chunks = [json.loads(data) for _, data in events if data != "[DONE]"]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+def test_a_stream_goes_on_after_the_router_was_killed_where_its_client_was(cluster: Fleet) -> None:
+    began_s = clock.perf_s()
+    first = told(cluster, until=lambda count: count > 20 and clock.perf_s() - began_s > 1.2)
+    assert first[-1][1] != "[DONE]", "it was too fast to be killed in the middle"
+
+    kill(cluster)
+
+    rest = told(cluster, first[-1][0])
+    whole = told(cluster)
+    assert [int(name) for name, _ in first + rest] == list(range(1, len(whole) + 1))
+    assert text(first + rest) == text(whole)
+    assert whole[-1][1] == "[DONE]"
+    assert gauge(cluster, "tracehaul_router_tokens_again_total") > 0, "it goes on behind what was written down"
+    ends = [step["ending"] for step in view(cluster, "keyed")["steps"]]
+    assert ends == ["router_lost", "length"]
 
 
 def test_a_database_that_is_locked_costs_no_call_and_is_caught_up_with(cluster: Fleet) -> None:

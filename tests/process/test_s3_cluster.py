@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -12,18 +11,10 @@ from rich.console import Console
 from bench.common.fleet import fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from tracehaul.runtime import clock
+from tests.waiting import wait_until
 
 PROMPT_TOKENS = 640
 BLOCKS = PROMPT_TOKENS // 32 - 1
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    began_s = clock.perf_s()
-    pause = threading.Event()
-    while not holds():
-        assert clock.perf_s() - began_s < timeout_s, "it did not come to hold in time"
-        pause.wait(0.05)
 
 
 @pytest.mark.parametrize("disk_bytes", [0, 64 << 20], ids=["below-memory", "below-a-disk"])
@@ -45,13 +36,13 @@ def test_a_killed_store_node_finds_its_blocks_in_the_bucket(
     prompt = [dice.randrange(1000, 40_000) for _ in range(PROMPT_TOKENS)]
     with fleet(config, Console(quiet=True)) as running:
         before = running.step("t", prompt, 4)
-        wait_until(lambda: running.metric("store-0", "tracehaul_s3_stored_blocks_total") >= BLOCKS)
+        wait_until(lambda: running.metric("store-0", "tracehaul_s3_stored_blocks_total") >= BLOCKS, 30.0)
         assert running.metric("store-0", "tracehaul_node_s3_blocks") >= BLOCKS
         os.kill(running.pids()["store-0"], signal.SIGKILL)
         for path in running.run.path.glob("disk/*"):
             path.unlink()  # the machine's disk is gone with it
         running.restart(["store-0", "decode-0"])
-        wait_until(lambda: running.metric("store-0", "tracehaul_node_s3_blocks") >= BLOCKS)
+        wait_until(lambda: running.metric("store-0", "tracehaul_node_s3_blocks") >= BLOCKS, 30.0)
         after = running.step("t", prompt, 4)
         assert after.tokens == before.tokens
         assert after.cached_tokens >= PROMPT_TOKENS - 64

@@ -11,7 +11,7 @@ from openai.types import CompletionUsage
 from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from tracehaul.wire.steps import Sampling
 from worker.config import WorkerConfig
 

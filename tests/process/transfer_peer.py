@@ -37,6 +37,14 @@ class Failed(Exception):
         self.code = code
 
 
+class Died(AssertionError):
+    """The other process ended by itself; ``code`` is minus the signal's number where it was one."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"the process ended with {code}")
+        self.code = code
+
+
 class Call:
     """A command that was sent and not awaited yet."""
 
@@ -118,7 +126,8 @@ class Peer:
         while number not in self._replies:
             assert self.process.stdout is not None
             line = self.process.stdout.readline()
-            assert line, f"the process ended with {self.process.wait()}"
+            if not line:
+                raise Died(self.process.wait())
             message = json.loads(line)
             self._replies[message["number"]] = message
         message = self._replies.pop(number)

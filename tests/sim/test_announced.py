@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from router.dispatch import dispatch
+from router.dispatch import pricing
 from router.policy.placement import Placement, place
 from sim.world import World
 from tests.sim.test_forks import PROMPT, ask, in_world, request
@@ -24,7 +24,7 @@ def test_one_setting_decides_for_the_router_and_the_worker(
         placements.append(placed)
         return placed
 
-    monkeypatch.setattr(dispatch, "place", noting)
+    monkeypatch.setattr(pricing, "place", noting)
 
     async def test(world: World) -> None:
         await ask(world, request("one", Sampling(max_tokens=2, temperature=0.0)))

@@ -17,7 +17,7 @@ from router.calls.memory import Memory
 from router.dispatch.dispatch import Dispatch
 from router.fleet.index import Index
 from sim import run as run_module
-from sim.checker import Findings, OutputChecker, TerminalChecker
+from sim.checker import Findings, OutputChecker, SampledChecker, TerminalChecker
 from sim.faults import Crash, FaultPlan, Storm
 from sim.http import Exchange
 from sim.run import simulate
@@ -49,7 +49,7 @@ def plan(*faults):
     return msgspec.structs.replace(CALM, faults=faults)
 
 
-def rules(faults=CALM, seed=3, **shape):
+def rules(faults=CALM, seed=4, **shape):
     """Which rules a run violates; ``shape`` replaces fields of the store's and the workers' configs."""
 
     def prepare(world):
@@ -112,6 +112,20 @@ def test_output_is_not_sampled_anew(monkeypatch):
     assert "output" in rules()
 
 
+def test_tokens_that_a_client_has_are_not_sampled_again():
+    async def main():
+        findings = Findings()
+        checker = SampledChecker(findings)
+        checker.received("step", "router#1", 3)
+        checker.asked("step", "router#1", 3)
+        checker.asked("step", "router#2", 0)  # it knows nothing of that
+        assert not findings.lines
+        checker.asked("step", "router#1", 2)
+        assert len(findings.lines) == 1
+
+    asyncio.run(main())
+
+
 def test_no_eviction_under_a_lease(monkeypatch):
     take, remove = SlotTable.take, SlotTable.remove
 
@@ -129,7 +143,7 @@ def test_no_eviction_under_a_lease(monkeypatch):
     monkeypatch.setattr(SlotTable, "remove", forget)
     monkeypatch.setattr(SlotTable, "unprotect", lambda self, slots: None)
     slow = msgspec.structs.replace(CALM, copy_delay_s=0.5)
-    assert "lease" in rules(slow, seed=4, arena_bytes=24 * 4096, lease_ttl_max_s=6.0, store_timeout_s=5.0)
+    assert "lease" in rules(slow, seed=20, arena_bytes=24 * 4096, lease_ttl_max_s=6.0, store_timeout_s=5.0)
 
 
 def test_no_late_write_into_anothers_slot():
@@ -334,14 +348,13 @@ def test_bugs_are_not_swallowed(monkeypatch):
 
 
 def test_an_aborted_steps_generator_is_closed_by_the_router(monkeypatch):
-    real = Dispatch._count
+    real = Dispatch._attempt
 
-    def crash(self, usage, pool):
-        real(self, usage, pool)
-        decodes = self.pools[""].decodes
-        decodes.sent(decodes.keys[0], 0.0, 0.0)
+    def crash(self, run, placement):
+        self.pools[""].all.decodes.sent(placement.decode, 0.0, 0.0)
+        return real(self, run, placement)
 
-    monkeypatch.setattr(Dispatch, "_count", crash)
+    monkeypatch.setattr(Dispatch, "_attempt", crash)
     assert "references" in rules()
 
 

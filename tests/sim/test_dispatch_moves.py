@@ -5,7 +5,8 @@ import asyncio
 import msgspec
 import pytest
 
-from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.dispatch.config import DispatchConfig
+from router.dispatch.dispatch import Dispatch
 from router.dispatch.steps import Finished, StepRequest
 from router.traces.decisions import Replaced
 from sim import loop as virtual
@@ -164,14 +165,14 @@ def test_a_prompt_that_waits_goes_to_a_worker_that_has_become_idle():
         await asyncio.gather(*steps, return_exceptions=True)
         await dispatch.close()
         pool = dispatch.pools[""]
-        return worker.seen, replaced, cached, pool.prefills.total, pool.decodes.total
+        return worker.seen, replaced, cached, pool.all.prefills.total, pool.all.decodes.total
 
     seen, [replaced], cached, *left = virtual.run(main)
     # b is done in 2 of the 12 seconds that it was expected to take, and decode-0 has nothing to do: it takes d, and
     # after it c. Only a is left, which prefill-0 is thought to compute.
     assert seen[:4] == [("a", "prefill-0"), ("b", None), ("c", "prefill-0"), ("d", "prefill-0")]
     assert seen[4:] == [("d", None), ("c", None)]
-    assert replaced.prefill == "prefill-0"
+    assert replaced.worker == "prefill-0"
     assert replaced.cost_s < replaced.wait_s
     # What is found after a move may be what the attempt before it has left; b was given one place only.
     assert cached == [None, 64, 0, 0]

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 
+from jobs.cap import fixed
 from jobs.leases import Held, Leases, Taken
 from jobs.ledger import MemoryLedger
 from jobs.lines import Call, call_of
@@ -76,7 +77,7 @@ class Moody:
         self._dice = dice
         self.asked: Counter[str] = Counter()
 
-    async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+    async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
         self.asked[call.custom_id] += 1
         await asyncio.sleep(self._dice.expovariate(1 / 5.0))
         if call.custom_id == str(POISON):
@@ -104,7 +105,7 @@ class World:
         token = virtual.PROCESS.set(name)
         try:
             job = Job("b", DEADLINE_S, self.chains, Lines(), self.faulty, self.asker)
-            runner = Runner(3, random.Random(self._names), wall_s=clock.now_s)
+            runner = Runner(fixed(3), random.Random(self._names), wall_s=clock.now_s)
             runner.add(job)
             self.tasks[name] = asyncio.create_task(runner.run())
         finally:
@@ -198,7 +199,7 @@ def test_without_fences_the_checker_finds_lines_that_ended_twice() -> None:
 def test_a_cancelled_job_asks_nothing_more() -> None:
     async def main() -> None:
         world = World(1, MemoryLedger())
-        runner = Runner(3, random.Random(1), wall_s=clock.now_s)
+        runner = Runner(fixed(3), random.Random(1), wall_s=clock.now_s)
         job = Job("b", DEADLINE_S, world.chains, Lines(), world.ledger, world.asker)
         runner.add(job)
         running = asyncio.create_task(runner.run())
@@ -217,11 +218,11 @@ def test_a_cancelled_job_asks_nothing_more() -> None:
 def test_jobs_of_the_nearest_deadline_go_first() -> None:
     async def main() -> None:
         class Prompt:
-            async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+            async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
                 await asyncio.sleep(1.0)
                 return Answer(200, b"{}")
 
-        runner = Runner(1, random.Random(1), wall_s=clock.now_s)
+        runner = Runner(fixed(1), random.Random(1), wall_s=clock.now_s)
         late, soon = MemoryLedger(), MemoryLedger()
         slow = Job("late", 9000.0, [[0], [1]], Lines(), late, Prompt())
         fast = Job("soon", 800.0, [[0], [1]], Lines(), soon, Prompt())
@@ -239,12 +240,12 @@ def test_jobs_of_the_nearest_deadline_go_first() -> None:
 def test_a_bug_that_one_line_finds_is_that_lines_alone() -> None:
     async def main() -> None:
         class Buggy:
-            async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+            async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
                 if call.custom_id == "0":
                     raise RecursionError
                 return Answer(200, b"{}")
 
-        runner, ledger = Runner(1, random.Random(1), wall_s=clock.now_s), MemoryLedger()
+        runner, ledger = Runner(fixed(1), random.Random(1), wall_s=clock.now_s), MemoryLedger()
         job = Job("b", 9000.0, [[0], [1]], Lines(), ledger, Buggy())
         runner.add(job)
         running = asyncio.create_task(runner.run())

@@ -55,6 +55,22 @@ def test_what_outgrows_the_memory_is_suspended_and_goes_on_where_it_was() -> Non
     assert sum(engine.computed_tokens for engine in engines) <= needed
 
 
+def test_the_background_gives_way_and_loses_no_token() -> None:
+    worlds: list[World] = []
+
+    def prepare(world: World) -> None:
+        tight(world)
+        worlds.append(world)
+
+    result = simulate(CALM, mix=msgspec.structs.replace(MIX, background_share=0.5), prepare=prepare)
+    assert not result.findings, "\n".join(result.findings)
+    assert result.failed == 0
+    assert result.counts["worker.background_suspended"] > result.counts["worker.suspended_steps"] / 2
+    engines = [life.engine for life in worlds[0].lives.values() if life.engine is not None]
+    needed = result.prompt_tokens - result.cached_tokens + result.counts["worker.output_tokens"]
+    assert sum(engine.computed_tokens for engine in engines) <= needed
+
+
 def test_nor_does_any_fault_change_a_token() -> None:
     suspended = 0
     for seed in (2, 3, 4, 5):

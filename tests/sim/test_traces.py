@@ -98,7 +98,7 @@ def run(use, **options):
 
 
 def idle(cluster, worker):
-    return [(r.trace, r.length) for r in cluster.world.lives[worker].host._residency._idle.values()]
+    return [(r.trace, r.length) for r in cluster.world.lives[worker].host.residency.all()]
 
 
 def test_the_next_step_is_delivered_what_the_last_one_left():

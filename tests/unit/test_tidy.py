@@ -18,6 +18,7 @@ LONG_FILES = {
     "tracehaul/transfer/ucxx.py": "one protocol, both of its ends",
     "tracehaul/wire/blocks.py": "a list of messages",
     "bench/faults/corruption.py": "a list of ways to corrupt",
+    "cluster/metric_names.py": "a list of metrics",
     "tests/contract/test_engine.py": "one suite for every engine",
     "tests/contract/test_kvstore.py": "one suite for every transport",
     "tests/contract/test_rpc.py": "one suite for every network",

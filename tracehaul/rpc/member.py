@@ -49,6 +49,10 @@ class Member(NamedTuple):
     """The host that the others reach it by; empty: where it listens."""
     served: Callable[[], Coroutine[Any, Any, None]] | None = None
     """Waits until it can do what it is there for; None: as soon as it is a member. Its load says so, too."""
+    joins: Callable[[Membership], None] | None = None
+    """Given its membership, by which routers are told, before anybody asks it for anything."""
+    news: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """Waits until its load says something that does not wait for the next heartbeat; None: it never does."""
 
 
 class Serving:
@@ -77,6 +81,8 @@ class Serving:
             token=token,
         )
         self._member = member
+        if member.joins is not None:
+            member.joins(self.membership)
 
     @property
     def info(self) -> NodeInfo:
@@ -104,6 +110,7 @@ class Serving:
             member = group.create_task(self.membership.run(), name="membership")
             stop = group.create_task(stopping.wait())
             ready = group.create_task(self._ready())
+            background.append(group.create_task(self._tell()))
             await asyncio.wait([stop, ready], return_when=asyncio.FIRST_COMPLETED)
             ready.cancel()
             if not stop.done():
@@ -119,6 +126,11 @@ class Serving:
         await self.membership.joined.wait()
         if self._member.served is not None:
             await self._member.served()
+            await self.membership.say()
+
+    async def _tell(self) -> None:
+        while self._member.news is not None:
+            await self._member.news()
             await self.membership.say()
 
     async def _drain(self, timeout_s: float) -> None:

@@ -12,7 +12,7 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.rpc.views import Views
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
-from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, NodeInfo, NodeLoad
+from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, NodeInfo, NodeLoad, Objection
 from tracehaul.wire.errors import ClusterError, Fenced, JoinRefused, NameTaken, PeerLost, ProtocolError, Untrusted
 from tracehaul.wire.ids import Epoch
 from tracehaul.wire.messages import Reply
@@ -32,6 +32,18 @@ GRACE_S = 10.0
 TAKEN_S = 10.0
 """For so long a new life asks for the name of one that is heard: it may be frozen, and is silent soon."""
 TAKEN_RETRY_S = 0.5
+
+
+class _Link:
+    """One session with one router."""
+
+    def __init__(self, replies: Replies, role_epoch: int) -> None:
+        self.replies = replies
+        """Of the last Join; a router ends the stream of the one before."""
+        self.role_epoch = role_epoch
+        """As it said."""
+        self.listed = asyncio.Event()
+        self.joining = asyncio.Lock()
 
 
 class Membership:
@@ -78,6 +90,8 @@ class Membership:
         self._told = asyncio.Event()
         self._states = self._said = 0
         """How many states of this node were to be said at once, and the last of them that some router knows."""
+        self._answers: dict[str, tuple[int, str]] = {}
+        """Of each router that lists us: the last state that it knows, and why it objects to that."""
         self._hurry, self._heard = asyncio.Event(), asyncio.Event()
 
     @property
@@ -104,12 +118,32 @@ class Membership:
 
     async def say(self) -> None:
         """Tell routers the node's load now, not with the next heartbeat; returns once one of them knows it."""
-        self._states += 1
-        state = self._states
-        self._hurry.set()
-        self._hurry = asyncio.Event()
+        state = self.hasten()
         while self._said < state:
             await self._heard.wait()
+
+    async def ask(self) -> str:
+        """As :meth:`say`, but returns once each router that lists us has answered, or is lost: why one of them objects
+        to what was said; empty: none does."""
+        state = self.hasten()
+        while any(self._answers[router][0] < state for router in self._in):
+            await self._heard.wait()
+        if not self._in:
+            return "no router lists this node"
+        return next((why for router in sorted(self._in) if (why := self._answers[router][1])), "")
+
+    def hasten(self) -> int:
+        """Tell routers the node's load now, and do not wait for that; returns the number of what they are told."""
+        self._states += 1
+        self._hurry.set()
+        self._hurry = asyncio.Event()
+        return self._states
+
+    def announce(self, info: NodeInfo) -> None:
+        """It is another one from now on: its role has changed. Every router is told before any is told its load."""
+        assert info.role_epoch > self._info.role_epoch
+        self._info = info
+        self.hasten()
 
     async def run(self) -> None:
         """Join each router, and join again whenever one is lost. Ends by cancellation, or by a bug's exception.
@@ -170,25 +204,41 @@ class Membership:
 
     async def _session(self, router: str) -> ClusterError:
         """One membership, from joining to its loss; returns why it ended."""
-        listed = asyncio.Event()
         losses: list[ClusterError] = []
         try:
+            link = await self._joining(router)
+        except ClusterError as error:
+            return error
+        try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._follow(router, listed))
-                group.create_task(self._beat(router, listed))
+                group.create_task(self._follow(router, link))
+                group.create_task(self._beat(router, link))
         except* ClusterError as group_error:
             losses = _leaves(group_error)
         return losses[0]  # neither task ends without an error
 
-    async def _follow(self, router: str, listed: asyncio.Event) -> None:
-        replies = self._join(router) if self._info.epoch else await self._first(router)
-        async with aclosing(replies):
-            if router in self._in:
-                listed.set()
-            async for reply in replies:
-                self._take(router, reply)
-                listed.set()
-        raise PeerLost("the router ended the membership")
+    async def _joining(self, router: str) -> _Link:
+        role_epoch = self._info.role_epoch
+        return _Link(self._join(router) if self._info.epoch else await self._first(router), role_epoch)
+
+    async def _follow(self, router: str, link: _Link) -> None:
+        if router in self._in:
+            link.listed.set()
+        while True:
+            replies = link.replies
+            error: ClusterError = PeerLost("the router ended the membership")
+            try:
+                async with aclosing(replies):
+                    async for reply in replies:
+                        if link.replies is not replies:
+                            break
+                        self._take(router, reply)
+                        link.listed.set()
+            except ClusterError as lost:
+                error = lost
+            async with link.joining:
+                if link.replies is replies:
+                    raise error
 
     async def _first(self, router: str) -> Replies:
         """The stream of a life that has no epoch yet, after its first reply has brought one: one router is asked at a
@@ -213,23 +263,41 @@ class Membership:
         join = Join(self._info, self._load(), self._cluster, WIRE, self._token)
         return self._peers.stream(router, join, idle_timeout_s=IDLE_TIMEOUT_S)
 
-    async def _beat(self, router: str, listed: asyncio.Event) -> None:
-        await listed.wait()  # a heartbeat before the join names an unknown node
+    async def _again(self, router: str, link: _Link) -> None:
+        """Join as what the node is now, while it is a member as what it was."""
+        async with link.joining:
+            role_epoch, replies = self._info.role_epoch, self._join(router)
+            try:
+                first = await anext(replies)
+            except StopAsyncIteration:
+                raise PeerLost("the router ended the membership") from None
+            link.replies, link.role_epoch = replies, role_epoch
+            self._take(router, first)
+
+    async def _beat(self, router: str, link: _Link) -> None:
+        await link.listed.wait()  # a heartbeat before the join names an unknown node
         while self._epochs[router] == self._info.epoch:
-            state, hurry = self._states, self._hurry
-            beat = Heartbeat(self._info.node, self._info.generation, self._load())
-            await self._peers.call(router, beat, timeout_s=HEARTBEAT_TIMEOUT_S)
-            self._knows(state)
+            state, hurry, reply = self._states, self._hurry, None
+            if link.role_epoch != self._info.role_epoch:
+                await self._again(router, link)
+            else:
+                beat = Heartbeat(self._info.node, self._info.generation, self._load(), link.role_epoch)
+                reply = await self._peers.call(router, beat, timeout_s=HEARTBEAT_TIMEOUT_S)
+            self._knows(router, state, reply.why if isinstance(reply, Objection) else "")
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):
                     await hurry.wait()
         raise PeerLost("another router has issued a higher epoch, which this one must know")
 
-    def _knows(self, state: int) -> None:
-        if state > self._said:
-            self._said = state
-            self._heard.set()
-            self._heard = asyncio.Event()
+    def _knows(self, router: str, state: int, objection: str) -> None:
+        if router in self._in:
+            self._answers[router] = state, objection
+        self._said = max(state, self._said)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._heard.set()
+        self._heard = asyncio.Event()
 
     # --- what is known ------------------------------------------------------------------------------------
 
@@ -244,6 +312,7 @@ class Membership:
                 if router not in self._in:
                     log.info("joined", router=router, epoch=epoch, nodes=len(reply.nodes))
                     self._in.add(router)
+                    self._answers[router] = 0, ""
                     self._joined.set()
                     self._was_member = True
             case MembersChanged():
@@ -255,6 +324,8 @@ class Membership:
 
     def _leave(self, router: str) -> None:
         self._in.discard(router)
+        self._answers.pop(router, None)
+        self._wake()
         self._views.lost(router, clock.now_s())
         if not self._in:
             self._joined.clear()

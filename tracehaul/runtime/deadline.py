@@ -24,6 +24,11 @@ def left_s(deadline_s: float | None) -> float | None:
     return None if deadline_s is None else max(0.0, deadline_s - clock.now_s())
 
 
+def sooner(one_s: float | None, other_s: float | None) -> float | None:
+    """The deadline that comes first; None is none."""
+    return min((at_s for at_s in (one_s, other_s) if at_s is not None), default=None)
+
+
 def exceeded() -> DeadlineExceeded:
     """What ends a step at its deadline."""
     return DeadlineExceeded("the step's deadline has passed")

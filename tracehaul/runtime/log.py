@@ -10,6 +10,8 @@ from tracehaul.runtime import clock
 
 _FIELDS = "tracehaul_fields"
 _SELDOM_KEYS_MAX = 1024
+_OURS = ("engines", "kvstore", "tracehaul")
+"""Packages that may run in another program's process."""
 _VALUE_CHARS_MAX = 4000
 """A longer value is cut: a log line is not a data path."""
 
@@ -107,3 +109,24 @@ def setup(node: str, level: str = "info", stream: TextIO | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request
+
+
+def setup_beside(node: str) -> None:
+    """Send our own lines to standard error, each with ``node`` in it, in a process whose logs are another program's.
+
+    That program would leave them out, or their facts. Nothing is changed where :func:`setup` was called, or where
+    somebody else has handlers that are no plain streams.
+    """
+    handlers = logging.getLogger().handlers
+    theirs = [
+        one for one in handlers if type(one) is logging.StreamHandler and not isinstance(one.formatter, LineFormatter)
+    ]
+    if handlers and not theirs:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(node))
+    for name in _OURS:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO)

@@ -25,7 +25,10 @@ SUMMED_BYTES_MIN = 241
 
 ROW = np.dtype([("source", "u8"), ("target", "u8"), ("left", "u8"), ("nbytes", "u8"), ("sums", "u8", 8)])
 """One copy, of at least ``SUMMED_BYTES_MIN``: addresses of what is left of it, bytes left, and in all. Once none are
-left, the first of ``sums`` is the xxh3-64 of the bytes as they were stored."""
+left, the first of ``sums`` is the xxh3-64 of the bytes as they were stored.
+
+What is summed as one may be in several pieces, each a row: all but the last say 0 bytes in all, are whole
+``BLOCK_BYTES`` and hand their sums on to the row after them; the last says the bytes of all pieces."""
 
 Rows = NDArray[np.void]
 Advance = Callable[[int, int, int, bool], int]
@@ -163,7 +166,7 @@ done:
 
 
 def _finish() -> str:
-    """Copies the last 1 to ``BLOCK_BYTES`` of a row; the last stripe overlaps the one before it."""
+    """Copies the last 1 to ``BLOCK_BYTES`` of a row that ends a sum; the last stripe overlaps the one before it."""
     merge = ""
     for i in range(4):
         low, high = struct.unpack_from("<2Q", _SECRET, _MERGING + 16 * i)
@@ -230,8 +233,8 @@ define i64 @advance(ptr %rows, i64 %count, i64 %bytes.max, i1 zeroext %past) {{
 entry:
   br label %row
 row:
-  %done = phi i64 [0, %entry], [%done.next, %rest]
-  %room = phi i64 [%bytes.max, %entry], [%room.next, %rest]
+  %done = phi i64 [0, %entry], [%done.next, %row.done]
+  %room = phi i64 [%bytes.max, %entry], [%room.next, %row.done]
   %own = getelementptr %row, ptr %rows, i64 %done
   %target.at = getelementptr %row, ptr %own, i64 0, i32 1
   %left.at = getelementptr %row, ptr %own, i64 0, i32 2
@@ -240,7 +243,10 @@ row:
   %source = load ptr, ptr %own
   %target = load ptr, ptr %target.at
   %left = load i64, ptr %left.at
-  %before.last = sub i64 %left, 1
+  %nbytes = load i64, ptr %nbytes.at
+  %goes.on = icmp eq i64 %nbytes, 0
+  %kept = select i1 %goes.on, i64 0, i64 1
+  %before.last = sub i64 %left, %kept
   %whole = udiv i64 %before.last, {BLOCK_BYTES}
   %fitting = udiv i64 %room, {BLOCK_BYTES}
   %blocks = call i64 @llvm.umin.i64(i64 %whole, i64 %fitting)
@@ -272,8 +278,16 @@ interrupted:
   store i64 %left.now, ptr %left.at
   br label %end
 rest:
-  %nbytes = load i64, ptr %nbytes.at
+  br i1 %goes.on, label %hand.on, label %last.piece
+hand.on:
+  %sums.next = getelementptr %row, ptr %own, i64 1, i32 4
+  %sums.now = load <8 x i64>, ptr %sums, align 8
+  store <8 x i64> %sums.now, ptr %sums.next, align 8
+  br label %row.done
+last.piece:
   call void @finish(ptr %source.left, ptr %target.left, i64 %left.now, i64 %nbytes, ptr %sums)
+  br label %row.done
+row.done:
   store i64 0, ptr %left.at
   %done.next = add i64 %done, 1
   %room.next = sub i64 %room.now, %left.now
@@ -282,7 +296,7 @@ rest:
   %more = and i1 %rows.left, %room.left
   br i1 %more, label %row, label %end
 end:
-  %done.now = phi i64 [%done, %interrupted], [%done.next, %rest]
+  %done.now = phi i64 [%done, %interrupted], [%done.next, %row.done]
   fence seq_cst
   ret i64 %done.now
 }}

@@ -9,42 +9,28 @@ import contextlib
 import mmap
 import os
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
-from tracehaul.runtime.offload import Offload, yield_core
+from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Copy, Memory, Region
-from tracehaul.transfer.copying import ROW, SUMMED_BYTES_MIN, compiled_here, rows_of
-from tracehaul.transfer.landing import check_copies, land
+from tracehaul.transfer.copy_jobs import Bytes, CopyJob, job_of
+from tracehaul.transfer.copying import compiled_here
+from tracehaul.transfer.landing import land
 from tracehaul.transfer.memory import is_memory_file, populate
 from tracehaul.transfer.region import Registered
 from tracehaul.wire.blocks import RegionDescriptor
 from tracehaul.wire.errors import TransferError, TransferLost
 from tracehaul.wire.ids import Checksum
 
-STEP_BYTES = 512 << 10
-"""Copied without a pause."""
-TURN_BYTES = 2 << 20
-"""Copied before others that wait for a thread have their turn: some tenths of a millisecond. A transfer of no more is
-left in the caches for who asked for it; a longer one would only drive out of them what others left there."""
-SHORT_BYTES = 4 << 10
-"""A copy counts for at least so much of a step: a short one costs time, too."""
-THREADS = 2
-"""That share a transfer, if the offload has so many: one does not fill a memory bus."""
-SHARED_BYTES = 1 << 20
-"""A smaller one is not shared: waking a thread costs as much as copying it."""
 DYING_MS = 200
 """How long a process whose memory file cannot be opened is given to turn out to be dying."""
 MAPPINGS_MAX = 1024
 """Most regions of peers mapped at once."""
-
-Bytes = NDArray[np.uint8]
 
 
 class ShmPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,14 +152,13 @@ class ShmTransfer:
             raise TransferLost("this side closed its transport")
         if remote.kind != self.kind:
             raise TransferError(f"a {remote.kind} region is not reachable by {self.kind}")
-        nbytes = check_copies(copies, local.buffer.nbytes, remote.nbytes)
-        job = CopyJob(np.frombuffer(local.buffer, dtype=np.uint8), tuple(copies), nbytes, inward=inward)
+        job, nbytes = job_of(local, remote.nbytes, copies, inward=inward)
         work = asyncio.create_task(self._run(remote, job))
         self._jobs[work] = job
         work.add_done_callback(self._jobs.pop)
         return await land(work, timeout_s, f"{nbytes} bytes {'from' if inward else 'to'} {remote.owner}", job.stop)
 
-    async def _run(self, remote: RegionDescriptor, job: "CopyJob") -> list[Checksum]:
+    async def _run(self, remote: RegionDescriptor, job: CopyJob) -> list[Checksum]:
         mapping = await self._mapping(remote)
         mapping.check_alive()
         await self._offload.turns(*job.work(mapping.array))
@@ -223,87 +208,6 @@ class ShmTransfer:
         await asyncio.gather(*self._jobs, return_exceptions=True)
         for remote in list(self._mappings):
             self._forget(remote)
-
-
-class CopyJob:
-    """One transfer, done in turns by one or more threads; it can be stopped after any step."""
-
-    def __init__(self, ours: Bytes, copies: Sequence[Copy], nbytes: int, *, inward: bool) -> None:
-        self._ours = ours
-        self._copies = copies
-        self._inward = inward
-        self._threads = THREADS if nbytes >= SHARED_BYTES and len(copies) > 1 else 1
-        self._is_long = nbytes > TURN_BYTES
-        self._advance = compiled_here()
-        self._stopped = False
-
-    @property
-    def stopped(self) -> bool:
-        """Whether bytes may be missing."""
-        return self._stopped
-
-    def stop(self) -> None:
-        """Start no further step."""
-        self._stopped = True
-
-    def work(self, theirs: Bytes) -> list[Iterator[None]]:
-        """What is to be done, for each thread: it yields after each turn. To be advanced in the offload."""
-        self._theirs = theirs  # not unmapped while rows name addresses in it
-        columns = np.array(self._copies, dtype=np.uint64).reshape(-1, 3)
-        here, there, sizes = columns[:, 0] + self._ours.ctypes.data, columns[:, 1] + theirs.ctypes.data, columns[:, 2]
-        sources, targets = (there, here) if self._inward else (here, there)
-        self._is_row = (sizes >= SUMMED_BYTES_MIN) & (self._advance is not None)
-        self._rows = rows_of(sources[self._is_row], targets[self._is_row], sizes[self._is_row])
-        self._plain = np.flatnonzero(~self._is_row).tolist()
-        self._plain_sums: dict[int, int] = {}
-        steps, plain = iter(steps_of(self._rows["nbytes"])), iter(self._plain)
-        return [self._turns(steps, plain) for _ in range(self._threads)]
-
-    def sums(self) -> list[Checksum]:
-        """Of the bytes of each copy as they were stored; when all turns are over."""
-        sums = np.empty(len(self._copies), dtype=np.uint64)
-        sums[self._is_row] = self._rows["sums"][:, 0]
-        sums[self._plain] = [self._plain_sums[index] for index in self._plain]
-        return list(map(Checksum, sums.tolist()))
-
-    def _turns(self, steps: Iterator[tuple[int, int]], plain: Iterator[int]) -> Iterator[None]:
-        """Do what no other thread has begun."""
-        rows, room = self._rows.ctypes.data, TURN_BYTES
-        for at, end in steps:
-            while at < end:
-                if room <= 0:
-                    yield
-                    room = TURN_BYTES
-                elif self._is_long:
-                    yield_core()
-                if self._stopped:
-                    return
-                assert self._advance is not None
-                at += self._advance(rows + at * ROW.itemsize, end - at, STEP_BYTES, self._is_long)
-                room -= STEP_BYTES
-        for index in plain:  # short ones, and all where nothing could be compiled
-            local_offset, remote_offset, nbytes = self._copies[index]
-            if room <= 0:
-                yield
-                room = TURN_BYTES
-            elif self._is_long and nbytes > SHORT_BYTES:
-                yield_core()
-            if self._stopped:
-                return
-            mine = self._ours[local_offset : local_offset + nbytes]
-            other = self._theirs[remote_offset : remote_offset + nbytes]
-            source, target = (other, mine) if self._inward else (mine, other)
-            np.copyto(target, source)
-            self._plain_sums[index] = xxh3_64_intdigest(target.data)
-            room -= max(nbytes, SHORT_BYTES)
-
-
-def steps_of(sizes: NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """Runs of neighbouring rows, from and to, each of a step's bytes or one row's."""
-    costs = np.maximum(sizes.astype(np.int64), SHORT_BYTES)
-    before = costs.cumsum() - costs
-    starts = np.flatnonzero(np.diff(before // STEP_BYTES, prepend=-1)).tolist()
-    return list(zip(starts, [*starts[1:], len(sizes)], strict=False))
 
 
 def host_identity() -> str:

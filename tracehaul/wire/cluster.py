@@ -5,10 +5,12 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from tracehaul.wire.base import Message
-from tracehaul.wire.ids import BlockHash, Epoch, Generation, NodeId
+from tracehaul.wire.ids import BlockHash, Epoch, Generation, NodeId, TraceId
+from tracehaul.wire.spent import Charge
 from tracehaul.wire.version import OLDEST, Version
 
 Role = Literal["store", "prefill", "decode"]
+WorkerRole = Literal["prefill", "decode"]
 MemberRole = Role | Literal["observer"]
 """An observer is told who is there and given nothing: a server with an engine of its own, which uses the stores."""
 
@@ -100,12 +102,18 @@ class NodeInfo(msgspec.Struct, frozen=True, omit_defaults=True):
 
     transports: tuple[str, ...] = ()
     """How KV moves to and from it, a line for each, nearest first: ``shm``, ``tcp 10.0.0.1:7101``."""
+    hashing: str = ""
+    """How its blocks are named: see :class:`tracehaul.wire.naming.Naming`."""
+    roles: tuple[str, ...] = ()
+    """Those that it can be told to have; empty: it keeps its own."""
+    role_epoch: int = 0
+    """How often its role has changed in this life."""
 
     @property
-    def rank(self) -> tuple[Epoch, Generation]:
-        """Total order of the lives of one name. Routers that could not see each other may have issued one epoch twice:
-        then all of them decide by the generation."""
-        return self.epoch, self.generation
+    def rank(self) -> tuple[Epoch, Generation, int]:
+        """Total order of the lives of one name, and of what one life says of itself. Routers that could not see each
+        other may have issued one epoch twice: then all of them decide by the generation."""
+        return self.epoch, self.generation, self.role_epoch
 
 
 class NodeLoad(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -115,6 +123,8 @@ class NodeLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """Steps in progress."""
     waiting: int = 0
     """Steps queued for memory."""
+    background: int = 0
+    """Of those in progress, steps of the background."""
     blocks: int = 0
     """Published blocks held (store)."""
     bytes_used: int = 0
@@ -153,6 +163,17 @@ class NodeLoad(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why it cannot, in a few words; empty if it can, or does not know yet."""
     note: str = ""
     """What else an operator should know of it, in a few words; it serves all the same."""
+    up_s: float = 0.0
+    """How long a worker has been there, by its own clock."""
+    busy_s: float = 0.0
+    """How much of that its iterations took."""
+    charges: tuple[Charge, ...] = ()
+    """For whom, as far as that has changed of late: said more than once."""
+    turning: str = ""
+    """The role that it is about to have: until then it gets no work; empty: it keeps the one that it has."""
+    orphans: tuple[bytes, ...] = ()
+    """What steps are called whose router was lost, and whose output a decode worker still has:
+    :func:`tracehaul.wire.answers.answer_name`."""
 
 
 class Join(Message, frozen=True):
@@ -197,12 +218,60 @@ class MembersChanged(Message, frozen=True, omit_defaults=True):
     """As in :class:`Members`."""
 
 
-class Heartbeat(Message, frozen=True):
+class Heartbeat(Message, frozen=True, omit_defaults=True):
     """Node -> router, about once a second."""
 
     node: NodeId
     generation: Generation
     load: NodeLoad
+    role_epoch: int = 0
+    """As it joined this router."""
+
+
+class Objection(Message, frozen=True):
+    """Router -> node, to a heartbeat which says that it is about to have another role: it shall not, now."""
+
+    why: str
+
+
+FLIP_MARGIN_S = 12.0
+"""A flip takes at most so much longer than what was given for what runs to end: routers are asked, and what does not
+end leaves. One that takes longer, as its process stood still, is off."""
+
+
+class Flip(Message, frozen=True):
+    """Router -> worker, as a stream: have that role from now on. Answered with :class:`Flipped` once it has; whoever
+    closes the stream before calls it off.
+
+    Meant for that life of the node, and for its role as it is then: else it is refused.
+    """
+
+    generation: Generation
+    epoch: Epoch
+    role_epoch: int
+    role: WorkerRole
+    drain_s: float
+    """For so long what it runs may go on to its end; then it goes on elsewhere."""
+
+
+class Flipped(Message, frozen=True):
+    """It has that role."""
+
+    role_epoch: int
+
+
+class GiveTrace(Message, frozen=True):
+    """Router -> router: write down what is known of a trace and let go of it."""
+
+    tenant: str
+    trace: TraceId
+
+
+class TraceGiven(Message, frozen=True):
+    """The answer."""
+
+    given: bool
+    """False: something is under way in it."""
 
 
 class Viewer(NamedTuple):

@@ -77,6 +77,12 @@ class DeadlineExceeded(ClusterError):
     code = "deadline_exceeded"
 
 
+class BudgetExceeded(ClusterError):
+    """What a trace may cost has been spent: nobody may do anything more for it."""
+
+    code = "budget_exceeded"
+
+
 class WrongNode(ClusterError):
     """The peer is not what the caller takes it for (other role, other generation): refresh membership."""
 
@@ -154,6 +160,7 @@ _BY_CODE: dict[str, type[ClusterError]] = {
         Untrusted,
         TimedOut,
         DeadlineExceeded,
+        BudgetExceeded,
         WrongNode,
         JoinRefused,
         WrongPool,

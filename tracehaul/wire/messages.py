@@ -35,7 +35,17 @@ from tracehaul.wire.blocks import (
     Tiers,
     Unpin,
 )
-from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged
+from tracehaul.wire.cluster import (
+    Flip,
+    Flipped,
+    GiveTrace,
+    Heartbeat,
+    Join,
+    Members,
+    MembersChanged,
+    Objection,
+    TraceGiven,
+)
 from tracehaul.wire.operations import (
     Describe,
     Description,
@@ -66,6 +76,8 @@ from tracehaul.wire.steps import (
 Request = (
     Join
     | Heartbeat
+    | Flip
+    | GiveTrace
     | Ping
     | Reserve
     | Publish
@@ -103,6 +115,9 @@ Reply = (
     Ok
     | Members
     | MembersChanged
+    | Objection
+    | Flipped
+    | TraceGiven
     | Reserved
     | Published
     | Leased

@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from tracehaul.wire.base import Message
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
+from tracehaul.wire.spent import Allowance, Reading
 
 FinishReason = Literal["stop", "length"]
 
@@ -114,12 +115,18 @@ class PrefillStep(Message, frozen=True):
     step_class: StepClass = "standard"
     priority: int = 0
     deadline_in_s: float | None = None
+    known_tokens: int = 0
+    """As in :class:`DecodeStep`."""
+    seconds_max: float | None = None
+    """What the step may take of this worker; it ends after the iteration that reaches it. None: as much as it likes."""
 
 
 class PrefillProgress(Message, frozen=True):
     """The first ``published_tokens`` of the sequence can be pulled from the store now."""
 
     published_tokens: int
+    reading: Reading = Reading()
+    """What this worker has spent on the step, up to now; likewise in those that follow."""
 
 
 class PrefillToken(Message, frozen=True):
@@ -130,12 +137,14 @@ class PrefillToken(Message, frozen=True):
     """Positions before it were not computed here: they were resident or pulled."""
     logprobs: TokenLogprobs | None = None
     """If the step asks for them."""
+    reading: Reading = Reading()
 
 
 class PrefillDone(Message, frozen=True):
     """The terminal message of a prefill: all that will be published is."""
 
     published_tokens: int
+    reading: Reading = Reading()
 
 
 class DecodeStep(Message, frozen=True):
@@ -167,6 +176,10 @@ class DecodeStep(Message, frozen=True):
     """Among steps of one class; higher goes first."""
     deadline_in_s: float | None = None
     """What is left until nothing more may be done for the step: see :mod:`tracehaul.runtime.deadline`."""
+    known_tokens: int = 0
+    """Leading ones that were computed before for its trace: to compute them is to do it again."""
+    allowance: Allowance | None = None
+    """What the step may spend; None: what it takes."""
 
 
 class StepUsage(msgspec.Struct, frozen=True):
@@ -188,6 +201,10 @@ class StepUsage(msgspec.Struct, frozen=True):
     """Blocks expected from the store that did not arrive: recomputed."""
     prefill_fallback: str = ""
     """Why the prefill worker's result was not used, as an error code; empty if it was, or none was asked."""
+    reading: Reading = Reading()
+    """What the decode worker has spent on the step, up to now."""
+    prefill_reading: Reading = Reading()
+    """What the prefill worker has, as far as it told."""
 
 
 class Tokens(Message, frozen=True, omit_defaults=True):

@@ -20,7 +20,7 @@ class Version(NamedTuple):
 
 OLDEST = Version(1, 0)
 """Of a node that says none."""
-WIRE = Version(2, 1)
+WIRE = Version(2, 2)
 """What this software speaks."""
 
 

@@ -5,6 +5,7 @@ from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.chat.functions import asked
 from router.dialects.chat.requests import ChatRequest
+from router.dialects.chat.stored import asked_of
 from router.dialects.chat.teller import ChatTeller
 from router.dialects.chat.template import conversation_of, told_of
 from router.dialects.openai.errors import OpenAIErrors
@@ -31,10 +32,11 @@ class Chat(OpenAIErrors):
             where="messages",
             options=opts,
             trace=request.trace_fields,
+            flex=request.service_tier == "flex",
             priority=request.priority,
             tenant=request.tenant,
             nbytes=len(body),
         )
         text = models.text(call.model)
         head = Head(call.id, created, call.model, fingerprint(text), told_of(request, text.chat_template))
-        return call, ChatTeller(head, opts, text, older=asks.older)
+        return call, ChatTeller(head, opts, text, older=asks.older, asked=asked_of(request))

@@ -12,6 +12,7 @@ from router.calls.text import Text
 from router.dialects.chat.logprobs import chat_logprobs
 from router.dialects.chat.responses import ChatChoice, ChatDelta, ChatLogprobs, Delta
 from router.dialects.chat.said import deltas, finish_reason, message
+from router.dialects.chat.stored import Asked
 from router.dialects.openai.response import Frame, Head, Response, frame
 from router.dialects.openai.stream import DONE, event
 from router.dialects.openai.usage import UsageField, chunk_usage, usage_of
@@ -22,10 +23,17 @@ ChatObject = Literal["chat.completion", "chat.completion.chunk"]
 
 
 class ChatTeller:
-    """Tells one call. ``text`` reads the tokens that logprobs are of; ``older``: see :mod:`.said`."""
+    """Tells one call. ``text`` reads the tokens that logprobs are of; ``older``: see :mod:`.said`;
+    ``asked``: of one that is to be kept."""
 
-    def __init__(self, head: Head, options: Options, text: Text, *, older: bool = False) -> None:
+    def __init__(
+        self, head: Head, options: Options, text: Text, *, older: bool = False, asked: Asked | None = None
+    ) -> None:
         self._older = older
+        self.asked = asked
+        """What is to be kept with the answer; None: nothing."""
+        self.store: bool | UnsetType | None = head.told.store
+        """What answers say of that."""
         self._head = head
         self._options = options
         self._text = text
@@ -124,7 +132,7 @@ class ChatTeller:
             usage,
             prompt_token_ids=prompt_ids,
             service_tier=tier,
-            store=told.store,
+            store=self.store,
             reasoning_effort=told.reasoning_effort,
             priority=told.priority,
         )

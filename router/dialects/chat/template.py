@@ -9,7 +9,7 @@ from router.calls.call import Conversation
 from router.calls.errors import invalid
 from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatMessage, ChatRequest
-from router.dialects.openai.response import Told, priority_told
+from router.dialects.openai.response import Told, priority_told, tier_used
 from router.dialects.openai.tools import names_of
 
 GIVEN = frozenset(
@@ -71,8 +71,7 @@ def told_of(request: ChatRequest, template: str | None) -> Told:
         heeded = template is not None and ("enable_thinking" in template or "reasoning_effort" in template)
         effort = request.reasoning_effort if heeded else None
     return Told(
-        # There is one tier, whichever is asked for.
-        service_tier="default" if request.service_tier is not None else UNSET,
+        service_tier=UNSET if request.service_tier is None else tier_used(request.service_tier),
         store=None if request.store else UNSET,
         reasoning_effort=effort,
         priority=priority_told(request.priority),

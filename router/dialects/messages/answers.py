@@ -37,6 +37,7 @@ ERRORS = {
     "not_found": "not_found_error",
     "too_large": "request_too_large",
     "late": "timeout_error",
+    "spent": "billing_error",
     "unavailable": "overloaded_error",
     "failed": "api_error",
 }
@@ -81,12 +82,12 @@ class MessageUsage(msgspec.Struct, frozen=True):
     cache_read_input_tokens: int
     output_tokens: int
     tracehaul: ClusterUsage
+    service_tier: Literal["standard"] = "standard"
     # What a service may have besides, and this one has not.
     cache_creation: None = None
     inference_geo: None = None
     output_tokens_details: None = None
     server_tool_use: None = None
-    service_tier: None = None
 
 
 class CacheMissReason(msgspec.Struct, frozen=True):

@@ -30,6 +30,8 @@ def error_body(failure: CallFailed) -> ErrorBody:
             kind = "rate_limit_error"
         case "late":
             kind = "timeout"
+        case "spent":
+            kind = "insufficient_quota"
         case "failed":
             kind = "server_error"
         case _:

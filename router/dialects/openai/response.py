@@ -10,11 +10,18 @@ from router.calls.text import Text
 from router.dialects.openai.usage import UsageField
 from tracehaul import __version__
 
+Tier = Literal["default", "flex"]
+
+
+def tier_used(asked: str | None) -> Tier:
+    """How a call runs that asks for that ``service_tier``."""
+    return "flex" if asked == "flex" else "default"
+
 
 class Told(msgspec.Struct, frozen=True):
     """What became of fields of the request, where it had them; null: nothing."""
 
-    service_tier: Literal["default"] | UnsetType = UNSET
+    service_tier: Tier | UnsetType = UNSET
     store: UnsetType | None = UNSET
     reasoning_effort: str | UnsetType | None = UNSET
     priority: UnsetType | None = UNSET
@@ -54,8 +61,8 @@ class Response(msgspec.Struct, Generic[C], frozen=True):
     choices: Sequence[C]
     usage: UsageField = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
-    service_tier: Literal["default"] | UnsetType | None = UNSET
-    store: UnsetType | None = UNSET
+    service_tier: Tier | UnsetType | None = UNSET
+    store: bool | UnsetType | None = UNSET
     reasoning_effort: str | UnsetType | None = UNSET
     priority: UnsetType | None = UNSET
 

@@ -5,6 +5,7 @@ from msgspec import UNSET, UnsetType
 
 from router.calls import events
 from router.calls.call import Options
+from router.policy.prices import Bill
 from router.traces.hits import Hits
 
 
@@ -22,6 +23,20 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True):
     """Output tokens up to the end of the reasoning, where the model does some."""
 
 
+class Cost(msgspec.Struct, frozen=True):
+    """What the call has cost so far, and for what: see ``docs/bills.md``."""
+
+    amount: float
+    unit: str
+    prefill_s: float
+    """Seconds of workers' time, like the two that follow: computing prompts."""
+    recompute_s: float
+    """Computing again what was computed before."""
+    decode_s: float
+    """Computing output."""
+    moved_bytes: int
+
+
 class ClusterUsage(msgspec.Struct, frozen=True):
     """``usage.tracehaul``: where the prompts' KV came from, summed over the choices."""
 
@@ -33,6 +48,7 @@ class ClusterUsage(msgspec.Struct, frozen=True):
     prefill_fallback: str
     hits: Hits
     """Prompt tokens that could have been cached, that were, and why the others were not."""
+    cost: Cost
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -65,8 +81,15 @@ def usage_of(told: events.Usage) -> Usage:
             told.missed_blocks,
             told.prefill_fallback,
             told.hits,
+            cost_of(told.bill, told.unit),
         ),
     )
+
+
+def cost_of(bill: Bill, unit: str) -> Cost:
+    """A bill as clients see it."""
+    spent = bill.spent
+    return Cost(bill.amount, unit, spent.prefill_s, spent.recompute_s, spent.decode_s, spent.moved_bytes)
 
 
 def chunk_usage(told: events.Usage | None, options: Options) -> UsageField:

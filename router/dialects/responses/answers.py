@@ -7,6 +7,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from router.calls import events
+from router.dialects.openai.response import Tier
 from router.dialects.openai.usage import ClusterUsage, usage_of
 
 MissReason = Literal["model_changed", "tools_changed", "reasoning_effort_changed", "input_changed"]
@@ -179,7 +180,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
     prompt_cache_key: str | UnsetType = UNSET
     reasoning: dict[str, str | None] = {}
     safety_identifier: str | UnsetType = UNSET
-    service_tier: Literal["default"] = "default"
+    service_tier: Tier = "default"
     store: bool = True
     temperature: float = 1.0
     text: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from router.dialects.base import Models
 from router.dialects.body import parse
 from router.dialects.openai.errors import OpenAIErrors, error_body
 from router.dialects.openai.requests import options
-from router.dialects.openai.response import priority_told
+from router.dialects.openai.response import priority_told, tier_used
 from router.dialects.openai.tools import names_of, tools_of
 from router.dialects.responses.answers import Response
 from router.dialects.responses.items import asked_items, messages_of
@@ -48,6 +48,7 @@ class Responses(OpenAIErrors):
             where="input",
             options=opts,
             trace=msgspec.structs.replace(request.trace_fields, baseline=baseline),
+            flex=request.service_tier == "flex",
             priority=request.priority,
             tenant=request.tenant,
             nbytes=len(body),
@@ -58,7 +59,10 @@ class Responses(OpenAIErrors):
             sealed=ENCRYPTED in (request.include or ()),
         )
         begun = _begun(request, call, created, tools)
-        return call, ResponseTeller(begun, shape, asked, instructions)
+        teller = ResponseTeller(begun, shape, asked, instructions)
+        if begun.background:
+            teller.body = body
+        return call, teller
 
     def broken(self, failure: CallFailed) -> bytes:
         """Before the response was begun; after that its teller says it."""
@@ -119,6 +123,7 @@ def _begun(request: ResponsesRequest, call: Call, created: int, tools: list[dict
             "summary": (reasoning.summary or reasoning.generate_summary) if reasoning else None,
         },
         safety_identifier=_said(request.safety_identifier),
+        service_tier=tier_used(request.service_tier),
         store=request.stored,
         temperature=1.0 if request.temperature is None else request.temperature,
         text={"format": {"type": "text"} if form is None else form},

@@ -1,7 +1,8 @@
 """Responses that are kept, each tenant's for itself, in bounded memory. Pure."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import msgspec
 
@@ -25,12 +26,16 @@ class Limits(msgspec.Struct, frozen=True):
     age_s: float
 
 
+Named = tuple[str, msgspec.Raw]
+"""An item, as it is told, with its id."""
+
+
 class Turn:
     """What one response added to a conversation; shared by all that follow it."""
 
     __slots__ = ("before", "holders", "items", "names", "nbytes")
 
-    def __init__(self, before: "Turn | None", named: Sequence[tuple[str, msgspec.Raw]]) -> None:
+    def __init__(self, before: "Turn | None", named: Sequence[Named]) -> None:
         """``named``: its items with their ids, as they are told."""
         self.before = before
         self.names = [name for name, _ in named]
@@ -44,18 +49,29 @@ class Turn:
 class Entry:
     """One response that is kept."""
 
-    __slots__ = ("asked", "background", "body", "created_s", "ended", "key", "output")
+    __slots__ = ("asked", "background", "body", "created_s", "ended", "key", "output", "stream")
 
-    def __init__(self, key: Key, response: Response, asked: Turn, created_s: float) -> None:
+    def __init__(self, key: Key, body: bytes, asked: Turn, created_s: float, *, background: bool) -> None:
         self.key = key
-        self.body = _encode(response)
+        self.body = body
         """As it is told."""
-        self.background = response.background
+        self.background = background
         self.asked = asked
         """What it answers."""
         self.output: Turn | None = None
         """What it leads to, once it has ended."""
         self.created_s = created_s
+        self.stream: Stream | None = None
+        """As it was streamed, where it ran in the background and has ended."""
+
+
+class Stream(Protocol):
+    """The events of a response, all of them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        ...
 
 
 class Kept:
@@ -72,6 +88,8 @@ class Kept:
         """By tenant and id."""
         self.nbytes = 0
         """Of all tenants'."""
+        self.ended: Callable[[Key, Response], None] = lambda key, response: None
+        """Hears of each that has ended."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -80,6 +98,10 @@ class Kept:
         """None: it is unknown, forgotten, or somebody else's."""
         self._expire(now_s)
         return self._entries.get(key)
+
+    def of(self, tenant: str) -> list[Key]:
+        """All of theirs."""
+        return list(self._of.get(tenant, ()))
 
     def item(self, tenant: str, name: str) -> Item | None:
         """One item of what is kept; None: there is none of that name, or it is somebody else's."""
@@ -92,10 +114,21 @@ class Kept:
         name = response.id.removeprefix("resp_")
         named = [_named(item, f"{name}i{at:03d}") for at, item in enumerate(asked)]
         turn = Turn(before, [(item.id or "", msgspec.Raw(_encode(item))) for item in named])
-        entry = Entry(key, response, self._held(key[0], turn), now_s)
+        held = self._held(key[0], turn)
+        self.drop(key)  # it is begun anew
+        entry = Entry(key, _encode(response), held, now_s, background=response.background)
         self._entries[key] = entry
         self._of.setdefault(key[0], OrderedDict())[key] = None
         self._add(key[0], len(entry.body))
+        self._shrink()
+
+    def restore(self, key: Key, body: bytes, asked: Turn, output: Sequence[Named], now_s: float) -> None:
+        """Keep a response that has ended in an earlier life, in the background."""
+        entry = Entry(key, body, self._held(key[0], asked), now_s, background=True)
+        self._entries[key] = entry
+        self._of.setdefault(key[0], OrderedDict())[key] = None
+        entry.output = self._held(key[0], Turn(entry.asked, output))
+        self._add(key[0], len(body))
         self._shrink()
 
     def change(self, key: Key, response: Response, *, ended: bool) -> None:
@@ -108,7 +141,16 @@ class Kept:
         if ended:
             output = [(item.id, msgspec.Raw(_encode(item))) for item in response.output]
             entry.output = self._held(key[0], Turn(entry.asked, output))
+            self.ended(key, response)
         self._shrink()
+
+    def streamed(self, key: Key, stream: Stream) -> None:
+        """A response that has ended was streamed so, unless it was forgotten."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.stream is None:
+            entry.stream = stream
+            self._add(key[0], stream.nbytes)
+            self._shrink()
 
     def drop(self, key: Key) -> bool:
         """Forget it. False: there is none."""
@@ -116,7 +158,7 @@ class Kept:
         if entry is None:
             return False
         tenant = key[0]
-        self._add(tenant, -len(entry.body))
+        self._add(tenant, -len(entry.body) - (0 if entry.stream is None else entry.stream.nbytes))
         for turn in (entry.output, entry.asked):
             self._let_go(tenant, turn)
         del self._of[tenant][key]

@@ -118,7 +118,5 @@ def check(request: ResponsesRequest) -> None:
         raise unsupported("top_logprobs" if request.top_logprobs else "include", "logprobs of a response")
     if request.background and not request.stored:
         raise invalid("what runs in the background has to be stored", "store", "invalid_value")
-    if request.background and request.stream:
-        raise unsupported("stream", "streaming what runs in the background (ask for it until it has ended)")
     if not request.input and request.previous_response_id is None:
         raise invalid("missing required parameter: 'input'", "input", "missing_required_parameter")

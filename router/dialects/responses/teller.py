@@ -60,6 +60,8 @@ class ResponseTeller:
     ) -> None:
         self.begun = begun
         self.asked = asked
+        self.body = b""
+        """The request, of what runs in the background."""
         self.keep: Callable[[Response], None] | None = None
         """Called with the whole response just before it is told."""
         self._instructions = instructions
@@ -119,6 +121,12 @@ class ResponseTeller:
         error = Failure(code or "server_error", str(failure))
         output = [self._item(block, block.text, "completed") for block in self._blocks.closed]
         return msgspec.structs.replace(self.begun, status="failed", error=error, output=output)
+
+    def cancelled(self) -> bytes:
+        """The end of a stream whose response was cancelled. OpenAI's events have none of that name."""
+        output = [self._item(block, block.text, "completed") for block in self._blocks.closed]
+        response = msgspec.structs.replace(self.begun, status="cancelled", output=output)
+        return self._event("response.failed", response=response)
 
     def _ended(self, blocks: Sequence[Block], reason: FinishReason, usage: Usage) -> Response:
         cut = reason == "length"

@@ -1,5 +1,7 @@
 """When steps are sent, without a clock; and what their records say."""
 
+import msgspec
+
 from bench.replay.hits import Bound
 from bench.replay.recording import Blocks, Step, Trace
 from bench.replay.records import LAG_DEGRADED_S, StepRecord, degraded, hits, summary
@@ -130,3 +132,18 @@ def test_a_summary_counts_errors_by_kind_and_says_when_the_schedule_was_not_kept
     assert figures["replay.degraded"] == 0
     assert degraded([record("a", 5, lag_s=2 * LAG_DEGRADED_S)])
     assert not degraded([])
+
+
+def test_a_task_costs_what_it_and_its_subagents_do_where_the_server_tells() -> None:
+    replaced = msgspec.structs.replace
+    records = [
+        replaced(record("a", 0), cost=1.0, cost_unit="USD"),
+        replaced(record("a", 1), cost=2.0, cost_unit="USD"),
+        replaced(record("a/1", 2), parent="a", cost=4.0, cost_unit="USD"),
+        replaced(record("b", 3), cost=1.0, cost_unit="USD"),
+        record("c", 4),
+    ]
+    done = [Completed(name, None, 1, 0.0, 30.0) for name in "ab"]
+    told = {r.name: (r.value, r.unit) for r in summary(records, done, 36.0, None)}
+    assert told["replay.cost.task"] == (4.0, "USD")
+    assert "replay.cost.task" not in {r.name for r in summary([record("a", 0)], done, 36.0, None)}

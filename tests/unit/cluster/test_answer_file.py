@@ -9,7 +9,7 @@ import pytest
 
 from cluster import answer_file
 from cluster.answer_file import AnswerFile, opened_answers
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from router.traces.texts import Said, fresh
 from router.traces.turns import KEY_BYTES, Turn, packed_turns
 from tracehaul.wire.hashing import pack_tokens

@@ -60,7 +60,7 @@ def test_what_no_config_has_is_refused_by_name(tmp_path: Path, text: str, part: 
 
 def test_clusters_share_a_database_but_no_rows():
     assert rows_of(ClusterConfig(), "router-0") == "router-0"
-    assert rows_of(ClusterConfig(name="ours", database="postgresql://h/d"), "router-0") == "ours/router-0"
+    assert rows_of(ClusterConfig(name="ours", database="postgresql://h/d"), "router-0") == "ours"
     with pytest.raises(ClusterFault, match="`name`"):
         rows_of(ClusterConfig(database="postgresql://h/d"), "router-0")
 

@@ -76,13 +76,25 @@ def test_a_pool_says_its_engine_and_an_own_one_takes_no_options_of_others(tmp_pa
         load_config(file, {})
 
 
-@pytest.mark.parametrize("args", [("--scheduling-policy", "priority"), ("--scheduling-policy=priority",), ("--x",)])
-def test_priorities_go_to_a_server_that_was_started_for_them(args: tuple[str, ...]) -> None:
-    dialect = dialect_of("vllm", args)
+@pytest.mark.parametrize(
+    ("args", "started", "goes_by_them"),
+    [
+        (("--scheduling-policy", "priority"), False, True),
+        (("--scheduling-policy=priority",), False, True),
+        (("--x",), False, False),
+        (("--x",), True, True),
+        (("--scheduling-policy", "fcfs"), True, False),
+        (("--scheduling-policy=fcfs",), True, False),
+    ],
+)
+def test_priorities_go_to_a_server_that_was_started_for_them(
+    args: tuple[str, ...], *, started: bool, goes_by_them: bool
+) -> None:
+    dialect = dialect_of("vllm", args, started=started)
     assert isinstance(dialect, VLLM)
     models = b'{"data": [{"id": "m", "max_model_len": 8}]}'
     facts: Facts = dialect.facts([models, b'{"version": "0.32.0"}', b""])
-    assert facts.priorities == (args != ("--x",))
+    assert facts.priorities == goes_by_them
 
 
 def attached(folder: Path, name: str, model: str, path: str = "/elsewhere") -> NodeInfo:

@@ -1,17 +1,33 @@
 """What the nodes of a host need is counted whole, and a shortage says what to make smaller."""
 
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from cluster.config import ClusterConfig, NodeCounts, PoolConfig, pools_of
 from cluster.launch import check_memory
-from cluster.memory import GIB, MIB, PROCESS_BYTES, WORKER_BYTES, Available, ModelSize, Need, needs, shortage
+from cluster.memory import (
+    GIB,
+    MIB,
+    PROCESS_BYTES,
+    SERVER_BYTES,
+    STAGING_BYTES,
+    WORKER_BYTES,
+    Available,
+    ModelSize,
+    Need,
+    needs,
+    shortage,
+)
 from cluster.model import model_size
 from cluster.plan import PoolPlan, nodes_of
 from cluster.rundir import ClusterFault
+from engines.adapter.footprint import Footprint
+from engines.blocks.config import EngineConfig
 from tracehaul.model.source import ModelSource
+from worker.config import WorkerConfig
 
 SOURCE = ModelSource("m", Path("/models/m"), "hf", "llama")
 SIZE = ModelSize(3 * GIB, "", 1000)
@@ -62,6 +78,62 @@ def test_only_the_nodes_of_the_host_count() -> None:
     stores = [node for node in nodes_of(CONFIG) if node.role == "store"]
     found = needs(CONFIG, stores, pools, {"": SIZE}, staging_bytes=MIB, on_gpu=False)
     assert sum(need.nbytes for need in found) == 4 * GIB + 2 * PROCESS_BYTES
+
+
+def test_a_plugins_staging_is_what_it_takes() -> None:
+    assert EngineConfig("name", "revision").staging_bytes == STAGING_BYTES
+
+
+def test_stock_servers_take_what_their_options_say_and_their_processes() -> None:
+    vllm = PoolConfig(engine="vllm", prefill=0, decode=3, attach={"decode-a-2": "http://h:1"})
+    sizes = SIZE._replace(stock=Footprint(5 * GIB, 0, 2, "--kv"))
+    config = ClusterConfig(pools={"a": vllm}, store_bytes=GIB)
+    assert asked(config, sizes) == {
+        "the arenas of 1 store node": GIB,
+        "processes of 2 servers of a": 2 * 2 * SERVER_BYTES,
+        "staging of 2 servers of a": 2 * 2 * 256 * MIB,
+        "KV of 2 servers of a": 2 * 5 * GIB,
+        "weights of 2 servers of a": 2 * 3 * GIB,
+        "3 processes of workers": 3 * WORKER_BYTES,
+        "2 other processes": 2 * PROCESS_BYTES,
+    }
+    pages = SIZE._replace(stock=Footprint(5 * GIB, 7 * GIB, 1, "--kv"))
+    on_gpu = asked(config, pages, on_gpu=True)
+    assert on_gpu["host pages of 2 servers of a"] == 14 * GIB
+    assert not any("KV" in what or "weights" in what for what in on_gpu)
+    alone = msgspec.structs.replace(config, worker=WorkerConfig(use_store=False))
+    assert not any("staging" in what or "pages" in what for what in asked(alone, pages))
+
+
+@pytest.mark.parametrize(
+    ("engine", "args", "computed", "host", "ranks"),
+    [
+        ("vllm", (), 0, 0, 1),
+        ("vllm", ("--kv-cache-memory-bytes", "1G", "--tensor-parallel-size=2"), 2 << 30, 0, 2),
+        ("vllm", ("--kv-cache-memory-bytes=5k", "--kv-cache-memory-bytes", "1000"), 1000, 0, 1),
+        ("vllm", ("-tp", "2", "-pp", "3", "--kv-cache-memory-bytes", "7"), 42, 0, 6),
+        ("vllm", ("--kv-cache-memory-bytes", "auto"), 0, 0, 1),
+        ("vllm", ("--kv-cache-memory-bytes",), 0, 0, 1),
+        ("sglang", (), 0, 0, 1),
+        ("sglang", ("--max-total-tokens", "100", "--tp", "2"), 100 * 192, 200 * 192, 2),
+        ("sglang", ("--max-total-tokens", "100", "--hicache-ratio", "1.5"), 100 * 192, 150 * 192, 1),
+        ("sglang", ("--hicache-size", "30", "--tp-size", "4"), 0, 120 * 10**9, 4),
+    ],
+)
+def test_a_servers_footprint_is_read_from_its_options(
+    tmp_path: Path, engine: Any, args: tuple[str, ...], computed: int, host: int, ranks: int
+) -> None:
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(SHAPE))
+    (tmp_path / "model.safetensors").write_bytes(bytes(777))
+    source = ModelSource("m", tmp_path, "hf", "llama")
+    size = model_size(source, PoolConfig(engine=engine, engine_args=args), "bfloat16")
+    assert size.token_bytes == 192
+    assert size.weights_bytes == 777
+    assert size.stock is not None
+    assert size.stock[:3] == (computed, host, ranks)
+    assert size.stock.option
+    unshared = PoolConfig(engine=engine, engine_args=args, worker=WorkerConfig(use_store=False))
+    assert model_size(source, unshared, "bfloat16").stock[1] == 0  # pyright: ignore[reportOptionalSubscript]
 
 
 def test_a_shortage_says_what_and_which_option() -> None:

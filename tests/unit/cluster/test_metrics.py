@@ -18,11 +18,11 @@ from kvstore.tiers.base import TierStats
 from kvstore.tiers.object_tier import ObjectStats
 from kvstore.tiers.stack import StackStats
 from kvstore.tiers.tiering import TieringStats
-from router.dispatch.dispatch import DispatchStats
+from router.dispatch.stats import BillStats, DispatchStats
 from tracehaul.runtime.accepting import AcceptStats
 from tracehaul.runtime.output import OutputStats
 from tracehaul.wire.cluster import NodeLoad
-from worker.host import WorkerStats
+from worker.stats import WorkerStats
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -42,6 +42,7 @@ DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
         WorkerStats,
         AdapterStats,
         DispatchStats,
+        BillStats,
         AcceptStats,
         NotesStats,
         OutputStats,
@@ -52,8 +53,9 @@ def test_every_count_has_a_metric(stats: type[msgspec.Struct]):
     fields = [field.name for field in msgspec.structs.fields(stats)]
     assert sorted(fields) == sorted(COUNTERS[stats.__name__])
     for field in msgspec.structs.fields(stats):
-        several = field.type == dict[str, int]
-        assert COUNTERS[stats.__name__][field.name].labels in ((("reason",), ("pool",)) if several else ((),))
+        several = field.type in (dict[str, int], dict[str, float])
+        labels = (("reason",), ("pool",), ("tenant",)) if several else ((),)
+        assert COUNTERS[stats.__name__][field.name].labels in labels
 
 
 def test_every_field_of_a_heartbeat_has_a_metric():

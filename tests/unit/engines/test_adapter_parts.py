@@ -3,17 +3,21 @@
 import asyncio
 import time  # noqa: TID251 - of the processor, not of the clock
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 
 import httpx
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engines.adapter.dialect import Ask, Facts, Figures, Request, failure
 from engines.adapter.pace import Pace
 from engines.adapter.ran import Ran
 from engines.adapter.server import StockServer
 from engines.sglang.adapter import SGLang
-from engines.vllm.adapter import VLLM
+from engines.vllm.adapter import PRIORITY_MS, VLLM
+from engines.vllm.chains import spelled, tenant_of
 from tracehaul.wire.cluster import ASSUMED
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, PeerLost, ProtocolError
 from tracehaul.wire.hashing import pack_tokens
@@ -84,6 +88,12 @@ def test_nonsense_is_no_answer(dialect: SGLang | VLLM, data: bytes) -> None:
         dialect.facts([data, data, data])
 
 
+@pytest.mark.parametrize("value", [b"+Inf", b"1e999", b"1.2.3", b"-"])
+def test_a_load_that_is_no_number_is_none(value: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        VLLM().figures(b"vllm:num_requests_running " + value + b"\n")
+
+
 def test_a_server_that_tells_fewer_tokens_than_it_counts_is_not_believed() -> None:
     event = {"output_ids": [5], "meta_info": {"completion_tokens": 3}}
     with pytest.raises(ProtocolError):
@@ -102,6 +112,8 @@ def test_how_an_answer_ended_by_the_server_is_told() -> None:
         read(ended({"type": "abort", "message": "Abort in waiting queue"}))
     with pytest.raises(Overloaded):
         read(ended({"type": "abort", "message": "full", "status_code": 503, "err_type": None}))
+    with pytest.raises(InvalidRequest, match="unknown name"):
+        read(ended({"type": "abort", "message": "unknown name", "status_code": 400, "err_type": "BadRequestError"}))
     for reason in ("abort", "error"):
         data = msgspec.json.encode({"choices": [{"token_ids": [], "finish_reason": reason}]})
         with pytest.raises(PeerLost):
@@ -120,12 +132,35 @@ def test_a_drawn_seed_is_not_passed_on_and_priorities_only_where_they_count() ->
         return msgspec.json.decode(dialect.request(msgspec.structs.replace(ask(**how), priority=3), facts).body)
 
     keen = FACTS._replace(priorities=True)
-    for dialect, seed, priority in ((SGLang(), "sampling_seed", 3), (VLLM(), "seed", -3)):
+    for dialect, seed, priority in ((SGLang(), "sampling_seed", 3), (VLLM(), "seed", -3 * PRIORITY_MS)):
         for seeded in (True, False):
             said = body(dialect, FACTS, seed=7, seeded=seeded)
             assert (seed in said.get("sampling_params", said)) == seeded  # type: ignore[operator]
         assert "priority" not in body(dialect, FACTS)
         assert body(dialect, keen)["priority"] == priority
+
+
+def test_vllm_takes_what_is_due_first_of_the_highest_priority() -> None:
+    def place(priority: int, due_s: float) -> int:
+        said = msgspec.structs.replace(ask(), priority=priority, due_s=due_s)
+        return msgspec.json.decode(VLLM().request(said, FACTS._replace(priorities=True)).body)["priority"]
+
+    order = [place(2, 9e8), place(1, 0.0), place(1, 5.001), place(1, 5.002), place(0, 0.5), place(-1, 0.0)]
+    assert order == sorted(order)
+    assert len(set(order)) == len(order)
+
+
+def test_stop_tokens_count_at_sglang_where_its_own_are_among_them() -> None:
+    def ignores(dialect: SGLang, stops: tuple[int, ...]) -> object:
+        body = msgspec.json.decode(dialect.request(ask(stop_tokens=stops), FACTS).body)
+        assert body["sampling_params"]["stop_token_ids"] == list(stops)
+        return body["sampling_params"]["ignore_eos"]
+
+    known = SGLang([2, 3])
+    assert ignores(known, (2, 3, 9)) is False
+    for stops in ((), (9,), (2, 9)):
+        assert ignores(known, stops) is True, "it would end at a token that the request does not name"
+    assert ignores(SGLang(), (2, 3)) is True
 
 
 class Parts(httpx.AsyncByteStream):
@@ -174,3 +209,42 @@ def test_a_large_event_is_not_copied_with_each_of_its_parts(monkeypatch: pytest.
     assert len(data) == 2048 * 4096
     took_s = time.thread_time() - began_s
     assert took_s < 3.0, "8 MiB"
+
+
+@given(st.text(max_size=60))
+def test_any_salt_is_one_that_vllm_takes_and_its_plugin_reads(salt: str) -> None:
+    body = msgspec.json.decode(VLLM().request(ask(), FACTS).body)
+    assert "cache_salt" not in body
+    said = spelled(f"t{salt}")
+    assert not set("@/\\\0") & set(said)
+    assert tenant_of(SimpleNamespace(cache_salt=said)) == f"t{salt}"
+
+
+def test_a_salt_that_vllm_does_not_take_is_refused_before_it_is_asked() -> None:
+    long = msgspec.structs.replace(ask(), salt="a" * 127 + "/")
+    with pytest.raises(InvalidRequest, match="128 characters"):
+        VLLM().request(long, FACTS)
+
+
+def test_salts_of_a_self_test_are_one_to_the_store() -> None:
+    (first, _), (second, _) = VLLM().afresh("ab", 0), VLLM().afresh("ab", 1)
+    assert first != second
+    assert len({tenant_of(SimpleNamespace(cache_salt=spelled(salt))) for salt in (first, second)}) == 1
+
+
+def test_an_error_is_what_its_message_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = b'{"error":{"message":"temperature must be positive","type":"BadRequestError","param":null,"code":400}}'
+
+    async def send(*_: object, **__: object) -> httpx.Response:
+        return httpx.Response(400, content=told)
+
+    async def main() -> None:
+        server = StockServer("http://nobody")
+        with pytest.raises(InvalidRequest, match=r"^temperature must be positive$"):
+            await server.post(Request("/v1/completions", b"{}"), 1.0)
+        with pytest.raises(InvalidRequest, match=r"^temperature must be positive$"):
+            await anext(server.events(Request("/v1/completions", b"{}")))
+        await server.aclose()
+
+    monkeypatch.setattr(httpx.AsyncClient, "send", send)
+    asyncio.run(main())

@@ -1,7 +1,6 @@
 """What blocks are and how they are called, where no store is needed."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator
 
 import msgspec
@@ -9,18 +8,16 @@ import pytest
 from blake3 import blake3
 
 from engines.blocks.identity import RECORD_BYTES, difference, record_of, shard, sizes_of
-from engines.blocks.naming import SGLANG, names
 from router.fleet.gate import Gate
 from tracehaul.rpc.base import NO_CONTEXT, CallContext
 from tracehaul.wire.base import Ok
 from tracehaul.wire.cluster import Heartbeat, NodeLoad
 from tracehaul.wire.errors import Untrusted
-from tracehaul.wire.hashing import KVLayout, chain, named, pack_tokens
+from tracehaul.wire.hashing import KVLayout
 from tracehaul.wire.ids import Generation, NodeId
 from tracehaul.wire.messages import Reply, Request
 
 LAYOUT = KVLayout("m@r", "bfloat16", 2, 3, 4, 2, 4)
-TOKENS = pack_tokens(list(range(11)))
 
 
 def test_a_layout_that_says_nothing_new_has_the_root_that_it_had():
@@ -35,17 +32,6 @@ def test_a_layout_that_says_nothing_new_has_the_root_that_it_had():
 @pytest.mark.parametrize("field", ["order", "hashing", "scales"])
 def test_each_new_field_makes_another_root(field: str):
     assert msgspec.structs.replace(LAYOUT, **{field: "x"}).root() != LAYOUT.root()
-
-
-def test_blocks_are_found_by_who_computed_none():
-    assert names(LAYOUT, TOKENS, "t") == chain(LAYOUT.root("t"), TOKENS, 4)
-    layout = msgspec.structs.replace(LAYOUT, hashing=SGLANG)
-    first = hashlib.sha256(TOKENS[:16]).digest()
-    second = hashlib.sha256(first + TOKENS[16:32]).digest()
-    assert names(layout, TOKENS) == [named(layout.root(), first), named(layout.root(), second)]
-    assert not set(names(layout, TOKENS, "t")) & set(names(layout, TOKENS))
-    with pytest.raises(ValueError, match="other/1"):
-        names(msgspec.structs.replace(LAYOUT, hashing="other/1"), TOKENS)
 
 
 def test_a_record_is_of_a_cut_and_not_of_a_rank():

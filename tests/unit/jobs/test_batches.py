@@ -12,9 +12,11 @@ import msgspec
 import pytest
 
 from jobs.batch import OVER, Batch
-from jobs.batches import Batches, Means, TooMany
+from jobs.batches import Batches, TooMany
+from jobs.cap import fixed
 from jobs.files import File, FileLimits, Files
 from jobs.lines import Call
+from jobs.live import Means
 from jobs.retries import Answer, NoAnswer
 from jobs.runner import Runner
 from tracehaul.runtime.offload import InlineOffload
@@ -46,7 +48,7 @@ class Dying(InlineOffload):
 
 
 class Prompt:
-    async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+    async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
         return Answer(400 if call.custom_id == WRONG else 200, b'{"a": 1}', "req")
 
 
@@ -56,7 +58,7 @@ class Slow:
     def __init__(self) -> None:
         self.answered = 0
 
-    async def ask(self, call: Call, timeout_s: float) -> Answer | NoAnswer:
+    async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
         if self.answered == 2:
             await asyncio.Event().wait()
         self.answered += 1
@@ -77,7 +79,7 @@ async def live(folder: Path, offload: InlineOffload, use: Callable[[Batches, Fil
     """What ``use`` does while batches run."""
     files = Files(folder / "files", FileLimits(), offload)
     batches = Batches(folder / "batches", files, offload, offload, 2, wall_s=more.get("wall_s", lambda: NOW))
-    runner = Runner(2, random.Random(1))
+    runner = Runner(fixed(2), random.Random(1))
     asker = more.get("asker", Prompt())
     running = [
         asyncio.create_task(runner.run()),

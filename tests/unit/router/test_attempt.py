@@ -4,20 +4,28 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from router.dispatch.attempt import Attempt
+from router.dispatch.bills import Bills
 from router.dispatch.run import Run
 from router.dispatch.steps import Finished, Output, StepRequest, Tell
 from router.fleet.load import Key
 from router.policy.placement import Placement
+from router.policy.prices import Prices, Tariff
+from router.policy.retention import RetentionConfig
+from router.traces.contexts import listed
+from router.traces.machine import Traces
 from sim import loop as virtual
 from tracehaul.runtime import clock
 from tracehaul.wire.base import Ok
+from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import DeadlineExceeded, ProtocolError, TraceDeleted
 from tracehaul.wire.hashing import pack_tokens
-from tracehaul.wire.ids import Generation, NodeId, StepId, TraceId
+from tracehaul.wire.ids import BlockHash, Generation, NodeId, StepId, TraceId
 from tracehaul.wire.messages import Reply
+from tracehaul.wire.naming import SGLANG, Naming
 from tracehaul.wire.steps import Sampling, StepDone, StepUsage, TokenLogprobs, Tokens
 
 USAGE = StepUsage(prompt_tokens=2)
@@ -63,7 +71,8 @@ class Books:
 def attempt(run: Run, *script: list[Reply]) -> tuple[Attempt, Replies, Books]:
     placement = Placement(Key(NodeId("decode-0"), Generation(1)), None, None, 0, None, "", 0.0, None, 0.0, 0.0)
     replies, books = Replies(script), Books()
-    return Attempt(run, placement, cast(Any, replies), cast(Any, books), cast(Any, books)), replies, books
+    bills = Bills(Traces(1, 1 << 20, RetentionConfig()), lambda event: None, Prices(Tariff()))
+    return Attempt(run, placement, cast(Any, replies), cast(Any, books), cast(Any, books), bills), replies, books
 
 
 def step(deadline_s: float | None = None, tell: Tell | None = None) -> Run:
@@ -75,6 +84,31 @@ def step(deadline_s: float | None = None, tell: Tell | None = None) -> Run:
 
 def tokens(*ids: int, **more: Any) -> Tokens:
     return Tokens(pack_tokens(ids), **more)
+
+
+def test_a_step_on_a_server_that_names_blocks_itself_finds_and_leaves_those() -> None:
+    async def main() -> None:
+        naming = Naming(BlockHash(b"r" * 16), 4, SGLANG, "tenant")
+        worker = NodeInfo(
+            *(NodeId("decode-0"), Generation(1), "decode", "d:1"), root=naming.root, block_tokens=4, hashing=SGLANG
+        )
+        prompt = pack_tokens(range(10))
+        request = StepRequest(StepId("s"), TraceId("t"), None, prompt, Sampling(max_tokens=9), salt="tenant")
+        run = Run(request, (), (), None)
+        run.cut(worker)
+        assert list(run.hashes) == naming.names(prompt)
+        assert len(run.hashes) == 2
+        run.emitted += [20, 21, 22]
+        run.ending = "length"
+        left = run.over(0.0).left
+        assert left is not None
+        assert listed(left.hashes) == naming.names(pack_tokens([*range(10), 20, 21]))
+        following = Run(msgspec.structs.replace(request, prompt=left.packed + pack_tokens([30] * 4)), (), (left,), None)
+        following.cut(worker)
+        assert following.continues == "s"
+        assert list(following.hashes) == naming.names(following.request.prompt)
+
+    virtual.run(main)
 
 
 def test_tokens_that_wait_are_one_output_and_those_with_more_to_tell_stay_apart() -> None:

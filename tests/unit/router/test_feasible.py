@@ -5,8 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from router.dispatch.feasible import NOTHING, Needs, can, needs_of, refusal, unable
 from router.fleet.load import Key, Warm, WorkerTable
+from router.policy.feasible import NOTHING, Needs, can, needs_of, refusal, unable
 from router.policy.placement import Ask, Policy, place
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import CannotContinue, InvalidRequest

@@ -5,17 +5,19 @@ from collections.abc import Callable
 
 import pytest
 
-from records.base import Batch, RecordsLost, TraceRow
+from records.base import Batch, Claim, Marks, RecordsLost, TraceName, TraceRow
 from records.fakes import MemoryRecords
 from router.dispatch import journal as module
 from router.dispatch.journal import Journal
+from router.dispatch.ledger import CHANGES_FEW
 from router.traces.book import Book
-from router.traces.changes import VERSION
 from router.traces.events import Event
 from router.traces.machine import Traces
+from router.traces.packing import VERSION
 from router.traces.texts import Said, fresh
 from tests.unit.router.test_traces import Machine, left
 from tracehaul.runtime import clock
+from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import Unavailable
 
 DAY_S = 86400.0
@@ -30,10 +32,12 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 class Life:
     """One life of a router's traces."""
 
-    def __init__(self, records: MemoryRecords, keep_s: float = DAY_S, edition: str = "one") -> None:
+    def __init__(
+        self, records: MemoryRecords, keep_s: float = DAY_S, edition: str = "one", *, shared: bool = False
+    ) -> None:
         self.m = Machine(traces_max=4, bytes_max=1 << 24)
         self.traces: Traces = self.m.traces
-        self.journal = Journal(records, self.traces, self.send, keep_s, {"m": edition})
+        self.journal = Journal(records, self.traces, self.send, keep_s, {"m": edition}, InlineOffload(), shared=shared)
         self.book = Book(self.traces, self)  # type: ignore[arg-type]
         self.book.written = self.journal
 
@@ -96,11 +100,11 @@ def test_rows_of_a_trace_do_not_pile_up() -> None:
         records = MemoryRecords()
         one = Life(records)
         await one.journal.start()
-        for _ in range(3 * module.CHANGES_FEW):
+        for _ in range(3 * CHANGES_FEW):
             await one.step("a")
             await one.written()
         assert one.journal.stats.whole > 1
-        assert len(records.kept) <= module.CHANGES_FEW + 1
+        assert len(records.kept) <= CHANGES_FEW + 1
         await one.journal.close()
 
     asyncio.run(main())
@@ -169,13 +173,44 @@ def test_a_deleted_trace_is_gone_on_return_and_does_not_come_back() -> None:
         await one.step("b")
         await one.written()
         assert await one.book.delete("", "a")
-        assert {row.trace for row in records.kept.values()} == {"b"}
+        assert {row.trace for row in records.kept} == {"b"}
         assert not await one.book.delete("", "a")
         await one.step("a", tokens=3)
         await one.journal.close()
         two = Life(records)
         await two.journal.start()
         assert known(two)["a"].steps_count == 1
+        await two.journal.close()
+
+    asyncio.run(main())
+
+
+def test_all_of_a_tenants_traces_are_erased_and_nobody_elses() -> None:
+    async def main() -> None:
+        records = MemoryRecords()
+        one = Life(records)
+        await one.journal.start()
+        for name in "ab":
+            await one.step(name)
+        await one.written()
+        other = [Claim("red", "x", 0)]
+        await records.write(Batch([TraceRow("red", "x", 1, VERSION, b"?")], [(other[0], Marks())]))
+        await one.step("a", tokens=20)
+        assert await one.book.erase("") == 2
+        assert [row.tenant for row in records.kept] == ["red"]
+        assert not known(one)
+        await one.step("a", tokens=3)
+        await one.written()
+        records.lost = "gone"
+        with pytest.raises(Unavailable):
+            await one.book.erase("")
+        records.lost = None
+        assert await one.book.erase("") == 1
+        await one.step("b")
+        await one.journal.close()
+        two = Life(records)
+        await two.journal.start()
+        assert known(two).keys() == {"b"}
         await two.journal.close()
 
     asyncio.run(main())
@@ -190,17 +225,17 @@ def test_what_cannot_be_read_is_left_alone() -> None:
         await one.written()
         await one.journal.close()
         newer, torn = TraceRow("", "n", 90, VERSION + 1, b"?"), TraceRow("", "t", 91, VERSION, b"\xc1")
-        await records.write(Batch([newer, torn]))
+        await records.write(Batch([newer, torn], [(Claim("", name, 0), Marks()) for name in "nt"]))
         two = Life(records)
         await two.journal.start()
         assert known(two) == known(one)
         assert two.journal.stats.unreadable == 2
         await two.step("c")
         await two.written()
-        assert {newer, torn} <= set(records.kept.values())
+        assert {newer, torn} <= set(records.kept)
         await two.step("t")
         await two.written()
-        assert torn not in records.kept.values()
+        assert torn not in records.kept
         await two.journal.close()
 
     asyncio.run(main())
@@ -215,10 +250,11 @@ def test_a_store_that_does_not_say_whether_it_has_written_is_written_to_again() 
         await one.written()
         write, left_to_fail = records.write, [True]
 
-        async def unsure(batch: Batch) -> None:
-            await write(batch)
+        async def unsure(batch: Batch) -> frozenset[TraceName]:
+            lost = await write(batch)
             if left_to_fail and left_to_fail.pop():
                 raise RecordsLost("it does not answer in time")
+            return lost
 
         records.write = unsure  # type: ignore[method-assign]
         await one.step("a", tokens=40)

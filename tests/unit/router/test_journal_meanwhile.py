@@ -5,15 +5,17 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from records.base import Batch, TraceRow
+from records.base import Batch, Claim, Marks, TraceName, TraceRow
 from records.fakes import MemoryRecords
 from router.dispatch import journal as module
+from router.dispatch import ledger
 from router.dispatch.journal import Journal
 from router.policy.retention import RetentionConfig
 from router.traces.events import Suspended
 from router.traces.machine import Traces
 from tests.unit.router.test_journal import DAY_S, Life, known, soon
 from tests.unit.router.test_traces import key
+from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import Unavailable
 
 __all__ = ["soon"]
@@ -29,21 +31,21 @@ class Slow(MemoryRecords):
         self.asked = asyncio.Event()
         self.batches: list[Batch] = []
 
-    async def write(self, batch: Batch) -> None:
+    async def write(self, batch: Batch) -> frozenset[TraceName]:
         self.asked.set()
         await self.free.wait()
         await asyncio.sleep(0.002)  # whoever waits for an earlier one goes on first
         self.batches.append(batch)
-        await super().write(batch)
+        return await super().write(batch)
 
-    async def rows(self) -> AsyncIterator[Sequence[TraceRow]]:
+    async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         await self.free.wait()
-        async for rows in super().rows():
+        async for rows in super().rows(names):
             yield rows
 
 
 def rows_of(records: MemoryRecords, trace: str) -> list[TraceRow]:
-    return [row for row in records.kept.values() if row.trace == trace]
+    return [row for row in records.kept if row.trace == trace]
 
 
 def test_texts_of_another_model_behind_the_same_name_are_not_known() -> None:
@@ -74,7 +76,7 @@ def test_what_is_deleted_while_a_batch_is_made_is_in_it_once(monkeypatch: pytest
             await one.step("a")
             await one.written()
             await asyncio.sleep(0.06)
-            monkeypatch.setattr(module, "SWEEP_S", 0.01)
+            monkeypatch.setattr(ledger, "SWEEP_S", 0.01)
             await one.step("b")
             await one.step("c")
         else:
@@ -88,7 +90,7 @@ def test_what_is_deleted_while_a_batch_is_made_is_in_it_once(monkeypatch: pytest
         await one.step("d")
         await one.until(lambda: rows_of(records, "d") != [])
         for batch in records.batches:
-            named = [(row.tenant, row.trace) for row in batch.rows] + list(batch.erased)
+            named = [(row.tenant, row.trace) for row in batch.rows] + [claim[:2] for claim in batch.erased]
             assert len(named) == len(set(named))
         await one.journal.close()
 
@@ -123,17 +125,17 @@ def test_one_batch_does_not_erase_all_at_once(monkeypatch: pytest.MonkeyPatch) -
         await one.journal.start()
         await one.step("a")
         await one.journal.close()
-        [row] = first.kept.values()
+        [row] = first.kept
         many = [row._replace(trace=f"t{at}", number=at + 1) for at in range(150)]
         for keep_s in (0.0, 0.3):  # known no more at the start; later
             records = Slow()
-            await records.write(Batch(many))
+            await records.write(Batch(many, [(Claim("", row.trace, 0), Marks()) for row in many]))
             records.batches.clear()
             two = Life(records, keep_s)
             if keep_s:
                 two.traces = two.m.traces = Traces(200, 1 << 24, RetentionConfig())
-                two.journal = Journal(records, two.traces, two.send, keep_s, {"m": "one"})
-                monkeypatch.setattr(module, "SWEEP_S", 0.05)
+                two.journal = Journal(records, two.traces, two.send, keep_s, {"m": "one"}, InlineOffload())
+                monkeypatch.setattr(ledger, "SWEEP_S", 0.05)
             await two.journal.start()
             await two.until(lambda: not records.kept)  # noqa: B023
             assert max(len(batch.erased) for batch in records.batches) <= 64
@@ -198,10 +200,10 @@ def test_an_error_that_nobody_thought_of_is_told_and_the_journal_goes_on(caplog:
         await one.journal.start()
         write, wrong = records.write, [True]
 
-        async def failing(batch: Batch) -> None:
+        async def failing(batch: Batch) -> frozenset[TraceName]:
             if wrong:
                 raise TypeError("connect() got an unexpected keyword argument")
-            await write(batch)
+            return await write(batch)
 
         records.write = failing  # type: ignore[method-assign]
         await one.step("a")

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from router.dispatch.inflight import InFlight
+from router.dispatch.pooled import Books
 from router.fleet.load import Key, Warm, WorkerTable
 from router.policy.cost import StoredRun
 from router.policy.placement import Ask, Placement, Policy, place, relieves
@@ -240,7 +241,9 @@ def test_a_fleet_keeps_its_books_while_members_come_and_go() -> None:
     chance = random.Random(3)
     for n in range(40):
         placed = choose(decodes, fleet("prefill", {}), trace=TraceId(f"t{n}"), prompt_tokens=200)
-        flights.append(InFlight(decodes, fleet("prefill"), placed, float(n)))
+        book = Books()
+        book.decodes, book.prefills = decodes, fleet("prefill")
+        flights.append(InFlight((book,), placed, float(n), 200))
         if n == 20:
             infos = [NodeInfo(key.node, G, "decode", "y:1") for key in decodes.keys]
             decodes.sync(infos[:1], [NodeLoad()])

@@ -42,6 +42,9 @@ class Members:
     def live(self, role):
         return [STORE] if role == "store" else [DECODE] if role == "decode" else []
 
+    def known(self, node):
+        return {STORE.node: STORE, DECODE.node: DECODE}.get(node)
+
     def has_tiers(self, node):
         return True
 

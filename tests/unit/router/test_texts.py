@@ -1,5 +1,6 @@
 """The memory of traces' texts: which ids are kept, and that cutting never changes the others."""
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,3 +168,12 @@ def test_with_generated_text_the_ids_always_spell_the_prompt(turns: list[tuple[l
 def spell(tool: FakeText, ids: list[int]) -> str:
     data = b"".join(bytes([i]) if i < 256 else tool.token_text(i).encode() for i in ids)
     return data.decode()
+
+
+def test_a_text_takes_the_same_memory_after_it_was_encoded() -> None:
+    texts, prompt = memory(), fresh(USER + "h\u00e9, \u4e16" * 9, list(range(9)))
+    texts.remember("t", prompt, " \u4e16", [5])
+    (known,) = texts.texts["t"]
+    before = known.nbytes
+    msgspec.msgpack.encode(known.text)
+    assert known.nbytes == before >= len(known.text.encode())

@@ -6,7 +6,9 @@ from hypothesis import settings
 from hypothesis.stateful import invariant
 
 from router.policy.retention import RetentionConfig
+from router.traces.asks import Ask
 from router.traces.changes import Clock, Read, Unreadable, read, retimed, written
+from router.traces.events import StepBegan, StepGrew
 from router.traces.machine import Traces
 from router.traces.revival import ROUTER_LOST, lost, revived
 from router.traces.texts import Said, fresh
@@ -14,6 +16,7 @@ from router.traces.trace import PinWish, Trace, TraceKey, with_kept
 from tests.unit.router.test_traces import HOME, Machine, key, left
 from tests.unit.router.test_traces_model import BYTES_MAX, TRACES_MAX, Model
 from tracehaul.wire.hashing import pack_tokens
+from tracehaul.wire.ids import StepId
 
 CLOCK = Clock("boot", 100.0, 5000.0)
 EDITIONS = {"m": "one"}
@@ -188,5 +191,29 @@ def test_what_was_written_without_editions_is_read() -> None:
     known = m.traces.get(key("a"))
     assert known is not None
     values = msgspec.msgpack.decode(written(None, 0, known, (), CLOCK, EDITIONS))
+    assert values.pop() == []  # what may be asked again
+    assert read(key("a"), None, 1, msgspec.msgpack.encode(values)).trace == known
     again = read(key("a"), None, 1, msgspec.msgpack.encode(values[:-1]))
     assert (again.trace, again.editions) == (known, {})
+
+
+def test_what_may_be_asked_again_is_written_by_what_is_new_of_it_and_lives_on_as_far_as_it_was() -> None:
+    m, _ = story(steps=1, tokens=8)
+    step = StepId("asked")
+    m.send(StepBegan(key("a"), step, None, 3, ask=Ask(b"name", step, 7, 50.0)), 50.0)
+    tokens = bytes(4000)
+    m.send(StepGrew(key("a"), step, tokens), 51.0)
+    known = m.traces.get(key("a"))
+    assert known is not None
+    m.send(StepGrew(key("a"), step, tokens + bytes(4)), 52.0)
+    grown = m.traces.get(key("a"))
+    assert grown is not None
+    first = written(None, 0, known, (), CLOCK, EDITIONS)
+    more = written(known, 1, grown, (), CLOCK, EDITIONS)
+    assert len(more) < len(first) - len(tokens)
+    again = read(key("a"), read(key("a"), None, 1, first), 2, more)
+    assert again.trace == grown
+    [(alive, _)] = revived({key("a"): again}, (), 1e9, Clock("other", 7.0, CLOCK.wall_s + 10.0), EDITIONS)
+    (ask,) = alive.asks
+    assert (ask.runs, ask.begun.packed, ask.seed) == (True, tokens + bytes(4), 7)
+    assert ask.at_s == pytest.approx(52.0 - CLOCK.now_s + 7.0 - 10.0)

@@ -4,23 +4,31 @@ import msgspec
 import numpy as np
 import pytest
 
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from router.fleet.load import Warm
 from router.http.config import ApiConfig
 from router.policy.gaps import Gaps
+from router.policy.prices import Bill
 from router.policy.retention import RetentionConfig
 from router.traces.alarms import Alarms
+from router.traces.asks import Ask, Begun
 from router.traces.decisions import Moved, Recalled
 from router.traces.effects import Effect
 from router.traces.events import (
+    Answered,
     CallOver,
+    Charged,
     ContextRecalled,
     Deleted,
+    Elsewhere,
     Event,
     PinAsked,
     PinHeld,
     Recognised,
     Resumed,
+    StepBegan,
+    StepEnded,
+    StepGrew,
     StepMoved,
     Suspended,
     Tick,
@@ -33,6 +41,7 @@ from router.traces.trace import PinWish
 from tests.unit.router.test_traces import HOME, WORKER, Machine, key, left
 from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, StepId
+from tracehaul.wire.spent import Spent
 
 
 def test_events_are_plain_data_that_give_the_same_traces_again() -> None:
@@ -46,6 +55,12 @@ def test_events_are_plain_data_that_give_the_same_traces_again() -> None:
         m.answer(name, s, 10.0 * at + 1, tools=("bash",), said=said, response=f"r{at}")
         m.send(Recognised(key(name), (name.encode() * 16, b"z" * 16)), 10.0 * at + 1)
     m.send(CallOver(key("b")), 70.0)
+    asked = StepId("asked")
+    m.send(StepBegan(key("b"), asked, None, 3, ask=Ask(b"name", asked, 7, 70.0)), 70.0)
+    m.send(StepGrew(key("b"), asked, pack_tokens([1])), 70.2)
+    begun = Begun(pack_tokens([1, 2]))
+    m.send(StepEnded(key("b"), asked, "aborted", 2, None, None, 0.0, final=False, begun=begun), 70.4)
+    m.send(Answered(key("b"), asked), 70.4)
     m.send(Suspended(key("b"), 5.0, 500.0, None), 71.0)
     m.send(PinAsked(key("b"), 9.0, PinWish("hard", 80.0, 2.0, 1)), 71.0)
     m.send(PinHeld(key("b"), PinWish("hard", 80.0, 2.0, 1, HOME, BlockHash(b"1" * 16))), 72.0)
@@ -55,6 +70,8 @@ def test_events_are_plain_data_that_give_the_same_traces_again() -> None:
         77.0,
     )
     m.send(Resumed(key("b")), 78.0)
+    m.send(Charged(key("b"), Bill(Spent(prefill_s=1.0), 2.0, 3.0)), 79.0)
+    m.send(Elsewhere(key("c")), 79.0)
     m.send(Deleted(key("a")), 79.0)
     assert {type(event) for _, event in m.events} == set(Event.__args__)
     journal = [msgspec.msgpack.encode(entry) for entry in m.events]

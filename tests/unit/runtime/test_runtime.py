@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tracehaul.runtime.log import Log, Seldom, setup
+from tracehaul.runtime.log import LineFormatter, Log, Seldom, setup, setup_beside
 from tracehaul.runtime.tasks import Tasks
 
 
@@ -118,3 +118,32 @@ def test_what_happens_often_is_said_seldom(caplog: pytest.LogCaptureFixture, mon
             seldom.warning("it happens", about="elsewhere", n=second)
     told = [record.__dict__["tracehaul_fields"] for record in caplog.records if record.name == "test.seldom"]
     assert told == [{"n": 0}, {"n": 3}, {"n": 10, "unsaid": 9}, {"n": 20, "unsaid": 9}]
+
+
+@pytest.fixture
+def theirs() -> Iterator[list[logging.Handler]]:
+    """The root's handlers, as another program has them; ours are as they were afterwards."""
+    root, ours = logging.getLogger(), logging.getLogger("engines")
+    before = root.handlers[:], ours.handlers[:], ours.propagate, ours.level
+    root.handlers[:] = []
+    yield root.handlers
+    root.handlers[:], ours.handlers[:], ours.propagate, level = before
+    ours.setLevel(level)
+
+
+def test_our_lines_keep_their_facts_in_another_programs_process(
+    theirs: list[logging.Handler], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.StringIO()
+    theirs.append(logging.StreamHandler(stream))
+    setup_beside("decode-0+engine")
+    Log("engines.blocks.store").info("blocks", root="ab")
+    assert stream.getvalue() == "", "once is enough"
+    assert capsys.readouterr().err.endswith("info decode-0+engine engines.blocks.store blocks root=ab\n")
+
+
+def test_who_set_logs_up_as_ours_are_keeps_them(theirs: list[logging.Handler]) -> None:
+    theirs.append(logging.StreamHandler())
+    theirs[-1].setFormatter(LineFormatter("store-0"))
+    setup_beside("engine")
+    assert logging.getLogger("engines").handlers == []

@@ -1,5 +1,6 @@
 """The compiled copy against numpy's copying and xxhash's sums."""
 
+import itertools
 import random
 
 import numpy as np
@@ -37,6 +38,27 @@ def test_bytes_and_sums_are_those_of_the_source(bytes_max: int, past_caches: boo
         assert rows["sums"][:, 0].tolist() == [
             checksum(SOURCE[start : start + size].data) for start, size in zip(starts, sizes, strict=True)
         ]
+
+
+@pytest.mark.parametrize("bytes_max", [BLOCK_BYTES, 3000, 1 << 20])
+@pytest.mark.parametrize("last", [SUMMED_BYTES_MIN, 1000, 1024, 1025, 5000])
+def test_pieces_are_summed_as_one(bytes_max: int, last: int) -> None:
+    sizes = [1024, 3072, 1024, last, 700, 2048, last]
+    wholes = [sum(sizes[:4]), 700, 2048 + last]
+    starts = [random.Random(bytes_max + at).randrange(SOURCE.nbytes - size) for at, size in enumerate(sizes)]
+    target = np.zeros(sum(sizes), dtype=np.uint8)
+    places = (np.cumsum(sizes) - sizes).tolist()
+    rows = rows_of(_column(starts) + SOURCE.ctypes.data, _column(places) + target.ctypes.data, _column(sizes))
+    rows["nbytes"] = [0, 0, 0, wholes[0], wholes[1], 0, wholes[2]]
+    done = 0
+    while done < len(rows):
+        done += compiled()(rows.ctypes.data + done * ROW.itemsize, len(rows) - done, bytes_max, False)
+    assert target.tobytes() == b"".join(
+        SOURCE[at : at + size].tobytes() for at, size in zip(starts, sizes, strict=True)
+    )
+    cuts = np.cumsum([0, *wholes]).tolist()
+    expected = [checksum(target[start:end].data) for start, end in itertools.pairwise(cuts)]
+    assert rows["sums"][[3, 4, 6], 0].tolist() == expected
 
 
 def test_a_call_copies_no_more_than_it_may() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tracehaul.runtime.offload import ThreadOffload
-from tracehaul.transfer import shm
+from tracehaul.transfer import copy_jobs
 from tracehaul.transfer.base import Copy
 from tracehaul.transfer.copying import compiled, compiled_here
 from tracehaul.transfer.memory import allocate
@@ -17,7 +17,7 @@ from tracehaul.transfer.shm import ShmTransfer
 from tracehaul.wire.hashing import checksum
 
 NBYTES = 8 << 20
-ODD = [Copy(7, 1000, 700_001), Copy(1 << 20, 0, 0), Copy(2 << 20, 1 << 20, shm.STEP_BYTES), Copy(3 << 20, 5, 1)]
+ODD = [Copy(7, 1000, 700_001), Copy(1 << 20, 0, 0), Copy(2 << 20, 1 << 20, copy_jobs.STEP_BYTES), Copy(3 << 20, 5, 1)]
 LONG = [*ODD, Copy(4 << 20, 2 << 20, 3 << 20), *[Copy(7 << 20 | i << 12, 6 << 20 | i << 8, 241 + i) for i in range(9)]]
 
 
@@ -36,11 +36,11 @@ def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.mark.usefixtures("how")
 @pytest.mark.parametrize("copies", [ODD, LONG, [Copy(5, 9, 240)], []])
-@pytest.mark.parametrize("turn_bytes", [1, shm.TURN_BYTES])
+@pytest.mark.parametrize("turn_bytes", [1, copy_jobs.TURN_BYTES])
 def test_sums_are_of_our_bytes_one_per_copy(
     monkeypatch: pytest.MonkeyPatch, turn_bytes: int, copies: list[Copy]
 ) -> None:
-    monkeypatch.setattr(shm, "TURN_BYTES", turn_bytes)
+    monkeypatch.setattr(copy_jobs, "TURN_BYTES", turn_bytes)
 
     async def main() -> None:
         offload = ThreadOffload("test", 2)
@@ -63,13 +63,13 @@ def test_sums_are_of_our_bytes_one_per_copy(
 
 
 def test_threads_are_given_steps_of_equal_work() -> None:
-    step = shm.STEP_BYTES
-    assert shm.steps_of(sizes()) == []
-    assert shm.steps_of(sizes(1000)) == [(0, 1)]
-    assert shm.steps_of(sizes(*[step // 2] * 5)) == [(0, 2), (2, 4), (4, 5)]
-    assert shm.steps_of(sizes(3 * step, 8, 8)) == [(0, 1), (1, 3)]
+    step = copy_jobs.STEP_BYTES
+    assert copy_jobs.steps_of(sizes()) == []
+    assert copy_jobs.steps_of(sizes(1000)) == [(0, 1)]
+    assert copy_jobs.steps_of(sizes(*[step // 2] * 5)) == [(0, 2), (2, 4), (4, 5)]
+    assert copy_jobs.steps_of(sizes(3 * step, 8, 8)) == [(0, 1), (1, 3)]
     # Tiny ones cost time, too.
-    assert len(shm.steps_of(sizes(*[250] * 1000))) == -(-1000 * shm.SHORT_BYTES // step)
+    assert len(copy_jobs.steps_of(sizes(*[250] * 1000))) == -(-1000 * copy_jobs.SHORT_BYTES // step)
 
 
 def sizes(*nbytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":

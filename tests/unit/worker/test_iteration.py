@@ -15,6 +15,7 @@ from tracehaul.wire.cluster import ASSUMED
 from tracehaul.wire.errors import DeadlineExceeded
 from tracehaul.wire.steps import Sampling
 from worker.iteration import Computed, Failed, IterationLoop, Job, Sampled
+from worker.pressure import Arrival
 from worker.rates import RateMeter
 from worker.scheduler import Scheduler
 
@@ -28,13 +29,20 @@ class Bed:
         self.engine = FakeEngine(fake_info(), EngineCost(iteration_s=ITERATION_S))
         self.loop = IterationLoop(self.engine, Scheduler(64, 8), self.engine.grow)
 
-    def job(self, tokens: int, samples: int) -> Job:
+    def job(self, tokens: int, samples: int, *, background: bool = False) -> Job:
         """A prompt of that many tokens."""
         sequence = self.engine.open(256)
         assert sequence is not None
         sampling = Sampling(max_tokens=samples, temperature=0.0)
         return Job(
-            int(sequence), clock.now_s(), SequenceId(sequence), array("I", [1] * tokens), sampling, 0, samples, 0
+            Arrival(background, int(sequence)),
+            clock.now_s(),
+            SequenceId(sequence),
+            array("I", [1] * tokens),
+            sampling,
+            0,
+            samples,
+            0,
         )
 
 
@@ -172,3 +180,26 @@ def test_a_job_that_has_no_turn_leaves_at_its_deadline() -> None:
             await bed.loop.stop(key)
 
     play(case(), bed)
+
+
+def test_a_prompt_of_the_background_stands_still_while_another_is_computed() -> None:
+    bed = Bed()
+    bed.loop.meter = RateMeter(ASSUMED._replace(token_s=1e-3, pair_s=0.0))  # 50 of its tokens take an iteration's time
+
+    async def case() -> None:
+        behind, front = bed.job(200, 2, background=True), bed.job(100, 2)
+        keys = [bed.loop.start(behind)]
+        assert await behind.events.get() == Computed(50)
+        keys.append(bed.loop.start(front))
+        await sampled(front)
+        computed = [event for event in drained(behind) if isinstance(event, Computed)]
+        assert computed == [Computed(100)], "what was under way when the other came, and no more"
+        await sampled(behind)
+        for key in keys:
+            await bed.loop.stop(key)
+
+    play(case(), bed)
+
+
+def drained(job: Job) -> list[object]:
+    return [job.events.get_nowait() for _ in range(job.events.qsize())]

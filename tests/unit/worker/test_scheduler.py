@@ -107,3 +107,40 @@ def test_a_family_is_served_as_one_from_when_its_first_came() -> None:
     for family in (one, one, other, ("salt", TraceId("one"))):
         families.leave(family)
     assert len(families) == 0
+
+
+def test_the_background_gets_nothing_beside_a_prompt() -> None:
+    scheduler = Scheduler(chunk_tokens=64, sequences_max=8)
+    scheduler.add(1, 1, rank=0, background=True)
+    scheduler.add(2, 20, rank=0, background=True)
+    scheduler.add(3, 10, rank=9)
+    assert scheduler.plan(beside=5) == [Grant(3, 10)]
+
+
+def test_beside_decode_steps_the_background_decodes_and_computes_a_few_tokens() -> None:
+    scheduler = Scheduler(chunk_tokens=64, sequences_max=8)
+    scheduler.add(1, 1, rank=0, background=True)
+    scheduler.add(2, 20, rank=1, background=True)
+    scheduler.add(3, 20, rank=0, background=True)
+    scheduler.add(4, 1, rank=9)
+    assert scheduler.plan(beside=5) == [Grant(4, 1), Grant(1, 1), Grant(3, 5)]
+    assert scheduler.plan(beside=0) == [Grant(4, 1), Grant(1, 1)]
+
+
+def test_alone_the_background_computes_its_prompts_one_by_one_in_pieces() -> None:
+    scheduler = Scheduler(chunk_tokens=64, sequences_max=8)
+    scheduler.add(1, 1, rank=0, background=True)
+    scheduler.add(2, 50, at_most=30, rank=1, background=True)
+    scheduler.add(3, 50, at_most=30, rank=2, background=True)
+    assert scheduler.plan() == [Grant(1, 1), Grant(2, 30)]
+    scheduler.remove(1)
+    scheduler.remove(2)
+    assert scheduler.plan() == [Grant(3, 30)]
+
+
+def test_however_many_decode_a_prompt_of_the_background_gets_on_where_nobody_else_is() -> None:
+    scheduler = Scheduler(chunk_tokens=4, sequences_max=4)
+    for key in range(6):
+        scheduler.add(key, 1, rank=0, background=True)
+    scheduler.add(9, 50, rank=1, background=True)
+    assert scheduler.plan()[-1] == Grant(9, 1)

@@ -17,7 +17,7 @@ from cluster.hosts.orders import (
     stages,
     variables,
 )
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from tests.unit.cluster.hosts.plans import MIB, order, plan
 
 RELEASE = "1.0 /srv/tracehaul/1.0"

@@ -42,6 +42,9 @@ class Noted:
     def placed(self, key: TraceKey, *, all_of_them: bool) -> None:
         raise NotImplementedError
 
+    def drop_all(self, salt: str) -> None:
+        raise NotImplementedError
+
     def drop(self, key: TraceKey) -> bool:
         return False
 

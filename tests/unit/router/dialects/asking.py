@@ -9,7 +9,10 @@ import httpx
 
 from router.calls.fakes import FakeDispatcher, FakeText
 from router.http import ApiConfig, create_app
+from router.http.chats import Chats
 from router.http.keys import Key, Keyring, hashed
+from router.http.outliving import Outliving
+from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload
 
 
@@ -41,14 +44,18 @@ def served(
     text: FakeText | None = None,
     config: ApiConfig | None = None,
     keyring: Keyring | None = None,
+    chats: Chats | None = None,
+    outliving: Outliving | None = None,
 ) -> None:
     """Run ``use`` with a client of it."""
 
     async def main() -> None:
         texts = {"org/fake": text or FakeText()}
-        app = create_app(dispatcher, texts, lambda: b"", config or ApiConfig(), InlineOffload(), keyring=keyring)
+        more: dict[str, Any] = {"keyring": keyring, "chats": chats, "outliving": outliving}
+        app = create_app(dispatcher, texts, lambda: b"", config or ApiConfig(), InlineOffload(), **more)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+        client_of = httpx.AsyncClient(transport=transport, base_url="http://test")
+        async with asyncio.timeout(20), living(app), client_of as client:
             await use(client)
 
     asyncio.run(main())

@@ -129,4 +129,11 @@ def test_only_the_table_and_the_pages_of_a_dialect_name_it() -> None:
         if not path.is_relative_to(ROUTER / "dialects")
         and any(module == name or module.startswith(f"{name}.") for module in imported(path) for name in dialects)
     }
-    assert naming == {"http/app.py", "http/openapi.py", "http/responses.py", "http/tokens.py"}
+    assert naming == {
+        "http/app.py",
+        "http/chats.py",
+        "http/openapi.py",
+        "http/response_pages.py",
+        "http/responses.py",
+        "http/tokens.py",
+    }

@@ -14,6 +14,7 @@ from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dispatch.steps import ModelCard
 from router.http import ApiConfig, create_app
 from router.http.keys import BadKeys, Key, KeyFile, Keyring, hashed, read_keys, write_keys
+from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload
 
 CHAT = "/v1/chat/completions"
@@ -60,7 +61,8 @@ def served(
             keyring=keyring,
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+        client_of = httpx.AsyncClient(transport=transport, base_url="http://test")
+        async with asyncio.timeout(20), living(app), client_of as client:
 
             async def send(
                 name: str | None, method: str, path: str, body: Any = None, **headers: str
@@ -184,7 +186,9 @@ def test_tenants_know_nothing_of_each_other() -> None:
         assert (await send(BOSS, "GET", "/v1/traces/mine?cache_salt=acme")).status_code == 200
         # The same name is another trace.
         await send(BETA, "POST", CHAT, chat(), x_trace_id="mine")
-        assert (await send(BETA, "DELETE", "/v1/traces/mine")).status_code == 200
+        assert error(await send(BETA, "DELETE", "/v1/traces?cache_salt=acme")) == (403, "steering_not_allowed")
+        assert (await send(BETA, "DELETE", "/v1/traces")).json()["deleted"] == 1
+        assert (await send(BETA, "GET", "/v1/traces/mine")).status_code == 404
         assert (await send(ACME, "GET", "/v1/traces/mine")).json()["steps_count"] == 1
 
     made = served(use).requests

@@ -1,8 +1,7 @@
 """Whose batches are whose: a batch's lines are calls of the key that asked for it, as long as that is valid."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import httpx
 import msgspec
 import openai
 import pytest
-from starlette.types import ASGIApp
 
 from jobs.batches import Batches
 from jobs.files import FileLimits, Files
@@ -18,6 +16,7 @@ from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.http import ApiConfig, create_app
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
+from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload
 
 SECRETS = {"acme": f"th-0123abcd-{'s' * 43}", "other": f"th-4567abcd-{'t' * 43}"}
@@ -26,21 +25,6 @@ KEYS = {
     for tenant, secret in SECRETS.items()
 }
 OVER = ("completed", "failed", "expired", "cancelled")
-
-
-@asynccontextmanager
-async def lifespan(app: ASGIApp) -> AsyncIterator[None]:
-    """As a server does."""
-    asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    told: asyncio.Queue[Any] = asyncio.Queue()
-    running = asyncio.create_task(app({"type": "lifespan", "state": {}}, asked.get, told.put))  # type: ignore[arg-type]
-    await asked.put({"type": "lifespan.startup"})
-    assert (await told.get())["type"] == "lifespan.startup.complete"
-    try:
-        yield
-    finally:
-        await asked.put({"type": "lifespan.shutdown"})
-        await running
 
 
 Use = Callable[[httpx.AsyncClient, Keyring, FakeDispatcher], Awaitable[None]]
@@ -55,7 +39,7 @@ def served(folder: Path, use: Use) -> None:
         texts = {"org/fake": FakeText()}
         app = create_app(dispatcher, texts, lambda: b"", ApiConfig(), offload, keyring=keyring, jobs=jobs)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with asyncio.timeout(20), lifespan(app), httpx.AsyncClient(transport=transport) as http:
+        async with asyncio.timeout(20), living(app), httpx.AsyncClient(transport=transport) as http:
             await use(http, keyring, dispatcher)
         files.close()
 

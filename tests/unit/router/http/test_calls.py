@@ -13,11 +13,14 @@ from router.calls.fakes import IM_END, FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.fleet.members import NodeStatus
 from router.http import ApiConfig, create_app
+from router.policy.prices import Bill
+from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, ContextTooLong, InvalidRequest, Overloaded, PeerLost, Unavailable
 from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.ids import Generation, NodeId
+from tracehaul.wire.spent import Spent
 from tracehaul.wire.steps import StepUsage
 
 CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "content": "hi"}]}
@@ -36,7 +39,8 @@ def served(
             dispatcher, {"org/fake": text or FakeText()}, lambda: b"steps 1\n", config or ApiConfig(), InlineOffload()
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+        client_of = httpx.AsyncClient(transport=transport, base_url="http://test")
+        async with asyncio.timeout(20), living(app), client_of as client:
             await use(client)
 
     asyncio.run(main())
@@ -56,6 +60,7 @@ def post(dispatcher: FakeDispatcher, path: str, body: Any, **options: Any) -> ht
 
 def test_a_chat_completion() -> None:
     dispatcher = FakeDispatcher(say("héllo"))
+    dispatcher.cost = Bill(Spent(1.0, 2.0, 4.0, 7), 7.0, 8.0)
     answer = post(dispatcher, CHAT_PATH, CHAT | {"max_tokens": 50})
     assert answer.status_code == 200
     body = answer.json()
@@ -90,6 +95,14 @@ def test_a_chat_completion() -> None:
                 "delivered": len(prompt) // 2,
                 "losses": {"evicted": 1},
                 "changed": None,
+            },
+            "cost": {
+                "amount": 8.0,
+                "unit": "worker seconds",
+                "prefill_s": 1.0,
+                "recompute_s": 2.0,
+                "decode_s": 4.0,
+                "moved_bytes": 7,
             },
         },
     }

@@ -11,7 +11,8 @@ import pytest
 from router.calls.errors import CallFailed
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.calls.urgency import Urgency, urgency
-from router.dispatch.dispatch import Dispatch, DispatchConfig
+from router.dispatch.config import DispatchConfig
+from router.dispatch.dispatch import Dispatch
 from router.http import ApiConfig, create_app
 from sim import loop as virtual
 from tests.unit.router.http.test_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post

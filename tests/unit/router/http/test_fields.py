@@ -11,6 +11,7 @@ import pytest
 from router.calls.fakes import IM_END, IM_START, FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.http import ApiConfig, create_app
+from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.hashing import unpack_tokens
 from tracehaul.wire.steps import StepUsage
@@ -32,7 +33,8 @@ def post(
     async def main() -> httpx.Response:
         app = create_app(dispatcher, {"org/fake": text or FakeText()}, lambda: b"", ApiConfig(), InlineOffload())
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
+        client_of = httpx.AsyncClient(transport=transport, base_url="http://test")
+        async with asyncio.timeout(20), living(app), client_of as client:
             content = body if isinstance(body, bytes) else msgspec.json.encode(body)
             return await client.post(path, content=content, headers=headers)
 
@@ -285,12 +287,13 @@ def told(template: str | None = None, **fields: Any) -> list[dict[str, Any]]:
     return [whole, *(msgspec.json.decode(line[6:]) for line in streamed.splitlines() if line.startswith("data: {"))]
 
 
-def test_there_is_one_service_tier() -> None:
+def test_an_answer_tells_the_service_tier_that_was_used() -> None:
     whole, *chunks = told()
     assert whole["service_tier"] is None
     assert not any("service_tier" in chunk for chunk in chunks)
-    for tier in ("auto", "default", "flex", "priority", "scale"):
+    for tier in ("auto", "default", "priority", "scale"):
         assert {answer["service_tier"] for answer in told(service_tier=tier)} == {"default"}
+    assert {answer["service_tier"] for answer in told(service_tier="flex")} == {"flex"}
 
 
 def test_what_has_no_effect_is_told_as_null() -> None:

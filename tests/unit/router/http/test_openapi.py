@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from jobs.batches import Batches
 from jobs.files import FileLimits, Files
+from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dialects.openai.requests import INTEGER_MAX, LIMITS, NO_OPS
 from router.http import ApiConfig, create_app
 from router.http.app import NOT_SERVED
+from router.http.chats import Chats, ChatStats
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.openapi import OPERATIONS
@@ -35,9 +37,11 @@ BODIES: dict[str, Any] = {
     "/v1/messages/count_tokens": SAID,
     "/tokenize": {"prompt": "hi"},
     "/detokenize": {"tokens": [104]},
+    "/v1/chat/completions/{id}": {"metadata": {}},
     "/v1/traces/{id}/suspend": {"expected_s": 1},
     "/v1/traces/{id}/pin": {},
     "/v1/traces/{id}/resume": {},
+    "/cluster/{id}/role": {"role": "prefill"},
 }
 
 
@@ -56,6 +60,7 @@ def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str
             offload,
             keyring=keyring,
             jobs=jobs,
+            chats=Chats(MemoryDocuments(), ApiConfig(), ChatStats()),
         )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client, asyncio.timeout(20):
@@ -241,7 +246,8 @@ def fields(described: dict[str, Any], path: str) -> list[str]:
 @pytest.mark.parametrize("path", list(BODIES))
 def test_any_body_is_answered_as_described(path: str) -> None:
     described = document()
-    app = create_app(FakeDispatcher(say("hi")), {"org/fake": FakeText()}, lambda: b"", ApiConfig(), InlineOffload())
+    texts, store = {"org/fake": FakeText()}, Chats(MemoryDocuments(), ApiConfig(), ChatStats())
+    app = create_app(FakeDispatcher(say("hi")), texts, lambda: b"", ApiConfig(), InlineOffload(), chats=store)
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     at = path.replace("{id}", "unknown")
     body = BODIES[path] if at != path else BODIES[path] | {"model": "org/fake"}

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.answer_file import opened_answers
-from router.dispatch.dispatch import DispatchConfig
+from router.dispatch.config import DispatchConfig
 from tests.unit.router.http.test_verbatim import (
     CALL,
     DATED,

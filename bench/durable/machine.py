@@ -1,25 +1,19 @@
-"""What it costs to write traces down, and to know them again: the traces' machine and the journal in one process.
+"""The traces' machine and the journal in one process: what writing takes, and knowing again.
 
 ``journal.cpu``: what writing adds to the processor's time of a step, all threads, at 100 steps a second, interleaved
-with the same steps without a journal (what a router spends on a step is in :mod:`bench.router`). ``journal.bytes``:
-written of a step. ``journal.recover``: a start with 10,000 traces. For SQLite, and with ``--postgresql URL`` for it.
+with the same steps without a journal (what a whole router spends is in :mod:`bench.durable.cost`). ``journal.bytes``:
+written of a step. ``journal.recover``: a start with 10,000 traces.
 """
 
 import asyncio
 import resource
-import tempfile
-from pathlib import Path
+from collections.abc import Callable
 from statistics import median
-from typing import Annotated, Any
 
 import numpy as np
-import typer
-from rich.console import Console
 
-from bench.common.report import Result, finish
+from bench.common.report import Result
 from records.base import Records
-from records.database import database_url
-from records.sql import SqlRecords
 from router.dispatch.journal import Journal
 from router.policy.retention import RetentionConfig
 from router.traces.contexts import Left, joined
@@ -28,6 +22,7 @@ from router.traces.events import Answered, Event, StepBegan, StepEnded, StepPlac
 from router.traces.machine import Traces
 from router.traces.texts import Encoded, Said
 from tracehaul.runtime import clock
+from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.hashing import chain
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
 
@@ -38,8 +33,7 @@ CHARACTERS = 4
 ROOT = BlockHash(b"r" * 32)
 BYTES_MAX = 4 << 30
 KEEP_S = 1e6
-TIMEOUT_S = 60.0
-console = Console()
+OFFLOAD = ThreadOffload("pack")
 
 
 class Load:
@@ -100,7 +94,7 @@ async def cost(records: Records, kind: str, seconds: float, rounds: int) -> list
     """``journal.cpu`` and ``journal.bytes``."""
     loads = {written: Load(100, 20, 4000, 200, f"{kind}{written:d}") for written in (False, True)}
     written = loads[True]
-    written.journal = Journal(records, written.traces, written.send, KEEP_S, {})
+    written.journal = Journal(records, written.traces, written.send, KEEP_S, {}, OFFLOAD)
     await written.journal.start()
     took: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * rounds):
@@ -115,10 +109,10 @@ async def cost(records: Records, kind: str, seconds: float, rounds: int) -> list
     ]
 
 
-async def recover(make: Any, kind: str, traces: int, turns: int) -> list[Result]:
+async def recover(make: Callable[[str], Records], kind: str, traces: int, turns: int) -> list[Result]:
     """``journal.recover``."""
     load = Load(traces, traces, 1000, 100, kind)
-    load.journal = Journal(make("recover"), load.traces, load.send, KEEP_S, {})
+    load.journal = Journal(make("recover"), load.traces, load.send, KEEP_S, {}, OFFLOAD)
     await load.journal.start()
     for at in range(traces * turns):
         load.step()
@@ -129,34 +123,10 @@ async def recover(make: Any, kind: str, traces: int, turns: int) -> list[Result]
     await load.journal.close()
     known = {trace.key: trace.context_tokens for trace in load.traces.all()}
     again = Load(traces, traces, 1000, 100, kind)
-    journal = Journal(make("recover"), again.traces, again.send, KEEP_S, {})
+    journal = Journal(make("recover"), again.traces, again.send, KEEP_S, {}, OFFLOAD)
     began_s = clock.perf_s()
     await journal.start()
     took_s = clock.perf_s() - began_s
     assert {trace.key: trace.context_tokens for trace in again.traces.all()} == known
     await journal.close()
     return [Result(f"journal.recover.{kind}", took_s, "s")]
-
-
-def main(
-    postgresql: Annotated[str, typer.Option(help="An empty database; without it SQLite's alone.")] = "",
-    quick: Annotated[bool, typer.Option(help="Less of it.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the report there.")] = None,
-) -> None:
-    """Measure what it costs to write traces down."""
-    traces = 1000 if quick else 10_000
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind, database in (("sqlite", ""), *([("postgresql", postgresql)] if postgresql else [])):
-            url = database_url(database, Path(folder) / "r.sqlite")
-
-            def make(router: str, url: Any = url) -> Records:
-                return SqlRecords(url, router, TIMEOUT_S)
-
-            results += asyncio.run(cost(make("cost"), kind, 2.0 if quick else 10.0, 1 if quick else 3))
-            results += asyncio.run(recover(make, kind, traces, 5))
-    finish({"traces": traces}, results, json, console)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,41 @@
+"""A program: ``tracehaul``, of whichever release is on the path, whose workers' engine is the fake one.
+
+By the environment: ``FAKE_ITERATION_S``, what an iteration takes, and ``FAKE_VOCABULARY``, tokens; without the latter
+that of the model which the config leaves out.
+"""
+
+import os
+import sys
+import types
+from typing import Any
+
+import msgspec
+
+from cluster.cli import main
+from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
+
+ITERATION_S = float(os.environ.get("FAKE_ITERATION_S", "0.002"))
+
+
+def vocabulary() -> int:
+    """Of what is served."""
+    if told := os.environ.get("FAKE_VOCABULARY"):
+        return int(told)
+    from tracehaul.model.source import read_config, resolve
+
+    return read_config(resolve()).vocab_size
+
+
+async def load(config: Any) -> FakeEngine:
+    """In place of the real one's."""
+    tokens = config.kv_tokens_max
+    info = fake_info(kv_tokens_max=tokens, context_max=tokens, vocab_size=vocabulary())
+    return FakeEngine(msgspec.structs.replace(info, model=config.name), EngineCost(iteration_s=ITERATION_S))
+
+
+if __name__ == "__main__":
+    fake: Any = types.ModuleType("tracehaul.engine.torch_engine")
+    fake.TorchEngine = types.SimpleNamespace(load=load)
+    fake.TorchEngineConfig = types.SimpleNamespace
+    sys.modules[fake.__name__] = fake
+    main()

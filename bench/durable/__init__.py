@@ -1,0 +1,1 @@
+"""What it costs that work outlives the processes that do it."""

@@ -1,0 +1,1 @@
+"""Stock servers of other engines behind our router and our store."""

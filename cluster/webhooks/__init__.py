@@ -1,0 +1,1 @@
+"""Webhooks: who is told, over HTTP, and with which secret."""

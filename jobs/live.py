@@ -1,0 +1,48 @@
+"""A batch that is not over, as it is run, and with what."""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jobs.asking import Asker
+from jobs.batch import Batch
+from jobs.lines import Checked, LineError, Table
+from jobs.outputs import Outputs
+from jobs.reading import FileSource
+from jobs.runner import Job, Runner
+
+
+class Means(NamedTuple):
+    """What batches are run with."""
+
+    runner: Runner
+    """Whoever runs batches has it run."""
+    asker: Callable[[Batch], Asker]
+    """Who answers the lines of that batch."""
+    refuse: Callable[[Batch, str], LineError | None]
+    """What is wrong with a model's name in that batch, if anything."""
+    over: Callable[[Batch], None] = lambda batch: None
+    """Hears of each that is over, and of those of before at the beginning."""
+
+
+class Opened(NamedTuple):
+    """What a batch's lines are read from and written to."""
+
+    table: Table
+    source: FileSource
+    outputs: Outputs
+
+
+class Live:
+    """A batch that is not over."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.changing = asyncio.Lock()
+        self.interrupted = asyncio.Event()
+        """It was cancelled, or its time is over: what is being done for it ends."""
+        self.checked: Checked | None = None
+        self.opening: asyncio.Task[Opened] | None = None
+        self.outputs: Outputs | None = None
+        """Once they are open."""
+        self.job: Job | None = None

@@ -1,0 +1,369 @@
+"""One pool's loop: looks, proposes at most one change, waits, and judges it by what came of it. Pure.
+
+A change is proposed when the model (:mod:`router.adapt.model`) has foretold a gain several times in a row. Afterwards
+the objective is compared with what it was: steps that end in time, per second; where that is the same, what a step
+takes. A gain that did not come is taken back, and the same is not tried again for a while that doubles each time,
+unless the work has become another: then nothing is concluded. Nor is it where anything seen is old, or a node is about
+to change.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from router.adapt.model import Demand, Pace, Roles, expected, fit, in_time
+from router.adapt.window import Window, Work
+from tracehaul.wire.ids import NodeId
+
+LOOK_S = 8.0
+"""Of the past that a proposal rests on."""
+LATE_LOOKS = 3.0
+"""Who has not looked for so many times its turn stood still, or had nothing to look at: it begins anew."""
+STREAK = 3
+"""Looks in a row that must foretell the same."""
+SETTLE_S = 2.0
+"""After a change nothing counts for so long, or for as long as a step takes: what was under way began before it."""
+JUDGE_MIN_S, JUDGE_MAX_S = 6.0, 16.0
+"""So long the outcome is looked at, or for one and two steps: less where it is plain."""
+STEP_MAX_S = 40.0
+"""As if no step took longer."""
+MORE_LOOKING = 2.0
+"""So many times as long where the error is as large as what was foretold."""
+PLAIN = 2.0
+"""Standard errors that make it plain."""
+SHARE_OF_GAIN = 0.25
+"""Of what was foretold at least so much must have come."""
+QUICKER = 0.1
+"""Where as much is done, by so much less a step must take."""
+OTHER_WORK, STEADY = 1.5, 1.25
+"""The work is another where a step has so many times as many new tokens, or generates as many, or a part of it; and is
+on the way there where it is by less."""
+BARRED_S, BARRED_MAX_S = 60.0, 960.0
+STEPS_MIN = 8
+"""Fewer say nothing."""
+
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class AdaptConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Of the loop that adapts the fleet."""
+
+    enabled: bool = False
+    every_s: Annotated[float, Meta(ge=0.5)] = 2.0
+    gain_min: Positive = 0.15
+    """Less is not worth a change."""
+    pause_s: Positive = 4.0
+    """After a change was judged, before the next one."""
+
+
+class Seat(NamedTuple):
+    """A worker that could take the other role."""
+
+    node: NodeId
+    running: int
+
+
+class View(NamedTuple):
+    """A pool as of now."""
+
+    now_s: float
+    sure: bool
+    """All of it was heard of just now, and nobody changes, joins or leaves."""
+    roles: Roles
+    paces: tuple[tuple[int, float], ...]
+    """Of each decode worker that decodes: sequences, and what an iteration takes."""
+    places: float
+    """Sequences that a decode worker has room for."""
+    to_decode: tuple[Seat, ...] = ()
+    """Prefill workers that may become decode workers now."""
+    to_prefill: tuple[Seat, ...] = ()
+
+
+class Change(msgspec.Struct, frozen=True, tag="change"):
+    """What is to be done, and why."""
+
+    number: int
+    node: NodeId
+    role: Literal["prefill", "decode"]
+    """That it is to have."""
+    foretold: float
+    """Of the objective, as a share; of what a step takes, where ``quicker``."""
+    quicker: bool
+    inputs: Mapping[str, float]
+    undoes: int | None = None
+    """The change that it takes back."""
+
+
+class Verdict(msgspec.Struct, frozen=True, tag="verdict"):
+    """What came of a change."""
+
+    number: int
+    node: NodeId
+    outcome: Literal["kept", "in vain", "unclear", "refused"]
+    why: str
+    foretold: float = 0.0
+    measured: float = 0.0
+    error: float = 0.0
+    step_s: tuple[float, float] = (0.0, 0.0)
+    """What a step took, before and after."""
+
+
+Direction = Literal["prefill", "decode"]
+
+
+@dataclass
+class _Trial:
+    change: Change
+    before: Work
+    landed_s: float | None = None
+
+
+@dataclass
+class _Bar:
+    until_s: float
+    length_s: float
+    new: float
+    output: float
+
+
+class Loop:
+    """Of one pool. ``told`` hears of each change and verdict."""
+
+    def __init__(self, config: AdaptConfig, told: Callable[[Change | Verdict], None]) -> None:
+        self._config = config
+        self._told = told
+        self.window = Window()
+        self._pace = Pace()
+        self._trial: _Trial | None = None
+        self._undoing: Change | None = None
+        self._streak: tuple[Direction, int] | None = None
+        self._bars: dict[Direction, _Bar] = {}
+        self._quiet_until_s = 0.0
+        self._sure_since_s: float | None = None
+        self._looked_s = 0.0
+        self._count = 0
+        self._step_s = 0.0
+        """What steps took when that was looked at last."""
+
+    @property
+    def busy(self) -> bool:
+        """A change is under way, or not judged yet."""
+        return self._trial is not None or self._undoing is not None
+
+    def look(self, view: View) -> Change | None:
+        """Time has passed. What is to be done now, if anything: to be answered by :meth:`done`."""
+        late, self._looked_s = view.now_s - self._looked_s > LATE_LOOKS * self._config.every_s, view.now_s
+        if not view.sure:
+            self._streak, self._sure_since_s = None, None
+            return None
+        if late:
+            self._streak, self._sure_since_s = None, None
+        if self._sure_since_s is None:
+            self._sure_since_s = view.now_s
+        for batch, decode_s in view.paces:
+            self._pace.saw(batch, decode_s)
+        if self._undoing is not None:
+            return None
+        if self._trial is not None:
+            return self._judge(self._trial, view)
+        return self._propose(view)
+
+    def done(self, change: Change, now_s: float, refused: str = "") -> None:
+        """It was carried out; or not, and why."""
+        if self._undoing is change:
+            self._undoing = None
+            self._rest(now_s)
+            if refused:
+                self._told(Verdict(change.number, change.node, "refused", refused))
+            return
+        trial = self._trial
+        if trial is None or trial.change is not change:
+            return
+        if refused:
+            self._trial = None
+            self._bar(change.role, trial.before, now_s)
+            self._rest(now_s)
+            self._told(Verdict(change.number, change.node, "refused", refused, change.foretold))
+        else:
+            trial.landed_s = now_s
+
+    # --- proposing ------------------------------------------------------------------------------------------------
+
+    def _propose(self, view: View) -> Change | None:
+        assert self._sure_since_s is not None
+        since_s = max(view.now_s - max(LOOK_S, self._step_s), self._sure_since_s)
+        work = self.window.over(since_s, view.now_s)
+        if work is not None:
+            self._step_s = min(STEP_MAX_S, work.step_s)
+        if work is None or work.ended < STEPS_MIN or not view.roles.decodes or not self._steady(since_s, view.now_s):
+            self._streak = None
+            return None
+        demand = self._demand(work, view)
+        best = max(self._foretold(demand, work, view), key=lambda one: one[1], default=None)
+        if best is None or best[1] < self._config.gain_min:
+            self._streak = None
+            return None
+        role, gain, quicker = best
+        count = self._streak[1] + 1 if self._streak is not None and self._streak[0] == role else 1
+        self._streak = (role, count)
+        if count < STREAK or view.now_s < self._quiet_until_s:
+            return None
+        seats = view.to_decode if role == "decode" else view.to_prefill
+        node = min(seats, key=lambda seat: (seat.running, seat.node)).node
+        self._count += 1
+        self._streak = None
+        inputs = {name: round(float(value), 6) for name, value in demand._asdict().items()}
+        inputs |= {"prefills": view.roles.prefills, "decodes": view.roles.decodes, "in_time": work.steps / work.ended}
+        change = Change(self._count, node, role, gain, quicker, inputs)
+        self._trial = _Trial(change, work)
+        self._told(change)
+        return change
+
+    def _steady(self, since_s: float, now_s: float) -> bool:
+        """Whether the work was the same all the time."""
+        half_s = (since_s + now_s) / 2
+        first, second = self.window.over(since_s, half_s), self.window.over(half_s, now_s)
+        return first is not None and second is not None and not _another(first, second, STEADY)
+
+    def _demand(self, work: Work, view: View) -> Demand:
+        iteration_s, share = self._pace.line()
+        return Demand(
+            rate=work.ended / work.seconds,
+            step_s=work.step_s,
+            gap_s=work.gap_s,
+            prompt_s=work.prompt_s,
+            output=work.output,
+            iteration_s=iteration_s,
+            sequence_share=share,
+            places=max(1.0, view.places),
+        )
+
+    def _foretold(self, demand: Demand, work: Work, view: View) -> list[tuple[Direction, float, bool]]:
+        """For each direction: the gain, and whether it is in what a step takes."""
+        roles, found = view.roles, list[tuple[Direction, float, bool]]()
+        factor = fit(demand, roles)
+        now = expected(demand, roles, factor)
+        candidates: list[tuple[Direction, Roles]] = []
+        if view.to_decode and roles.prefills > 1:
+            candidates.append(("decode", Roles(roles.prefills - 1, roles.decodes + 1)))
+        if view.to_prefill and roles.decodes > 1:
+            candidates.append(("prefill", Roles(roles.prefills + 1, roles.decodes - 1)))
+        for role, other in candidates:
+            if self._barred(role, work, view.now_s):
+                continue
+            then = expected(demand, other, factor)
+            met = max(in_time(work.ratios, 1.0), 1e-3)
+            gain = then.rate * in_time(work.ratios, then.step_s / max(now.step_s, 1e-9)) / (now.rate * met) - 1
+            if gain >= self._config.gain_min:
+                found.append((role, gain, False))
+            elif gain > -0.01 and 1 - then.step_s / max(now.step_s, 1e-9) > 2 * self._config.gain_min:
+                found.append((role, 1 - then.step_s / now.step_s, True))
+        return found
+
+    # --- judging --------------------------------------------------------------------------------------------------
+
+    def _judge(self, trial: _Trial, view: View) -> Change | None:
+        if trial.landed_s is None:
+            return None
+        assert self._sure_since_s is not None
+        step_s = min(STEP_MAX_S, trial.before.step_s)
+        since_s = max(trial.landed_s + max(SETTLE_S, step_s), self._sure_since_s)
+        most_s = max(JUDGE_MAX_S, 2 * step_s)
+        work = self.window.over(since_s, view.now_s)
+        waited_s = view.now_s - since_s
+        if work is None:
+            # Nothing ends any more: that may be the change, or the end of the work.
+            return self._end(trial, None, view, "unclear", "nothing ended") if waited_s > 2 * most_s else None
+        if waited_s < max(JUDGE_MIN_S, step_s):
+            return None
+        before, change = trial.before, trial.change
+        measured, error = _gain(before, work)
+        if _another(before, work):
+            if measured < 0:
+                return self._end(trial, work, view, "in vain", "the work has become another, and less is done")
+            return self._end(trial, work, view, "unclear", "the work has become another")
+        if measured > PLAIN * error and measured > 0:
+            return self._end(trial, work, view, "kept", "more is done")
+        if measured < -PLAIN * error:
+            return self._end(trial, work, view, "in vain", "less is done")
+        if waited_s < most_s * (MORE_LOOKING if error > change.foretold else 1.0):
+            return None
+        if not change.quicker and measured >= SHARE_OF_GAIN * change.foretold:
+            return self._end(trial, work, view, "kept", "more is done")
+        if measured > -error and work.step_s < (1 - QUICKER) * before.step_s:
+            return self._end(trial, work, view, "kept", "as much is done, in less time each")
+        return self._end(trial, work, view, "in vain", "the gain did not come")
+
+    def _end(
+        self,
+        trial: _Trial,
+        work: Work | None,
+        view: View,
+        outcome: Literal["kept", "in vain", "unclear"],
+        why: str,
+    ) -> Change | None:
+        change, before, self._trial = trial.change, trial.before, None
+        verdict = Verdict(change.number, change.node, outcome, why, change.foretold)
+        if work is not None:
+            verdict = msgspec.structs.replace(
+                verdict,
+                measured=_gain(before, work)[0],
+                error=_gain(before, work)[1],
+                step_s=(before.step_s, work.step_s),
+            )
+        self._told(verdict)
+        self._rest(view.now_s)
+        if outcome != "in vain":
+            # To go back at once would be to go to and fro.
+            opposite: Direction = "prefill" if change.role == "decode" else "decode"
+            if outcome == "kept":
+                self._bars.pop(change.role, None)
+                self._bar(opposite, work or before, view.now_s)
+            return None
+        self._bar(change.role, before, view.now_s)
+        back: Direction = "prefill" if change.role == "decode" else "decode"
+        seats = view.to_prefill if back == "prefill" else view.to_decode
+        if not any(seat.node == change.node for seat in seats):
+            return None
+        self._count += 1
+        undo = Change(self._count, change.node, back, 0.0, quicker=False, inputs={}, undoes=change.number)
+        self._undoing = undo
+        self._told(undo)
+        return undo
+
+    def _rest(self, now_s: float) -> None:
+        self._quiet_until_s = now_s + self._config.pause_s
+
+    def _bar(self, role: Direction, work: Work, now_s: float) -> None:
+        """Not again for a while, with such work."""
+        before = self._bars.get(role)
+        again = before is not None and not _other(before.new, work.new) and not _other(before.output, work.output)
+        length_s = min(BARRED_MAX_S, 2 * before.length_s) if again and before is not None else BARRED_S
+        self._bars[role] = _Bar(now_s + length_s, length_s, work.new, work.output)
+
+    def _barred(self, role: Direction, work: Work, now_s: float) -> bool:
+        bar = self._bars.get(role)
+        return (
+            bar is not None
+            and now_s < bar.until_s
+            and not (_other(bar.new, work.new) or _other(bar.output, work.output))
+        )
+
+
+def _another(before: Work, now: Work, by: float = OTHER_WORK) -> bool:
+    return _other(before.new, now.new, by) or _other(before.output, now.output, by)
+
+
+def _gain(before: Work, after: Work) -> tuple[float, float]:
+    """Of the objective, as a share of what it was, and its standard error."""
+    was = max(before.rate, 1e-9 + 0.01 * after.rate)  # from next to nothing a hundredfold is enough
+    return after.rate / was - 1, (before.error + after.error) / was
+
+
+def _other(before: float, now: float, by: float = OTHER_WORK) -> bool:
+    """Whether the work is another: by more than what a few tokens more or less make."""
+    low, high = sorted((max(1.0, before), max(1.0, now)))
+    return high > by * low and high - low > 16

@@ -1,0 +1,124 @@
+"""What a pool did of late, second by second. Pure."""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+KEPT_S = 256
+"""Seconds that are remembered."""
+RATIOS_MAX = 16
+"""Of one second: how close to their deadlines steps came."""
+
+
+class Ended(NamedTuple):
+    """A step has ended well."""
+
+    new_tokens: int
+    """Of its prompt, those that its trace had not had."""
+    output_tokens: int
+    seconds: float
+    deadline_s: float | None
+    """What it had; None: as long as it took."""
+
+
+@dataclass
+class _Second:
+    number: int
+    steps: int = 0
+    in_time: int = 0
+    new: int = 0
+    output: int = 0
+    step_s: float = 0.0
+    prompt_s: float = 0.0
+    gap_s: float = 0.0
+    gaps: int = 0
+    missed: int = 0
+    ratios: list[float] = field(default_factory=list[float])
+
+
+class Work(NamedTuple):
+    """A stretch of time. Means are of a step."""
+
+    seconds: int
+    steps: int
+    """Those that met their deadlines, or had none."""
+    ended: int
+    """All that ended well, or too late."""
+    rate: float
+    """As many per second: the objective."""
+    error: float
+    """Standard error of that."""
+    new: float
+    output: float
+    step_s: float
+    prompt_s: float
+    """Computing of its prompt, as expected when it was placed."""
+    gap_s: float
+    """Between two steps of a trace."""
+    ratios: tuple[float, ...]
+    """Seconds of steps as shares of what they had; those without a deadline are left out."""
+
+
+class Window:
+    """The last seconds."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[_Second] = deque(maxlen=KEPT_S)
+
+    def placed(self, now_s: float, prompt_s: float, gap_s: float | None) -> None:
+        """A step was, whose prompt is expected to take so much computing, so long after its trace's last one."""
+        second = self._now(now_s)
+        second.prompt_s += prompt_s
+        if gap_s is not None:
+            second.gap_s += gap_s
+            second.gaps += 1
+
+    def ended(self, now_s: float, step: Ended) -> None:
+        """A step has."""
+        second = self._now(now_s)
+        second.new += step.new_tokens
+        second.output += step.output_tokens
+        second.step_s += step.seconds
+        second.steps += 1
+        if step.deadline_s is not None and len(second.ratios) < RATIOS_MAX:
+            second.ratios.append(step.seconds / max(step.deadline_s, 1e-3))
+        if step.deadline_s is None or step.seconds <= step.deadline_s:
+            second.in_time += 1
+
+    def missed(self, now_s: float) -> None:
+        """A step ended at its deadline, or failed."""
+        self._now(now_s).missed += 1
+
+    def over(self, since_s: float, until_s: float) -> Work | None:
+        """Whole seconds between; None if there are less than two, or nothing ended in them."""
+        first, last = math.ceil(since_s), math.floor(until_s) - 1
+        found = [second for second in self._seconds if first <= second.number <= last]
+        seconds = last - first + 1
+        steps = sum(second.steps for second in found)
+        if seconds < 2 or not steps:
+            return None
+        rates = [second.in_time for second in found]
+        rate = sum(rates) / seconds
+        spread = sum((one - rate) ** 2 for one in rates) + (seconds - len(found)) * rate**2
+        ratios = [ratio for second in found for ratio in second.ratios]
+        ratios += [2.0] * sum(second.missed for second in found)
+        return Work(
+            seconds,
+            sum(second.in_time for second in found),
+            steps,
+            rate,
+            math.sqrt(spread / (seconds - 1) / seconds),
+            sum(second.new for second in found) / steps,
+            sum(second.output for second in found) / steps,
+            sum(second.step_s for second in found) / steps,
+            sum(second.prompt_s for second in found) / steps,
+            sum(second.gap_s for second in found) / max(1, sum(second.gaps for second in found)),
+            tuple(ratios),
+        )
+
+    def _now(self, now_s: float) -> _Second:
+        number = math.floor(now_s)
+        if not self._seconds or self._seconds[-1].number < number:
+            self._seconds.append(_Second(number))
+        return self._seconds[-1]

@@ -1,0 +1,146 @@
+"""Writes down what is billed, page by page, where it outlives the router."""
+
+import asyncio
+from typing import Self
+
+import msgspec
+
+from records.base import RecordsLost
+from records.documents import Document, Documents, Shelf
+from router.dispatch.bills import Bills, WorkerAccount
+from router.fleet.load import Key
+from router.policy.bill_pages import Page, TraceRow, WorkerRow
+from router.policy.prices import Bill, Prices
+from router.traces.trace import TraceKey
+from tracehaul.runtime import clock
+from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.tasks import Tasks
+
+SHELF = Shelf("bills", "")
+PAGE_S = 60.0
+ROWS_MAX = 2000
+"""Of one page; then the next begins."""
+LATE_S = 0.5
+"""What is billed is written together, at most so long after."""
+TIMEOUT_S = 10.0
+WAITING_MAX = 1000
+"""Pages that could not be written; more are lost, the oldest first."""
+LOOK_S = 30.0
+"""How often it is looked at what stores hold of traces."""
+TRIM_S = 3600.0
+NO_LIMIT = 2**62
+
+seldom = Seldom(Log(__name__))
+
+
+class BillKeeper:
+    """One life of one router's, for as long as it is entered.
+
+    Args:
+        bills: what is written.
+        documents: where.
+        life: names this life among those of all routers.
+        keep_s: what is older is erased.
+    """
+
+    def __init__(self, bills: Bills, documents: Documents, life: str, keep_s: float) -> None:
+        self._bills = bills
+        self._documents = documents
+        self._life = life
+        self._keep_s = keep_s
+        self._count = 0
+        self._began_s = clock.now_s()
+        self._at_us = _wall_us()
+        self._rows: dict[tuple[TraceKey, str], TraceRow] = {}
+        self._dirty = False
+        self._waiting: dict[str, Document] = {}
+        self._trimmed_s = -TRIM_S
+        self._looked_s = clock.now_s()
+        self._tasks = Tasks("bills")
+        bills.on_billed = self._billed
+
+    async def __aenter__(self) -> Self:
+        self._tasks.start(self._run(), "writer")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """All is written that can be."""
+        await self._tasks.close()
+        await self.flush()
+
+    async def flush(self) -> None:
+        """Write what was billed up to now, and how far the workers are."""
+        self._turn()
+        await self._write()
+
+    def _billed(self, key: TraceKey, tenant: str, bill: Bill, steps: int) -> None:
+        row = self._rows.get((key, tenant)) or TraceRow(*key, tenant, 0, Bill())
+        self._rows[key, tenant] = TraceRow(*key, tenant, row.steps + steps, row.bill + bill)
+        self._dirty = True
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(LATE_S)
+            if self._bills.look is not None and clock.now_s() - self._looked_s >= LOOK_S:
+                self._looked_s = clock.now_s()
+                await self._bills.look()
+            if clock.now_s() - self._began_s >= PAGE_S or len(self._rows) >= ROWS_MAX:
+                self._turn()
+            elif self._dirty:
+                self._put()
+            await self._write()
+
+    def _put(self) -> list[Key]:
+        """The page as it is now is to be written; returns the workers that are gone by that."""
+        self._dirty = False
+        rows = tuple(self._rows.values())
+        workers, prices = self._bills.workers, self._bills.prices
+        page = Page(self._at_us, prices.tariff.unit, rows, tuple(_row(worker, prices) for worker in workers.values()))
+        name = f"{self._life}/{self._count}"
+        self._waiting[name] = Document(name, self._at_us, {}, msgspec.msgpack.encode(page))
+        while len(self._waiting) > WAITING_MAX:
+            del self._waiting[next(iter(self._waiting))]
+        return [life for life, worker in workers.items() if worker.is_gone]
+
+    def _turn(self) -> None:
+        gone = self._put()
+        self._bills.forget(gone)
+        for worker in self._bills.workers.values():
+            worker.up_from, worker.busy_from = worker.up_to, worker.busy_to
+        self._count += 1
+        self._rows = {}
+        self._began_s, self._at_us = clock.now_s(), max(_wall_us(), self._at_us + 1)
+
+    async def _write(self) -> None:
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                for name, document in list(self._waiting.items()):
+                    await self._documents.put(SHELF, document)
+                    if self._waiting.get(name) is document:
+                        del self._waiting[name]
+                if clock.now_s() - self._trimmed_s >= TRIM_S:
+                    self._trimmed_s = clock.now_s()
+                    before_us = _wall_us() - int(self._keep_s * 1e6)
+                    await self._documents.trim(SHELF.kind, before_us, NO_LIMIT, NO_LIMIT)
+        except (RecordsLost, TimeoutError) as error:
+            seldom.warning("bills could not be written; they will be", pages=len(self._waiting), why=error)
+
+
+def _row(worker: WorkerAccount, prices: Prices) -> WorkerRow:
+    info = worker.info
+    return WorkerRow(
+        info.node,
+        info.generation,
+        info.role,
+        info.pool,
+        prices.second(info.node),
+        worker.up_from,
+        worker.up_to,
+        worker.busy_from,
+        worker.busy_to,
+        worker.unheard_s,
+    )
+
+
+def _wall_us() -> int:
+    return int(clock.wall_s() * 1e6)

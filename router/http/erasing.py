@@ -1,0 +1,64 @@
+"""``DELETE /v1/data``: all that is kept of a tenant at a router, as one."""
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jobs.batches import StillRuns
+from jobs.files import NoRoom
+from records.base import RecordsLost
+from router.calls.errors import unavailable
+from router.http.chats import Chats
+from router.http.jobs import Jobs
+from router.http.outliving import Outliving
+from router.http.pages import json_response
+from router.http.responses import ResponsesEndpoint
+from router.http.traces import TracePages, salt
+
+
+class DataDeleted(msgspec.Struct, frozen=True):
+    """What there was."""
+
+    traces: int
+    responses: int
+    chat_completions: int
+    batches: int
+    files: int
+    deleted: bool = True
+    object: str = "data"
+
+
+class Erasing:
+    """A tenant (its key's, else ``cache_salt``) erases its own only; None of an argument: nothing such is kept."""
+
+    def __init__(
+        self,
+        traces: TracePages,
+        responses: ResponsesEndpoint,
+        outliving: Outliving | None,
+        chats: Chats | None,
+        jobs: Jobs | None,
+    ) -> None:
+        self._traces = traces
+        self._responses = responses
+        self._outliving = outliving
+        self._chats = chats
+        self._jobs = jobs
+
+    async def erase(self, request: Request) -> Response:
+        """``DELETE /v1/data``: what runs ends; what is answered is gone. Where something cannot be now, the rest is,
+        and it can be asked for again."""
+        whose = salt(request)
+        try:
+            batches = 0 if self._jobs is None else await self._jobs.batches.erase(whose)
+            files = 0 if self._jobs is None else await self._jobs.files.erase(whose)
+            keys = self._responses.kept.of(whose)
+            for key in keys:
+                await self._responses.forget(key)
+            if self._outliving is not None:
+                await self._outliving.erase(whose)
+            chats = 0 if self._chats is None else await self._chats.erase(whose)
+        except (OSError, RecordsLost, NoRoom, StillRuns) as error:
+            raise unavailable(f"not all of it could be deleted now, ask again: {error}", "not_erased") from error
+        traces = await self._traces.erase(whose)
+        return json_response(DataDeleted(traces, len(keys), chats, batches, files))

@@ -1,0 +1,119 @@
+"""Which traces may begin: by memory, in order, and at the time that was told."""
+
+import pytest
+
+from router.policy.admission import RETRY_MAX_S, Admission, AdmissionConfig, Memory
+
+CONFIG = AdmissionConfig(close_share=0.9, open_share=0.5, half_life_s=10.0, stored_half_life_s=10.0)
+
+
+def gate(workers: float = 1000.0, stores: float = 0.0, config: AdmissionConfig = CONFIG) -> Admission:
+    admission = Admission(config)
+    admission.resize(Memory(workers, stores))
+    return admission
+
+
+def begin(admission: Admission, name: str, tokens: float, now_s: float, tenant: str = "") -> float | None:
+    refusal = admission.ask(name, now_s, tenant)
+    if refusal is None:
+        admission.begins(name, tokens, now_s, tenant)
+        return None
+    return refusal.start_s
+
+
+def test_traces_begin_until_memory_is_wanted_and_again_when_there_is_room() -> None:
+    admission = gate()
+    assert [begin(admission, name, 300, 0.0) for name in "abc"] == [None] * 3
+    assert admission.wanted(0.0) == pytest.approx(0.9)
+    assert begin(admission, "d", 300, 0.0) is None, "no more than the limit was wanted"
+    assert begin(admission, "e", 300, 1.0) is not None
+    admission.ends("a", 300, 2.0)
+    admission.over("a", 2.0)
+    admission.over("b", 2.0)
+    assert admission.wanted(2.0) == pytest.approx(0.6)
+    assert begin(admission, "f", 300, 2.0) is not None, "it opens later than it closes"
+    admission.over("c", 3.0)
+    assert begin(admission, "f", 300, 12.0) is not None, "one that came before it is due"
+    assert begin(admission, "f", 300, 14.0) is None, "but nobody waits for it for long"
+
+
+def test_a_context_that_nothing_is_done_with_counts_for_less_and_less() -> None:
+    admission = gate()
+    begin(admission, "a", 800, 0.0)
+    admission.ends("a", 900, 5.0)
+    assert admission.wanted(5.0) == pytest.approx(0.9)
+    assert admission.wanted(15.0) == pytest.approx(0.45)
+    admission.begins("a", 950, 25.0)
+    assert admission.wanted(25.0) == pytest.approx(0.95), "it reasons: all of it, and once"
+    admission.ends("a", 950, 30.0)
+    admission.over("a", 2000.0)
+    assert admission.wanted(2000.0) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_admitted_traces_later_steps_and_what_it_starts_never_wait() -> None:
+    admission = gate()
+    begin(admission, "a", 2000, 0.0)
+    assert admission.ask("a", 1.0) is None
+    admission.begins("a.child", 500, 1.0)
+    assert admission.wanted(1.0) == pytest.approx(2.5)
+    assert admission.ask("b", 1.0) is not None
+
+
+def test_memory_of_stores_holds_what_acts() -> None:
+    admission = gate(1000.0, 9000.0)
+    for number in range(8):
+        assert begin(admission, f"{number}", 1000, number * 20.0) is None
+        admission.ends(f"{number}", 1000, number * 20.0 + 1)
+        assert admission.wanted(number * 20.0 + 2) < 1.3
+    assert admission.wanted(1000.0) < 0.01
+
+
+def test_who_is_refused_has_a_place_and_tenants_take_turns() -> None:
+    admission = gate()
+    begin(admission, "a", 1000, 0.0, "big")
+    for number in range(3):
+        assert begin(admission, f"big-{number}", 100, 1.0 + number, "big") is not None
+    assert begin(admission, "small", 100, 5.0, "small") is not None
+    assert admission.waiting == 4
+    first_s = admission.ask("small", 5.0, "small")
+    assert first_s is not None
+    last_s = admission.ask("big-2", 5.0, "big")
+    assert last_s is not None
+    assert last_s.start_s > first_s.start_s, "the tenant that has less going is before"
+
+
+def test_the_time_told_is_that_of_those_before_at_the_pace_of_late() -> None:
+    admission = gate()
+    begin(admission, "full", 10_000, 0.0)
+    names = [f"t{number}" for number in range(20)]
+    for name in names:
+        assert admission.ask(name, 0.0) is not None
+    now_s = 0.0
+    for name in names[:10]:  # one is let in every four seconds
+        now_s += 4.0
+        admission.over("full", now_s)
+        while admission.ask(name, now_s) is not None:  # those that are due go first: none of them comes
+            now_s += 0.5
+        admission.begins("full", 10_000, now_s)
+    told = admission.ask("late", now_s)
+    assert told is not None
+    assert told.start_s == pytest.approx(admission.waiting * 4.0, rel=0.5)
+    assert told.retry_s == min(told.start_s, RETRY_MAX_S)
+
+
+def test_places_are_bounded_and_lapse() -> None:
+    admission = gate()
+    begin(admission, "full", 10_000, 0.0)
+    for number in range(5000):
+        assert admission.ask(f"t{number}", 0.0) is not None
+    assert admission.waiting <= 4096
+    admission.over("full", 1.0)
+    assert admission.ask("new", 1e6) is None
+    assert admission.waiting == 0
+
+
+def test_it_can_be_switched_off_and_limits_that_make_no_sense_are_refused() -> None:
+    admission = gate(config=AdmissionConfig(enabled=False))
+    assert [begin(admission, name, 10_000, 0.0) for name in "abc"] == [None] * 3
+    with pytest.raises(ValueError, match="open_share"):
+        AdmissionConfig(open_share=0.99, close_share=0.9)

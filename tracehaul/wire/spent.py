@@ -1,0 +1,87 @@
+"""What was spent on steps: what workers meter, and bills are made of."""
+
+from typing import NamedTuple
+
+import msgspec
+
+from tracehaul.wire.ids import StepId, TraceId
+
+
+class Spent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Sums. A worker's seconds are of its iterations, shared among the sequences that each of them served."""
+
+    prefill_s: float = 0.0
+    """Computing prompts."""
+    recompute_s: float = 0.0
+    """Computing again what was computed before, and is lost or was given up."""
+    decode_s: float = 0.0
+    """Computing output."""
+    moved_bytes: int = 0
+    """Of KV, between this worker and stores, in either direction."""
+    resident_byte_s: float = 0.0
+    """KV that lay on a worker while no step computed on it."""
+    memory_byte_s: float = 0.0
+    """KV that lay in stores' memory."""
+    disk_byte_s: float = 0.0
+    """KV that lay below that."""
+
+    @property
+    def worker_s(self) -> float:
+        """A worker's time, whatever it was for."""
+        return self.prefill_s + self.recompute_s + self.decode_s
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.prefill_s + other.prefill_s,
+            self.recompute_s + other.recompute_s,
+            self.decode_s + other.decode_s,
+            self.moved_bytes + other.moved_bytes,
+            self.resident_byte_s + other.resident_byte_s,
+            self.memory_byte_s + other.memory_byte_s,
+            self.disk_byte_s + other.disk_byte_s,
+        )
+
+    def since(self, before: "Spent") -> "Spent":
+        """What is in this and not in ``before``: sums never shrink, so what came late says nothing new."""
+        return Spent(
+            max(0.0, self.prefill_s - before.prefill_s),
+            max(0.0, self.recompute_s - before.recompute_s),
+            max(0.0, self.decode_s - before.decode_s),
+            max(0, self.moved_bytes - before.moved_bytes),
+            max(0.0, self.resident_byte_s - before.resident_byte_s),
+            max(0.0, self.memory_byte_s - before.memory_byte_s),
+            max(0.0, self.disk_byte_s - before.disk_byte_s),
+        )
+
+
+NOTHING = Spent()
+
+
+class Reading(NamedTuple):
+    """What an account of a worker shows: each runs for one attempt at a step, or for one trace between its steps."""
+
+    account: int = 0
+    """Its number, within the worker's life; 0: there is none."""
+    spent: Spent = NOTHING
+    """Up to now."""
+
+
+class Charge(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """For whom an account runs, and what it shows."""
+
+    salt: str
+    trace: TraceId
+    step: StepId
+    """Empty: for the trace, between its steps."""
+    reading: Reading
+
+
+class Allowance(NamedTuple):
+    """What a step may spend, in money: whoever computes for it stops after the iteration that reaches it."""
+
+    amount: float
+    """Left for the step when it was sent."""
+    prefill_price_s: float
+    """Of a second of the prefill worker that it was given."""
+    decode_price_s: float
+    """Of a second of its decode worker."""
