@@ -17,7 +17,7 @@ from cluster.directory.opening import open_directory
 from cluster.plan import NodeSpec, Plan, PoolPlan
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.secrets import FOLDER, TOKEN_FILE
-from engines.adapter.child import Child, free_port
+from engines.adapter.child import Child
 from engines.adapter.config import AdapterConfig
 from engines.adapter.dialect import Dialect, Facts
 from engines.adapter.seat import StockSeat
@@ -35,6 +35,7 @@ from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
+from tracehaul.runtime.ports import free_port
 from tracehaul.runtime.tasks import Tasks
 from tracehaul.wire.cluster import NodeInfo
 from tracehaul.wire.errors import ClusterError

@@ -38,6 +38,7 @@ from router.http.keys import BadKeys
 from router.http.tls import certificate_of
 from tracehaul.model.source import SourceError, resolve
 from tracehaul.runtime import clock
+from tracehaul.runtime.ports import free_port
 from tracehaul.transfer.memory import available_memory
 
 LAUNCHER = "up"
@@ -254,13 +255,6 @@ def _plan_pool(name: str, pool: PoolConfig, console: Console) -> PoolPlan:
     if Path(pool.model).exists():  # nodes run elsewhere
         pool = msgspec.structs.replace(pool, model=str(source.path.absolute()))
     return PoolPlan(name, msgspec.structs.replace(source, name=pool.serves or source.name), pool)
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def check_memory(config: ClusterConfig, nodes: Sequence[NodeSpec], pools: Sequence[PoolPlan], slot_bytes: int) -> None:

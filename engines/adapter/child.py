@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import secrets
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,27 +11,6 @@ from pathlib import Path
 from engines.adapter.watch import ServerLost
 
 KILL_MARGIN_S = 2.0
-PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-"""From which port to which the kernel takes those that it gives itself."""
-PORTS_END = 32768
-FIRST_PORT = 1024
-PORTS = 12_000
-TRIES = 100
-
-
-def free_port() -> int:
-    """A port of the loopback interface that nobody uses now, nor is given who asks for any port: a server binds its own
-    late in its start, after much that does."""
-    try:
-        end = int(PORT_RANGE.read_text().split()[0])
-    except (OSError, ValueError, IndexError):
-        end = PORTS_END
-    for _ in range(TRIES):
-        port = end - 1 - secrets.randbelow(max(1, min(PORTS, end - FIRST_PORT)))
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError(f"no free port was found below {end}")
 
 
 class Child:

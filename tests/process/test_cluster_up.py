@@ -14,6 +14,7 @@ import pytest
 from cluster.processes import alive
 from cluster.rundir import RunDir
 from tracehaul.runtime import clock
+from tracehaul.runtime.ports import free_port
 
 SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB", "--restart", "never"]
 
@@ -21,12 +22,6 @@ SMALL = ["--kv-tokens", "4096", "--store-bytes", "64MiB", "--restart", "never"]
 def tracehaul(*args: str | Path, timeout_s: float = 100.0) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cluster.cli", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
