@@ -14,7 +14,7 @@ from cluster.hosts.orders import HostReport, Order
 from cluster.hosts.units import unit_name
 from cluster.rundir import RunDir
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
-from tests.process.test_api_http import wait_until
+from tests.waiting import wait_until
 
 SCRIPT = Path(__file__).with_name("systemd_site.sh")
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from cluster.launch import free_port
 from cluster.plan import NodeSpec, Plan
 from cluster.rundir import RunDir
 from kvstore.config import StoreConfig
-from tests.process.test_api_http import wait_until
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 QUICK = RestartPolicy(delay_s=0.1, delay_max_s=0.2, deaths_max=2)

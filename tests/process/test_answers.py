@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig
 from cluster.launch import free_port, restart
-from tests.process.test_api_http import wait_until
+from tests.waiting import wait_until
 
 TOOL = {
     "type": "function",

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time  # noqa: TID251 - the tests measure what a client sees
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +20,7 @@ import uvloop
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
 from router.http import ApiConfig, create_app, serve
+from tests.waiting import wait_until
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
 from tracehaul.wire.hashing import unpack_tokens
@@ -29,6 +30,8 @@ CHAT: dict[str, Any] = {"model": "org/fake", "messages": [{"role": "user", "cont
 
 
 MUCH = 20_000
+SOON_S = 20.0
+"""Far sooner than the script's answers end by themselves, which is after a minute."""
 """Numbers that a model counts to, told faster than they are read."""
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 WEATHER: Any = {
@@ -121,7 +124,7 @@ def cluster() -> Iterator[Cluster]:
     with Cluster(ApiConfig(body_bytes_max=4 * 2**20)) as running:
         yield running
         # Whatever the tests did to it, it must still work and hold nothing.
-        wait_until(lambda: running.dispatcher.running == 0)
+        wait_until(lambda: running.dispatcher.running == 0, SOON_S)
         assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
 
 
@@ -129,14 +132,6 @@ def cluster() -> Iterator[Cluster]:
 def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=20) as made:
         yield made
-
-
-def wait_until(condition: Callable[[], bool], within_s: float = 20.0) -> None:
-    """Far sooner than the script's answers end by themselves, which is after a minute."""
-    start = time.monotonic()
-    while not condition():
-        assert time.monotonic() - start < within_s
-        time.sleep(0.005)
 
 
 def ask(text: str, **fields: Any) -> dict[str, Any]:
@@ -202,7 +197,7 @@ def test_openai_client_leaves(cluster: Cluster, client: openai.OpenAI) -> None:
     assert cluster.dispatcher.running == 1
     aborted = len(cluster.dispatcher.aborted)
     stream.close()
-    wait_until(lambda: cluster.dispatcher.running == 0)
+    wait_until(lambda: cluster.dispatcher.running == 0, SOON_S)
     assert len(cluster.dispatcher.aborted) == aborted + 1
 
 
@@ -265,12 +260,12 @@ def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
 def test_a_broken_connection_aborts_at_once(cluster: Cluster, asked: str, reset: bool, stream: bool) -> None:
     aborted = len(cluster.dispatcher.aborted)
     with sent(cluster, request(json.dumps(ask(asked, stream=stream)).encode())) as connection:
-        wait_until(lambda: cluster.dispatcher.running == 1)
+        wait_until(lambda: cluster.dispatcher.running == 1, SOON_S)
         if stream and asked == "forever":
             assert b"HTTP/1.1 200" in connection.recv(65536)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
-    wait_until(lambda: cluster.dispatcher.running == 0)
+    wait_until(lambda: cluster.dispatcher.running == 0, SOON_S)
     assert len(cluster.dispatcher.aborted) == aborted + 1
 
 
@@ -348,7 +343,7 @@ def test_closing_the_server_tells_those_in_mid_stream() -> None:
         answer = pool.submit(
             httpx.post, f"{running.url}/v1/chat/completions", json=ask("forever", stream=True), timeout=20
         )
-        wait_until(lambda: running.dispatcher.running == 1)
+        wait_until(lambda: running.dispatcher.running == 1, SOON_S)
         running.stop()
         events = answer.result().text.split("\n\n")
     assert "the server is stopping" in events[-3]

@@ -16,7 +16,7 @@ from rich.console import Console
 from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig
 from cluster.launch import free_port, restart
-from tests.process.test_api_http import wait_until
+from tests.waiting import wait_until
 from tracehaul.runtime import clock
 
 WORKERS = ("prefill-0", "decode-0")

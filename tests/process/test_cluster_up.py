@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 import httpx
@@ -13,6 +13,7 @@ import pytest
 
 from cluster.processes import alive
 from cluster.rundir import RunDir
+from tests.waiting import wait_until
 from tracehaul.runtime import clock
 from tracehaul.runtime.ports import free_port
 
@@ -131,14 +132,6 @@ def test_an_interrupted_launch_leaves_nothing(run: RunDir, how: str):
     assert "Traceback" not in errors
     assert records
     assert not any(alive(r) for r in records)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """A few tries, each as slow as a command."""
-    for _ in range(20):
-        if holds():
-            return
-    raise AssertionError("it never came to hold")
 
 
 def wait_for(run: RunDir, name: str, launch: subprocess.Popen[str]) -> int:

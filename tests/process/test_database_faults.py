@@ -13,7 +13,7 @@ import pytest
 from bench.durable.killed import Routers, routers
 from tests.postgres import Postgres, postgres
 from tests.process.database_faults import Agent, gauge, steps, work
-from tests.process.test_api_http import wait_until
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("postgres")
 

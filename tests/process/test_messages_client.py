@@ -8,7 +8,8 @@ import anthropic
 import pytest
 
 from router.http import ApiConfig
-from tests.process.test_api_http import Cluster, wait_until
+from tests.process.test_api_http import SOON_S, Cluster
+from tests.waiting import wait_until
 
 MODEL = "org/fake"
 WEATHER: Any = {
@@ -123,4 +124,4 @@ def test_the_async_client_and_one_that_leaves(cluster: Cluster) -> None:
             await stream.close()
 
     asyncio.run(main())
-    wait_until(lambda: cluster.dispatcher.running == 0)
+    wait_until(lambda: cluster.dispatcher.running == 0, SOON_S)

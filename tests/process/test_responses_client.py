@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from router.http import ApiConfig
-from tests.process.test_api_http import Cluster, Event, wait_until
+from tests.process.test_api_http import SOON_S, Cluster, Event
+from tests.waiting import wait_until
 
 MODEL = "org/fake"
 WEATHER: Any = {
@@ -109,7 +110,7 @@ def test_what_runs_in_the_background(cluster: Cluster, client: openai.OpenAI) ->
         made = client.responses.retrieve(made.id)
     assert made.output_text == "one two three"
     long = client.responses.create(model=MODEL, input="forever", background=True)
-    wait_until(lambda: cluster.dispatcher.running == 1)
+    wait_until(lambda: cluster.dispatcher.running == 1, SOON_S)
     assert client.responses.cancel(long.id).status == "cancelled"
     assert cluster.dispatcher.running == 0
     assert client.responses.cancel(long.id).status == "cancelled"
@@ -144,12 +145,12 @@ def test_the_async_client_and_one_that_leaves(cluster: Cluster) -> None:
             await stream.close()
 
     asyncio.run(main())
-    wait_until(lambda: cluster.dispatcher.running == 0)
+    wait_until(lambda: cluster.dispatcher.running == 0, SOON_S)
 
 
 def test_closing_the_server_ends_what_runs_in_the_background() -> None:
     with Cluster(ApiConfig()) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none") as client:
         client.responses.create(model=MODEL, input="forever", background=True)
-        wait_until(lambda: running.dispatcher.running == 1)
+        wait_until(lambda: running.dispatcher.running == 1, SOON_S)
         running.stop()
-        wait_until(lambda: running.dispatcher.running == 0)
+        wait_until(lambda: running.dispatcher.running == 0, SOON_S)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from cluster.plan import load_plan, save_plan
 from cluster.processes import ProcessRecord, alive
 from cluster.rundir import FAULT_EXIT, CannotWrite, RunDir
 from tests.process.disk_faults import Kind, can_mount, refusing, small_disk
-from tracehaul.runtime import clock
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.xdist_group("run-dir"),
@@ -90,13 +90,6 @@ def lives(url: str) -> dict[str, int]:
 
 def process(run: RunDir, name: str) -> ProcessRecord:
     return next(record for record in run.records() if record.name == name)
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline_s = clock.perf_s() + timeout_s
-    while not holds():
-        assert clock.perf_s() < deadline_s, "it did not come to hold in time"
-        threading.Event().wait(0.05)
 
 
 def kill(run: RunDir, name: str, number: signal.Signals = signal.SIGKILL) -> None:

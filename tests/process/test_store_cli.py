@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
 from cluster.metric_names import every
-from tracehaul.runtime import clock
+from tests.waiting import wait_until
 
 BLOCK_TOKENS = 32
 PROMPT = [random.Random(7).randrange(1000, 20000) for _ in range(10 * BLOCK_TOKENS + 5)]
@@ -63,12 +63,6 @@ def refused(cluster: Fleet, *args: object, code: int = 1) -> str:
     assert "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("tracehaul:")]
     return line
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = clock.perf_s() + TOLD_S
-    while not holds():
-        assert clock.perf_s() < deadline_s, "it never came to hold"
 
 
 @pytest.fixture

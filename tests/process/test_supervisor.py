@@ -20,7 +20,7 @@ from cluster.processes import start_ticks
 from cluster.rundir import RunDir
 from cluster.status import supervision
 from tests.process.host_nodes import Host, by_name, encoded, make_order, pids
-from tests.process.test_api_http import wait_until
+from tests.waiting import wait_until
 
 STARTS_S = 60.0
 """For a node to be started four times, each time by a new Python, where others compute too."""

@@ -11,8 +11,8 @@ import pytest
 from bench.durable.killed import Routers, routers
 from router.http.config import ApiConfig
 from tests.postgres import postgres
-from tests.process.test_api_http import wait_until
 from tests.process.test_batch_command import line, results
+from tests.waiting import wait_until
 from tracehaul.model.source import resolve
 
 pytestmark = pytest.mark.xdist_group("postgres")

@@ -13,7 +13,7 @@ from cluster.processes import alive, start_ticks
 from cluster.rundir import RunDir
 from tests.process.test_cluster_up import ask, refused, tracehaul
 from tests.process.test_run_dir import kill, process
-from tests.process.test_run_dir import wait_until as wait_s
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.xdist_group("up-supervised")
 WAIT_S = 90.0
@@ -39,8 +39,8 @@ def test_a_cluster_of_up_is_supervised_from_start_to_end(tmp_path: Path) -> None
 
         # A worker that is killed comes back by itself, and serves.
         kill(run, "decode-0")
-        wait_s(lambda: alive(process(run, "decode-0")), WAIT_S)
-        wait_s(lambda: health(port).get("decode-0") == "ready" and run.state("decode-0").phase == "ready", WAIT_S)
+        wait_until(lambda: alive(process(run, "decode-0")), WAIT_S)
+        wait_until(lambda: health(port).get("decode-0") == "ready" and run.state("decode-0").phase == "ready", WAIT_S)
         assert process(run, "decode-0").pid != before["decode-0"]
         assert "Paris" in ask(port)
 
@@ -48,7 +48,7 @@ def test_a_cluster_of_up_is_supervised_from_start_to_end(tmp_path: Path) -> None
         supervisor = supervisor_pid(run)
         assert supervisor is not None
         os.kill(supervisor, signal.SIGKILL)
-        wait_s(lambda: start_ticks(supervisor) is None)
+        wait_until(lambda: start_ticks(supervisor) is None)
         seen = tracehaul("status", *place)
         assert seen.returncode == 0
         assert f"tracehaul up --run-dir {run.path}" in seen.stderr.replace("\n", "")
