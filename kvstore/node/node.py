@@ -316,6 +316,8 @@ class StoreNode:
             await self.tiering.discard(request.hashes, key)
         self.arena.discard(request.hashes, key)
         self._settle()
+        if self.tiering is not None:  # what was written while others were erased
+            await self.tiering.discard(request.hashes, key)
 
     async def _await(self, request: Await) -> Awaited:
         if len(request.hashes) > WAIT_HASHES_MAX:

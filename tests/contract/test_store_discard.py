@@ -80,6 +80,25 @@ def test_what_is_discarded_before_it_is_written_does_not_stay_below(begun: bool)
     play(case, tiered=True)
 
 
+def test_what_is_written_while_others_are_erased_does_not_stay_below():
+    async def case(life: Life) -> None:
+        async with client(life, "bench", tenant="bench") as measure:
+            await measure("p")
+            await life.written()
+            life.writes.gate.clear()
+            await measure("q")
+            await asyncio.sleep(0.02)  # its write waits at the gate, and before the other's erasure
+            discarded = asyncio.create_task(life.call(Discard((h("q"), h("p")), "bench")))
+            await asyncio.sleep(0.02)
+            life.writes.gate.set()
+            await discarded
+            await life.written()
+            await asyncio.sleep(0.02)
+            assert await life.located("pq") == {"memory": "", "disk": ""}
+
+    play(case, tiered=True)
+
+
 def test_discards_are_bounded():
     async def case(life: Life) -> None:
         with pytest.raises(InvalidRequest):
