@@ -54,7 +54,7 @@ class Sticky:
 
 class CacheAware:
     """The longest matching prefix has the call, as SGLang's router has it: unless the fleet is out of balance, or
-    nobody has much of it; then the idlest worker. ``pieces_max``: those remembered of each worker, the last used of them."""
+    nobody has much of it; then the idlest worker. ``pieces_max``: those remembered of each worker, the last used."""
 
     def __init__(self, workers: int, pieces_max: int) -> None:
         self._had: list[OrderedDict[bytes, None]] = [OrderedDict() for _ in range(workers)]
