@@ -172,7 +172,7 @@ def found_of(records: Iterable[str], summary: dict[str, Any]) -> Found:
     return Found(len(ttft_s), errors, summary["benchmark_duration"]["avg"], ttft_s, prompt, prompt - cached)
 
 
-def make_recordings(source: Path, folder: Path, by: int) -> int:
+def make_recordings(source: Path, folder: Path, by: int, sooner: float) -> int:
     """Write traces, made smaller, where the harness reads them; how many.
 
     Raises:
@@ -184,7 +184,7 @@ def make_recordings(source: Path, folder: Path, by: int) -> int:
         trace = json.loads(data)
         if not isinstance(trace, dict) or "hash_id_scope" not in trace:
             raise ValueError(f"{name} in {source} is no trace of the kv-cache-tester's form")
-        (folder / name).write_text(json.dumps(smaller(trace, by)))
+        (folder / name).write_text(json.dumps(smaller(trace, by, sooner)))
         count += 1
     if not count:
         raise ValueError(f"{source} holds no traces")

@@ -1,7 +1,7 @@
-"""Recorded agents made smaller in lengths and in time alike. Pure.
+"""Recorded agents made smaller in lengths and in time. Pure.
 
-Lengths, hash blocks and times are divided by one number. With what a simulated accelerator takes for a token left as it
-is, queues, caches and pauses stand to each other as they did; only whole numbers of tokens are coarser.
+Lengths and hash blocks are divided by one number, times by another. Where a simulated accelerator takes as much longer
+for a token as the first is larger than the second, queues, caches and pauses stand to each other as they did.
 """
 
 import math
@@ -13,8 +13,8 @@ TIMES = ("t", "api_time", "think_time", "ttft")
 BEGINNINGS = ("tool_tokens", "system_tokens")
 
 
-def smaller(trace: Mapping[str, Any], by: int) -> dict[str, Any]:
-    """A trace of the kv-cache-tester's form, in which every token and every second stands for ``by``.
+def smaller(trace: Mapping[str, Any], by: int, sooner: float) -> dict[str, Any]:
+    """A trace of the kv-cache-tester's form, in which a token stands for ``by``, and a second for ``sooner``.
 
     Raises:
         KeyError: it has another form.
@@ -26,12 +26,12 @@ def smaller(trace: Mapping[str, Any], by: int) -> dict[str, Any]:
         **trace,
         **_beginnings(trace, by),
         "block_size": trace["block_size"] // by,
-        "requests": [_request(request, by) for request in trace["requests"]],
+        "requests": [_request(request, by, sooner) for request in trace["requests"]],
     }
 
 
-def _request(request: Mapping[str, Any], by: int) -> dict[str, Any]:
-    times = {name: request[name] / by for name in TIMES if request.get(name) is not None}
+def _request(request: Mapping[str, Any], by: int, sooner: float) -> dict[str, Any]:
+    times = {name: request[name] / sooner for name in TIMES if request.get(name) is not None}
     if request["type"] != "subagent":
         return {**request, **times, **{name: max(1, math.ceil(request[name] / by)) for name in LENGTHS}}
     lasted = request.get("duration_ms")
@@ -39,8 +39,8 @@ def _request(request: Mapping[str, Any], by: int) -> dict[str, Any]:
         **request,
         **times,
         **_beginnings(request, by),
-        "duration_ms": None if lasted is None else lasted // by,
-        "requests": [_request(inner, by) for inner in request["requests"]],
+        "duration_ms": None if lasted is None else int(lasted / sooner),
+        "requests": [_request(inner, by, sooner) for inner in request["requests"]],
     }
 
 

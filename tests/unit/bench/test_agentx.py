@@ -37,21 +37,21 @@ TRACE = {
 }
 
 
-def test_lengths_and_times_are_divided_alike_and_nothing_else_is() -> None:
-    made = smaller(TRACE, 16)
+def test_lengths_and_times_are_divided_and_nothing_else_is() -> None:
+    made = smaller(TRACE, 16, 8.0)
     first, subagent = made["requests"]
     assert (made["block_size"], made["tool_tokens"], made["system_tokens"]) == (4, 10, 2)
-    assert (first["in"], first["out"], first["api_time"], first["think_time"]) == (63, 1, 0.2, None)
+    assert (first["in"], first["out"], first["api_time"], first["think_time"]) == (63, 1, 0.4, None)
     assert first["hash_ids"] == [1, 2]
-    assert (subagent["t"], subagent["duration_ms"], subagent["tool_tokens"]) == (2.0, 100, 2)
+    assert (subagent["t"], subagent["duration_ms"], subagent["tool_tokens"]) == (4.0, 200, 2)
     assert "system_tokens" not in subagent
     (inner,) = subagent["requests"]
-    assert (inner["t"], inner["in"], inner["out"], inner["ttft"]) == (33.6 / 16, 1, 2, 0.1)
+    assert (inner["t"], inner["in"], inner["out"], inner["ttft"]) == (4.2, 1, 2, 0.2)
 
 
 def test_hash_blocks_that_cannot_be_divided_are_refused() -> None:
     with pytest.raises(ValueError, match="64 tokens cannot be divided by 24"):
-        smaller(TRACE, 24)
+        smaller(TRACE, 24, 24.0)
 
 
 def test_a_session_stays_and_a_new_one_goes_to_the_idlest() -> None:
