@@ -37,9 +37,10 @@ MACHINE = Machine(kv_tokens=24_576, decode=4, store_bytes=192 << 20)
 """A worker keeps 393,000 recorded tokens, the stores' memory 6.3 million."""
 COST = EngineCost(iteration_s=0.02, prefill_token_s=0.0005, copy_token_s=1e-5)
 """Of a worker that computes 2,000 tokens of prompts a second, and copies 100,000."""
-LOAD = Load(agents=64, duration_s=300, warmup=2, context_max=16_384, gap_max_s=0.0)
+AGENTS, DURATION_S, WARMUP = 64, 300, 2
+CONTEXT_MAX = 16_384
 GAP_MAX_S = 300.0
-"""As the benchmark has it."""
+"""As the benchmark has it: of what was recorded."""
 
 console = Console(stderr=True)
 
@@ -71,6 +72,8 @@ async def run_of(name: str, number: int, folder: Path, agentx: Path, machine: Ma
             found = await harness.run(words, harness.environment_of(folder / "hub"), out, limit_s, tell)
     finally:
         os.environ.pop(MARK, None)
+    if not seen:
+        raise HarnessError("the harness did not say when it measured: is it another version?")
     return Run(found, seen[-1].since(seen[0]))
 
 
@@ -94,8 +97,8 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 1,
     duration_s: Annotated[
         int, typer.Option("--duration", min=30, help="What is measured of each run, in seconds.")
-    ] = LOAD.duration_s,
-    agents: Annotated[int, typer.Option(min=2, help="That work at the same time.")] = LOAD.agents,
+    ] = DURATION_S,
+    agents: Annotated[int, typer.Option(min=2, help="That work at the same time.")] = AGENTS,
     slower: Annotated[float, typer.Option(min=1, help="Than real: for slow or busy cores.")] = SLOWER,
     only: Annotated[list[str] | None, typer.Option(help="Of these arrangements alone.")] = None,
     peers: Annotated[Path, typer.Option(help="Where scripts/peers installed the harness.")] = CHECKOUT / ".peers",
@@ -111,7 +114,7 @@ def main(
     end_on_sigterm()
     names = [name for name in NAMES if name in (only or NAMES)]
     sooner = SMALLER / slower
-    load = msgspec.structs.replace(LOAD, agents=agents, duration_s=duration_s, gap_max_s=GAP_MAX_S / sooner)
+    load = Load(agents, duration_s, WARMUP, CONTEXT_MAX, GAP_MAX_S / sooner)
     cost = EngineCost(**{name: slower * seconds for name, seconds in msgspec.structs.asdict(COST).items()})
     machine = msgspec.structs.replace(MACHINE, cost=cost)
     with tempfile.TemporaryDirectory(prefix="agentx-") as made:

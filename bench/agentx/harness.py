@@ -127,9 +127,12 @@ async def run(
         raise HarnessError("\n".join([*last, f"it ended with {code}"]))
     try:
         records = (out / "profile_export.jsonl").read_text().splitlines()
-        return found_of(records, json.loads((out / "profile_export_aiperf.json").read_bytes()))
+        found = found_of(records, json.loads((out / "profile_export_aiperf.json").read_bytes()))
     except (OSError, ValueError, KeyError) as error:
         raise HarnessError("\n".join([*last, f"what it wrote cannot be read: {error!r}"])) from error
+    if not found.steps:
+        raise HarnessError("\n".join([*last, "not one step was answered"]))
+    return found
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
