@@ -1,5 +1,6 @@
 """A reverse proxy that sends each call where a rule says: what stands before the fleet in every arrangement."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
@@ -37,9 +38,16 @@ class Balancer:
         session = dict(scope["headers"]).get(SESSION)
         worker = self._routing.choose(session, prompt_of(body), self._running) if scope["method"] == "POST" else 0
         self._running[worker] += 1
+        passing = asyncio.ensure_future(self._pass(scope, body, self._urls[worker], send))
+        leaving = asyncio.ensure_future(receive())
         try:
-            await self._pass(scope, body, self._urls[worker], send)
+            await asyncio.wait((passing, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if passing.done():
+                await passing
         finally:
+            passing.cancel()
+            leaving.cancel()
+            await asyncio.wait((passing, leaving))
             self._running[worker] -= 1
 
     async def _pass(self, scope: Message, body: bytes, url: str, send: Send) -> None:

@@ -25,6 +25,7 @@ MEASURES = "Phase profiling "
 STATS_S = 10
 GRACE_S = 20
 END_S = 20.0
+LINE_MAX = 1 << 20
 SETUP_S = 1800.0
 """From the harness's start to its end, beside the time that it measures."""
 
@@ -85,8 +86,9 @@ def words_of(agentx: Path, url: str, recordings: Path, out: Path, load: Load) ->
 
 def environment_of(hub: Path) -> dict[str, str]:
     """The harness's: nothing is fetched, and a subagent's parent is told."""
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {
-        **os.environ,
+        **own,
         "HF_HOME": str(hub),
         "HF_HUB_OFFLINE": "1",
         "AIPERF_HTTP_X_DYNAMO_SESSION_ID_FROM_CORRELATION_ID": "true",
@@ -108,6 +110,7 @@ async def run(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
         start_new_session=True,
+        limit=LINE_MAX,
     )
     last: list[str] = []
     try:

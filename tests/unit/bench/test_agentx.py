@@ -145,6 +145,27 @@ def test_the_balancer_passes_a_stream_on_as_it_comes_and_says_whose_worker_is_go
     asyncio.run(told())
 
 
+def test_a_caller_that_leaves_ends_its_call_at_the_worker() -> None:
+    left = asyncio.Event()
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+
+    async def told() -> None:
+        server = await serve(endless, "127.0.0.1", 0, grace_s=1)
+        async with balanced([f"http://127.0.0.1:{server.port}"], Sticky(1)) as url:
+            async with httpx.AsyncClient(trust_env=False) as http, http.stream("POST", url, content=b"x") as answer:
+                assert await anext(answer.aiter_raw()) == b"first"
+            await asyncio.wait_for(left.wait(), 5)
+        await server.close()
+
+    asyncio.run(told())
+
+
 def line(phase: str = "profiling", *, cached: int = 60, error: str | None = None) -> str:
     metrics = {"time_to_first_token": 500.0, "usage_prompt_tokens": 100, "usage_prompt_cache_read_tokens": cached}
     record: dict[str, Any] = {"metadata": {"benchmark_phase": phase}}
