@@ -1,7 +1,8 @@
 """A program: ``tracehaul``, of whichever release is on the path, whose workers' engine is the fake one.
 
-By the environment: ``FAKE_ITERATION_S``, what an iteration takes, and ``FAKE_VOCABULARY``, tokens; without the latter
-that of the model which the config leaves out.
+By the environment: ``FAKE_ITERATION_S``, what an iteration takes; ``FAKE_PREFILL_TOKEN_S`` and ``FAKE_COPY_TOKEN_S``,
+what each token of a prompt and each that is copied add; and ``FAKE_VOCABULARY``, tokens; without the latter that of the
+model which the config leaves out.
 """
 
 import os
@@ -14,7 +15,11 @@ import msgspec
 from cluster.cli import main
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 
-ITERATION_S = float(os.environ.get("FAKE_ITERATION_S", "0.002"))
+COST = EngineCost(
+    iteration_s=float(os.environ.get("FAKE_ITERATION_S", "0.002")),
+    prefill_token_s=float(os.environ.get("FAKE_PREFILL_TOKEN_S", "0")),
+    copy_token_s=float(os.environ.get("FAKE_COPY_TOKEN_S", "0")),
+)
 
 
 def vocabulary() -> int:
@@ -30,7 +35,7 @@ async def load(config: Any) -> FakeEngine:
     """In place of the real one's."""
     tokens = config.kv_tokens_max
     info = fake_info(kv_tokens_max=tokens, context_max=tokens, vocab_size=vocabulary())
-    return FakeEngine(msgspec.structs.replace(info, model=config.name), EngineCost(iteration_s=ITERATION_S))
+    return FakeEngine(msgspec.structs.replace(info, model=config.name), COST)
 
 
 if __name__ == "__main__":

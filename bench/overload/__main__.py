@@ -18,8 +18,8 @@ import httpx
 import typer
 from rich.console import Console
 
+from bench.common.fake_machine import fleet
 from bench.common.report import Result, finish
-from bench.overload.fleet import fleet
 from router.policy.admission import AdmissionConfig
 from tracehaul.runtime import clock
 

@@ -3,8 +3,8 @@
 import asyncio
 from pathlib import Path
 
+from bench.common.fake_machine import fleet
 from bench.overload.__main__ import KV_TOKENS, measure
-from bench.overload.fleet import fleet
 from router.policy.admission import AdmissionConfig
 
 

@@ -1,0 +1,1 @@
+"""The AgentX harness over our router, and over what stock stacks do."""
