@@ -4,6 +4,7 @@ A file is there if its row is. Of each object that may have to go there is a row
 written before the object, so whatever dies in between, none stays that is no file's.
 """
 
+import errno
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from typing import cast
@@ -179,7 +180,7 @@ class BucketFiles:
         try:
             first = await anext(chunks, b"")
         except FileNotFoundError as error:
-            raise OSError(error.errno, error.strerror) from None  # its row is there: it was not deleted
+            raise OSError(errno.EIO, error.strerror) from None  # its row is there: it was not deleted
         return _with(first, chunks)
 
     def close(self) -> None:
@@ -194,14 +195,14 @@ async def verified(objects: Objects, name: str, nbytes: int, digest: str) -> Asy
         with told():
             data = await objects.read(name, at, min(READ_BYTES, nbytes - at))
         if len(data) < min(READ_BYTES, nbytes - at):
-            raise OSError(5, DAMAGED)
+            raise OSError(errno.EIO, DAMAGED)
         sum_.update(data)
         at += len(data)
         if held:
             yield held
         held = data
     if sum_.hexdigest() != digest:
-        raise OSError(5, DAMAGED)
+        raise OSError(errno.EIO, DAMAGED)
     if held:
         yield held
 

@@ -1,6 +1,7 @@
 """A batch's lines in a bucket: put together as they end, read again by whoever goes on, told once each."""
 
 import asyncio
+import errno
 from array import array
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ class DamagedSegment(OSError):
     """These lines are not there any more."""
 
     def __init__(self, segment: Segment, lines: Sequence[int], why: str) -> None:
-        super().__init__(5, f"lines of a batch are lost, {segment.name}: {why}")
+        super().__init__(errno.EIO, f"lines of a batch are lost, {segment.name}: {why}")
         self.segment = segment
         self.lines = lines
 
@@ -88,7 +89,7 @@ class Segments:
         async for segment, data in self._several(found):
             if isinstance(data, str):
                 if data == MISSING:  # whoever had it put it together with others meanwhile
-                    raise OSError(5, "a batch's lines are being moved")
+                    raise OSError(errno.EIO, "a batch's lines are being moved")
                 log.error("lines of a batch are lost", segment=f"{self._folder}/{segment.name}", why=data)
                 continue
             old.append(f"{self._folder}/{segment.name}")

@@ -1,0 +1,372 @@
+"""What keeps batches, whichever it is: every line is told of once, whoever dies, is frozen, or goes on; and what a bucket
+alone can do wrong."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobs import batches as running
+from jobs import runner as asking
+from jobs.batch import OVER, Batch
+from jobs.batches import Batches
+from jobs.bucket import outputs as lines
+from jobs.cap import fixed
+from jobs.files import Files
+from jobs.lines import Call
+from jobs.live import Means
+from jobs.retries import Answer, NoAnswer
+from jobs.runner import Runner
+from kvstore.tiers.objects import ObjectsUnreachable
+from records.base import RecordsLost
+from tests.contract.test_kept_files import Place, place, read
+from tests.contract.test_records import on_a_loop
+from tests.kept_places import InBucket, Life, in_memory, mortal
+from tests.unit.jobs.test_batches import LINES, NOW, WRONG, Prompt, Slow, calls, new
+
+__all__ = ["place"]
+
+ALL = Counter({f"c{at}{'-' if f'c{at}' == WRONG else '+'}": 1 for at in range(LINES)})
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "AGAIN_S", 0.01)
+    monkeypatch.setattr(asking, "AGAIN_S", 0.01)
+
+
+@asynccontextmanager
+async def live(place: Place, asker: Any = None, **more: Any) -> AsyncIterator[tuple[Files, Batches]]:
+    """A process that runs batches."""
+    async with place.jobs(**{"wall_s": lambda: NOW, **more}) as (files, batches):
+        runner = Runner(fixed(2), random.Random(1))
+        means = Means(runner, lambda batch: asker or Prompt(), lambda batch, model: None)
+        tasks = [asyncio.create_task(runner.run()), asyncio.create_task(batches.run(means))]
+        await asyncio.sleep(0)
+        try:
+            yield files, batches
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+async def order(files: Files, batches: Batches, content: bytes | None = None) -> None:
+    """Upload and begin what is not there yet."""
+    if (file := await files.get("t", "file-in", NOW)) is None:
+        upload = await files.arriving("t", "file-in", NOW)
+        await upload.write(content or calls())
+        file = msgspec.structs.replace(KEPT, bytes=upload.size)
+        await files.keep(upload, file)
+        await upload.aclose()
+    if batches.get("t", "batch_1") is None:
+        await batches.create(new(), file)
+
+
+KEPT = running.File("file-in", "t", "in", "batch", 0, NOW)
+
+
+async def over(batches: Batches) -> Batch:
+    async with asyncio.timeout(20):
+        while (batch := batches.get("t", "batch_1")) is None or batch.status not in OVER or batches._live:  # noqa: SLF001
+            await asyncio.sleep(0.002)
+    return batch
+
+
+async def told(files: Files, batch: Batch) -> Counter[str]:
+    """How often each line was told of, by its file."""
+    found: Counter[str] = Counter()
+    for name, mark in ((batch.output_file_id, "+"), (batch.error_file_id, "-")):
+        if name is not None:
+            file = await files.get("t", name, NOW)
+            assert file is not None
+            found.update(msgspec.json.decode(line)["custom_id"] + mark for line in (await read(files, file)).splitlines())
+    return found
+
+
+@on_a_loop
+async def test_a_batch_is_answered_and_leaves_its_files_alone(place: Place) -> None:
+    async with live(place) as (files, batches):
+        await order(files, batches)
+        await files.delete(KEPT)
+        batch = await over(batches)
+        assert batch.status == "completed"
+        assert (batch.counts.total, batch.counts.completed, batch.counts.failed) == (LINES, LINES - 1, 1)
+        assert await told(files, batch) == ALL
+    async with live(place) as (files, batches):
+        assert batches.get("t", "batch_1") == batch
+        assert await batches.erase("t") == 1
+        assert await files.erase("t") == 2
+    assert await place.left() == []
+
+
+@on_a_loop
+async def test_what_was_answered_is_not_asked_again_by_the_next_life(place: Place) -> None:
+    first = Slow()
+    async with live(place, first) as (files, batches):
+        await order(files, batches)
+        async with asyncio.timeout(20):
+            while batches.list("t")[0].counts.completed < 2:
+                await asyncio.sleep(0.002)
+    asked: list[str] = []
+
+    class Counting(Prompt):
+        async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
+            asked.append(call.custom_id)
+            return Answer(200, b"{}")
+
+    async with live(place, Counting()) as (files, batches):
+        batch = await over(batches)
+        assert len(asked) == LINES - 2
+        assert sum((await told(files, batch)).values()) == batch.counts.completed == LINES
+
+
+@on_a_loop
+async def test_what_there_is_is_delivered_when_the_window_is_over(place: Place) -> None:
+    now = NOW
+    async with live(place, Slow(), wall_s=lambda: now) as (files, batches):
+        await order(files, batches)
+        async with asyncio.timeout(20):
+            while batches.list("t")[0].counts.completed < 2:
+                await asyncio.sleep(0.002)
+        now += 3600
+        batch = await over(batches)
+        assert batch.status == "expired"
+        found = await told(files, batch)
+        assert (sum(name.endswith("+") for name in found), found.total()) == (2, LINES)
+
+
+# --- a bucket alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_death_between_any_two_effects_loses_nothing_and_doubles_nothing(after: bool, elsewhere: bool) -> None:
+    async def main(at: int) -> bool:
+        kept, ends = in_memory(), Life(at, after=after)
+        with suppress(OSError, RecordsLost, ObjectsUnreachable, running.NoRoom):
+            async with live(mortal(kept, ends)) as (files, batches):
+                await order(files, batches)
+                ended = asyncio.create_task(over(batches))
+                await asyncio.wait((ended, asyncio.create_task(ends.dead.wait())), return_when="FIRST_COMPLETED")
+                ended.cancel()
+        if elsewhere:
+            kept.made().gone.add("a")  # type: ignore[attr-defined]
+            kept.router = "b"
+        async with live(kept) as (files, batches):
+            await order(files, batches)
+            batch = await over(batches)
+            assert batch.status == "completed", at
+            assert (batch.counts.total, batch.counts.completed, batch.counts.failed) == (LINES, LINES - 1, 1), at
+            assert await told(files, batch) == ALL, at
+            await batches.erase("t")
+            await files.erase("t")
+            await files.sweep(10**10)
+        assert await kept.left() == [], at
+        return not ends.dead.is_set()
+
+    deaths = 0
+    while not asyncio.run(main(deaths)):
+        deaths += 1
+    assert deaths > 25, "it has more effects than that"
+
+
+class Held(Prompt):
+    """Answers when it may."""
+
+    def __init__(self) -> None:
+        self.may = asyncio.Event()
+        self.asked = 0
+
+    async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
+        self.asked += 1
+        if self.asked > 2:
+            await self.may.wait()
+        return await super().ask(call, timeout_s, urgent=urgent)
+
+
+@pytest.mark.parametrize("hears", [False, True])
+@on_a_loop
+async def test_who_was_frozen_and_lost_its_batch_changes_nothing(hears: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "JOINED", 2)  # it moves lines about, too
+    kept, held = in_memory(), Held()
+    other = InBucket(kept.made, kept.objects, "b")
+    async with live(kept, held) as (files, batches), AsyncRest() as rest:
+        await order(files, batches)
+        async with asyncio.timeout(20):
+            while batches.list("t")[0].counts.completed < 2:
+                await asyncio.sleep(0.002)
+        kept.made().gone.add("a")  # type: ignore[attr-defined]
+        second = Held()
+        files_b, batches_b = await rest.enter(live(other, second))
+        async with asyncio.timeout(20):
+            while batches_b.list("t")[0].counts.completed < 2 or second.asked < 1:
+                await asyncio.sleep(0.002)
+        if hears:
+            batches.lost((await batches.store.adopt()).lost)  # type: ignore[attr-defined]
+        held.may.set()
+        async with asyncio.timeout(20):
+            while batches.get("t", "batch_1") is not None:
+                await asyncio.sleep(0.002)
+        second.may.set()
+        batch = await over(batches_b)
+        assert batch.status == "completed"
+        assert await told(files_b, batch) == ALL
+
+
+class AsyncRest:
+    """Contexts that end with it."""
+
+    async def __aenter__(self) -> "AsyncRest":
+        self._entered: list[Any] = []
+        return self
+
+    async def enter(self, context: Any) -> Any:
+        self._entered.append(context)
+        return await context.__aenter__()
+
+    async def __aexit__(self, *why: Any) -> None:
+        for context in self._entered:
+            await context.__aexit__(None, None, None)
+
+
+@pytest.mark.parametrize("part", ["objects", "documents"])
+@on_a_loop
+async def test_a_batch_waits_for_what_is_away_and_goes_on(part: str) -> None:
+    kept = in_memory()
+
+    def away(is_so: bool) -> None:
+        if part == "objects":
+            kept.objects.failing = is_so
+        else:
+            kept.made().lost = "away" if is_so else None  # type: ignore[attr-defined]
+
+    for at in range(1, 12, 2):
+        held = Prompt()
+        flaky = mortal(kept, steps := Steps(at))
+        async with live(flaky, held) as (files, batches):
+            steps.hit = lambda: away(True)
+            ordered = asyncio.create_task(order(files, batches))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await steps.reached.wait()
+            await asyncio.sleep(0.05)
+            away(False)
+            with suppress(OSError, running.NoRoom):
+                await ordered
+            await order(files, batches)
+            batch = await over(batches)
+            assert batch.status == "completed", at
+            assert await told(files, batch) == ALL, at
+            await batches.erase("t")
+            await files.erase("t")
+
+
+class Steps(Life):
+    """Says when so much was asked."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(10**9, after=False)
+        self.reached = asyncio.Event()
+        self.hit: Callable[[], None] | None = None
+        self._at = at
+
+    async def ask(self, lost: type[Exception], call: Callable[[], Awaitable[Any]]) -> Any:
+        if self.hit is not None:
+            self._at -= 1
+            if self._at == 0:
+                self.hit()
+                self.reached.set()
+        return await call()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
+@pytest.mark.parametrize("when", ["running", "delivering"])
+@on_a_loop
+async def test_lines_that_the_bucket_lost_are_asked_again_or_said_to_be_lost(
+    damage: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = in_memory()
+
+    def broken() -> None:
+        name = next(name for name in kept.objects.data if "/lines/" in name and ".ok." in name)
+        match damage:
+            case "flip":
+                kept.objects.data[name][9] ^= 1
+            case "cut":
+                del kept.objects.data[name][-1:]
+            case _:
+                del kept.objects.data[name]
+
+    first = Slow()
+    async with live(kept, first) as (files, batches):
+        await order(files, batches)
+        async with asyncio.timeout(20):
+            while batches.list("t")[0].counts.completed < 2:
+                await asyncio.sleep(0.002)
+        if when == "delivering":
+            broken()
+            await batches.cancel(batches.list("t")[0])
+            batch = await over(batches)
+            found = await told(files, batch)
+            assert {name[:2] for name in found} == {f"c{at}" for at in range(LINES)}
+            assert (found.total(), batch.counts.completed + batch.counts.failed) == (LINES, LINES)
+            file = await files.get("t", batch.error_file_id or "", NOW)
+            assert file is not None
+            assert b'"answer_lost"' in await read(files, file)
+            return
+    broken()
+    async with live(kept) as (files, batches):
+        batch = await over(batches)
+        assert batch.status == "completed"
+        assert await told(files, batch) == ALL or (await told(files, batch)).total() == LINES
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing"])
+@on_a_loop
+async def test_an_input_that_is_damaged_fails_the_batch_and_says_so(damage: str) -> None:
+    kept = in_memory()
+    async with kept.jobs(wall_s=lambda: NOW) as (files, batches):
+        upload = await files.arriving("t", "file-in", NOW)
+        await upload.write(calls())
+        await files.keep(upload, msgspec.structs.replace(KEPT, bytes=upload.size))
+        await upload.aclose()
+        await batches.store.begin(new(), KEPT)
+    name = "batches/batch_1/input"
+    if damage == "flip":
+        kept.objects.data[name][9] ^= 1
+    else:
+        del kept.objects.data[name]
+    async with live(kept) as (files, batches):
+        batch = await over(batches)
+        assert batch.status == "failed"
+        assert batch.errors[0].code == "file_unreadable"
+        assert damage[:4] in batch.errors[0].message or "damaged" in batch.errors[0].message
+
+
+@on_a_loop
+async def test_many_lines_become_few_objects(tmp_path: Path) -> None:
+    count = 1000
+    body = {"model": "m", "prompt": "hi"}
+    rows = [{"custom_id": f"c{at}", "method": "POST", "url": "/v1/completions", "body": body} for at in range(count)]
+    kept = in_memory()
+    most = 0
+
+    class Watching(Prompt):
+        async def ask(self, call: Call, timeout_s: float, *, urgent: bool) -> Answer | NoAnswer:
+            nonlocal most
+            most = max(most, sum("/lines/" in name for name in kept.objects.data))
+            return Answer(200, b"{}")
+
+    async with live(kept, Watching()) as (files, batches):
+        await order(files, batches, b"\n".join(map(msgspec.json.encode, rows)))
+        batch = await over(batches)
+        assert batch.counts.completed == count
+        assert (await told(files, batch)).total() == count
+    assert 0 < most < 2 * lines.JOINED, "they are put together"
