@@ -1,5 +1,5 @@
-"""What clients keep at a router: files and batches in a folder or a bucket, chat completions in the database; and what is told of
-their ends."""
+"""What clients keep at a router: files and batches in a folder or in a bucket, chat completions in the database; and
+what is told of their ends."""
 
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping

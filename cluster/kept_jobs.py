@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from jobs.batches import Batches
 from jobs.bucket.batches import BucketBatches
 from jobs.bucket.files import BucketFiles
+from jobs.bucket.objects import Objects, told
 from jobs.files import FileLimits, Files
 from jobs.folder.batches import FolderBatches
 from jobs.folder.files import FolderFiles
@@ -93,16 +94,29 @@ async def opened_bucket(
         batches = Batches(store, (), checking, config.batches_max)
         async with Tasks("files") as tasks:
             tasks.start(_sweeping(files), "sweep")
-            adopting = tasks.start(_going_on(store, batches), "adopt")
-            await asyncio.wait((adopting,), timeout=KNOWN_S)
-            tasks.start(_going_on(store, batches, always=True), "adopt")
+            known = asyncio.Event()
+            tasks.start(_going_on(store, batches, known), "adopt")
+            tasks.start(_probing(objects, config.files_url), "probe")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(KNOWN_S):
+                    await known.wait()
             yield Jobs(files, batches)
     finally:
         checking.close()
 
 
-async def _going_on(store: BucketBatches, batches: Batches, *, always: bool = False) -> None:
-    """Go on with what this router had before, and with what others left; once, or for ever."""
+async def _probing(objects: Objects, url: str) -> None:
+    """Say at the start what would be said with the first file."""
+    try:
+        with told():
+            async for _ in objects.pages("files/none"):
+                pass
+    except OSError as error:
+        log.error("the bucket of files cannot be used now: it is tried with each call", url=url, why=error.strerror)
+
+
+async def _going_on(store: BucketBatches, batches: Batches, known: asyncio.Event) -> None:
+    """Go on with what this router had before, and with what others left; what it had is known then, or cannot be."""
     while True:
         try:
             adopted = await store.adopt()
@@ -112,8 +126,7 @@ async def _going_on(store: BucketBatches, batches: Batches, *, always: bool = Fa
                 log.info("batches are gone on with", batches=len(adopted.found))
         except OSError as error:
             seldom.warning("batches of before, and of others, are not known yet", why=error)
-        if not always:
-            return
+        known.set()
         await asyncio.sleep(LOOK_S)
 
 
@@ -133,9 +146,7 @@ async def _files(folder: Path, limits: FileLimits, offload: Offload) -> FolderFi
         await asyncio.sleep(BUSY_S / 20)
 
 
-async def _adopting(
-    folder: Path, files: FolderFiles, store: FolderBatches, batches: Batches, offload: Offload
-) -> None:
+async def _adopting(folder: Path, files: FolderFiles, store: FolderBatches, batches: Batches, offload: Offload) -> None:
     """Go on with what is left in the folders beside this one, once nobody has had one for :data:`GONE_S`."""
     free_s: dict[Path, float] = {}
     while True:

@@ -62,7 +62,8 @@ class Documents(Protocol):
         ...
 
     async def swap(self, shelf: Shelf, document: Document, before: Mapping[str, str] | None) -> bool:
-        """As :meth:`put`, if the one of that name has just these tags; None: if there is none. False: nothing changed."""
+        """As :meth:`put`, if the one of that name has just these tags; None: if there is none. False: it is otherwise,
+        and nothing changed."""
         ...
 
     async def delete(self, shelf: Shelf, names: Sequence[str]) -> int:

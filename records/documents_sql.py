@@ -247,7 +247,9 @@ class SqlDocuments:
         return some
 
     async def _write_some(self, some: Sequence[_Waiting]) -> None:
-        rows = {(each.shelf, each.document.name): self._row(each.shelf, each.document) for each in some}  # of one name the last
+        rows = {
+            (each.shelf, each.document.name): self._row(each.shelf, each.document) for each in some
+        }  # of one name the last
         try:
             with translated():
                 async with asyncio.timeout(self._timeout_s):

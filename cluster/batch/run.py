@@ -14,9 +14,9 @@ from cluster.api import Api
 from cluster.batch.asking import Endpoint, client
 from cluster.rundir import ClusterFault
 from jobs.cap import fixed
-from jobs.lines import Checked, Limits, LineError, model_not_found
 from jobs.folder.outputs import ForeignFile, InUse, file_outputs
 from jobs.folder.reading import FileSource, check_file
+from jobs.lines import Checked, Limits, LineError, model_not_found
 from jobs.runner import Job, Runner
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload

@@ -17,7 +17,7 @@ log = Log(__name__)
 
 TRIES = 3
 """So often a segment is read before it is believed to be damaged."""
-AT_ONCE = 8
+AT_ONCE = 4
 """So many are read beside each other."""
 MOVED_BYTES = 4 << 20
 """Lines that were another owner's are put together up to so many."""
@@ -203,11 +203,7 @@ class Segments:
             data = await self._read(segment)
             if isinstance(data, str):
                 raise DamagedSegment(segment, [line for line, place in enumerate(self._of) if place == at], data)
-            yield await self._checking.run(partial(self._counting, data, at))
-
-    def _counting(self, data: bytes, at: int) -> bytes:
-        """Of its lines those for which no other segment counts."""
-        return b"".join(said for line, (_, said) in self._lines(data).items() if self._of[line] == at)
+            yield data
 
     def lose(self, lines: Sequence[int]) -> None:
         """They are in no segment."""

@@ -22,9 +22,7 @@ class _GivenUp(Exception):
 class BucketUpload:
     """Implements :class:`jobs.files.Arriving`. At most four pieces wait here; the rest is what parts are made of."""
 
-    def __init__(
-        self, objects: Objects, name: str, bytes_max: int, undo: Callable[[str], Awaitable[None]]
-    ) -> None:
+    def __init__(self, objects: Objects, name: str, bytes_max: int, undo: Callable[[str], Awaitable[None]]) -> None:
         """``undo``: sees to it that the object of that name is gone."""
         self.name = name
         self.size = 0

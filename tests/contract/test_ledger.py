@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.folder.outputs import ForeignFile, InUse, file_outputs
 from jobs.leases import Held, Taken
 from jobs.ledger import Ledger, MemoryLedger
-from jobs.folder.outputs import ForeignFile, InUse, file_outputs
 from jobs.outputs import Outputs
 from jobs.results import result
 from jobs.retries import Answer, NoAnswer

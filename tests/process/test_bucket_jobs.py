@@ -1,4 +1,4 @@
-"""Two routers with a bucket and a PostgreSQL in common, and no disk: files are served by both, and batches by who lives."""
+"""Two routers with a bucket and a PostgreSQL in common, and no disk: both serve files, one that lives has batches."""
 
 import asyncio
 import hashlib
@@ -94,7 +94,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, s3_port: int) -> Iterator[Sit
 
 
 def pid(site: Site, at: int) -> int:
-    return site.cluster._processes[site.cluster.names[at]].pid  # noqa: SLF001
+    return site.cluster._processes[site.cluster.names[at]].pid
 
 
 def high_water(site: Site, at: int) -> int:
@@ -155,6 +155,24 @@ def test_an_upload_that_the_bucket_does_not_take_is_refused_and_leaves_nothing(s
     assert first.files.content(kept.id).content == b"data"
     first.files.delete(kept.id)
     assert (site.objects(), site.parts()) == (0, 0)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 20, 9 << 20])
+def test_a_damaged_object_is_never_told_as_whole(site: Site, nbytes: int) -> None:
+    first = client(site.cluster, 0)
+    made = first.files.create(file=("long", bytes(nbytes)), purpose="user_data")
+    listed = httpx.get(site.s3, trust_env=False).text
+    key = listed.partition("<Key>")[2].partition("</Key>")[0]
+    assert made.id in key
+    httpx.put(f"{site.s3}/{key}", content=bytes(nbytes - 1) + b"x", trust_env=False).raise_for_status()
+    with pytest.raises((openai.InternalServerError, openai.APIConnectionError, httpx.RemoteProtocolError)) as said:
+        first.files.content(made.id)
+    assert nbytes > 4 << 20 or "damaged" in str(said.value)
+    httpx.delete(f"{site.s3}/{key}", trust_env=False).raise_for_status()
+    with pytest.raises(openai.InternalServerError, match="missing"):
+        first.files.content(made.id)
+    first.files.delete(made.id)
+    assert list(first.files.list()) == []
 
 
 def ordered(router: openai.OpenAI, count: int = LINES) -> tuple[str, str]:

@@ -77,7 +77,9 @@ def new() -> Batch:
     return Batch("batch_1", "t", "/v1/completions", "file-in", "1h", NOW, NOW + 3600)
 
 
-async def live(folder: Path, offload: InlineOffload, use: Callable[[Batches, FolderFiles], "asyncio.Future[T]"], **more) -> T:
+async def live(
+    folder: Path, offload: InlineOffload, use: Callable[[Batches, FolderFiles], "asyncio.Future[T]"], **more
+) -> T:
     """What ``use`` does while batches run."""
     files = FolderFiles(folder / "files", FileLimits(), offload)
     batches = folder_batches(folder / "batches", files, offload, 2, wall_s=more.get("wall_s", lambda: NOW))
