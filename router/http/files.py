@@ -21,6 +21,9 @@ from router.http.multipart import Form
 from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
+from tracehaul.runtime.log import Log
+
+log = Log(__name__)
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 """That a client may say; what a batch answers is of ``batch_output``."""
@@ -175,7 +178,11 @@ class _Timely(StreamingResponse):
             except TimeoutError:
                 raise ClientDisconnect from None
 
-        await super().stream_response(timely)
+        try:
+            await super().stream_response(timely)
+        except OSError as error:  # the connection ends before all has come, so nobody takes it for whole
+            log.error("a file is not told to its end", why=error.strerror)
+            raise ClientDisconnect from None
 
 
 @contextmanager

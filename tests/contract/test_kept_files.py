@@ -13,6 +13,7 @@ from jobs.files import File, FileLimits, Files, NoRoom, TooLong
 from kvstore.tiers.objects import ObjectsRefused
 from tests.contract.test_records import on_a_loop
 from tests.kept_places import InBucket, InFolder, Life, in_memory, in_s3, mortal
+from tests.live_batches import read
 from tracehaul.runtime import clock
 
 NOW = 1_000_000
@@ -41,11 +42,6 @@ async def keep(files: Files, name: str, data: bytes, tenant: str = "t", expires_
         return file
     finally:
         await upload.aclose()
-
-
-async def read(files: Files, file: File) -> bytes:
-    chunks: AsyncIterator[bytes] = await files.open(file)
-    return b"".join([chunk async for chunk in chunks])
 
 
 @on_a_loop
