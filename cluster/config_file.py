@@ -12,6 +12,7 @@ import msgspec
 from cluster.config import ClusterConfig, is_loopback
 from cluster.fleet.config import LOCAL, HostConfig, WorkerCount
 from cluster.rundir import ClusterFault
+from kvstore.tiers.objects import parse_url
 
 _TABLE = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?")
 _KEY = re.compile(r"\s*((?:[\w-]+|\"[^\"]*\"|'[^']*')(?:\s*\.\s*(?:[\w-]+|\"[^\"]*\"|'[^']*'))*)\s*=")
@@ -57,6 +58,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ClusterConfi
         for number, host in enumerate(config.hosts):
             _check_host(number, host, config)
         _check_roles(config)
+        _check_files(config)
         if config.security.proves_data and config.security.control is None and not config.hosts:
             raise msgspec.ValidationError(
                 f'data = "{config.security.data}" needs control = "mtls" - at `$.security.data`'
@@ -178,6 +180,17 @@ def _check_roles(config: ClusterConfig) -> None:
             missing.append(f"decode worker of {pool}" if pool else "decode worker")
     if missing:
         raise msgspec.ValidationError(f"no host has a {missing[0]} - at `$.hosts`")
+
+
+def _check_files(config: ClusterConfig) -> None:
+    if not config.api.files_url:
+        return
+    if config.api.files_dir:
+        raise msgspec.ValidationError("files are in a folder or in a bucket, not both - at `$.api.files_url`")
+    try:
+        parse_url(config.api.files_url)
+    except ValueError as error:
+        raise msgspec.ValidationError(f"{error} - at `$.api.files_url`") from None
 
 
 def _placed(config: ClusterConfig) -> ClusterConfig:

@@ -1,9 +1,9 @@
-"""What clients keep at a router: files and batches in a folder, chat completions in the database; and what is told of
-their ends."""
+"""What clients keep at a router: files and batches in a folder or in a bucket, chat completions in the database; and
+what is told of their ends."""
 
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 
 from cluster.config import ClusterConfig
 from cluster.journal import TIMEOUT_S, rows_of, url_of
-from cluster.kept_jobs import opened_jobs
+from cluster.kept_jobs import opened_bucket, opened_jobs
 from cluster.metrics import gauge
 from cluster.rundir import RunDir
 from cluster.webhooks.opening import opened_outbox
@@ -85,12 +85,11 @@ async def opened_kept(
 
         return SqlDocuments(url_of(config, run, router), scope, TIMEOUT_S)
 
-    folder = Path(config.api.files_dir) / router if config.api.files_dir else run.jobs(router)
     documents, chats, webhooks = LaterDocuments(partial(made, scope)), ChatStats(), WebhookStats()
     own = partial(LaterDocuments, partial(made, f"{scope}/{router}"))  # each router tells of what ended there
     try:
         async with (
-            opened_jobs(folder, config.api) as jobs,
+            _jobs(config, run, router, documents, scope) as jobs,
             opened_outbox(config, run, offload, own, webhooks) as outbox,
             BillKeeper(bills, documents, f"{router}/{secrets.token_hex(8)}", config.bills_keep_s),
         ):
@@ -99,3 +98,12 @@ async def opened_kept(
             yield Kept(jobs, Chats(documents, config.api, chats), outbox, outliving, stats)
     finally:
         await documents.close()
+
+
+def _jobs(
+    config: ClusterConfig, run: RunDir, router: str, documents: Documents, scope: str
+) -> AbstractAsyncContextManager[Jobs | None]:
+    """Where the config says that files are."""
+    if config.api.files_url:
+        return opened_bucket(config.api, documents, scope, router)
+    return opened_jobs(Path(config.api.files_dir) / router if config.api.files_dir else run.jobs(router), config.api)

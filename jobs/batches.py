@@ -1,15 +1,13 @@
-"""Batches as they are run: each a record of its own in a folder, beside its input and what its lines were answered.
+"""Batches as they are run, wherever they are kept.
 
-A record is replaced whole before what follows from it is done (:mod:`jobs.batch`), so that whoever starts after a death
-goes on where it happened. The input is a second name of the client's file, which may be deleted meanwhile.
+A batch is written down before what follows from it is done (:mod:`jobs.batch`), so that whoever starts after a death
+goes on where it happened.
 """
 
 import asyncio
-import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -32,13 +30,11 @@ from jobs.batch import (
     outlived,
     resumed,
 )
-from jobs.batch_records import read_batch, write_batch
-from jobs.files import File, Files, NoRoom, on_disk
-from jobs.left import moved
-from jobs.lines import Checked, Limits, LineError
-from jobs.live import Live, Means, Opened
-from jobs.outputs import ForeignFile, InUse, Outputs
-from jobs.reading import FileSource, check_file
+from jobs.files import File, NoRoom
+from jobs.keeping import BatchStore, Lost, Opened, Unreadable
+from jobs.lines import LineError
+from jobs.live import Live, Means
+from jobs.outputs import Outputs
 from jobs.runner import Job
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log
@@ -49,14 +45,11 @@ log = Log(__name__)
 
 T = TypeVar("T")
 
-RECORD, INPUT, ANSWERS, ERRORS = ".json", ".input", ".answers", ".errors"
 LOOK_S = 1.0
 """So often it is looked whether a window is over."""
 AGAIN_S = 2.0
 ENDS_S = 10.0
 """A batch that is to be erased has ended by then."""
-LIMITS = Limits(errors_max=100)
-"""So many wrong lines are told of each."""
 OUTPUT = "batch_output"
 """The purpose of what a batch was answered."""
 
@@ -70,46 +63,32 @@ class TooMany(Exception):
 
 
 class Batches:
-    """All of them. One process has the folder at a time: the one that has the files."""
+    """All of them. One process has a batch at a time."""
 
     def __init__(
         self,
-        folder: Path,
-        files: Files,
-        offload: Offload,
+        store: BatchStore,
+        found: Sequence[Batch],
         checking: Offload,
         live_max: int,
         wall_s: Callable[[], float] = clock.wall_s,
     ) -> None:
         """
         Args:
-            folder: on the disk of the files.
-            files: where inputs come from, and results go.
-            offload: where the disk is waited for; the caller closes it.
-            checking: where whole files are read, which takes seconds; likewise.
+            store: keeps them.
+            found: what it has.
+            checking: where what takes seconds is done; the caller closes it.
             live_max: so many batches of each tenant may wait or run at a time.
             wall_s: what time it is.
-
-        Raises:
-            OSError: the folder cannot be had.
         """
-        self._folder = folder
-        self._files = files
+        self.store = store
         self._means: Means | None = None
-        self._offload, self._checking = offload, checking
+        self._checking = checking
         self._live_max = live_max
         self._wall_s = wall_s
         self._tasks = Tasks("batches")
         self._live: dict[str, Live] = {}
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = [batch for path in folder.glob(f"*{RECORD}") if (batch := read_batch(path)) is not None]
         self._batches = _in_order(found)
-        kept = {path.stem for path in folder.glob(f"*{RECORD}")}  # also what cannot be read now
-        kept -= {batch.id for batch in found if batch.status in OVER}
-        for path in folder.iterdir():
-            if path.suffix == ".tmp" or (path.suffix != RECORD and path.stem not in kept):
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
 
     # --- what clients do --------------------------------------------------------------------------------------
 
@@ -131,27 +110,18 @@ class Batches:
 
         Raises:
             TooMany: the tenant has too many that are not over.
-            NoRoom: the disk does not take it.
+            NoRoom: it cannot be kept.
         """
         if sum(live.batch.tenant == batch.tenant for live in self._live.values()) >= self._live_max:
             raise TooMany(f"{self._live_max} batches are not over yet, which is the most")
         live = self._live[batch.id] = Live(batch)
         try:
-            await on_disk(self._offload, partial(self._begin, batch, self._files.path(file)))
+            await _kept(self.store.begin(batch, file))
         except BaseException:
             del self._live[batch.id]
             raise
         self._batches[batch.tenant, batch.id] = batch
         self._tasks.start(self._drive(live), batch.id)
-
-    def _begin(self, batch: Batch, data: Path) -> None:
-        kept = self._path(batch, INPUT)
-        try:
-            os.link(data, kept)
-            self._write(batch)
-        except OSError:
-            kept.unlink(missing_ok=True)
-            raise
 
     async def cancel(self, batch: Batch) -> Batch:
         """End it. Raises NoRoom: that cannot be kept, and it goes on."""
@@ -159,7 +129,7 @@ class Batches:
             async with live.changing:
                 changed, effect = handle(live.batch, Cancelled(), int(self._wall_s()))
                 if effect is not None:
-                    await on_disk(self._offload, partial(self._write, changed))
+                    await _kept(self.store.write(changed))
                     self._know(live, changed)
                     live.interrupted.set()
         return self.get(batch.tenant, batch.id) or batch
@@ -179,7 +149,8 @@ class Batches:
                 if clock.now_s() > until_s:
                     raise StillRuns(f"the batch {batch.id} has not ended yet")
                 await asyncio.sleep(ENDS_S / 200)
-            await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
+            with suppress(Lost):
+                await self.store.forget(self._batches.get((tenant, batch.id), batch))
             self._batches.pop((tenant, batch.id), None)
         return len(found)
 
@@ -198,14 +169,18 @@ class Batches:
             for live in self._live.values():
                 await self._close(live)
 
-    async def adopt(self, folder: Path) -> int:
-        """As :meth:`jobs.files.Files.adopt`; those that are not over go on here, where any run."""
-        paths = await self._offload.run(partial(moved, folder, self._folder, [INPUT, ANSWERS, ERRORS]))
-        found = [batch for path in paths if (batch := await self._offload.run(partial(read_batch, path))) is not None]
+    def took(self, found: Sequence[Batch]) -> None:
+        """These were another's, and are kept here now; those that are not over go on, where any run."""
         self._batches = _in_order([*self._batches.values(), *found])
         for batch in found if self._means is not None else ():
             self._begun(batch)
-        return len(found)
+
+    def lost(self, names: Collection[str]) -> None:
+        """These are another's by now: nothing is done for them any more."""
+        for name in names:
+            if (live := self._live.get(name)) is not None and live.batch.status not in OVER:
+                live.lost = True
+                live.interrupted.set()
 
     def _begun(self, batch: Batch) -> None:
         if batch.status in OVER:
@@ -223,17 +198,39 @@ class Batches:
         while True:
             now = int(self._wall_s())
             for live in list(self._live.values()):
-                if handle(live.batch, Late(), now)[1] is not None and await self._handle(live, Late()) is not None:
-                    live.interrupted.set()
+                try:
+                    if handle(live.batch, Late(), now)[1] is not None and await self._handle(live, Late()) is not None:
+                        live.interrupted.set()
+                except Lost:
+                    self.lost([live.batch.id])
             for batch in outlived(list(self._batches.values()), now):
+                if batch.id in self._live:
+                    continue
                 with suppress(OSError):
-                    await self._offload.run(partial(self._path(batch, RECORD).unlink, missing_ok=True))
-                    del self._batches[batch.tenant, batch.id]
+                    with suppress(Lost):
+                        await self.store.forget(batch)
+                    self._batches.pop((batch.tenant, batch.id), None)
             await asyncio.sleep(LOOK_S)
 
     async def _drive(self, live: Live) -> None:
+        try:
+            await self._through(live)
+        except Lost as error:
+            live.lost = True
+            log.warning("a batch is gone on with by another router", batch=live.batch.id, why=error)
+        await self._close(live)
+        if live.lost:
+            self._batches.pop((live.batch.tenant, live.batch.id), None)
+        else:
+            await self._clean(live.batch)
+        del self._live[live.batch.id]
+
+    async def _through(self, live: Live) -> None:
+        """Until it is over. Raises Lost."""
         effect = resumed(live.batch)
         while effect is not None:
+            if live.lost:
+                raise Lost(live.batch.id)
             match effect:
                 case "validate":
                     event = await self._unless(live, self._validate(live))
@@ -246,9 +243,16 @@ class Batches:
             effect = None if event is None else await self._handle(live, event)
             # What came too late, as something else came between, is not what follows.
             effect = effect or resumed(live.batch)
-        await self._close(live)
-        await self._offload.run(partial(self._clean, live.batch))
-        del self._live[live.batch.id]
+
+    async def _clean(self, batch: Batch) -> None:
+        while True:
+            try:
+                with suppress(Lost):
+                    await self.store.clean(batch)
+                return
+            except OSError as error:
+                log.warning("what a batch needed no more is still there", batch=batch.id, why=error)
+            await asyncio.sleep(AGAIN_S)
 
     async def _unless(self, live: Live, work: Coroutine[Any, Any, T]) -> T | None:
         """What the work leads to; None: it was interrupted."""
@@ -269,7 +273,7 @@ class Batches:
                 if batch is live.batch:
                     return effect
                 try:
-                    await self._offload.run(partial(self._write, batch))
+                    await self.store.write(batch)
                 except OSError as error:
                     log.warning("a batch cannot be kept: it waits", batch=batch.id, why=error)
                 else:
@@ -284,20 +288,21 @@ class Batches:
 
     async def _validate(self, live: Live) -> Event:
         batch = live.batch
-        try:
-            checked = await self._check(batch, partial(self._given.refuse, batch))
-        except OSError as error:
-            return Refused((LineError("file_unreadable", f"The input file cannot be read: {error.strerror}."),))
+        while True:
+            try:
+                checked = await self.store.check(batch, partial(self._given.refuse, batch))
+                break
+            except Unreadable as error:
+                return Refused((LineError("file_unreadable", f"The input file cannot be read: {error}."),))
+            except OSError as error:
+                log.warning("a batch cannot be checked: it waits", batch=batch.id, why=error)
+            await asyncio.sleep(AGAIN_S)
         if checked.wrong:
             more = checked.wrong - len(checked.errors)
             left = (LineError("more_errors", f"{more} more lines are wrong."),) if more else ()
             return Refused(checked.errors + left)
         live.checked = checked
         return Validated(len(checked.table))
-
-    async def _check(self, batch: Batch, refuse: Callable[[str], LineError | None]) -> Checked:
-        path = self._path(batch, INPUT)
-        return await self._checking.run(partial(check_file, path, batch.endpoint, refuse, LIMITS))
 
     async def _opened(self, live: Live) -> Opened:
         """Opened once, whoever stops waiting for it."""
@@ -310,21 +315,13 @@ class Batches:
         while True:
             try:
                 if live.checked is None:
-                    live.checked = await self._check(batch, lambda model: None)
-                table = live.checked.table
-                answers, errors = self._path(batch, ANSWERS), self._path(batch, ERRORS)
-                make = partial(Outputs, answers, errors, table.index, self._offload)
-                outputs = await self._checking.run(make)
-                try:
-                    opened = Opened(table, FileSource(self._path(batch, INPUT), table, self._offload), outputs)
-                except OSError:
-                    outputs.close()
-                    raise
-            except (OSError, InUse, ForeignFile) as error:
+                    live.checked = await self.store.check(batch, lambda model: None)
+                opened = await self.store.open(batch, live.checked)
+            except (OSError, Unreadable) as error:
                 log.warning("a batch cannot be gone on with: it waits", batch=batch.id, why=error)
                 await asyncio.sleep(AGAIN_S)
             else:
-                live.outputs = outputs
+                live.outputs = opened.outputs
                 return opened
 
     async def _run(self, live: Live) -> Event:
@@ -349,12 +346,15 @@ class Batches:
             return Delivered(Counts(), 0, None, None)
         table, _, outputs = await self._opened(live)
         while True:
+            if live.lost:
+                raise Lost(live.batch.id)
             try:
                 await outputs.flushed()
                 why = "batch_cancelled" if live.batch.status == "cancelling" else "batch_expired"
                 await outputs.shut(live.batch.id, table.index, why)
-                answers = await self._as_file(live.batch, ANSWERS, outputs.answers_size, "o")
-                errors = await self._as_file(live.batch, ERRORS, outputs.errors_size, "e")
+                await self.store.settle(live.batch, outputs)
+                answers = await self._as_file(live.batch, outputs, ok=True)
+                errors = await self._as_file(live.batch, outputs, ok=False)
             except (OSError, NoRoom) as error:
                 log.warning("a batch cannot be delivered: it waits", batch=live.batch.id, why=error)
                 await asyncio.sleep(AGAIN_S)
@@ -362,20 +362,19 @@ class Batches:
             counts = Counts(len(table), outputs.completed, outputs.failed)
             return Delivered(counts, outputs.unasked, answers, errors)
 
-    async def _as_file(self, batch: Batch, kind: str, size: int, mark: str) -> str | None:
-        """Make a file of it, which a second time is the same one."""
-        if not size:
-            return None
-        name = f"file-{batch.id.removeprefix('batch_')}{mark}"
+    async def _as_file(self, batch: Batch, outputs: Outputs, *, ok: bool) -> str | None:
+        """Make a file of lines that ended so, which a second time is the same one."""
+        name = f"file-{batch.id.removeprefix('batch_')}{'o' if ok else 'e'}"
         now = int(self._wall_s())
-        filename = f"{batch.id}_{'output' if mark == 'o' else 'error'}.jsonl"
-        file = File(name, batch.tenant, filename, OUTPUT, size, now, now + (batch.output_age_s or AGE_S))
-        await self._files.take(self._path(batch, kind), file)
-        return name
+        filename = f"{batch.id}_{'output' if ok else 'error'}.jsonl"
+        file = File(name, batch.tenant, filename, OUTPUT, 0, now, now + (batch.output_age_s or AGE_S))
+        return name if await self.store.deliver(file, batch, outputs, ok=ok) else None
 
     async def _close(self, live: Live) -> None:
         if live.job is not None:
             await self._given.runner.drop(live.job)
+        if live.opening is not None and live.outputs is None:
+            live.opening.cancel()
         if live.opening is not None and live.outputs is not None:
             _, source, outputs = live.opening.result()
             await outputs.flushed()
@@ -383,16 +382,15 @@ class Batches:
             source.close()
             live.opening = live.outputs = None
 
-    def _clean(self, batch: Batch) -> None:
-        for kind in (INPUT, ANSWERS, ERRORS):
-            with suppress(OSError):
-                self._path(batch, kind).unlink(missing_ok=True)
 
-    def _path(self, batch: Batch, kind: str) -> Path:
-        return self._folder / f"{batch.id}{kind}"
-
-    def _write(self, batch: Batch) -> None:
-        write_batch(self._path(batch, RECORD), batch)
+async def _kept(work: Coroutine[Any, Any, None]) -> None:
+    """Raises NoRoom: it could not be, or it is another's."""
+    try:
+        await work
+    except OSError as error:
+        raise NoRoom(f"it cannot be kept: {error.strerror or error}") from None
+    except Lost as error:
+        raise NoRoom(f"another router goes on with it: {error}") from None
 
 
 def _in_order(batches: Sequence[Batch]) -> dict[tuple[str, str], Batch]:

@@ -29,6 +29,10 @@ class Limits(msgspec.Struct, frozen=True):
     """More are counted and not told."""
 
 
+BATCH_LIMITS = Limits(errors_max=100)
+"""Of what a router runs: so many wrong lines are told of each."""
+
+
 class LineError(msgspec.Struct, frozen=True):
     """What is wrong, in OpenAI's words."""
 

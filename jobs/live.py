@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from jobs.asking import Asker
 from jobs.batch import Batch
-from jobs.lines import Checked, LineError, Table
+from jobs.keeping import Opened
+from jobs.lines import Checked, LineError
 from jobs.outputs import Outputs
-from jobs.reading import FileSource
 from jobs.runner import Job, Runner
 
 
@@ -25,14 +25,6 @@ class Means(NamedTuple):
     """Hears of each that is over, and of those of before at the beginning."""
 
 
-class Opened(NamedTuple):
-    """What a batch's lines are read from and written to."""
-
-    table: Table
-    source: FileSource
-    outputs: Outputs
-
-
 class Live:
     """A batch that is not over."""
 
@@ -46,3 +38,5 @@ class Live:
         self.outputs: Outputs | None = None
         """Once they are open."""
         self.job: Job | None = None
+        self.lost = False
+        """It is another's by now."""

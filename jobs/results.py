@@ -9,11 +9,14 @@ from jobs.retries import Answer, NoAnswer
 
 BEGIN = b'{"id":"batch_req_'
 """What each line begins with."""
-Unasked = Literal["batch_expired", "batch_cancelled"]
+Unasked = Literal["batch_expired", "batch_cancelled", "answer_lost"]
 WHY: dict[Unasked, str] = {
     "batch_expired": "This request could not be executed before the completion window expired.",
     "batch_cancelled": "This request was not executed: the batch was cancelled before its turn.",
+    "answer_lost": "What this request was answered is lost: where it was kept, it is damaged or missing.",
 }
+
+UNASKED = ("batch_expired", "batch_cancelled")
 
 
 class Told(msgspec.Struct, frozen=True):
@@ -99,4 +102,4 @@ def ended_by(line: bytes) -> Ended | None:
     except (msgspec.DecodeError, UnicodeError):
         return None
     ok = ended.response is not None and 200 <= ended.response.status_code < 300
-    return Ended(ended.custom_id, ok, ended.error is not None and ended.error.code in WHY)
+    return Ended(ended.custom_id, ok, ended.error is not None and ended.error.code in UNASKED)

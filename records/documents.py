@@ -61,6 +61,11 @@ class Documents(Protocol):
         """These are its tags from now on. False: there is none."""
         ...
 
+    async def swap(self, shelf: Shelf, document: Document, before: Mapping[str, str] | None) -> bool:
+        """As :meth:`put`, if the one of that name has just these tags; None: if there is none. False: it is otherwise,
+        and nothing changed."""
+        ...
+
     async def delete(self, shelf: Shelf, names: Sequence[str]) -> int:
         """How many of them there were."""
         ...

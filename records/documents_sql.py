@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 from sqlalchemy import Row, and_, bindparam, delete, exists, func, insert, or_, select, text, update
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from records.base import RecordsLost
@@ -122,6 +123,22 @@ class SqlDocuments:
                     result = await connection.execute(changed.values(tags=_encode(tags).decode()))
                     return result.rowcount > 0
 
+    async def swap(self, shelf: Shelf, document: Document, before: Mapping[str, str] | None) -> bool:
+        row = self._row(shelf, document)
+        there = and_(self._on(shelf), table.c.name == row["name"])
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                try:
+                    async with self._engine.begin() as connection:
+                        if before is None:
+                            await connection.execute(_INSERT, row)
+                            return True
+                        was = and_(there, table.c.tags == _encode(before).decode())
+                        return (await connection.execute(update(table).where(was).values(row))).rowcount > 0
+                except IntegrityError:
+                    return False
+
     async def delete(self, shelf: Shelf, names: Sequence[str]) -> int:
         gone = delete(table).where(self._on(shelf), table.c.name.in_([escaped(name) for name in names]))
         with translated():
@@ -230,7 +247,9 @@ class SqlDocuments:
         return some
 
     async def _write_some(self, some: Sequence[_Waiting]) -> None:
-        rows = {(each.shelf, each.document.name): self._row(each) for each in some}  # of one name the last
+        rows = {
+            (each.shelf, each.document.name): self._row(each.shelf, each.document) for each in some
+        }  # of one name the last
         try:
             with translated():
                 async with asyncio.timeout(self._timeout_s):
@@ -248,8 +267,7 @@ class SqlDocuments:
                 if not each.written.done():
                     each.written.set_result(None)
 
-    def _row(self, each: _Waiting) -> dict[str, Any]:
-        shelf, document = each.shelf, each.document
+    def _row(self, shelf: Shelf, document: Document) -> dict[str, Any]:
         return {
             "scope": self._scope,
             "kind": shelf.kind,

@@ -172,6 +172,14 @@ class MemoryDocuments:
         known[name] = known[name]._replace(tags=tags)
         return True
 
+    async def swap(self, shelf: Shelf, document: Document, before: Mapping[str, str] | None) -> bool:
+        known = self._on(shelf)
+        found = known.get(document.name)
+        if (None if found is None else found.tags) != before:
+            return False
+        known[document.name] = document
+        return True
+
     async def delete(self, shelf: Shelf, names: Sequence[str]) -> int:
         known = self._on(shelf)
         return sum(known.pop(name, None) is not None for name in set(names))

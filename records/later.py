@@ -28,6 +28,9 @@ class LaterDocuments:
     async def tag(self, shelf: Shelf, name: str, tags: Mapping[str, str]) -> bool:
         return await (await self._documents()).tag(shelf, name, tags)
 
+    async def swap(self, shelf: Shelf, document: Document, before: Mapping[str, str] | None) -> bool:
+        return await (await self._documents()).swap(shelf, document, before)
+
     async def delete(self, shelf: Shelf, names: Sequence[str]) -> int:
         return await (await self._documents()).delete(shelf, names)
 

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from bench.common.report import Result
 from bench.router.fleet import router_alone
+from jobs.folder.reading import check_file
 from jobs.lines import Limits
-from jobs.reading import check_file
 from tracehaul.model.text import Text
 from tracehaul.runtime import clock
 

@@ -14,9 +14,9 @@ from cluster.api import Api
 from cluster.batch.asking import Endpoint, client
 from cluster.rundir import ClusterFault
 from jobs.cap import fixed
+from jobs.folder.outputs import ForeignFile, InUse, file_outputs
+from jobs.folder.reading import FileSource, check_file
 from jobs.lines import Checked, Limits, LineError, model_not_found
-from jobs.outputs import ForeignFile, InUse, Outputs
-from jobs.reading import FileSource, check_file
 from jobs.runner import Job, Runner
 from tracehaul.runtime import clock
 from tracehaul.runtime.offload import ThreadOffload
@@ -108,7 +108,7 @@ async def run(order: Order, api: Api, found: Checked, err: Console) -> Outcome:
         try:
             source = FileSource(order.file, found.table, offload)
             stack.callback(source.close)
-            outputs = Outputs(order.answers, order.errors, found.table.index, offload)
+            outputs = file_outputs(order.answers, order.errors, found.table.index, offload)
         except (OSError, InUse, ForeignFile) as error:
             raise ClusterFault(str(error)) from None
         stack.callback(outputs.close)

@@ -159,7 +159,7 @@ class Launching:
                 key = f"{facts.home}/run/{OPERATOR_KEY}"
                 if (await hand.way.run(["test", "-s", key])).code != 0:
                     await put(hand.way, new_secret().encode(), key)
-        if "store" in roles and order.plan.config.s3_url:
+        if ("store" in roles and order.plan.config.s3_url) or ("router" in roles and order.plan.config.api.files_url):
             lines = [f"{name}={value}\n" for name, value in os.environ.items() if name.startswith(ENVIRONMENT)]
             await put(hand.way, "".join(sorted(lines)).encode(), f"{facts.home}/run/environment")
         if self._plan.config.security.secrets:

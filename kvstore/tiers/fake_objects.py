@@ -33,15 +33,28 @@ class MemoryObjects:
         body = self.data[name]
         return memoryview(bytes(body)) if len(body) == size_bytes else None
 
+    async def upload(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        body = b"".join([chunk async for chunk in chunks])
+        await self.put(name, memoryview(body))
+
+    async def read(self, name: str, start: int, nbytes: int) -> bytes:
+        await self._try()
+        if name not in self.data:
+            raise ObjectMissing(name)
+        return bytes(self.data[name][start : start + nbytes])
+
+    async def copy(self, source: str, target: str) -> None:
+        await self.put(target, memoryview(await self.read(source, 0, len(self.data.get(source, b"")))))
+
     async def delete(self, names: Sequence[str]) -> None:
         assert 0 < len(names) <= DELETE_MAX
         await self._try()
         for name in names:
             self.data.pop(name, None)
 
-    async def pages(self) -> AsyncIterator[Sequence[ListedObject]]:
+    async def pages(self, under: str | None = None) -> AsyncIterator[Sequence[ListedObject]]:
         await self._try()
-        names = sorted(self.data)
+        names = sorted(name for name in self.data if under is None or name.startswith(f"{under}/"))
         for start in range(0, len(names), DELETE_MAX):
             await self._try()
             page = names[start : start + DELETE_MAX]  # some of which are gone by now

@@ -49,6 +49,13 @@ PAGE_OBJECTS = 1000
 LAST_NAME = "~"
 """Sorts after every name of ours."""
 COPY_THREADS = 2
+PART_BYTES = 8 << 20
+"""Of a body whose length is not known: two parts are sent at a time."""
+PARTS_AT_ONCE = 2
+PART_TIMEOUT_S = 30.0
+"""Of bodies that are files, each request."""
+SERVED_COPY_TIMEOUT_S = 120.0
+"""A copy that the service makes by itself."""
 REASON_CHARS_MAX = 500
 BUSY_STATUSES = ("408", "429")
 """Of those that blame the caller, the ones that pass."""
@@ -70,7 +77,8 @@ class S3Objects:
         NoBucket: the bucket's name or the environment's settings make no sense.
     """
 
-    def __init__(self, bucket: str, prefix: str) -> None:
+    def __init__(self, bucket: str, prefix: str, put_timeout_s: float | None = None) -> None:
+        self._put_timeout_s = put_timeout_s or PUT_TIMEOUT_S
         try:
             self._store = S3Store(
                 bucket,
@@ -80,7 +88,7 @@ class S3Objects:
                 client_options={
                     "allow_http": True,
                     "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-                    "timeout": timedelta(seconds=PUT_TIMEOUT_S),
+                    "timeout": timedelta(seconds=self._put_timeout_s),
                 },
                 retry_config={
                     "max_retries": RETRIES_MAX,
@@ -94,7 +102,7 @@ class S3Objects:
     async def put(self, name: str, view: memoryview) -> None:
         body = view[:]  # its own, so that it tells when the library has let go of it
         try:
-            await _ask(obstore.put_async(self._store, name, body, use_multipart=False), PUT_TIMEOUT_S)
+            await _ask(obstore.put_async(self._store, name, body, use_multipart=False), self._put_timeout_s)
         except ObjectMissing as error:
             raise ObjectsRefused(str(error)) from error
         finally:
@@ -110,13 +118,49 @@ class S3Objects:
         body = await _ask(read(), GET_TIMEOUT_S)
         return body if body is None or body.nbytes == size_bytes else None
 
+    async def upload(self, name: str, chunks: AsyncIterator[bytes]) -> None:
+        """Make the object of these, in parts, as a whole or not at all: what ``chunks`` raises ends it, and leaves
+        nothing. Who has it cancelled leaves parts that no listing shows. Ends soon after ``chunks`` does."""
+        with _translated():
+            await obstore.put_async(
+                self._store,
+                name,
+                chunks,
+                use_multipart=True,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARTS_AT_ONCE,
+            )
+
+    async def read(self, name: str, start: int, nbytes: int) -> bytes:
+        """So many bytes from there on; fewer where the object ends.
+
+        Raises:
+            ObjectMissing: there is no such object.
+        """
+        call = obstore.get_range_async(self._store, name, start=start, length=nbytes)
+        try:
+            return bytes(memoryview(await _ask(call, self._put_timeout_s)))
+        except ObjectsRefused as error:
+            if "416" in str(error):
+                return b""
+            raise
+
+    async def copy(self, source: str, target: str) -> None:
+        """Make an object of the bytes of another.
+
+        Raises:
+            ObjectMissing: there is no such object.
+        """
+        await _ask(obstore.copy_async(self._store, source, target), SERVED_COPY_TIMEOUT_S)
+
     async def delete(self, names: Sequence[str]) -> None:
         assert 0 < len(names) <= DELETE_MAX
         with suppress(ObjectMissing):  # some services say so
             await _ask(obstore.delete_async(self._store, list(names)), CONTROL_TIMEOUT_S)
 
-    async def pages(self) -> AsyncIterator[Sequence[ListedObject]]:
-        stream = obstore.list(self._store, chunk_size=PAGE_OBJECTS)
+    async def pages(self, under: str | None = None) -> AsyncIterator[Sequence[ListedObject]]:
+        """As :class:`kvstore.tiers.objects.Objects`; ``under``: those below this name alone."""
+        stream = obstore.list(self._store, prefix=under, chunk_size=PAGE_OBJECTS)
         while (page := await _ask(anext(stream, None), CONTROL_TIMEOUT_S)) is not None:
             yield [ListedObject(meta["path"], meta["size"]) for meta in page]
 

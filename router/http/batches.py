@@ -18,7 +18,7 @@ from router.calls.identity import ID_CHARACTERS_MAX
 from router.dialects.body import parse
 from router.http.access import caller_of
 from router.http.asgi import body_of
-from router.http.files import AGE_S_MAX, AGE_S_MIN
+from router.http.files import AGE_S_MAX, AGE_S_MIN, files_told
 from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
@@ -101,7 +101,9 @@ class BatchPages:
             seconds = window_s(asked.completion_window)
         except ValueError as error:
             raise invalid(str(error), "completion_window", "invalid_value") from None
-        if (file := self._files.get(tenant, asked.input_file_id, now)) is None:
+        with files_told():
+            file = await self._files.get(tenant, asked.input_file_id, now)
+        if file is None:
             shown = asked.input_file_id[:ID_CHARACTERS_MAX]
             raise CallFailed("not_found", f"No such File object: {shown}", param="input_file_id", code="file_not_found")
         if file.purpose != "batch":

@@ -41,6 +41,9 @@ class ApiConfig(CallLimits, frozen=True, forbid_unknown_fields=True):
     beside; more are answered 429."""
     files_dir: str = ""
     """Where files are that clients upload, and batches; empty: in the run directory."""
+    files_url: str = ""
+    """``s3://bucket/prefix``: there instead, and what is known of them in the database; routers share both. Endpoint
+    and credentials come from the environment, as those of ``s3_url``."""
     file_bytes_max: Count = 512 * 2**20
     """Longer ones are answered 413."""
     files_bytes_max: Count = 64 * 2**30

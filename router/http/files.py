@@ -3,8 +3,8 @@
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, closing, suppress
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing, contextmanager, suppress
 from typing import Literal
 
 import msgspec
@@ -21,6 +21,9 @@ from router.http.multipart import Form
 from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
+from tracehaul.runtime.log import Log
+
+log = Log(__name__)
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 """That a client may say; what a batch answers is of ``batch_output``."""
@@ -83,7 +86,7 @@ class FilePages:
         name = f"file-{self._dice.getrandbits(96):024x}"
         arrived = 0
         try:
-            with closing(self._files.arriving(tenant, name, now)) as upload:
+            async with aclosing(await self._files.arriving(tenant, name, now)) as upload:
                 async with asyncio.timeout(self._config.body_timeout_s) as patience:
                     async for data in request.stream():
                         arrived += len(data)
@@ -107,7 +110,8 @@ class FilePages:
     async def list(self, request: Request) -> Response:
         """``GET /v1/files?purpose=&limit=&order=&after=``: the newest first."""
         asked = request.query_params
-        found = list(self._files.list(salt(request), int(wall_s())))
+        with files_told():
+            found = list(await self._files.list(salt(request), int(wall_s())))
         if (purpose := asked.get("purpose")) is not None:
             found = [file for file in found if file.purpose == purpose]
         if (order := asked.get("order", "desc")) not in ("asc", "desc"):
@@ -120,13 +124,13 @@ class FilePages:
 
     async def show(self, request: Request) -> Response:
         """``GET /v1/files/{id}``."""
-        return json_response(told(self._file(request)))
+        return json_response(told(await self._file(request)))
 
     async def content(self, request: Request) -> Response:
         """``GET /v1/files/{id}/content``: its bytes."""
-        file = self._file(request)
+        file = await self._file(request)
         try:
-            chunks = self._files.open(file)
+            chunks = await self._files.open(file)
         except FileNotFoundError:
             raise _not_found(file.id) from None
         except OSError as error:
@@ -137,16 +141,18 @@ class FilePages:
 
     async def delete(self, request: Request) -> Response:
         """``DELETE /v1/files/{id}``."""
-        file = self._file(request)
+        file = await self._file(request)
         try:
             await self._files.delete(file)
         except OSError as error:
             raise unavailable(f"the file cannot be deleted: {error.strerror}", "file_undeletable") from None
         return json_response(FileDeleted(file.id))
 
-    def _file(self, request: Request) -> File:
+    async def _file(self, request: Request) -> File:
         name = str(request.path_params["id"])
-        if (file := self._files.get(salt(request), name, int(wall_s()))) is None:
+        with files_told():
+            file = await self._files.get(salt(request), name, int(wall_s()))
+        if file is None:
             raise _not_found(name)
         return file
 
@@ -172,7 +178,20 @@ class _Timely(StreamingResponse):
             except TimeoutError:
                 raise ClientDisconnect from None
 
-        await super().stream_response(timely)
+        try:
+            await super().stream_response(timely)
+        except OSError as error:  # the connection ends before all has come, so nobody takes it for whole
+            log.error("a file is not told to its end", why=error.strerror)
+            raise ClientDisconnect from None
+
+
+@contextmanager
+def files_told() -> Generator[None, None, None]:
+    """Where nobody knows now which files there are, that is said."""
+    try:
+        yield
+    except OSError as error:
+        raise unavailable(f"files cannot be looked up: {error.strerror}", "files_unavailable") from None
 
 
 def told(file: File) -> FileObject:

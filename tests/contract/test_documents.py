@@ -72,6 +72,21 @@ async def test_what_was_put_outlives_who_put_it_on_its_own_shelf(made: Made) -> 
 
 
 @on_a_loop
+async def test_one_is_swapped_by_who_knows_its_tags(made: Made) -> None:
+    one = made("s")
+    assert not await one.swap(OURS, doc(1), {})
+    assert await one.swap(OURS, doc(1, b"a", epoch="1", live="1"), None)
+    assert not await one.swap(OURS, doc(1, b"b"), None)
+    assert not await one.swap(OURS, doc(1, b"b"), {"epoch": "1"})
+    assert not await one.swap(THEIRS, doc(1, b"b"), {"live": "1", "epoch": "1"})
+    assert await one.get(OURS, "n0001") == doc(1, b"a", epoch="1", live="1")
+    swaps = [one.swap(OURS, doc(1, b"c", epoch=str(at)), {"live": "1", "epoch": "1"}) for at in range(2, 10)]
+    assert sum(await asyncio.gather(*swaps)) == 1, "of several who would one does"
+    assert (await one.get(OURS, "n0001") or doc(1)).body == b"c"
+    await one.close()
+
+
+@on_a_loop
 async def test_putting_again_replaces_and_tags_change_alone(made: Made) -> None:
     one = made("s")
     await one.put(OURS, doc(1, b"old", a="1"))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.folder.outputs import ForeignFile, InUse, file_outputs
 from jobs.leases import Held, Taken
 from jobs.ledger import Ledger, MemoryLedger
-from jobs.outputs import ForeignFile, InUse, Outputs
+from jobs.outputs import Outputs
 from jobs.results import result
 from jobs.retries import Answer, NoAnswer
 from tracehaul.runtime.offload import ThreadOffload
@@ -25,7 +26,7 @@ def said(line: int, *, ok: bool = True) -> bytes:
 @asynccontextmanager
 async def files(folder: Path, answers: str = "out", errors: str = "err") -> AsyncIterator[Outputs]:
     offload = ThreadOffload("write")
-    outputs = Outputs(folder / answers, folder / errors, INDEX, offload)
+    outputs = file_outputs(folder / answers, folder / errors, INDEX, offload)
     try:
         yield outputs
     finally:

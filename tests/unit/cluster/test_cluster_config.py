@@ -46,6 +46,8 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path):
         ("[nodes]\ndecode = 0", "nodes.decode"),
         ("port = 'x'", "port"),
         ("port = ", "TOML"),
+        ("[api]\nfiles_url = 's3:/bucket'", "api.files_url"),
+        ("[api]\nfiles_url = 's3://bucket/a'\nfiles_dir = '/tmp'", "not both"),
         ("database = 'postgresql://h/d'", "line 1.: with `database` a cluster has a `name`"),
     ],
 )

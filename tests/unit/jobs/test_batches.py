@@ -14,11 +14,13 @@ import pytest
 from jobs.batch import OVER, Batch
 from jobs.batches import Batches, TooMany
 from jobs.cap import fixed
-from jobs.files import File, FileLimits, Files
+from jobs.files import File, FileLimits
+from jobs.folder.files import FolderFiles
 from jobs.lines import Call
 from jobs.live import Means
 from jobs.retries import Answer, NoAnswer
 from jobs.runner import Runner
+from tests.folder_jobs import folder_batches
 from tracehaul.runtime.offload import InlineOffload
 
 T = TypeVar("T")
@@ -75,10 +77,12 @@ def new() -> Batch:
     return Batch("batch_1", "t", "/v1/completions", "file-in", "1h", NOW, NOW + 3600)
 
 
-async def live(folder: Path, offload: InlineOffload, use: Callable[[Batches, Files], "asyncio.Future[T]"], **more) -> T:
+async def live(
+    folder: Path, offload: InlineOffload, use: Callable[[Batches, FolderFiles], "asyncio.Future[T]"], **more
+) -> T:
     """What ``use`` does while batches run."""
-    files = Files(folder / "files", FileLimits(), offload)
-    batches = Batches(folder / "batches", files, offload, offload, 2, wall_s=more.get("wall_s", lambda: NOW))
+    files = FolderFiles(folder / "files", FileLimits(), offload)
+    batches = folder_batches(folder / "batches", files, offload, 2, wall_s=more.get("wall_s", lambda: NOW))
     runner = Runner(fixed(2), random.Random(1))
     asker = more.get("asker", Prompt())
     running = [
@@ -102,10 +106,10 @@ async def over(batches: Batches) -> Batch:
     return batch
 
 
-async def order(batches: Batches, files: Files) -> Batch:
+async def order(batches: Batches, files: FolderFiles) -> Batch:
     """Upload and begin what is not there yet, and see it to its end."""
-    if (file := files.get("t", "file-in", NOW)) is None:
-        upload = files.arriving("t", "file-in", NOW)
+    if (file := await files.get("t", "file-in", NOW)) is None:
+        upload = await files.arriving("t", "file-in", NOW)
         await upload.write(calls())
         file = File("file-in", "t", "in", "batch", upload.size, NOW)
         await files.keep(upload, file)
@@ -156,7 +160,7 @@ def test_a_death_between_any_two_effects_loses_nothing_and_doubles_nothing(tmp_p
 def test_what_there_is_is_delivered_when_the_window_is_over(tmp_path: Path) -> None:
     now, asker = NOW, Slow()
 
-    async def use(batches: Batches, files: Files) -> Batch:
+    async def use(batches: Batches, files: FolderFiles) -> Batch:
         nonlocal now
         ending = asyncio.create_task(order(batches, files))
         while (batch := batches.get("t", "batch_1")) is None or batch.counts.completed < 2:  # noqa: ASYNC110
@@ -175,11 +179,11 @@ def test_what_there_is_is_delivered_when_the_window_is_over(tmp_path: Path) -> N
 
 
 def test_so_many_are_taken_of_a_tenant(tmp_path: Path) -> None:
-    async def use(batches: Batches, files: Files) -> None:
+    async def use(batches: Batches, files: FolderFiles) -> None:
         ending = asyncio.create_task(order(batches, files))
         while batches.get("t", "batch_1") is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        file = files.get("t", "file-in", NOW)
+        file = await files.get("t", "file-in", NOW)
         assert file is not None
         await batches.create(msgspec.structs.replace(new(), id="batch_2"), file)
         with pytest.raises(TooMany):

@@ -11,8 +11,9 @@ import pytest
 
 from jobs.batch import Batch
 from jobs.batches import Batches
-from jobs.files import File, FileLimits, Files
-from jobs.left import BATCHES, FILES, holds, locked, others
+from jobs.files import File, FileLimits
+from jobs.folder.files import FolderFiles
+from jobs.folder.left import BATCHES, FILES, holds, locked, others
 from tests.unit.jobs.test_batches import DEAD, LINES, NOW, WRONG, Dying, calls, live, new, over, told
 from tracehaul.runtime.offload import InlineOffload
 
@@ -20,14 +21,14 @@ LATER = "later"
 """The router that goes on."""
 
 
-async def begun(batches: Batches, files: Files) -> None:
+async def begun(batches: Batches, files: FolderFiles) -> None:
     """A file of no batch, and a batch that has just begun."""
     for name in ("file-in", "file-other"):
-        upload = files.arriving("t", name, NOW)
+        upload = await files.arriving("t", name, NOW)
         await upload.write(calls())
         await files.keep(upload, File(name, "t", name, "batch", upload.size, NOW))
         upload.close()
-    file = files.get("t", "file-in", NOW)
+    file = await files.get("t", "file-in", NOW)
     assert file is not None
     await batches.create(new(), file)
 
@@ -43,16 +44,16 @@ def died(folder: Path, at: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == DEAD
 
 
-async def _all(batches: Batches, files: Files) -> Batch:
+async def _all(batches: Batches, files: FolderFiles) -> Batch:
     await begun(batches, files)
     return await over(batches)
 
 
-async def taken(batches: Batches, files: Files, gone: Path) -> Batch:
+async def taken(batches: Batches, files: FolderFiles, gone: Path) -> Batch:
     with locked(gone) as mine:
         assert mine
         await files.adopt(gone / FILES)
-        await batches.adopt(gone / BATCHES)
+        batches.took(await batches.store.adopt(gone / BATCHES))
     return await over(batches)
 
 
@@ -67,8 +68,8 @@ def test_a_batch_goes_on_at_another_and_each_line_ends_once(tmp_path: Path, at: 
     assert found == {f"c{line}{'-' if f'c{line}' == WRONG else '+'}": 1 for line in range(LINES)}
     assert not holds(gone)
     assert others(here) == []
-    files = Files(here / FILES, FileLimits(), InlineOffload())
-    assert {file.id for file in files.list("t", NOW)} >= {"file-in", "file-other"}
+    files = FolderFiles(here / FILES, FileLimits(), InlineOffload())
+    assert {file.id for file in asyncio.run(files.list("t", NOW))} >= {"file-in", "file-other"}
     files.close()
 
 
@@ -92,8 +93,8 @@ def test_who_dies_as_it_takes_them_loses_none(tmp_path: Path, monkeypatch: pytes
         batch = asyncio.run(live(here, InlineOffload(), use))
         assert batch.status == "completed", deaths
         assert sum(told(here, batch).values()) == LINES, deaths
-        files = Files(here / FILES, FileLimits(), InlineOffload())
-        kept = {file.id: files.path(file).read_bytes() for file in files.list("t", NOW)}
+        files = FolderFiles(here / FILES, FileLimits(), InlineOffload())
+        kept = {file.id: files.path(file).read_bytes() for file in asyncio.run(files.list("t", NOW))}
         assert kept["file-in"] == kept["file-other"] == calls(), deaths
         files.close()
         if code == 0:
@@ -113,15 +114,15 @@ def _dying(real: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
 
 
 def test_who_lives_has_its_own(tmp_path: Path) -> None:
-    files = Files(tmp_path / "lives" / FILES, FileLimits(), InlineOffload())
+    files = FolderFiles(tmp_path / "lives" / FILES, FileLimits(), InlineOffload())
     with locked(tmp_path / "lives") as mine:
         assert not mine
     files.close()
     with locked(tmp_path / "lives") as mine:
         assert mine
         with pytest.raises(BlockingIOError):
-            Files(tmp_path / "lives" / FILES, FileLimits(), InlineOffload())
-    Files(tmp_path / "lives" / FILES, FileLimits(), InlineOffload()).close()
+            FolderFiles(tmp_path / "lives" / FILES, FileLimits(), InlineOffload())
+    FolderFiles(tmp_path / "lives" / FILES, FileLimits(), InlineOffload()).close()
 
 
 def test_a_folder_that_was_one_routers_alone_is_found_too(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import msgspec
 import openai
 import pytest
 
-from jobs.batches import Batches
-from jobs.files import FileLimits, Files
+from jobs.files import FileLimits
+from jobs.folder.files import FolderFiles
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.http import ApiConfig, create_app
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from sim.lifespan import living
+from tests.folder_jobs import folder_batches
 from tracehaul.runtime.offload import InlineOffload
 
 SECRETS = {"acme": f"th-0123abcd-{'s' * 43}", "other": f"th-4567abcd-{'t' * 43}"}
@@ -33,9 +34,9 @@ Use = Callable[[httpx.AsyncClient, Keyring, FakeDispatcher], Awaitable[None]]
 def served(folder: Path, use: Use) -> None:
     async def main() -> None:
         offload = InlineOffload()
-        files = Files(folder / "files", FileLimits(), offload)
+        files = FolderFiles(folder / "files", FileLimits(), offload)
         keyring, dispatcher = Keyring(tuple(KEYS.values())), FakeDispatcher(say("hi"))
-        jobs = Jobs(files, Batches(folder / "batches", files, offload, offload, 10))
+        jobs = Jobs(files, folder_batches(folder / "batches", files, offload, 10))
         texts = {"org/fake": FakeText()}
         app = create_app(dispatcher, texts, lambda: b"", ApiConfig(), offload, keyring=keyring, jobs=jobs)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)

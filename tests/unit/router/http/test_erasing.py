@@ -11,8 +11,8 @@ import pytest
 from cluster.api import Api
 from cluster.erase import Erased, erase
 from cluster.rundir import ClusterFault
-from jobs.batches import Batches
-from jobs.files import FileLimits, Files
+from jobs.files import FileLimits
+from jobs.folder.files import FolderFiles
 from records.documents import Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
@@ -22,6 +22,7 @@ from router.http.chats import KIND, Chats, ChatStats
 from router.http.jobs import Jobs
 from router.http.outliving import Outliving
 from sim.lifespan import living
+from tests.folder_jobs import folder_batches
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.hashing import unpack_tokens
 
@@ -60,8 +61,8 @@ def test_all_of_a_tenant_is_erased_and_nothing_of_another(tmp_path: Path) -> Non
     documents, chats = MemoryDocuments(), MemoryDocuments()
 
     async def main() -> None:
-        files = Files(tmp_path / "files", FileLimits(), OFFLOAD)
-        batches = Batches(tmp_path / "batches", files, OFFLOAD, OFFLOAD, 10)
+        files = FolderFiles(tmp_path / "files", FileLimits(), OFFLOAD)
+        batches = folder_batches(tmp_path / "batches", files, OFFLOAD, 10)
         app = create_app(
             FakeDispatcher(script),
             {"org/fake": FakeText()},

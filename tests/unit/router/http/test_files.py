@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.batches import Batches
-from jobs.files import File, FileLimits, Files
+from jobs.files import File, FileLimits
+from jobs.folder.files import FolderFiles
 from router.calls.errors import CallFailed
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.http import ApiConfig, create_app
@@ -21,6 +21,7 @@ from router.http import files as pages
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.multipart import Form
+from tests.folder_jobs import folder_batches
 from tracehaul.runtime.offload import InlineOffload
 
 SECRETS = {"acme": f"th-0123abcd-{'s' * 43}", "other": f"th-4567abcd-{'t' * 43}"}
@@ -32,7 +33,7 @@ def served(folder: Path, use: Use, *, keyed: bool = False, limits: FileLimits | 
 
     async def main() -> None:
         offload = InlineOffload()
-        files = Files(folder, limits or FileLimits(), offload)
+        files = FolderFiles(folder, limits or FileLimits(), offload)
         try:
             app = create_app(
                 FakeDispatcher(say("hi")),
@@ -41,7 +42,7 @@ def served(folder: Path, use: Use, *, keyed: bool = False, limits: FileLimits | 
                 ApiConfig(file_bytes_max=files.limits.file_bytes_max),
                 offload,
                 keyring=Keyring(keys) if keyed else None,
-                jobs=Jobs(files, Batches(folder.with_name(f"{folder.name}-batches"), files, offload, offload, 10)),
+                jobs=Jobs(files, folder_batches(folder.with_name(f"{folder.name}-batches"), files, offload, 10)),
             )
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://test/v1") as http:
@@ -159,7 +160,7 @@ def test_time_that_is_over_frees_the_disk(tmp_path: Path) -> None:
     served(tmp_path, use)
 
     async def main() -> None:
-        files = Files(tmp_path, FileLimits(), InlineOffload())
+        files = FolderFiles(tmp_path, FileLimits(), InlineOffload())
         await files.sweep(2**40)
         files.close()
 
@@ -244,11 +245,11 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_folder_is_one_process_s(tmp_path: Path) -> None:
-    first = Files(tmp_path, FileLimits(), InlineOffload())
+    first = FolderFiles(tmp_path, FileLimits(), InlineOffload())
     with pytest.raises(OSError):
-        Files(tmp_path, FileLimits(), InlineOffload())
+        FolderFiles(tmp_path, FileLimits(), InlineOffload())
     first.close()
-    Files(tmp_path, FileLimits(), InlineOffload()).close()
+    FolderFiles(tmp_path, FileLimits(), InlineOffload()).close()
 
 
 @settings(max_examples=50)
@@ -281,20 +282,20 @@ def test_a_form_of_nothing_but_fields_is_refused(tmp_path: Path) -> None:
 def test_what_cannot_be_read_at_a_start_is_kept(tmp_path: Path) -> None:
     async def main() -> None:
         offload = InlineOffload()
-        files = Files(tmp_path, FileLimits(), offload)
-        upload = files.arriving("", "file-a", 0)
+        files = FolderFiles(tmp_path, FileLimits(), offload)
+        upload = await files.arriving("", "file-a", 0)
         await upload.write(b"data")
         await files.keep(upload, File("file-a", "", "a", "batch", 4, 0))
         upload.close()
         files.close()
         known = (tmp_path / "file-a.json").read_bytes()
         (tmp_path / "file-a.json").write_bytes(b"of another release")
-        files = Files(tmp_path, FileLimits(), offload)
-        assert files.list("", 0) == []
+        files = FolderFiles(tmp_path, FileLimits(), offload)
+        assert await files.list("", 0) == []
         files.close()
         (tmp_path / "file-a.json").write_bytes(known)
-        files = Files(tmp_path, FileLimits(), offload)
-        assert files.path(files.list("", 0)[0]).read_bytes() == b"data"
+        files = FolderFiles(tmp_path, FileLimits(), offload)
+        assert files.path((await files.list("", 0))[0]).read_bytes() == b"data"
         files.close()
 
     asyncio.run(main())
@@ -323,12 +324,12 @@ def test_a_client_that_takes_nothing_holds_a_file_no_longer_than_it_may(tmp_path
 
     async def main() -> None:
         offload = InlineOffload()
-        files = Files(tmp_path / "files", FileLimits(), offload)
-        upload = files.arriving("", "file-a", 0)
+        files = FolderFiles(tmp_path / "files", FileLimits(), offload)
+        upload = await files.arriving("", "file-a", 0)
         await upload.write(b"data")
         await files.keep(upload, File("file-a", "", "a", "batch", 4, 0))
         upload.close()
-        jobs = Jobs(files, Batches(tmp_path / "batches", files, offload, offload, 10))
+        jobs = Jobs(files, folder_batches(tmp_path / "batches", files, offload, 10))
         config = ApiConfig(send_timeout_s=0.05)
         app = create_app(FakeDispatcher(say("hi")), {"org/fake": FakeText()}, lambda: b"", config, offload, jobs=jobs)
         before = len(os.listdir("/proc/self/fd"))

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jobs.batches import Batches
-from jobs.files import FileLimits, Files
+from jobs.files import FileLimits
+from jobs.folder.files import FolderFiles
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dialects.openai.requests import INTEGER_MAX, LIMITS, NO_OPS
@@ -24,6 +24,7 @@ from router.http.chats import Chats, ChatStats
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.openapi import OPERATIONS
+from tests.folder_jobs import folder_batches
 from tracehaul.runtime.offload import InlineOffload
 
 SECRET = f"th-0123abcd-{'s' * 43}"
@@ -50,8 +51,8 @@ def answers(*requests: tuple[str, str, Any], keyed: bool = False, **headers: str
 
     async def main(folder: str) -> list[httpx.Response]:
         offload = InlineOffload()
-        files = Files(Path(folder) / "files", FileLimits(), offload)
-        jobs = Jobs(files, Batches(Path(folder) / "batches", files, offload, offload, 10))
+        files = FolderFiles(Path(folder) / "files", FileLimits(), offload)
+        jobs = Jobs(files, folder_batches(Path(folder) / "batches", files, offload, 10))
         app = create_app(
             FakeDispatcher(say("hi")),
             {"org/fake": FakeText()},
