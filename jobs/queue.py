@@ -2,7 +2,7 @@
 
 import heapq
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Container, Sequence
 
@@ -94,12 +94,21 @@ class _Batch:
 
 
 class Queue:
-    """All batches of one runner. Times are of any one clock."""
+    """All batches of one runner. Times are of any one clock.
+
+    A look costs what could be claimed now, and not what waits: there may be a hundred thousand batches of one line.
+    """
 
     def __init__(self) -> None:
         self._batches: dict[str, _Batch] = {}
         self._order: list[tuple[float, str]] = []
-        """The earliest deadline first."""
+        """The earliest deadline first; without those of which everything is claimed that could be."""
+        self._pressing: list[tuple[float, str]] = []
+        """Those that press, likewise, all of them."""
+        self._resting: set[str] = set()
+        """Those that are not in the order."""
+        self._later: set[str] = set()
+        """Those with a line that is asked again."""
 
     def __contains__(self, batch: str) -> bool:
         return batch in self._batches
@@ -125,24 +134,38 @@ class Queue:
         assert batch not in self._batches
         self._batches[batch] = _Batch(deadline_s, chains, ended, presses=presses)
         insort(self._order, (deadline_s, batch))
+        if presses:
+            insort(self._pressing, (deadline_s, batch))
 
     def drop(self, batch: str) -> None:
         """Nothing more of it is claimed; what is, may be told over or later, or not."""
-        if (found := self._batches.pop(batch, None)) is not None:
-            del self._order[bisect_left(self._order, (found.deadline_s, batch))]
+        if (found := self._batches.pop(batch, None)) is None:
+            return
+        if batch in self._resting:
+            self._resting.remove(batch)
+        else:
+            _remove(self._order, (found.deadline_s, batch))
+        if found.presses:
+            _remove(self._pressing, (found.deadline_s, batch))
+        self._later.discard(batch)
 
     def left(self, now_s: float) -> list[Left]:
         """Of those that press, the earliest deadline first."""
-        batches = [self._batches[name] for _, name in self._order]
-        return [Left(batch.left, batch.deadline_s - now_s) for batch in batches if batch.presses and batch.left]
+        batches = [self._batches[name] for _, name in self._pressing]
+        return [Left(batch.left, batch.deadline_s - now_s) for batch in batches if batch.left]
 
     def claim(self, now_s: float) -> Claim | None:
         """The line to be asked now; None: there is none now."""
-        for _, name in self._order:
+        self._come_again(now_s)
+        at = bisect_right(self._order, now_s, key=lambda entry: entry[0])  # what is late is not asked
+        while at < len(self._order):
+            _, name = self._order[at]
             batch = self._batches[name]
-            if batch.deadline_s > now_s and (found := batch.next(now_s)) is not None:
+            if (found := batch.next(now_s)) is not None:
                 batch.claimed += 1
                 return Claim(name, found[1], found[0], batch.deadline_s)
+            del self._order[at]
+            self._resting.add(name)
         return None
 
     def over(self, claim: Claim) -> None:
@@ -150,12 +173,14 @@ class Queue:
         if (batch := self._batches.get(claim.batch)) is not None:
             batch.claimed -= 1
             batch.over(claim.chain)
+            self._rises(claim.batch, batch)
 
     def later(self, claim: Claim, at_s: float) -> None:
         """It is asked again then."""
         if (batch := self._batches.get(claim.batch)) is not None:
             batch.claimed -= 1
             batch.later(claim.chain, at_s)
+            self._later.add(claim.batch)
 
     def drained(self, batch: str) -> bool:
         """All its lines have ended."""
@@ -164,5 +189,23 @@ class Queue:
 
     def wake_s(self, now_s: float) -> float | None:
         """When to look again though nothing happens; None: then there is nothing to see."""
-        live = (batch for batch in self._batches.values() if batch.deadline_s > now_s)
+        live = (batch for name in self._later if (batch := self._batches[name]).deadline_s > now_s)
         return min((at for batch in live if (at := batch.wake_s) is not None), default=None)
+
+    def _come_again(self, now_s: float) -> None:
+        """Into the order, whose line can be asked again by now."""
+        for name in list(self._later):
+            batch = self._batches[name]
+            if batch.wake_s is None:
+                self._later.remove(name)
+            elif batch.wake_s <= now_s:
+                self._rises(name, batch)
+
+    def _rises(self, name: str, batch: _Batch) -> None:
+        if name in self._resting:
+            self._resting.remove(name)
+            insort(self._order, (batch.deadline_s, name))
+
+
+def _remove(order: list[tuple[float, str]], entry: tuple[float, str]) -> None:
+    del order[bisect_left(order, entry)]

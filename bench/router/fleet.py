@@ -194,10 +194,13 @@ def http(method: str, path: str, body: bytes = b"", trace: str | None = None, *,
 
 
 @contextmanager
-def router_alone(text: Text, console: Console, **more: Any) -> Generator[RouterAlone, None, None]:
-    """A fresh router and its worker; both end with the context. ``more`` of its :class:`ClusterConfig`."""
-    api = ApiConfig(requests_max=REQUESTS_MAX)
-    config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, api=api, **more)
+def router_alone(
+    text: Text, console: Console, module: str = "cluster.cli", **more: Any
+) -> Generator[RouterAlone, None, None]:
+    """A fresh router and its worker; both end with the context. ``module``: the program that the router is; ``more`` of
+    its :class:`ClusterConfig`."""
+    more = {"api": ApiConfig(requests_max=REQUESTS_MAX), **more}
+    config = ClusterConfig(port=free_port(), nodes=NodeCounts(prefill=0), threads=1, **more)
     token = text.encode(WORD)
     assert len(token) == 1, token
     cores = os.sched_getaffinity(0)
@@ -207,7 +210,7 @@ def router_alone(text: Text, console: Console, **more: Any) -> Generator[RouterA
         run.create()
         plan = make_plan(config, console)
         save_plan(run, plan)
-        command = [sys.executable, "-m", "cluster.cli", "node", ROUTER, "--config", str(run.plan_file)]
+        command = [sys.executable, "-m", module, "node", ROUTER, "--config", str(run.plan_file)]
         log = stack.enter_context(run.log(ROUTER).open("ab"))
 
         def start() -> subprocess.Popen[bytes]:

@@ -1,7 +1,8 @@
 """A fake decode worker for the router's bench, as a process: joins the router, computes nothing, and answers at once or
 at a pace.
 
-Told by JSON lines: ``said`` (how many tokens it has), ``pace`` (tokens a second from now on; 0: at once), ``go`` (paced
+Told by JSON lines: ``said`` (how many tokens it has), ``full`` (whether it says from now on that steps wait for memory),
+``pace`` (tokens a second from now on; 0: at once), ``go`` (paced
 steps, which wait after their first token, go on), ``times`` (when each paced token was due and was sent, by trace, in
 seconds of ``perf_s``).
 """
@@ -62,6 +63,11 @@ class FakeWorker:
         self._sent_s: dict[TraceId, tuple[int, array[float]]] = {}
         """Of each paced step its phase, and when its tokens were sent."""
         self._said = 0
+        self._full = False
+
+    def load(self) -> NodeLoad:
+        """What it says of itself."""
+        return NodeLoad(token_s=1e-4, pair_s=1e-9, decode_s=0.01, free_tokens=1 << 24, waiting=int(self._full))
 
     async def do(self, command: dict[str, Any]) -> Any:
         """Carry out one command."""
@@ -71,6 +77,8 @@ class FakeWorker:
                 self._sent_s = {}
             case "pin":
                 os.sched_setaffinity(0, command["cores"])
+            case "full":
+                self._full = command["full"]
             case "said":
                 return self._said
             case "go":
@@ -142,8 +150,7 @@ async def main(told: Told) -> None:
         block_tokens=told.block_tokens,
         context_max=told.context_max,
     )
-    load = NodeLoad(token_s=1e-4, pair_s=1e-9, decode_s=0.01, free_tokens=1 << 24)
-    membership = Membership(Peers(network), [told.router], info, lambda: load, lambda members: None)
+    membership = Membership(Peers(network), [told.router], info, worker.load, lambda members: None)
     joining = asyncio.create_task(membership.run())
     await membership.joined.wait()
     say(server.address)

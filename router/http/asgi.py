@@ -134,6 +134,8 @@ class Reply:
         self._streams = False
         self._keeping: asyncio.Event | None = None
         """Set once a sign of life was sent, where one is."""
+        self.begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """There is something to look after; until then nobody need look."""
         self._started = False
         self._ended = False
         self.headers: Headers = []
@@ -153,6 +155,7 @@ class Reply:
     def streams(self) -> None:
         """It will be a stream: from now on silence counts."""
         self._streams, self._since_s = True, self._clock()
+        self._begin()
 
     async def events(self, data: bytes, *, last: bool = False) -> None:
         """Send these events now; the first ones start the stream."""
@@ -214,6 +217,10 @@ class Reply:
         except TimeoutError:
             raise ClientGone from None
 
+    def _begin(self) -> None:
+        if not self.begun.done():
+            self.begun.set_result(None)
+
     async def _tell(self, data: bytes, *, last: bool) -> None:
         if not self._started:
             kind = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -230,6 +237,7 @@ class Reply:
     async def _say(self, message: dict[str, object], *, last: bool = False) -> None:
         self._ended = last
         self._sending, self._since_s = True, self._clock()
+        self._begin()
         try:
             await self._send(message)
         except OSError as error:
@@ -260,8 +268,9 @@ async def attended(work: Coroutine[Any, Any, None], receive: Receive, reply: Rep
 
 
 async def _attend(answering: asyncio.Task[None], watch: asyncio.Task[None], reply: Reply) -> None:
-    """Until one of the two has ended; meanwhile the answer is looked after."""
-    done: set[asyncio.Task[None]] = set()
-    while not done:
+    """Until one of the two has ended; meanwhile the answer is looked after. While a call waits there is none: nothing
+    of it runs."""
+    await asyncio.wait((answering, watch, reply.begun), return_when=asyncio.FIRST_COMPLETED)
+    while not (answering.done() or watch.done()):
         pause_s = await reply.look()
-        done, _ = await asyncio.wait((answering, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((answering, watch), timeout=pause_s, return_when=asyncio.FIRST_COMPLETED)

@@ -54,24 +54,24 @@ from router.traces.trace import (
     used,
     with_kept,
 )
+from router.traces.uses import Uses
 from tracehaul.wire.ids import StepId, TraceId
 
 
 class Traces:
     """At most ``traces_max`` of them, in ``bytes_max`` bytes: of those in which nothing is under way, the one whose
-    last step began first is forgotten first, and whole.
-    """
+    last step began first is forgotten first, and whole. Calls that wait take no trace's place."""
 
     def __init__(self, traces_max: int, bytes_max: int, config: RetentionConfig) -> None:
         assert traces_max > 0
         self.gaps = Gaps()
         """What was learned of all traces' pauses."""
-        self.nbytes = 0
         self.changed: dict[TraceKey, None] | None = None
         """Where somebody writes traces down: those that are another value, or gone, since they were taken from here."""
         self._max = traces_max
         self._bytes_max = bytes_max
         self._traces: OrderedDict[TraceKey, Trace] = OrderedDict()
+        self._uses = Uses(self._traces)
         self._alarms = Alarms()
         self._lookups = Lookups()
         self._between = Between(config, self.gaps, self._alarms)
@@ -83,6 +83,11 @@ class Traces:
 
     def __contains__(self, key: object) -> bool:
         return key in self._traces
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take, about."""
+        return self._uses.nbytes + self._uses.waiting_nbytes
 
     @property
     def next_alarm_s(self) -> float | None:
@@ -241,7 +246,7 @@ class Traces:
         tip = tip if not event.shared else None
         digests = self._lookups.take(event.key, trace.digests, event.digests)
         self._put(replace(trace, digests=digests, tip=tip or trace.tip, calls_open=trace.calls_open + 1))
-        self._traces.move_to_end(event.key)
+        self._uses.used(event.key)
 
     def _began(self, event: StepBegan, now_s: float, effects: list[Effect]) -> None:
         trace = self._traces.get(event.key) or Trace(event.key, now_s)
@@ -276,7 +281,7 @@ class Traces:
                 limits=event.limits.after(trace.limits),
             )
         )
-        self._traces.move_to_end(event.key)
+        self._uses.used(event.key)
 
     def _adopted(self, trace: Trace, parent: TraceId | None, now_s: float) -> Trace:
         """A trace at its first step, which starts at its parent's places."""
@@ -286,7 +291,7 @@ class Traces:
             return trace
         if len(origin.children) < CHILDREN_MAX:
             self._put(replace(origin, children=(*origin.children, trace.trace)))
-        self._traces.move_to_end(origin.key)
+        self._uses.used(origin.key)
         return replace(trace, home=origin.home, agent=origin.agent)
 
     def _placed(self, trace: Trace, event: StepPlaced, now_s: float, effects: list[Effect]) -> Trace:
@@ -353,16 +358,14 @@ class Traces:
         return parent.lefts[-1].step if parent is not None and parent.lefts else None
 
     def _put(self, trace: Trace) -> None:
-        before = self._traces.get(trace.key)
-        self.nbytes += trace.nbytes - (before.nbytes if before is not None else 0)
-        self._traces[trace.key] = trace
+        self._uses.put(trace)
         if self.changed is not None:
             self.changed[trace.key] = None
 
     def _forget(self, trace: Trace) -> None:
         """Nothing of it stays."""
         key = trace.key
-        self.nbytes -= self._traces.pop(key).nbytes
+        self._uses.drop(key)
         if self.changed is not None:
             self.changed[key] = None
         self._alarms.clear(key)
@@ -372,18 +375,18 @@ class Traces:
             self._put(replace(parent, children=tuple(name for name in parent.children if name != trace.trace)))
 
     def _make_room(self) -> None:
-        while len(self._traces) > self._max or self.nbytes > self._bytes_max:
-            idle = next((trace for trace in self._traces.values() if trace.forgettable), None)
+        while self._uses.count > self._max or self._uses.nbytes > self._bytes_max:
+            idle = self._uses.first()
             if idle is None:
                 return  # what is under way is bounded by the API's own limit
-            self._forget(idle)
+            self._forget(self._traces[idle])
 
     def check(self) -> None:
         """Assert that the limits hold, and that nothing is kept of what was forgotten."""
         traces = self._traces.values()
-        assert self.nbytes == sum(trace.nbytes for trace in traces)
-        within = len(traces) <= self._max and self.nbytes <= self._bytes_max
+        within = self._uses.count <= self._max and self._uses.nbytes <= self._bytes_max
         assert within or not any(trace.forgettable for trace in traces)
+        self._uses.check()
         planned = self._alarms.traces()
         assert planned <= self._traces.keys()
         for trace in traces:

@@ -6,6 +6,7 @@ import pytest
 from jobs.queue import Claim, Queue
 from jobs.retries import FAULTS_MAX, PAUSE_S_MAX, Answer, NoAnswer, Tried, again_in_s
 from jobs.windows import window_s
+from tests.opcodes import opcodes
 
 
 def claims(queue: Queue, now_s: float) -> list[Claim]:
@@ -106,6 +107,46 @@ def test_nothing_is_claimed_of_a_batch_that_was_dropped() -> None:
     assert queue.wake_s(0.0) is None
     queue.add("b", 100, [[0]])
     assert queue.claim(2) is not None
+
+
+def crowd(calls: int) -> Queue:
+    """So many wait, some are claimed, and a batch has a line that is asked again."""
+    queue = Queue()
+    queue.add("batch", 1000, [[0], [1]])
+    again = queue.claim(0)
+    assert again is not None
+    queue.later(again, 500.0)
+    for at in range(calls):
+        queue.add(f"call {at}", 100.0 + at, [[0]], presses=False)
+    for _ in range(4):
+        assert queue.claim(0) is not None
+    return queue
+
+
+def look(queue: Queue) -> int:
+    """What one costs, and that a call leaves."""
+    looks = (lambda: queue.left(1.0), lambda: queue.wake_s(1.0), lambda: queue.claim(1.0), lambda: queue.drop("call 7"))
+    return sum(map(opcodes, looks))
+
+
+def test_a_look_costs_what_may_go_and_not_what_waits() -> None:
+    cost: list[int] = []
+    for calls in (10, 1000):
+        queue = crowd(calls)
+        cost.append(look(queue))
+        assert [left.lines for left in queue.left(1.0)] == [2]
+        assert len(claims(queue, 1.0)) == calls - 5, "those that wait, but one that left, and the batch's other line"
+    assert cost[0] > 100
+    assert cost[1] < cost[0] + 100, "as a search by halves costs more"
+
+
+def test_those_whose_time_is_over_cost_the_others_nothing() -> None:
+    queue = crowd(1000)
+    queue.add("last", 5000.0, [[0]], presses=False)
+    assert opcodes(lambda: queue.claim(1500.0)) < 500
+    queue = crowd(1000)
+    queue.add("last", 5000.0, [[0]], presses=False)
+    assert named(claims(queue, 1500.0)) == [("last", 0)]
 
 
 def failed(status: int, code: str | None = None, retry_after_s: float | None = None) -> Answer:

@@ -38,6 +38,7 @@ from router.traces.lookups import Lookups
 from router.traces.machine import Traces
 from router.traces.texts import Said, fresh
 from router.traces.trace import PinWish
+from router.traces.uses import Uses
 from tests.unit.router.test_traces import HOME, WORKER, Machine, key, left
 from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import BlockHash, Generation, StepId
@@ -88,7 +89,7 @@ def test_events_are_plain_data_that_give_the_same_traces_again() -> None:
 
 def state(part: object) -> object:
     """All that a machine or a part of it knows, in its order, down to what was learned of pauses."""
-    if isinstance(part, (Traces, Alarms, Lookups, Gaps)):
+    if isinstance(part, (Traces, Uses, Alarms, Lookups, Gaps)):
         return {name: state(value) for name, value in vars(part).items() if name != "_between"}
     if isinstance(part, np.ndarray):
         return part.tolist()
