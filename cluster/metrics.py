@@ -20,6 +20,8 @@ from starlette.routing import Route
 
 from cluster.metric_names import GAUGES, OTHER_COUNTERS, counter_of, load_of
 from cluster.metric_names import Metric as Named
+from router.fleet.members import MemberRegistry
+from router.fleet.pools import WORKERS
 from router.http.config import ApiConfig
 from router.http.pages import METRICS_TYPE
 from router.http.server import ApiServer, serve
@@ -71,6 +73,17 @@ def gauge(name: str, values: float | Mapping[str, float]) -> Metric:
     for label, value in values.items():
         family.add_metric([label], value)
     return family
+
+
+def workers(members: MemberRegistry) -> Iterable[Metric]:
+    """How many a router has of each role, by pool; also where these are none."""
+    pools = {worker.info.pool for worker in members.view().workers}
+    metric = GAUGES["workers"]
+    family = GaugeMetricFamily(f"tracehaul_{metric.name}", metric.help, labels=metric.labels)
+    for pool in sorted(pools):
+        for role in WORKERS:
+            family.add_metric([pool, role], len(members.live(role, pool)))
+    yield family
 
 
 def counter(name: str, value: float | dict[str, int]) -> Metric:

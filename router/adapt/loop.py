@@ -80,6 +80,8 @@ class View(NamedTuple):
     to_decode: tuple[Seat, ...] = ()
     """Prefill workers that may become decode workers now."""
     to_prefill: tuple[Seat, ...] = ()
+    seen: float = 1.0
+    """The share of what the pool does that is counted here; the rest is other routers'."""
 
 
 class Change(msgspec.Struct, frozen=True, tag="change"):
@@ -119,6 +121,8 @@ class _Trial:
     change: Change
     before: Work
     landed_s: float | None = None
+    spoiled: str = ""
+    """Why it can prove nothing."""
 
 
 @dataclass
@@ -187,8 +191,23 @@ class Loop:
             self._bar(change.role, trial.before, now_s)
             self._rest(now_s)
             self._told(Verdict(change.number, change.node, "refused", refused, change.foretold))
+        elif trial.spoiled:
+            self._trial = None
+            self._told(Verdict(change.number, change.node, "unclear", trial.spoiled, change.foretold))
         else:
             trial.landed_s = now_s
+
+    def disturbed(self, why: str) -> None:
+        """The pool has become another, and not by this loop: what is on trial proves nothing."""
+        self._streak, self._sure_since_s = None, None
+        trial = self._trial
+        if trial is None:
+            return
+        if trial.landed_s is None:
+            trial.spoiled = why
+            return
+        self._trial = None
+        self._told(Verdict(trial.change.number, trial.change.node, "unclear", why, trial.change.foretold))
 
     # --- proposing ------------------------------------------------------------------------------------------------
 
@@ -231,7 +250,7 @@ class Loop:
     def _demand(self, work: Work, view: View) -> Demand:
         iteration_s, share = self._pace.line()
         return Demand(
-            rate=work.ended / work.seconds,
+            rate=work.ended / work.seconds / view.seen,
             step_s=work.step_s,
             gap_s=work.gap_s,
             prompt_s=work.prompt_s,
