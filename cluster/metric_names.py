@@ -326,7 +326,7 @@ GAUGES: dict[str, Metric] = {
         Metric("store_slots", "slots", "Slots of a store node's memory, by what they are.", ("state",)),
         Metric("webhooks_waiting", "events", "Events on their way to receivers of webhooks.", ("receiver",)),
         Metric("webhooks_broken", "addresses", "Addresses there that are told nothing for now.", ("receiver",)),
-        Metric("workers", "workers", "Workers that may get work, as a router sees them.", ("pool", "role")),
+        Metric("workers", "workers", "Workers that may get work, as a router sees them.", ("role",)),
         Metric("journal_behind", "traces", "Traces that are not written down as they are."),
         Metric("journal_failing", "1", "1 while the store of records does not do what it is asked."),
         Metric("store_open_leases", "leases", "Open leases of readers."),

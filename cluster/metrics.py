@@ -76,14 +76,8 @@ def gauge(name: str, values: float | Mapping[str, float]) -> Metric:
 
 
 def workers(members: MemberRegistry) -> Iterable[Metric]:
-    """How many a router has of each role, by pool; also where these are none."""
-    pools = {worker.info.pool for worker in members.view().workers}
-    metric = GAUGES["workers"]
-    family = GaugeMetricFamily(f"tracehaul_{metric.name}", metric.help, labels=metric.labels)
-    for pool in sorted(pools):
-        for role in WORKERS:
-            family.add_metric([pool, role], len(members.live(role, pool)))
-    yield family
+    """How many a router has of each role; also where these are none."""
+    yield gauge("workers", {role: float(len(members.live(role))) for role in WORKERS})
 
 
 def counter(name: str, value: float | dict[str, int]) -> Metric:
