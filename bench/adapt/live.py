@@ -23,6 +23,8 @@ WARM_UP_S = 15.0
 AROUND_S = 10.0
 """So long before and after a worker changed its role hits are compared."""
 TIMEOUT_S = 120.0
+LATE = 504
+"""Status of what was ended at its deadline."""
 LOOK_S = 0.25
 ADAPT = AdaptConfig(enabled=True, every_s=1.0, gain_min=0.1, pause_s=2.0)
 BEGUN_WITH = 1
@@ -38,19 +40,19 @@ class Kind(NamedTuple):
     output: int
     steps: int
     gap_s: float = 0.5
-    deadline_s: float = float("inf")
-    """A step that takes longer does not count."""
+    deadline_s: float = 30.0
+    """A step that takes longer does not count: it is ended then."""
     children: int = 0
     """Traces that go on from the first step's context, all at once."""
 
 
 PHASES: Mapping[str, Sequence[Kind]] = {
     "prompts": (
-        Kind(10, first=1200, more=800, output=8, steps=4, deadline_s=20.0),
-        Kind(16, first=60, more=30, output=16, steps=6, deadline_s=3.5),
+        Kind(16, first=500, more=400, output=6, steps=6, gap_s=0.3),
+        Kind(12, first=50, more=20, output=120, steps=3),
     ),
-    "answers": (Kind(40, first=60, more=30, output=50, steps=4, deadline_s=20.0),),
-    "forks": (Kind(5, first=900, more=40, output=24, steps=2, deadline_s=15.0, children=6),),
+    "answers": (Kind(40, first=60, more=30, output=50, steps=4),),
+    "forks": (Kind(5, first=900, more=40, output=24, steps=2, children=6),),
 }
 
 
@@ -58,7 +60,6 @@ class Step(NamedTuple):
     """One that was answered."""
 
     ended_s: float
-    in_time: bool
     had: int
     """Tokens of its trace that somebody has computed."""
     cached: int
@@ -69,6 +70,8 @@ class Seen:
     """In one run."""
 
     steps: list[Step] = field(default_factory=list[Step])
+    late: int = 0
+    """Ended at their deadlines."""
     failed: list[str] = field(default_factory=list[str])
     turned_s: list[float] = field(default_factory=list[float])
     """When a worker was seen in another role."""
@@ -109,13 +112,13 @@ class Agent:
             if self.ends:
                 return 0
             prompt += self._new(self._about(self._kind.more) if step else first)
-            began_s = clock.perf_s()
             answer = await self._ask(name, prompt, self._about(self._kind.output), final=step == steps - 1)
             if answer is None:
+                await asyncio.sleep(self._kind.gap_s)
                 return 0
             now_s = clock.perf_s()
             cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            self._seen.steps.append(Step(now_s, now_s - began_s <= self._kind.deadline_s, known, min(known, cached)))
+            self._seen.steps.append(Step(now_s, known, min(known, cached)))
             prompt += answer["choices"][0]["token_ids"]
             known = len(prompt) - 1  # nobody has the KV of the last token
             await asyncio.sleep(self._kind.gap_s * self._dice.uniform(0.5, 1.5))
@@ -123,11 +126,15 @@ class Agent:
 
     async def _ask(self, trace: str, prompt: list[int], output: int, *, final: bool) -> dict[str, Any] | None:
         body: dict[str, Any] = {"prompt": prompt, "max_tokens": output, "temperature": 0, "ignore_eos": True}
-        headers = {"x-trace-id": trace, **({"x-trace-final": "true"} if final else {})}
+        headers = {"x-trace-id": trace, "x-deadline-s": str(self._kind.deadline_s)}
+        headers |= {"x-trace-final": "true"} if final else {}
         try:
             answer = await self._http.post("/v1/completions", json=body | {"return_token_ids": True}, headers=headers)
         except httpx.HTTPError as error:
             self._seen.failed.append(f"{trace}: {type(error).__name__} {error}")
+            return None
+        if answer.status_code == LATE:
+            self._seen.late += 1
             return None
         if answer.status_code != 200:
             self._seen.failed.append(f"{trace}: {answer.status_code} {answer.text[:200]}")
@@ -176,7 +183,7 @@ async def measure(folder: Path, prefills: int, adapt: AdaptConfig, seconds: floa
             seen.splits.append(await _split(http))
         shifts_s.append(clock.perf_s())
         watching.cancel()
-    done_s = sorted(step.ended_s for step in seen.steps if step.in_time)
+    done_s = sorted(step.ended_s for step in seen.steps)
 
     def rate(from_s: float, to_s: float) -> float:
         return (bisect(done_s, to_s) - bisect(done_s, from_s)) / (to_s - from_s)

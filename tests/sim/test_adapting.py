@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 import msgspec
-import pytest
 
 from router.adapt.loop import AdaptConfig, Change, Verdict
 from router.dispatch.config import DispatchConfig
@@ -59,7 +58,7 @@ class Load:
         await asyncio.gather(*self._agents)
 
     async def _agent(self, number: int) -> None:
-        dice = random.Random(number)  # noqa: S311 - reproducible is the point
+        dice = random.Random(number)
         count = 0
         while not self._ends:
             count += 1
