@@ -261,16 +261,15 @@ def status(
 
 @app.command()
 def explain(
-    trace: Annotated[str, typer.Argument(help="Which trace: its X-Trace-Id.")],
+    trace: Annotated[str, typer.Argument(help="Which trace: its X-Trace-Id; or a worker, such as decode-1.")],
     salt: Annotated[str, typer.Option("--salt", help="The tenant's cache_salt, if it has one.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="What the router knows, as JSON.")] = False,
     url: Annotated[str | None, typer.Option(help="Base URL of a cluster's API. Default: the one started here.")] = None,
     key: KeyOption = None,
     run_dir: RunDirOption = DEFAULT_RUN_DIR,
 ) -> None:
-    """Tell a trace's story: its steps, where they ran and why, what was cached, what was lost and why.
-
-    Where the router here is dead or has forgotten it: what its decision file has.
+    """Tell a trace's story: its steps, where they ran and why, what was cached, what was lost and why; or a worker's:
+    how its role was changed, and why. Where the router here is dead or has forgotten it: what its decision file has.
 
     Example:
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from router.adapt.story import Noted
 from router.policy.hindsight import Ended, Priced
 from router.traces.decisions import Decision, Entry
 from router.traces.decisions import Ended as StepEnded
@@ -71,7 +72,11 @@ class DecisionFile:
         """Append what one was based on."""
         self._write(PricedLine(wall_s(), key[1], priced, key[0]))
 
-    def _write(self, said: Line | PricedLine) -> None:
+    def write_noted(self, noted: Noted) -> None:
+        """Append what was changed at a node, or what came of it."""
+        self._write(noted)
+
+    def _write(self, said: Line | PricedLine | Noted) -> None:
         before = len(self._waiting)
         self._encode(said, self._waiting, before)
         self._waiting += b"\n"
@@ -155,6 +160,25 @@ def lines_of(path: Path, trace: str, salt: str) -> list[Line]:
                 except msgspec.DecodeError:
                     continue
                 if (read.trace, read.salt) == (trace, salt):
+                    found.append(read)
+    return found
+
+
+def noted_of(path: Path, node: str) -> list[Noted]:
+    """What was written of changes at a node, the oldest first; as :func:`lines_of`."""
+    found: list[Noted] = []
+    needle = msgspec.json.encode(node)
+    decode = msgspec.json.Decoder(Noted).decode
+    for file in _files(path):
+        with file.open("rb") as lines:
+            for line in lines:
+                if needle not in line or b'"what":' not in line:
+                    continue
+                try:
+                    read = decode(line)
+                except msgspec.DecodeError:
+                    continue
+                if read.what.node == node:
                     found.append(read)
     return found
 

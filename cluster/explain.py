@@ -1,4 +1,4 @@
-"""``tracehaul explain``: one trace's story, from the router that runs it, or from what it wrote down."""
+"""``tracehaul explain``: one trace's story, or a worker's, from the router, or from what it wrote down."""
 
 from collections.abc import Callable
 from urllib.parse import quote
@@ -6,11 +6,14 @@ from urllib.parse import quote
 import msgspec
 
 from cluster.api import Api
-from cluster.decision_file import Line, lines_of
+from cluster.decision_file import Line, lines_of, noted_of
 from cluster.rundir import ClusterFault, RunDir
+from router.adapt.story import story as changes_story
+from router.http.roles import Changes
 from router.traces.story import events, story
 from router.traces.views import DecisionView, TraceView
 from tracehaul.runtime import clock
+from tracehaul.wire.ids import NodeId
 
 TIMEOUT_S = 5.0
 NOT_FOUND = 404
@@ -31,7 +34,7 @@ def explain(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -
 
     Args:
         ask: how the router is reached; may raise ClusterFault.
-        trace: which.
+        trace: which; a worker's name where there is no such trace.
         salt: its tenant's.
         run: where a router of this machine writes down what it decides.
 
@@ -39,6 +42,9 @@ def explain(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -
         ClusterFault: the router does not tell, and nothing is written down.
     """
     told = _fetch_or_read(ask, trace, salt, run)
+    if isinstance(told, Changes):
+        lines = changes_story(told.changes, told.node, told.now_s)
+        return lines or [f"{told.node} has the role that it was given: the router has not changed it by itself."]
     if isinstance(told, bytes):
         try:
             return story(msgspec.json.decode(told, type=TraceView))
@@ -50,7 +56,7 @@ def explain(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -
 
 
 def explain_json(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -> bytes:
-    """What is known, as JSON: the router's view of the trace, or a :class:`Written`.
+    """What is known, as JSON: the router's view of the trace, a :class:`Written`, or a worker's :class:`Changes`.
 
     Raises:
         ClusterFault: as :func:`explain`.
@@ -59,10 +65,12 @@ def explain_json(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | No
     return told if isinstance(told, bytes) else msgspec.json.encode(told)
 
 
-def _fetch_or_read(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -> bytes | Written:
+def _fetch_or_read(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | None) -> bytes | Written | Changes:
     try:
         return _fetch(ask(), trace, salt)
     except ClusterFault as fault:
+        if (changes := _changes(ask, trace, run)) is not None:
+            return changes
         if run is None:
             raise
         file = run.decisions()
@@ -73,6 +81,24 @@ def _fetch_or_read(ask: Callable[[], Api], trace: str, salt: str, run: RunDir | 
         if not lines:
             raise ClusterFault(f"{fault}; and {file} has nothing of it") from fault
         return Written(trace, str(fault), str(file), lines)
+
+
+def _changes(ask: Callable[[], Api], node: str, run: RunDir | None) -> Changes | None:
+    """What became of a worker's role: as the router tells, or as one wrote it down; None: there is no such node."""
+    told = None
+    try:
+        answer = ask().get(f"/cluster/{quote(node, safe='')}/changes", TIMEOUT_S)
+        if not answer.is_error:
+            told = msgspec.json.decode(answer.content, type=Changes)
+    except (ClusterFault, msgspec.DecodeError):
+        pass
+    if run is None or (told is not None and told.changes):
+        return told
+    try:
+        noted = noted_of(run.decisions(), node)
+    except OSError:
+        return told
+    return Changes(NodeId(node), clock.wall_s(), noted) if noted else told
 
 
 def _fetch(api: Api, trace: str, salt: str) -> bytes:

@@ -231,6 +231,16 @@ COUNTERS["FlipStats"] = {
     "refused": Metric("refused", "orders", "Changes of a role that could not be ordered, as the fleet was."),
     "failed": Metric("failed", "orders", "Changes of a role that were ordered and have not come to pass."),
 }
+COUNTERS["AdaptStats"] = {
+    "changes": Metric("changes", "changes", "Changes of a role that this router decided on of its own accord."),
+    "kept": Metric("kept", "changes", "Those whose gain came."),
+    "unclear": Metric(
+        "unclear", "changes", "Those of which nothing can be said, as the work or the fleet has changed."
+    ),
+    "in_vain": Metric("in_vain", "changes", "Those whose gain did not come."),
+    "refused": Metric("refused", "changes", "Those that were not carried out."),
+    "taken_back": Metric("taken_back", "changes", "Those in vain that were to be taken back."),
+}
 COUNTERS["ChatStats"] = {
     "kept": Metric("kept", "completions", "Chat completions kept for clients that asked for it (`store`)."),
     "not_kept": Metric("not_kept", "completions", "Those that were to be kept and are not: the database refused."),
@@ -266,6 +276,7 @@ PARTS = {
     "journal": "TraceJournalStats",
     "handover": "HandoverStats",
     "flips": "FlipStats",
+    "adapt": "AdaptStats",
     "chats": "ChatStats",
     "webhooks": "WebhookStats",
 }
@@ -315,6 +326,7 @@ GAUGES: dict[str, Metric] = {
         Metric("store_slots", "slots", "Slots of a store node's memory, by what they are.", ("state",)),
         Metric("webhooks_waiting", "events", "Events on their way to receivers of webhooks.", ("receiver",)),
         Metric("webhooks_broken", "addresses", "Addresses there that are told nothing for now.", ("receiver",)),
+        Metric("workers", "workers", "Workers that may get work, as a router sees them.", ("role",)),
         Metric("journal_behind", "traces", "Traces that are not written down as they are."),
         Metric("journal_failing", "1", "1 while the store of records does not do what it is asked."),
         Metric("store_open_leases", "leases", "Open leases of readers."),

@@ -20,6 +20,8 @@ from starlette.routing import Route
 
 from cluster.metric_names import GAUGES, OTHER_COUNTERS, counter_of, load_of
 from cluster.metric_names import Metric as Named
+from router.fleet.members import MemberRegistry
+from router.fleet.pools import WORKERS
 from router.http.config import ApiConfig
 from router.http.pages import METRICS_TYPE
 from router.http.server import ApiServer, serve
@@ -71,6 +73,11 @@ def gauge(name: str, values: float | Mapping[str, float]) -> Metric:
     for label, value in values.items():
         family.add_metric([label], value)
     return family
+
+
+def workers(members: MemberRegistry) -> Iterable[Metric]:
+    """How many a router has of each role; also where these are none."""
+    yield gauge("workers", {role: float(len(members.live(role))) for role in WORKERS})
 
 
 def counter(name: str, value: float | dict[str, int]) -> Metric:

@@ -23,7 +23,7 @@ from prometheus_client.metrics_core import Metric
 from cluster.config import authority
 from cluster.directory.opening import open_directory
 from cluster.engines import stock_seat, with_engine
-from cluster.metrics import NodeMetrics
+from cluster.metrics import NodeMetrics, workers
 from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
 from cluster.security.secrets import FOLDER, networks_of
@@ -32,7 +32,7 @@ from kvstore.tiers.disk import NoDisk
 from kvstore.tiers.s3 import NoBucket
 from router.fleet.members import Terms
 from router.http.keys import BadKeys
-from router.http.server import ROOM
+from router.http.server import ROOM, serve
 from tracehaul import __version__
 from tracehaul.engine.base import Engine
 from tracehaul.model.source import SourceError, user_cache_dir
@@ -344,22 +344,22 @@ class _Node:
         from router.assemble import Router
         from router.fleet.gate import Gate
         from router.http.access import KeysOnDisk
-        from router.http.server import serve
         from router.http.tls import certificate_of
         from tracehaul.model.text import Text
 
-        config = self._plan.config
+        config, name = self._plan.config, self._spec.name
         keep_little()
         async with AsyncExitStack() as stack:
             offload = ThreadOffload("tokenize")
             stack.callback(offload.close)
-            router = Router(peers, config.dispatch, self._terms(stack, offload), prices_of(self._plan))
+            router = Router(peers, self._plan.dispatch(name), self._terms(stack, offload), prices_of(self._plan))
             stack.push_async_callback(router.close)
-            decisions = DecisionFile(self._run.decisions())
+            dispatch, decisions = router.dispatch, DecisionFile(self._run.decisions())
             stack.callback(decisions.close)
-            router.dispatch.retainer.told, router.dispatch.pricing.told = decisions.write, decisions.write_priced
-            answers = opened_answers(self._run.answers(self._spec.name), config.dispatch)
-            router.dispatch.book.answers = await stack.enter_async_context(answers)
+            dispatch.retainer.told, dispatch.pricing.told = decisions.write, decisions.write_priced
+            dispatch.adapting.told = decisions.write_noted
+            answers = opened_answers(self._run.answers(name), config.dispatch)
+            dispatch.book.answers = await stack.enter_async_context(answers)
             gate = Gate(router.service, self._networks.tokens)
             listen = authority(self._spec.listen, self._spec.control_port)
             server = await self._networks.control.listen(listen, gate, self._spec.address)
@@ -368,12 +368,12 @@ class _Node:
             texts = {pool.model.name: await offload.run(partial(Text.load, pool.model)) for pool in self._plan.pools}
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
-            journal = await remember(router, config, self._run, Whose(self._spec.name, server.address), offload, texts)
+            journal = await remember(router, config, self._run, Whose(name, server.address), offload, texts)
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()
-            bills = router.dispatch.bills
-            kept = await stack.enter_async_context(opened_kept(config, self._run, self._spec.name, offload, bills))
-            shown = NodeMetrics({**router.stats, **self._stats, **kept.stats}, None, (journal, kept.metrics)).render
+            kept = await stack.enter_async_context(opened_kept(config, self._run, name, offload, dispatch.bills))
+            shown_now = (journal, kept.metrics, partial(workers, dispatch.members))
+            shown = NodeMetrics({**router.stats, **self._stats, **kept.stats}, None, shown_now).render
             app = kept.app(router, texts, config.api, offload, shown, keys.keyring if keys else None)
             api = await serve(
                 app,
@@ -387,7 +387,7 @@ class _Node:
             stack.push_async_callback(api.close)
             tasks = await stack.enter_async_context(Tasks("router"))
             tasks.start(refreshing(*filter(None, (keys, certificate))), "files")
-            tasks.start(open_directory(self._plan, self._run).announce(self._spec.name, server.address), "announce")
+            tasks.start(open_directory(self._plan, self._run).announce(name, server.address), "announce")
             settle()
             self._tell(phase="ready", metrics=authority(api.host, api.port))
             ended = asyncio.ensure_future(api.wait())

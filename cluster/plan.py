@@ -9,6 +9,7 @@ from cluster.config import ROUTER, ClusterConfig, PoolConfig, Role, authority, b
 from cluster.known import known_part
 from cluster.rundir import ClusterFault, RunDir
 from kvstore.config import StoreConfig
+from router.dispatch.config import DispatchConfig
 from tracehaul.model.source import ModelSource
 from tracehaul.runtime.addresses import literal
 from tracehaul.transfer.opening import Kind
@@ -106,6 +107,13 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if len({spec.host for spec in self.nodes}) == 1:
             return ("shm",) if kind == "auto" else (kind,)
         return ("shm", "auto" if kind == "shm" else kind)
+
+    def dispatch(self, router: str) -> DispatchConfig:
+        """Of a router: where several know nothing of each other, the first alone adapts the fleet."""
+        own, routers = self.config.dispatch, [spec.name for spec in self.nodes if spec.role == "router"]
+        if self.config.database or not own.adapt.enabled or router == min(routers):
+            return own
+        return msgspec.structs.replace(own, adapt=msgspec.structs.replace(own.adapt, enabled=False))
 
     def nodes_on(self, host: str) -> tuple[NodeSpec, ...]:
         """Those of one host, in the order to start them."""

@@ -96,8 +96,9 @@ class Records(Protocol):
         or whose last answer that is; None: nobody."""
         ...
 
-    async def live(self, for_s: float) -> None:
-        """This router lives, and the others may believe that for so long; 0: it ends."""
+    async def live(self, for_s: float) -> frozenset[str]:
+        """This router lives, and the others may believe that for so long; returns which routers live. 0: it ends, and
+        learns nothing."""
         ...
 
     def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:

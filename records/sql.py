@@ -90,7 +90,7 @@ class SqlRecords:
         lives = row.until_s is not None and row.until_s > now_s
         return Holder(tenant, plain(row.trace), row.router, row.address or "", lives)
 
-    async def live(self, for_s: float) -> None:
+    async def live(self, for_s: float) -> frozenset[str]:
         with translated():
             async with asyncio.timeout(self._timeout_s):
                 await self._ready()
@@ -98,6 +98,10 @@ class SqlRecords:
                     now_s = (await connection.execute(sql.now(sqlite=self._sqlite))).scalar_one() if for_s else 0.0
                     row = {**self._me, "b_address": self._address, "b_until_s": now_s + for_s}
                     await connection.execute(sql.LIVE, row)
+                    if not for_s:
+                        return frozenset()
+                    found = await connection.execute(sql.LIVING, {"b_scope": self._scope, "b_now_s": now_s})
+                    return frozenset(found.scalars())
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         for at in range(0, len(names), TRACES_AT_ONCE):

@@ -56,7 +56,7 @@ MARK = (
 MINE = select(*_CLAIMED).where(_MINE)
 _TAKEN = {"router": _ROUTER, "life": _LIFE, "fence": heads.c.fence + 1}
 CLAIM = update(heads).where(_HEAD_OF).values(_TAKEN).returning(heads.c.fence)
-_LIVING = select(lives.c.router).where(lives.c.scope == _SCOPE, lives.c.until_s > bindparam("b_now_s"))
+LIVING = select(lives.c.router).where(lives.c.scope == _SCOPE, lives.c.until_s > bindparam("b_now_s"))
 ADOPT_MINE = (
     update(heads)
     .where(heads.c.scope == _SCOPE, heads.c.router == _ROUTER, heads.c.life != _LIFE)
@@ -65,7 +65,7 @@ ADOPT_MINE = (
 )
 ADOPT_OTHERS = (
     update(heads)
-    .where(heads.c.scope == _SCOPE, heads.c.router != _ROUTER, heads.c.router.not_in(_LIVING))
+    .where(heads.c.scope == _SCOPE, heads.c.router != _ROUTER, heads.c.router.not_in(LIVING))
     .values(_TAKEN)
     .returning(*_CLAIMED)
 )

@@ -48,6 +48,7 @@ class Router:
             "retention": self.dispatch.retainer.stats,
             "bills": self.dispatch.bills.stats,
             "flips": self.dispatch.flips.stats,
+            "adapt": self.dispatch.adapting.stats,
         }
         """Counts of its life, by the part of it that counts."""
         self.journal: Journal | None = None
@@ -78,6 +79,7 @@ class Router:
         if shared:
             handover = self._handover = Handover(shared_as, records, journal, self._peers, offload)
             self.stats["handover"] = handover.stats
+            dispatch.adapting.leads = handover.leads
             dispatch.book.elsewhere = self._doorway.handover = handover
             await handover.start()
         await journal.start()

@@ -139,10 +139,11 @@ class SimRecords:
         await self._database.answered(lost)
         return found
 
-    async def live(self, for_s: float) -> None:
+    async def live(self, for_s: float) -> frozenset[str]:
         lost = await self._database.asked()
-        await self._inner.live(for_s)
+        found = await self._inner.live(for_s)
         await self._database.answered(lost)
+        return found
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         async for rows in self._inner.rows(names):

@@ -7,6 +7,7 @@ unless the work has become another: then nothing is concluded. Nor is it where a
 to change.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -14,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from router.adapt.model import Demand, Pace, Roles, expected, fit, in_time
+from router.adapt.model import FULL, Demand, Pace, Roles, expected, fit, in_time
 from router.adapt.window import Window, Work
 from tracehaul.wire.ids import NodeId
 
@@ -41,6 +42,9 @@ QUICKER = 0.1
 OTHER_WORK, STEADY = 1.5, 1.25
 """The work is another where a step has so many times as many new tokens, or generates as many, or a part of it; and is
 on the way there where it is by less."""
+MISSED, HOPED_MAX = 0.08, 0.4
+"""Where so many steps come too late a change is tried that means do not tell: more prefill workers where these have
+more to compute than they can, more decode workers else. So much is hoped for at most."""
 BARRED_S, BARRED_MAX_S = 60.0, 960.0
 STEPS_MIN = 8
 """Fewer say nothing."""
@@ -80,6 +84,8 @@ class View(NamedTuple):
     to_decode: tuple[Seat, ...] = ()
     """Prefill workers that may become decode workers now."""
     to_prefill: tuple[Seat, ...] = ()
+    seen: float = 1.0
+    """The share of what the pool does that is counted here; the rest is other routers'."""
 
 
 class Change(msgspec.Struct, frozen=True, tag="change"):
@@ -119,14 +125,15 @@ class _Trial:
     change: Change
     before: Work
     landed_s: float | None = None
+    spoiled: str = ""
+    """Why it can prove nothing."""
 
 
 @dataclass
 class _Bar:
     until_s: float
     length_s: float
-    new: float
-    output: float
+    work: Work
 
 
 class Loop:
@@ -187,8 +194,23 @@ class Loop:
             self._bar(change.role, trial.before, now_s)
             self._rest(now_s)
             self._told(Verdict(change.number, change.node, "refused", refused, change.foretold))
+        elif trial.spoiled:
+            self._trial = None
+            self._told(Verdict(change.number, change.node, "unclear", trial.spoiled, change.foretold))
         else:
             trial.landed_s = now_s
+
+    def disturbed(self, why: str) -> None:
+        """The pool has become another, and not by this loop: what is on trial proves nothing."""
+        self._streak, self._sure_since_s = None, None
+        trial = self._trial
+        if trial is None:
+            return
+        if trial.landed_s is None:
+            trial.spoiled = why
+            return
+        self._trial = None
+        self._told(Verdict(trial.change.number, trial.change.node, "unclear", why, trial.change.foretold))
 
     # --- proposing ------------------------------------------------------------------------------------------------
 
@@ -216,7 +238,7 @@ class Loop:
         self._count += 1
         self._streak = None
         inputs = {name: round(float(value), 6) for name, value in demand._asdict().items()}
-        inputs |= {"prefills": view.roles.prefills, "decodes": view.roles.decodes, "in_time": work.steps / work.ended}
+        inputs |= {"prefills": view.roles.prefills, "decodes": view.roles.decodes, "in_time": in_time(work.ratios, 1.0)}
         change = Change(self._count, node, role, gain, quicker, inputs)
         self._trial = _Trial(change, work)
         self._told(change)
@@ -231,7 +253,7 @@ class Loop:
     def _demand(self, work: Work, view: View) -> Demand:
         iteration_s, share = self._pace.line()
         return Demand(
-            rate=work.ended / work.seconds,
+            rate=work.ended / work.seconds / view.seen,
             step_s=work.step_s,
             gap_s=work.gap_s,
             prompt_s=work.prompt_s,
@@ -246,6 +268,8 @@ class Loop:
         roles, found = view.roles, list[tuple[Direction, float, bool]]()
         factor = fit(demand, roles)
         now = expected(demand, roles, factor)
+        met = max(in_time(work.ratios, 1.0), 1e-3)
+        spills = demand.rate * demand.prompt_s > FULL * roles.prefills
         candidates: list[tuple[Direction, Roles]] = []
         if view.to_decode and roles.prefills > 1:
             candidates.append(("decode", Roles(roles.prefills - 1, roles.decodes + 1)))
@@ -255,10 +279,11 @@ class Loop:
             if self._barred(role, work, view.now_s):
                 continue
             then = expected(demand, other, factor)
-            met = max(in_time(work.ratios, 1.0), 1e-3)
             gain = then.rate * in_time(work.ratios, then.step_s / max(now.step_s, 1e-9)) / (now.rate * met) - 1
             if gain >= self._config.gain_min:
                 found.append((role, gain, False))
+            elif 1 - met > MISSED and role == ("prefill" if spills else "decode"):
+                found.append((role, min(HOPED_MAX, 1 / met - 1), False))
             elif gain > -0.01 and 1 - then.step_s / max(now.step_s, 1e-9) > 2 * self._config.gain_min:
                 found.append((role, 1 - then.step_s / now.step_s, True))
         return found
@@ -340,21 +365,19 @@ class Loop:
     def _bar(self, role: Direction, work: Work, now_s: float) -> None:
         """Not again for a while, with such work."""
         before = self._bars.get(role)
-        again = before is not None and not _other(before.new, work.new) and not _other(before.output, work.output)
+        again = before is not None and not _another(before.work, work)
         length_s = min(BARRED_MAX_S, 2 * before.length_s) if again and before is not None else BARRED_S
-        self._bars[role] = _Bar(now_s + length_s, length_s, work.new, work.output)
+        self._bars[role] = _Bar(now_s + length_s, length_s, work)
 
     def _barred(self, role: Direction, work: Work, now_s: float) -> bool:
         bar = self._bars.get(role)
-        return (
-            bar is not None
-            and now_s < bar.until_s
-            and not (_other(bar.new, work.new) or _other(bar.output, work.output))
-        )
+        return bar is not None and now_s < bar.until_s and not _another(bar.work, work)
 
 
 def _another(before: Work, now: Work, by: float = OTHER_WORK) -> bool:
-    return _other(before.new, now.new, by) or _other(before.output, now.output, by)
+    """Whether the work is another."""
+    new, output = (before.new_error, now.new_error), (before.output_error, now.output_error)
+    return _other(before.new, now.new, by, new) or _other(before.output, now.output, by, output)
 
 
 def _gain(before: Work, after: Work) -> tuple[float, float]:
@@ -363,7 +386,7 @@ def _gain(before: Work, after: Work) -> tuple[float, float]:
     return after.rate / was - 1, (before.error + after.error) / was
 
 
-def _other(before: float, now: float, by: float = OTHER_WORK) -> bool:
-    """Whether the work is another: by more than what a few tokens more or less make."""
+def _other(before: float, now: float, by: float, errors: tuple[float, float]) -> bool:
+    """Whether a mean is another: by more than what a few tokens more or less make, or chance."""
     low, high = sorted((max(1.0, before), max(1.0, now)))
-    return high > by * low and high - low > 16
+    return high > by * low and high - low > max(16.0, PLAIN * math.hypot(*errors))

@@ -15,7 +15,7 @@ HALVINGS = 40
 NEVER_S = 1e9
 FIT_MAX = 4.0
 KEEP = 0.9
-SHARE_ASSUMED, SHARE_MAX = 0.05, 0.5
+SHARE_ASSUMED, SHARE_MAX = 0.15, 0.5
 """By how much one more sequence slows an iteration, until that was seen."""
 
 

@@ -29,6 +29,8 @@ class _Second:
     in_time: int = 0
     new: int = 0
     output: int = 0
+    new_squares: int = 0
+    output_squares: int = 0
     step_s: float = 0.0
     prompt_s: float = 0.0
     gap_s: float = 0.0
@@ -56,6 +58,9 @@ class Work(NamedTuple):
     """Computing of its prompt, as expected when it was placed."""
     gap_s: float
     """Between two steps of a trace."""
+    new_error: float
+    """Standard error of ``new``, by which it may be another by chance; and of ``output``."""
+    output_error: float
     ratios: tuple[float, ...]
     """Seconds of steps as shares of what they had; those without a deadline are left out."""
 
@@ -79,6 +84,8 @@ class Window:
         second = self._now(now_s)
         second.new += step.new_tokens
         second.output += step.output_tokens
+        second.new_squares += step.new_tokens**2
+        second.output_squares += step.output_tokens**2
         second.step_s += step.seconds
         second.steps += 1
         if step.deadline_s is not None and len(second.ratios) < RATIOS_MAX:
@@ -114,6 +121,8 @@ class Window:
             sum(second.step_s for second in found) / steps,
             sum(second.prompt_s for second in found) / steps,
             sum(second.gap_s for second in found) / max(1, sum(second.gaps for second in found)),
+            _error(steps, sum(second.new for second in found), sum(second.new_squares for second in found)),
+            _error(steps, sum(second.output for second in found), sum(second.output_squares for second in found)),
             tuple(ratios),
         )
 
@@ -122,3 +131,8 @@ class Window:
         if not self._seconds or self._seconds[-1].number < number:
             self._seconds.append(_Second(number))
         return self._seconds[-1]
+
+
+def _error(count: int, total: float, squares: float) -> float:
+    """Standard error of a mean."""
+    return math.sqrt(max(0.0, squares - total**2 / count) / max(1, count - 1) / count)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from router.adapt.story import Noted
 from router.dispatch.again import began, told
 from router.dispatch.flips import FlipOutcome
 from router.dispatch.steps import Finished, ModelCard, Output, StepRequest, Tell
@@ -163,6 +164,7 @@ class FakeDispatcher:
         self.card: ModelCard | None = ModelCard("org/fake", context_max)
         self.statuses: list[NodeStatus] = []
         self.flips: list[tuple[NodeId, str]] = []
+        self.noted: list[Noted] = []
         self.why_not_flipped = ""
         self.room = 4
         """For steps of the background."""
@@ -243,6 +245,9 @@ class FakeDispatcher:
     async def flip(self, node: NodeId, role: WorkerRole) -> FlipOutcome:
         self.flips.append((node, role))
         return FlipOutcome(node, role, not self.why_not_flipped, self.why_not_flipped, 0.5)
+
+    def changes(self, node: NodeId) -> Sequence[Noted]:
+        return [one for one in self.noted if one.what.node == node]
 
 
 def _behind(script: Script, count: int) -> Script:

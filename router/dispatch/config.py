@@ -5,6 +5,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from router.adapt.loop import AdaptConfig
 from router.fleet.flips import FlipConfig
 from router.policy.admission import AdmissionConfig
 from router.policy.placement import Policy
@@ -38,6 +39,7 @@ class DispatchConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     admission: AdmissionConfig = AdmissionConfig(enabled=False)
     tariff: Tariff = Tariff()
     flips: FlipConfig = FlipConfig()
+    adapt: AdaptConfig = AdaptConfig()
     turns: bool = False
     """Steps wait here until a worker has room, and go in order; else they go at once, and wait at workers."""
     idle_timeout_s: Annotated[float, Meta(gt=0)] = 5.0

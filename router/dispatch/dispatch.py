@@ -1,10 +1,12 @@
 """Runs steps on the fleet: places them, follows their tokens, moves them when a worker fails."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 
+from router.adapt.story import Noted
+from router.dispatch.adapting import Adapting
 from router.dispatch.again import Growing, began, possible, told
 from router.dispatch.attempt import Attempt, Events
 from router.dispatch.bills import Bills
@@ -92,6 +94,7 @@ class Dispatch:
         self.book.bills = self.bills
         self.gate = Gate(self.members, config.admission, self.stats, stores=config.use_store)
         self.line = Line(self._front, self._needs, self.stats)
+        self.adapting = Adapting(config.adapt, self.flips, self.members, self.pools, self.pricing, self.traces)
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""
@@ -100,6 +103,7 @@ class Dispatch:
         if self._sweeping is not None:
             self._sweeping.cancel()
         self._growing.close()
+        await self.adapting.close()
         await self.flips.close()
         self.line.close()
         await self.retainer.close()
@@ -127,6 +131,9 @@ class Dispatch:
 
     async def flip(self, node: NodeId, role: WorkerRole) -> FlipOutcome:
         return await self.flips.flip(node, role)
+
+    def changes(self, node: NodeId) -> Sequence[Noted]:
+        return self.adapting.of(node)
 
     async def run(self, request: StepRequest, tell: Tell | None = None) -> AsyncGenerator[Output | Finished, None]:
         key = (request.salt, request.trace)
@@ -177,6 +184,7 @@ class Dispatch:
                 self._count_hits(run, run.hits)
             self.gate.leave(request, len(run.emitted))
             self.line.moved(request.pool)
+            self.adapting.ended(run)
             self.retainer.send(run.over(self.retainer.reload_token_s(run.warm)))
             self.bills.ended(request.step, clock.now_s())
 
@@ -255,7 +263,8 @@ class Dispatch:
         pool = self._pool(run)
         warm, stored_tokens = run.warm, found.blocks * run.block_tokens
         lives = warm is not None and Key(warm.node, warm.generation) in pool.seen_by(run).decodes.rows
-        run.placed(placement, self._home(run), stored_tokens, warm_lives=lives)
+        if run.placed(placement, self._home(run), stored_tokens, warm_lives=lives):
+            self.adapting.placed(run, placement)
         if placement.computes is not None:
             self._predicted.add(run.request.step, run.hashes, [placement.computes], clock.now_s())
             if self._sweeping is None:

@@ -71,6 +71,8 @@ class Handover:
         """Since when this router has said without a break that it lives: others have had that time, too."""
         self._beat_s = 0.0
         """When it last did."""
+        self._first = ""
+        """Of those that lived then, by name."""
         self._adopting: asyncio.Task[None] | None = None
         self._impatient_s = 0.0
         """Until then nobody waits for the database."""
@@ -93,6 +95,10 @@ class Handover:
                 await self._records.live(0.0)
         except (TimeoutError, RecordsLost) as error:
             log.warning("the other routers believe for a while that this one lives", why=error)
+
+    def leads(self) -> bool:
+        """Whether it is the first of the routers that live, as far as is known: for what only one is to do."""
+        return self._first == self._router and clock.now_s() - self._beat_s < LIVES_S
 
     async def arrive(self, tenant: str, name: str, tips: Sequence[bytes] = (), answer: str = "") -> None:
         """The trace that a call is of is known here, if any router knows it and lets go of it in time: the one of that
@@ -174,7 +180,7 @@ class Handover:
             await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
-        await self._records.live(LIVES_S)
+        self._first = min(await self._records.live(LIVES_S), default="")
         before_s, self._beat_s = self._beat_s, clock.now_s()
         if self._well_since_s is None or self._beat_s - before_s > LIVES_S - BEAT_S:
             self._well_since_s = self._beat_s  # what held this one up may have held up the others

@@ -173,13 +173,13 @@ class Run:
         warm = self.warm
         return self.forks and warm is not None and (warm.node, warm.generation) == placement.decode
 
-    def placed(self, placement: Placement, home: NodeId | None, stored_tokens: int, *, warm_lives: bool) -> None:
+    def placed(self, placement: Placement, home: NodeId | None, stored_tokens: int, *, warm_lives: bool) -> bool:
         """It was given a place; ``home`` took its trace's blocks so far. What counts for its hits is what was known
-        before the first attempt."""
+        before the first attempt: True, if this is that."""
         self._attempts += 1
         self.home_lost = self.home_lost or (home is not None and home != placement.home)
         if self._expected is not None:
-            return
+            return False
         left, longest = self._cut.left, self.request.prompt_tokens - 1  # the last token is always computed
         self._warm_gone = self.warm is not None and not warm_lives
         self._expected = Expected(
@@ -191,6 +191,7 @@ class Run:
             chosen=min(placement.expected_tokens, longest),
             block_tokens=self.block_tokens,
         )
+        return True
 
     def account(self, usage: StepUsage) -> StepUsage:
         """An attempt's usage as that of the whole step: what an earlier attempt computed was not cached."""

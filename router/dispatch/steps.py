@@ -5,6 +5,7 @@ from typing import Protocol
 
 import msgspec
 
+from router.adapt.story import Noted
 from router.dispatch.flips import FlipOutcome
 from router.fleet.members import NodeStatus
 from router.policy.prices import UNLIMITED, Bill, Limits
@@ -151,4 +152,8 @@ class Dispatcher(Protocol):
 
     async def flip(self, node: NodeId, role: WorkerRole) -> FlipOutcome:
         """As :meth:`router.dispatch.flips.Flips.flip`."""
+        ...
+
+    def changes(self, node: NodeId) -> Sequence[Noted]:
+        """What was changed at a node of this router's own accord, and what came of it, the oldest first."""
         ...

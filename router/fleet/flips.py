@@ -20,7 +20,7 @@ class FlipConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     drain_s: Annotated[float, Meta(ge=0)] = 3.0
     """For so long what a worker runs may go on to its end there; then it goes on elsewhere."""
-    cooldown_s: Annotated[float, Meta(ge=0)] = 30.0
+    cooldown_s: Annotated[float, Meta(ge=0)] = 5.0
     """In a pool no role changes for so long after one has."""
 
 

@@ -208,6 +208,7 @@ def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TraceP
         Route("/metrics", pages.metrics, methods=["GET"]),
         Route("/cluster", pages.cluster, methods=["GET"]),
         Route("/cluster/{id}/role", roles.change, methods=["POST"]),
+        Route("/cluster/{id}/changes", roles.changes, methods=["GET"]),
     ]
 
 

@@ -31,7 +31,7 @@ from router.http.erasing import DataDeleted
 from router.http.files import LIST_MAX, FileDeleted, FileForm, FileObject
 from router.http.pages import LIMIT_MAX, Health, Listed, ModelEntry, ModelList, Version
 from router.http.response_pages import ResponseDeleted
-from router.http.roles import RoleBody
+from router.http.roles import Changes, RoleBody
 from router.http.tokens import MessageTokens, ResponseTokens
 from router.http.traces import PinAnswer, PinBody, Resume, Suspend
 from router.traces.views import TraceDeleted, TraceList, TracesDeleted, TraceView
@@ -165,6 +165,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/metrics"): Operation("For Prometheus", None, str, media="text/plain"),
     ("GET", "/cluster"): Operation("Every known node", None, list[NodeStatus]),
     ("POST", "/cluster/{id}/role"): Operation("Change a worker's role", RoleBody, FlipOutcome, (*BODY, 404, 409)),
+    ("GET", "/cluster/{id}/changes"): Operation(
+        "What was changed at it of the router's own accord", None, Changes, (404,)
+    ),
 }
 
 

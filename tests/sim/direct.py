@@ -7,11 +7,14 @@ from router.dispatch.steps import Finished, Output, StepRequest
 from sim.shape import ROUTER
 from sim.world import World
 from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.ids import NodeId
 
 
-def ask(world: World, request: StepRequest) -> "asyncio.Queue[Output | Finished | ClusterError | None]":
+def ask(
+    world: World, request: StepRequest, router: NodeId = ROUTER
+) -> "asyncio.Queue[Output | Finished | ClusterError | None]":
     """What comes of it, in the router's process; None at the end, unless it is an error."""
-    life = world.lives[ROUTER]
+    life = world.lives[router]
     dispatch = life.dispatch
     assert dispatch is not None
     answer: asyncio.Queue[Output | Finished | ClusterError | None] = asyncio.Queue()

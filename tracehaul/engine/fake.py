@@ -44,6 +44,8 @@ class EngineCost(msgspec.Struct, frozen=True):
     """Every run, whatever is in it."""
     prefill_token_s: float = 0.0
     """On top, for each token of an item with more than one."""
+    sequence_s: float = 0.0
+    """On top, for each item with one, but for the first."""
     copy_token_s: float = 0.0
     """For each token packed or unpacked."""
 
@@ -254,7 +256,9 @@ class FakeEngine:
     async def _iterate(self, work: Sequence[Work], states: Sequence[_Sequence]) -> list[Result]:
         try:
             prefill = sum(len(item.tokens) for item in work if len(item.tokens) > 1)
-            await asyncio.sleep(self._cost.iteration_s + prefill * self._cost.prefill_token_s)
+            others = max(0, sum(len(item.tokens) == 1 for item in work) - 1)
+            cost = self._cost
+            await asyncio.sleep(cost.iteration_s + prefill * cost.prefill_token_s + others * cost.sequence_s)
             return [self._compute(item, state) for item, state in zip(work, states, strict=True)]
         finally:
             for state in states:

@@ -91,7 +91,7 @@ class Fleet:
             return tuple(Seat(NodeId(name), 1) for name in names) if len(names) > 1 else ()
 
         sure = self.sure(self.now_s) and self.pending is None
-        return View(self.now_s, sure, self.roles, ((4, 0.013), (8, 0.017)), 1e6, seats("prefill"), seats("decode"))
+        return View(self.now_s, sure, self.roles, ((1, 0.01), (31, 0.04)), 1e6, seats("prefill"), seats("decode"))
 
     @property
     def changes(self) -> list[Change]:
