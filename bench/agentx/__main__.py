@@ -33,11 +33,11 @@ SMALLER = 16
 """Tokens that one stands for."""
 SLOWER = 4.0
 """By how much all is slower than where a second stands for as much as a token: so that two cores are fast enough."""
-MACHINE = Machine(kv_tokens=49_152, decode=4, store_bytes=96 << 20)
-"""A worker keeps 786,000 recorded tokens, and there is as much memory in stores as on workers."""
-COST = EngineCost(iteration_s=0.02, prefill_token_s=0.0005, copy_token_s=1e-5)
-"""Of a worker that computes 2,000 tokens of prompts a second, and copies 100,000."""
-AGENTS, DURATION_S, WARMUP = 40, 300, 2
+MACHINE = Machine(kv_tokens=24_576, decode=4, store_bytes=192 << 20)
+"""A worker keeps 393,000 recorded tokens, and there is four times as much memory in stores as on workers."""
+COST = EngineCost(iteration_s=0.02, prefill_token_s=0.0001, copy_token_s=1e-5)
+"""Of a worker that computes 10,000 tokens of prompts a second, and copies 100,000."""
+AGENTS, DURATION_S, WARMUP = 48, 300, 2
 CONTEXT_MAX = 16_384
 GAP_MAX_S = 300.0
 """As the benchmark has it: of what was recorded."""

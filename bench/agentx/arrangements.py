@@ -9,6 +9,7 @@ import msgspec
 from bench.agentx.balancer import balanced
 from bench.agentx.routing import PIECE, Alone, CacheAware, Routing, Sticky
 from bench.common.fake_machine import Machine, running
+from router.dispatch.config import DispatchConfig
 
 OURS = "ours"
 NAMES = (OURS, "sticky", "cache-aware")
@@ -39,9 +40,9 @@ async def serving(name: str, folder: Path, machine: Machine) -> AsyncGenerator[s
 
 
 def parts_of(name: str, machine: Machine) -> list[Machine]:
-    """The clusters that are started: ours is one."""
+    """The clusters that are started: ours is one, whose steps wait in the router until a worker has room."""
     if name == OURS:
-        return [machine]
+        return [msgspec.structs.replace(machine, dispatch=DispatchConfig(turns=True))]
     own = {"decode": 1, "stores": 1, "store_bytes": machine.stores * machine.store_bytes // machine.decode}
     return [msgspec.structs.replace(machine, **own)] * machine.decode
 

@@ -92,7 +92,8 @@ def test_a_short_match_is_none_and_what_was_long_not_used_is_forgotten() -> None
 
 def test_workers_for_themselves_have_as_much_memory_in_all_as_ours() -> None:
     machine = Machine(decode=4, stores=2, store_bytes=64 << 20)
-    assert parts_of("ours", machine) == [machine]
+    (ours,) = parts_of("ours", machine)
+    assert (ours.decode, ours.stores, ours.store_bytes, ours.dispatch.turns) == (4, 2, 64 << 20, True)
     for name in NAMES[1:]:
         parts = parts_of(name, machine)
         assert [(part.decode, part.stores, part.store_bytes) for part in parts] == [(1, 1, 32 << 20)] * 4
