@@ -17,7 +17,7 @@ from cluster.webhooks.config import WebhookConfig
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.bills import Bills
 from router.dispatch.steps import StepRequest
-from router.http import create_app, serve
+from router.http import ApiConfig, create_app, serve
 from router.policy.prices import Prices, Tariff
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded
@@ -46,7 +46,7 @@ async def main() -> None:
     """Serves on a free port, keeps all of it in the folder that the environment names, and tells who that names."""
     offload = ThreadOffload("tokenize")
     receivers = (WebhookConfig(os.environ["RECEIVER"], networks=("127.0.0.0/8",)),) if "RECEIVER" in os.environ else ()
-    config = ClusterConfig(webhooks=receivers)
+    config = ClusterConfig(webhooks=receivers, api=ApiConfig(files_url=os.environ.get("FILES_URL", "")))
     dispatcher = FakeDispatcher(script)
     bills = Bills(dispatcher.traces, dispatcher.keeper.send, Prices(Tariff()))
     async with opened_kept(config, RunDir(Path(os.environ["KEPT"])), "router-0", offload, bills) as kept:

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types import Batch
@@ -59,7 +60,8 @@ class Receiver:
 class Server:
     """One that can be killed, and started again over what it kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **more: str) -> None:
+        """``more``: of its environment."""
         self.asked = folder / "asked"
         self.folder = folder
         self.receiver = Receiver()
@@ -69,6 +71,7 @@ class Server:
             "KEPT": str(folder / "kept"),
             "RECEIVER": self.receiver.url,
             "PYTHONPATH": str(HERE.parents[1]),
+            **more,
         }
         self.start()
 
@@ -122,9 +125,15 @@ class Server:
         return results(path)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("batches"))
+@pytest.fixture(scope="module", params=["folder", "bucket"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    more: dict[str, str] = {}
+    if request.param == "bucket":
+        endpoint = f"http://127.0.0.1:{request.getfixturevalue('s3_port')}"
+        httpx.put(f"{endpoint}/batches-of-one", trust_env=False, timeout=30.0).raise_for_status()
+        said = {"ENDPOINT_URL": endpoint, "REGION": "us-east-1", "ACCESS_KEY_ID": "tests", "SECRET_ACCESS_KEY": "tests"}
+        more = {"FILES_URL": "s3://batches-of-one", **{f"AWS_{name}": value for name, value in said.items()}}
+    server = Server(tmp_path_factory.mktemp("batches"), **more)
     yield server
     server.kill()
     server.receiver.close()
