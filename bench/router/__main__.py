@@ -31,6 +31,7 @@ from bench.router.fleet import (
     router_alone,
 )
 from bench.router.memory import rss
+from bench.router.waiting import waiting
 from tracehaul.model.source import resolve
 from tracehaul.model.text import Text
 from tracehaul.runtime import clock
@@ -70,9 +71,12 @@ class Scale(msgspec.Struct, frozen=True):
     stall_rounds: int = 3
     refused_calls: int = 100
     rss_traces: int = 10_000
+    waiting_calls: int = 100_000
+    waiting_connections: int = 15_000
+    waiting_s: float = 30.0
 
 
-QUICK = Scale(50, 8, 2, 3.0, 3.0, 1, 5, 200)
+QUICK = Scale(50, 8, 2, 3.0, 3.0, 1, 5, 200, 2000, 500, 12.0)
 
 
 def until_ready(client: Client, connection: Connection) -> None:
@@ -315,12 +319,16 @@ FIGURES: dict[str, tuple[Callable[[RouterAlone, Prompts, Scale], list[Result]], 
     "rss": (lambda fleet, prompts, scale: rss(fleet, prompts, scale.rss_traces), 400_000),
 }
 """Each with the tokens of text that it goes round in."""
+WAITING = "waiting"
+"""The figure whose router is another: see :mod:`bench.router.waiting`."""
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="Write the results there.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help=f"{', '.join(FIGURES)}; all if not given.")] = None,
-    quick: Annotated[bool, typer.Option(help="Fewer calls, shorter runs, 5 refusals, 200 traces.")] = False,
+    only: Annotated[list[str] | None, typer.Option(help=f"{', '.join((*FIGURES, WAITING))}; all if not given.")] = None,
+    quick: Annotated[
+        bool, typer.Option(help="Fewer calls, shorter runs, 5 refusals, 200 traces, 2,000 that wait.")
+    ] = False,
 ) -> None:
     """Measure the router beside a fake worker on this machine."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no process is left behind
@@ -331,7 +339,12 @@ def main(
         "load_before": os.getloadavg()[0],
     }
     results: list[Result] = []
-    for name in only or FIGURES:
+    for name in only or (*FIGURES, WAITING):
+        if name == WAITING:
+            results += waiting(
+                text, console, scale.waiting_calls, connections=scale.waiting_connections, seconds=scale.waiting_s
+            )
+            continue
         figure, tokens = FIGURES[name]
         with console.status(name), router_alone(text, console) as fleet:
             results += figure(fleet, Prompts(text, tokens), scale)

@@ -3,12 +3,14 @@
 Shares of a core, by the processor's time of all of the router's threads: of a router where nothing waits
 (``waiting.idle``), of one where 100,000 lines of batches do (``waiting.lines``), and of one where as many calls of
 ``service_tier: flex`` do (``waiting.calls``). No process may open so many sockets unless its host is told so: those
-calls come by the application's own interface, and ``waiting.connections`` is of fewer that came by sockets. When the
-worker has room again, calls must be answered.
+calls come by the application's own interface, and ``waiting.connections`` is of fewer that came by sockets. What a call
+takes to begin is in ``waiting.calls.begin``. When the worker has room again, calls must be answered.
 """
 
 import asyncio
 import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from router.http.config import ApiConfig
 from tracehaul.model.text import Text
 from tracehaul.runtime import clock
 
-CALLS, CONNECTIONS = 100_000, 15_000
+CORE = "share of a core"
+PARTY = 1000
+"""Calls that begin together."""
 LINES = 50_000
 """Of a batch, of which there are as many as it takes."""
 PROMPT_TOKENS, TEXT_TOKENS = 50, 10_000
@@ -38,21 +42,28 @@ WAIT_S = 3600.0
 TIMEOUT_S = 600.0
 
 
-def waiting(text: Text, console: Console, *, calls: int, connections: int, seconds: float) -> list[Result]:
-    """All three. ``seconds``: each is looked at for so long."""
+def waiting(text: Text, console: Console, calls: int, *, connections: int, seconds: float) -> list[Result]:
+    """All of them. ``seconds``: each is looked at for so long."""
     api = ApiConfig(requests_max=4 * calls, connections_max=connections + SPARE, flex_wait_s=WAIT_S)
-    results: list[Result] = []
     with router_alone(text, console, "bench.router.asking", api=api, traces_keep_s=0.0) as fleet:
         fleet.worker.ask(do="full", full=True)
+        prompts = Prompts(text, TEXT_TOKENS)
         idle = _share(fleet, seconds)
-        results += [Result("waiting.idle", idle, "share of a core")]
-        for name, share in (
-            ("calls", _calls(fleet, Prompts(text, TEXT_TOKENS), calls, seconds)),
-            ("connections", _connections(fleet, Prompts(text, TEXT_TOKENS), connections, seconds)),
-            ("lines", _lines(fleet, Prompts(text, TEXT_TOKENS), calls, seconds)),
-        ):
-            results += [Result(f"waiting.{name}", share, "share of a core", "waiting.idle", share / idle)]
-    return results
+        connected = _connections(fleet, prompts, connections, seconds)
+        lines = _lines(fleet, prompts, calls, seconds)
+        before_mb, before_s = fleet.rss_mb(), fleet.cpu_s()
+        with _asked(fleet, prompts, calls) as asking:
+            began_s, more_mb = fleet.cpu_s() - before_s, fleet.rss_mb() - before_mb
+            waits = _share(fleet, seconds)
+            assert asking.get(PATH).json() == {"open": calls, "answered": {}}, "none was answered"
+            _go(fleet, asking)
+    shares = {"lines": lines, "calls": waits, "connections": connected}
+    return [
+        Result("waiting.idle", idle, CORE),
+        *(Result(f"waiting.{name}", share, CORE, "waiting.idle", share / idle) for name, share in shares.items()),
+        Result("waiting.calls.begin", began_s * 1e3 / calls, "ms"),
+        Result("waiting.calls.memory", more_mb * 1e3 / calls, "kB"),
+    ]
 
 
 def _share(fleet: RouterAlone, seconds: float) -> float:
@@ -68,24 +79,25 @@ def _body(fleet: RouterAlone, prompts: Prompts) -> dict[str, Any]:
     return {"model": fleet.model, "messages": messages, "max_tokens": 1, "service_tier": "flex"}
 
 
-def _calls(fleet: RouterAlone, prompts: Prompts, calls: int, seconds: float) -> float:
+@contextmanager
+def _asked(fleet: RouterAlone, prompts: Prompts, calls: int) -> Generator[httpx.Client, None, None]:
+    """So many calls wait; their clients leave at the end."""
     with httpx.Client(base_url=f"http://127.0.0.1:{fleet.port}", timeout=TIMEOUT_S, trust_env=False) as client:
-        before_mb, before_s = fleet.rss_mb(), fleet.cpu_s()
-        told = client.post(PATH, json={"calls": calls, "body": _body(fleet, prompts)}).raise_for_status().json()
-        assert told == {"open": calls, "answered": {}}, told
-        share = _share(fleet, seconds)
-        told = client.get(PATH).json()
-        assert told == {"open": calls, "answered": {}}, told
-        print("CALLS", share, (fleet.rss_mb() - before_mb) * 1e3 / calls, (fleet.cpu_s() - before_s) / calls * 1e3)
-        fleet.worker.ask(do="full", full=False)
-        ends_s = clock.perf_s() + GO_S
-        while not (told := client.get(PATH).json())["answered"] and clock.perf_s() < ends_s:
-            asyncio.run(asyncio.sleep(1.0))
-        fleet.worker.ask(do="full", full=True)
-        assert set(told["answered"]) == {"200"}, told
-        told = client.delete(PATH).raise_for_status().json()
-        assert told["open"] == 0, told
-    return share
+        for _ in range(0, calls, PARTY):
+            client.post(PATH, json={"calls": PARTY, "body": _body(fleet, prompts)}).raise_for_status()
+        yield client
+        left = client.delete(PATH).raise_for_status().json()
+        assert left["open"] == 0, left
+
+
+def _go(fleet: RouterAlone, asking: httpx.Client) -> None:
+    """The worker has room: calls are answered."""
+    fleet.worker.ask(do="full", full=False)
+    ends_s = clock.perf_s() + GO_S
+    while not (answered := asking.get(PATH).json()["answered"]) and clock.perf_s() < ends_s:
+        asyncio.run(asyncio.sleep(0.5))
+    fleet.worker.ask(do="full", full=True)
+    assert set(answered) == {"200"}, answered
 
 
 def _connections(fleet: RouterAlone, prompts: Prompts, connections: int, seconds: float) -> float:

@@ -1,10 +1,9 @@
 """A fake decode worker for the router's bench, as a process: joins the router, computes nothing, and answers at once or
 at a pace.
 
-Told by JSON lines: ``said`` (how many tokens it has), ``full`` (whether it says from now on that steps wait for memory),
-``pace`` (tokens a second from now on; 0: at once), ``go`` (paced
-steps, which wait after their first token, go on), ``times`` (when each paced token was due and was sent, by trace, in
-seconds of ``perf_s``).
+Told by JSON lines: ``said`` (how many tokens it has), ``full`` (whether it says that steps wait there for memory),
+``pace`` (tokens a second from now on; 0: at once), ``go`` (paced steps, which wait after their first token, go on),
+``times`` (when each paced token was due and was sent, by trace, in seconds of ``perf_s``).
 """
 
 import asyncio
