@@ -21,6 +21,7 @@ from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, WorkerRole
+from tracehaul.wire.spent import Charge
 from worker.announce import announced
 from worker.config import WorkerConfig
 from worker.host import WorkerHost
@@ -61,6 +62,9 @@ class Worker:
             self.host.load(), serving=self.probe.serving, fault=self.probe.fault, orphans=orphans
         )
         return self.service.load(load)
+
+    def history(self) -> tuple[Charge, ...]:
+        return self.host.history()
 
     async def news(self) -> None:
         left = self.service.taking_over

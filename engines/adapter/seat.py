@@ -158,6 +158,9 @@ class StockSeat:
             orphans=self._decode.taking_over.names(),
         )
 
+    def history(self) -> tuple[Charge, ...]:
+        return self.books.meter.history(clock.now_s())
+
     def set_members(self, members: Members) -> None:
         self._decode.set_members(members)
         self.books.stored.set_members(members)

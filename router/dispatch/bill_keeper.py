@@ -7,10 +7,9 @@ import msgspec
 
 from records.base import RecordsLost
 from records.documents import Document, Documents, Shelf
-from router.dispatch.bills import Bills, WorkerAccount
-from router.fleet.load import Key
-from router.policy.bill_pages import Page, TraceRow, WorkerRow
-from router.policy.prices import Bill, Prices
+from router.dispatch.bills import Bills
+from router.policy.bill_pages import Page, TraceRow
+from router.policy.prices import Bill
 from router.traces.trace import TraceKey
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
@@ -22,6 +21,8 @@ ROWS_MAX = 2000
 """Of one page; then the next begins."""
 LATE_S = 0.5
 """What is billed is written together, at most so long after."""
+STALE_S = 5.0
+"""How far workers are that have nothing to do, so long after."""
 TIMEOUT_S = 10.0
 WAITING_MAX = 1000
 """Pages that could not be written; more are lost, the oldest first."""
@@ -53,6 +54,7 @@ class BillKeeper:
         self._at_us = _wall_us()
         self._rows: dict[tuple[TraceKey, str], TraceRow] = {}
         self._dirty = False
+        self._put_s = -STALE_S
         self._waiting: dict[str, Document] = {}
         self._trimmed_s = -TRIM_S
         self._looked_s = clock.now_s()
@@ -84,32 +86,37 @@ class BillKeeper:
             if self._bills.look is not None and clock.now_s() - self._looked_s >= LOOK_S:
                 self._looked_s = clock.now_s()
                 await self._bills.look()
-            if clock.now_s() - self._began_s >= PAGE_S or len(self._rows) >= ROWS_MAX:
+            now_s = clock.now_s()
+            if now_s - self._began_s >= PAGE_S or len(self._rows) + self._bills.readings.count >= ROWS_MAX:
                 self._turn()
-            elif self._dirty:
+            elif self._dirty or self._bills.readings.changed or now_s - self._put_s >= STALE_S:
                 self._put()
             await self._write()
 
-    def _put(self) -> list[Key]:
-        """The page as it is now is to be written; returns the workers that are gone by that."""
-        self._dirty = False
-        rows = tuple(self._rows.values())
-        workers, prices = self._bills.workers, self._bills.prices
-        page = Page(self._at_us, prices.tariff.unit, rows, tuple(_row(worker, prices) for worker in workers.values()))
-        name = f"{self._life}/{self._count}"
+    def _put(self) -> int:
+        """What is on the page now is to be written; returns how many it takes for that: several where workers tell a new
+        router of all that they have kept."""
+        readings, prices = self._bills.readings, self._bills.prices
+        self._dirty = readings.changed = False
+        self._put_s = clock.now_s()
+        workers = readings.worker_rows(prices)
+        parts = list(readings.account_rows(prices, ROWS_MAX)) or [()]
+        for at, part in enumerate(parts):
+            rows = () if at else tuple(self._rows.values())
+            self._wait(at, Page(self._at_us, prices.tariff.unit, rows, workers, part, prices.tariff))
+        return len(parts)
+
+    def _wait(self, at: int, page: Page) -> None:
+        name = f"{self._life}/{self._count + at}"
         self._waiting[name] = Document(name, self._at_us, {}, msgspec.msgpack.encode(page))
         while len(self._waiting) > WAITING_MAX:
             del self._waiting[next(iter(self._waiting))]
-        return [life for life, worker in workers.items() if worker.is_gone]
 
     def _turn(self) -> None:
-        gone = self._put()
-        self._bills.forget(gone)
-        for worker in self._bills.workers.values():
-            worker.up_from, worker.busy_from = worker.up_to, worker.busy_to
-        self._count += 1
+        self._count += self._put()
         self._rows = {}
         self._began_s, self._at_us = clock.now_s(), max(_wall_us(), self._at_us + 1)
+        self._bills.readings.turn(self._began_s)
 
     async def _write(self) -> None:
         try:
@@ -124,22 +131,6 @@ class BillKeeper:
                     await self._documents.trim(SHELF.kind, before_us, NO_LIMIT, NO_LIMIT)
         except (RecordsLost, TimeoutError) as error:
             seldom.warning("bills could not be written; they will be", pages=len(self._waiting), why=error)
-
-
-def _row(worker: WorkerAccount, prices: Prices) -> WorkerRow:
-    info = worker.info
-    return WorkerRow(
-        info.node,
-        info.generation,
-        info.role,
-        info.pool,
-        prices.second(info.node),
-        worker.up_from,
-        worker.up_to,
-        worker.busy_from,
-        worker.busy_to,
-        worker.unheard_s,
-    )
 
 
 def _wall_us() -> int:
