@@ -30,6 +30,9 @@ LOOK_S = 30.0
 """How often it is looked at what stores hold of traces."""
 TRIM_S = 3600.0
 NO_LIMIT = 2**62
+LEFT_S = 600.0
+LEFT_PAGES = 20
+"""So late and so many pages of earlier routers tell of workers that may have died since."""
 
 seldom = Seldom(Log(__name__))
 
@@ -80,13 +83,30 @@ class BillKeeper:
         self._rows[key, tenant] = TraceRow(*key, tenant, row.steps + steps, row.bill + bill)
         self._dirty = True
 
+    async def _remember(self) -> None:
+        """What workers there were when the last router was lost."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                found = await self._documents.list(SHELF, {}, None, LEFT_PAGES, newest_first=True)
+        except (RecordsLost, TimeoutError) as error:
+            seldom.warning("what was billed before could not be read", why=error)
+            return
+        now_us, now_s = _wall_us(), clock.now_s()
+        pages = [msgspec.msgpack.decode(document.body, type=Page) for document in found]
+        late = [(page, max(0.0, (now_us - page.until_us) / 1e6)) for page in pages]
+        self._bills.readings.left(
+            [(row, now_s - ago_s) for page, ago_s in late if ago_s < LEFT_S for row in page.workers], now_s
+        )
+
     async def _run(self) -> None:
+        await self._remember()
         while True:
             await asyncio.sleep(LATE_S)
             if self._bills.look is not None and clock.now_s() - self._looked_s >= LOOK_S:
                 self._looked_s = clock.now_s()
                 await self._bills.look()
             now_s = clock.now_s()
+            self._bills.readings.settle(now_s)
             if now_s - self._began_s >= PAGE_S or len(self._rows) + self._bills.readings.count >= ROWS_MAX:
                 self._turn()
             elif self._dirty or self._bills.readings.changed or now_s - self._put_s >= STALE_S:
@@ -103,7 +123,7 @@ class BillKeeper:
         parts = list(readings.account_rows(prices, ROWS_MAX)) or [()]
         for at, part in enumerate(parts):
             rows = () if at else tuple(self._rows.values())
-            self._wait(at, Page(self._at_us, prices.tariff.unit, rows, workers, part, prices.tariff))
+            self._wait(at, Page(self._at_us, prices.tariff.unit, rows, workers, part, prices.tariff, _wall_us()))
         return len(parts)
 
     def _wait(self, at: int, page: Page) -> None:

@@ -19,7 +19,7 @@ from router.traces.trace import TraceKey
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import BudgetExceeded, InvalidRequest
 from tracehaul.wire.ids import NodeId, StepId
-from tracehaul.wire.spent import NOTHING, Allowance, Charge, Reading, Spent
+from tracehaul.wire.spent import NOTHING, Allowance, Reading, Spent
 
 LATE_S = 60.0
 """For so long something may be heard of a step that has ended."""
@@ -92,7 +92,6 @@ class Bills:
         self._steps: dict[StepId, Open] = {}
         self._over: deque[tuple[float, StepId]] = deque()
         """Steps that have ended, with when, the first to end first."""
-        self._rests: dict[tuple[Key, int], Spent] = {}
         self._kept: dict[TraceKey, Bill] = {}
         """What traces were billed for between their steps, and do not know yet."""
 
@@ -192,15 +191,17 @@ class Bills:
         if info.role not in ("prefill", "decode"):
             return
         life = Key(info.node, info.generation)
-        if self.readings.heard(info, load, now_s, new=new):  # what rests there was somebody else's to bill, up to now
-            self._rests |= {(life, one.reading.account): one.reading.spent for one in load.charges if not one.step}
-        self._take(life, load.charges, now_s)
+        for charge, more in self.readings.heard(info, load, now_s, new=new):
+            self._rested(life.node, (charge.salt, charge.trace), more)
+        for charge in load.charges:
+            one = self._steps.get(charge.step) if charge.step else None
+            if one is not None and one.key[0] == charge.salt:
+                one.heard_s = now_s if one.ended_s is None else one.heard_s
+                self._grown(one, life, charge.reading)
 
     def gone(self, info: NodeInfo, silent_s: float) -> None:
         """A worker is no member any more, and was heard so long ago."""
         self.readings.gone(info, silent_s)
-        life = Key(info.node, info.generation)
-        self._rests = {key: spent for key, spent in self._rests.items() if key[0] != life}
 
     def _tenant(self, key: TraceKey) -> str:
         trace = self._traces.get(key)
@@ -212,14 +213,6 @@ class Bills:
         if one is not None and reading.account:
             one.done = one.done or done
             self._grown(one, life, reading)
-
-    def _take(self, life: Key, charges: Iterable[Charge], now_s: float) -> None:
-        for charge in charges:
-            if not charge.step:
-                self._rested(life, (charge.salt, charge.trace), charge.reading)
-            elif (one := self._steps.get(charge.step)) is not None and one.key[0] == charge.salt:
-                one.heard_s = now_s if one.ended_s is None else one.heard_s
-                self._grown(one, life, charge.reading)
 
     def _grown(self, one: Open, life: Key, reading: Reading) -> None:
         account = life, reading.account
@@ -233,15 +226,9 @@ class Bills:
         if one.ended_s is not None:
             self._settle(one, 0)
 
-    def _rested(self, life: Key, key: TraceKey, reading: Reading) -> None:
-        account = life, reading.account
-        before = self._rests.get(account, NOTHING)
-        more = reading.spent.since(before)
-        if more == NOTHING or not self.mine(key):
-            return
-        self._rests[account] = reading.spent
-        whole = self.prices.bill(life.node, more)
-        if (bill := self._keep(key, whole)) is not None:
+    def _rested(self, node: NodeId, key: TraceKey, more: Spent) -> None:
+        whole = self.prices.bill(node, more)
+        if self.mine(key) and (bill := self._keep(key, whole)) is not None:
             self._billed(key, self._tenant(key), bill, _forgiven(whole.amount - bill.amount), 0)
 
     def keeps(self, key: TraceKey, bill: Bill) -> None:

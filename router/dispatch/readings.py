@@ -5,7 +5,7 @@ is written of one life is whole as of some moment, whoever has heard it, and wha
 writes what it hears of all of them, its own or not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from router.fleet.load import Key
 from router.policy.bill_pages import AccountRow, LifeRows, WorkerRow
@@ -18,6 +18,12 @@ LIVES_MAX = 10_000
 """Workers' lives that are remembered."""
 FORGET_S = 300.0
 """What is not heard of for so long is not heard any more: workers close it long before."""
+
+
+SETTLES_S = 15.0
+"""In which a worker that lives has joined a router that is new."""
+UNHEARD_MAX_S = 10.0
+"""A router that is there knows after so long that a silent worker is gone."""
 
 
 class Shown:
@@ -60,36 +66,46 @@ class Readings:
         """Something is to be written; whoever does that says that it is not any more."""
         self.count = 0
         """Accounts that the page tells of."""
+        self._left: dict[Key, tuple[WorkerRow, float]] = {}
+        """Workers that an earlier router has heard, with when."""
+        self._left_s = 0.0
 
-    def heard(self, info: NodeInfo, load: NodeLoad, now_s: float, *, new: bool) -> bool:
-        """A worker has said how it is. ``new``: its life began with this router. Returns whether it had to be made the
-        acquaintance of, in the middle of its life: what it shows then is not known to be new."""
+    def heard(self, info: NodeInfo, load: NodeLoad, now_s: float, *, new: bool) -> list[tuple[Charge, Spent]]:
+        """A worker has said how it is. Returns what rests there has taken since it was heard last, and whose it is.
+
+        ``new``: its life began with this router. Of one that is met in the middle of its life nothing that it shows then
+        is known to be new.
+        """
         life = Key(info.node, info.generation)
         worker = self.workers.get(life)
         late = worker is None and not new
         if worker is None:
             worker = self.workers[life] = WorkerAccount(info, *((load.up_s, load.busy_s) if late else (0.0, 0.0)))
             self.changed = True
+            self._met(life, now_s - load.up_s)
             while len(self.workers) > LIVES_MAX:
-                self._forget(next(iter(self.workers)))
+                self.count -= len(self.workers.pop(next(iter(self.workers))).of_page)
         worker.up_to, worker.busy_to = max(worker.up_to, load.up_s), max(worker.busy_to, load.busy_s)
         worker.info, worker.unheard_s, worker.is_gone = info, 0.0, False
-        for charge in load.charges:
-            self._shown(worker, charge, now_s, late=late)
-        return late
+        grown = [(charge, self._shown(worker, charge, now_s, late=late)) for charge in load.charges]
+        return [(charge, more) for charge, more in grown if not charge.step and more != NOTHING]
 
-    def _shown(self, worker: WorkerAccount, charge: Charge, now_s: float, *, late: bool) -> None:
+    def _shown(self, worker: WorkerAccount, charge: Charge, now_s: float, *, late: bool) -> Spent:
+        """How an account has grown."""
         number, spent = charge.sum
         one = worker.shown.get(number)
-        if spent == NOTHING or (one is not None and not spent.is_later(one.spent)):
-            return
+        before = NOTHING if one is None else one.spent
+        if not spent.is_later(before):
+            return NOTHING
         if one is None:
+            before = spent if late else NOTHING
             tenant = charge.tenant or self._tenant_of((charge.salt, charge.trace))
-            one = worker.shown[number] = Shown(charge, spent if late else NOTHING, tenant)
+            one = worker.shown[number] = Shown(charge, before, tenant)
         one.spent, one.heard_s = spent, now_s
         self.count += number not in worker.of_page
         worker.of_page[number] = one
         self.changed = True
+        return spent.since(before)
 
     def gone(self, info: NodeInfo, silent_s: float) -> None:
         """A worker is no member any more, and was heard so long ago."""
@@ -98,8 +114,35 @@ class Readings:
             worker.unheard_s, worker.is_gone = silent_s, True
             self.changed = True
 
-    def _forget(self, life: Key) -> None:
-        self.count -= len(self.workers.pop(life).of_page)
+    def left(self, rows: Iterable[tuple[WorkerRow, float]], now_s: float) -> None:
+        """An earlier router has heard these workers, each up to then. Those that died while no router was there are told
+        of by nobody: what they did after that is lost with them."""
+        self._left_s = now_s
+        found = sorted(rows, key=lambda one: (one[0].up_to, one[0].is_gone))
+        last = {Key(row.node, row.generation): (row, heard_s) for row, heard_s in found}
+        self._left = {life: one for life, one in last.items() if life not in self.workers and not one[0].is_gone}
+        began_s = {life.node: now_s - worker.up_to for life, worker in self.workers.items() if not worker.is_gone}
+        for life in [life for life in self._left if life.node in began_s]:
+            self._died(life, began_s[life.node])
+
+    def settle(self, now_s: float) -> None:
+        """Who was left and has not come by now does not live."""
+        if self._left and now_s >= self._left_s + SETTLES_S:
+            for life in list(self._left):
+                self._died(life, self._left_s)
+
+    def _met(self, life: Key, began_s: float) -> None:
+        """Who had its name before is gone, by then."""
+        self._left.pop(life, None)
+        for other in [other for other in self._left if other.node == life.node]:
+            self._died(other, began_s)
+
+    def _died(self, life: Key, by_s: float) -> None:
+        row, heard_s = self._left.pop(life)
+        info = NodeInfo(row.node, row.generation, "prefill" if row.role == "prefill" else "decode", "", pool=row.pool)
+        self.workers[life] = WorkerAccount(info, row.up_to, row.busy_to)
+        # It died some time in between: on average, half of that was its.
+        self.gone(info, min(max(0.0, by_s - heard_s) / 2, UNHEARD_MAX_S))
 
     def turn(self, now_s: float) -> None:
         """A page begins where the last one ended; who was gone by then is forgotten."""
@@ -150,4 +193,5 @@ def _row(worker: WorkerAccount, prices: Prices) -> WorkerRow:
         worker.busy_from,
         worker.busy_to,
         worker.unheard_s,
+        worker.is_gone,
     )

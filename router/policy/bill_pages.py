@@ -46,6 +46,7 @@ class WorkerRow(msgspec.Struct, frozen=True, array_like=True):
     busy_to: float
     unheard_s: float
     """After ``up_to``, until it was known to be gone."""
+    is_gone: bool = False
 
 
 class AccountRow(msgspec.Struct, frozen=True, array_like=True):
@@ -86,6 +87,8 @@ class Page(msgspec.Struct, frozen=True):
     accounts: tuple[LifeRows, ...] = ()
     tariff: Tariff = Tariff()
     """By which they are priced, beside workers' seconds."""
+    until_us: int = 0
+    """Unix time up to which it was heard; 0: it does not say."""
 
 
 class FleetLine(NamedTuple):
@@ -189,7 +192,7 @@ def _life(rows: Sequence[WorkerRow]) -> _Lived:
     for row in rows:
         up, busy = _grown(up, row.up_to - up_to, row.price_s), _grown(busy, row.busy_to - busy_to, row.price_s)
         up_to, busy_to = max(up_to, row.up_to), max(busy_to, row.busy_to)
-    last = max(rows, key=lambda row: (row.up_to, row.unheard_s))
+    last = max(rows, key=lambda row: (row.up_to, row.is_gone, row.unheard_s))
     return _Lived(up, busy, _grown(FleetLine("lost", 0.0, 0.0), last.unheard_s, last.price_s))
 
 

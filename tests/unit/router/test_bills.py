@@ -297,7 +297,7 @@ def test_what_is_billed_outlives_the_router_and_is_there_once() -> None:
         found = await written(documents)
         assert {line.what: line.seconds for line in found.fleet} == {"idle": 8.0, "lost": 1.5, "unclaimed": -2.0}
         assert found.total.seconds == 9.5
-        assert world.bills.workers == {}
+        assert world.bills.readings.workers == {}
 
     run(main, 0)
 

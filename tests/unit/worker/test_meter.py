@@ -134,7 +134,7 @@ def test_each_attempt_has_an_account_of_its_own() -> None:
         with meter.step(asked("s", 0, 8)) as one:
             meter.iterated([(one, 0, 8)], 5.0, FLAT, 1.0)
     readings = [charge.reading for charge in meter.charges(2.0)]
-    assert readings == [Reading(1, Spent(5.0)), Reading(2, Spent(5.0))]
+    assert readings == [Reading(2, Spent(5.0)), Reading(3, Spent(5.0))]
 
 
 def test_what_rests_is_charged_when_it_is_taken_and_now_and_then() -> None:
