@@ -271,7 +271,7 @@ class Meter:
             account.total.left(account)
         for of in [of for of, total in self._totals.items() if total.is_quiet(now_s)]:
             del self._totals[of]
-        for of in [of for of, account in self._rests.items() if now_s - account.changed_s > KEPT_S]:
+        for of in [of for of, one in self._rests.items() if one.changed_s and now_s - one.changed_s > KEPT_S]:
             del self._rests[of]
         self._asked_s = self.up_s(now_s)
 

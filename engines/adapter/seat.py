@@ -25,6 +25,7 @@ from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Feature, Lack, Members, NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.hashing import HASH_BYTES, KVLayout
 from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.spent import Charge
 from worker.config import WorkerConfig
 from worker.seat import member_of
 

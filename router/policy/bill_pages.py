@@ -88,7 +88,7 @@ class Page(msgspec.Struct, frozen=True):
     tariff: Tariff = Tariff()
     """By which they are priced, beside workers' seconds."""
     until_us: int = 0
-    """Unix time up to which it was heard; 0: it does not say."""
+    """Unix time up to which it was heard; 0: by a version that bills what workers say, and not how far accounts are."""
 
 
 class FleetLine(NamedTuple):
@@ -122,7 +122,7 @@ def report(pages: Iterable[Page]) -> Report:
             _add(rows, (row.salt, row.trace, row.tenant), row.steps, row.bill)
         for worker in page.workers:
             lives.setdefault((worker.node, worker.generation), []).append(worker)
-    for whose, bill in _accounts(ordered, {life: min(row.up_from for row in rows) for life, rows in lives.items()}):
+    for whose, bill in _accounts(ordered):
         _add(rows, whose, 0, bill)
     rows = _named(rows)
     billed = sum((row.bill for row in rows.values()), FREE)
@@ -154,9 +154,12 @@ def _named(rows: Mapping[_Whose, TraceRow]) -> dict[_Whose, TraceRow]:
     }
 
 
-def _accounts(pages: Sequence[Page], began_s: Mapping[Life, float]) -> Iterable[tuple[_Whose, Bill]]:
-    """What accounts have grown by, each growth at the price of the first page that knows of it. ``began_s``: since when
-    pages tell of each life."""
+def _accounts(pages: Sequence[Page]) -> Iterable[tuple[_Whose, Bill]]:
+    """What accounts have grown by, each growth at the price of the first page that knows of it."""
+    since_s: dict[Life, float] = {}
+    for worker in (worker for page in pages if page.until_us for worker in page.workers):
+        life = worker.node, worker.generation
+        since_s[life] = min(worker.up_from, since_s.get(life, worker.up_from))
     found: dict[tuple[Life, int], list[tuple[AccountRow, Prices]]] = {}
     for page in pages:
         for life in page.accounts:
@@ -168,8 +171,8 @@ def _accounts(pages: Sequence[Page], began_s: Mapping[Life, float]) -> Iterable[
         covered = rows[0][0].before
         for row, _ in rows:
             covered = row.before if covered.is_later(row.before) else covered
-        if last.began_s >= began_s.get(life, 0.0):
-            covered = NOTHING  # all of it, even what nobody has written when it was heard first
+        if life in since_s and last.began_s >= since_s[life]:
+            covered = NOTHING  # these pages are to tell all of it, even if a router was lost with what it had heard
         bill = FREE
         for row, prices in rows:
             more = row.spent.since(covered)
