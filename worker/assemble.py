@@ -17,6 +17,7 @@ from kvstore.client.staging import Staging
 from tracehaul.engine.base import Engine
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
@@ -64,7 +65,7 @@ class Worker:
         return self.service.load(load)
 
     def history(self) -> tuple[Charge, ...]:
-        return self.host.history()
+        return self.host.meter.history(clock.now_s())
 
     async def news(self) -> None:
         left = self.service.taking_over

@@ -13,7 +13,6 @@ from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import ContextTooLong, Overloaded, Unavailable
 from tracehaul.wire.hashing import TOKEN_BYTES, extend_chain, salted, token_count
 from tracehaul.wire.ids import BlockHash, NodeId, TraceId
-from tracehaul.wire.spent import Charge
 from worker.config import WorkerConfig
 from worker.context import Context
 from worker.families import Families
@@ -107,10 +106,6 @@ class WorkerHost:
             busy_s=self.meter.busy_s,
             charges=self.meter.charges(clock.now_s()),
         )
-
-    def history(self) -> tuple[Charge, ...]:
-        """As :meth:`worker.seat.Seat.history`."""
-        return self.meter.history(clock.now_s())
 
     @asynccontextmanager
     async def context(

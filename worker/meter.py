@@ -300,9 +300,7 @@ def _charge(one: Account, totals: dict[int, Reading]) -> Charge:
         return Charge(one.salt, one.trace, one.step, one.reading, began_s=one.began_s)
     if total.number not in totals:
         totals[total.number] = total.reading
-    return Charge(
-        one.salt, one.trace, one.step, one.reading, total.tenant, totals[total.number], began_s=total.began_s
-    )
+    return Charge(one.salt, one.trace, one.step, one.reading, total.tenant, totals[total.number], began_s=total.began_s)
 
 
 def _closed(salt: str, trace: TraceId, total: Total) -> Charge:

@@ -1,11 +1,11 @@
 """``python -m bench.overload.bills``: agents on a live fleet whose workers and router are killed, and what that costs.
 
-A router, a store node and two decode workers whose engine is the fake one, each a process. Every few seconds a worker or
-the router is killed with SIGKILL, or both at once, and started again; agents ask again until they are answered.
+A router, a store node and two decode workers whose engine is the fake one, each a process. Every few seconds a worker
+or the router is killed with SIGKILL, or both at once, and started again; agents ask again until they are answered.
 ``bills.error``: by how much all lines of ``tracehaul bill`` together are off the workers' seconds, each from when a
-process was ready to join until it was killed or told to end, as a share of these; ``bills.unclaimed``: the share that is
-nobody's; ``bills.unbilled``: of what the engines worked, by a clock of their own, the share that no trace is billed for:
-it died with a worker that had not told it yet.
+process was ready to join until it was killed or told to end, as a share of these; ``bills.unclaimed``: the share that
+is nobody's; ``bills.unbilled``: of what the engines worked, by a clock of their own, the share that no trace is billed
+for: it died with a worker that had not told it yet.
 """
 
 import asyncio
@@ -81,7 +81,11 @@ class Fleet:
         words = [sys.executable, "-m", PROGRAM, "node", name, "--config", str(self.run.path / "cluster.json")]
         with self.output.open("ab") as said:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env={**os.environ, "FAKE_ITERATION_S": ITERATION_S, "CLOCK": str(written)}
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env={**os.environ, "FAKE_ITERATION_S": ITERATION_S, "CLOCK": str(written)},
             )
         self._lives[name] = Life(name, process, written)
 
@@ -127,7 +131,7 @@ class Fleet:
         wanted = {"store-0", *WORKERS}
         try:
             async with asyncio.timeout(READY_S), httpx.AsyncClient(trust_env=False) as http:
-                while wanted != await _listed(http, self.url):
+                while wanted != await _listed(http, self.url):  # noqa: ASYNC110 - it is another process's state
                     await asyncio.sleep(0.2)
         except TimeoutError:
             raise RuntimeError("the fleet does not come up: " + self.output.read_text()[-2000:]) from None
@@ -146,20 +150,20 @@ async def _agent(http: httpx.AsyncClient, url: str, name: str, until_s: float) -
     dice, traces, answered = random.Random(name), 0, 0
     while clock.perf_s() < until_s:
         traces += 1
-        prompt = [dice.randrange(1000) for _ in range(FIRST_TOKENS)]
+        prompt = [dice.randrange(100, 10_000) for _ in range(FIRST_TOKENS)]
         for _ in range(STEPS):
             said = await _asked(http, url, f"{name}-{traces}", prompt, until_s)
             if said is None:
                 break
             answered += 1
-            prompt += [dice.randrange(1000) for _ in range(MORE_TOKENS)]
+            prompt += [dice.randrange(100, 10_000) for _ in range(MORE_TOKENS)]
             await asyncio.sleep(dice.uniform(0.0, 0.4))
     return answered
 
 
 async def _asked(http: httpx.AsyncClient, url: str, trace: str, prompt: list[int], until_s: float) -> str | None:
     """An answer, however often it has to be asked for; None: it is too late."""
-    body = {"model": "agents", "prompt": prompt, "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
+    body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "ignore_eos": True}
     while clock.perf_s() < until_s:
         try:
             answer = await http.post(f"{url}/v1/completions", json=body, headers={"X-Trace-Id": trace})

@@ -114,8 +114,8 @@ class BillKeeper:
             await self._write()
 
     def _put(self) -> int:
-        """What is on the page now is to be written; returns how many it takes for that: several where workers tell a new
-        router of all that they have kept."""
+        """What is on the page now is to be written; returns how many pages that takes: several where workers tell a
+        new router of all that they have kept."""
         readings, prices = self._bills.readings, self._bills.prices
         self._dirty = readings.changed = False
         self._put_s = clock.now_s()

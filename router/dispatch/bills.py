@@ -6,7 +6,7 @@ has ended, whatever way; what comes later is added.
 """
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from router.dispatch.readings import Readings

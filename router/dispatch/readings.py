@@ -1,8 +1,8 @@
 """How far workers' accounts are, as heartbeats say it, for the pages of bills. Pure.
 
-A heartbeat is one look at all of a worker: how long it has been there, how much of that it was busy, and for whom. So what
-is written of one life is whole as of some moment, whoever has heard it, and whatever became of the traces: a router
-writes what it hears of all of them, its own or not.
+A heartbeat is one look at all of a worker: how long it has been there, how much of that it was busy, and for whom. So
+what is written of one life is whole as of some moment, whoever has heard it, and whatever became of the traces: a
+router writes what it hears of all of them, its own or not.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -73,8 +73,8 @@ class Readings:
     def heard(self, info: NodeInfo, load: NodeLoad, now_s: float, *, new: bool) -> list[tuple[Charge, Spent]]:
         """A worker has said how it is. Returns what rests there has taken since it was heard last, and whose it is.
 
-        ``new``: its life began with this router. Of one that is met in the middle of its life nothing that it shows then
-        is known to be new.
+        ``new``: its life began with this router. Of one that is met in the middle of its life nothing that it shows
+        then is known to be new.
         """
         life = Key(info.node, info.generation)
         worker = self.workers.get(life)
@@ -115,8 +115,8 @@ class Readings:
             self.changed = True
 
     def left(self, rows: Iterable[tuple[WorkerRow, float]], now_s: float) -> None:
-        """An earlier router has heard these workers, each up to then. Those that died while no router was there are told
-        of by nobody: what they did after that is lost with them."""
+        """An earlier router has heard these workers, each up to then. Those that died while no router was there are
+        told of by nobody: what they did after that is lost with them."""
         self._left_s = now_s
         found = sorted(rows, key=lambda one: (one[0].up_to, one[0].is_gone))
         last = {Key(row.node, row.generation): (row, heard_s) for row, heard_s in found}

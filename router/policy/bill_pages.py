@@ -1,8 +1,8 @@
 """Bills as they are written down, a page for each minute or so, and what pages say together. Pure.
 
-Of workers and their accounts a page says how far they had come, in sums of a worker's life: so it makes no difference how
-many routers have heard them, how often one has, or which of their minutes nobody has. What no worker tells is said once,
-by who has the trace, and added up.
+Of workers and their accounts a page says how far they had come, in sums of a worker's life: so it makes no difference
+how many routers have heard them, how often one has, or which of their minutes nobody has. What no worker tells is said
+once, by who has the trace, and added up.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +18,8 @@ Life = tuple[NodeId, Generation]
 
 
 class TraceRow(msgspec.Struct, frozen=True, array_like=True):
-    """What a trace was billed within a page, beside what workers' accounts say: for what lies in stores, less what is not
-    billed of what lies on workers, as it is beyond the budget. All of it on pages that have no accounts."""
+    """What a trace was billed within a page, beside what workers' accounts say: for what lies in stores, less what is
+    not billed of what lies on workers, as it is beyond the budget. All of it on pages that have no accounts."""
 
     salt: str
     trace: TraceId
@@ -143,15 +143,13 @@ def _more(row: TraceRow, steps: int, bill: Bill) -> TraceRow:
 
 
 def _named(rows: Mapping[_Whose, TraceRow]) -> dict[_Whose, TraceRow]:
-    """What was heard by who did not know whose it is counts for whom the rest of its trace does; and no trace costs less
-    than its workers' time, whatever was forgiven, or how often."""
+    """What was heard by who did not know whose it is counts for whom the rest of its trace does; and no trace costs
+    less than its workers' time, whatever was forgiven, or how often."""
     tenants = {(salt, trace): tenant for salt, trace, tenant in sorted(rows) if tenant}
     named: dict[_Whose, TraceRow] = {}
     for (salt, trace, tenant), row in rows.items():
         _add(named, (salt, trace, tenant or tenants.get((salt, trace), "")), row.steps, row.bill)
-    return {
-        whose: msgspec.structs.replace(row, bill=row.bill.within(row.bill.amount)) for whose, row in named.items()
-    }
+    return {whose: msgspec.structs.replace(row, bill=row.bill.within(row.bill.amount)) for whose, row in named.items()}
 
 
 def _accounts(pages: Sequence[Page]) -> Iterable[tuple[_Whose, Bill]]:

@@ -72,4 +72,3 @@ def test_all_work_is_somebodys_with_workers_and_routers_killed(seed: int) -> Non
     assert 0 <= found.worked - found.billed <= found.lost + SHARE_MAX * found.worked
     living = len(world.engines()) - deaths
     assert abs(found.there - found.written) <= SHARE_MAX * found.there + living * BEAT_S
-    print(seed, deaths, found)

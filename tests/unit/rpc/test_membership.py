@@ -13,8 +13,8 @@ from tracehaul.wire.base import Ok
 from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, Fenced, NameTaken, WrongCluster, WrongNode, WrongVersion
 from tracehaul.wire.ids import Epoch, Generation, NodeId, StepId, TraceId
-from tracehaul.wire.spent import Charge, Reading
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.spent import Charge, Reading
 from tracehaul.wire.version import WIRE
 
 ROUTER = "router:1"

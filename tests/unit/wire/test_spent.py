@@ -2,8 +2,8 @@
 
 import pytest
 
-from tracehaul.wire.spent import NOTHING, Charge, Reading, Spent
 from tracehaul.wire.ids import StepId, TraceId
+from tracehaul.wire.spent import NOTHING, Charge, Reading, Spent
 
 
 @pytest.mark.parametrize(
