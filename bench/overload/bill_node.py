@@ -60,9 +60,9 @@ def install(timed: Timed) -> None:
 
     asked = Meter.up_s
 
-    def up_s(meter: Meter, now_s: float) -> float:
+    def up_s(self: Meter, now_s: float) -> float:
         timed.began()
-        return asked(meter, now_s)
+        return asked(self, now_s)
 
     Meter.up_s = up_s
     fake: Any = types.ModuleType("tracehaul.engine.torch_engine")

@@ -219,13 +219,15 @@ def main(
         fleet, report, answered = asyncio.run(measure(Path(folder), seconds))
     there_s, lines = fleet.there_s, {line.what: line.seconds for line in report.fleet}
     billed_s = sum(row.bill.spent.worker_s for row in report.rows)
+    written_s = billed_s + lines["idle"] + lines["lost"]
     results = [
-        Result("bills.error", abs(billed_s + lines["idle"] + lines["lost"] - there_s) / there_s, "share"),
+        Result("bills.error", abs(written_s - there_s) / there_s, "share"),
         Result("bills.unclaimed", abs(lines["unclaimed"]) / there_s, "share"),
         Result("bills.unbilled", (fleet.worked_s - billed_s) / fleet.worked_s, "share"),
         Result("bills.busy", fleet.worked_s / there_s, "share"),
         Result("bills.lost", lines["lost"] / there_s, "share"),
         Result("bills.worker_seconds", there_s, "s"),
+        Result("bills.seconds", written_s, "s", "bills.worker_seconds", written_s / there_s),
         Result("bills.kills", fleet.kills, "processes"),
         Result("bills.answers", answered, "calls"),
     ]

@@ -22,8 +22,8 @@ FORGET_S = 300.0
 
 SETTLES_S = 15.0
 """In which a worker that lives has joined a router that is new."""
-UNHEARD_MAX_S = 10.0
-"""A router that is there knows after so long that a silent worker is gone."""
+UNHEARD_MAX_S = 1.5
+"""Of one that died while no router was there. Mostly they died together: what is not written is as much."""
 
 
 class Shown:

@@ -176,9 +176,9 @@ def test_a_worker_that_died_while_no_router_was_there_is_lost_from_when_it_was_h
     later = Router()
     if early:  # it is a member before the router has read what there was
         later.hears(1.0, generation=2, new=True)
-    later.readings.left([(left(8.0), 990.0), (left(10.0), 993.0), (left(70.0, 5, gone=True), 999.0)], 1000.0)
+    later.readings.left([(left(8.0), 990.0), (left(10.0), 997.0), (left(70.0, 5, gone=True), 999.0)], 1000.0)
     later.hears(1.0, generation=2, new=True)
-    assert lines(report(later.writes())) == {"billed": 0.0, "idle": 1.0, "lost": 3.0, "unclaimed": 0.0}
+    assert lines(report(later.writes())) == {"billed": 0.0, "idle": 1.0, "lost": 1.0, "unclaimed": 0.0}
 
 
 def test_one_that_does_not_come_back_is_lost_and_one_that_does_is_not() -> None:
