@@ -1,6 +1,7 @@
 """Writes down what is billed, page by page, where it outlives the router."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Self
 
 import msgspec
@@ -8,7 +9,7 @@ import msgspec
 from records.base import RecordsLost
 from records.documents import Document, Documents, Shelf
 from router.dispatch.bills import Bills
-from router.policy.bill_pages import Page, TraceRow
+from router.policy.bill_pages import Heard, Page, TraceRow
 from router.policy.prices import Bill
 from router.traces.trace import TraceKey
 from tracehaul.runtime import clock
@@ -45,16 +46,25 @@ class BillKeeper:
         documents: where.
         life: names this life among those of all routers.
         keep_s: what is older is erased.
+        wall_s: tells Unix time.
     """
 
-    def __init__(self, bills: Bills, documents: Documents, life: str, keep_s: float) -> None:
+    def __init__(
+        self,
+        bills: Bills,
+        documents: Documents,
+        life: str,
+        keep_s: float,
+        wall_s: Callable[[], float] = clock.wall_s,
+    ) -> None:
+        self._wall_s = wall_s
         self._bills = bills
         self._documents = documents
         self._life = life
         self._keep_s = keep_s
         self._count = 0
         self._began_s = clock.now_s()
-        self._at_us = _wall_us()
+        self._at_us = self._wall_us()
         self._rows: dict[tuple[TraceKey, str], TraceRow] = {}
         self._dirty = False
         self._put_s = -STALE_S
@@ -88,11 +98,11 @@ class BillKeeper:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 found = await self._documents.list(SHELF, {}, None, LEFT_PAGES, newest_first=True)
-        except (RecordsLost, TimeoutError) as error:
+            pages = [msgspec.msgpack.decode(document.body, type=Heard) for document in found]
+        except (RecordsLost, TimeoutError, msgspec.MsgspecError) as error:
             seldom.warning("what was billed before could not be read", why=error)
             return
-        now_us, now_s = _wall_us(), clock.now_s()
-        pages = [msgspec.msgpack.decode(document.body, type=Page) for document in found]
+        now_us, now_s = self._wall_us(), clock.now_s()
         late = [(page, max(0.0, (now_us - page.until_us) / 1e6)) for page in pages]
         self._bills.readings.left(
             [(row, now_s - ago_s) for page, ago_s in late if ago_s < LEFT_S for row in page.workers], now_s
@@ -123,7 +133,7 @@ class BillKeeper:
         parts = list(readings.account_rows(prices, ROWS_MAX)) or [()]
         for at, part in enumerate(parts):
             rows = () if at else tuple(self._rows.values())
-            self._wait(at, Page(self._at_us, prices.tariff.unit, rows, workers, part, prices.tariff, _wall_us()))
+            self._wait(at, Page(self._at_us, prices.tariff.unit, rows, workers, part, prices.tariff, self._wall_us()))
         return len(parts)
 
     def _wait(self, at: int, page: Page) -> None:
@@ -135,8 +145,11 @@ class BillKeeper:
     def _turn(self) -> None:
         self._count += self._put()
         self._rows = {}
-        self._began_s, self._at_us = clock.now_s(), max(_wall_us(), self._at_us + 1)
+        self._began_s, self._at_us = clock.now_s(), max(self._wall_us(), self._at_us + 1)
         self._bills.readings.turn(self._began_s)
+
+    def _wall_us(self) -> int:
+        return int(self._wall_s() * 1e6)
 
     async def _write(self) -> None:
         try:
@@ -147,11 +160,7 @@ class BillKeeper:
                         del self._waiting[name]
                 if clock.now_s() - self._trimmed_s >= TRIM_S:
                     self._trimmed_s = clock.now_s()
-                    before_us = _wall_us() - int(self._keep_s * 1e6)
+                    before_us = self._wall_us() - int(self._keep_s * 1e6)
                     await self._documents.trim(SHELF.kind, before_us, NO_LIMIT, NO_LIMIT)
         except (RecordsLost, TimeoutError) as error:
             seldom.warning("bills could not be written; they will be", pages=len(self._waiting), why=error)
-
-
-def _wall_us() -> int:
-    return int(clock.wall_s() * 1e6)

@@ -91,6 +91,13 @@ class Page(msgspec.Struct, frozen=True):
     """Unix time up to which it was heard; 0: by a version that bills what workers say, and not how far accounts are."""
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """Of a page, how far workers were."""
+
+    workers: tuple[WorkerRow, ...]
+    until_us: int = 0
+
+
 class FleetLine(NamedTuple):
     """Workers' time that is no trace's."""
 

@@ -59,8 +59,8 @@ def busy(seed: int, plan: FaultPlan) -> tuple[Result, Sums, World]:
     return result, worlds[0].bills, worlds[0]
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("seed", [1, 2, 5, 8])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [1, 2, 5])
 def test_all_work_is_somebodys_with_workers_and_routers_killed(seed: int) -> None:
     result, found, world = busy(seed, kills(seed))
     assert not [finding for finding in result.findings if "] bills: " in finding]
