@@ -1,7 +1,7 @@
 """Bills add up to what the workers did: against a clock of our own on every engine."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -13,8 +13,8 @@ from sim.checker import Findings
 from tracehaul.runtime import clock
 
 SHARE_MAX = 0.01
-"""Of the workers' time, what may be no trace's, nor idle, nor lost with a worker; and of their work what may be billed
-twice: of steps that ended just before their router did, which nobody has written down."""
+"""Of what workers worked, what may be nobody's."""
+ROUNDING = 1e-6
 BEAT_S = 2.5
 """What a worker may have done since it was heard last."""
 
@@ -57,18 +57,42 @@ async def told(documents: MemoryDocuments) -> Report:
     return report(msgspec.msgpack.decode(document.body, type=Page) for document in kept)
 
 
-async def check_bills(findings: Findings, documents: MemoryDocuments, engines: Sequence[Timed]) -> None:
-    """Nothing was billed that no engine did, nothing twice, and nearly all that they did."""
+class Sums(NamedTuple):
+    """In seconds: by the engines' clock, and by what routers have written down."""
+
+    worked: float
+    there: float
+    billed: float
+    idle: float
+    lost: float
+    unclaimed: float
+
+    @property
+    def written(self) -> float:
+        """Of all lines."""
+        return self.billed + self.idle + self.lost + self.unclaimed
+
+
+async def sums(documents: MemoryDocuments, engines: Sequence[Timed]) -> Sums:
+    """As of now."""
     found = await told(documents)
-    billed_s = sum((row.bill for row in found.rows), FREE).spent.worker_s
-    worked_s = sum(engine.worked_s for engine in engines)
-    there_s = sum((engine.ended_s or clock.now_s()) - engine.began_s for engine in engines)
-    unclaimed = next(line.seconds for line in found.fleet if line.what == "unclaimed")
-    if billed_s > worked_s * (1 + SHARE_MAX):
-        findings.add("bills", f"{billed_s:.6f} s are billed, and engines worked {worked_s:.6f} s")
-    if abs(unclaimed) > SHARE_MAX * there_s:
-        what = f"{unclaimed:.6f} s of {worked_s:.6f} s of work are nobody's"
-        findings.add("bills", f"{what}, of workers that were there for {there_s:.1f} s")
-    heard_s = found.total.seconds
-    if heard_s < there_s - BEAT_S * len(engines):
-        findings.add("bills", f"workers were there for {there_s:.1f} s, and bills know of {heard_s:.1f} s")
+    fleet = {line.what: line.seconds for line in found.fleet}
+    return Sums(
+        sum(engine.worked_s for engine in engines),
+        sum((engine.ended_s or clock.now_s()) - engine.began_s for engine in engines),
+        sum((row.bill for row in found.rows), FREE).spent.worker_s,
+        **fleet,
+    )
+
+
+async def check_bills(findings: Findings, documents: MemoryDocuments, engines: Sequence[Timed]) -> Sums:
+    """Nothing was billed that no engine did, nothing twice, and all that they did and told."""
+    found = await sums(documents, engines)
+    if found.billed > found.worked * (1 + ROUNDING):
+        findings.add("bills", f"{found.billed:.6f} s are billed, and engines worked {found.worked:.6f} s")
+    if abs(found.unclaimed) > SHARE_MAX * found.worked:
+        findings.add("bills", f"{found.unclaimed:.6f} s of {found.worked:.6f} s of work are nobody's")
+    if found.written < found.there - BEAT_S * len(engines):
+        what = f"workers were there for {found.there:.1f} s, and bills know of {found.written:.1f} s"
+        findings.add("bills", what)
+    return found

@@ -261,7 +261,7 @@ async def _run_router(life: Life, around: Surroundings) -> None:
     await router.remember(records, KEEP_S, {}, OFFLOAD, life.node)
     dice = random.Random(life.process)  # noqa: S311 - reproducible is the point
     life.app = router.app({around.shape.engine.model: SimText()}, around.shape.api, OFFLOAD, lambda: b"", dice)
-    keeper = life.keeper = BillKeeper(router.dispatch.bills, around.documents, life.process, KEEP_S)
+    keeper = life.keeper = BillKeeper(router.dispatch.bills, around.documents, life.process, KEEP_S, clock.now_s)
     async with living(life.app), keeper:
         life.ready.set()
         await asyncio.Event().wait()  # simulated routers crash

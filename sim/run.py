@@ -120,12 +120,10 @@ async def run(world: World, plans: Sequence[TracePlan]) -> Agents:
         await asyncio.sleep(TOLD_S)
         # Two routers may have served a trace at once where they could not hear of each other: one of them keeps it.
         check_end(world, truth, agents.unheard | world.unheard, {} if sure else agents.last_at, sure=sure)
-        everybody = world.graves + [life for life in world.zombies if life.alive] + list(world.lives.values())
-        engines = [life.timed for life in everybody if life.timed is not None]
         for life in world.lives.values():
             if life.keeper is not None:
                 await life.keeper.flush()
-        await check_bills(world.findings, world.documents, engines)
+        world.bills = await check_bills(world.findings, world.documents, world.engines())
     auditing.cancel()
     world.bugs.uncaught(world.loop.errors)
     return agents

@@ -7,6 +7,7 @@ import msgspec
 from records.fakes import MemoryDocuments
 from router.dispatch.flips import FlipOutcome
 from sim import loop as virtual
+from sim.bills import Sums, Timed
 from sim.checker import (
     AbortChecker,
     BugChecker,
@@ -90,6 +91,8 @@ class World:
         self.unheard: set[TraceId] = set()
         """Traces that ended at a router which died before it had written that: the next one waits for more of them."""
         self.bugs = BugChecker(self.findings)
+        self.bills: Sums | None = None
+        """What all of it cost; once it is over."""
         self._generation = 0
         self._by_process: dict[str, Life] = {}
         loop = asyncio.get_running_loop()
@@ -103,6 +106,11 @@ class World:
             more += make_store_faults(seed, FLEET, FAULTS_END_S)
         faults = sorted((*plan.faults, *more), key=lambda fault: fault.at_s)
         return msgspec.structs.replace(plan, faults=tuple(faults))
+
+    def engines(self) -> list[Timed]:
+        """Of all lives, the dead ones too."""
+        everybody = self.graves + [life for life in self.zombies if life.alive] + list(self.lives.values())
+        return [life.timed for life in everybody if life.timed is not None]
 
     # --- life and death -----------------------------------------------------------------------------------
 

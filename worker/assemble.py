@@ -17,10 +17,12 @@ from kvstore.client.staging import Staging
 from tracehaul.engine.base import Engine
 from tracehaul.rpc.member import Member
 from tracehaul.rpc.peers import Peers
+from tracehaul.runtime import clock
 from tracehaul.runtime.offload import Offload
 from tracehaul.transfer.base import Memory
 from tracehaul.transfer.plane import Plane
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad, WorkerRole
+from tracehaul.wire.spent import Charge
 from worker.announce import announced
 from worker.config import WorkerConfig
 from worker.host import WorkerHost
@@ -61,6 +63,9 @@ class Worker:
             self.host.load(), serving=self.probe.serving, fault=self.probe.fault, orphans=orphans
         )
         return self.service.load(load)
+
+    def history(self) -> tuple[Charge, ...]:
+        return self.host.meter.history(clock.now_s())
 
     async def news(self) -> None:
         left = self.service.taking_over

@@ -14,6 +14,7 @@ import msgspec
 from tracehaul.rpc.base import Service
 from tracehaul.rpc.member import Member
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
+from tracehaul.wire.spent import Charge
 
 
 class Seat(Protocol):
@@ -41,6 +42,11 @@ class Seat(Protocol):
 
     def load(self) -> NodeLoad:
         """What is so now, and whether it can serve."""
+        ...
+
+    def history(self) -> tuple[Charge, ...]:
+        """What a router should know of whom it worked for that was not there, or was killed: its load says of that
+        what has changed of late."""
         ...
 
     def set_members(self, members: Members) -> None:
@@ -71,4 +77,5 @@ def member_of(seat: Seat) -> Member:
         seat.stats,
         served=seat.served,
         news=seat.news,
+        history=seat.history,
     )

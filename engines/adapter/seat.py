@@ -25,6 +25,7 @@ from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Feature, Lack, Members, NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.hashing import HASH_BYTES, KVLayout
 from tracehaul.wire.ids import BlockHash
+from tracehaul.wire.spent import Charge
 from worker.config import WorkerConfig
 from worker.seat import member_of
 
@@ -157,6 +158,9 @@ class StockSeat:
             charges=meter.charges(now_s),
             orphans=self._decode.taking_over.names(),
         )
+
+    def history(self) -> tuple[Charge, ...]:
+        return self.books.meter.history(clock.now_s())
 
     def set_members(self, members: Members) -> None:
         self._decode.set_members(members)

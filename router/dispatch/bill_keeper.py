@@ -1,16 +1,16 @@
 """Writes down what is billed, page by page, where it outlives the router."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Self
 
 import msgspec
 
 from records.base import RecordsLost
 from records.documents import Document, Documents, Shelf
-from router.dispatch.bills import Bills, WorkerAccount
-from router.fleet.load import Key
-from router.policy.bill_pages import Page, TraceRow, WorkerRow
-from router.policy.prices import Bill, Prices
+from router.dispatch.bills import Bills
+from router.policy.bill_pages import Heard, Page, TraceRow
+from router.policy.prices import Bill
 from router.traces.trace import TraceKey
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
@@ -22,6 +22,8 @@ ROWS_MAX = 2000
 """Of one page; then the next begins."""
 LATE_S = 0.5
 """What is billed is written together, at most so long after."""
+STALE_S = 5.0
+"""How far workers are that have nothing to do, so long after."""
 TIMEOUT_S = 10.0
 WAITING_MAX = 1000
 """Pages that could not be written; more are lost, the oldest first."""
@@ -29,6 +31,9 @@ LOOK_S = 30.0
 """How often it is looked at what stores hold of traces."""
 TRIM_S = 3600.0
 NO_LIMIT = 2**62
+LEFT_S = 600.0
+LEFT_PAGES = 20
+"""So late and so many pages of earlier routers tell of workers that may have died since."""
 
 seldom = Seldom(Log(__name__))
 
@@ -41,18 +46,28 @@ class BillKeeper:
         documents: where.
         life: names this life among those of all routers.
         keep_s: what is older is erased.
+        wall_s: tells Unix time.
     """
 
-    def __init__(self, bills: Bills, documents: Documents, life: str, keep_s: float) -> None:
+    def __init__(
+        self,
+        bills: Bills,
+        documents: Documents,
+        life: str,
+        keep_s: float,
+        wall_s: Callable[[], float] = clock.wall_s,
+    ) -> None:
+        self._wall_s = wall_s
         self._bills = bills
         self._documents = documents
         self._life = life
         self._keep_s = keep_s
         self._count = 0
         self._began_s = clock.now_s()
-        self._at_us = _wall_us()
+        self._at_us = self._wall_us()
         self._rows: dict[tuple[TraceKey, str], TraceRow] = {}
         self._dirty = False
+        self._put_s = -STALE_S
         self._waiting: dict[str, Document] = {}
         self._trimmed_s = -TRIM_S
         self._looked_s = clock.now_s()
@@ -78,38 +93,63 @@ class BillKeeper:
         self._rows[key, tenant] = TraceRow(*key, tenant, row.steps + steps, row.bill + bill)
         self._dirty = True
 
+    async def _remember(self) -> None:
+        """What workers there were when the last router was lost."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                found = await self._documents.list(SHELF, {}, None, LEFT_PAGES, newest_first=True)
+            pages = [msgspec.msgpack.decode(document.body, type=Heard) for document in found]
+        except (RecordsLost, TimeoutError, msgspec.MsgspecError) as error:
+            seldom.warning("what was billed before could not be read", why=error)
+            return
+        now_us, now_s = self._wall_us(), clock.now_s()
+        late = [(page, max(0.0, (now_us - page.until_us) / 1e6)) for page in pages]
+        self._bills.readings.left(
+            [(row, now_s - ago_s) for page, ago_s in late if ago_s < LEFT_S for row in page.workers], now_s
+        )
+
     async def _run(self) -> None:
+        await self._remember()
         while True:
             await asyncio.sleep(LATE_S)
             if self._bills.look is not None and clock.now_s() - self._looked_s >= LOOK_S:
                 self._looked_s = clock.now_s()
                 await self._bills.look()
-            if clock.now_s() - self._began_s >= PAGE_S or len(self._rows) >= ROWS_MAX:
+            now_s = clock.now_s()
+            self._bills.readings.settle(now_s)
+            if now_s - self._began_s >= PAGE_S or len(self._rows) + self._bills.readings.count >= ROWS_MAX:
                 self._turn()
-            elif self._dirty:
+            elif self._dirty or self._bills.readings.changed or now_s - self._put_s >= STALE_S:
                 self._put()
             await self._write()
 
-    def _put(self) -> list[Key]:
-        """The page as it is now is to be written; returns the workers that are gone by that."""
-        self._dirty = False
-        rows = tuple(self._rows.values())
-        workers, prices = self._bills.workers, self._bills.prices
-        page = Page(self._at_us, prices.tariff.unit, rows, tuple(_row(worker, prices) for worker in workers.values()))
-        name = f"{self._life}/{self._count}"
+    def _put(self) -> int:
+        """What is on the page now is to be written; returns how many pages that takes: several where workers tell a
+        new router of all that they have kept."""
+        readings, prices = self._bills.readings, self._bills.prices
+        self._dirty = readings.changed = False
+        self._put_s = clock.now_s()
+        workers = readings.worker_rows(prices)
+        parts = list(readings.account_rows(prices, ROWS_MAX)) or [()]
+        for at, part in enumerate(parts):
+            rows = () if at else tuple(self._rows.values())
+            self._wait(at, Page(self._at_us, prices.tariff.unit, rows, workers, part, prices.tariff, self._wall_us()))
+        return len(parts)
+
+    def _wait(self, at: int, page: Page) -> None:
+        name = f"{self._life}/{self._count + at}"
         self._waiting[name] = Document(name, self._at_us, {}, msgspec.msgpack.encode(page))
         while len(self._waiting) > WAITING_MAX:
             del self._waiting[next(iter(self._waiting))]
-        return [life for life, worker in workers.items() if worker.is_gone]
 
     def _turn(self) -> None:
-        gone = self._put()
-        self._bills.forget(gone)
-        for worker in self._bills.workers.values():
-            worker.up_from, worker.busy_from = worker.up_to, worker.busy_to
-        self._count += 1
+        self._count += self._put()
         self._rows = {}
-        self._began_s, self._at_us = clock.now_s(), max(_wall_us(), self._at_us + 1)
+        self._began_s, self._at_us = clock.now_s(), max(self._wall_us(), self._at_us + 1)
+        self._bills.readings.turn(self._began_s)
+
+    def _wall_us(self) -> int:
+        return int(self._wall_s() * 1e6)
 
     async def _write(self) -> None:
         try:
@@ -120,27 +160,7 @@ class BillKeeper:
                         del self._waiting[name]
                 if clock.now_s() - self._trimmed_s >= TRIM_S:
                     self._trimmed_s = clock.now_s()
-                    before_us = _wall_us() - int(self._keep_s * 1e6)
+                    before_us = self._wall_us() - int(self._keep_s * 1e6)
                     await self._documents.trim(SHELF.kind, before_us, NO_LIMIT, NO_LIMIT)
         except (RecordsLost, TimeoutError) as error:
             seldom.warning("bills could not be written; they will be", pages=len(self._waiting), why=error)
-
-
-def _row(worker: WorkerAccount, prices: Prices) -> WorkerRow:
-    info = worker.info
-    return WorkerRow(
-        info.node,
-        info.generation,
-        info.role,
-        info.pool,
-        prices.second(info.node),
-        worker.up_from,
-        worker.up_to,
-        worker.busy_from,
-        worker.busy_to,
-        worker.unheard_s,
-    )
-
-
-def _wall_us() -> int:
-    return int(clock.wall_s() * 1e6)

@@ -6,9 +6,10 @@ has ended, whatever way; what comes later is added.
 """
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
+from router.dispatch.readings import Readings
 from router.dispatch.stats import BillStats
 from router.fleet.load import Key
 from router.policy.prices import FREE, UNLIMITED, Bill, Limits, Prices, share
@@ -18,14 +19,12 @@ from router.traces.trace import TraceKey
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
 from tracehaul.wire.errors import BudgetExceeded, InvalidRequest
 from tracehaul.wire.ids import NodeId, StepId
-from tracehaul.wire.spent import NOTHING, Allowance, Charge, Reading, Spent
+from tracehaul.wire.spent import NOTHING, Allowance, Reading, Spent
 
 LATE_S = 60.0
 """For so long something may be heard of a step that has ended."""
 HOLD_S = 2.5
 """So long it may take to hear what a step has taken that broke off."""
-LIVES_MAX = 10_000
-"""Workers' lives that are remembered."""
 
 
 class TraceLate(InvalidRequest):
@@ -47,6 +46,8 @@ class Open:
         self.bill = FREE
         self.told = FREE
         """Of it, what its trace knows."""
+        self.forgiven = 0.0
+        """Of it, what is not billed, as it is beyond the budget."""
         self.allotted: float | None = None
         """What it may take of its trace's budget; None: that has none."""
         self.price_s = 0.0
@@ -66,18 +67,6 @@ class Open:
         return max(0.0, self.unheard) if now_s < self.ended_s + HOLD_S else 0.0
 
 
-class WorkerAccount:
-    """One life of one worker, by its own clock."""
-
-    def __init__(self, info: NodeInfo, up_s: float, busy_s: float) -> None:
-        self.info = info
-        self.up_from = self.up_to = up_s
-        self.busy_from = self.busy_to = busy_s
-        self.unheard_s = 0.0
-        """Since it was heard last, where it is gone: nobody knows what it did then."""
-        self.is_gone = False
-
-
 class Bills:
     """One router's.
 
@@ -94,16 +83,15 @@ class Bills:
         self.look: Callable[[], Awaitable[None]] | None = None
         """Charges what is held of traces in stores; to be called now and then."""
         self.on_billed: Callable[[TraceKey, str, Bill, int], None] = lambda key, tenant, bill, steps: None
-        """Told of all that is billed, once: whose, and how many steps have ended with it."""
-        self.workers: dict[Key, WorkerAccount] = {}
-        """Those that are there, and those that were and are not told of: see :meth:`forget`."""
+        """Told once of all that is billed beside what :attr:`readings` say: whose, and how many steps have ended with
+        it."""
+        self.readings = Readings(self._tenant)
         self.stats = BillStats()
         self._traces = traces
         self._send = send
         self._steps: dict[StepId, Open] = {}
         self._over: deque[tuple[float, StepId]] = deque()
         """Steps that have ended, with when, the first to end first."""
-        self._rests: dict[tuple[Key, int], Spent] = {}
         self._kept: dict[TraceKey, Bill] = {}
         """What traces were billed for between their steps, and do not know yet."""
 
@@ -203,29 +191,21 @@ class Bills:
         if info.role not in ("prefill", "decode"):
             return
         life = Key(info.node, info.generation)
-        worker = self.workers.get(life)
-        if worker is None:
-            before = (0.0, 0.0) if new else (load.up_s, load.busy_s)
-            worker = self.workers[life] = WorkerAccount(info, *before)
-            while len(self.workers) > LIVES_MAX:
-                del self.workers[next(iter(self.workers))]
-            if not new:  # what rests there was somebody else's to bill, up to now
-                self._rests |= {(life, one.reading.account): one.reading.spent for one in load.charges if not one.step}
-        worker.up_to, worker.busy_to = max(worker.up_to, load.up_s), max(worker.busy_to, load.busy_s)
-        worker.info, worker.unheard_s, worker.is_gone = info, 0.0, False
-        self._take(life, load.charges, now_s)
+        for charge, more in self.readings.heard(info, load, now_s, new=new):
+            self._rested(life.node, (charge.salt, charge.trace), more)
+        for charge in load.charges:
+            one = self._steps.get(charge.step) if charge.step else None
+            if one is not None and one.key[0] == charge.salt:
+                one.heard_s = now_s if one.ended_s is None else one.heard_s
+                self._grown(one, life, charge.reading)
 
     def gone(self, info: NodeInfo, silent_s: float) -> None:
         """A worker is no member any more, and was heard so long ago."""
-        life = Key(info.node, info.generation)
-        if life in self.workers:
-            self.workers[life].unheard_s, self.workers[life].is_gone = silent_s, True
-        self._rests = {key: spent for key, spent in self._rests.items() if key[0] != life}
+        self.readings.gone(info, silent_s)
 
-    def forget(self, lives: Iterable[Key]) -> None:
-        """Nothing has to be known of these workers any more."""
-        for life in lives:
-            self.workers.pop(life, None)
+    def _tenant(self, key: TraceKey) -> str:
+        trace = self._traces.get(key)
+        return "" if trace is None else trace.tenant
 
     def told(self, life: Key, step: StepId, reading: Reading, *, done: bool) -> None:
         """A step's message says what it has taken of a worker. ``done``: it is its last."""
@@ -234,44 +214,37 @@ class Bills:
             one.done = one.done or done
             self._grown(one, life, reading)
 
-    def _take(self, life: Key, charges: Iterable[Charge], now_s: float) -> None:
-        for charge in charges:
-            if not charge.step:
-                self._rested(life, (charge.salt, charge.trace), charge.reading)
-            elif (one := self._steps.get(charge.step)) is not None and one.key[0] == charge.salt:
-                one.heard_s = now_s if one.ended_s is None else one.heard_s
-                self._grown(one, life, charge.reading)
-
     def _grown(self, one: Open, life: Key, reading: Reading) -> None:
         account = life, reading.account
         before = one.seen.get(account, NOTHING)
         more = reading.spent.since(before)
         if more == NOTHING:
             return
-        one.seen[account] = before + more
+        one.seen[account] = reading.spent
         bill = self.prices.bill(life.node, more)
         one.bill, one.unheard = one.bill + bill, max(0.0, one.unheard - bill.amount)
         if one.ended_s is not None:
             self._settle(one, 0)
 
-    def _rested(self, life: Key, key: TraceKey, reading: Reading) -> None:
-        account = life, reading.account
-        before = self._rests.get(account, NOTHING)
-        more = reading.spent.since(before)
-        if more == NOTHING or not self.mine(key):
-            return
-        self._rests[account] = before + more
-        self.keeps(key, self.prices.bill(life.node, more))
+    def _rested(self, node: NodeId, key: TraceKey, more: Spent) -> None:
+        whole = self.prices.bill(node, more)
+        if self.mine(key) and (bill := self._keep(key, whole)) is not None:
+            self._billed(key, self._tenant(key), bill, _forgiven(whole.amount - bill.amount), 0)
 
     def keeps(self, key: TraceKey, bill: Bill) -> None:
-        """A trace is billed for what is kept for it between its steps: up to its budget."""
+        """A trace is billed for what stores keep for it: up to its budget."""
+        if (paid := self._keep(key, bill)) is not None:
+            self._billed(key, self._tenant(key), paid, paid, 0)
+
+    def _keep(self, key: TraceKey, bill: Bill) -> Bill | None:
+        """What a trace pays of that between its steps; None: nobody knows it."""
         trace = self._traces.get(key)
         if trace is None:
-            return
+            return None
         if trace.limits.budget is not None:
             bill = bill.within(max(0.0, trace.limits.budget - self.total(key).amount))
         self._kept[key] = self._kept.get(key, FREE) + bill
-        self._billed(key, trace.tenant, bill, 0)
+        return bill
 
     # --- ends -----------------------------------------------------------------------------------------------------
 
@@ -311,9 +284,17 @@ class Bills:
             bill.amount - one.told.amount,
         )
         one.told = bill
+        forgiven = one.bill.amount - bill.amount
+        more, one.forgiven = forgiven - one.forgiven, forgiven
         self._send(Charged(one.key, new + self._kept.pop(one.key, FREE)))
-        self._billed(one.key, one.tenant, new, steps)
+        self._billed(one.key, one.tenant, new, _forgiven(more), steps)
 
-    def _billed(self, key: TraceKey, tenant: str, bill: Bill, steps: int) -> None:
+    def _billed(self, key: TraceKey, tenant: str, bill: Bill, beside: Bill, steps: int) -> None:
         self.stats.billed(tenant, bill)
-        self.on_billed(key, tenant, bill, steps)
+        if steps or beside != FREE:
+            self.on_billed(key, tenant, beside, steps)
+
+
+def _forgiven(amount: float) -> Bill:
+    """Of what accounts say, that much is not billed."""
+    return Bill(amount=-amount) if amount else FREE

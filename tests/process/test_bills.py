@@ -20,6 +20,8 @@ from tests.waiting import wait_until
 from tracehaul.runtime import clock
 
 WORKERS = ("prefill-0", "decode-0")
+SLOW_S = 120.0
+"""For what takes seconds, on a machine that does much else."""
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +57,9 @@ def amounts(rows: dict[str, dict[str, str]]) -> dict[str, float]:
     return {trace: float(row["worker_amount_worker_seconds"]) for trace, row in rows.items()}
 
 
-def up_s(cluster: Fleet) -> float:
-    return sum(node["load"]["up_s"] for node in cluster.nodes() if node["info"]["node"] in WORKERS)
+def up_s(cluster: Fleet, *workers: str) -> float:
+    """Of their lives as they are now."""
+    return sum(node["load"]["up_s"] for node in cluster.nodes() if node["info"]["node"] in workers)
 
 
 def kill(cluster: Fleet, node: str) -> None:
@@ -65,7 +68,7 @@ def kill(cluster: Fleet, node: str) -> None:
 
 def back(cluster: Fleet, node: str) -> None:
     restart(cluster.run, [node], Console(quiet=True))
-    wait_until(lambda: {node["info"]["role"] for node in cluster.nodes()} == {"decode", "prefill", "store"})
+    wait_until(lambda: {node["info"]["role"] for node in cluster.nodes()} == {"decode", "prefill", "store"}, SLOW_S)
 
 
 def test_bills_add_up_with_a_worker_and_the_router_killed(cluster: Fleet) -> None:
@@ -76,7 +79,7 @@ def test_bills_add_up_with_a_worker_and_the_router_killed(cluster: Fleet) -> Non
     assert cost(cluster, "quiet")["amount"] == pytest.approx(usage["amount"], rel=0.05)
 
     # A worker dies in the middle of an answer, and nobody else can go on with it: it ends when the next is there.
-    began_s, before_s = clock.perf_s(), up_s(cluster)
+    began_s, before_s, first_s = clock.perf_s(), up_s(cluster, *WORKERS), up_s(cluster, "decode-0")
     told = 0
     body = {"model": cluster.model, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with (
@@ -92,13 +95,13 @@ def test_bills_add_up_with_a_worker_and_the_router_killed(cluster: Fleet) -> Non
     call(cluster, "after", 8)
     assert cost(cluster, "killed")["decode_s"] > 0
 
-    wait_until(lambda: {"quiet", "killed", "after"} <= bill(cluster).keys())
+    wait_until(lambda: {"quiet", "killed", "after"} <= bill(cluster).keys(), SLOW_S)
     first = amounts(bill(cluster))
     kill(cluster, "router-0")
     back(cluster, "router-0")
     call(cluster, "later", 8)
-    clock_s = clock.perf_s() - began_s
-    wait_until(lambda: sum(amounts(bill(cluster)).values()) > before_s + 1.8 * clock_s - 6.0)
+    there_s = first_s + up_s(cluster, *WORKERS)
+    wait_until(lambda: sum(amounts(bill(cluster)).values()) >= there_s, SLOW_S)
 
     found = amounts(bill(cluster))
     assert all(found[trace] >= first[trace] for trace in ("quiet", "killed", "after"))
@@ -117,7 +120,7 @@ def test_a_budget_ends_an_answer_and_a_larger_one_goes_on(cluster: Fleet) -> Non
     assert short.json()["error"]["code"] == "budget_exceeded"
     refused = call(cluster, "poor", 300)
     assert (refused.status_code, refused.json()["error"]["code"]) == (402, "budget_exceeded")
-    wait_until(lambda: cost(cluster, "poor")["amount"] >= 0.5)
+    wait_until(lambda: cost(cluster, "poor")["amount"] >= 0.5, SLOW_S)
     spent = cost(cluster, "poor")["amount"]
     decode_s = max(node["load"]["decode_s"] for node in cluster.nodes())
     assert 0.5 <= spent < 0.5 + 10 * decode_s + 0.5

@@ -16,6 +16,7 @@ from tracehaul.runtime.log import Log
 from tracehaul.wire.cluster import Members, NodeInfo, NodeLoad
 from tracehaul.wire.errors import Fenced, JoinRefused, Untrusted
 from tracehaul.wire.ids import Generation
+from tracehaul.wire.spent import Charge
 
 log = Log(__name__)
 
@@ -53,6 +54,8 @@ class Member(NamedTuple):
     """Given its membership, by which routers are told, before anybody asks it for anything."""
     news: Callable[[], Coroutine[Any, Any, None]] | None = None
     """Waits until its load says something that does not wait for the next heartbeat; None: it never does."""
+    history: Callable[[], tuple[Charge, ...]] | None = None
+    """In place of its load's charges, for a router that is joined; None: it has none."""
 
 
 class Serving:
@@ -79,6 +82,7 @@ class Serving:
             cluster=cluster,
             heartbeat_s=heartbeat_s,
             token=token,
+            history=member.history,
         )
         self._member = member
         if member.joins is not None:

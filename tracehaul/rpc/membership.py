@@ -16,6 +16,7 @@ from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, Nod
 from tracehaul.wire.errors import ClusterError, Fenced, JoinRefused, NameTaken, PeerLost, ProtocolError, Untrusted
 from tracehaul.wire.ids import Epoch
 from tracehaul.wire.messages import Reply
+from tracehaul.wire.spent import Charge
 from tracehaul.wire.version import WIRE
 
 log = Log(__name__)
@@ -65,9 +66,10 @@ class Membership:
         cluster: str = "",
         heartbeat_s: float = HEARTBEAT_S,
         token: str = "",
+        history: Callable[[], tuple[Charge, ...]] | None = None,
     ) -> None:
         """``routers``: ``host:port`` of each one's control plane, until others are set. ``token``: the cluster's, for
-        joining."""
+        joining. ``history``: as :attr:`tracehaul.rpc.member.Member.history`."""
         self._peers = peers
         self._routers = tuple(dict.fromkeys(routers))
         self._turned = asyncio.Event()
@@ -78,6 +80,7 @@ class Membership:
         self._cluster = cluster
         self._heartbeat_s = heartbeat_s
         self._token = token
+        self._history = history
         self._views = Views(GRACE_S)
         self._members = Members(version=0)
         self._in: set[str] = set()
@@ -260,7 +263,10 @@ class Membership:
                 await asyncio.sleep(TAKEN_RETRY_S)
 
     def _join(self, router: str) -> Replies:
-        join = Join(self._info, self._load(), self._cluster, WIRE, self._token)
+        load = self._load()
+        if self._history is not None:
+            load = msgspec.structs.replace(load, charges=self._history())
+        join = Join(self._info, load, self._cluster, WIRE, self._token)
         return self._peers.stream(router, join, idle_timeout_s=IDLE_TIMEOUT_S)
 
     async def _again(self, router: str, link: _Link) -> None:

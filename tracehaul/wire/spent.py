@@ -42,16 +42,27 @@ class Spent(msgspec.Struct, frozen=True, array_like=True, gc=False):
         )
 
     def since(self, before: "Spent") -> "Spent":
-        """What is in this and not in ``before``: sums never shrink, so what came late says nothing new."""
+        """What is in this and not in ``before``; nothing, if that is later: sums never shrink, so what comes late says
+        nothing new. A part may be negative: of a prompt's time it may be known afterwards what of it was recompute."""
+        if not self.is_later(before):
+            return NOTHING
         return Spent(
-            max(0.0, self.prefill_s - before.prefill_s),
-            max(0.0, self.recompute_s - before.recompute_s),
-            max(0.0, self.decode_s - before.decode_s),
-            max(0, self.moved_bytes - before.moved_bytes),
-            max(0.0, self.resident_byte_s - before.resident_byte_s),
-            max(0.0, self.memory_byte_s - before.memory_byte_s),
-            max(0.0, self.disk_byte_s - before.disk_byte_s),
+            self.prefill_s - before.prefill_s,
+            self.recompute_s - before.recompute_s,
+            self.decode_s - before.decode_s,
+            self.moved_bytes - before.moved_bytes,
+            self.resident_byte_s - before.resident_byte_s,
+            self.memory_byte_s - before.memory_byte_s,
+            self.disk_byte_s - before.disk_byte_s,
         )
+
+    def is_later(self, other: "Spent") -> bool:
+        """Of two sums of one account, whether this is the one that was read later."""
+        return self._order > other._order
+
+    @property
+    def _order(self) -> tuple[float, ...]:
+        return self.worker_s, self.moved_bytes, self.resident_byte_s, self.memory_byte_s, self.disk_byte_s
 
 
 NOTHING = Spent()
@@ -74,6 +85,19 @@ class Charge(msgspec.Struct, frozen=True, array_like=True, gc=False):
     step: StepId
     """Empty: for the trace, between its steps."""
     reading: Reading
+    tenant: str = ""
+    """Whom it counts for; empty: nobody is named, or the worker is of an earlier version, which does not tell this nor
+    what follows."""
+    total: Reading = Reading()
+    """What all steps of the trace have taken of the worker, in an account of the trace's own, as long as that is open;
+    of what rests there is none but ``reading``. All totals of one heartbeat add up to its worker's busy time."""
+    began_s: float = 0.0
+    """When that account was opened, by the worker's own clock: as :attr:`tracehaul.wire.cluster.NodeLoad.up_s`."""
+
+    @property
+    def sum(self) -> Reading:
+        """What bills are written by: whoever hears it late misses nothing by that."""
+        return self.total if self.total.account else self.reading
 
 
 class Allowance(NamedTuple):

@@ -23,6 +23,7 @@ from router.traces.events import Event, StepBegan, StepEnded
 from router.traces.machine import Traces
 from router.traces.trace import Trace, with_kept
 from sim.loop import run
+from tracehaul.runtime import clock
 from tracehaul.wire.blocks import Snapshot
 from tracehaul.wire.cluster import NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.errors import BudgetExceeded
@@ -278,7 +279,7 @@ def test_what_is_billed_outlives_the_router_and_is_there_once() -> None:
 
     async def main() -> None:
         world = World()
-        keeper = BillKeeper(world.bills, documents, "router-0/a", 1e9)
+        keeper = BillKeeper(world.bills, documents, "router-0/a", 1e9, clock.now_s)
         async with keeper:
             world.begin("s")
             world.beat(("s", 1, Spent(decode_s=1.0)), new=True, up_s=5.0)
@@ -297,7 +298,28 @@ def test_what_is_billed_outlives_the_router_and_is_there_once() -> None:
         found = await written(documents)
         assert {line.what: line.seconds for line in found.fleet} == {"idle": 8.0, "lost": 1.5, "unclaimed": -2.0}
         assert found.total.seconds == 9.5
-        assert world.bills.workers == {}
+        assert world.bills.readings.workers == {}
+
+    run(main, 0)
+
+
+def test_who_died_while_no_router_was_there_is_found_in_what_the_last_one_wrote() -> None:
+    documents = MemoryDocuments()
+
+    async def main() -> None:
+        world = World()
+        async with BillKeeper(world.bills, documents, "router-0/a", 1e9, clock.now_s):
+            world.beat(("s", 1, Spent(decode_s=1.0)), new=True, up_s=5.0)
+        assert len(documents.kept[SHELF]) == 1
+        documents.kept[SHELF]["torn"] = documents.kept[SHELF]["router-0/a/0"]._replace(name="torn", body=b"")
+        for _ in range(2):  # what cannot be read is in nobody's way
+            async with BillKeeper(World().bills, documents, "router-0/b", 1e9, clock.now_s):
+                await asyncio.sleep(30.0)
+            documents.kept[SHELF].pop("torn", None)
+        async with BillKeeper(World().bills, documents, "router-0/c", 1e9, clock.now_s):
+            await asyncio.sleep(30.0)
+        found = await written(documents)
+        assert {line.what: line.seconds for line in found.fleet}["lost"] == 1.5
 
     run(main, 0)
 
@@ -307,7 +329,7 @@ def test_old_pages_go() -> None:
 
     async def main() -> None:
         world = World()
-        async with BillKeeper(world.bills, documents, "router-0/a", 1e9):
+        async with BillKeeper(world.bills, documents, "router-0/a", 1e9, clock.now_s):
             pass
         assert list(documents.kept[SHELF]) == ["router-0/a/0"]
         async with BillKeeper(world.bills, documents, "router-0/b", 1e-6):

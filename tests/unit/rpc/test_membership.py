@@ -12,8 +12,9 @@ from tracehaul.rpc.peers import Peers
 from tracehaul.wire.base import Ok
 from tracehaul.wire.cluster import Heartbeat, Join, Members, MembersChanged, NodeInfo, NodeLoad
 from tracehaul.wire.errors import ClusterError, Fenced, NameTaken, WrongCluster, WrongNode, WrongVersion
-from tracehaul.wire.ids import Epoch, Generation, NodeId
+from tracehaul.wire.ids import Epoch, Generation, NodeId, StepId, TraceId
 from tracehaul.wire.messages import Reply, Request
+from tracehaul.wire.spent import Charge, Reading
 from tracehaul.wire.version import WIRE
 
 ROUTER = "router:1"
@@ -87,6 +88,27 @@ def test_it_joins_beats_and_follows() -> None:
         await asyncio.sleep(1)
         assert world.seen == [Members(1, (ME,)), Members(2, (ME, OTHER))]
         assert len(world.router.joins) == 1
+
+    virtual.run(main)
+
+
+def test_what_there_was_to_tell_is_told_to_each_router_that_is_joined() -> None:
+    async def main() -> None:
+        network, router = LocalNetwork(), Router()
+        charges = tuple(Charge("", TraceId("t"), StepId(step), Reading(1)) for step in ("long ago", "now"))
+        load = NodeLoad(running=1, charges=charges[1:])
+        peers = Peers(network.at(ME.address))
+        node = Membership(peers, [ROUTER], ME, lambda: load, lambda _: None, cluster="ours", history=lambda: charges)
+        await network.listen(ROUTER, router)
+        task = asyncio.create_task(node.run())
+        await asyncio.sleep(2)
+        network.crash(ROUTER)
+        await network.listen(ROUTER, router)
+        await asyncio.sleep(5)
+        assert [join.load.charges for join in router.joins] == [charges, charges]
+        assert [join.load.running for join in router.joins] == [1, 1]
+        assert {beat.load.charges for beat in router.beats} == {charges[1:]}
+        task.cancel()
 
     virtual.run(main)
 

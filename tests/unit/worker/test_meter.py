@@ -1,5 +1,8 @@
 """Whose a worker's time is."""
 
+from collections.abc import Sequence
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,9 +10,9 @@ from hypothesis import strategies as st
 from tracehaul.engine.base import SequenceId
 from tracehaul.wire.cluster import Rates
 from tracehaul.wire.ids import BlockHash, StepId, TraceId
-from tracehaul.wire.spent import Allowance, Reading, Spent
+from tracehaul.wire.spent import Allowance, Charge, Reading, Spent
 from tracehaul.wire.steps import DecodeStep, PrefillStep, Sampling
-from worker.meter import RESTED_S, TOLD_S, UNTOLD_S, Account, Meter
+from worker.meter import KEPT_S, RESTED_S, TOLD_S, TRACES_MAX, UNTOLD_S, Account, Meter
 
 FLAT = Rates(token_s=1.0, pair_s=0.0, decode_s=1.0, pull_token_s=0.0)
 """Every token costs the same."""
@@ -134,7 +137,7 @@ def test_each_attempt_has_an_account_of_its_own() -> None:
         with meter.step(asked("s", 0, 8)) as one:
             meter.iterated([(one, 0, 8)], 5.0, FLAT, 1.0)
     readings = [charge.reading for charge in meter.charges(2.0)]
-    assert readings == [Reading(1, Spent(5.0)), Reading(2, Spent(5.0))]
+    assert readings == [Reading(2, Spent(5.0)), Reading(3, Spent(5.0))]
 
 
 def test_what_rests_is_charged_when_it_is_taken_and_now_and_then() -> None:
@@ -181,3 +184,59 @@ def test_what_a_prefill_worker_spends_is_not_left_for_the_decode_worker_nor_the_
     other = account()
     other.allow(free, read)
     assert (other.limit_s, other.prefill_max_s(free, read), other.prefill_max_s(None, read)) == (None, None, None)
+
+
+def works(meter: Meter, trace: str, seconds: float, now_s: float, tenant: str = "acme") -> None:
+    """A step of it, from its beginning to its terminal message."""
+    request = msgspec.structs.replace(asked(f"step of {trace}", 0, 8), trace=TraceId(trace), tenant=tenant)
+    with meter.step(request) as one:
+        meter.iterated([(one, 0, 8)], seconds, FLAT, now_s)
+        one.told = True
+
+
+def totals(charges: Sequence[Charge]) -> dict[int, tuple[str, str, float]]:
+    return {one.sum.account: (one.trace, one.tenant, one.sum.spent.worker_s) for one in charges}
+
+
+def test_the_totals_of_one_heartbeat_add_up_to_its_busy_time() -> None:
+    meter = Meter()
+    for at in range(3):
+        works(meter, "a", 1.0, float(at))
+    works(meter, "b", 0.5, 3.0)
+    with meter.step(asked("runs", 0, 8)) as one:
+        meter.iterated([(one, 0, 8)], 2.0, FLAT, 3.5)
+        told = meter.charges(4.0)
+        one.told = True
+    meter.charges(4.5)
+    found = totals(told)
+    assert sorted(found.values()) == [("a", "", 2.0), ("a", "acme", 3.0), ("b", "acme", 0.5)]
+    assert sum(seconds for _, _, seconds in found.values()) == meter.busy_s
+    works(meter, "b", 0.25, 5.0)
+    assert sorted(totals(meter.charges(20.0)).values()) == [("b", "acme", 0.75)], "in the same account, told or not"
+
+
+def test_a_router_that_is_joined_is_told_what_others_may_have_taken_with_them() -> None:
+    meter = Meter()
+    meter.charges(0.0)
+    works(meter, "a", 1.0, 1.0)
+    meter.charges(2.0)
+    later_s = 2.0 + TOLD_S + 1.0
+    assert meter.charges(later_s) == ()
+    (kept,) = meter.history(later_s)
+    assert (kept.step, kept.reading) == ("step of a", Reading())
+    assert (kept.sum.spent, kept.began_s) == (Spent(1.0), 0.0)
+    meter.charges(later_s)
+    works(meter, "b", 1.0, later_s + 1.0)
+    assert totals(meter.history(KEPT_S)).keys() == {3, 1}
+    meter.history(later_s + KEPT_S + 5.0)
+    works(meter, "a", 1.0, later_s + KEPT_S + 6.0)
+    again = next(one for one in meter.history(later_s + KEPT_S + 7.0) if one.trace == "a")
+    assert (again.sum, again.began_s) == (Reading(5, Spent(1.0)), later_s + KEPT_S + 5.0)
+
+
+def test_no_more_traces_are_remembered_than_there_may_be() -> None:
+    meter = Meter()
+    for at in range(TRACES_MAX + 10):
+        works(meter, f"t-{at}", 0.125, 1.0)
+    meter.charges(2.0)
+    assert len(meter.history(3.0 + TOLD_S)) == TRACES_MAX
