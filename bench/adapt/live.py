@@ -19,7 +19,7 @@ from tracehaul.runtime import clock
 
 SHIFT_S = 30.0
 """After a shift a phase's figure counts from here on."""
-WARM_UP_S = 15.0
+WARM_UP_S = 20.0
 AROUND_S = 10.0
 """So long before and after a worker changed its role hits are compared."""
 TIMEOUT_S = 120.0
@@ -27,7 +27,7 @@ LATE = 504
 """Status of what was ended at its deadline."""
 LOOK_S = 0.25
 ADAPT = AdaptConfig(enabled=True, every_s=1.0, gain_min=0.1, pause_s=2.0)
-BEGUN_WITH = 1
+BEGUN_WITH = 2
 """Prefill workers of ours, when long prompts come first."""
 
 
@@ -48,11 +48,11 @@ class Kind(NamedTuple):
 
 PHASES: Mapping[str, Sequence[Kind]] = {
     "prompts": (
-        Kind(16, first=500, more=400, output=6, steps=6, gap_s=0.3),
-        Kind(12, first=50, more=20, output=120, steps=3),
+        Kind(8, first=2000, more=1500, output=8, steps=4, deadline_s=60.0),
+        Kind(14, first=40, more=15, output=8, steps=8, deadline_s=2.5),
     ),
-    "answers": (Kind(40, first=60, more=30, output=50, steps=4),),
-    "forks": (Kind(5, first=900, more=40, output=24, steps=2, children=6),),
+    "answers": (Kind(40, first=60, more=30, output=20, steps=6),),
+    "forks": (Kind(5, first=900, more=40, output=16, steps=2, children=6),),
 }
 
 

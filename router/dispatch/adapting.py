@@ -113,6 +113,11 @@ class Adapting:
         """What was changed at a node, and what came of it, the oldest first."""
         return [one for one in self.noted if one.what.node == node]
 
+    @property
+    def turning(self) -> list[NodeId]:
+        """Whom it changes now, of each pool at most one."""
+        return [watched.turning for watched in self._watched.values() if watched.turning is not None]
+
     # --- what is done ---------------------------------------------------------------------------------------------
 
     def placed(self, run: Run, placement: Placement) -> None:

@@ -164,12 +164,12 @@ def test_where_there_is_little_to_do_nothing_is_changed() -> None:
 
 async def turning(world: World) -> NodeId:
     """Whom the router is about to change, while that goes on."""
-    (pool,) = dispatch_of(world).adapting._watched.values()
-    while pool.turning is None:  # noqa: ASYNC110 - it tells nobody
+    adapting = dispatch_of(world).adapting
+    while not adapting.turning:  # noqa: ASYNC110 - it tells nobody
         await asyncio.sleep(0.05)
     await asyncio.sleep(0.3)
-    assert pool.turning is not None
-    return pool.turning
+    (node,) = adapting.turning
+    return node
 
 
 def test_a_worker_killed_in_mid_change_is_no_reason_to_change_others_at_once() -> None:

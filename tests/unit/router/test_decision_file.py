@@ -3,9 +3,11 @@ import asyncio
 import msgspec
 
 from cluster import decision_file
-from cluster.decision_file import DecisionFile, Line
+from cluster.decision_file import DecisionFile, Line, noted_of
+from router.adapt.loop import Change, Verdict
+from router.adapt.story import Noted
 from router.traces.decisions import Asked, Entry
-from tracehaul.wire.ids import TraceId
+from tracehaul.wire.ids import NodeId, TraceId
 
 
 def test_decisions_are_json_lines_in_files_of_bounded_size(tmp_path, monkeypatch) -> None:
@@ -55,3 +57,21 @@ def test_a_disk_that_refuses_costs_the_lines_and_nothing_else(tmp_path, monkeypa
 
     (tmp_path / "gone").mkdir()
     asyncio.run(main())
+
+
+def test_what_was_changed_at_a_node_is_found_again_among_all_else(tmp_path) -> None:
+    path, node = tmp_path / "decisions.jsonl", NodeId("decode-1")
+    change = Noted(1.0, "", Change(1, node, "prefill", 0.25, quicker=False, inputs={"rate": 2.0}))
+    verdict = Noted(9.0, "", Verdict(1, node, "kept", "more is done"))
+
+    async def main() -> None:
+        file = DecisionFile(path)
+        file.write_noted(change)
+        file.write(("", TraceId(node)), Entry(1.0, Asked("resume", {})))
+        file.write_noted(Noted(2.0, "", Verdict(7, NodeId("decode-2"), "kept", "more is done")))
+        file.write_noted(verdict)
+        file.close()
+
+    asyncio.run(main())
+    assert noted_of(path, node) == [change, verdict]
+    assert [line.trace for line in decision_file.lines_of(path, node, "")] == [node]

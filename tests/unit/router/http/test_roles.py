@@ -1,5 +1,7 @@
 """An operator changes a worker's role over HTTP."""
 
+from router.adapt.loop import Change
+from router.adapt.story import Noted
 from router.calls.fakes import FakeDispatcher, say
 from router.fleet.members import NodeStatus
 from tests.unit.router.http.test_access import BETA, BOSS, Send, served
@@ -44,3 +46,22 @@ def test_who_may_not_steer_or_says_nonsense_changes_nothing() -> None:
     made = dispatcher()
     served(use, dispatcher=made)
     assert made.flips == []
+
+
+def test_what_was_changed_at_a_node_is_told_to_who_may_steer() -> None:
+    async def use(send: Send) -> None:
+        answer = await send(BOSS, "GET", "/cluster/decode-1/changes")
+        assert answer.status_code == 200
+        assert answer.json()["changes"] == [{"at_s": 5.0, "pool": "", "what": asked}]
+        assert (await send(BETA, "GET", "/cluster/decode-1/changes")).status_code == 403
+        assert (await send(BOSS, "GET", "/cluster/decode-9/changes")).status_code == 404
+
+    made = dispatcher()
+    change = Change(1, NodeId("decode-1"), "prefill", 0.25, quicker=False, inputs={"rate": 2.0})
+    asked = {"type": "change", "number": 1, "node": "decode-1", "role": "prefill", "foretold": 0.25, "quicker": False}
+    asked |= {"inputs": {"rate": 2.0}, "undoes": None}
+    made.noted = [
+        Noted(5.0, "", change),
+        Noted(6.0, "", Change(2, NodeId("d2"), "decode", 0.2, quicker=False, inputs={})),
+    ]
+    served(use, dispatcher=made)
