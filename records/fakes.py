@@ -110,9 +110,12 @@ class MemoryRecords:
         _, address, until_s = self.tables.lives.get(router, ("", "", 0.0))
         return Holder(*found, router, address, until_s > self.tables.now_s())
 
-    async def live(self, for_s: float) -> None:
+    async def live(self, for_s: float) -> Mapping[str, str]:
         self._check()
-        self.tables.lives[self._router] = (self._life, self._address, self.tables.now_s() + for_s if for_s else 0.0)
+        now_s, lives = self.tables.now_s(), self.tables.lives
+        lives[self._router] = (self._life, self._address, now_s + for_s if for_s else 0.0)
+        beside = ((name, *lives[name]) for name in lives if name != self._router)
+        return {name: address for name, _, address, until_s in beside if until_s > now_s}
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         self._check()

@@ -5,7 +5,7 @@ What it keeps outlives every router, and says nothing untrue: a real one's trans
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from records.base import Batch, Claim, Holder, RecordsLost, TraceName, TraceRow
@@ -139,10 +139,11 @@ class SimRecords:
         await self._database.answered(lost)
         return found
 
-    async def live(self, for_s: float) -> None:
+    async def live(self, for_s: float) -> Mapping[str, str]:
         lost = await self._database.asked()
-        await self._inner.live(for_s)
+        found = await self._inner.live(for_s)
         await self._database.answered(lost)
+        return found
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         async for rows in self._inner.rows(names):

@@ -6,7 +6,7 @@ nothing of what happens to it here is written down.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -36,6 +36,8 @@ PATIENT_AGAIN_S = 5.0
 """After one that waited in vain no other does for so long, unless the database answers."""
 GIVE_S = 0.7
 """For so long a router is asked to let one go, and may take to write it."""
+STILL_S = GIVE_S
+"""Who stood still for so long did not answer others: traces may have been taken over, or deleted."""
 LIVES_S = 10.0
 """A router that was not heard of for so long is dead to the others, which adopt its traces."""
 BEAT_S = 2.5
@@ -72,6 +74,13 @@ class Handover:
         self._beat_s = 0.0
         """When it last did."""
         self._adopting: asyncio.Task[None] | None = None
+        self._stirred = asyncio.Event()
+        self._stood_still = 0
+        """How often it did."""
+        self._made_sure = 0
+        """After which of these times it is known which traces are this router's still."""
+        self.others: Mapping[str, str] = {}
+        """Routers that lived beside this one when that was asked last, with their addresses."""
         self._impatient_s = 0.0
         """Until then nobody waits for the database."""
         self._unsure = False
@@ -84,6 +93,7 @@ class Handover:
     async def start(self) -> None:
         """Say that this router lives, from now on, and look for traces of those that do not."""
         self._tasks.start(self._beating(), "beat")
+        self._tasks.start(self._watching(), "watch")
 
     async def close(self) -> None:
         """It ends: others may have its traces. The journal has written what it had to."""
@@ -97,7 +107,8 @@ class Handover:
     async def arrive(self, tenant: str, name: str, tips: Sequence[bytes] = (), answer: str = "") -> None:
         """The trace that a call is of is known here, if any router knows it and lets go of it in time: the one of that
         name, else the one whose last conversation is the longest of ``tips``, or whose last answer that is."""
-        if name and self._journal.writes((tenant, TraceId(name))):
+        sure = self._made_sure == self._stood_still
+        if name and sure and self._journal.writes((tenant, TraceId(name))):
             return
         if self._journal.failing or not self._journal.loaded or clock.now_s() < self._impatient_s:
             self.stats.unfetched += 1
@@ -133,8 +144,11 @@ class Handover:
 
     async def _fetch(self, tenant: str, name: str, tips: Sequence[bytes], answer: str) -> None:
         try:
+            fence = self._journal.fence((tenant, TraceId(name)))
             holder = await self._records.holder(tenant, name, tips, answer)
             self._impatient_s = 0.0
+            if name and (holder is None or (fence and holder.router != self._router)):
+                self._journal.refused((tenant, TraceId(name)), fence)
             if holder is None or self._journal.writes((tenant, TraceId(holder.trace))):
                 return
             of = TraceName(tenant, holder.trace)
@@ -163,21 +177,46 @@ class Handover:
 
     # --- who lives --------------------------------------------------------------------------------------------------
 
+    async def _watching(self) -> None:
+        while True:
+            before_s = clock.now_s()
+            await asyncio.sleep(STILL_S / 4)
+            if clock.now_s() - before_s > STILL_S:
+                self._stood_still += 1
+                self._stirred.set()
+
+    async def _make_sure(self) -> None:
+        """What is another router's by now, or was deleted, is let go. Raises RecordsLost."""
+        until, known = self._stood_still, self._journal.known()
+        claims = await self._records.adopt(others=False, all_mine=True)
+        mine = {(one.tenant, TraceId(one.trace)): one.fence for one in claims}
+        for key, fence in known.items():
+            if mine.get(key, 0) < fence:
+                self._journal.refused(key, fence)
+        self._made_sure = until
+
     async def _beating(self) -> None:
         while True:
+            self._stirred.clear()
             try:
                 await self._beat()
             except Exception as error:  # who says no more that it lives loses its traces
                 self._well_since_s = None
                 if not isinstance(error, RecordsLost):
                     seldom.warning("this router cannot say that it lives", why=error)
-            await asyncio.sleep(BEAT_S)
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    await self._stirred.wait()
+            except TimeoutError:
+                pass
 
     async def _beat(self) -> None:
-        await self._records.live(LIVES_S)
+        self.others = await self._records.live(LIVES_S)
         before_s, self._beat_s = self._beat_s, clock.now_s()
         if self._well_since_s is None or self._beat_s - before_s > LIVES_S - BEAT_S:
             self._well_since_s = self._beat_s  # what held this one up may have held up the others
+        if self._made_sure < self._stood_still and self._journal.loaded:
+            await self._make_sure()
         well = self._beat_s - self._well_since_s >= LIVES_S
         if self._journal.loaded and well and (self._adopting is None or self._adopting.done()):
             self._adopting = self._tasks.start(

@@ -189,6 +189,21 @@ class Journal:
         known = key in self._ledger.stored or (key in self._traces and key not in self._ledger.foreign)
         return known and self._ledger.fence(key) >= fence
 
+    def known(self) -> dict[TraceKey, int]:
+        """What this router writes as far as it knows, and under which fences."""
+        return {key: stored.fence for key, stored in self._ledger.stored.items() if stored.fence}
+
+    def fence(self, key: TraceKey) -> int | None:
+        """Under which a trace was written here or by whoever has it by now; None: it is new."""
+        return 0 if key in self._ledger.foreign else self._ledger.fence(key) or None
+
+    def refused(self, key: TraceKey, fence: int | None) -> None:
+        """The store says that a trace of that fence is not this router's: it is forgotten, or if something is under
+        way in it no more written. Not if it was claimed meanwhile."""
+        if fence is not None and fence == self.fence(key):
+            self.stats.lost += bool(fence)
+            self._let_go(key)
+
     async def give(self, key: TraceKey) -> bool:
         """Another router takes a trace: it is written as it is, and known here no more. False: something is under way
         in it. The caller limits the wait."""

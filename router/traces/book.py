@@ -196,16 +196,18 @@ class Book:
         an answer, or had that conversation, unless nobody can have gone on from it."""
         if self.elsewhere is None:
             return
-        if trace is not None:
-            await self.elsewhere.arrive(salt, trace)
-        elif answer and self._traces.response(salt, answer) is None:
-            await self.elsewhere.arrive(salt, "", (), answer)
-        elif sought is not None and not sought.first:
+        if trace is None and answer:
+            trace = self._traces.response(salt, answer)
+        elif trace is None and sought is not None and not sought.first:
             fresh = TraceId("")
             place = self.find(salt, sought, fresh)
             if place.trace == fresh or place.parent is not None:
                 heard = sought.heard.name if sought.heard is not None else ""
                 await self.elsewhere.arrive(salt, "", own(sought.conversation, sought.opening), heard)
+                return
+            trace = place.trace
+        if trace is not None or answer:  # also one that is known here: it may be another router's by now
+            await self.elsewhere.arrive(salt, trace or TraceId(""), (), answer)
 
     # --- for clients --------------------------------------------------------------------------------------------
 
