@@ -1,14 +1,16 @@
 """What clients keep at a router, files and batches: opened with it, swept as it runs."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-from jobs.batches import Batches
+import msgspec
+
+from jobs.batches import Batches, StillRuns
 from jobs.files import FileLimits, Files
-from jobs.left import BATCHES, FILES, locked, others
+from jobs.left import BATCHES, FILES, KNOWN, locked, others
 from router.http.config import ApiConfig
 from router.http.jobs import Jobs
 from tracehaul.runtime.clock import now_s, wall_s
@@ -17,6 +19,11 @@ from tracehaul.runtime.offload import Offload, ThreadOffload
 from tracehaul.runtime.tasks import Tasks
 
 log = Log(__name__)
+
+
+class _Whose(msgspec.Struct):
+    tenant: str
+
 
 seldom = Seldom(log, 60.0)
 
@@ -46,10 +53,11 @@ async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | 
         try:
             make = partial(Batches, folder / BATCHES, files, writing, checking, config.batches_max)
             batches = await writing.run(make)
+            jobs = Jobs(files, batches, partial(_erase_left, folder, offload))
             async with Tasks("files") as tasks:
                 tasks.start(_sweeping(files), "sweep")
-                tasks.start(_adopting(folder, Jobs(files, batches), offload), "adopt")
-                yield Jobs(files, batches)
+                tasks.start(_adopting(folder, jobs, offload), "adopt")
+                yield jobs
         finally:
             files.close()
     finally:
@@ -83,6 +91,39 @@ async def _adopting(folder: Path, jobs: Jobs, offload: Offload) -> None:
         except OSError as error:
             seldom.warning("what other routers left is not gone on with", folder=folder.parent, why=error)
         await asyncio.sleep(LOOK_S)
+
+
+async def _erase_left(folder: Path, offload: Offload, tenant: str, living: Collection[str] | None) -> tuple[int, int]:
+    """See :attr:`router.http.jobs.Jobs.erase_left`."""
+    batches = files = 0
+    for each in await offload.run(partial(others, folder)):
+        gone = await offload.run(partial(_erased, each, tenant))
+        if gone is None and living is not None and each.name not in living:
+            raise StillRuns(f"the router {each.name} has its folder, and does not answer")
+        batches, files = batches + (gone or (0, 0))[0], files + (gone or (0, 0))[1]
+    return batches, files
+
+
+def _erased(folder: Path, tenant: str) -> tuple[int, int] | None:
+    """None: somebody has it."""
+    with locked(folder) as mine:
+        return (_gone(folder / BATCHES, tenant), _gone(folder / FILES, tenant)) if mine else None
+
+
+def _gone(folder: Path, tenant: str) -> int:
+    """How many of theirs there were; what is known of each goes first."""
+    count = 0
+    for path in folder.glob(f"*{KNOWN}"):
+        try:
+            theirs = msgspec.json.decode(path.read_bytes(), type=_Whose).tenant == tenant
+        except (msgspec.DecodeError, UnicodeError):
+            continue
+        if theirs:
+            count += 1
+            path.unlink()
+            for part in folder.glob(f"{path.stem}.*"):
+                part.unlink(missing_ok=True)
+    return count
 
 
 def _is_free(folder: Path) -> bool:

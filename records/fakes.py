@@ -187,6 +187,9 @@ class MemoryDocuments:
             found += fresh
         return sorted(found)
 
+    async def shelves(self, kind: str) -> Sequence[str]:
+        return sorted(shelf.tenant for shelf in self.kept if shelf.kind == kind and self._on(shelf))
+
     async def trim(self, kind: str, before_us: int, count_max: int, bytes_max: int) -> int:
         gone = 0
         for shelf in [shelf for shelf in self.kept if shelf.kind == kind]:

@@ -1,7 +1,7 @@
 """What is on its way to one receiver, as a database keeps it.
 
-Several routers may keep theirs in one. What one leaves that lives no more is another's; it may only have stood still, so
-it changes what it has, and sends it, only as long as that is there.
+Several routers may keep theirs in one. What one leaves that lives no more is another's. It may only have stood still:
+what it has it changes, and sends, only as long as that is there.
 """
 
 from collections.abc import Mapping, Sequence

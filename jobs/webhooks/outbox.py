@@ -138,9 +138,7 @@ class Outbox:
         self._wall_s = wall_s
         self._made_s = wall_s()
         """Before anything can end; whenever the database says who was named before."""
-        self._ways = [
-            _Way(receiver, Kept(documents, receiver.name, router, shared=shared)) for receiver in receivers
-        ]
+        self._ways = [_Way(receiver, Kept(documents, receiver.name, router, shared=shared)) for receiver in receivers]
         self._news: deque[Event] = deque(maxlen=WAITING_MAX)
         self._noted, self._idle = asyncio.Event(), asyncio.Event()
 

@@ -6,7 +6,7 @@ nothing of what happens to it here is written down.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,8 +22,8 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.offload import Offload
 from tracehaul.runtime.tasks import Tasks
-from tracehaul.wire.cluster import GiveTrace, TraceGiven
-from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.cluster import AskRouter, GiveTrace, RouterAnswered, TraceGiven
+from tracehaul.wire.errors import ClusterError, Unavailable
 from tracehaul.wire.ids import TraceId
 from tracehaul.wire.messages import Reply, Request
 
@@ -144,7 +144,7 @@ class Handover:
 
     async def _fetch(self, tenant: str, name: str, tips: Sequence[bytes], answer: str) -> None:
         try:
-            fence = self._journal.fence((tenant, TraceId(name)))
+            fence = self._journal.ledger.under((tenant, TraceId(name)))
             holder = await self._records.holder(tenant, name, tips, answer)
             self._impatient_s = 0.0
             if name and (holder is None or (fence and holder.router != self._router)):
@@ -187,7 +187,7 @@ class Handover:
 
     async def _make_sure(self) -> None:
         """What is another router's by now, or was deleted, is let go. Raises RecordsLost."""
-        until, known = self._stood_still, self._journal.known()
+        until, known = self._stood_still, self._journal.ledger.known()
         claims = await self._records.adopt(others=False, all_mine=True)
         mine = {(one.tenant, TraceId(one.trace)): one.fence for one in claims}
         for key, fence in known.items():
@@ -278,12 +278,18 @@ class Doorway:
     def __init__(self, members: Service) -> None:
         self.handover: Handover | None = None
         """None: nothing is shared."""
+        self.answer: Callable[[AskRouter], Awaitable[RouterAnswered]] | None = None
+        """What clients of other routers ask; None: not yet."""
         self._members = members
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         if isinstance(request, GiveTrace):
             handover = self.handover
             return TraceGiven(handover is None or await handover.give((request.tenant, request.trace)))
+        if isinstance(request, AskRouter):
+            if self.answer is None:
+                raise Unavailable("it does not serve yet")
+            return await self.answer(request)
         return await self._members.call(request, context)
 
     def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:

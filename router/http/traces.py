@@ -15,6 +15,7 @@ from router.dialects.body import parse
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
 from router.http.access import caller_of
 from router.http.asgi import body_of
+from router.http.others import Others, asked_by_router
 from router.http.pages import json_response, page_limit
 from router.traces.book import Book, TraceBusy
 from router.traces.views import TraceDeleted, TracesDeleted, TraceView
@@ -67,8 +68,9 @@ class PinAnswer(msgspec.Struct, frozen=True):
 class TracePages:
     """The endpoints. A tenant (its key's, else ``cache_salt``) sees its own traces only."""
 
-    def __init__(self, book: Book, forget: Callable[[str, str], None]) -> None:
-        """``forget``: what calls were told in a tenant's trace."""
+    def __init__(self, book: Book, forget: Callable[[str, str], None], others: Others | None = None) -> None:
+        """``forget``: what calls were told in a tenant's trace. ``others``: routers that may know traces, too."""
+        self._others = others
         self._book = book
         self._forget = forget
 
@@ -113,16 +115,22 @@ class TracePages:
         return json_response(PinAnswer(trace, pinned.blocks, pinned.held, pinned.remaining_s))
 
     async def delete(self, request: Request) -> Response:
-        """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
-        trace = await self._here(request)
+        """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed; at every router."""
+        trace, here = TraceId(str(request.path_params["id"])), asked_by_router(request)
+        told = [] if self._others is None else await self._others.told(request)
+        if not here:
+            await self._book.arrive(salt(request), trace)
         self._forget(salt(request), trace)
-        if not await self._book.delete(salt(request), trace):
+        if not await self._book.delete(salt(request), trace, here=here) and not told:
             raise not_found(trace)
         return json_response(TraceDeleted(trace))
 
     async def delete_all(self, request: Request) -> Response:
         """``DELETE /v1/traces``: all of a tenant's, as one; with all that was said in them."""
-        return json_response(TracesDeleted(await self.erase(salt(request))))
+        count = await self.erase(salt(request))
+        for told in [] if self._others is None else await self._others.told(request):
+            count = max(count, msgspec.json.decode(told, type=TracesDeleted).deleted)
+        return json_response(TracesDeleted(count))
 
     async def erase(self, whose: str) -> int:
         """Forget all traces of that tenant; how many there were."""
