@@ -27,6 +27,8 @@ ASKED = "tracehaul.asked"
 ASK_S = 5.0
 ERASE_S = 40.0
 """What runs may take to end."""
+AGAIN_S = 5.0
+"""Who does not answer is no longer believed to live twice that later."""
 PIECE_BYTES = 32 << 20
 """Of an answer, at once."""
 SENT = (b"authorization", b"x-api-key", b"content-type", b"content-encoding")
@@ -172,7 +174,7 @@ class Others:
             reply = await self._peers.call(address, asked, timeout_s=timeout_s)
         except ClusterError as error:
             message = f"the router {router} cannot be asked now, and may have it: {error}"
-            raise unavailable(message, "router_unavailable") from error
+            raise CallFailed("unavailable", message, code="router_unavailable", retry_after_s=AGAIN_S) from error
         assert isinstance(reply, RouterAnswered)
         return reply
 
