@@ -36,8 +36,8 @@ PATIENT_AGAIN_S = 5.0
 """After one that waited in vain no other does for so long, unless the database answers."""
 GIVE_S = 0.7
 """For so long a router is asked to let one go, and may take to write it."""
-STILL_S = GIVE_S
-"""Who stood still for so long did not answer others: traces may have been taken over, or deleted."""
+STILL_S = 2 * GIVE_S
+"""Who stood still for so long did not answer others in time: traces may have been taken over, or deleted."""
 LIVES_S = 10.0
 """A router that was not heard of for so long is dead to the others, which adopt its traces."""
 BEAT_S = 2.5
@@ -110,7 +110,8 @@ class Handover:
         sure = self._made_sure == self._stood_still
         if name and sure and self._journal.writes((tenant, TraceId(name))):
             return
-        if self._journal.failing or not self._journal.loaded or clock.now_s() < self._impatient_s:
+        failing = self._journal.failing and sure  # else what failed may be what stood still
+        if failing or not self._journal.loaded or clock.now_s() < self._impatient_s:
             self.stats.unfetched += 1
             return
         tips = tips[-TIPS_MAX:]

@@ -19,12 +19,13 @@ from router.calls.errors import CallFailed, invalid, unavailable
 from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.pages import Listed, json_response, listed
 from tracehaul.rpc.peers import Peers
+from tracehaul.wire.base import Ping
 from tracehaul.wire.cluster import AskRouter, RouterAnswered
 from tracehaul.wire.errors import ClusterError
 
 ASKED = "tracehaul.asked"
 """In the scope of what another router asks."""
-ASK_S = 5.0
+ASK_S = 3.0
 ERASE_S = 40.0
 """What runs may take to end."""
 AGAIN_S = 5.0
@@ -171,6 +172,8 @@ class Others:
 
     async def _one(self, router: str, address: str, asked: AskRouter, timeout_s: float) -> RouterAnswered:
         try:
+            if timeout_s > ASK_S:  # it lives, and will do it
+                await self._peers.call(address, Ping(), timeout_s=ASK_S)
             reply = await self._peers.call(address, asked, timeout_s=timeout_s)
         except ClusterError as error:
             message = f"the router {router} cannot be asked now, and may have it: {error}"
