@@ -92,7 +92,7 @@ class Router:
         return answer.status_code == 200
 
     def batch(self, count: int, tokens: int) -> str:
-        more = {"max_tokens": tokens, "ignore_eos": True}
+        more: dict[str, Any] = {"max_tokens": tokens, "ignore_eos": True}
         lines = b"".join(line(f"c{at}", f"Say {at}.", model=MODEL, **more) for at in range(count))
         form = {"data": {"purpose": "batch"}, "files": {"file": ("calls.jsonl", lines)}}
         file = self.ask("POST", "/v1/files", **form).raise_for_status().json()["id"]

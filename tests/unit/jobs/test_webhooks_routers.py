@@ -69,7 +69,7 @@ def test_what_a_router_had_to_send_that_is_gone_is_sent_by_another_and_by_nobody
         routers.now_s += 6
         await two.until(6)
         routers.documents.gone = set()  # it only stood still, and goes on
-        one.outcomes = [Delivered()]
+        one.outcomes[:] = [Delivered()]
         routers.now_s += 3600
         routers.boxes["one"].note(msgspec.structs.replace(EVENT, subject="new"))
         await one.until(tried + 1)
@@ -123,7 +123,7 @@ def test_who_cannot_ask_whose_an_event_is_sends_it_later() -> None:
         await one.until(2)
         await asyncio.sleep(0.05)
         assert [event for _, event in one.asked].count(EVENT.name) == 1
-        routers.documents.lost, one.outcomes = None, [Delivered()]
+        routers.documents.lost, one.outcomes[:] = None, [Delivered()]
         for _ in range(20):
             routers.now_s += 10
             routers.boxes["one"].note(EVENT)
@@ -136,7 +136,7 @@ def test_who_cannot_ask_whose_an_event_is_sends_it_later() -> None:
 @pytest.mark.usefixtures("soon")
 def test_what_a_router_told_that_is_gone_is_not_told_again_of_the_batches_that_it_left() -> None:
     routers = Routers()
-    routers.senders["one"].outcomes = [Delivered()]
+    routers.senders["one"].outcomes[:] = [Delivered()]
 
     async def use() -> None:
         await _noted(routers.boxes["one"], EVENT)

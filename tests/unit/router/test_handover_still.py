@@ -17,7 +17,7 @@ SAID = [bytes([at]) * 16 for at in range(6)]
 
 def unreachable(one: Router) -> None:
     """Nobody reaches it, and it goes on."""
-    del one._wire.doors[one._address]
+    one.unplugged(True)
 
 
 async def stands_still() -> None:
@@ -82,7 +82,7 @@ def test_a_conversation_whose_writing_was_refused_is_read_anew() -> None:
         await one.until(lambda: one.journal.stats.lost == 1)
         one.book.over("", place.trace)
         assert known(one)["a"].steps_count == 2  # type: ignore[attr-defined]
-        one._wire.doors[one._address] = one.doorway
+        one.unplugged(False)
         await one.book.arrive("", None, Sought(SAID[:3], 0))
         assert known(one)["a"].steps_count == 2  # type: ignore[attr-defined]
         await one.step("a", tokens=50)

@@ -39,7 +39,7 @@ class Wire:
     def __init__(self) -> None:
         self.apps: dict[str, ASGIApp] = {}
         self.away: set[str] = set()
-        self.lives = set(NAMES)
+        self.lives: set[str] = set(NAMES)
         self.asked: list[tuple[str, AskRouter]] = []
 
     def beside(self, name: str) -> Callable[[], Mapping[str, str]]:
@@ -92,7 +92,8 @@ def served(
 
 async def upload(client: httpx.AsyncClient, text: str = "hi", **more: Any) -> str:
     body = {"model": "org/fake", "messages": [{"role": "user", "content": text}]}
-    form = {"data": {"purpose": "batch"}, "files": {"file": ("in", msgspec.json.encode(LINE | {"body": body}) + b"\n")}}
+    data = msgspec.json.encode(LINE | {"body": body}) + b"\n"
+    form: dict[str, Any] = {"data": {"purpose": "batch"}, "files": {"file": ("in", data)}}
     return (await client.post("/v1/files", **form, **more)).raise_for_status().json()["id"]
 
 
@@ -132,7 +133,7 @@ def test_a_long_file_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     data = bytes(range(256)) * 4000
 
     async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
-        form = {"data": {"purpose": "user_data"}, "files": {"file": ("in", data)}}
+        form: dict[str, Any] = {"data": {"purpose": "user_data"}, "files": {"file": ("in", data)}}
         name = (await at["one"].post("/v1/files", **form)).json()["id"]
         wire.asked.clear()
         assert (await at["two"].get(f"/v1/files/{name}/content")).content == data
@@ -199,7 +200,7 @@ def test_a_response_of_another_router_is_told_ended_and_deleted(tmp_path: Path) 
 
 
 def test_a_tenant_is_erased_at_all_routers_and_of_those_that_are_gone(tmp_path: Path) -> None:
-    own = {"params": {"cache_salt": "crimson"}}
+    own: dict[str, Any] = {"params": {"cache_salt": "crimson"}}
 
     async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
         for name in NAMES:
@@ -238,7 +239,8 @@ def test_who_asks_by_another_router_may_no_more_than_there(tmp_path: Path) -> No
     (red, red_key), (blue, blue_key) = key_of("red", 1), key_of("blue", 2)
 
     async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
-        mine, theirs = ({"headers": {"authorization": f"Bearer {sent}"}} for sent in (red, blue))
+        mine: dict[str, Any] = {"headers": {"authorization": f"Bearer {red}"}}
+        theirs: dict[str, Any] = {"headers": {"authorization": f"Bearer {blue}"}}
         file = await upload(at["one"], **mine)
         assert (await at["two"].get(f"/v1/files/{file}", **mine)).status_code == 200
         assert (await at["two"].get(f"/v1/files/{file}", **theirs)).status_code == 404
