@@ -53,7 +53,7 @@ async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | 
         try:
             make = partial(Batches, folder / BATCHES, files, writing, checking, config.batches_max)
             batches = await writing.run(make)
-            jobs = Jobs(files, batches, partial(_erase_left, folder, offload))
+            jobs = Jobs(files, batches, partial(_held, folder, offload), partial(_erase_left, folder, offload))
             async with Tasks("files") as tasks:
                 tasks.start(_sweeping(files), "sweep")
                 tasks.start(_adopting(folder, jobs, offload), "adopt")
@@ -91,6 +91,14 @@ async def _adopting(folder: Path, jobs: Jobs, offload: Offload) -> None:
         except OSError as error:
             seldom.warning("what other routers left is not gone on with", folder=folder.parent, why=error)
         await asyncio.sleep(LOOK_S)
+
+
+async def _held(folder: Path, offload: Offload, living: Collection[str]) -> str | None:
+    """See :attr:`router.http.jobs.Jobs.held`."""
+    for each in await offload.run(partial(others, folder)):
+        if each.name not in living and not await offload.run(partial(_is_free, each)):
+            return each.name
+    return None
 
 
 async def _erase_left(folder: Path, offload: Offload, tenant: str, living: Collection[str] | None) -> tuple[int, int]:

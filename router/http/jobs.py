@@ -33,6 +33,9 @@ class Jobs(NamedTuple):
 
     files: Files
     batches: Batches
+    held: Callable[[Collection[str]], Awaitable[str | None]] | None = None
+    """A router that keeps files and batches beside these and is none of the given ones: it stands still, say. Raises
+    OSError."""
     erase_left: Callable[[str, Collection[str] | None], Awaitable[tuple[int, int]]] | None = None
     """Removes a tenant's files and batches, and counts them, that routers left which are gone; those of the given names
     live, and do it themselves (None: nobody knows which live). Raises OSError, StillRuns."""
@@ -79,7 +82,7 @@ class JobsServed:
         """Of all their pages."""
         files = FilePages(self._jobs.files, self._config, self._dice, self._others)
         batches = BatchPages(self._jobs.batches, self._jobs.files, self._dice, self._others)
-        found = finding(self._others)
+        found = finding(self._others, self._jobs.held)
         return [
             Route("/v1/files", files.upload, methods=["POST"]),
             Route("/v1/files", files.list, methods=["GET"]),

@@ -38,6 +38,7 @@ TOLD = (b"content-type", b"content-length", b"content-disposition", b"retry-afte
 """Headers that a client is told."""
 
 Page = Callable[[Request], Awaitable[Response]]
+Held = Callable[[Collection[str]], Awaitable[str | None]]
 
 
 class Kept(Protocol):
@@ -87,8 +88,9 @@ class Others:
         """Of those that live."""
         return self._living().keys()
 
-    def finding(self, page: Page) -> Page:
-        """That page; where it has not what is asked for, as the router has it that does."""
+    def finding(self, page: Page, held: Held | None = None) -> Page:
+        """That page; where it has not what is asked for, as the router has it that does. ``held``: which router of none
+        of these names may have it all the same."""
 
         @wraps(page)
         async def found(request: Request) -> Response:
@@ -107,9 +109,11 @@ class Others:
                     raise
                 answers = await self._ask(asking(request, body=b"".join(body)))
                 answer = next((each for each in answers if each.said.status != 404), None)
-                if answer is None:
-                    raise
-                return self._relayed(answer)
+                if answer is not None:
+                    return self._relayed(answer)
+                if held is not None and (router := await held(self.names)) is not None:
+                    raise _unasked(router, "it is not heard of") from failure
+                raise
 
         return found
 
@@ -176,8 +180,7 @@ class Others:
                 await self._peers.call(address, Ping(), timeout_s=ASK_S)
             reply = await self._peers.call(address, asked, timeout_s=timeout_s)
         except ClusterError as error:
-            message = f"the router {router} cannot be asked now, and may have it: {error}"
-            raise CallFailed("unavailable", message, code="router_unavailable", retry_after_s=AGAIN_S) from error
+            raise _unasked(router, str(error)) from error
         assert isinstance(reply, RouterAnswered)
         return reply
 
@@ -199,9 +202,9 @@ class Others:
             said = await self._one(answer.router, self._living().get(answer.router, ""), asked, ASK_S)
 
 
-def finding(others: Others | None) -> Callable[[Page], Page]:
-    """What makes of a page :meth:`Others.finding`; with None it stays as it is."""
-    return others.finding if others is not None else lambda page: page
+def finding(others: Others | None, held: Held | None = None) -> Callable[[Page], Page]:
+    """What makes of a page :meth:`Others.finding`; with no others it stays as it is."""
+    return (lambda page: page) if others is None else lambda page: others.finding(page, held)
 
 
 def asking(request: Request, query: Mapping[str, str] | None = None, body: bytes = b"", path: str = "") -> AskRouter:
@@ -259,6 +262,11 @@ async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
         await asyncio.wait((work, waiting))
     headers = tuple((name, value) for name, value in begun[0]["headers"] if name in TOLD)
     return RouterAnswered(begun[0]["status"], headers, bytes(taken[:PIECE_BYTES]), len(taken) > PIECE_BYTES)
+
+
+def _unasked(router: str, why: str) -> CallFailed:
+    message = f"the router {router} cannot be asked now, and may have it: {why}"
+    return CallFailed("unavailable", message, code="router_unavailable", retry_after_s=AGAIN_S)
 
 
 def _place(each: Kept) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from sim.lifespan import living
 from tests.unit.router.dialects.asking import key_of
 from tests.unit.router.http.test_erasing import ASK, LINE
 from tracehaul.runtime.offload import InlineOffload
+from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import AskRouter
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.hashing import unpack_tokens
@@ -45,11 +46,13 @@ class Wire:
     def beside(self, name: str) -> Callable[[], Mapping[str, str]]:
         return lambda: {each: f"{each}:7" for each in sorted(self.lives - {name})}
 
-    async def call(self, address: str, request: AskRouter, *, timeout_s: float) -> Reply:
+    async def call(self, address: str, request: AskRouter | Ping, *, timeout_s: float) -> Reply:
         name = address.removesuffix(":7")
-        self.asked.append((name, request))
         if name in self.away:
             raise PeerLost("nobody listens there")
+        if isinstance(request, Ping):
+            return Ok()
+        self.asked.append((name, request))
         return await answered(self.apps[name], request)
 
 
@@ -179,7 +182,8 @@ def test_a_router_that_lives_and_cannot_be_asked_is_no_reason_to_say_that_there_
         own = await upload(at["two"])
         assert (await at["two"].get(f"/v1/files/{own}")).status_code == 200
         wire.lives = {"two", "three"}
-        assert (await at["two"].get(f"/v1/files/{file}")).status_code == 404
+        assert (await at["two"].get(f"/v1/files/{file}")).status_code == 503, "it has its folder still"
+        assert (await at["two"].get("/v1/responses/resp_none")).status_code == 404
         assert [each["id"] for each in (await at["two"].get("/v1/files")).json()["data"]] == [own]
 
     served(tmp_path, use)
