@@ -194,6 +194,7 @@ class Handover:
         for key, fence in known.items():
             if mine.get(key, 0) < fence:
                 self._journal.refused(key, fence)
+        self._unsure = self._unsure or any(not self._journal.writes(*each) for each in mine.items())
         self._made_sure = until
 
     async def _beating(self) -> None:

@@ -6,6 +6,7 @@ client's own key, so that nobody may more than at that router.
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlencode
@@ -164,8 +165,9 @@ class Others:
         if (here := next((each for each in found if each.id == after), None)) is not None:
             return _place(here)
         for answer in await self._ask(asking(request, path=f"{request.url.path}/{after}")):
-            if answer.said.status == 200:
-                return _place(msgspec.json.decode(answer.said.body, type=_Item))
+            with suppress(msgspec.DecodeError):  # it names no single thing
+                if answer.said.status == 200:
+                    return _place(msgspec.json.decode(answer.said.body, type=_Item))
         raise invalid(f"nothing {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
 
     async def _ask(self, asked: AskRouter, timeout_s: float = ASK_S) -> list[Answer]:
@@ -260,6 +262,8 @@ async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
         for task in (work, waiting):
             task.cancel()
         await asyncio.wait((work, waiting))
+    if not work.cancelled() and work.exception() is not None and not begun:
+        raise ClusterError("the router did not answer")
     headers = tuple((name, value) for name, value in begun[0]["headers"] if name in TOLD)
     return RouterAnswered(begun[0]["status"], headers, bytes(taken[:PIECE_BYTES]), len(taken) > PIECE_BYTES)
 

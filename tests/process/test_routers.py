@@ -161,6 +161,8 @@ def test_who_stood_still_does_not_go_on_with_what_another_has_by_now(
     assert one.step("gone")
     told = one.response("Hello.", 4)
     wait_until(lambda: told in receiver.tried, WITHIN_S)
+    batch = one.batch(60, 24)
+    wait_until(lambda: one.found(f"/v1/batches/{batch}", status="in_progress"), WITHIN_S)
     runs = one.response("Go on.", 600)
     wait_until(lambda: one.found(f"/v1/responses/{runs}", status="in_progress"), WITHIN_S)
     wait_until(lambda: bool(httpx.get(f"{cluster.urls[0]}/v1/traces", trust_env=False).json()["data"]), WITHIN_S)
@@ -173,11 +175,16 @@ def test_who_stood_still_does_not_go_on_with_what_another_has_by_now(
         wait_until(lambda: two.deleted("/v1/traces/gone"), WITHIN_S)
         wait_until(lambda: told in receiver.taken, WITHIN_S)
         wait_until(lambda: two.found(f"/v1/responses/{runs}", status="incomplete"), WITHIN_S)
+        assert two.ask("GET", f"/v1/batches/{batch}").status_code == 503, "it has its batches still"
     finally:
         cluster.freeze(cluster.names[0], frozen=False)
 
     assert one.ask("GET", "/v1/traces/gone").status_code == 404
     assert one.get("/v1/traces/kept")["steps_count"] == 2
+    wait_until(lambda: two.found(f"/v1/batches/{batch}", status="completed"), WITHIN_S)
+    answers = two.ask("GET", f"/v1/files/{two.get(f'/v1/batches/{batch}')['output_file_id']}/content").content
+    names = [json.loads(each)["custom_id"] for each in answers.splitlines()]
+    assert sorted(names) == sorted(f"c{at}" for at in range(60)), "each once"
     text = two.get(f"/v1/responses/{runs}")["output"]
     wait_until(lambda: one.found(f"/v1/responses/{runs}", output=text), WITHIN_S)
     wait_until(lambda: runs in receiver.taken, WITHIN_S)

@@ -165,7 +165,8 @@ def test_lists_have_what_all_routers_keep_page_by_page(tmp_path: Path) -> None:
                     break
                 after = {"after": paged[-1]}
             assert paged == names
-        assert (await at["one"].get("/v1/files", params={"after": "file-none"})).status_code == 400
+        for after in ("file-none", "", f"{made[1]}/content"):
+            assert (await at["one"].get("/v1/files", params={"after": after})).status_code == 400
         name = await batch(at["one"], made[0])
         assert [each["id"] for each in (await at["three"].get("/v1/batches")).json()["data"]] == [name]
 
