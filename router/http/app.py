@@ -31,6 +31,7 @@ from router.http.config import ApiConfig
 from router.http.endpoint import Endpoint
 from router.http.entrance import Edge, Entrance, Origins
 from router.http.erasing import Erasing
+from router.http.erasures import Erasures
 from router.http.errors import STATUS, headers_of
 from router.http.jobs import Jobs, JobsServed
 from router.http.keys import Keyring
@@ -102,7 +103,9 @@ def create_app(
     gate, visits = Gate(keyring), Visits(on=logged, content=config.log_content)
     repeats = Repeats(config, gate, calls.admission, visits)
     edge = Edge(gate, Origins(config.origins), visits, Turns(runner, config), repeats)
-    traces = TracePages(dispatcher.book, repeats.forget, others)
+    shared = outliving if outliving is not None and outliving.shared else None
+    erasures = None if shared is None else Erasures(shared.documents, shared.router)
+    traces = TracePages(dispatcher.book, repeats.forget, others, erasures)
     responses = ResponsesEndpoint(calls, config, dice, edge, outliving, _callers(keyring))
     if outbox is not None:
         responses.tell(partial(note_response, outbox))
@@ -119,7 +122,7 @@ def create_app(
     kept.append(Route("/v1/data", erasing.erase, methods=["DELETE"]))
     rest = Starlette(
         routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles, others), *kept],
-        lifespan=_living(responses, repeats, background, chats, outbox, runner),
+        lifespan=_living(responses, repeats, background, chats, outbox, runner, erasing, erasures),
         middleware=[
             Middleware(RequestIds, dice=dice),
             *edge.origins.middleware(),
@@ -167,6 +170,8 @@ def _living(
     chats: Chats | None,
     outbox: Outbox | None,
     runner: Runner,
+    erasing: Erasing,
+    erasures: Erasures | None,
 ) -> Callable[[object], AbstractAsyncContextManager[None]]:
     """What runs beside calls, as long as the server does."""
 
@@ -179,6 +184,9 @@ def _living(
             if outbox is not None:
                 tasks.start(outbox.run(), "webhooks")
             async with responses.living(app), nullcontext() if jobs is None else jobs.living():
+                if erasures is not None:
+                    tasks.start(erasing.catch_up(erasures), "erasures")
+                    await erasures.caught_up()
                 yield
             if outbox is not None:
                 await outbox.flushed()

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Scope
 
 from router.calls.errors import CallFailed, invalid, unavailable
 from router.calls.identity import ID_CHARACTERS_MAX
+from router.http.erasures import PARAMETER
 from router.http.pages import Listed, json_response, listed
 from tracehaul.rpc.peers import Peers
 from tracehaul.wire.base import Ping
@@ -118,15 +119,16 @@ class Others:
 
         return found
 
-    async def told(self, request: Request) -> list[bytes]:
-        """Each of them does the same, and answers so; those that know nothing of it are left out.
+    async def told(self, request: Request, erasure: str | None) -> list[bytes]:
+        """Each of them does the same, which has that name, and answers so; those that know nothing of it are left out.
 
         Raises:
             CallFailed: one of them has not done it, or cannot be asked.
         """
         if asked_by_router(request):
             return []
-        answers = await self._ask(asking(request), ERASE_S)
+        query = dict(request.query_params) | ({} if erasure is None else {PARAMETER: erasure})
+        answers = await self._ask(asking(request, query), ERASE_S)
         for router, _, said in answers:
             if said.status not in (200, 404):
                 raise unavailable(f"the router {router} has not done it: ask again", "not_erased")

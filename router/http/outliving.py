@@ -84,7 +84,8 @@ class Outliving:
     def __init__(self, documents: Documents, router: str, age_s: float, *, shared: bool = False) -> None:
         """``age_s``: older ones are forgotten. ``shared``: other routers have theirs beside these."""
         self.shared = shared
-        self._documents = documents
+        self.router = router
+        self.documents = documents
         self._shelf = Shelf(KIND, router)
         self._age_s = age_s
         self._undoing: set[asyncio.Task[None]] = set()
@@ -116,7 +117,7 @@ class Outliving:
         document = Document(written.fresh, written.created * 1_000_000, {}, msgspec.msgpack.encode(written))
         try:
             async with asyncio.timeout(KEEP_S):
-                await self._documents.put(self._shelf, document)
+                await self.documents.put(self._shelf, document)
             self._keeps(written)
         except (RecordsLost, TimeoutError) as error:
             why = str(error) or "it takes too long"
@@ -131,7 +132,7 @@ class Outliving:
             return True
         try:
             async with asyncio.timeout(KEEP_S):
-                return await self._documents.get(self._shelf, fresh) is not None
+                return await self.documents.get(self._shelf, fresh) is not None
         except (RecordsLost, TimeoutError):
             return True  # nobody knows
 
@@ -140,18 +141,18 @@ class Outliving:
         self._kept.discard(fresh)
         try:
             async with asyncio.timeout(KEEP_S):
-                await self._documents.delete(self._shelf, [fresh])
+                await self.documents.delete(self._shelf, [fresh])
         except (RecordsLost, TimeoutError) as error:
             log.warning("a response in the background is not forgotten", response=fresh, why=error)
 
     async def erase(self, tenant: str) -> None:
         """Nothing is kept of theirs, also of what routers left that are gone. Raises RecordsLost."""
-        for router in await self._documents.shelves(KIND):
+        for router in await self.documents.shelves(KIND):
             shelf, after = Shelf(KIND, router), None
-            while page := await self._documents.list(shelf, {}, after, PAGE):
+            while page := await self.documents.list(shelf, {}, after, PAGE):
                 after = page[-1].mark
                 theirs = [one.name for one in page if (found := _read(one)) is not None and found.tenant == tenant]
-                await self._documents.delete(shelf, theirs)
+                await self.documents.delete(shelf, theirs)
 
     async def all(self) -> list[Written]:
         """The oldest first; those that are too old are forgotten. Waits for the database."""
@@ -185,8 +186,8 @@ class Outliving:
 
     async def _adopted(self) -> list[Written]:
         """Raises RecordsLost."""
-        names = await self._documents.adopt(self._shelf)
-        found = [await self._documents.get(self._shelf, name) for name in names]
+        names = await self.documents.adopt(self._shelf)
+        found = [await self.documents.get(self._shelf, name) for name in names]
         return [written for document in found if document is not None and (written := self._found(document))]
 
     def _found(self, document: Document) -> Written | None:
@@ -199,7 +200,7 @@ class Outliving:
         found: list[Written] = []
         old: list[str] = []
         after: Mark | None = None
-        while page := await self._documents.list(self._shelf, {}, after, PAGE):
+        while page := await self.documents.list(self._shelf, {}, after, PAGE):
             after = page[-1].mark
             for document in page:
                 if document.at_us / 1e6 < clock.wall_s() - self._age_s:
@@ -208,5 +209,5 @@ class Outliving:
                 if (written := self._found(document)) is not None:
                     found.append(written)
         if old:
-            await self._documents.delete(self._shelf, old)
+            await self.documents.delete(self._shelf, old)
         return found

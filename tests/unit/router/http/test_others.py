@@ -15,8 +15,9 @@ from cluster.kept_jobs import opened_jobs
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http import ApiConfig, create_app, erasures
 from router.http import others as rooms
+from router.http.erasures import Erasure, Erasures
 from router.http.keys import Keyring
 from router.http.others import Others, answered
 from router.http.outliving import Outliving
@@ -255,3 +256,55 @@ def test_who_asks_by_another_router_may_no_more_than_there(tmp_path: Path) -> No
         assert (await answered(wire.apps["one"], asked)).status == 401
 
     served(tmp_path, use, Keyring((red_key, blue_key)))
+
+
+def test_who_was_not_told_erases_it_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(erasures, "LOOK_S", 0.01)
+    own: dict[str, Any] = {"params": {"cache_salt": "crimson"}}
+
+    async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
+        asks = [ASK | {"cache_salt": "crimson"}, ASK]
+        said = [(await at["one"].post("/v1/responses", json=ask)).json()["id"] for ask in asks]
+        wire.lives = {"two", "three"}  # it stands still
+        assert (await at["two"].delete("/v1/data", **own)).status_code == 200
+        asked = wire.asked.copy()
+        wire.lives = set(NAMES)
+        async with asyncio.timeout(10):
+            while (await at["one"].get(f"/v1/responses/{said[0]}", **own)).status_code != 404:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert (await at["one"].get(f"/v1/responses/{said[1]}")).status_code == 200
+        assert all(name == "three" for name, _ in asked)
+        new = (await at["three"].post("/v1/responses", json=ASK | {"cache_salt": "crimson"})).json()["id"]
+        await asyncio.sleep(0.1)
+        assert (await at["three"].get(f"/v1/responses/{new}", **own)).status_code == 200, "it has done it, and once"
+
+    served(tmp_path, use)
+
+
+def test_what_was_erased_while_a_router_was_gone_it_erases_before_it_serves() -> None:
+    documents, gone = MemoryDocuments(), list[Erasure]()
+
+    async def erase(erasure: Erasure) -> None:
+        gone.append(erasure)
+
+    async def life(*noted: Erasure) -> None:
+        one = Erasures(documents, "one")
+        running = asyncio.create_task(one.run(erase))
+        await one.caught_up()
+        for erasure in noted:
+            one.did(await one.note(erasure))
+        running.cancel()
+        await asyncio.wait([running])
+
+    async def main() -> None:
+        other = Erasures(documents, "two")
+        await other.note(Erasure("early"))  # before it was there
+        await life(Erasure("own"))
+        await other.note(Erasure("crimson", all=True))
+        await other.note(Erasure("blue", trace="a"))
+        await life()
+        await life()
+
+    asyncio.run(main())
+    assert gone[-2:] == [Erasure("crimson", all=True), Erasure("blue", trace="a")]
+    assert len(gone) == 3, "what it had done itself last is done once more, as nobody wrote that down"
