@@ -79,18 +79,18 @@ async def opened_kept(
     if config.database:
         await offload.run(partial(url_of, config, run, router))
 
-    async def made(scope: str) -> Documents:
+    async def made() -> Documents:
         await offload.run(partial(import_module, "records.documents_sql"))
         from records.documents_sql import SqlDocuments
 
         return SqlDocuments(url_of(config, run, router), scope, TIMEOUT_S)
 
     documents, chats, webhooks = LaterDocuments(partial(made, scope)), ChatStats(), WebhookStats()
-    own = partial(LaterDocuments, partial(made, f"{scope}/{router}"))  # each router tells of what ended there
+    own = partial(LaterDocuments, partial(made, scope))
     try:
         async with (
             _jobs(config, run, router, documents, scope) as jobs,
-            opened_outbox(config, run, offload, own, webhooks) as outbox,
+            opened_outbox(config, run, router, offload, own, webhooks) as outbox,
             BillKeeper(bills, documents, f"{router}/{secrets.token_hex(8)}", config.bills_keep_s),
         ):
             stats = {"chats": chats, "webhooks": webhooks}

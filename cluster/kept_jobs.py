@@ -1,19 +1,21 @@
 """What clients keep at a router, files and batches, in a folder or in a bucket: opened with it, swept as it runs."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from jobs.batches import Batches
+import msgspec
+
+from jobs.batches import Batches, StillRuns
 from jobs.bucket.batches import BucketBatches
 from jobs.bucket.files import BucketFiles
 from jobs.bucket.objects import Objects, told
 from jobs.files import FileLimits, Files
 from jobs.folder.batches import FolderBatches
 from jobs.folder.files import FolderFiles
-from jobs.folder.left import BATCHES, FILES, locked, others
+from jobs.folder.left import BATCHES, FILES, KNOWN, locked, others
 from kvstore.tiers.objects import parse_url
 from records.documents import Documents
 from router.http.config import ApiConfig
@@ -24,6 +26,11 @@ from tracehaul.runtime.offload import Offload, ThreadOffload
 from tracehaul.runtime.tasks import Tasks
 
 log = Log(__name__)
+
+
+class _Whose(msgspec.Struct):
+    tenant: str
+
 
 seldom = Seldom(log, 60.0)
 
@@ -57,7 +64,7 @@ async def opened_jobs(folder: Path, config: ApiConfig) -> AsyncGenerator[Jobs | 
             async with Tasks("files") as tasks:
                 tasks.start(_sweeping(files), "sweep")
                 tasks.start(_adopting(folder, files, store, batches, offload), "adopt")
-                yield Jobs(files, batches)
+                yield Jobs(files, batches, partial(_held, folder, offload), partial(_erase_left, folder, offload))
         finally:
             files.close()
     finally:
@@ -100,7 +107,7 @@ async def opened_bucket(
             with suppress(TimeoutError):
                 async with asyncio.timeout(KNOWN_S):
                     await known.wait()
-            yield Jobs(files, batches)
+            yield Jobs(files, batches, store.held, shared=True)
     finally:
         checking.close()
 
@@ -159,6 +166,47 @@ async def _adopting(folder: Path, files: FolderFiles, store: FolderBatches, batc
         except OSError as error:
             seldom.warning("what other routers left is not gone on with", folder=folder.parent, why=error)
         await asyncio.sleep(LOOK_S)
+
+
+async def _held(folder: Path, offload: Offload, living: Collection[str]) -> str | None:
+    """See :attr:`router.http.jobs.Jobs.held`."""
+    for each in await offload.run(partial(others, folder)):
+        if each.name not in living and not await offload.run(partial(_is_free, each)):
+            return each.name
+    return None
+
+
+async def _erase_left(folder: Path, offload: Offload, tenant: str, living: Collection[str] | None) -> tuple[int, int]:
+    """See :attr:`router.http.jobs.Jobs.erase_left`."""
+    batches = files = 0
+    for each in await offload.run(partial(others, folder)):
+        gone = await offload.run(partial(_erased, each, tenant))
+        if gone is None and living is not None and each.name not in living:
+            raise StillRuns(f"the router {each.name} has its folder, and does not answer")
+        batches, files = batches + (gone or (0, 0))[0], files + (gone or (0, 0))[1]
+    return batches, files
+
+
+def _erased(folder: Path, tenant: str) -> tuple[int, int] | None:
+    """None: somebody has it."""
+    with locked(folder) as mine:
+        return (_gone(folder / BATCHES, tenant), _gone(folder / FILES, tenant)) if mine else None
+
+
+def _gone(folder: Path, tenant: str) -> int:
+    """How many of theirs there were; what is known of each goes first."""
+    count = 0
+    for path in folder.glob(f"*{KNOWN}"):
+        try:
+            theirs = msgspec.json.decode(path.read_bytes(), type=_Whose).tenant == tenant
+        except (msgspec.DecodeError, UnicodeError):
+            continue
+        if theirs:
+            count += 1
+            path.unlink()
+            for part in folder.glob(f"{path.stem}.*"):
+                part.unlink(missing_ok=True)
+    return count
 
 
 def _is_free(folder: Path) -> bool:

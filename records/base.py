@@ -4,7 +4,7 @@ Several routers may share the rows. Each trace has one writer: who takes it over
 of before still writes under a lower one is not written.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -96,9 +96,9 @@ class Records(Protocol):
         or whose last answer that is; None: nobody."""
         ...
 
-    async def live(self, for_s: float) -> frozenset[str]:
-        """This router lives, and the others may believe that for so long; returns which routers live. 0: it ends, and
-        learns nothing."""
+    async def live(self, for_s: float) -> Mapping[str, str]:
+        """This router lives, and the others may believe that for so long; 0: it ends. Returns those that live beside
+        it, by name, with the addresses of their control planes."""
         ...
 
     def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:

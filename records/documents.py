@@ -76,6 +76,10 @@ class Documents(Protocol):
         still puts is on its own shelf."""
         ...
 
+    async def shelves(self, kind: str) -> Sequence[str]:
+        """Whose shelves of that kind there are, with something on them."""
+        ...
+
     async def trim(self, kind: str, before_us: int, count_max: int, bytes_max: int) -> int:
         """Forget what is older, and beyond a limit of all tenants' the oldest of the tenant that has most of them.
         Returns how many went."""

@@ -160,6 +160,14 @@ class SqlDocuments:
                     found = (await connection.execute(_ADOPT, {**place, "b_now_s": now_s})).scalars().all()
         return sorted(plain(name) for name in found)
 
+    async def shelves(self, kind: str) -> Sequence[str]:
+        query = select(table.c.tenant).where(table.c.scope == self._scope, table.c.kind == kind).distinct()
+        with translated():
+            async with asyncio.timeout(self._timeout_s):
+                await self._ready()
+                async with self._engine.connect() as connection:
+                    return sorted(plain(name) for name in (await connection.execute(query)).scalars())
+
     async def trim(self, kind: str, before_us: int, count_max: int, bytes_max: int) -> int:
         mine = and_(table.c.scope == self._scope, table.c.kind == kind)
         with translated():

@@ -110,11 +110,12 @@ class MemoryRecords:
         _, address, until_s = self.tables.lives.get(router, ("", "", 0.0))
         return Holder(*found, router, address, until_s > self.tables.now_s())
 
-    async def live(self, for_s: float) -> frozenset[str]:
+    async def live(self, for_s: float) -> Mapping[str, str]:
         self._check()
         now_s, lives = self.tables.now_s(), self.tables.lives
         lives[self._router] = (self._life, self._address, now_s + for_s if for_s else 0.0)
-        return frozenset(router for router, life in lives.items() if for_s and life[2] > now_s)
+        beside = ((name, *lives[name]) for name in lives if name != self._router)
+        return {name: address for name, _, address, until_s in beside if until_s > now_s}
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         self._check()
@@ -193,6 +194,9 @@ class MemoryDocuments:
             mine |= {name: self.kept[other].pop(name) for name in fresh}
             found += fresh
         return sorted(found)
+
+    async def shelves(self, kind: str) -> Sequence[str]:
+        return sorted(shelf.tenant for shelf in self.kept if shelf.kind == kind and self._on(shelf))
 
     async def trim(self, kind: str, before_us: int, count_max: int, bytes_max: int) -> int:
         gone = 0

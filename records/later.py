@@ -37,6 +37,9 @@ class LaterDocuments:
     async def adopt(self, shelf: Shelf) -> Sequence[str]:
         return await (await self._documents()).adopt(shelf)
 
+    async def shelves(self, kind: str) -> Sequence[str]:
+        return await (await self._documents()).shelves(kind)
+
     async def trim(self, kind: str, before_us: int, count_max: int, bytes_max: int) -> int:
         return await (await self._documents()).trim(kind, before_us, count_max, bytes_max)
 

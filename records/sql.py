@@ -1,7 +1,7 @@
 """The rows in a database."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from sqlalchemy import text
 from sqlalchemy.engine import URL
@@ -90,18 +90,16 @@ class SqlRecords:
         lives = row.until_s is not None and row.until_s > now_s
         return Holder(tenant, plain(row.trace), row.router, row.address or "", lives)
 
-    async def live(self, for_s: float) -> frozenset[str]:
+    async def live(self, for_s: float) -> Mapping[str, str]:
         with translated():
             async with asyncio.timeout(self._timeout_s):
                 await self._ready()
                 async with self._engine.begin() as connection:
-                    now_s = (await connection.execute(sql.now(sqlite=self._sqlite))).scalar_one() if for_s else 0.0
-                    row = {**self._me, "b_address": self._address, "b_until_s": now_s + for_s}
+                    now_s = (await connection.execute(sql.now(sqlite=self._sqlite))).scalar_one()
+                    row = {**self._me, "b_address": self._address, "b_until_s": now_s + for_s if for_s else 0.0}
                     await connection.execute(sql.LIVE, row)
-                    if not for_s:
-                        return frozenset()
-                    found = await connection.execute(sql.LIVING, {"b_scope": self._scope, "b_now_s": now_s})
-                    return frozenset(found.scalars())
+                    found = (await connection.execute(sql.OTHERS, {**self._me, "b_now_s": now_s})).all()
+        return dict(row.tuple() for row in found)
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         for at in range(0, len(names), TRACES_AT_ONCE):

@@ -79,6 +79,9 @@ LIVE = text(
     "VALUES (:b_scope, :b_router, :b_life, :b_address, :b_until_s) ON CONFLICT (scope, router) "
     "DO UPDATE SET life = excluded.life, address = excluded.address, until_s = excluded.until_s"
 )
+OTHERS = select(lives.c.router, lives.c.address).where(
+    lives.c.scope == _SCOPE, lives.c.router != _ROUTER, lives.c.until_s > bindparam("b_now_s")
+)
 _FOUND = (
     select(heads.c.trace, heads.c.router, heads.c.tip, lives.c.address, lives.c.until_s)
     .outerjoin_from(heads, lives, and_(lives.c.scope == heads.c.scope, lives.c.router == heads.c.router))

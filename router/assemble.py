@@ -5,6 +5,7 @@ It has no server of its own: a cluster serves its application over sockets, the 
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from router.http.chats import Chats
 from router.http.config import ApiConfig
 from router.http.jobs import Jobs
 from router.http.keys import Keyring
+from router.http.others import Others, answered
 from router.http.outliving import Outliving
 from router.policy.prices import Prices
 from router.traces.events import Event, StepEnded
@@ -105,7 +107,11 @@ class Router:
     ) -> ASGIApp:
         """Serves clients; the arguments are those of :func:`router.http.app.create_app`."""
         given: dict[str, Any] = {"jobs": jobs, "chats": chats, "outbox": outbox, "outliving": outliving}
-        return create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring, **given)
+        if (handover := self._handover) is not None:
+            given["others"] = Others(lambda: handover.others, self._peers)
+        app = create_app(self.dispatch, texts, metrics, config, offload, dice, keyring=keyring, **given)
+        self._doorway.answer = partial(answered, app)
+        return app
 
     async def close(self) -> None:
         """Stop following the stores, and do nothing more for traces."""

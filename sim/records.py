@@ -5,7 +5,7 @@ What it keeps outlives every router, and says nothing untrue: a real one's trans
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from records.base import Batch, Claim, Holder, RecordsLost, TraceName, TraceRow
@@ -139,7 +139,7 @@ class SimRecords:
         await self._database.answered(lost)
         return found
 
-    async def live(self, for_s: float) -> frozenset[str]:
+    async def live(self, for_s: float) -> Mapping[str, str]:
         lost = await self._database.asked()
         found = await self._inner.live(for_s)
         await self._database.answered(lost)

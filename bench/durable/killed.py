@@ -88,6 +88,10 @@ class Routers:
         self._processes[name].wait()
         self._killed[name] = clock.perf_s()
 
+    def freeze(self, name: str, *, frozen: bool = True) -> None:
+        """It stands still, as if its machine did; or goes on."""
+        self._processes[name].send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
     def mend(self) -> None:
         """What a supervisor does, now and then."""
         for name, killed_s in list(self._killed.items()):
@@ -110,6 +114,7 @@ class Routers:
         for process in self._processes.values():
             if process.poll() is None:
                 os.kill(process.pid, signal.SIGTERM)
+                os.kill(process.pid, signal.SIGCONT)
         for process in self._processes.values():
             try:
                 process.wait(END_S)

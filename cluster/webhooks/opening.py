@@ -19,7 +19,12 @@ log = Log(__name__)
 
 @asynccontextmanager
 async def opened_outbox(
-    config: ClusterConfig, run: RunDir, offload: Offload, documents: Callable[[], Documents], stats: WebhookStats
+    config: ClusterConfig,
+    run: RunDir,
+    router: str,
+    offload: Offload,
+    documents: Callable[[], Documents],
+    stats: WebhookStats,
 ) -> AsyncGenerator[Outbox | None, None]:
     """As long as this is open; None: nobody is to be told.
 
@@ -36,7 +41,8 @@ async def opened_outbox(
                 log.warning("webhook: there is no secret, and none can be made", secret=webhook.secret, why=error)
     kept, sender = documents(), HttpSender(config.webhooks, run.webhooks)
     try:
-        yield Outbox([each.receiver for each in config.webhooks], kept, sender, stats, random.SystemRandom())
+        receivers, dice = [each.receiver for each in config.webhooks], random.SystemRandom()
+        yield Outbox(receivers, kept, router, sender, stats, dice, shared=bool(config.database))
     finally:
         sender.close()
         await kept.close()

@@ -5,7 +5,7 @@ gone, and is not, so hears that its batches are another's with the first thing i
 """
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import msgspec
@@ -109,6 +109,12 @@ class BucketBatches:
         for name in lost:
             del self._mine[name]
         return Adopted([batch for batch in found if batch is not None], lost)
+
+    async def held(self, living: Collection[str]) -> str | None:
+        """A router that has batches and is neither this one nor one of these. Raises OSError."""
+        with told():
+            routers = await self._documents.shelves(KIND)
+        return next((each for each in routers if each != self._shelf.tenant and each not in living), None)
 
     async def _rows(self, tags: dict[str, str]) -> Sequence[Document]:
         found: list[Document] = []

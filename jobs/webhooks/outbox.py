@@ -16,8 +16,9 @@ from blake3 import blake3
 
 from jobs.webhooks.deliveries import Breaker, Delivered, Delivery, Failed, Outcome, retried, sooner
 from jobs.webhooks.events import Event, Kind
+from jobs.webhooks.kept import Kept
 from records.base import RecordsLost
-from records.documents import Document, Documents, Shelf
+from records.documents import Documents
 from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.tasks import Tasks
@@ -25,7 +26,6 @@ from tracehaul.runtime.tasks import Tasks
 log = Log(__name__)
 seldom = Seldom(log)
 
-KIND, BEGUN = "webhook", "webhook-begun"
 AT_ONCE = 4
 """Attempts at one receiver."""
 WAITING_MAX = 10_000
@@ -33,16 +33,15 @@ WAITING_MAX = 10_000
 AGE_S = 3 * 86_400
 """What is older is given up, whatever happened; for as long it is known that an event was taken."""
 KNOWN_MAX = 100_000
-"""Of all receivers, at most."""
+"""Of each receiver, at most."""
 NEWS_S = 86_400
 """What ended longer ago is told nobody."""
-READ = 500
 TRIM_S = 3600.0
 FLUSH_S = 2.0
 AGAIN_S = 5.0
 """After the database refused."""
-WAITS, TAKEN = {"state": "waits"}, {"state": "taken"}
-_json = msgspec.json.Encoder().encode
+ADOPT_S = 2.0
+"""So often it is looked what other routers have left."""
 
 
 class Receiver(msgspec.Struct, frozen=True):
@@ -88,18 +87,22 @@ class WebhookStats(msgspec.Struct):
 class _Way:
     """To one receiver."""
 
-    def __init__(self, receiver: Receiver) -> None:
+    def __init__(self, receiver: Receiver, kept: Kept) -> None:
         self.receiver = receiver
-        self.shelf = Shelf(KIND, receiver.name)
+        self.kept = kept
         self.begun_s = 0.0
         """It is told of nothing that ended before: that is when it was named first."""
         self.breaker = Breaker()
         self.waiting: dict[str, Delivery] = {}
         """By event, the oldest first."""
+        self.unkept: set[str] = set()
+        """Of those, what the database does not have: nobody else tells of it."""
         self.sending: set[str] = set()
         self.wake = asyncio.Event()
         self.known = asyncio.Event()
         """What former lives left is."""
+        self.left = True
+        """The database may have what is not known here."""
 
 
 class Outbox:
@@ -107,30 +110,35 @@ class Outbox:
 
     Args:
         receivers: who is told.
-        documents: where it is kept, this router's.
+        documents: where it is kept.
+        router: whose it is there.
         sender: takes it there.
         stats: counts.
         dice: spreads attempts.
         wall_s: what time it is.
+        shared: other routers keep theirs beside it.
     """
 
     def __init__(
         self,
         receivers: Sequence[Receiver],
         documents: Documents,
+        router: str,
         sender: Sender,
         stats: WebhookStats,
         dice: random.Random,
         wall_s: Callable[[], float] = clock.wall_s,
+        *,
+        shared: bool = False,
     ) -> None:
-        self._documents = documents
+        self._shared = shared
         self._sender = sender
         self._stats = stats
         self._dice = dice
         self._wall_s = wall_s
         self._made_s = wall_s()
         """Before anything can end; whenever the database says who was named before."""
-        self._ways = [_Way(receiver) for receiver in receivers]
+        self._ways = [_Way(receiver, Kept(documents, receiver.name, router, shared=shared)) for receiver in receivers]
         self._news: deque[Event] = deque(maxlen=WAITING_MAX)
         self._noted, self._idle = asyncio.Event(), asyncio.Event()
 
@@ -164,7 +172,8 @@ class Outbox:
                     await self._idle.wait()
 
     async def run(self) -> None:
-        """Send what waits, and what former lives of this router left, until it is cancelled."""
+        """Send what waits, what former lives of this router left, and what routers left that are gone, until it is
+        cancelled."""
         async with Tasks("webhooks") as tasks:
             for way in self._ways:
                 tasks.start(self._recover(way), f"{way.receiver.host} of before")
@@ -194,7 +203,7 @@ class Outbox:
         if event.at < int(way.begun_s):
             return
         try:
-            if await self._documents.get(way.shelf, event.name) is not None:
+            if await way.kept.knows(event.name) or (await self._adopt(way) and await way.kept.knows(event.name)):
                 return
         except RecordsLost:
             pass  # twice is better than never
@@ -212,7 +221,8 @@ class Outbox:
     async def _trimming(self) -> None:
         while True:
             try:
-                await self._documents.trim(KIND, int((self._wall_s() - AGE_S) * 1e6), KNOWN_MAX, 2**40)
+                for way in self._ways:
+                    await way.kept.trim(int((self._wall_s() - AGE_S) * 1e6), KNOWN_MAX)
             except RecordsLost as error:
                 log.warning("webhook: old events are not forgotten yet", why=error)
             await asyncio.sleep(TRIM_S)
@@ -246,6 +256,8 @@ class Outbox:
 
     async def _attempt(self, way: _Way, delivery: Delivery) -> None:
         try:
+            if not await self._may(way, delivery):
+                return
             outcome = await self._sender.send(way.receiver, delivery.event, delivery.body)
             was = way.breaker.open
             way.breaker.heard(outcome, clock.now_s())
@@ -261,6 +273,20 @@ class Outbox:
             way.sending.discard(delivery.event)
             way.wake.set()
 
+    async def _may(self, way: _Way, delivery: Delivery) -> bool:
+        """No other router has it by now: this one may have stood still. Where that cannot be asked it waits."""
+        if delivery.event in way.unkept:
+            return True
+        try:
+            mine = await way.kept.has(delivery.event)
+        except RecordsLost as error:
+            seldom.warning("webhook: events wait until it can be asked whose they are", why=error)
+            way.waiting[delivery.event] = msgspec.structs.replace(delivery, due_s=self._wall_s() + AGAIN_S)
+            return False
+        if not mine:
+            way.waiting.pop(delivery.event, None)
+        return mine
+
     async def _failed(self, way: _Way, delivery: Delivery, failed: Failed) -> None:
         self._stats.failed += 1
         later = retried(delivery, failed, self._wall_s(), self._dice)
@@ -272,50 +298,73 @@ class Outbox:
             return
         log.warning("webhook: an event was not taken", again_in_s=round(later.due_s - self._wall_s()), **facts)
         way.waiting[later.event] = later
-        await self._keep(way, later)
+        if later.event in way.unkept:
+            await self._keep(way, later)
+            return
+        try:
+            if not await way.kept.later(later):
+                way.waiting.pop(later.event, None)  # it is another router's by now
+        except RecordsLost as error:
+            log.warning("webhook: an attempt is not kept: a restart may make it anew", named=later.event, why=error)
 
     async def _keep(self, way: _Way, delivery: Delivery) -> None:
-        document = Document(delivery.event, int(delivery.since_s * 1e6), WAITS, _json(delivery))
         try:
-            await self._documents.put(way.shelf, document)
+            await way.kept.put(delivery)
         except RecordsLost as error:
+            way.unkept.add(delivery.event)
             self._stats.not_kept += 1
             log.warning("webhook: an event is not kept: a restart may forget it", named=delivery.event, why=error)
+        else:
+            way.unkept.discard(delivery.event)
 
     async def _done(self, way: _Way, delivery: Delivery) -> None:
         """It is on its way no more; that it was is known for a while."""
         way.waiting.pop(delivery.event, None)
+        new = delivery.event in way.unkept
+        way.unkept.discard(delivery.event)
         try:
-            await self._documents.put(way.shelf, Document(delivery.event, int(delivery.since_s * 1e6), TAKEN, b""))
+            await way.kept.over(delivery, new=new)
         except RecordsLost as error:
             log.warning("webhook: a restart may tell of an event again", named=delivery.event, why=error)
 
     async def _recover(self, way: _Way) -> None:
-        """What was left of former lives, however long it takes to be known."""
+        """What was left of former lives, however long it takes to be known; then what other routers leave."""
         while True:
             try:
-                await self._begun(way)
-                mark = None
-                while found := await self._documents.list(way.shelf, WAITS, mark, READ):
-                    for document in found:
-                        delivery = sooner(msgspec.json.decode(document.body, type=Delivery), self._wall_s())
-                        way.waiting.setdefault(delivery.event, delivery)
-                    mark = found[-1].mark
-                way.known.set()
-                way.wake.set()
-                return
+                await self._adopt(way)
+                if way.left:
+                    way.left = False
+                    await self._find(way)
+                if not self._shared:
+                    return
+                await asyncio.sleep(ADOPT_S)
             except RecordsLost as error:
-                log.warning("webhook: events of before are not known yet", to=way.receiver.host, why=error)
+                seldom.warning("webhook: events of before are not known yet", to=way.receiver.host, why=error)
                 way.known.set()  # what happens now is told meanwhile
+                way.left = True
                 await asyncio.sleep(AGAIN_S)
 
-    async def _begun(self, way: _Way) -> None:
-        shelf = Shelf(BEGUN, "")
-        document = await self._documents.get(shelf, way.receiver.name)
-        if document is None:
-            document = Document(way.receiver.name, int(self._made_s * 1e6), {}, b"")
-            await self._documents.put(shelf, document)
-        way.begun_s = min(document.at_us / 1e6, self._made_s)  # the clock may have been put back
+    async def _adopt(self, way: _Way) -> bool:
+        """Whether there was anything that routers had which live no more. Raises RecordsLost: nobody knows."""
+        try:
+            found = await way.kept.adopt()
+        except RecordsLost:
+            way.left = True
+            raise
+        way.left = way.left or bool(found)
+        return bool(found)
+
+    async def _find(self, way: _Way) -> None:
+        """What the database has to be sent by this router. Raises RecordsLost."""
+        began_s = await way.kept.begun(int(self._made_s * 1e6)) / 1e6
+        way.begun_s = min(began_s, self._made_s)  # the clock may have been put back
+        found, mark = await way.kept.page(None)
+        while mark is not None:
+            for delivery in found:
+                way.waiting.setdefault(delivery.event, sooner(delivery, self._wall_s()))
+            found, mark = await way.kept.page(mark)
+        way.known.set()
+        way.wake.set()
 
 
 def _summed(counts: Iterable[tuple[str, int]]) -> Mapping[str, int]:

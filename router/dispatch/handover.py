@@ -6,7 +6,7 @@ nothing of what happens to it here is written down.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,8 +22,8 @@ from tracehaul.runtime import clock
 from tracehaul.runtime.log import Log, Seldom
 from tracehaul.runtime.offload import Offload
 from tracehaul.runtime.tasks import Tasks
-from tracehaul.wire.cluster import GiveTrace, TraceGiven
-from tracehaul.wire.errors import ClusterError
+from tracehaul.wire.cluster import AskRouter, GiveTrace, RouterAnswered, TraceGiven
+from tracehaul.wire.errors import ClusterError, Unavailable
 from tracehaul.wire.ids import TraceId
 from tracehaul.wire.messages import Reply, Request
 
@@ -36,6 +36,8 @@ PATIENT_AGAIN_S = 5.0
 """After one that waited in vain no other does for so long, unless the database answers."""
 GIVE_S = 0.7
 """For so long a router is asked to let one go, and may take to write it."""
+STILL_S = 2 * GIVE_S
+"""Who stood still for so long did not answer others in time: traces may have been taken over, or deleted."""
 LIVES_S = 10.0
 """A router that was not heard of for so long is dead to the others, which adopt its traces."""
 BEAT_S = 2.5
@@ -71,9 +73,14 @@ class Handover:
         """Since when this router has said without a break that it lives: others have had that time, too."""
         self._beat_s = 0.0
         """When it last did."""
-        self._first = ""
-        """Of those that lived then, by name."""
         self._adopting: asyncio.Task[None] | None = None
+        self._stirred = asyncio.Event()
+        self._stood_still = 0
+        """How often it did."""
+        self._made_sure = 0
+        """After which of these times it is known which traces are this router's still."""
+        self.others: Mapping[str, str] = {}
+        """Routers that lived beside this one when that was asked last, with their addresses."""
         self._impatient_s = 0.0
         """Until then nobody waits for the database."""
         self._unsure = False
@@ -86,6 +93,7 @@ class Handover:
     async def start(self) -> None:
         """Say that this router lives, from now on, and look for traces of those that do not."""
         self._tasks.start(self._beating(), "beat")
+        self._tasks.start(self._watching(), "watch")
 
     async def close(self) -> None:
         """It ends: others may have its traces. The journal has written what it had to."""
@@ -98,14 +106,17 @@ class Handover:
 
     def leads(self) -> bool:
         """Whether it is the first of the routers that live, as far as is known: for what only one is to do."""
-        return self._first == self._router and clock.now_s() - self._beat_s < LIVES_S
+        well = self._well_since_s is not None and clock.now_s() - self._beat_s < LIVES_S
+        return well and all(self._router < other for other in self.others)
 
     async def arrive(self, tenant: str, name: str, tips: Sequence[bytes] = (), answer: str = "") -> None:
         """The trace that a call is of is known here, if any router knows it and lets go of it in time: the one of that
         name, else the one whose last conversation is the longest of ``tips``, or whose last answer that is."""
-        if name and self._journal.writes((tenant, TraceId(name))):
+        sure = self._made_sure == self._stood_still
+        if name and sure and self._journal.writes((tenant, TraceId(name))):
             return
-        if self._journal.failing or not self._journal.loaded or clock.now_s() < self._impatient_s:
+        failing = self._journal.failing and sure  # else what failed may be what stood still
+        if failing or not self._journal.loaded or clock.now_s() < self._impatient_s:
             self.stats.unfetched += 1
             return
         tips = tips[-TIPS_MAX:]
@@ -139,8 +150,11 @@ class Handover:
 
     async def _fetch(self, tenant: str, name: str, tips: Sequence[bytes], answer: str) -> None:
         try:
+            fence = self._journal.ledger.under((tenant, TraceId(name)))
             holder = await self._records.holder(tenant, name, tips, answer)
             self._impatient_s = 0.0
+            if name and (holder is None or (fence and holder.router != self._router)):
+                self._journal.refused((tenant, TraceId(name)), fence)
             if holder is None or self._journal.writes((tenant, TraceId(holder.trace))):
                 return
             of = TraceName(tenant, holder.trace)
@@ -169,21 +183,47 @@ class Handover:
 
     # --- who lives --------------------------------------------------------------------------------------------------
 
+    async def _watching(self) -> None:
+        while True:
+            before_s = clock.now_s()
+            await asyncio.sleep(STILL_S / 4)
+            if clock.now_s() - before_s > STILL_S:
+                self._stood_still += 1
+                self._stirred.set()
+
+    async def _make_sure(self) -> None:
+        """What is another router's by now, or was deleted, is let go. Raises RecordsLost."""
+        until, known = self._stood_still, self._journal.ledger.known()
+        claims = await self._records.adopt(others=False, all_mine=True)
+        mine = {(one.tenant, TraceId(one.trace)): one.fence for one in claims}
+        for key, fence in known.items():
+            if mine.get(key, 0) < fence:
+                self._journal.refused(key, fence)
+        self._unsure = self._unsure or any(not self._journal.writes(*each) for each in mine.items())
+        self._made_sure = until
+
     async def _beating(self) -> None:
         while True:
+            self._stirred.clear()
             try:
                 await self._beat()
             except Exception as error:  # who says no more that it lives loses its traces
                 self._well_since_s = None
                 if not isinstance(error, RecordsLost):
                     seldom.warning("this router cannot say that it lives", why=error)
-            await asyncio.sleep(BEAT_S)
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    await self._stirred.wait()
+            except TimeoutError:
+                pass
 
     async def _beat(self) -> None:
-        self._first = min(await self._records.live(LIVES_S), default="")
+        self.others = await self._records.live(LIVES_S)
         before_s, self._beat_s = self._beat_s, clock.now_s()
         if self._well_since_s is None or self._beat_s - before_s > LIVES_S - BEAT_S:
             self._well_since_s = self._beat_s  # what held this one up may have held up the others
+        if self._made_sure < self._stood_still and self._journal.loaded:
+            await self._make_sure()
         well = self._beat_s - self._well_since_s >= LIVES_S
         if self._journal.loaded and well and (self._adopting is None or self._adopting.done()):
             self._adopting = self._tasks.start(
@@ -245,12 +285,18 @@ class Doorway:
     def __init__(self, members: Service) -> None:
         self.handover: Handover | None = None
         """None: nothing is shared."""
+        self.answer: Callable[[AskRouter], Awaitable[RouterAnswered]] | None = None
+        """What clients of other routers ask; None: not yet."""
         self._members = members
 
     async def call(self, request: Request, context: CallContext) -> Reply:
         if isinstance(request, GiveTrace):
             handover = self.handover
             return TraceGiven(handover is None or await handover.give((request.tenant, request.trace)))
+        if isinstance(request, AskRouter):
+            if self.answer is None:
+                raise Unavailable("it does not serve yet")
+            return await self.answer(request)
         return await self._members.call(request, context)
 
     def stream(self, request: Request, context: CallContext) -> AsyncGenerator[Reply, None]:

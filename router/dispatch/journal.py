@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 
-import msgspec
-
-from records.base import Batch, Claim, Marks, Records, RecordsLost, TraceName, TraceRow
+from records.base import Batch, Claim, Records, RecordsLost, TraceName
 from router.dispatch.ledger import Ledger, Stored, TraceJournalStats, names
 from router.dispatch.rereading import Reread, now_here, reread
+from router.dispatch.taken import Taken
 from router.traces.changes import Planned
 from router.traces.events import Elsewhere, Event, Tick
 from router.traces.machine import Traces
@@ -46,20 +45,6 @@ ERASE_S = 5.0
 CLOSE_S = 3.0
 GONE_MAX = 100_000
 """Traces that ended before it was known which there were."""
-
-
-class _Taken(msgspec.Struct):
-    """What a batch is made of."""
-
-    keys: list[TraceKey]
-    waiting: dict[TraceKey, list[asyncio.Future[None]]]
-    rows: list[TraceRow]
-    claims: list[tuple[Claim, Marks]]
-    superseded: list[tuple[TraceName, int]]
-    expired: list[TraceKey]
-    erased: list[TraceKey]
-    """The expired, too."""
-    nbytes: int = 0
 
 
 class Journal:
@@ -96,7 +81,7 @@ class Journal:
         self._keep_s = keep_s
         self._editions = editions
         self._offload = offload
-        self._ledger = Ledger(keep_s, editions)
+        self.ledger = Ledger(keep_s, editions)
         self._changed: dict[TraceKey, None] = {}
         self._under_way = 0
         """Being written."""
@@ -120,7 +105,7 @@ class Journal:
 
     async def start(self) -> None:
         """Read what was written; returns when the traces are known again, or it takes too long."""
-        self._ledger.swept(clock.now_s())
+        self.ledger.swept(clock.now_s())
         self._tasks.start(self._run(), "writer")
         try:
             async with asyncio.timeout(LOAD_S):
@@ -134,10 +119,10 @@ class Journal:
 
     def holds(self, key: TraceKey) -> bool:
         """The store may have something of a trace."""
-        return not self.loaded or key in self._ledger.stored
+        return not self.loaded or key in self.ledger.stored
 
-    async def erased(self, key: TraceKey) -> None:
-        """Nothing is left of what was written of a trace up to now.
+    async def erased(self, key: TraceKey, *, here: bool = False) -> None:
+        """Nothing is left of what was written of a trace up to now; ``here``: by this router.
 
         Raises:
             Unavailable: not yet; it will be erased as soon as the store does it.
@@ -147,10 +132,10 @@ class Journal:
             raise Unavailable("what was written down of traces is not known yet; ask again")
         try:
             async with asyncio.timeout(ERASE_S):
-                if key in self._ledger.stored:
-                    self._ledger.unsure([key])
+                if key in self.ledger.stored:
+                    self.ledger.unsure([key])
                     await self._done(key)
-                left = await self._records.holder(*key) if self.shared else None
+                left = await self._records.holder(*key) if self.shared and not here else None
         except (TimeoutError, RecordsLost):
             raise Unavailable("what was written down of the trace cannot be erased now; ask again") from None
         if left is not None:
@@ -165,7 +150,7 @@ class Journal:
                 gone = await self._records.erase(tenant)
         except (TimeoutError, RecordsLost) as error:
             raise Unavailable("what was written down of the traces cannot be erased now; ask again") from error
-        self._ledger.forget(tenant)
+        self.ledger.forget(tenant)
         return gone
 
     async def close(self) -> None:
@@ -186,8 +171,15 @@ class Journal:
 
     def writes(self, key: TraceKey, fence: int = 0) -> bool:
         """A trace is known, and nobody else writes it, as far as is known here; under that fence, or a later one."""
-        known = key in self._ledger.stored or (key in self._traces and key not in self._ledger.foreign)
-        return known and self._ledger.fence(key) >= fence
+        known = key in self.ledger.stored or (key in self._traces and key not in self.ledger.foreign)
+        return known and self.ledger.fence(key) >= fence
+
+    def refused(self, key: TraceKey, fence: int | None) -> None:
+        """The store says that a trace of that fence is not this router's: it is forgotten, or if something is under
+        way in it no more written. Not if it was claimed meanwhile."""
+        if fence is not None and fence == self.ledger.under(key):
+            self.stats.lost += bool(fence)
+            self._let_go(key)
 
     async def give(self, key: TraceKey) -> bool:
         """Another router takes a trace: it is written as it is, and known here no more. False: something is under way
@@ -207,26 +199,26 @@ class Journal:
         now, turn_s = now_here(), clock.perf_s()
         self.stats.unreadable += len(told.bad)
         fences = {(claim.tenant, TraceId(claim.trace)): claim.fence for claim in claims}
-        older = {key for key, fence in fences.items() if fence <= self._ledger.fence(key)}  # claimed again meanwhile
+        older = {key for key, fence in fences.items() if fence <= self.ledger.fence(key)}  # claimed again meanwhile
         fences = {key: fence for key, fence in fences.items() if key not in older}
         for key in told.stored.keys() | fences.keys():
-            if key in self._ledger.foreign and self._idle(key):
+            if key in self.ledger.foreign and self._idle(key):
                 self._let_go(key)
-        known = {key for key in told.found if key in self._traces or key in self._changed or key in self._ledger.stored}
+        known = {key for key in told.found if key in self._traces or key in self._changed or key in self.ledger.stored}
         for key, fence in fences.items():
-            stored = self._ledger.stored[key] = told.stored.get(key) or Stored(None, 0, 0.0)
+            stored = self.ledger.stored[key] = told.stored.get(key) or Stored(None, 0, 0.0)
             stored.at_s, stored.fence = now.now_s, fence
-            self._ledger.foreign.discard(key)
+            self.ledger.foreign.discard(key)
         for trace, alarms in revived(told.found, known, self._keep_s, now, self._editions):
             key = trace.key
-            if key in self._traces or key in self._changed or (key in fences and key not in self._ledger.stored):
+            if key in self._traces or key in self._changed or (key in fences and key not in self.ledger.stored):
                 continue  # a step of it has begun meanwhile, or it was deleted, or is another one's
             self._traces.restore(trace, alarms)
             self._changed.pop(key, None)
             if key not in fences:
-                self._ledger.foreign.add(key)
+                self.ledger.foreign.add(key)
             elif told.found[key].clock.boot == now.boot:  # else all its times are others now
-                self._ledger.stored[key].trace = told.found[key].trace
+                self.ledger.stored[key].trace = told.found[key].trace
             self.stats.restored += 1
             for event in lost(trace):
                 self._send(event)
@@ -242,12 +234,12 @@ class Journal:
         return key not in self._traces or (trace is not None and trace.forgettable and not trace.unanswered)
 
     def _let_go(self, key: TraceKey) -> None:
-        self._ledger.stored.pop(key, None)
+        self.ledger.stored.pop(key, None)
         self._send(Elsewhere(key))
         self._changed.pop(key, None)
-        self._ledger.foreign.discard(key)
+        self.ledger.foreign.discard(key)
         if key in self._traces:
-            self._ledger.foreign.add(key)
+            self.ledger.foreign.add(key)
 
     async def _done(self, key: TraceKey) -> None:
         self._changed[key] = None
@@ -294,7 +286,7 @@ class Journal:
     def _prune(self) -> None:
         """Of traces that came and went meanwhile nothing has to be known."""
         if self.loaded or len(self._changed) > GONE_MAX:
-            known = self._ledger.stored
+            known = self.ledger.stored
             for key in [key for key in self._changed if key not in self._traces and key not in known]:
                 del self._changed[key]
                 _tell(self._waiting.pop(key, ()))
@@ -306,7 +298,7 @@ class Journal:
 
     async def _wait(self) -> None:
         """Until there is something to be written, and a little longer."""
-        rest_s = self._ledger.sweeps_s(clock.now_s())
+        rest_s = self.ledger.sweeps_s(clock.now_s())
         if not self._changed and rest_s:
             self._wake.clear()
             try:
@@ -323,8 +315,8 @@ class Journal:
 
     async def _write(self) -> bool:
         """Write some of what has changed; False: nothing had to be."""
-        expired = self._ledger.expired(clock.now_s(), self._changed)
-        taken = _Taken([], {}, [], [], [], expired, [*expired])
+        expired = self.ledger.expired(clock.now_s(), self._changed)
+        taken = Taken([], {}, [], [], [], expired, [*expired])
         self._under_way = len(expired)
         away = frozenset[TraceName]()
         try:
@@ -332,7 +324,7 @@ class Journal:
             if taken.rows or taken.erased:
                 bodies = await self._offload.run(partial(packed, [row.body for row in taken.rows]))
                 rows = [row._replace(body=body) for row, body in zip(taken.rows, bodies, strict=True)]
-                gone = self._ledger.gone(taken.erased)
+                gone = self.ledger.gone(taken.erased)
                 away = await self._records.write(Batch(rows, taken.claims, taken.superseded, gone))
                 self.stats.batches += 1
                 self.stats.changes += len(rows)
@@ -342,19 +334,19 @@ class Journal:
             raise
         finally:
             self._under_way = 0
-        self.stats.whole = self._ledger.whole
-        self._ledger.wrote(taken.keys)
+        self.stats.whole = self.ledger.whole
+        self.ledger.wrote(taken.keys)
         for key in taken.erased:
-            self._ledger.stored.pop(key, None)
-        for key in self._ledger.lost(away, taken.claims):
+            self.ledger.stored.pop(key, None)
+        for key in self.ledger.lost(away, taken.claims):
             self.stats.lost += 1
             self._let_go(key)
         _tell(chain.from_iterable(taken.waiting.values()))
         return bool(taken.rows or taken.erased)
 
-    async def _take_some(self, taken: _Taken) -> None:
+    async def _take_some(self, taken: Taken) -> None:
         """A trace is in it once: what becomes of it, or is asked for, from when it was taken is for the next time."""
-        now, turn_s, ledger = now_here(), clock.perf_s(), self._ledger
+        now, turn_s, ledger = now_here(), clock.perf_s(), self.ledger
         for key in list(dict.fromkeys(self._waiting) | self._changed):  # who waits comes first
             if taken.nbytes + len(taken.erased) * ERASED_BYTES >= BATCH_BYTES:
                 break
@@ -382,15 +374,15 @@ class Journal:
                 await asyncio.sleep(0)
                 turn_s = clock.perf_s()
 
-    def _failed(self, taken: _Taken) -> None:
+    def _failed(self, taken: Taken) -> None:
         """All that was taken is written anew, and whole: nobody knows what the store has. Nothing is held for it."""
         self._changed.update(dict.fromkeys(taken.keys))
         for key, told in taken.waiting.items():
             if told:
                 self._waiting[key] = [*told, *self._waiting.get(key, ())]
         if taken.expired:
-            self._ledger.swept()
-        self._ledger.unsure((*taken.expired, *self._changed))
+            self.ledger.swept()
+        self.ledger.unsure((*taken.expired, *self._changed))
 
 
 def _tell(told: Iterable[asyncio.Future[None]]) -> None:

@@ -113,6 +113,14 @@ class Ledger:
         """Under which a trace is written; 0: it is not."""
         return self.stored[key].fence if key in self.stored else 0
 
+    def under(self, key: TraceKey) -> int | None:
+        """Under which a trace was written here; 0: by whoever has it by now; None: it is new."""
+        return 0 if key in self.foreign else self.fence(key) or None
+
+    def known(self) -> dict[TraceKey, int]:
+        """What is written here as far as is known, and under which fences."""
+        return {key: stored.fence for key, stored in self.stored.items() if stored.fence}
+
     def unsure(self, keys: Iterable[TraceKey]) -> None:
         """Nobody knows what the store has of them."""
         for key in keys:

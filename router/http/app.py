@@ -31,10 +31,12 @@ from router.http.config import ApiConfig
 from router.http.endpoint import Endpoint
 from router.http.entrance import Edge, Entrance, Origins
 from router.http.erasing import Erasing
+from router.http.erasures import Erasures
 from router.http.errors import STATUS, headers_of
 from router.http.jobs import Jobs, JobsServed
 from router.http.keys import Keyring
 from router.http.openapi import document
+from router.http.others import Others, finding
 from router.http.outliving import Outliving
 from router.http.pages import Pages, json_response
 from router.http.repeats import Repeats
@@ -75,6 +77,7 @@ def create_app(
     chats: Chats | None = None,
     outbox: Outbox | None = None,
     outliving: Outliving | None = None,
+    others: Others | None = None,
 ) -> ASGIApp:
     """The whole HTTP surface.
 
@@ -91,6 +94,7 @@ def create_app(
         chats: chat completions that are; None: none are.
         outbox: is told what has ended; None: nobody is.
         outliving: where what runs in the background outlives this router; None: it does not.
+        others: routers that keep theirs; None: there are none.
     """
     calls = Calls(dispatcher, texts, config, offload, dice)
     pages, roles = Pages(dispatcher, metrics_render), RolePages(dispatcher)
@@ -99,7 +103,9 @@ def create_app(
     gate, visits = Gate(keyring), Visits(on=logged, content=config.log_content)
     repeats = Repeats(config, gate, calls.admission, visits)
     edge = Edge(gate, Origins(config.origins), visits, Turns(runner, config), repeats)
-    traces = TracePages(dispatcher.book, repeats.forget)
+    shared = outliving if outliving is not None and outliving.shared else None
+    erasures = None if shared is None else Erasures(shared.documents, shared.router)
+    traces = TracePages(dispatcher.book, repeats.forget, others, erasures)
     responses = ResponsesEndpoint(calls, config, dice, edge, outliving, _callers(keyring))
     if outbox is not None:
         responses.tell(partial(note_response, outbox))
@@ -108,13 +114,15 @@ def create_app(
     endpoints["/v1/chat/completions"] = ChatEndpoint(calls, config, dice, edge, chats)
     endpoints["/v1/responses"] = responses
     called = [Route(path, endpoint, methods=["POST"]) for path, endpoint in endpoints.items()]
-    background = None if jobs is None else JobsServed(jobs, endpoints, texts, keyring, config, dice, runner, outbox)
-    erasing = Erasing(traces, responses, outliving, chats, jobs)
+    background = (
+        None if jobs is None else JobsServed(jobs, endpoints, texts, keyring, config, dice, runner, outbox, others)
+    )
+    erasing = Erasing(traces, responses, outliving, chats, jobs, others)
     kept = [*([] if background is None else background.routes()), *([] if chats is None else _stored(ChatPages(chats)))]
     kept.append(Route("/v1/data", erasing.erase, methods=["DELETE"]))
     rest = Starlette(
-        routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles), *kept],
-        lifespan=_living(responses, repeats, background, chats, outbox, runner),
+        routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles, others), *kept],
+        lifespan=_living(responses, repeats, background, chats, outbox, runner, erasing, erasures),
         middleware=[
             Middleware(RequestIds, dice=dice),
             *edge.origins.middleware(),
@@ -162,6 +170,8 @@ def _living(
     chats: Chats | None,
     outbox: Outbox | None,
     runner: Runner,
+    erasing: Erasing,
+    erasures: Erasures | None,
 ) -> Callable[[object], AbstractAsyncContextManager[None]]:
     """What runs beside calls, as long as the server does."""
 
@@ -174,6 +184,9 @@ def _living(
             if outbox is not None:
                 tasks.start(outbox.run(), "webhooks")
             async with responses.living(app), nullcontext() if jobs is None else jobs.living():
+                if erasures is not None:
+                    tasks.start(erasing.catch_up(erasures), "erasures")
+                    await erasures.caught_up()
                 yield
             if outbox is not None:
                 await outbox.flushed()
@@ -181,14 +194,17 @@ def _living(
     return living
 
 
-def _pages(kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages, roles: RolePages) -> list[Route]:
+def _pages(
+    kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages, roles: RolePages, others: Others | None
+) -> list[Route]:
     """All but the calls."""
+    found = finding(others)
     return [
         Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
-        Route("/v1/responses/{id}", kept.show, methods=["GET"]),
-        Route("/v1/responses/{id}", kept.delete, methods=["DELETE"]),
-        Route("/v1/responses/{id}/cancel", kept.cancel, methods=["POST"]),
-        Route("/v1/responses/{id}/input_items", kept.input_items, methods=["GET"]),
+        Route("/v1/responses/{id}", found(kept.show), methods=["GET"]),
+        Route("/v1/responses/{id}", found(kept.delete), methods=["DELETE"]),
+        Route("/v1/responses/{id}/cancel", found(kept.cancel), methods=["POST"]),
+        Route("/v1/responses/{id}/input_items", found(kept.input_items), methods=["GET"]),
         Route("/v1/messages/count_tokens", tokens.message_tokens, methods=["POST"]),
         Route("/tokenize", tokens.tokenize, methods=["POST"]),
         Route("/detokenize", tokens.detokenize, methods=["POST"]),

@@ -19,6 +19,7 @@ from router.dialects.body import parse
 from router.http.access import caller_of
 from router.http.asgi import body_of
 from router.http.files import AGE_S_MAX, AGE_S_MIN, files_told
+from router.http.others import Others
 from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
@@ -83,7 +84,8 @@ class BatchObject(msgspec.Struct, frozen=True):
 class BatchPages:
     """A tenant (its key's, else ``cache_salt``) sees its own batches only."""
 
-    def __init__(self, batches: Batches, files: Files, dice: random.Random) -> None:
+    def __init__(self, batches: Batches, files: Files, dice: random.Random, others: Others | None = None) -> None:
+        self._others = others
         self._batches = batches
         self._files = files
         self._dice = dice
@@ -134,6 +136,8 @@ class BatchPages:
         """``GET /v1/batches?limit=&after=``: the newest first."""
         limit = page_limit(request)
         all_ = self._batches.list(salt(request))
+        if self._others is not None:
+            return await self._others.listed(request, all_, told, limit, newest_first=True)
         found = page_after(request, all_[::-1], "batch", lambda batch: batch.id)
         return listed([told(batch) for batch in found[:limit]], lambda batch: batch.id, more=len(found) > limit)
 

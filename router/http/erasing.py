@@ -1,4 +1,4 @@
-"""``DELETE /v1/data``: all that is kept of a tenant at a router, as one."""
+"""``DELETE /v1/data``: all that is kept of a tenant, at every router, as one."""
 
 import msgspec
 from starlette.requests import Request
@@ -9,7 +9,9 @@ from jobs.files import NoRoom
 from records.base import RecordsLost
 from router.calls.errors import unavailable
 from router.http.chats import Chats
+from router.http.erasures import Erasure, Erasures
 from router.http.jobs import Jobs
+from router.http.others import Others, asked_by_router
 from router.http.outliving import Outliving
 from router.http.pages import json_response
 from router.http.responses import ResponsesEndpoint
@@ -38,7 +40,9 @@ class Erasing:
         outliving: Outliving | None,
         chats: Chats | None,
         jobs: Jobs | None,
+        others: Others | None = None,
     ) -> None:
+        self._others = others
         self._traces = traces
         self._responses = responses
         self._outliving = outliving
@@ -47,11 +51,34 @@ class Erasing:
 
     async def erase(self, request: Request) -> Response:
         """``DELETE /v1/data``: what runs ends; what is answered is gone. Where something cannot be now, the rest is,
-        and it can be asked for again."""
+        and it can be asked for again. The other routers do the same."""
         whose = salt(request)
+        erasure = await self._traces.noted(request, Erasure(whose, all=True))
+        gone = await self._here(whose, asked=asked_by_router(request))
+        self._traces.did(erasure)
+        for told in [] if self._others is None else await self._others.told(request, erasure):
+            gone = _both(gone, msgspec.json.decode(told, type=DataDeleted))
+        return json_response(gone)
+
+    async def catch_up(self, erasures: Erasures) -> None:
+        """Erase what this router was not told of, as it was gone or stood still; until it is cancelled."""
+
+        async def erase(erasure: Erasure) -> None:
+            if erasure.all:
+                await self._here(erasure.tenant, asked=True)
+            else:
+                await self._traces.catch_up(erasure)
+
+        await erasures.run(erase)
+
+    async def _here(self, whose: str, *, asked: bool) -> DataDeleted:
+        """At this router; what others left only if none asked."""
         try:
             batches = 0 if self._jobs is None else await self._jobs.batches.erase(whose)
             files = 0 if self._jobs is None else await self._jobs.files.erase(whose)
+            if self._jobs is not None and self._jobs.erase_left is not None and not asked:
+                left = await self._jobs.erase_left(whose, None if self._others is None else self._others.names)
+                batches, files = batches + left[0], files + left[1]
             keys = self._responses.kept.of(whose)
             for key in keys:
                 await self._responses.forget(key)
@@ -61,4 +88,15 @@ class Erasing:
         except (OSError, RecordsLost, NoRoom, StillRuns) as error:
             raise unavailable(f"not all of it could be deleted now, ask again: {error}", "not_erased") from error
         traces = await self._traces.erase(whose)
-        return json_response(DataDeleted(traces, len(keys), chats, batches, files))
+        return DataDeleted(traces, len(keys), chats, batches, files)
+
+
+def _both(one: DataDeleted, two: DataDeleted) -> DataDeleted:
+    """What there was at both; each trace that is written down is known to the first."""
+    return DataDeleted(
+        max(one.traces, two.traces),
+        one.responses + two.responses,
+        one.chat_completions + two.chat_completions,
+        one.batches + two.batches,
+        one.files + two.files,
+    )

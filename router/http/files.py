@@ -18,6 +18,7 @@ from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.asgi import header
 from router.http.config import ApiConfig
 from router.http.multipart import Form
+from router.http.others import Others
 from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
@@ -68,7 +69,8 @@ class FileDeleted(msgspec.Struct, frozen=True):
 class FilePages:
     """A tenant (its key's, else ``cache_salt``) sees its own files only."""
 
-    def __init__(self, files: Files, config: ApiConfig, dice: random.Random) -> None:
+    def __init__(self, files: Files, config: ApiConfig, dice: random.Random, others: Others | None = None) -> None:
+        self._others = others
         self._files = files
         self._config = config
         self._dice = dice
@@ -119,6 +121,8 @@ class FilePages:
         if order == "desc":
             found.reverse()
         limit = page_limit(request, LIST_MAX, LIST_MAX)
+        if self._others is not None:
+            return await self._others.listed(request, found, told, limit, newest_first=order == "desc")
         rest = page_after(request, found, "file", lambda file: file.id)
         return listed([told(file) for file in rest[:limit]], lambda file: file.id, more=len(rest) > limit)
 

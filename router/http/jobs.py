@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from router.http.config import ApiConfig
 from router.http.files import FilePages
 from router.http.in_process import InProcess
 from router.http.keys import Key, Keyring
+from router.http.others import Others, finding
 from router.http.told import note_batch
 from tracehaul.runtime.tasks import Tasks
 
@@ -32,6 +33,14 @@ class Jobs(NamedTuple):
 
     files: Files
     batches: Batches
+    held: Callable[[Collection[str]], Awaitable[str | None]] | None = None
+    """A router that keeps files and batches beside these and is none of the given ones: it stands still, say. Raises
+    OSError."""
+    erase_left: Callable[[str, Collection[str] | None], Awaitable[tuple[int, int]]] | None = None
+    """Removes a tenant's files and batches, and counts them, that routers left which are gone; those of the given names
+    live, and do it themselves (None: nobody knows which live). Raises OSError, StillRuns."""
+    shared: bool = False
+    """Every router has all files."""
 
 
 class JobsServed:
@@ -47,6 +56,7 @@ class JobsServed:
         dice: random.Random,
         runner: Runner,
         outbox: Outbox | None = None,
+        others: Others | None = None,
     ) -> None:
         """
         Args:
@@ -58,7 +68,9 @@ class JobsServed:
             dice: for names.
             runner: has batches run.
             outbox: is told what is over.
+            others: routers that keep theirs; None: there are none.
         """
+        self._others = others
         self._jobs = jobs
         self._endpoints = endpoints
         self._models = models
@@ -70,18 +82,19 @@ class JobsServed:
 
     def routes(self) -> list[Route]:
         """Of all their pages."""
-        files = FilePages(self._jobs.files, self._config, self._dice)
-        batches = BatchPages(self._jobs.batches, self._jobs.files, self._dice)
+        files = FilePages(self._jobs.files, self._config, self._dice, None if self._jobs.shared else self._others)
+        batches = BatchPages(self._jobs.batches, self._jobs.files, self._dice, self._others)
+        found = finding(self._others, self._jobs.held)
         return [
             Route("/v1/files", files.upload, methods=["POST"]),
             Route("/v1/files", files.list, methods=["GET"]),
-            Route("/v1/files/{id}", files.show, methods=["GET"]),
-            Route("/v1/files/{id}", files.delete, methods=["DELETE"]),
-            Route("/v1/files/{id}/content", files.content, methods=["GET"]),
-            Route("/v1/batches", batches.create, methods=["POST"]),
+            Route("/v1/files/{id}", found(files.show), methods=["GET"]),
+            Route("/v1/files/{id}", found(files.delete), methods=["DELETE"]),
+            Route("/v1/files/{id}/content", found(files.content), methods=["GET"]),
+            Route("/v1/batches", found(batches.create), methods=["POST"]),
             Route("/v1/batches", batches.list, methods=["GET"]),
-            Route("/v1/batches/{id}", batches.show, methods=["GET"]),
-            Route("/v1/batches/{id}/cancel", batches.cancel, methods=["POST"]),
+            Route("/v1/batches/{id}", found(batches.show), methods=["GET"]),
+            Route("/v1/batches/{id}/cancel", found(batches.cancel), methods=["POST"]),
         ]
 
     @asynccontextmanager

@@ -2,21 +2,30 @@
 ended. A router that starts runs again what had not ended. Each router has its own."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from records.base import RecordsLost
 from records.documents import Document, Documents, Mark, Shelf
+from router.dialects.responses.answers import Response
 from tracehaul.runtime import clock
-from tracehaul.runtime.log import Log
+from tracehaul.runtime.log import Log, Seldom
 
 log = Log(__name__)
+seldom = Seldom(log, 60.0)
 
 KIND = "background"
 KEEP_S = 5.0
 """A client is told of a response that takes longer to be written down all the same: then it does not outlive."""
 AGAIN_S = 10.0
+ADOPT_S = 2.0
+"""So often it is looked what other routers have left."""
+STILL_S = 5.0
+"""Who stood still for so long may have been taken for gone, and the others may have stood still, too."""
+CALM_S = 10.0
+"""For so long it takes nothing from them then."""
 PAGE = 100
 Pair = tuple[str, bytes]
 """An item's id, and the item in JSON."""
@@ -43,6 +52,17 @@ class Written(msgspec.Struct, frozen=True):
     """The response, once it has ended."""
 
 
+class Running(NamedTuple):
+    """What runs in the background."""
+
+    task: asyncio.Task[None]
+    begun: Response
+    tenant: str
+    """Whose it is."""
+    written: Written | None
+    """As it outlives this router."""
+
+
 def begun(written: Written, headers: Mapping[str, str], before: Sequence[msgspec.Raw] | None) -> Written:
     """One that begins, with those of its headers that count, and with what it goes on from."""
     sent = {name: value for name, value in headers.items() if name.startswith("x-")}
@@ -64,10 +84,13 @@ class Outliving:
     def __init__(self, documents: Documents, router: str, age_s: float, *, shared: bool = False) -> None:
         """``age_s``: older ones are forgotten. ``shared``: other routers have theirs beside these."""
         self.shared = shared
-        self._documents = documents
+        self.router = router
+        self.documents = documents
         self._shelf = Shelf(KIND, router)
         self._age_s = age_s
         self._undoing: set[asyncio.Task[None]] = set()
+        self._kept: set[str] = set()
+        """What has not ended and is written down."""
 
     async def begin(self, written: Written) -> None:
         """As :meth:`put`; but who is cancelled meanwhile leaves nothing behind."""
@@ -94,26 +117,42 @@ class Outliving:
         document = Document(written.fresh, written.created * 1_000_000, {}, msgspec.msgpack.encode(written))
         try:
             async with asyncio.timeout(KEEP_S):
-                await self._documents.put(self._shelf, document)
+                await self.documents.put(self._shelf, document)
+            self._keeps(written)
         except (RecordsLost, TimeoutError) as error:
             why = str(error) or "it takes too long"
             log.warning("a response in the background does not outlive this router", response=written.fresh, why=why)
 
-    async def forget(self, fresh: str) -> None:
-        """It was deleted."""
+    def _keeps(self, written: Written) -> None:
+        (self._kept.add if written.told is None else self._kept.discard)(written.fresh)
+
+    async def has(self, fresh: str) -> bool:
+        """It is this router's to run; False: it was taken over, as this one was believed to be gone."""
+        if not self.shared or fresh not in self._kept:
+            return True
         try:
             async with asyncio.timeout(KEEP_S):
-                await self._documents.delete(self._shelf, [fresh])
+                return await self.documents.get(self._shelf, fresh) is not None
+        except (RecordsLost, TimeoutError):
+            return True  # nobody knows
+
+    async def forget(self, fresh: str) -> None:
+        """It was deleted."""
+        self._kept.discard(fresh)
+        try:
+            async with asyncio.timeout(KEEP_S):
+                await self.documents.delete(self._shelf, [fresh])
         except (RecordsLost, TimeoutError) as error:
             log.warning("a response in the background is not forgotten", response=fresh, why=error)
 
     async def erase(self, tenant: str) -> None:
-        """Nothing is kept of theirs here. Raises RecordsLost."""
-        after: Mark | None = None
-        while page := await self._documents.list(self._shelf, {}, after, PAGE):
-            after = page[-1].mark
-            theirs = [each.name for each in page if (written := _read(each)) is not None and written.tenant == tenant]
-            await self._documents.delete(self._shelf, theirs)
+        """Nothing is kept of theirs, also of what routers left that are gone. Raises RecordsLost."""
+        for router in await self.documents.shelves(KIND):
+            shelf, after = Shelf(KIND, router), None
+            while page := await self.documents.list(shelf, {}, after, PAGE):
+                after = page[-1].mark
+                theirs = [one.name for one in page if (found := _read(one)) is not None and found.tenant == tenant]
+                await self.documents.delete(shelf, theirs)
 
     async def all(self) -> list[Written]:
         """The oldest first; those that are too old are forgotten. Waits for the database."""
@@ -124,24 +163,51 @@ class Outliving:
                 log.warning("responses in the background of before are not known yet", why=error)
                 await asyncio.sleep(AGAIN_S)
 
-    async def adopted(self) -> list[Written]:
-        """Those of routers that live no more, which are this one's from now on. Raises RecordsLost."""
-        names = await self._documents.adopt(self._shelf)
-        found = [await self._documents.get(self._shelf, name) for name in names]
-        return [written for document in found if document is not None and (written := _read(document)) is not None]
+    async def left(self) -> AsyncGenerator[Sequence[Written] | None]:
+        """What routers have left that are gone, as it comes, which is this one's from now on; None: this one stood
+        still, and others may have taken what it runs. Ends at once where nothing is shared."""
+        calm_s = 0.0
+        while self.shared:
+            before_s = clock.now_s()
+            await asyncio.sleep(ADOPT_S)
+            if clock.now_s() - before_s > ADOPT_S + STILL_S:
+                calm_s = clock.now_s() + CALM_S
+                yield None
+            if clock.now_s() < calm_s:
+                continue
+            try:
+                found = await self._adopted()
+            except RecordsLost as error:
+                seldom.warning("what other routers left in the background is not gone on with", why=error)
+                continue
+            if found:
+                log.info("responses in the background of a router that is gone are here", responses=len(found))
+                yield found
+
+    async def _adopted(self) -> list[Written]:
+        """Raises RecordsLost."""
+        names = await self.documents.adopt(self._shelf)
+        found = [await self.documents.get(self._shelf, name) for name in names]
+        return [written for document in found if document is not None and (written := self._found(document))]
+
+    def _found(self, document: Document) -> Written | None:
+        written = _read(document)
+        if written is not None:
+            self._keeps(written)
+        return written
 
     async def _all(self) -> list[Written]:
         found: list[Written] = []
         old: list[str] = []
         after: Mark | None = None
-        while page := await self._documents.list(self._shelf, {}, after, PAGE):
+        while page := await self.documents.list(self._shelf, {}, after, PAGE):
             after = page[-1].mark
             for document in page:
                 if document.at_us / 1e6 < clock.wall_s() - self._age_s:
                     old.append(document.name)
                     continue
-                if (written := _read(document)) is not None:
+                if (written := self._found(document)) is not None:
                     found.append(written)
         if old:
-            await self._documents.delete(self._shelf, old)
+            await self.documents.delete(self._shelf, old)
         return found

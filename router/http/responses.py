@@ -4,14 +4,12 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 
 import msgspec
 
-from records.base import RecordsLost
 from router.calls.call import Call
 from router.calls.calls import Calls
-from router.calls.errors import CallFailed, invalid
+from router.calls.errors import CallFailed, invalid, unavailable
 from router.calls.identity import ID_CHARACTERS_MAX, Identity, fresh_name
 from router.calls.noise import without_noise
 from router.dialects.responses import Responses
@@ -25,7 +23,7 @@ from router.http.endpoint import Endpoint
 from router.http.entrance import Edge
 from router.http.errors import STATUS
 from router.http.idempotency import Told
-from router.http.outliving import Outliving, Written, begun
+from router.http.outliving import Outliving, Running, Written, begun
 from router.http.places import Places
 from router.http.response_items import output, raw
 from router.http.telling import Replying, Telling
@@ -33,29 +31,15 @@ from router.http.translate import translate
 from router.http.turns import LATER_S
 from router.http.visits import LEFT, Visit
 from tracehaul.runtime import clock
-from tracehaul.runtime.log import Log, Seldom
+from tracehaul.runtime.log import Log
 from tracehaul.runtime.tasks import Tasks
 
 log = Log(__name__)
-seldom = Seldom(log, 60.0)
 
 READY_S = 0.25
 """So often it is looked whether anybody serves a response's model."""
-ADOPT_S = 2.0
-"""So often it is looked what other routers have left."""
 RESTORE_S = 5.0
 """Clients wait at a start so long for what an earlier life left."""
-
-
-class _Running(NamedTuple):
-    """What runs in the background."""
-
-    task: asyncio.Task[None]
-    begun: Response
-    tenant: str
-    """Whose it is."""
-    written: Written | None
-    """As it outlives this router."""
 
 
 class ResponsesEndpoint(Endpoint[ResponseTeller]):
@@ -77,7 +61,7 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         self._callers = callers
         limits = Limits(config.responses_max, config.responses_bytes_max, config.responses_age_s)
         self.kept = Kept(limits)
-        self._running: dict[Key, _Running] = {}
+        self._running: dict[Key, Running] = {}
         """In the background."""
         self._places = Places(config.background_max)
         self._tellings: dict[Key, Telling] = {}
@@ -222,7 +206,7 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         telling = self._tellings[key] = Telling(teller.broken)
         telling.streams()
         task = asyncio.create_task(self._work(call, teller, headers, fresh, visit), name=f"background-{call.id}")
-        self._running[key] = _Running(task, teller.begun, tenant, written)
+        self._running[key] = Running(task, teller.begun, tenant, written)
         self._edge.gate.went_on(visit.caller)
         task.add_done_callback(lambda _: self._over(key, visit.caller))
         return telling
@@ -232,27 +216,37 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
         self._edge.gate.ended(caller)
 
     async def _outlive(self, key: Key, written: Written | None) -> None:
-        """How it ended, too, unless it was deleted meanwhile."""
+        """How it ended, too, unless it was deleted meanwhile, or is another router's by now."""
         entry = self.kept.get(key, clock.now_s())
-        if self._outliving is not None and written is not None and entry is not None:
+        if self._outliving is None or written is None or entry is None:
+            return
+        if await self._outliving.has(written.fresh):
             await self._outliving.put(msgspec.structs.replace(written, told=entry.body))
+        else:
+            self.kept.drop(key)
 
     async def _restore(self, outliving: Outliving) -> None:
         """What an earlier life of this router left: what had ended is known again, what had not runs again."""
         self._restore_all(await outliving.all())
 
     async def _adopt(self, outliving: Outliving) -> None:
-        """What routers left that are gone."""
-        while outliving.shared:
-            try:
-                found = await outliving.adopted()
-            except RecordsLost as error:
-                seldom.warning("what other routers left in the background is not gone on with", why=error)
+        """What routers left that are gone; and what they took, as this one stood still, is let go."""
+        async for found in outliving.left():
+            if found is None:
+                await self._let_go(outliving)
             else:
                 self._restore_all(found)
-                if found:
-                    log.info("responses in the background of a router that is gone are here", responses=len(found))
-            await asyncio.sleep(ADOPT_S)
+
+    async def _let_go(self, outliving: Outliving) -> None:
+        """What another router runs by now is not run here."""
+        for key, running in list(self._running.items()):
+            if running.written is None or await outliving.has(running.written.fresh):
+                continue
+            if (telling := self._tellings.pop(key, None)) is not None:
+                telling.over(unavailable("another router goes on with it: ask again", "router_changed"))
+            running.task.cancel()
+            await asyncio.wait((running.task,))
+            self.kept.drop(key)
 
     def _restore_all(self, found: Sequence[Written]) -> None:
         for written in found:
@@ -303,7 +297,8 @@ class ResponsesEndpoint(Endpoint[ResponseTeller]):
             status = 200
             await self._outlive(key, self._running[key].written)
         except asyncio.CancelledError:
-            telling.add(teller.cancelled())
+            if key in self._tellings:  # else it goes on elsewhere
+                telling.add(teller.cancelled())
             raise
         except Exception as error:
             failure = translate(error)

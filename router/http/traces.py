@@ -15,6 +15,8 @@ from router.dialects.body import parse
 from router.dialects.openai.requests import SALT_CHARACTERS_MAX
 from router.http.access import caller_of
 from router.http.asgi import body_of
+from router.http.erasures import PARAMETER, Erasure, Erasures
+from router.http.others import Others, asked_by_router
 from router.http.pages import json_response, page_limit
 from router.traces.book import Book, TraceBusy
 from router.traces.views import TraceDeleted, TracesDeleted, TraceView
@@ -67,8 +69,17 @@ class PinAnswer(msgspec.Struct, frozen=True):
 class TracePages:
     """The endpoints. A tenant (its key's, else ``cache_salt``) sees its own traces only."""
 
-    def __init__(self, book: Book, forget: Callable[[str, str], None]) -> None:
-        """``forget``: what calls were told in a tenant's trace."""
+    def __init__(
+        self,
+        book: Book,
+        forget: Callable[[str, str], None],
+        others: Others | None = None,
+        erasures: Erasures | None = None,
+    ) -> None:
+        """``forget``: what calls were told in a tenant's trace. ``others``: routers that may know traces, too, and
+        ``erasures``, where these see what was erased."""
+        self._others = others
+        self._erasures = erasures
         self._book = book
         self._forget = forget
 
@@ -113,22 +124,54 @@ class TracePages:
         return json_response(PinAnswer(trace, pinned.blocks, pinned.held, pinned.remaining_s))
 
     async def delete(self, request: Request) -> Response:
-        """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed."""
-        trace = await self._here(request)
-        self._forget(salt(request), trace)
-        if not await self._book.delete(salt(request), trace):
+        """``DELETE /v1/traces/{id}``: what runs of it ends, and what only it held is freed; at every router."""
+        trace, here, whose = TraceId(str(request.path_params["id"])), asked_by_router(request), salt(request)
+        erasure = await self.noted(request, Erasure(whose, trace=trace))
+        told = [] if self._others is None else await self._others.told(request, erasure)
+        if not here:
+            await self._book.arrive(whose, trace)
+        known = await self._delete(whose, trace, here=here)
+        self.did(erasure)
+        if not known and not told:
             raise not_found(trace)
         return json_response(TraceDeleted(trace))
 
     async def delete_all(self, request: Request) -> Response:
         """``DELETE /v1/traces``: all of a tenant's, as one; with all that was said in them."""
-        return json_response(TracesDeleted(await self.erase(salt(request))))
+        erasure = await self.noted(request, Erasure(salt(request)))
+        count = await self.erase(salt(request))
+        self.did(erasure)
+        for told in [] if self._others is None else await self._others.told(request, erasure):
+            count = max(count, msgspec.json.decode(told, type=TracesDeleted).deleted)
+        return json_response(TracesDeleted(count))
 
     async def erase(self, whose: str) -> int:
         """Forget all traces of that tenant; how many there were."""
         for trace in self._book.names(whose):
             self._forget(whose, trace)
         return await self._book.erase(whose)
+
+    async def noted(self, request: Request, erasure: Erasure) -> str | None:
+        """All routers will do it; what it is called, if anything. Raises CallFailed."""
+        if self._erasures is None or asked_by_router(request):
+            return request.query_params.get(PARAMETER)
+        return await self._erasures.note(erasure)
+
+    def did(self, erasure: str | None) -> None:
+        """It is done here."""
+        if self._erasures is not None:
+            self._erasures.did(erasure)
+
+    async def catch_up(self, erasure: Erasure) -> None:
+        """Do of traces what this router was not told of. Raises ClusterError."""
+        if erasure.trace is None:
+            await self.erase(erasure.tenant)
+        else:
+            await self._delete(erasure.tenant, TraceId(erasure.trace), here=True)
+
+    async def _delete(self, whose: str, trace: TraceId, *, here: bool) -> bool:
+        self._forget(whose, trace)
+        return await self._book.delete(whose, trace, here=here)
 
     async def _here(self, request: Request) -> TraceId:
         """The trace's name; it is known here, if any router knows it."""

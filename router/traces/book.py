@@ -56,8 +56,8 @@ class Written(Protocol):
         """There may be something of a trace."""
         ...
 
-    async def erased(self, key: TraceKey) -> None:
-        """Nothing is left of it. Raises Unavailable."""
+    async def erased(self, key: TraceKey, *, here: bool) -> None:
+        """Nothing is left of it; ``here``: of what this router wrote. Raises Unavailable."""
         ...
 
     async def erased_all(self, tenant: str) -> int:
@@ -71,7 +71,7 @@ class NothingWritten:
     def holds(self, key: TraceKey) -> bool:
         return False
 
-    async def erased(self, key: TraceKey) -> None:
+    async def erased(self, key: TraceKey, *, here: bool) -> None:
         pass
 
     async def erased_all(self, tenant: str) -> int:
@@ -196,16 +196,18 @@ class Book:
         an answer, or had that conversation, unless nobody can have gone on from it."""
         if self.elsewhere is None:
             return
-        if trace is not None:
-            await self.elsewhere.arrive(salt, trace)
-        elif answer and self._traces.response(salt, answer) is None:
-            await self.elsewhere.arrive(salt, "", (), answer)
-        elif sought is not None and not sought.first:
+        if trace is None and answer:
+            trace = self._traces.response(salt, answer)
+        elif trace is None and sought is not None and not sought.first:
             fresh = TraceId("")
             place = self.find(salt, sought, fresh)
             if place.trace == fresh or place.parent is not None:
                 heard = sought.heard.name if sought.heard is not None else ""
                 await self.elsewhere.arrive(salt, "", own(sought.conversation, sought.opening), heard)
+                return
+            trace = place.trace
+        if trace is not None or answer:  # also one that is known here: it may be another router's by now
+            await self.elsewhere.arrive(salt, trace or TraceId(""), (), answer)
 
     # --- for clients --------------------------------------------------------------------------------------------
 
@@ -221,8 +223,9 @@ class Book:
             return None
         return view(known, self._keeper.now_s(), self.bills.total(known.key), self.bills.unit)
 
-    async def delete(self, salt: str, trace: TraceId) -> bool:
-        """Forget one, and end what runs of it; False if it is not known. What is kept of it is gone on return.
+    async def delete(self, salt: str, trace: TraceId, *, here: bool = False) -> bool:
+        """Forget one, and end what runs of it; False if it is not known. What is kept of it is gone on return;
+        ``here``: what this router keeps.
 
         Raises:
             Unavailable: what was written down is still there; it goes as soon as it can.
@@ -235,7 +238,7 @@ class Book:
         dropped = self.answers.drop(key)
         if dropped:
             await self.answers.dropped()
-        await self.written.erased(key)
+        await self.written.erased(key, here=here)
         return known is not None or dropped or held
 
     def names(self, salt: str) -> list[TraceId]:

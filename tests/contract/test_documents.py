@@ -222,9 +222,11 @@ async def test_what_a_router_left_that_lives_no_more_is_whose_who_asks_first(ser
         await keep(documents, Shelf("chat", "gone"), doc(4))
         await keep(documents, lives, doc(5))
         await keep(documents, here, doc(3, b"newer"))
+        assert await documents.shelves("background") == ["gone", "here", "lives"]
         assert await documents.adopt(here) == ["n0001", "n0002"], kind
         assert await documents.adopt(late) == ["n0003"], kind
         assert await documents.adopt(here) == []
+        assert await documents.shelves("background") == ["here", "late", "lives"]
         assert await names(documents, here) == ["n0001", "n0002", "n0003"]
         found = await documents.get(here, "n0003")
         assert found is not None

@@ -274,6 +274,29 @@ class TraceGiven(Message, frozen=True):
     """False: something is under way in it."""
 
 
+class AskRouter(Message, frozen=True):
+    """Router -> router: what a client asks of it, of what you have yourself. Answered with :class:`RouterAnswered`."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    """The client's key among them."""
+    body: bytes = b""
+    at: int = 0
+    """From where on the answer's body is wanted."""
+
+
+class RouterAnswered(Message, frozen=True):
+    """The answer, or a piece of it."""
+
+    status: int
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+    more: bool
+    """More of it follows."""
+
+
 class Viewer(NamedTuple):
     """Who is told of members, as far as it matters for what it has to know."""
 

@@ -36,6 +36,7 @@ from tracehaul.wire.blocks import (
     Unpin,
 )
 from tracehaul.wire.cluster import (
+    AskRouter,
     Flip,
     Flipped,
     GiveTrace,
@@ -44,6 +45,7 @@ from tracehaul.wire.cluster import (
     Members,
     MembersChanged,
     Objection,
+    RouterAnswered,
     TraceGiven,
 )
 from tracehaul.wire.operations import (
@@ -78,6 +80,7 @@ Request = (
     | Heartbeat
     | Flip
     | GiveTrace
+    | AskRouter
     | Ping
     | Reserve
     | Publish
@@ -118,6 +121,7 @@ Reply = (
     | Objection
     | Flipped
     | TraceGiven
+    | RouterAnswered
     | Reserved
     | Published
     | Leased

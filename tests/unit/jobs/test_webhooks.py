@@ -24,6 +24,7 @@ from jobs.webhooks.deliveries import (
     sooner,
 )
 from jobs.webhooks.events import KINDS, Event, kind_of
+from jobs.webhooks.kept import KIND
 from jobs.webhooks.outbox import Outbox, Receiver, WebhookStats
 from records.documents import Document, Shelf
 from records.fakes import MemoryDocuments
@@ -135,7 +136,7 @@ class World:
 
     def live(self, sender: Scripted, use: Callable[[Outbox], Awaitable[None]]) -> None:
         async def main() -> None:
-            box = Outbox(self.receivers, self.documents, sender, self.stats, random.Random(1), lambda: self.now_s)
+            box = Outbox(self.receivers, self.documents, "r", sender, self.stats, random.Random(1), lambda: self.now_s)
             running = asyncio.create_task(box.run())
             try:
                 async with asyncio.timeout(20):
@@ -150,7 +151,7 @@ class World:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """Names and states of what is kept on the way."""
-        shelves = [kept for shelf, kept in self.documents.kept.items() if shelf.kind == rooms.KIND]
+        shelves = [kept for shelf, kept in self.documents.kept.items() if shelf.kind.startswith(f"{KIND}/")]
         return sorted((doc.name, doc.tags["state"]) for kept in shelves for doc in kept.values())
 
 
@@ -350,7 +351,9 @@ def test_beyond_what_may_wait_the_oldest_are_given_up(monkeypatch: pytest.Monkey
 def test_news_that_nobody_has_room_for_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooms, "WAITING_MAX", 10)
     world = World()
-    box = Outbox(world.receivers, world.documents, Scripted(Delivered()), world.stats, random.Random(1), lambda: NOW)
+    box = Outbox(
+        world.receivers, world.documents, "r", Scripted(Delivered()), world.stats, random.Random(1), lambda: NOW
+    )
     for at in range(14):  # nobody takes them: the database is away, say
         box.note(msgspec.structs.replace(EVENT, subject=f"b{at}"))
     assert world.stats.given_up == 4

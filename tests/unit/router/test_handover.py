@@ -1,7 +1,7 @@
 """Two routers' traces over one store of records: whose they are, and what each knows."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -69,10 +69,10 @@ class SlowRecords(MemoryRecords):
         await asyncio.sleep(2 * self.erasing_s)
         return done
 
-    async def live(self, for_s: float) -> None:
+    async def live(self, for_s: float) -> Mapping[str, str]:
         if self.crash is not None:
             raise self.crash
-        await super().live(for_s)
+        return await super().live(for_s)
 
 
 class Router(Life):
@@ -96,6 +96,13 @@ class Router(Life):
         """A call of a named trace."""
         await self.book.arrive("", TraceId(trace))
         await self.step(trace, tokens)
+
+    def unplugged(self, gone: bool) -> None:
+        """Nobody reaches it, and it goes on; or they do again."""
+        if gone:
+            del self._wire.doors[self._address]
+        else:
+            self._wire.doors[self._address] = self.doorway
 
     def kill(self) -> None:
         """Nothing more of it is done."""

@@ -1,14 +1,17 @@
 """Responses in the background that outlive their router, and those that another one left."""
 
 import asyncio
+import threading
 
 import httpx
+import pytest
 
 from records.documents import Document, Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
 from router.http import ApiConfig
+from router.http import outliving as rooms
 from router.http.outliving import Outliving
 from tests.unit.router.dialects.asking import served
 from tests.unit.router.dialects.test_responses_kept import ASK, PATH, until
@@ -125,3 +128,45 @@ def test_what_a_router_leaves_that_is_gone_is_gone_on_with() -> None:
 
     served(FakeDispatcher(script), before, outliving=Outliving(documents, "router-0", 3600.0, shared=True))
     served(FakeDispatcher(say("again")), after, outliving=Outliving(documents, "router-1", 3600.0, shared=True))
+
+
+def test_who_stood_still_lets_go_of_what_another_router_runs_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ADOPT_S": 0.02, "STILL_S": 0.1, "CALM_S": 0.3}.items():
+        monkeypatch.setattr(rooms, name, value)
+    documents = MemoryDocuments()
+    own, other = Shelf(rooms.KIND, "router-0"), Shelf(rooms.KIND, "router-1")
+
+    def script(request: StepRequest) -> Script:
+        return [Output([97]), 60.0]
+
+    async def use(client: httpx.AsyncClient) -> None:
+        taken, kept = [
+            (await client.post(PATH, json=ASK | {"input": "slow", "background": True})).json()["id"] for _ in range(2)
+        ]
+        fresh = taken.removeprefix("resp_")
+        documents.kept.setdefault(other, {})[fresh] = documents.kept[own].pop(fresh)
+        threading.Event().wait(0.3)
+        async with asyncio.timeout(10):
+            while (await client.get(f"{PATH}/{taken}")).status_code != 404:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert (await client.get(f"{PATH}/{kept}")).json()["status"] == "in_progress"
+        assert list(documents.kept[own]) == [kept.removeprefix("resp_")]
+
+    served(FakeDispatcher(script), use, outliving=Outliving(documents, "router-0", 3600.0, shared=True))
+
+
+def test_what_ends_where_another_router_has_it_by_now_is_told_by_that_one() -> None:
+    documents = MemoryDocuments()
+    own, other = Shelf(rooms.KIND, "router-0"), Shelf(rooms.KIND, "router-1")
+
+    async def use(client: httpx.AsyncClient) -> None:
+        name = (await client.post(PATH, json=ASK | {"input": "slow", "background": True})).json()["id"]
+        fresh = name.removeprefix("resp_")
+        documents.kept.setdefault(other, {})[fresh] = documents.kept[own].pop(fresh)
+        async with asyncio.timeout(10):
+            while (await client.get(f"{PATH}/{name}")).status_code != 404:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert documents.kept[own] == {}
+
+    script = say("yes", delay_s=0.1)
+    served(FakeDispatcher(script), use, outliving=Outliving(documents, "router-0", 3600.0, shared=True))
