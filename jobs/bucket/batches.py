@@ -170,11 +170,17 @@ class BucketBatches:
         mine = self._mine[batch.id] = _Mine(_Row(batch, kept.file.bytes, kept.digest), 1, begun=False)
         try:
             with told():
-                await self._objects.copy(kept.object, _input(batch))
+                # The row first: without one nobody would know of an input that is left.
                 if not await self._documents.swap(self._shelf, self._document(mine), None):
                     raise Lost(batch.id)
+                try:
+                    await self._objects.copy(kept.object, _input(batch))
+                except BaseException:
+                    await self._objects.delete([_input(batch)])
+                    await self._documents.delete(self._shelf, [batch.id])
+                    raise
         except BaseException:
-            # Where nobody knows whether the row is there, it goes on once it is found.
+            # Where its row may be there, it is found again, and fails without its input.
             del self._mine[batch.id]
             raise
         mine.begun = True
