@@ -99,7 +99,7 @@ class SqlRecords:
                     row = {**self._me, "b_address": self._address, "b_until_s": now_s + for_s if for_s else 0.0}
                     await connection.execute(sql.LIVE, row)
                     found = (await connection.execute(sql.OTHERS, {**self._me, "b_now_s": now_s})).all()
-        return dict(row.tuple() for row in found)
+        return {row.router: row.address or "" for row in found}
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         for at in range(0, len(names), TRACES_AT_ONCE):

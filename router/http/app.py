@@ -131,9 +131,13 @@ def create_app(
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
     pages.described = document(rest.routes, keyed=keyring is not None)
+    return _shortest(endpoints, rest)
+
+
+def _shortest(endpoints: Mapping[str, ASGIApp], rest: ASGIApp) -> ASGIApp:
+    """Through the application's layers each event of a stream would pass three functions more."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        # Through the application's layers each event of a stream would pass three functions more.
         posted = scope["type"] == "http" and scope["method"] == "POST"
         endpoint = endpoints.get(scope["path"]) if posted else None
         await (endpoint or rest)(scope, receive, send)
