@@ -1,4 +1,4 @@
-"""Figures of the runs of the AgentX harness. Pure."""
+"""Figures of the runs of the AgentX harness."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
