@@ -103,8 +103,7 @@ def create_app(
     gate, visits = Gate(keyring), Visits(on=logged, content=config.log_content)
     repeats = Repeats(config, gate, calls.admission, visits)
     edge = Edge(gate, Origins(config.origins), visits, Turns(runner, config), repeats)
-    shared = outliving if outliving is not None and outliving.shared else None
-    erasures = None if shared is None else Erasures(shared.documents, shared.router)
+    erasures = _erasures(outliving)
     traces = TracePages(dispatcher.book, repeats.forget, others, erasures)
     responses = ResponsesEndpoint(calls, config, dice, edge, outliving, _callers(keyring))
     if outbox is not None:
@@ -123,11 +122,7 @@ def create_app(
     rest = Starlette(
         routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles, others), *kept],
         lifespan=_living(responses, repeats, background, chats, outbox, runner, erasing, erasures),
-        middleware=[
-            Middleware(RequestIds, dice=dice),
-            *edge.origins.middleware(),
-            Middleware(Entrance, edge=edge, refusal=_told),
-        ],
+        middleware=_layers(edge, dice),
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
     )
     pages.described = document(rest.routes, keyed=keyring is not None)
@@ -143,6 +138,19 @@ def _shortest(endpoints: Mapping[str, ASGIApp], rest: ASGIApp) -> ASGIApp:
         await (endpoint or rest)(scope, receive, send)
 
     return app
+
+
+def _erasures(outliving: Outliving | None) -> Erasures | None:
+    """None: no router shares what is kept here."""
+    if outliving is None or not outliving.shared:
+        return None
+    return Erasures(outliving.documents, outliving.router)
+
+
+def _layers(edge: Edge, dice: random.Random) -> list[Middleware]:
+    """What each request for a page passes."""
+    entrance = Middleware(Entrance, edge=edge, refusal=_told)
+    return [Middleware(RequestIds, dice=dice), *edge.origins.middleware(), entrance]
 
 
 def _grants(dispatcher: Dispatcher, lines_max: int) -> Grants:
