@@ -1,18 +1,24 @@
 """What a busy fleet costs adds up, whoever is killed: real shells, fake engines, virtual time."""
 
+import asyncio
 import random
 
 import msgspec
 import pytest
 
-from sim.bills import SHARE_MAX, Sums
+from router.dispatch.bill_keeper import STALE_S
+from sim.bills import SHARE_MAX, Sums, sums
 from sim.faults import Crash, FaultPlan
 from sim.run import Result, simulate
 from sim.shape import FLEET
 from sim.text import VOCAB
 from sim.traces import Mix, context_max
 from sim.world import World
+from tests.sim.test_deadlines import in_world
+from tests.sim.test_forks import ask, request
 from tracehaul.engine.fake import fake_info
+from tracehaul.wire.steps import Sampling
+from worker.meter import TOLD_S
 
 BUSY = Mix(
     traces=24,
@@ -27,6 +33,8 @@ BUSY = Mix(
     hang_up_share=0.1,
     long_gap_share=0.0,
 )
+ANSWER = Sampling(max_tokens=60, temperature=0.0)
+SETTLED_S = 20.0
 BEAT_S = 1.0
 """Of a worker that lives, what it has not said yet."""
 
@@ -72,3 +80,23 @@ def test_all_work_is_somebodys_with_workers_and_routers_killed(seed: int) -> Non
     assert 0 <= found.worked - found.billed <= found.lost + SHARE_MAX * found.worked
     living = len(world.engines()) - deaths
     assert abs(found.there - found.written) <= SHARE_MAX * found.there + living * BEAT_S
+
+
+def test_what_all_routers_took_with_them_is_billed_when_one_is_back() -> None:
+    async def test(world: World) -> None:
+        await asyncio.gather(*(ask(world, request(f"s-{at}", ANSWER)) for at in range(3)))
+        for node in FLEET.routers:
+            world.crash(world.lives[node])
+        before = await sums(world.documents, world.engines())
+        assert before.billed < 0.5 * before.worked, "they died too late to show anything"
+        await asyncio.sleep(3 * TOLD_S)
+        for node in FLEET.routers:
+            world.start(node)
+        await asyncio.sleep(SETTLED_S)
+        found = await sums(world.documents, world.engines())
+        assert found.billed == pytest.approx(found.worked)
+        assert found.unclaimed == pytest.approx(0.0, abs=1e-6)
+        assert found.lost == 0.0
+        assert found.written == pytest.approx(found.there, abs=len(FLEET.workers) * (BEAT_S + STALE_S))
+
+    in_world(test, local_tokens=200, kv_tokens=4096)
