@@ -27,7 +27,7 @@ LATE = 504
 """Status of what was ended at its deadline."""
 LOOK_S = 0.25
 ADAPT = AdaptConfig(enabled=True, every_s=1.0, gain_min=0.1, pause_s=2.0)
-BEGUN_WITH = 2
+BEGUN_WITH = 1
 """Prefill workers of ours, when long prompts come first."""
 
 
