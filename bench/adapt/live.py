@@ -27,7 +27,7 @@ LATE = 504
 """Status of what was ended at its deadline."""
 LOOK_S = 0.25
 ADAPT = AdaptConfig(enabled=True, every_s=1.0, gain_min=0.1, pause_s=2.0)
-BEGUN_WITH = 2
+BEGUN_WITH = 1
 """Prefill workers of ours, when long prompts come first."""
 
 
@@ -51,7 +51,7 @@ PHASES: Mapping[str, Sequence[Kind]] = {
         Kind(8, first=2000, more=1500, output=8, steps=4, deadline_s=60.0),
         Kind(14, first=40, more=15, output=8, steps=8, deadline_s=2.5),
     ),
-    "answers": (Kind(40, first=60, more=30, output=20, steps=6),),
+    "answers": (Kind(24, first=40, more=12, output=30, steps=6),),
     "forks": (Kind(5, first=900, more=40, output=16, steps=2, children=6),),
 }
 

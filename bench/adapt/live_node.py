@@ -10,7 +10,7 @@ from cluster.cli import main
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.model.source import read_config, resolve
 
-COST = EngineCost(iteration_s=0.06, prefill_token_s=0.002, sequence_s=0.004, copy_token_s=1e-6)
+COST = EngineCost(iteration_s=0.05, prefill_token_s=0.002, sequence_s=0.008, copy_token_s=1e-6)
 """So slow that two cores can be six processes."""
 
 

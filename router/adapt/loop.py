@@ -42,12 +42,9 @@ QUICKER = 0.1
 OTHER_WORK, STEADY = 1.5, 1.25
 """The work is another where a step has so many times as many new tokens, or generates as many, or a part of it; and is
 on the way there where it is by less."""
-MISSED, HOPED_MAX = 0.08, 0.4
+MISSED, HOPED_MAX = 0.12, 0.4
 """Where so many steps come too late a change is tried that means do not tell: more prefill workers where these have
 more to compute than they can, more decode workers else. So much is hoped for at most."""
-NO_WORSE, HOPED = 0.03, 0.2
-"""So is one more prefill worker where they cannot compute all, if it should do no harm: what decode workers compute, or
-leave waiting because others decode there, is known to who tries."""
 BARRED_S, BARRED_MAX_S = 60.0, 960.0
 STEPS_MIN = 8
 """Fewer say nothing."""
@@ -287,8 +284,6 @@ class Loop:
                 found.append((role, gain, False))
             elif 1 - met > MISSED and role == ("prefill" if spills else "decode"):
                 found.append((role, min(HOPED_MAX, 1 / met - 1), False))
-            elif spills and role == "prefill" and gain > -NO_WORSE:
-                found.append((role, HOPED, False))
             elif gain > -0.01 and 1 - then.step_s / max(now.step_s, 1e-9) > 2 * self._config.gain_min:
                 found.append((role, 1 - then.step_s / now.step_s, True))
         return found

@@ -17,6 +17,8 @@ FIT_MAX = 4.0
 KEEP = 0.9
 SHARE_ASSUMED, SHARE_MAX = 0.15, 0.5
 """By how much one more sequence slows an iteration, until that was seen."""
+ASSUMED = 36.0
+"""What is assumed counts like six sequences more or less."""
 
 
 class Roles(NamedTuple):
@@ -115,8 +117,8 @@ class Pace:
             return 0.02, SHARE_ASSUMED
         batch, seconds = self._batch / self._weight, self._seconds / self._weight
         spread = self._square / self._weight - batch * batch
-        # What is assumed counts like two sequences more or less.
+        # What workers say is smoothed, and their sequences come and go: much of what is seen is by chance.
         assumed = SHARE_ASSUMED * seconds / (1 + SHARE_ASSUMED * max(0.0, batch - 1))
-        slope = (self._product / self._weight - batch * seconds + 4 * assumed) / (spread + 4)
+        slope = (self._product / self._weight - batch * seconds + ASSUMED * assumed) / (spread + ASSUMED)
         one_s = max(seconds * 0.05, seconds - slope * (batch - 1))
         return one_s, min(SHARE_MAX, max(0.0, slope / one_s))

@@ -51,6 +51,8 @@ class Fleet:
         self.pending: tuple[float, Change] | None = None
         self.names = {f"w{number}": "prefill" if number < prefills else "decode" for number in range(8)}
         self.refuses = ""
+        self.deadline_s: float | None = None
+        self.late: Callable[[Roles], bool] = lambda roles: False
         self._carry = 0.0
 
     def run(self, seconds: float) -> None:
@@ -73,7 +75,11 @@ class Fleet:
             self._carry -= 1
             self.loop.window.placed(self.now_s, demand.prompt_s, demand.gap_s)
             new = round(demand.prompt_s * 1000)
-            self.loop.window.ended(self.now_s, Ended(new, round(demand.output), demand.step_s, None))
+            if self.late(self.roles):
+                self.loop.window.missed(self.now_s)
+            else:
+                ended = Ended(new, round(demand.output), demand.step_s, self.deadline_s)
+                self.loop.window.ended(self.now_s, ended)
 
     def _land(self, change: Change) -> None:
         self.pending = None
@@ -225,3 +231,21 @@ def test_who_stood_still_during_a_trial_counts_from_when_it_goes_on() -> None:
     assert fleet.outcomes == []
     fleet.run(4 * JUDGE_MAX_S)
     assert fleet.outcomes[0] == "kept"
+
+
+def test_where_many_are_late_a_change_is_tried_though_the_model_tells_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> Fleet:
+        demand = IDLE._replace(rate=6.0, prompt_s=0.1, step_s=1.0)
+        fleet = Fleet(lambda now_s, roles: demand, 3, noise=0.02)
+        first, dice = fleet.roles, random.Random(5)
+        fleet.deadline_s, fleet.late = 1.5, lambda roles: roles == first and dice.random() < 0.3
+        return fleet
+
+    fleet = made()
+    fleet.run(120)
+    assert [change.role for change in fleet.changes] == ["decode"], "prefill workers have time"
+    assert fleet.outcomes == ["kept"]
+    monkeypatch.setattr("router.adapt.loop.MISSED", 1.0)
+    fleet = made()
+    fleet.run(120)
+    assert fleet.changes == []
