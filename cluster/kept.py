@@ -85,8 +85,8 @@ async def opened_kept(
 
         return SqlDocuments(url_of(config, run, router), scope, TIMEOUT_S)
 
-    documents, chats, webhooks = LaterDocuments(partial(made, scope)), ChatStats(), WebhookStats()
-    own = partial(LaterDocuments, partial(made, scope))
+    documents, chats, webhooks = LaterDocuments(made), ChatStats(), WebhookStats()
+    own = partial(LaterDocuments, made)
     try:
         async with (
             _jobs(config, run, router, documents, scope) as jobs,
