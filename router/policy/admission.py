@@ -25,7 +25,7 @@ PACE_TRACES = 8
 """So many say it well enough; where fewer were let in, those that ended count, too."""
 GUESS_S = 10.0
 """Between one that is let in and the next, while nothing is known."""
-NEAR = 8
+NEAR = 12
 """So many at the front come back twice in the time of one: who comes when there is room goes, and it should be they."""
 WAIT_MIN_S = 1.0
 RETRY_MAX_S = 60.0

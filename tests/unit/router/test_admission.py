@@ -98,7 +98,7 @@ def test_the_time_told_is_that_of_those_before_at_the_pace_of_late() -> None:
     told = admission.ask("late", now_s)
     assert told is not None
     assert told.start_s == pytest.approx(admission.waiting * 4.0, rel=0.5)
-    assert told.retry_s == min(told.start_s, RETRY_MAX_S)
+    assert told.retry_s == pytest.approx(told.start_s / admission.waiting / 2), "it is one of those at the front"
 
 
 def test_how_fast_traces_ended_before_any_waited_says_when_the_first_begin() -> None:
