@@ -19,14 +19,10 @@ from msgspec import Meta
 
 from router.policy.line import Line
 
-PACE_S = 60.0
-"""Traces that were let in of late, for so long, say how fast that goes."""
-PACE_TRACES = 8
-"""So many say it well enough; where fewer were let in, those that ended count, too."""
+PACE_STARTS = 32
+"""Traces let in, or ended, of late that say how fast that goes."""
 GUESS_S = 10.0
 """Between one that is let in and the next, while nothing is known."""
-NEAR = 8
-"""So many at the front come back twice in the time of one: who comes when there is room goes, and it should be they."""
 WAIT_MIN_S = 1.0
 RETRY_MAX_S = 60.0
 """So long is waited by clients that are told so, such as the SDKs of OpenAI and Anthropic, and not for longer."""
@@ -115,12 +111,8 @@ class Admission:
         self._stored = _Fading(config.stored_half_life_s)
         self._closed = False
         self._line = Line()
-        self._pressed_s = 0.0
-        """Since when others wait, without a pause."""
-        self._starts: deque[float] = deque()
-        """When traces were let in since then, of late."""
-        self._ends: deque[float] = deque()
-        """When traces ended of late."""
+        self._starts: deque[float] = deque(maxlen=PACE_STARTS)
+        """When traces were let in while others waited, or ended."""
         self.refused = 0
 
     def __len__(self) -> int:
@@ -194,7 +186,6 @@ class Admission:
         if member is None:
             return
         self._rests(member, now_s)
-        self._ends.append(now_s)
         if member.running:
             self._reasoning = max(0.0, self._reasoning - member.tokens)
         self._going[member.tenant] -= 1
@@ -224,13 +215,8 @@ class Admission:
 
     def _refuse(self, key: Hashable, now_s: float, tenant: str, weight: float) -> Refusal:
         before = self._line.before(key, now_s, (tenant, weight), self._rank)
-        if not len(self._line):
-            self._pressed_s = now_s
-            self._starts.clear()
-        pace_s = self._pace_s(now_s)
-        start_s = max((before + 1) * pace_s, WAIT_MIN_S)
-        retry_s = start_s if before >= NEAR else max(min(start_s, pace_s / 2), WAIT_MIN_S)
-        retry_s = min(retry_s, RETRY_MAX_S)
+        start_s = max((before + 1) * self._pace_s(now_s), WAIT_MIN_S)
+        retry_s = min(start_s, RETRY_MAX_S)
         self._line.told(key, (tenant, weight), now_s + retry_s)
         return Refusal(retry_s, start_s)
 
@@ -238,18 +224,7 @@ class Admission:
         return (self._going.get(tenant, 0) + 1) / weight
 
     def _pace_s(self, now_s: float) -> float:
-        """Between one that is let in and the next: as it was of late while others waited. Until that is known as traces
-        end, which is what makes room."""
-        _since(self._starts, now_s - PACE_S)
-        _since(self._ends, now_s - PACE_S)
-        took_s, count = min(now_s - self._pressed_s, PACE_S), len(self._starts)
-        if len(self._ends) < PACE_TRACES:
-            return (took_s + GUESS_S) / (count + 1)
-        more = max(0, PACE_TRACES - count)
-        return (took_s + more * (now_s - self._ends[0]) / len(self._ends)) / (count + more)
-
-
-def _since(times: deque[float], since_s: float) -> None:
-    """Only those are left."""
-    while times and times[0] < since_s:
-        times.popleft()
+        """Between one that is let in and the next."""
+        if len(self._starts) < 2:
+            return GUESS_S
+        return (now_s - self._starts[0]) / len(self._starts)
