@@ -133,6 +133,7 @@ def test_only_the_table_and_the_pages_of_a_dialect_name_it() -> None:
         "http/app.py",
         "http/chats.py",
         "http/openapi.py",
+        "http/outliving.py",
         "http/response_pages.py",
         "http/responses.py",
         "http/tokens.py",
