@@ -20,6 +20,7 @@ from tests.sim import direct
 from tests.sim.test_deadlines import idle
 from tests.sim.test_flips import agreed, dispatch_of
 from tracehaul.engine.fake import EngineCost, expected_output
+from tracehaul.runtime import clock
 from tracehaul.wire.hashing import pack_tokens
 from tracehaul.wire.ids import NodeId, StepId, TraceId
 from tracehaul.wire.steps import Sampling
@@ -159,3 +160,58 @@ def test_where_there_is_little_to_do_nothing_is_changed() -> None:
         assert not told(world)
 
     in_world(test)
+
+
+async def turning(world: World) -> NodeId:
+    """Whom the router is about to change, while that goes on."""
+    adapting = dispatch_of(world).adapting
+    until_s = clock.now_s() + 60.0
+    while not adapting.turning:
+        assert clock.now_s() < until_s, told(world)
+        await asyncio.sleep(0.0005)
+    (node,) = adapting.turning
+    return node
+
+
+def test_a_worker_killed_in_mid_change_is_no_reason_to_change_others_at_once() -> None:
+    async def test(world: World) -> None:
+        load = Load(world, ANSWERS)
+        await asyncio.sleep(1)
+        node = await turning(world)
+        world.crash(world.lives[node])
+        died_s = clock.now_s()
+        await asyncio.sleep(0.5)
+        change, verdict = told(world)
+        assert isinstance(verdict, Verdict)
+        assert (change.node, verdict.outcome) == (node, "refused")
+        await asyncio.sleep(4)
+        world.start(node)
+        back_s = clock.now_s()
+        await asyncio.sleep(10)
+        assert len(told(world)) == 2, (died_s, back_s)
+        await asyncio.sleep(60)
+        await load.end()
+        assert not load.failed
+        assert len(told(world)) > 2
+
+    in_world(test, drain_s=2.0)
+
+
+def test_a_router_killed_in_mid_change_leaves_it_to_the_next() -> None:
+    async def test(world: World) -> None:
+        load = Load(world, ANSWERS)
+        await asyncio.sleep(1)
+        await turning(world)
+        world.crash(world.lives[ROUTERS[0]])
+        await asyncio.sleep(1)
+        assert roles(world) == {"prefill": 2, "decode": 2}
+        assert not told(world, ROUTERS[1])
+        await asyncio.sleep(60)
+        assert roles(world) == {"prefill": 1, "decode": 3}
+        assert told(world, ROUTERS[1])
+        world.start(ROUTERS[0])
+        await asyncio.sleep(15)
+        await load.end()
+        assert not load.failed
+
+    in_world(test, drain_s=2.0)
