@@ -107,8 +107,8 @@ class Queue:
         """Those that press, likewise, all of them."""
         self._resting: set[str] = set()
         """Those that are not in the order."""
-        self._later: set[str] = set()
-        """Those with a line that is asked again."""
+        self._later: list[tuple[float, str]] = []
+        """A heap of when a line of which is asked again; also of batches that are no more."""
 
     def __contains__(self, batch: str) -> bool:
         return batch in self._batches
@@ -147,7 +147,6 @@ class Queue:
             _remove(self._order, (found.deadline_s, batch))
         if found.presses:
             _remove(self._pressing, (found.deadline_s, batch))
-        self._later.discard(batch)
 
     def left(self, now_s: float) -> list[Left]:
         """Of those that press, the earliest deadline first."""
@@ -180,7 +179,7 @@ class Queue:
         if (batch := self._batches.get(claim.batch)) is not None:
             batch.claimed -= 1
             batch.later(claim.chain, at_s)
-            self._later.add(claim.batch)
+            heapq.heappush(self._later, (at_s, claim.batch))
 
     def drained(self, batch: str) -> bool:
         """All its lines have ended."""
@@ -189,16 +188,18 @@ class Queue:
 
     def wake_s(self, now_s: float) -> float | None:
         """When to look again though nothing happens; None: then there is nothing to see."""
-        live = (batch for name in self._later if (batch := self._batches[name]).deadline_s > now_s)
-        return min((at for batch in live if (at := batch.wake_s) is not None), default=None)
+        while self._later:
+            at_s, name = self._later[0]
+            if (batch := self._batches.get(name)) is not None and batch.deadline_s > now_s:
+                return at_s
+            heapq.heappop(self._later)
+        return None
 
     def _come_again(self, now_s: float) -> None:
         """Into the order, whose line can be asked again by now."""
-        for name in list(self._later):
-            batch = self._batches[name]
-            if batch.wake_s is None:
-                self._later.remove(name)
-            elif batch.wake_s <= now_s:
+        while self._later and self._later[0][0] <= now_s:
+            _, name = heapq.heappop(self._later)
+            if (batch := self._batches.get(name)) is not None:
                 self._rises(name, batch)
 
     def _rises(self, name: str, batch: _Batch) -> None:

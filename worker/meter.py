@@ -240,7 +240,8 @@ class Meter:
         """All that has changed of late; the same again if it is asked again."""
         self._look(now_s)
         rests = [account for account in self._rests.values() if now_s - account.changed_s <= TOLD_S]
-        steps = [one for one in self._steps.values() if not one.open or now_s - one.changed_s <= TOLD_S]
+        again = now_s - self._rested_s <= TOLD_S  # so that no router forgets a step that computes nothing for long
+        steps = [one for one in self._steps.values() if again or not one.open or now_s - one.changed_s <= TOLD_S]
         totals: dict[int, Reading] = {}
         return tuple(_charge(one, totals) for one in (*steps, *rests) if one.changed_s)
 

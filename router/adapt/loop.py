@@ -46,6 +46,8 @@ MISSED, HOPED_MAX = 0.12, 0.4
 """Where so many steps come too late a change is tried that means do not tell: more prefill workers where these have
 more to compute than they can, more decode workers else. So much is hoped for at most."""
 BARRED_S, BARRED_MAX_S = 60.0, 960.0
+OWED_S = 60.0
+"""What cannot be taken back for so long stays as it is."""
 STEPS_MIN = 8
 """Fewer say nothing."""
 
@@ -146,6 +148,8 @@ class Loop:
         self._pace = Pace()
         self._trial: _Trial | None = None
         self._undoing: Change | None = None
+        self._owed: tuple[Change, float] | None = None
+        """A change that is to be taken back as soon as that may be, and until when."""
         self._streak: tuple[Direction, int] | None = None
         self._bars: dict[Direction, _Bar] = {}
         self._quiet_until_s = 0.0
@@ -158,7 +162,7 @@ class Loop:
     @property
     def busy(self) -> bool:
         """A change is under way, or not judged yet."""
-        return self._trial is not None or self._undoing is not None
+        return self._trial is not None or self._undoing is not None or self._owed is not None
 
     def look(self, view: View) -> Change | None:
         """Time has passed. What is to be done now, if anything: to be answered by :meth:`done`."""
@@ -176,6 +180,8 @@ class Loop:
             return None
         if self._trial is not None:
             return self._judge(self._trial, view)
+        if self._owed is not None:
+            return self._take_back(*self._owed, view)
         return self._propose(view)
 
     def done(self, change: Change, now_s: float, refused: str = "") -> None:
@@ -185,6 +191,8 @@ class Loop:
             self._rest(now_s)
             if refused:
                 self._told(Verdict(change.number, change.node, "refused", refused))
+            else:
+                self._owed = None
             return
         trial = self._trial
         if trial is None or trial.change is not change:
@@ -202,7 +210,7 @@ class Loop:
 
     def disturbed(self, why: str) -> None:
         """The pool has become another, and not by this loop: what is on trial proves nothing."""
-        self._streak, self._sure_since_s = None, None
+        self._streak, self._sure_since_s, self._owed = None, None, None
         trial = self._trial
         if trial is None:
             return
@@ -301,7 +309,11 @@ class Loop:
         waited_s = view.now_s - since_s
         if work is None:
             # Nothing ends any more: that may be the change, or the end of the work.
-            return self._end(trial, None, view, "unclear", "nothing ended") if waited_s > 2 * most_s else None
+            if waited_s <= 2 * most_s:
+                return None
+            if self.window.any_missed(since_s, view.now_s):
+                return self._end(trial, None, view, "in vain", "no step ends in time any more")
+            return self._end(trial, None, view, "unclear", "nothing ended")
         if waited_s < max(JUDGE_MIN_S, step_s):
             return None
         before, change = trial.before, trial.change
@@ -349,9 +361,16 @@ class Loop:
                 self._bar(opposite, work or before, view.now_s)
             return None
         self._bar(change.role, before, view.now_s)
+        self._owed = change, view.now_s + OWED_S
+        return self._take_back(*self._owed, view)
+
+    def _take_back(self, change: Change, until_s: float, view: View) -> Change | None:
+        """A change that was in vain, once its worker may have its former role."""
         back: Direction = "prefill" if change.role == "decode" else "decode"
         seats = view.to_prefill if back == "prefill" else view.to_decode
-        if not any(seat.node == change.node for seat in seats):
+        if view.now_s > until_s:
+            self._owed = None
+        if self._owed is None or not any(seat.node == change.node for seat in seats):
             return None
         self._count += 1
         undo = Change(self._count, change.node, back, 0.0, quicker=False, inputs={}, undoes=change.number)

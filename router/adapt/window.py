@@ -97,6 +97,10 @@ class Window:
         """A step ended at its deadline, or failed."""
         self._now(now_s).missed += 1
 
+    def any_missed(self, since_s: float, until_s: float) -> bool:
+        """Whether any step did between."""
+        return any(second.missed for second in self._seconds if since_s <= second.number < until_s)
+
     def over(self, since_s: float, until_s: float) -> Work | None:
         """Whole seconds between; None if there are less than two, or nothing ended in them."""
         first, last = math.ceil(since_s), math.floor(until_s) - 1

@@ -185,6 +185,7 @@ class Adapting:
         loads = {key.node: members.load(key.node) for key in decodes.keys}
         seen = watched.counted(decodes.total, sum(load.running for load in loads.values()))
         turning = watched.turning is not None or any(worker.turning for worker in workers)
+        sure = fleet.settled and self.leads() and not turning and now_s >= watched.hold_until_s
         paces = [
             (max(1, round(float(count) / seen)), float(decode_s))
             for count, decode_s in zip(decodes.decoding, decodes.decode_s, strict=True)
@@ -192,19 +193,19 @@ class Adapting:
         ]
         return View(
             now_s=now_s,
-            sure=fleet.settled and self.leads() and not turning and now_s >= watched.hold_until_s,
+            sure=sure,
             roles=Roles(len(prefills), len(decodes)),
             paces=tuple(paces),
             places=self._places(books),
             to_decode=tuple(
                 Seat(key.node, prefills.running(key))
                 for key in prefills.keys
-                if members.may_flip(key.node, "decode") is None
+                if sure and members.may_flip(key.node, "decode", fleet) is None
             ),
             to_prefill=tuple(
                 Seat(key.node, decodes.running(key))
                 for key in decodes.keys
-                if members.may_flip(key.node, "prefill") is None
+                if sure and members.may_flip(key.node, "prefill", fleet) is None
             ),
             seen=seen,
         )

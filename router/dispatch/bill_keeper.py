@@ -117,9 +117,11 @@ class BillKeeper:
                 await self._bills.look()
             now_s = clock.now_s()
             self._bills.readings.settle(now_s)
-            if now_s - self._began_s >= PAGE_S or len(self._rows) + self._bills.readings.count >= ROWS_MAX:
+            changed = self._dirty or self._bills.readings.changed
+            late_s = LATE_S * (1 + self._bills.readings.count // ROWS_MAX)  # a large page is written less often
+            if now_s - self._began_s >= PAGE_S or len(self._rows) >= ROWS_MAX:
                 self._turn()
-            elif self._dirty or self._bills.readings.changed or now_s - self._put_s >= STALE_S:
+            elif now_s - self._put_s >= (min(STALE_S, late_s) if changed else STALE_S):
                 self._put()
             await self._write()
 

@@ -25,6 +25,8 @@ LATE_S = 60.0
 """For so long something may be heard of a step that has ended."""
 HOLD_S = 2.5
 """So long it may take to hear what a step has taken that broke off."""
+KEPT_MIN = 1024
+"""With fewer traces that were billed between their steps it is not looked which of them are no more."""
 
 
 class TraceLate(InvalidRequest):
@@ -94,6 +96,8 @@ class Bills:
         """Steps that have ended, with when, the first to end first."""
         self._kept: dict[TraceKey, Bill] = {}
         """What traces were billed for between their steps, and do not know yet."""
+        self._kept_max = KEPT_MIN
+        """With more, it is looked which of these traces are no more."""
 
     @property
     def unit(self) -> str:
@@ -146,6 +150,8 @@ class Bills:
         Raises:
             TraceLate, BudgetExceeded: its trace does not let it.
         """
+        if self._traces.get(key) is None:
+            self._kept.pop(key, None)  # of one of that name that is no more
         limits = self.limits(key, said)
         one = Open(key, tenant, self.deadline_s(key, limits, now_s))
         if limits.budget is not None:
@@ -244,6 +250,9 @@ class Bills:
         if trace.limits.budget is not None:
             bill = bill.within(max(0.0, trace.limits.budget - self.total(key).amount))
         self._kept[key] = self._kept.get(key, FREE) + bill
+        if len(self._kept) > self._kept_max:
+            self._kept = {each: kept for each, kept in self._kept.items() if self._traces.get(each) is not None}
+            self._kept_max = KEPT_MIN + 2 * len(self._kept)
         return bill
 
     # --- ends -----------------------------------------------------------------------------------------------------

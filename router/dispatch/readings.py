@@ -95,6 +95,8 @@ class Readings:
         number, spent = charge.sum
         one = worker.shown.get(number)
         before = NOTHING if one is None else one.spent
+        if one is not None:
+            one.heard_s = now_s
         if not spent.is_later(before):
             return NOTHING
         if one is None:

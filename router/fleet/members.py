@@ -179,9 +179,9 @@ class MemberRegistry:
         settled = self._whole_at_s is not None and now_s >= self._whole_at_s
         return View(workers, len(self.live("store")), settled, dict(self._turned_s))
 
-    def may_flip(self, node: NodeId, role: str) -> str | None:
+    def may_flip(self, node: NodeId, role: str, view: View | None = None) -> str | None:
         """Why that worker may not have that role now, by what this router knows; None if it may."""
-        return may_flip(self.view(), node, role, clock.now_s(), self._flips.cooldown_s)
+        return may_flip(view or self.view(), node, role, clock.now_s(), self._flips.cooldown_s)
 
     def known(self, node: NodeId) -> NodeInfo | None:
         """What the member of that name says of itself."""

@@ -74,10 +74,10 @@ class Router:
         return answer.status_code == 200 and fields.items() <= answer.json().items()
 
     def deleted(self, path: str) -> bool:
-        """It is, at all routers."""
+        """It is, at all routers; 404: here it was already, when another could not be told."""
         answer = self.ask("DELETE", path)
-        assert answer.status_code in (200, 503), answer.text
-        return answer.status_code == 200
+        assert answer.status_code in (200, 404, 503), answer.text
+        return answer.status_code != 503
 
     def response(self, text: str, tokens: int) -> str:
         body = {"model": MODEL, "input": text, "background": True, "max_output_tokens": tokens, "ignore_eos": True}

@@ -160,7 +160,10 @@ def test_what_is_not_heard_any_more_is_forgotten() -> None:
     one.now_s += 1.0
     one.writes()
     (worker,) = one.readings.workers.values()
-    assert list(worker.shown) == [2]
+    assert list(worker.shown) == [1, 2], "also what shows nothing new was heard of"
+    one.now_s += FORGET_S
+    one.writes()
+    assert not worker.shown
     one.readings.gone(worker.info, 0.5)
     one.writes()
     assert one.readings.workers == {}

@@ -19,7 +19,7 @@ from router.policy.bill_pages import Page, Report, report
 from router.policy.prices import FREE, UNLIMITED, Bill, Limits, Prices, Tariff
 from router.policy.retention import RetentionConfig
 from router.traces.contexts import Left, joined
-from router.traces.events import Event, StepBegan, StepEnded
+from router.traces.events import Deleted, Event, StepBegan, StepEnded
 from router.traces.machine import Traces
 from router.traces.trace import Trace, with_kept
 from sim.loop import run
@@ -388,3 +388,14 @@ def test_what_stores_hold_is_charged_by_tier_and_shared_among_those_that_have_it
         assert world.bills.total((KEY[0], TraceId("p"))).amount == 10.0, "no more than its budget"
 
     run(main, 0)
+
+
+def test_a_trace_does_not_pay_for_what_was_kept_of_another_of_its_name() -> None:
+    world = World()
+    world.begin("a")
+    world.end("a")
+    world.bills.keeps(KEY, Bill(amount=3.0))
+    assert world.total == 3.0
+    world.send(Deleted(KEY))
+    assert world.begin("b", Limits(budget=2.0)) is None
+    assert world.total == 0.0

@@ -51,6 +51,8 @@ class Fleet:
         self.pending: tuple[float, Change] | None = None
         self.names = {f"w{number}": "prefill" if number < prefills else "decode" for number in range(8)}
         self.refuses = ""
+        self.held = False
+        """No worker may change now."""
         self.deadline_s: float | None = None
         self.late: Callable[[Roles], bool] = lambda roles: False
         self._carry = 0.0
@@ -94,7 +96,7 @@ class Fleet:
     def view(self) -> View:
         def seats(role: str) -> tuple[Seat, ...]:
             names = [name for name, has in self.names.items() if has == role]
-            return tuple(Seat(NodeId(name), 1) for name in names) if len(names) > 1 else ()
+            return tuple(Seat(NodeId(name), 1) for name in names) if len(names) > 1 and not self.held else ()
 
         sure = self.sure(self.now_s) and self.pending is None
         return View(self.now_s, sure, self.roles, ((1, 0.01), (31, 0.04)), 1e6, seats("prefill"), seats("decode"))
@@ -136,6 +138,36 @@ def test_a_gain_that_does_not_come_is_taken_back_and_not_tried_at_once_again(see
     tries = [change for change in fleet.changes if change.undoes is None]
     assert len(tries) <= 5, "each time later"
     assert fleet.roles.prefills == 6 or fleet.loop.busy
+
+
+def test_what_cannot_be_taken_back_at_once_is_later() -> None:
+    fleet = Fleet(lambda now_s, roles: ANSWERS._replace(rate=6.0 if roles.prefills >= 6 else 4.0), 6)
+    while not fleet.changes:
+        fleet.run(1)
+    fleet.run(2)
+    fleet.held = True
+    while not fleet.outcomes:
+        fleet.run(1)
+    fleet.run(20)
+    assert (fleet.outcomes, len(fleet.changes), fleet.roles.prefills) == (["in vain"], 1, 5)
+    fleet.held = False
+    fleet.run(4)
+    assert fleet.changes[-1].undoes == 1
+    assert fleet.roles.prefills == 6
+    assert not fleet.loop.busy
+
+
+def test_a_change_after_which_every_step_is_late_is_taken_back() -> None:
+    fleet = Fleet(modelled(ANSWERS), 6)
+    fleet.late = lambda roles: roles.prefills < 6
+    while not fleet.changes:
+        fleet.run(1)
+    while not fleet.outcomes:
+        fleet.run(1)
+        assert fleet.now_s < 400
+    fleet.run(4)
+    assert fleet.outcomes == ["in vain"]
+    assert fleet.roles.prefills == 6
 
 
 def test_where_nothing_is_to_be_gained_nothing_is_changed() -> None:
