@@ -214,7 +214,8 @@ class Journal:
             if key in self._traces or key in self._changed or (key in fences and key not in self.ledger.stored):
                 continue  # a step of it has begun meanwhile, or it was deleted, or is another one's
             self._traces.restore(trace, alarms)
-            self._changed.pop(key, None)
+            if key not in fences or trace.children == told.found[key].trace.children:
+                self._changed.pop(key, None)  # it is written as it is
             if key not in fences:
                 self.ledger.foreign.add(key)
             elif told.found[key].clock.boot == now.boot:  # else all its times are others now
