@@ -141,6 +141,11 @@ def resumed(batch: Batch) -> Effect | None:
             return None
 
 
+def results_name(batch: str, *, ok: bool) -> str:
+    """The file of its lines that ended so."""
+    return f"file-{batch.removeprefix('batch_')}{'o' if ok else 'e'}"
+
+
 def outlived(batches: Sequence[Batch], now: int) -> list[Batch]:
     """Those to be forgotten, of all batches, the oldest first."""
     found: list[Batch] = []

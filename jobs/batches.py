@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,10 +29,11 @@ from jobs.batch import (
     Validated,
     handle,
     outlived,
+    results_name,
     resumed,
 )
 from jobs.files import File, NoRoom
-from jobs.keeping import BatchStore, Lost, Opened, Unreadable
+from jobs.keeping import BatchStore, Lost, Opened, Unreadable, kept
 from jobs.lines import LineError
 from jobs.live import Live, Means
 from jobs.outputs import Outputs
@@ -116,7 +118,7 @@ class Batches:
             raise TooMany(f"{self._live_max} batches are not over yet, which is the most")
         live = self._live[batch.id] = Live(batch)
         try:
-            await _kept(self.store.begin(batch, file))
+            await kept(self.store.begin(batch, file))
         except BaseException:
             del self._live[batch.id]
             raise
@@ -129,24 +131,26 @@ class Batches:
             async with live.changing:
                 changed, effect = handle(live.batch, Cancelled(), int(self._wall_s()))
                 if effect is not None:
-                    await _kept(self.store.write(changed))
+                    await kept(self.store.write(changed))
                     self._know(live, changed)
                     live.interrupted.set()
         return self.get(batch.tenant, batch.id) or batch
 
-    async def erase(self, tenant: str) -> int:
-        """Nothing is known of theirs any more; what they were answered is among the files. Returns how many there were.
+    async def erase(self, tenant: str, until_s: float = inf) -> int:
+        """Nothing is known any more of theirs that were made until then, in Unix seconds; what they were answered is
+        among the files. Returns how many there were.
 
         Raises:
             NoRoom, OSError, StillRuns: not of all of them.
         """
-        found = [batch for owner, batch in self._batches.items() if owner[0] == tenant]
+        theirs = [batch for owner, batch in self._batches.items() if owner[0] == tenant]
+        found = [batch for batch in theirs if batch.created_at <= until_s]
         for batch in found:
             await self.cancel(batch)
-        until_s = clock.now_s() + ENDS_S
+        patient_s = clock.now_s() + ENDS_S
         for batch in found:
             while batch.id in self._live:
-                if clock.now_s() > until_s:
+                if clock.now_s() > patient_s:
                     raise StillRuns(f"the batch {batch.id} has not ended yet")
                 await asyncio.sleep(ENDS_S / 200)
             with suppress(Lost):
@@ -364,7 +368,7 @@ class Batches:
 
     async def _as_file(self, batch: Batch, outputs: Outputs, *, ok: bool) -> str | None:
         """Make a file of lines that ended so, which a second time is the same one."""
-        name = f"file-{batch.id.removeprefix('batch_')}{'o' if ok else 'e'}"
+        name = results_name(batch.id, ok=ok)
         now = int(self._wall_s())
         filename = f"{batch.id}_{'output' if ok else 'error'}.jsonl"
         file = File(name, batch.tenant, filename, OUTPUT, 0, now, now + (batch.output_age_s or AGE_S))
@@ -381,16 +385,6 @@ class Batches:
             outputs.close()
             source.close()
             live.opening = live.outputs = None
-
-
-async def _kept(work: Coroutine[Any, Any, None]) -> None:
-    """Raises NoRoom: it could not be, or it is another's."""
-    try:
-        await work
-    except OSError as error:
-        raise NoRoom(f"it cannot be kept: {error.strerror or error}") from None
-    except Lost as error:
-        raise NoRoom(f"another router goes on with it: {error}") from None
 
 
 def _in_order(batches: Sequence[Batch]) -> dict[tuple[str, str], Batch]:

@@ -12,6 +12,7 @@ import pytest
 from starlette.types import ASGIApp
 
 from cluster.kept_jobs import opened_jobs
+from records.documents import Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
@@ -24,6 +25,7 @@ from router.http.outliving import Outliving
 from sim.lifespan import living
 from tests.unit.router.dialects.asking import key_of
 from tests.unit.router.http.test_erasing import ASK, LINE
+from tracehaul.runtime.clock import wall_s
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.base import Ok, Ping
 from tracehaul.wire.cluster import AskRouter
@@ -281,10 +283,49 @@ def test_who_was_not_told_erases_it_when_it_goes_on(tmp_path: Path, monkeypatch:
     served(tmp_path, use)
 
 
-def test_what_was_erased_while_a_router_was_gone_it_erases_before_it_serves() -> None:
+def test_who_erases_late_leaves_what_was_made_since_and_what_others_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own: dict[str, Any] = {"params": {"cache_salt": "crimson"}}
+    late, database = dict[str, Callable[[Erasure, float], Awaitable[None]]](), list[MemoryDocuments]()
+
+    async def run(self: Erasures, erase: Callable[[Erasure, float], Awaitable[None]]) -> None:
+        late[self._router] = erase
+        database.append(self._documents)  # type: ignore[arg-type]
+        self._known.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Erasures, "run", run)
+
+    async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
+        ask = ASK | {"cache_salt": "crimson", "input": "slow", "background": True}
+        for name in NAMES:
+            await batch(at[name], await upload(at[name], "slow", **own), **own)
+            (await at[name].post("/v1/responses", json=ask)).raise_for_status()
+
+        async def left() -> list[int]:
+            kept = database[0].kept
+            pages = [
+                (await at["one"].get(f"/v1/{kind}", **own)).json()["data"] for kind in ("files", "batches", "traces")
+            ]
+            return [*map(len, pages), *(len(kept[Shelf("background", name)]) for name in NAMES)]
+
+        assert await left() == [3, 3, 1, 1, 1, 1]
+        for erasure in (Erasure("crimson", all=True), Erasure("crimson")):
+            await late["one"](erasure, wall_s() - 60)
+            assert await left() == [3, 3, 1, 1, 1, 1], "it is newer"
+        await late["one"](Erasure("crimson", all=True), wall_s())
+        assert await left() == [2, 2, 0, 0, 1, 1]
+
+    served(tmp_path, use)
+
+
+def test_what_was_erased_while_a_router_was_gone_it_erases_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(erasures, "LOOK_S", 0.01)
     documents, gone = MemoryDocuments(), list[Erasure]()
 
-    async def erase(erasure: Erasure) -> None:
+    async def erase(erasure: Erasure, at_s: float) -> None:
+        assert abs(at_s - wall_s()) < 60
         gone.append(erasure)
 
     async def life(*noted: Erasure) -> None:
@@ -292,7 +333,8 @@ def test_what_was_erased_while_a_router_was_gone_it_erases_before_it_serves() ->
         running = asyncio.create_task(one.run(erase))
         await one.caught_up()
         for erasure in noted:
-            one.did(await one.note(erasure))
+            await one.note(erasure)  # under way
+            await asyncio.sleep(0.05)
         running.cancel()
         await asyncio.wait([running])
 
@@ -306,5 +348,4 @@ def test_what_was_erased_while_a_router_was_gone_it_erases_before_it_serves() ->
         await life()
 
     asyncio.run(main())
-    assert gone[-2:] == [Erasure("crimson", all=True), Erasure("blue", trace="a")]
-    assert len(gone) == 3, "what it had done itself last is done once more, as nobody wrote that down"
+    assert gone == [Erasure("crimson", all=True), Erasure("blue", trace="a")]
