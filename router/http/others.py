@@ -109,9 +109,7 @@ class Others:
                 streams = request.query_params.get("stream", "false").lower() not in ("false", "0")
                 if failure.cause != "not_found" or asked_by_router(request) or streams:
                     raise
-                answers = await self._ask(asking(request, body=b"".join(body)))
-                answer = next((each for each in answers if each.said.status != 404), None)
-                if answer is not None:
+                if (answer := await self._found(asking(request, body=b"".join(body)))) is not None:
                     return self._relayed(answer)
                 if held is not None and (router := await held(self.names)) is not None:
                     raise _unasked(router, "it is not heard of") from failure
@@ -166,10 +164,10 @@ class Others:
             return int(created), name
         if (here := next((each for each in found if each.id == after), None)) is not None:
             return _place(here)
-        for answer in await self._ask(asking(request, path=f"{request.url.path}/{after}")):
+        answer = await self._found(asking(request, path=f"{request.url.path}/{after}"))
+        if answer is not None and answer.said.status == 200:
             with suppress(msgspec.DecodeError):  # it names no single thing
-                if answer.said.status == 200:
-                    return _place(msgspec.json.decode(answer.said.body, type=_Item))
+                return _place(msgspec.json.decode(answer.said.body, type=_Item))
         raise invalid(f"nothing {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
 
     async def _ask(self, asked: AskRouter, timeout_s: float = ASK_S) -> list[Answer]:
@@ -177,6 +175,23 @@ class Others:
         living = sorted(self._living().items())
         replies = await asyncio.gather(*(self._one(*each, asked, timeout_s) for each in living))
         return [Answer(router, asked, reply) for (router, _), reply in zip(living, replies, strict=True)]
+
+    async def _found(self, asked: AskRouter) -> Answer | None:
+        """That of who has it; None: nobody. Raises CallFailed: none that can be asked has it, and one cannot be."""
+
+        async def one(router: str, address: str) -> Answer | CallFailed:
+            try:
+                return Answer(router, asked, await self._one(router, address, asked, ASK_S))
+            except CallFailed as failure:
+                return failure
+
+        replies = await asyncio.gather(*(one(*each) for each in sorted(self._living().items())))
+        answers = [each for each in replies if isinstance(each, Answer) and each.said.status != 404]
+        answers.sort(key=lambda each: each.said.status >= 300)
+        failures = [each for each in replies if isinstance(each, CallFailed)]
+        if failures and not answers:
+            raise failures[0]
+        return answers[0] if answers else None
 
     async def _one(self, router: str, address: str, asked: AskRouter, timeout_s: float) -> RouterAnswered:
         try:
