@@ -150,7 +150,8 @@ class Others:
             theirs = msgspec.json.decode(answer.said.body, type=_List)
             more = more or theirs.has_more
             items += [(_place(msgspec.json.decode(each, type=_Item)), each) for each in theirs.data]
-        items.sort(key=lambda item: item[0], reverse=newest_first)
+        once = dict(reversed(items))  # who stood still may tell of what another has by now
+        items = sorted(once.items(), key=lambda item: item[0], reverse=newest_first)
         page = items[:limit]
         ends = (page[0][0][1], page[-1][0][1]) if page else (None, None)
         return json_response(Listed([each for _, each in page], *ends, has_more=more or len(items) > limit))

@@ -194,6 +194,17 @@ def test_a_router_that_lives_and_cannot_be_asked_is_no_reason_to_say_that_there_
     served(tmp_path, use)
 
 
+def test_what_two_routers_tell_of_is_listed_once(tmp_path: Path) -> None:
+    async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
+        made = [await upload(at["two"]) for _ in range(3)]
+        wire.apps["one"] = wire.apps["two"]  # it has taken them over
+        found = (await at["three"].get("/v1/files", params={"limit": 3, "order": "asc"})).json()
+        assert sorted(each["id"] for each in found["data"]) == sorted(made)
+        assert not found["has_more"]
+
+    served(tmp_path, use)
+
+
 def test_who_has_it_is_heard_whatever_the_others_say(tmp_path: Path) -> None:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(status_code=500)(scope, receive, send)
