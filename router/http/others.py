@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Scope
 
+from records.base import RecordsLost
 from router.calls.errors import CallFailed, invalid, unavailable
 from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.erasures import PARAMETER
@@ -111,7 +112,7 @@ class Others:
                     raise
                 if (answer := await self._found(asking(request, body=b"".join(body)))) is not None:
                     return self._relayed(answer)
-                if held is not None and (router := await held(self.names)) is not None:
+                if held is not None and (router := await _holder(held, self.names)) is not None:
                     raise _unasked(router, "it is not heard of") from failure
                 raise
 
@@ -225,6 +226,14 @@ class Others:
 def finding(others: Others | None, held: Held | None = None) -> Callable[[Page], Page]:
     """What makes of a page :meth:`Others.finding`; with no others it stays as it is."""
     return (lambda page: page) if others is None else lambda page: others.finding(page, held)
+
+
+async def _holder(held: Held, living: Collection[str]) -> str | None:
+    try:
+        return await held(living)
+    except (OSError, RecordsLost, TimeoutError) as error:
+        why = f"nobody knows now which routers may have it: {error}"
+        raise unavailable(why, "router_unavailable") from error
 
 
 def asking(request: Request, query: Mapping[str, str] | None = None, body: bytes = b"", path: str = "") -> AskRouter:

@@ -2,7 +2,7 @@
 ended. A router that starts runs again what had not ended. Each router has its own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -145,6 +145,14 @@ class Outliving:
                 await self.documents.delete(self._shelf, [fresh])
         except (RecordsLost, TimeoutError) as error:
             log.warning("a response in the background is not forgotten", response=fresh, why=error)
+
+    async def held(self, living: Collection[str]) -> str | None:
+        """A router that has any and is neither this one nor one of these. Raises RecordsLost, TimeoutError."""
+        if not self.shared:
+            return None
+        async with asyncio.timeout(KEEP_S):
+            routers = await self.documents.shelves(KIND)
+        return next((each for each in routers if each != self.router and each not in living), None)
 
     async def erase(self, tenant: str) -> None:
         """Nothing is kept of theirs, also of what routers left that are gone. Raises RecordsLost."""

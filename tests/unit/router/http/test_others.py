@@ -9,8 +9,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from cluster.kept_jobs import opened_jobs
 from records.documents import Shelf
@@ -190,32 +189,6 @@ def test_a_router_that_lives_and_cannot_be_asked_is_no_reason_to_say_that_there_
         assert (await at["two"].get(f"/v1/files/{file}")).status_code == 503, "it has its folder still"
         assert (await at["two"].get("/v1/responses/resp_none")).status_code == 404
         assert [each["id"] for each in (await at["two"].get("/v1/files")).json()["data"]] == [own]
-
-    served(tmp_path, use)
-
-
-def test_what_two_routers_tell_of_is_listed_once(tmp_path: Path) -> None:
-    async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
-        made = [await upload(at["two"]) for _ in range(3)]
-        wire.apps["one"] = wire.apps["two"]  # it has taken them over
-        found = (await at["three"].get("/v1/files", params={"limit": 3, "order": "asc"})).json()
-        assert sorted(each["id"] for each in found["data"]) == sorted(made)
-        assert not found["has_more"]
-
-    served(tmp_path, use)
-
-
-def test_who_has_it_is_heard_whatever_the_others_say(tmp_path: Path) -> None:
-    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        await Response(status_code=500)(scope, receive, send)
-
-    async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
-        file = await upload(at["two"])
-        wire.away = {"one"}
-        assert (await at["three"].get(f"/v1/files/{file}")).status_code == 200
-        wire.away, wire.apps["one"] = set(), refuse
-        assert (await at["three"].get(f"/v1/files/{file}")).status_code == 200
-        assert (await at["three"].get("/v1/files/file-none")).status_code == 500, "it may have it"
 
     served(tmp_path, use)
 
