@@ -98,11 +98,14 @@ class Erasing:
     async def _here(self, whose: str, *, asked: bool) -> DataDeleted:
         """At this router; what others left only if none asked."""
         with _not_erased():
-            batches = 0 if self._jobs is None else await self._jobs.batches.erase(whose)
-            files = 0 if self._jobs is None else await self._jobs.files.erase(whose)
+            batches = files = 0
+            # First: what is taken over meanwhile is its new router's, and erased there.
             if self._jobs is not None and self._jobs.erase_left is not None and not asked:
-                left = await self._jobs.erase_left(whose, None if self._others is None else self._others.names)
-                batches, files = batches + left[0], files + left[1]
+                names = None if self._others is None else self._others.names
+                batches, files = await self._jobs.erase_left(whose, names)
+            if self._jobs is not None:
+                batches += await self._jobs.batches.erase(whose)
+                files += await self._jobs.files.erase(whose)
             keys = self._responses.kept.of(whose)
             for key in keys:
                 await self._responses.forget(key)
