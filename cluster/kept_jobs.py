@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from jobs.batches import Batches, StillRuns
+from jobs.batches import Batches
 from jobs.bucket.batches import BucketBatches
 from jobs.bucket.files import BucketFiles
 from jobs.bucket.objects import Objects, told
@@ -16,6 +16,7 @@ from jobs.files import FileLimits, Files
 from jobs.folder.batches import FolderBatches
 from jobs.folder.files import FolderFiles
 from jobs.folder.left import BATCHES, FILES, KNOWN, locked, others
+from jobs.live import StillRuns
 from kvstore.tiers.objects import parse_url
 from records.documents import Documents
 from router.http.config import ApiConfig

@@ -5,7 +5,7 @@ goes on where it happened.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from math import inf
@@ -28,6 +28,7 @@ from jobs.batch import (
     Stopped,
     Validated,
     handle,
+    in_order,
     outlived,
     results_name,
     resumed,
@@ -35,7 +36,7 @@ from jobs.batch import (
 from jobs.files import File, NoRoom
 from jobs.keeping import BatchStore, Lost, Opened, Unreadable, kept
 from jobs.lines import LineError
-from jobs.live import Live, Means
+from jobs.live import Live, Means, StillRuns, TooMany
 from jobs.outputs import Outputs
 from jobs.runner import Job
 from tracehaul.runtime import clock
@@ -54,14 +55,6 @@ ENDS_S = 10.0
 """A batch that is to be erased has ended by then."""
 OUTPUT = "batch_output"
 """The purpose of what a batch was answered."""
-
-
-class StillRuns(Exception):
-    """It has not ended yet; says which."""
-
-
-class TooMany(Exception):
-    """No more batches are taken; says why."""
 
 
 class Batches:
@@ -90,7 +83,8 @@ class Batches:
         self._wall_s = wall_s
         self._tasks = Tasks("batches")
         self._live: dict[str, Live] = {}
-        self._batches = _in_order(found)
+        self._batches = in_order(found)
+        self._undoing: set[asyncio.Task[None]] = set()
 
     # --- what clients do --------------------------------------------------------------------------------------
 
@@ -117,8 +111,14 @@ class Batches:
         if sum(live.batch.tenant == batch.tenant for live in self._live.values()) >= self._live_max:
             raise TooMany(f"{self._live_max} batches are not over yet, which is the most")
         live = self._live[batch.id] = Live(batch)
+        beginning = asyncio.create_task(kept(self.store.begin(batch, file)), name=f"begin {batch.id}")
         try:
-            await kept(self.store.begin(batch, file))
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:  # what is under way goes on, and nobody hears of the batch
+            undoing = asyncio.create_task(self._undo(beginning, batch), name=f"forget {batch.id}")
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            raise
         except BaseException:
             del self._live[batch.id]
             raise
@@ -175,7 +175,7 @@ class Batches:
 
     def took(self, found: Sequence[Batch]) -> None:
         """These were another's, and are kept here now; those that are not over go on, where any run."""
-        self._batches = _in_order([*self._batches.values(), *found])
+        self._batches = in_order([*self._batches.values(), *found])
         for batch in found if self._means is not None else ():
             self._begun(batch)
 
@@ -226,7 +226,7 @@ class Batches:
         if live.lost:
             self._batches.pop((live.batch.tenant, live.batch.id), None)
         else:
-            await self._clean(live.batch)
+            await self._clean(self.store.clean, live.batch)
         del self._live[live.batch.id]
 
     async def _through(self, live: Live) -> None:
@@ -248,11 +248,20 @@ class Batches:
             # What came too late, as something else came between, is not what follows.
             effect = effect or resumed(live.batch)
 
-    async def _clean(self, batch: Batch) -> None:
+    async def _undo(self, beginning: asyncio.Task[None], batch: Batch) -> None:
+        try:
+            with suppress(NoRoom):
+                await beginning
+            for rid in (self.store.forget, self.store.clean):
+                await self._clean(rid, batch)
+        finally:
+            del self._live[batch.id]
+
+    async def _clean(self, rid: Callable[[Batch], Awaitable[None]], batch: Batch) -> None:
         while True:
             try:
                 with suppress(Lost):
-                    await self.store.clean(batch)
+                    await rid(batch)
                 return
             except OSError as error:
                 log.warning("what a batch needed no more is still there", batch=batch.id, why=error)
@@ -385,8 +394,3 @@ class Batches:
             outputs.close()
             source.close()
             live.opening = live.outputs = None
-
-
-def _in_order(batches: Sequence[Batch]) -> dict[tuple[str, str], Batch]:
-    """By tenant and id, the oldest first."""
-    return {(each.tenant, each.id): each for each in sorted(batches, key=lambda each: (each.created_at, each.id))}

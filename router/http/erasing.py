@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobs.batch import results_name
-from jobs.batches import StillRuns
 from jobs.files import NoRoom
+from jobs.live import StillRuns
 from records.base import RecordsLost
 from router.calls.errors import unavailable
 from router.http.chats import Chats

@@ -30,7 +30,7 @@ ASKED = "tracehaul.asked"
 """In the scope of what another router asks."""
 ASK_S = 3.0
 ERASE_S = 40.0
-"""What runs may take to end."""
+"""What runs may take to end, and a batch to begin."""
 AGAIN_S = 5.0
 """Who does not answer is no longer believed to live twice that later."""
 PIECE_BYTES = 32 << 20
@@ -181,9 +181,11 @@ class Others:
     async def _found(self, asked: AskRouter) -> Answer | None:
         """That of who has it; None: nobody. Raises CallFailed: none that can be asked has it, and one cannot be."""
 
+        patience_s = ASK_S if asked.method == "GET" else ERASE_S
+
         async def one(router: str, address: str) -> Answer | CallFailed:
             try:
-                return Answer(router, asked, await self._one(router, address, asked, ASK_S))
+                return Answer(router, asked, await self._one(router, address, asked, patience_s))
             except CallFailed as failure:
                 return failure
 

@@ -17,6 +17,7 @@ from jobs.bucket.files import BucketFiles
 from jobs.bucket.segments import Segment
 from jobs.files import FileLimits
 from jobs.lines import Call
+from jobs.live import StillRuns
 from jobs.results import result
 from jobs.retries import Answer, NoAnswer
 from kvstore.tiers.objects import ObjectsUnreachable
@@ -109,7 +110,7 @@ async def test_a_tenant_is_not_said_to_be_erased_before_what_a_router_left_is_ta
     store = BucketBatches(
         documents, kept.objects, BucketFiles(documents, kept.objects, FileLimits()), "b", InlineOffload()
     )
-    with pytest.raises(running.StillRuns, match="router a left"):
+    with pytest.raises(StillRuns, match="router a left"):
         await _none_left(store, "t", ["c"])
     assert await _none_left(store, "t", ["a"]) == (0, 0), "it does it itself"
     await store.adopt()
