@@ -80,15 +80,21 @@ def asked_by_router(request: Request) -> bool:
 
 
 class Others:
-    """The other routers. ``living``: those that live, and where their control planes are."""
+    """The other routers. ``living``: those that live, and where their control planes are; None:
+    that is not known yet."""
 
-    def __init__(self, living: Callable[[], Mapping[str, str]], peers: Peers) -> None:
-        self._living = living
+    def __init__(self, living: Callable[[], Mapping[str, str] | None], peers: Peers) -> None:
+        self._known = living
         self._peers = peers
+
+    def _living(self) -> Mapping[str, str]:
+        if (living := self._known()) is None:
+            raise unavailable("this router does not know yet which others there are", "router_unavailable")
+        return living
 
     @property
     def names(self) -> Collection[str]:
-        """Of those that live."""
+        """Of those that live. Raises CallFailed: nobody knows yet."""
         return self._living().keys()
 
     def finding(self, page: Page, held: Held | None = None) -> Page:

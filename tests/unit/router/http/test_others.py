@@ -43,11 +43,13 @@ class Wire:
     def __init__(self) -> None:
         self.apps: dict[str, ASGIApp] = {}
         self.away: set[str] = set()
+        self.unsure = False
+        """Nobody knows who lives."""
         self.lives: set[str] = set(NAMES)
         self.asked: list[tuple[str, AskRouter]] = []
 
-    def beside(self, name: str) -> Callable[[], Mapping[str, str]]:
-        return lambda: {each: f"{each}:7" for each in sorted(self.lives - {name})}
+    def beside(self, name: str) -> Callable[[], Mapping[str, str] | None]:
+        return lambda: None if self.unsure else {each: f"{each}:7" for each in sorted(self.lives - {name})}
 
     async def call(self, address: str, request: AskRouter | Ping, *, timeout_s: float) -> Reply:
         name = address.removesuffix(":7")

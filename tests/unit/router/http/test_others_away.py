@@ -63,3 +63,17 @@ def test_a_response_that_nobody_has_taken_over_yet_is_not_said_to_be_none(
 
     monkeypatch.setattr(Outliving, "__init__", made)
     served(tmp_path, use)
+
+
+def test_who_does_not_know_yet_who_lives_says_so(tmp_path: Path) -> None:
+    async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
+        own = await upload(at["two"])
+        wire.unsure = True
+        assert (await at["two"].get(f"/v1/files/{own}")).status_code == 200
+        for method, path in (("GET", "/v1/files/file-none"), ("GET", "/v1/files"), ("DELETE", "/v1/data")):
+            answer = await at["two"].request(method, path)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "router_unavailable"), path
+        wire.unsure = False
+        assert (await at["two"].get("/v1/files/file-none")).status_code == 404
+
+    served(tmp_path, use)
