@@ -33,7 +33,7 @@ ERASE_S = 40.0
 """What runs may take to end, and a batch to begin."""
 AGAIN_S = 5.0
 """Who does not answer is no longer believed to live twice that later."""
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 4 << 20
 """Of an answer, at once."""
 SENT = (b"authorization", b"x-api-key", b"content-type", b"content-encoding")
 """Headers that another router is told."""
@@ -72,6 +72,22 @@ class Answer(NamedTuple):
 
 
 K = TypeVar("K", bound=Kept)
+
+
+class _Skip:
+    """What of an answer another router has already."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def sought(request: Request) -> int:
+    """From where on an answer's body is wanted: whoever asks this begins there."""
+    skip: _Skip | None = request.scope.get(ASKED)
+    if skip is None:
+        return 0
+    nbytes, skip.nbytes = skip.nbytes, 0
+    return nbytes
 
 
 def asked_by_router(request: Request) -> bool:
@@ -254,6 +270,7 @@ def asking(request: Request, query: Mapping[str, str] | None = None, body: bytes
 
 async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
     """What the application answers another router, from ``asked.at`` on, :data:`PIECE_BYTES` at most."""
+    skip = _Skip(asked.at)
     scope: Scope = {
         "type": "http",
         "http_version": "1.1",
@@ -266,11 +283,11 @@ async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
         "headers": list(asked.headers),
         "client": None,
         "server": ("router", None),
-        ASKED: True,
+        ASKED: skip,
     }
     enough, bodies = asyncio.Event(), [asked.body]
     begun: list[Message] = []
-    taken, skip = bytearray(), asked.at
+    taken = bytearray()
 
     async def receive() -> Message:
         if bodies:
@@ -279,12 +296,11 @@ async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        nonlocal skip
         if message["type"] == "http.response.start":
             begun.append(message)
         data = message.get("body", b"")
-        taken.extend(data[skip:])
-        skip -= min(skip, len(data))
+        taken.extend(data[skip.nbytes :])
+        skip.nbytes -= min(skip.nbytes, len(data))
         if len(taken) > PIECE_BYTES:
             enough.set()
             await asyncio.Event().wait()  # nobody takes more

@@ -1,7 +1,7 @@
 """Several routers that know of each other: what any of them keeps is found, listed, ended and deleted at each."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import pytest
 from starlette.types import ASGIApp
 
 from cluster.kept_jobs import opened_jobs
+from jobs.files import File
+from jobs.folder.files import FolderFiles
 from records.documents import Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
@@ -138,7 +140,13 @@ def test_a_batch_of_one_router_is_made_read_and_cancelled_at_another(tmp_path: P
 
 def test_a_long_file_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rooms, "PIECE_BYTES", 100_000)
-    data = bytes(range(256)) * 4000
+    data, starts, opened = bytes(range(256)) * 4000, list[int](), FolderFiles.open
+
+    async def opening(self: FolderFiles, file: File, start: int = 0) -> AsyncGenerator[bytes]:
+        starts.append(start)
+        return await opened(self, file, start)
+
+    monkeypatch.setattr(FolderFiles, "open", opening)
 
     async def use(wire: Wire, at: Mapping[str, httpx.AsyncClient]) -> None:
         form: dict[str, Any] = {"data": {"purpose": "user_data"}, "files": {"file": ("in", data)}}
@@ -146,6 +154,7 @@ def test_a_long_file_comes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
         wire.asked.clear()
         assert (await at["two"].get(f"/v1/files/{name}/content")).content == data
         assert sum(router == "one" for router, _ in wire.asked) == len(data) // 100_000 + 1
+        assert starts == list(range(0, len(data), 100_000)), "none is read twice"
 
     served(tmp_path, use)
 
