@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from jobs.batches import Batches, StillRuns
+from jobs.batches import Batches
 from jobs.bucket.batches import BucketBatches
 from jobs.bucket.files import BucketFiles
 from jobs.bucket.objects import Objects, told
@@ -16,6 +16,7 @@ from jobs.files import FileLimits, Files
 from jobs.folder.batches import FolderBatches
 from jobs.folder.files import FolderFiles
 from jobs.folder.left import BATCHES, FILES, KNOWN, locked, others
+from jobs.live import StillRuns
 from kvstore.tiers.objects import parse_url
 from records.documents import Documents
 from router.http.config import ApiConfig
@@ -107,7 +108,7 @@ async def opened_bucket(
             with suppress(TimeoutError):
                 async with asyncio.timeout(KNOWN_S):
                     await known.wait()
-            yield Jobs(files, batches, store.held, shared=True)
+            yield Jobs(files, batches, store.held, partial(_none_left, store), shared=True)
     finally:
         checking.close()
 
@@ -185,6 +186,13 @@ async def _erase_left(folder: Path, offload: Offload, tenant: str, living: Colle
             raise StillRuns(f"the router {each.name} has its folder, and does not answer")
         batches, files = batches + (gone or (0, 0))[0], files + (gone or (0, 0))[1]
     return batches, files
+
+
+async def _none_left(store: BucketBatches, tenant: str, living: Collection[str] | None) -> tuple[int, int]:
+    """See :attr:`router.http.jobs.Jobs.erase_left`: nothing, once what routers had that are gone is taken over."""
+    if living is not None and (router := await store.held(living)) is not None:
+        raise StillRuns(f"what the router {router} left is not taken over yet")
+    return 0, 0
 
 
 def _erased(folder: Path, tenant: str) -> tuple[int, int] | None:

@@ -141,6 +141,16 @@ def resumed(batch: Batch) -> Effect | None:
             return None
 
 
+def results_name(batch: str, *, ok: bool) -> str:
+    """The file of its lines that ended so."""
+    return f"file-{batch.removeprefix('batch_')}{'o' if ok else 'e'}"
+
+
+def in_order(batches: Sequence[Batch]) -> dict[tuple[str, str], Batch]:
+    """By tenant and id, the oldest first."""
+    return {(each.tenant, each.id): each for each in sorted(batches, key=lambda each: (each.created_at, each.id))}
+
+
 def outlived(batches: Sequence[Batch], now: int) -> list[Batch]:
     """Those to be forgotten, of all batches, the oldest first."""
     found: list[Batch] = []

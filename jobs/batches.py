@@ -5,9 +5,10 @@ goes on where it happened.
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,13 +28,15 @@ from jobs.batch import (
     Stopped,
     Validated,
     handle,
+    in_order,
     outlived,
+    results_name,
     resumed,
 )
 from jobs.files import File, NoRoom
-from jobs.keeping import BatchStore, Lost, Opened, Unreadable
+from jobs.keeping import BatchStore, Lost, Opened, Unreadable, kept
 from jobs.lines import LineError
-from jobs.live import Live, Means
+from jobs.live import Live, Means, StillRuns, TooMany
 from jobs.outputs import Outputs
 from jobs.runner import Job
 from tracehaul.runtime import clock
@@ -52,14 +55,6 @@ ENDS_S = 10.0
 """A batch that is to be erased has ended by then."""
 OUTPUT = "batch_output"
 """The purpose of what a batch was answered."""
-
-
-class StillRuns(Exception):
-    """It has not ended yet; says which."""
-
-
-class TooMany(Exception):
-    """No more batches are taken; says why."""
 
 
 class Batches:
@@ -88,7 +83,8 @@ class Batches:
         self._wall_s = wall_s
         self._tasks = Tasks("batches")
         self._live: dict[str, Live] = {}
-        self._batches = _in_order(found)
+        self._batches = in_order(found)
+        self._undoing: set[asyncio.Task[None]] = set()
 
     # --- what clients do --------------------------------------------------------------------------------------
 
@@ -115,8 +111,14 @@ class Batches:
         if sum(live.batch.tenant == batch.tenant for live in self._live.values()) >= self._live_max:
             raise TooMany(f"{self._live_max} batches are not over yet, which is the most")
         live = self._live[batch.id] = Live(batch)
+        beginning = asyncio.create_task(kept(self.store.begin(batch, file)), name=f"begin {batch.id}")
         try:
-            await _kept(self.store.begin(batch, file))
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:  # what is under way goes on, and nobody hears of the batch
+            undoing = asyncio.create_task(self._undo(beginning, batch), name=f"forget {batch.id}")
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            raise
         except BaseException:
             del self._live[batch.id]
             raise
@@ -129,24 +131,26 @@ class Batches:
             async with live.changing:
                 changed, effect = handle(live.batch, Cancelled(), int(self._wall_s()))
                 if effect is not None:
-                    await _kept(self.store.write(changed))
+                    await kept(self.store.write(changed))
                     self._know(live, changed)
                     live.interrupted.set()
         return self.get(batch.tenant, batch.id) or batch
 
-    async def erase(self, tenant: str) -> int:
-        """Nothing is known of theirs any more; what they were answered is among the files. Returns how many there were.
+    async def erase(self, tenant: str, until_s: float = inf) -> int:
+        """Nothing is known any more of theirs that were made until then, in Unix seconds; what they were answered is
+        among the files. Returns how many there were.
 
         Raises:
             NoRoom, OSError, StillRuns: not of all of them.
         """
-        found = [batch for owner, batch in self._batches.items() if owner[0] == tenant]
+        theirs = [batch for owner, batch in self._batches.items() if owner[0] == tenant]
+        found = [batch for batch in theirs if batch.created_at <= until_s]
         for batch in found:
             await self.cancel(batch)
-        until_s = clock.now_s() + ENDS_S
+        patient_s = clock.now_s() + ENDS_S
         for batch in found:
             while batch.id in self._live:
-                if clock.now_s() > until_s:
+                if clock.now_s() > patient_s:
                     raise StillRuns(f"the batch {batch.id} has not ended yet")
                 await asyncio.sleep(ENDS_S / 200)
             with suppress(Lost):
@@ -171,7 +175,7 @@ class Batches:
 
     def took(self, found: Sequence[Batch]) -> None:
         """These were another's, and are kept here now; those that are not over go on, where any run."""
-        self._batches = _in_order([*self._batches.values(), *found])
+        self._batches = in_order([*self._batches.values(), *found])
         for batch in found if self._means is not None else ():
             self._begun(batch)
 
@@ -222,7 +226,7 @@ class Batches:
         if live.lost:
             self._batches.pop((live.batch.tenant, live.batch.id), None)
         else:
-            await self._clean(live.batch)
+            await self._clean(self.store.clean, live.batch)
         del self._live[live.batch.id]
 
     async def _through(self, live: Live) -> None:
@@ -244,11 +248,20 @@ class Batches:
             # What came too late, as something else came between, is not what follows.
             effect = effect or resumed(live.batch)
 
-    async def _clean(self, batch: Batch) -> None:
+    async def _undo(self, beginning: asyncio.Task[None], batch: Batch) -> None:
+        try:
+            with suppress(NoRoom):
+                await beginning
+            for rid in (self.store.forget, self.store.clean):
+                await self._clean(rid, batch)
+        finally:
+            del self._live[batch.id]
+
+    async def _clean(self, rid: Callable[[Batch], Awaitable[None]], batch: Batch) -> None:
         while True:
             try:
                 with suppress(Lost):
-                    await self.store.clean(batch)
+                    await rid(batch)
                 return
             except OSError as error:
                 log.warning("what a batch needed no more is still there", batch=batch.id, why=error)
@@ -364,7 +377,7 @@ class Batches:
 
     async def _as_file(self, batch: Batch, outputs: Outputs, *, ok: bool) -> str | None:
         """Make a file of lines that ended so, which a second time is the same one."""
-        name = f"file-{batch.id.removeprefix('batch_')}{'o' if ok else 'e'}"
+        name = results_name(batch.id, ok=ok)
         now = int(self._wall_s())
         filename = f"{batch.id}_{'output' if ok else 'error'}.jsonl"
         file = File(name, batch.tenant, filename, OUTPUT, 0, now, now + (batch.output_age_s or AGE_S))
@@ -381,18 +394,3 @@ class Batches:
             outputs.close()
             source.close()
             live.opening = live.outputs = None
-
-
-async def _kept(work: Coroutine[Any, Any, None]) -> None:
-    """Raises NoRoom: it could not be, or it is another's."""
-    try:
-        await work
-    except OSError as error:
-        raise NoRoom(f"it cannot be kept: {error.strerror or error}") from None
-    except Lost as error:
-        raise NoRoom(f"another router goes on with it: {error}") from None
-
-
-def _in_order(batches: Sequence[Batch]) -> dict[tuple[str, str], Batch]:
-    """By tenant and id, the oldest first."""
-    return {(each.tenant, each.id): each for each in sorted(batches, key=lambda each: (each.created_at, each.id))}

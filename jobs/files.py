@@ -104,8 +104,8 @@ class Files(Protocol):
         """Remove those whose time is over; what cannot be now is told in the log, and is later."""
         ...
 
-    async def open(self, file: File) -> AsyncGenerator[bytes]:
-        """Its bytes, whatever becomes of the file meanwhile; they may raise OSError, too: then not all has come.
+    async def open(self, file: File, start: int = 0) -> AsyncGenerator[bytes]:
+        """Its bytes from there on, whatever becomes of it meanwhile; reading them may raise OSError: not all came then.
 
         Raises:
             FileNotFoundError: it is not there any more.

@@ -1,16 +1,26 @@
 """What keeps batches, their inputs and what their lines were answered: :class:`BatchStore`, wherever that is."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol
 
 from jobs.batch import Batch
-from jobs.files import File
+from jobs.files import File, NoRoom
 from jobs.lines import Call, Checked, LineError, Table
 from jobs.outputs import Outputs
 
 
 class Lost(Exception):
     """The batch is another's by now; says which."""
+
+
+async def kept(work: Awaitable[None]) -> None:
+    """Raises NoRoom: it could not be, or it is another's."""
+    try:
+        await work
+    except OSError as error:
+        raise NoRoom(f"it cannot be kept: {error.strerror or error}") from None
+    except Lost as error:
+        raise NoRoom(f"another router goes on with it: {error}") from None
 
 
 class Unreadable(Exception):

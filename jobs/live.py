@@ -12,6 +12,14 @@ from jobs.outputs import Outputs
 from jobs.runner import Job, Runner
 
 
+class StillRuns(Exception):
+    """It has not ended yet; says which."""
+
+
+class TooMany(Exception):
+    """No more batches are taken; says why."""
+
+
 class Means(NamedTuple):
     """What batches are run with."""
 

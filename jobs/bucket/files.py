@@ -172,7 +172,7 @@ class BucketFiles:
             return
         await self._documents.delete(DUE, [place])
 
-    async def open(self, file: File) -> AsyncGenerator[bytes]:
+    async def open(self, file: File, start: int = 0) -> AsyncGenerator[bytes]:
         row = await self.row(file.tenant, file.id)
         if row is None:
             raise FileNotFoundError(file.id)
@@ -181,7 +181,7 @@ class BucketFiles:
             first = await anext(chunks, b"")
         except FileNotFoundError as error:
             raise OSError(errno.EIO, error.strerror) from None  # its row is there: it was not deleted
-        return _with(first, chunks)
+        return _with(first, chunks, start)
 
     def close(self) -> None:
         pass
@@ -207,12 +207,15 @@ async def verified(objects: Objects, name: str, nbytes: int, digest: str) -> Asy
         yield held
 
 
-async def _with(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+async def _with(first: bytes, rest: AsyncGenerator[bytes], skip: int) -> AsyncGenerator[bytes]:
     try:
-        if first:
-            yield first
+        if first[skip:]:
+            yield first[skip:]
+        skip -= min(skip, len(first))
         async for chunk in rest:
-            yield chunk
+            if chunk[skip:]:
+                yield chunk[skip:]
+            skip -= min(skip, len(chunk))
     finally:
         await rest.aclose()
 

@@ -205,8 +205,10 @@ class FolderFiles:
         """Where its bytes are."""
         return self._path(file.id, BYTES)
 
-    async def open(self, file: File) -> AsyncGenerator[bytes]:
-        return self._chunks(self.path(file).open("rb", buffering=0))
+    async def open(self, file: File, start: int = 0) -> AsyncGenerator[bytes]:
+        source = self.path(file).open("rb", buffering=0)
+        source.seek(start)
+        return self._chunks(source)
 
     async def _chunks(self, source: FileIO) -> AsyncGenerator[bytes]:
         with source:

@@ -41,8 +41,17 @@ class Kept:
         return document.at_us
 
     async def knows(self, event: str) -> bool:
-        """It is on its way, or was taken."""
-        return await self._documents.get(self._shelf, event) is not None
+        """It is on its way, or was taken; whoever has it."""
+        if await self._documents.get(self._shelf, event) is not None:
+            return True
+        kind = self._shelf.kind
+        others = (
+            [each for each in await self._documents.shelves(kind) if each != self._shelf.tenant] if self._shared else []
+        )
+        for router in others:
+            if await self._documents.get(Shelf(kind, router), event) is not None:
+                return True
+        return False
 
     async def has(self, event: str) -> bool:
         """It is on its way, and no other router has it by now."""

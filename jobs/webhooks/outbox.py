@@ -203,7 +203,11 @@ class Outbox:
         if event.at < int(way.begun_s):
             return
         try:
-            if await way.kept.knows(event.name) or (await self._adopt(way) and await way.kept.knows(event.name)):
+            if await way.kept.knows(event.name):
+                return
+            await self._adopt(way)
+            # It may have gone from a router that was asked about later to one before.
+            if self._shared and await way.kept.knows(event.name):
                 return
         except RecordsLost:
             pass  # twice is better than never

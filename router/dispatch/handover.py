@@ -79,8 +79,8 @@ class Handover:
         """How often it did."""
         self._made_sure = 0
         """After which of these times it is known which traces are this router's still."""
-        self.others: Mapping[str, str] = {}
-        """Routers that lived beside this one when that was asked last, with their addresses."""
+        self.others: Mapping[str, str] | None = None
+        """Routers that lived beside this one when that was asked last, with their addresses; None: it was not."""
         self._impatient_s = 0.0
         """Until then nobody waits for the database."""
         self._unsure = False
@@ -107,7 +107,7 @@ class Handover:
     def leads(self) -> bool:
         """Whether it is the first of the routers that live, as far as is known: for what only one is to do."""
         well = self._well_since_s is not None and clock.now_s() - self._beat_s < LIVES_S
-        return well and all(self._router < other for other in self.others)
+        return well and all(self._router < other for other in self.others or ())
 
     async def arrive(self, tenant: str, name: str, tips: Sequence[bytes] = (), answer: str = "") -> None:
         """The trace that a call is of is known here, if any router knows it and lets go of it in time: the one of that

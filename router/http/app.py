@@ -36,7 +36,7 @@ from router.http.errors import STATUS, headers_of
 from router.http.jobs import Jobs, JobsServed
 from router.http.keys import Keyring
 from router.http.openapi import document
-from router.http.others import Others, finding
+from router.http.others import Others, Page, finding
 from router.http.outliving import Outliving
 from router.http.pages import Pages, json_response
 from router.http.repeats import Repeats
@@ -119,8 +119,9 @@ def create_app(
     erasing = Erasing(traces, responses, outliving, chats, jobs, others)
     kept = [*([] if background is None else background.routes()), *([] if chats is None else _stored(ChatPages(chats)))]
     kept.append(Route("/v1/data", erasing.erase, methods=["DELETE"]))
+    found = finding(others, None if outliving is None else outliving.held)
     rest = Starlette(
-        routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles, others), *kept],
+        routes=[*called, *_pages(ResponsePages(responses, config), tokens, pages, traces, roles, found), *kept],
         lifespan=_living(responses, repeats, background, chats, outbox, runner, erasing, erasures),
         middleware=_layers(edge, dice),
         exception_handlers=dict.fromkeys((HTTPException, CallFailed, ClusterError, Exception), _refuse),
@@ -207,10 +208,14 @@ def _living(
 
 
 def _pages(
-    kept: ResponsePages, tokens: TokenPages, pages: Pages, traces: TracePages, roles: RolePages, others: Others | None
+    kept: ResponsePages,
+    tokens: TokenPages,
+    pages: Pages,
+    traces: TracePages,
+    roles: RolePages,
+    found: Callable[[Page], Page],
 ) -> list[Route]:
-    """All but the calls."""
-    found = finding(others)
+    """All but the calls; ``found`` makes of a response's page one that asks other routers, too."""
     return [
         Route("/v1/responses/input_tokens", tokens.response_tokens, methods=["POST"]),
         Route("/v1/responses/{id}", found(kept.show), methods=["GET"]),

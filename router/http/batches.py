@@ -9,9 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jobs.batch import Batch, Counts, Status
-from jobs.batches import Batches, TooMany
+from jobs.batches import Batches
 from jobs.files import Files, NoRoom
 from jobs.lines import ENDPOINTS, LineError
+from jobs.live import TooMany
 from jobs.windows import window_s
 from router.calls.errors import CallFailed, invalid, unavailable
 from router.calls.identity import ID_CHARACTERS_MAX

@@ -47,6 +47,8 @@ class Erasures:
         self._router = router
         self._done: dict[str, None] = {}
         """By name."""
+        self._own: set[str] = set()
+        """Noted here in this life: who asked hears what comes of it, and asks again."""
         self._known = asyncio.Event()
 
     async def note(self, erasure: Erasure) -> str:
@@ -59,6 +61,7 @@ class Erasures:
             newest = await self._documents.list(Shelf(KIND, ""), {}, None, 1, newest_first=True)
             at_us = max(int(clock.wall_s() * 1e6), *(each.at_us + 1 for each in newest), 0)
             name = f"{at_us:020}-{self._router}"
+            self._own.add(name)
             await self._documents.put(Shelf(KIND, ""), Document(name, at_us, {}, msgspec.msgpack.encode(erasure)))
             await self._documents.trim(KIND, at_us - int(KEEP_S * 1e6), COUNT_MAX, 2**40)
         except RecordsLost as error:
@@ -72,17 +75,19 @@ class Erasures:
             while len(self._done) > DONE_MAX:
                 del self._done[next(iter(self._done))]
 
-    async def run(self, erase: Callable[[Erasure], Awaitable[None]]) -> None:
-        """Have that do what this router was not told of, until it is cancelled."""
+    async def run(self, erase: Callable[[Erasure, float], Awaitable[None]]) -> None:
+        """Have that do what this router was not told of, until it is cancelled; it is told when that was asked for, in
+        Unix seconds."""
         mark: Mark | None = None
         while True:
             try:
                 mark = await self._seen() if mark is None else mark
                 while found := await self._documents.list(Shelf(KIND, ""), {}, mark, PAGE):
                     for each in found:
-                        if each.name not in self._done:
-                            await erase(msgspec.msgpack.decode(each.body, type=Erasure))
+                        if each.name not in self._own and each.name not in self._done:
+                            await erase(msgspec.msgpack.decode(each.body, type=Erasure), each.at_us / 1e6)
                             self.did(each.name)
+                        self._own.discard(each.name)
                         mark = each.mark
                     await self._see(mark)
             except (RecordsLost, CallFailed, ClusterError, msgspec.DecodeError) as error:

@@ -18,7 +18,7 @@ from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.asgi import header
 from router.http.config import ApiConfig
 from router.http.multipart import Form
-from router.http.others import Others
+from router.http.others import Others, sought
 from router.http.pages import json_response, listed, page_after, page_limit
 from router.http.traces import salt
 from tracehaul.runtime.clock import wall_s
@@ -134,7 +134,7 @@ class FilePages:
         """``GET /v1/files/{id}/content``: its bytes."""
         file = await self._file(request)
         try:
-            chunks = await self._files.open(file)
+            chunks = await self._files.open(file, sought(request))
         except FileNotFoundError:
             raise _not_found(file.id) from None
         except OSError as error:

@@ -85,13 +85,14 @@ class JobsServed:
         files = FilePages(self._jobs.files, self._config, self._dice, None if self._jobs.shared else self._others)
         batches = BatchPages(self._jobs.batches, self._jobs.files, self._dice, self._others)
         found = finding(self._others, self._jobs.held)
+        of_files = finding(None if self._jobs.shared else self._others, self._jobs.held)
         return [
             Route("/v1/files", files.upload, methods=["POST"]),
             Route("/v1/files", files.list, methods=["GET"]),
-            Route("/v1/files/{id}", found(files.show), methods=["GET"]),
-            Route("/v1/files/{id}", found(files.delete), methods=["DELETE"]),
-            Route("/v1/files/{id}/content", found(files.content), methods=["GET"]),
-            Route("/v1/batches", found(batches.create), methods=["POST"]),
+            Route("/v1/files/{id}", of_files(files.show), methods=["GET"]),
+            Route("/v1/files/{id}", of_files(files.delete), methods=["DELETE"]),
+            Route("/v1/files/{id}/content", of_files(files.content), methods=["GET"]),
+            Route("/v1/batches", of_files(batches.create), methods=["POST"]),
             Route("/v1/batches", batches.list, methods=["GET"]),
             Route("/v1/batches/{id}", found(batches.show), methods=["GET"]),
             Route("/v1/batches/{id}/cancel", found(batches.cancel), methods=["POST"]),

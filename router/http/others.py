@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Scope
 
+from records.base import RecordsLost
 from router.calls.errors import CallFailed, invalid, unavailable
 from router.calls.identity import ID_CHARACTERS_MAX
 from router.http.erasures import PARAMETER
@@ -29,10 +30,10 @@ ASKED = "tracehaul.asked"
 """In the scope of what another router asks."""
 ASK_S = 3.0
 ERASE_S = 40.0
-"""What runs may take to end."""
+"""What runs may take to end, and a batch to begin."""
 AGAIN_S = 5.0
 """Who does not answer is no longer believed to live twice that later."""
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 4 << 20
 """Of an answer, at once."""
 SENT = (b"authorization", b"x-api-key", b"content-type", b"content-encoding")
 """Headers that another router is told."""
@@ -73,21 +74,43 @@ class Answer(NamedTuple):
 K = TypeVar("K", bound=Kept)
 
 
+class _Skip:
+    """What of an answer another router has already."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def sought(request: Request) -> int:
+    """From where on an answer's body is wanted: whoever asks this begins there."""
+    skip: _Skip | None = request.scope.get(ASKED)
+    if skip is None:
+        return 0
+    nbytes, skip.nbytes = skip.nbytes, 0
+    return nbytes
+
+
 def asked_by_router(request: Request) -> bool:
     """It wants to know what is here alone."""
     return ASKED in request.scope
 
 
 class Others:
-    """The other routers. ``living``: those that live, and where their control planes are."""
+    """The other routers. ``living``: those that live, and where their control planes are; None:
+    that is not known yet."""
 
-    def __init__(self, living: Callable[[], Mapping[str, str]], peers: Peers) -> None:
-        self._living = living
+    def __init__(self, living: Callable[[], Mapping[str, str] | None], peers: Peers) -> None:
+        self._known = living
         self._peers = peers
+
+    def _living(self) -> Mapping[str, str]:
+        if (living := self._known()) is None:
+            raise unavailable("this router does not know yet which others there are", "router_unavailable")
+        return living
 
     @property
     def names(self) -> Collection[str]:
-        """Of those that live."""
+        """Of those that live. Raises CallFailed: nobody knows yet."""
         return self._living().keys()
 
     def finding(self, page: Page, held: Held | None = None) -> Page:
@@ -109,11 +132,9 @@ class Others:
                 streams = request.query_params.get("stream", "false").lower() not in ("false", "0")
                 if failure.cause != "not_found" or asked_by_router(request) or streams:
                     raise
-                answers = await self._ask(asking(request, body=b"".join(body)))
-                answer = next((each for each in answers if each.said.status != 404), None)
-                if answer is not None:
+                if (answer := await self._found(asking(request, body=b"".join(body)))) is not None:
                     return self._relayed(answer)
-                if held is not None and (router := await held(self.names)) is not None:
+                if held is not None and (router := await _holder(held, self.names)) is not None:
                     raise _unasked(router, "it is not heard of") from failure
                 raise
 
@@ -152,7 +173,8 @@ class Others:
             theirs = msgspec.json.decode(answer.said.body, type=_List)
             more = more or theirs.has_more
             items += [(_place(msgspec.json.decode(each, type=_Item)), each) for each in theirs.data]
-        items.sort(key=lambda item: item[0], reverse=newest_first)
+        once = dict(reversed(items))  # who stood still may tell of what another has by now
+        items = sorted(once.items(), key=lambda item: item[0], reverse=newest_first)
         page = items[:limit]
         ends = (page[0][0][1], page[-1][0][1]) if page else (None, None)
         return json_response(Listed([each for _, each in page], *ends, has_more=more or len(items) > limit))
@@ -166,10 +188,10 @@ class Others:
             return int(created), name
         if (here := next((each for each in found if each.id == after), None)) is not None:
             return _place(here)
-        for answer in await self._ask(asking(request, path=f"{request.url.path}/{after}")):
+        answer = await self._found(asking(request, path=f"{request.url.path}/{after}"))
+        if answer is not None and answer.said.status == 200:
             with suppress(msgspec.DecodeError):  # it names no single thing
-                if answer.said.status == 200:
-                    return _place(msgspec.json.decode(answer.said.body, type=_Item))
+                return _place(msgspec.json.decode(answer.said.body, type=_Item))
         raise invalid(f"nothing {after[:ID_CHARACTERS_MAX]!r} is known to go on after", "after")
 
     async def _ask(self, asked: AskRouter, timeout_s: float = ASK_S) -> list[Answer]:
@@ -177,6 +199,25 @@ class Others:
         living = sorted(self._living().items())
         replies = await asyncio.gather(*(self._one(*each, asked, timeout_s) for each in living))
         return [Answer(router, asked, reply) for (router, _), reply in zip(living, replies, strict=True)]
+
+    async def _found(self, asked: AskRouter) -> Answer | None:
+        """That of who has it; None: nobody. Raises CallFailed: none that can be asked has it, and one cannot be."""
+
+        patience_s = ASK_S if asked.method == "GET" else ERASE_S
+
+        async def one(router: str, address: str) -> Answer | CallFailed:
+            try:
+                return Answer(router, asked, await self._one(router, address, asked, patience_s))
+            except CallFailed as failure:
+                return failure
+
+        replies = await asyncio.gather(*(one(*each) for each in sorted(self._living().items())))
+        answers = [each for each in replies if isinstance(each, Answer) and each.said.status != 404]
+        answers.sort(key=lambda each: each.said.status >= 300)
+        failures = [each for each in replies if isinstance(each, CallFailed)]
+        if failures and not answers:
+            raise failures[0]
+        return answers[0] if answers else None
 
     async def _one(self, router: str, address: str, asked: AskRouter, timeout_s: float) -> RouterAnswered:
         try:
@@ -211,6 +252,14 @@ def finding(others: Others | None, held: Held | None = None) -> Callable[[Page],
     return (lambda page: page) if others is None else lambda page: others.finding(page, held)
 
 
+async def _holder(held: Held, living: Collection[str]) -> str | None:
+    try:
+        return await held(living)
+    except (OSError, RecordsLost, TimeoutError) as error:
+        why = f"nobody knows now which routers may have it: {error}"
+        raise unavailable(why, "router_unavailable") from error
+
+
 def asking(request: Request, query: Mapping[str, str] | None = None, body: bytes = b"", path: str = "") -> AskRouter:
     """What another router is asked for a request."""
     scope = request.scope
@@ -221,6 +270,7 @@ def asking(request: Request, query: Mapping[str, str] | None = None, body: bytes
 
 async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
     """What the application answers another router, from ``asked.at`` on, :data:`PIECE_BYTES` at most."""
+    skip = _Skip(asked.at)
     scope: Scope = {
         "type": "http",
         "http_version": "1.1",
@@ -233,11 +283,11 @@ async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
         "headers": list(asked.headers),
         "client": None,
         "server": ("router", None),
-        ASKED: True,
+        ASKED: skip,
     }
     enough, bodies = asyncio.Event(), [asked.body]
     begun: list[Message] = []
-    taken, skip = bytearray(), asked.at
+    taken = bytearray()
 
     async def receive() -> Message:
         if bodies:
@@ -246,12 +296,11 @@ async def answered(app: ASGIApp, asked: AskRouter) -> RouterAnswered:
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
-        nonlocal skip
         if message["type"] == "http.response.start":
             begun.append(message)
         data = message.get("body", b"")
-        taken.extend(data[skip:])
-        skip -= min(skip, len(data))
+        taken.extend(data[skip.nbytes :])
+        skip.nbytes -= min(skip.nbytes, len(data))
         if len(taken) > PIECE_BYTES:
             enough.set()
             await asyncio.Event().wait()  # nobody takes more

@@ -2,7 +2,8 @@
 ended. A router that starts runs again what had not ended. Each router has its own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 import msgspec
@@ -145,14 +146,31 @@ class Outliving:
         except (RecordsLost, TimeoutError) as error:
             log.warning("a response in the background is not forgotten", response=fresh, why=error)
 
+    async def held(self, living: Collection[str]) -> str | None:
+        """A router that has any and is neither this one nor one of these. Raises RecordsLost, TimeoutError."""
+        if not self.shared:
+            return None
+        async with asyncio.timeout(KEEP_S):
+            routers = await self.documents.shelves(KIND)
+        return next((each for each in routers if each != self.router and each not in living), None)
+
     async def erase(self, tenant: str) -> None:
         """Nothing is kept of theirs, also of what routers left that are gone. Raises RecordsLost."""
         for router in await self.documents.shelves(KIND):
-            shelf, after = Shelf(KIND, router), None
-            while page := await self.documents.list(shelf, {}, after, PAGE):
-                after = page[-1].mark
-                theirs = [one.name for one in page if (found := _read(one)) is not None and found.tenant == tenant]
-                await self.documents.delete(shelf, theirs)
+            await self._erase(Shelf(KIND, router), tenant, inf)
+
+    async def erase_own(self, tenant: str, until_s: float) -> None:
+        """Nothing is kept of theirs that this router has, and that began until then, in Unix seconds. Raises
+        RecordsLost."""
+        await self._erase(self._shelf, tenant, until_s)
+
+    async def _erase(self, shelf: Shelf, tenant: str, until_s: float) -> None:
+        after: Mark | None = None
+        while page := await self.documents.list(shelf, {}, after, PAGE):
+            after = page[-1].mark
+            read = [found for one in page if (found := _read(one)) is not None]
+            theirs = [each.fresh for each in read if each.tenant == tenant and each.created <= until_s]
+            await self.documents.delete(shelf, theirs)
 
     async def all(self) -> list[Written]:
         """The oldest first; those that are too old are forgotten. Waits for the database."""

@@ -20,6 +20,7 @@ from router.http.others import Others, asked_by_router
 from router.http.pages import json_response, page_limit
 from router.traces.book import Book, TraceBusy
 from router.traces.views import TraceDeleted, TracesDeleted, TraceView
+from tracehaul.runtime import clock
 from tracehaul.wire.blocks import REPLICAS_MAX, PinKind
 from tracehaul.wire.ids import TraceId
 
@@ -162,12 +163,15 @@ class TracePages:
         if self._erasures is not None:
             self._erasures.did(erasure)
 
-    async def catch_up(self, erasure: Erasure) -> None:
-        """Do of traces what this router was not told of. Raises ClusterError."""
-        if erasure.trace is None:
-            await self.erase(erasure.tenant)
-        else:
-            await self._delete(erasure.tenant, TraceId(erasure.trace), here=True)
+    async def catch_up(self, erasure: Erasure, at_s: float) -> None:
+        """Do of traces that this router has, and had then, what it was not told of. Raises ClusterError."""
+        theirs = self._book.names(erasure.tenant, clock.wall_s() - at_s)
+        if erasure.trace is not None:
+            trace = TraceId(erasure.trace)
+            began_since = trace not in theirs and trace in self._book.names(erasure.tenant)
+            theirs = [] if began_since else [trace]
+        for trace in theirs:
+            await self._delete(erasure.tenant, trace, here=True)
 
     async def _delete(self, whose: str, trace: TraceId, *, here: bool) -> bool:
         self._forget(whose, trace)

@@ -241,9 +241,10 @@ class Book:
         await self.written.erased(key, here=here)
         return known is not None or dropped or held
 
-    def names(self, salt: str) -> list[TraceId]:
-        """Of a tenant's traces."""
-        return [trace.trace for trace in self._traces.of(salt)]
+    def names(self, salt: str, age_s: float = 0.0) -> list[TraceId]:
+        """Of a tenant's traces that began so long ago, or longer."""
+        until_s = self._keeper.now_s() - age_s
+        return [trace.trace for trace in self._traces.of(salt) if trace.began_s <= until_s]
 
     async def erase(self, salt: str) -> int:
         """Forget all of a tenant's traces, and end what runs of them; returns how many there were. What is kept of them

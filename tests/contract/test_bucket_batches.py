@@ -8,12 +8,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from cluster.kept_jobs import _none_left
 from jobs import batches as running
 from jobs import runner as asking
 from jobs.bucket import outputs as lines
 from jobs.bucket.batches import BucketBatches
+from jobs.bucket.files import BucketFiles
 from jobs.bucket.segments import Segment
+from jobs.files import FileLimits
 from jobs.lines import Call
+from jobs.live import StillRuns
 from jobs.results import result
 from jobs.retries import Answer, NoAnswer
 from kvstore.tiers.objects import ObjectsUnreachable
@@ -22,6 +26,7 @@ from tests.contract.test_records import on_a_loop
 from tests.kept_places import InBucket, Life, in_memory, mortal
 from tests.live_batches import ALL, KEPT, live, order, over, read, told, until
 from tests.unit.jobs.test_batches import LINES, NOW, Prompt, Slow, calls, new
+from tracehaul.runtime.offload import InlineOffload
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +97,24 @@ def test_a_batch_that_was_begun_by_half_leaves_nothing_when_all_of_its_tenant_is
     while not asyncio.run(main(deaths)):
         deaths += 1
     assert deaths >= 5
+
+
+@on_a_loop
+async def test_a_tenant_is_not_said_to_be_erased_before_what_a_router_left_is_taken_over() -> None:
+    kept = in_memory()
+    async with live(kept, Held()) as (files, batches):
+        await order(files, batches)
+    kept.made().gone.add("a")  # type: ignore[attr-defined]
+    kept.router = "b"
+    documents = kept.made()
+    store = BucketBatches(
+        documents, kept.objects, BucketFiles(documents, kept.objects, FileLimits()), "b", InlineOffload()
+    )
+    with pytest.raises(StillRuns, match="router a left"):
+        await _none_left(store, "t", ["c"])
+    assert await _none_left(store, "t", ["a"]) == (0, 0), "it does it itself"
+    await store.adopt()
+    assert await _none_left(store, "t", ["c"]) == (0, 0)
 
 
 class Held(Prompt):

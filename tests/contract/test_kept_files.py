@@ -52,6 +52,9 @@ async def test_a_file_is_whole_for_whoever_opens_it_next_and_gone_when_it_is_del
     async with place.files(LIMITS) as files:
         assert sorted(await files.list("t", NOW), key=lambda file: list(contents).index(file.id)) == made
         assert {file.id: await read(files, file) for file in made} == contents
+        for start in (1, 300_000, 8_500_000, 9_300_000):
+            rest = b"".join([chunk async for chunk in await files.open(made[0], start)])
+            assert rest == contents["one"][start:]
         assert await files.get("other", "one", NOW) is None
         assert await files.list("other", NOW) == []
         for file in made:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Protocol
 
 import msgspec
@@ -16,6 +17,10 @@ _items = msgspec.json.Decoder(list[Item])
 
 Key = tuple[str, str]
 """A tenant and the name of a response."""
+
+
+class _Created(msgspec.Struct):
+    created_at: int
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -99,9 +104,10 @@ class Kept:
         self._expire(now_s)
         return self._entries.get(key)
 
-    def of(self, tenant: str) -> list[Key]:
-        """All of theirs."""
-        return list(self._of.get(tenant, ()))
+    def of(self, tenant: str, until_s: float = inf) -> list[Key]:
+        """All of theirs that were made until then, in Unix seconds."""
+        theirs = list(self._of.get(tenant, ()))
+        return theirs if until_s == inf else [key for key in theirs if _created(self._entries[key].body) <= until_s]
 
     def item(self, tenant: str, name: str) -> Item | None:
         """One item of what is kept; None: there is none of that name, or it is somebody else's."""
@@ -215,6 +221,10 @@ def chain(turn: Turn | None) -> list[msgspec.Raw]:
 def items_of(raw: Sequence[msgspec.Raw]) -> list[Item]:
     """The same, to be read."""
     return _items.decode(b"[" + b",".join(map(bytes, raw)) + b"]")
+
+
+def _created(body: bytes) -> int:
+    return msgspec.json.decode(body, type=_Created).created_at
 
 
 def _named(item: Item, fresh: str) -> Item:

@@ -12,12 +12,13 @@ import msgspec
 import pytest
 
 from jobs.batch import OVER, Batch
-from jobs.batches import Batches, TooMany
+from jobs.batches import Batches
 from jobs.cap import fixed
 from jobs.files import File, FileLimits
+from jobs.folder.batches import FolderBatches
 from jobs.folder.files import FolderFiles
 from jobs.lines import Call
-from jobs.live import Means
+from jobs.live import Means, TooMany
 from jobs.retries import Answer, NoAnswer
 from jobs.runner import Runner
 from tests.folder_jobs import folder_batches
@@ -192,3 +193,38 @@ def test_so_many_are_taken_of_a_tenant(tmp_path: Path) -> None:
         ending.cancel()
 
     asyncio.run(live(tmp_path, InlineOffload(), use, asker=Slow()))
+
+
+def test_who_left_before_a_batch_had_begun_leaves_none(tmp_path: Path) -> None:
+    begin, may = FolderBatches.begin, asyncio.Event()
+
+    async def main() -> None:
+        files = FolderFiles(tmp_path / "files", FileLimits(), InlineOffload())
+        batches = folder_batches(tmp_path / "batches", files, InlineOffload(), 1, wall_s=lambda: NOW)
+        upload = await files.arriving("t", "file-in", NOW)
+        await upload.write(calls())
+        file = File("file-in", "t", "in", "batch", upload.size, NOW)
+        await files.keep(upload, file)
+        await upload.aclose()
+
+        async def slowly(batch: Batch, file: File) -> None:
+            await may.wait()
+            await begin(store, batch, file)
+
+        store = batches.store
+        assert isinstance(store, FolderBatches)
+        store.begin = slowly  # type: ignore[method-assign]
+        creating = asyncio.create_task(batches.create(new(), file))
+        await asyncio.sleep(0.01)
+        creating.cancel()
+        await asyncio.wait([creating])
+        with pytest.raises(TooMany):
+            await batches.create(new(), file)
+        may.set()
+        await asyncio.sleep(0.05)
+        assert list((tmp_path / "batches").iterdir()) == []
+        await batches.create(new(), file)
+        assert len(batches.list("t")) == 1
+        files.close()
+
+    asyncio.run(main())

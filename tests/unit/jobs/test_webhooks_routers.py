@@ -146,3 +146,21 @@ def test_what_a_router_told_that_is_gone_is_not_told_again_of_the_batches_that_i
         assert not routers.senders["two"].asked
 
     routers.live(use)
+
+
+@pytest.mark.usefixtures("soon")
+def test_who_begins_anew_does_not_tell_again_what_another_took_over_meanwhile() -> None:
+    routers = Routers()
+    routers.senders["one"].outcomes[:] = [Delivered()]
+
+    async def use() -> None:
+        await _noted(routers.boxes["one"], EVENT)
+        routers.documents.gone = {"one"}
+        await asyncio.sleep(0.1)
+        routers.documents.gone = set()
+        routers.boxes["one"].note(EVENT)  # of a batch that it finds ended
+        await asyncio.sleep(0.1)
+        assert len(routers.senders["one"].asked) == 1
+        assert not routers.senders["two"].asked
+
+    routers.live(use)
