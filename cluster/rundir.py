@@ -9,6 +9,7 @@ in order to serve, and what of it cannot be read hides nothing else.
 
 import fcntl
 import os
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,10 +81,11 @@ class RunDir:
 
     def create(self) -> None:
         """Makes the directories, and makes sure that there is room in them."""
-        probe = self.path / "probe.tmp"
+        name = f"probe.{threading.get_native_id()}.tmp"  # others may do the same now
+        probe = self.path / name
         try:
             for folder in (self._processes, self._states, self._logs):
-                probe = folder / "probe.tmp"
+                probe = folder / name
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(probe, bytes(PROBE_BYTES))
                 probe.unlink()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -231,3 +232,13 @@ def test_who_is_no_member_is_not_ready(run: RunDir, children: list[subprocess.Po
     assert found["decode-1"].health == "dead"
     assert "decode-0" not in {local.name for local in outside(run, list(nodes), ["decode-0"], answers=True)}
     nodes["store-0"].send_signal(signal.SIGCONT)
+
+
+def test_several_may_make_sure_of_it_at_once(run: RunDir) -> None:
+    def often() -> list[bool]:
+        return [run.is_writable() for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [each.result() for each in [threads.submit(often) for _ in range(4)]]
+    assert all(map(all, found))
+    assert not list(run.path.rglob("*.tmp"))
