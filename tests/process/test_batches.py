@@ -91,7 +91,7 @@ class Server:
     def on_their_way(self) -> list[bytes]:
         """Events, as the server keeps them until somebody took them."""
         with closing(sqlite3.connect(self.folder / "kept" / "records" / "router-0.sqlite")) as database:
-            rows = database.execute("SELECT body FROM documents WHERE kind = 'webhook' AND body != x''").fetchall()
+            rows = database.execute("SELECT body FROM documents WHERE kind LIKE 'webhook/%' AND body != x''").fetchall()
         return [body for (body,) in rows]
 
     def kill(self) -> None:
