@@ -48,7 +48,7 @@ class Proxy:
             await server.wait_closed()
 
     def cut(self) -> None:
-        for writer in self._writers:
+        for writer in list(self._writers):
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

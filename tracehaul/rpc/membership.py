@@ -89,6 +89,8 @@ class Membership:
         """What each of them said last that ours is."""
         self._joined = asyncio.Event()
         self._was_member = False
+        self._ends = False
+        """It is not to join again."""
         self._asking = asyncio.Lock()
         self._told = asyncio.Event()
         self._states = self._said = 0
@@ -173,6 +175,7 @@ class Membership:
                     self._turned.clear()
                     turned = asyncio.create_task(self._turned.wait())
         finally:
+            self._ends = True
             tasks = [settling, turned, *keeping.values()]
             for task in tasks:
                 task.cancel()
@@ -218,6 +221,8 @@ class Membership:
                 group.create_task(self._beat(router, link))
         except* ClusterError as group_error:
             losses = _leaves(group_error)
+        if self._ends:
+            raise asyncio.CancelledError  # a group lets its tasks' errors go before it
         return losses[0]  # neither task ends without an error
 
     async def _joining(self, router: str) -> _Link:

@@ -370,3 +370,19 @@ def test_a_member_ends_when_it_is_fenced() -> None:
         assert len(world.others["second:1"].beats) == beats
 
     virtual.run(main)
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_it_ends_when_told_to_also_while_a_router_is_being_lost(turns: int) -> None:
+    async def main() -> None:
+        world = World()
+        await world.start()
+        assert world.task is not None
+        await world.router.lists.put(None)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        world.task.cancel()
+        done, _ = await asyncio.wait([world.task], timeout=5.0)
+        assert done
+
+    virtual.run(main, 1)
