@@ -7,7 +7,6 @@ unless the work has become another: then nothing is concluded. Nor is it where a
 to change.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -16,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from router.adapt.model import FULL, Demand, Pace, Roles, expected, fit, in_time
-from router.adapt.window import Window, Work
+from router.adapt.window import PLAIN, Window, Work, another, gained
 from tracehaul.wire.ids import NodeId
 
 LOOK_S = 8.0
@@ -33,15 +32,12 @@ STEP_MAX_S = 40.0
 """As if no step took longer."""
 MORE_LOOKING = 2.0
 """So many times as long where the error is as large as what was foretold."""
-PLAIN = 2.0
-"""Standard errors that make it plain."""
 SHARE_OF_GAIN = 0.25
 """Of what was foretold at least so much must have come."""
 QUICKER = 0.1
 """Where as much is done, by so much less a step must take."""
-OTHER_WORK, STEADY = 1.5, 1.25
-"""The work is another where a step has so many times as many new tokens, or generates as many, or a part of it; and is
-on the way there where it is by less."""
+STEADY = 1.25
+"""The work is on the way to be another where it is by so much."""
 MISSED, HOPED_MAX = 0.12, 0.4
 """Where so many steps come too late a change is tried that means do not tell: more prefill workers where these have
 more to compute than they can, more decode workers else. So much is hoped for at most."""
@@ -256,7 +252,7 @@ class Loop:
         """Whether the work was the same all the time."""
         half_s = (since_s + now_s) / 2
         first, second = self.window.over(since_s, half_s), self.window.over(half_s, now_s)
-        return first is not None and second is not None and not _another(first, second, STEADY)
+        return first is not None and second is not None and not another(first, second, STEADY)
 
     def _demand(self, work: Work, view: View) -> Demand:
         iteration_s, share = self._pace.line()
@@ -317,8 +313,8 @@ class Loop:
         if waited_s < max(JUDGE_MIN_S, step_s):
             return None
         before, change = trial.before, trial.change
-        measured, error = _gain(before, work)
-        if _another(before, work):
+        measured, error = gained(before, work)
+        if another(before, work):
             if measured < 0:
                 return self._end(trial, work, view, "in vain", "the work has become another, and less is done")
             return self._end(trial, work, view, "unclear", "the work has become another")
@@ -347,8 +343,8 @@ class Loop:
         if work is not None:
             verdict = msgspec.structs.replace(
                 verdict,
-                measured=_gain(before, work)[0],
-                error=_gain(before, work)[1],
+                measured=gained(before, work)[0],
+                error=gained(before, work)[1],
                 step_s=(before.step_s, work.step_s),
             )
         self._told(verdict)
@@ -384,28 +380,10 @@ class Loop:
     def _bar(self, role: Direction, work: Work, now_s: float) -> None:
         """Not again for a while, with such work."""
         before = self._bars.get(role)
-        again = before is not None and not _another(before.work, work)
+        again = before is not None and not another(before.work, work)
         length_s = min(BARRED_MAX_S, 2 * before.length_s) if again and before is not None else BARRED_S
         self._bars[role] = _Bar(now_s + length_s, length_s, work)
 
     def _barred(self, role: Direction, work: Work, now_s: float) -> bool:
         bar = self._bars.get(role)
-        return bar is not None and now_s < bar.until_s and not _another(bar.work, work)
-
-
-def _another(before: Work, now: Work, by: float = OTHER_WORK) -> bool:
-    """Whether the work is another."""
-    new, output = (before.new_error, now.new_error), (before.output_error, now.output_error)
-    return _other(before.new, now.new, by, new) or _other(before.output, now.output, by, output)
-
-
-def _gain(before: Work, after: Work) -> tuple[float, float]:
-    """Of the objective, as a share of what it was, and its standard error."""
-    was = max(before.rate, 1e-9 + 0.01 * after.rate)  # from next to nothing a hundredfold is enough
-    return after.rate / was - 1, (before.error + after.error) / was
-
-
-def _other(before: float, now: float, by: float, errors: tuple[float, float]) -> bool:
-    """Whether a mean is another: by more than what a few tokens more or less make, or chance."""
-    low, high = sorted((max(1.0, before), max(1.0, now)))
-    return high > by * low and high - low > max(16.0, PLAIN * math.hypot(*errors))
+        return bar is not None and now_s < bar.until_s and not another(bar.work, work)

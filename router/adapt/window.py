@@ -9,6 +9,10 @@ KEPT_S = 256
 """Seconds that are remembered."""
 RATIOS_MAX = 16
 """Of one second: how close to their deadlines steps came."""
+PLAIN = 2.0
+"""Standard errors that make it plain."""
+OTHER_WORK = 1.5
+"""The work is another where a step has so many times as many new tokens, or generates as many, or a part of it."""
 
 
 class Ended(NamedTuple):
@@ -140,3 +144,21 @@ class Window:
 def _error(count: int, total: float, squares: float) -> float:
     """Standard error of a mean."""
     return math.sqrt(max(0.0, squares - total**2 / count) / max(1, count - 1) / count)
+
+
+def another(before: Work, now: Work, by: float = OTHER_WORK) -> bool:
+    """Whether the work is another."""
+    new, output = (before.new_error, now.new_error), (before.output_error, now.output_error)
+    return _other(before.new, now.new, by, new) or _other(before.output, now.output, by, output)
+
+
+def gained(before: Work, after: Work) -> tuple[float, float]:
+    """Of the objective, as a share of what it was, and its standard error."""
+    was = max(before.rate, 1e-9 + 0.01 * after.rate)  # from next to nothing a hundredfold is enough
+    return after.rate / was - 1, (before.error + after.error) / was
+
+
+def _other(before: float, now: float, by: float, errors: tuple[float, float]) -> bool:
+    """Whether a mean is another: by more than what a few tokens more or less make, or chance."""
+    low, high = sorted((max(1.0, before), max(1.0, now)))
+    return high > by * low and high - low > max(16.0, PLAIN * math.hypot(*errors))

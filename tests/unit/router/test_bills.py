@@ -397,5 +397,4 @@ def test_a_trace_does_not_pay_for_what_was_kept_of_another_of_its_name() -> None
     world.bills.keeps(KEY, Bill(amount=3.0))
     assert world.total == 3.0
     world.send(Deleted(KEY))
-    assert world.begin("b", Limits(budget=2.0)) is None
-    assert world.total == 0.0
+    assert (world.begin("b", Limits(budget=2.0)), world.total) == (None, 0.0)
