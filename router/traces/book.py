@@ -243,8 +243,8 @@ class Book:
 
     def names(self, salt: str, age_s: float = 0.0) -> list[TraceId]:
         """Of a tenant's traces that began so long ago, or longer."""
-        until_s = self._keeper.now_s() - age_s
-        return [trace.trace for trace in self._traces.of(salt) if trace.began_s <= until_s]
+        found = self._traces.of(salt)
+        return [each.trace for each in found if not age_s or each.began_s <= self._keeper.now_s() - age_s]
 
     async def erase(self, salt: str) -> int:
         """Forget all of a tenant's traces, and end what runs of them; returns how many there were. What is kept of them
