@@ -1,8 +1,8 @@
 """A program: ``tracehaul``, of whichever release is on the path, whose workers' engine is the fake one.
 
-By the environment: ``FAKE_ITERATION_S``, what an iteration takes; ``FAKE_PREFILL_TOKEN_S`` and ``FAKE_COPY_TOKEN_S``,
-what each token of a prompt and each that is copied add; and ``FAKE_VOCABULARY``, tokens; without the latter that of the
-model which the config leaves out.
+By the environment: ``FAKE_ITERATION_S``, what an iteration takes; ``FAKE_PREFILL_TOKEN_S``, ``FAKE_SEQUENCE_S`` and
+``FAKE_COPY_TOKEN_S``, what each token of a prompt, each sequence and each token that is copied add; and
+``FAKE_VOCABULARY``, tokens; without the latter that of the model which the config leaves out.
 """
 
 import os
@@ -18,6 +18,7 @@ from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 COST = EngineCost(
     iteration_s=float(os.environ.get("FAKE_ITERATION_S", "0.002")),
     prefill_token_s=float(os.environ.get("FAKE_PREFILL_TOKEN_S", "0")),
+    sequence_s=float(os.environ.get("FAKE_SEQUENCE_S", "0")),
     copy_token_s=float(os.environ.get("FAKE_COPY_TOKEN_S", "0")),
 )
 
