@@ -28,7 +28,6 @@ from router.fleet.load import Key
 from router.fleet.members import MemberRegistry, NodeStatus, Terms
 from router.fleet.pools import in_pool
 from router.fleet.watch import StoreWatch
-from router.policy.cost import OUTPUT_TOKENS
 from router.policy.feasible import refusal
 from router.policy.placement import Placement
 from router.policy.prices import Bill, Prices
@@ -168,6 +167,7 @@ class Dispatch:
                     if isinstance(event, Finished):
                         run.ending = event.reason
                         self.stats.finished(event.usage, request.pool)
+                        self._pool(run).outputs.ended(len(run.emitted))
                         yield event
                         return
                     yield event
@@ -301,12 +301,13 @@ class Dispatch:
 
     def _needs(self, run: Run) -> Needs:
         _, placement = self._look(run, places=False)
-        trace, decodes = self.traces.get(run.key), self._pool(run).front.decodes
+        trace, pool = self.traces.get(run.key), self._pool(run)
+        decodes, output = pool.front.decodes, round(pool.outputs.tokens)
         parent = None if trace is None or trace.parent is None else self.traces.get((run.key[0], trace.parent))
         services = [one.service for one in (trace, parent) if one is not None]
         given_s = [served_s(decodes, one.tokens_computed, one.tokens_decoded) for one in services]
         begins = trace is not None and trace.parent is None and trace.steps_count <= 1
-        takes_s, decodes_s = placement.decode_work_s + placement.prefill_work_s, served_s(decodes, 0, OUTPUT_TOKENS)
+        takes_s, decodes_s = placement.decode_work_s + placement.prefill_work_s, served_s(decodes, 0, output)
         return Needs(max(given_s, default=0.0), takes_s, decodes_s, begins)
 
     def _pool(self, run: Run) -> Pooled:

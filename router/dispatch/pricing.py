@@ -61,6 +61,7 @@ class Pricing:
             begun=next((i.node for i, load in zip(decodes, loads, strict=True) if run.begun_by(load)), None),
             asked=run.request.decode,
             turn=self._turn,
+            output_tokens=pool.outputs.tokens,
         )
         stores = [info.node for info in members.live("store")] if self._stores else []
         placement = place(self._policy, ask, books.decodes, books.prefills, stores, now_s, pool.knobs)

@@ -37,6 +37,7 @@ class Row(NamedTuple):
     decoding: int
     work_s: float
     until_s: float
+    tokens: float = 0.0
 
 
 OVERDUE_SHARE = 0.3
@@ -104,9 +105,9 @@ class WorkerTable:
         """Those rows, to be read by :meth:`read`."""
         found: list[Row] = []
         for row in rows:
-            running, decoding, work_s, until_s, _ = self._sent[:, row].tolist()
+            running, decoding, work_s, until_s, tokens = self._sent[:, row].tolist()
             figures = tuple(float(f"{figure:.6g}") for figure in self._columns[:, row])
-            found.append(Row(self.keys[row], figures, int(running), int(decoding), work_s, until_s))
+            found.append(Row(self.keys[row], figures, int(running), int(decoding), work_s, until_s, tokens))
         return found
 
     @staticmethod
@@ -118,7 +119,7 @@ class WorkerTable:
         table._columns = np.array([row.figures for row in rows], dtype=np.float64).reshape(-1, FIGURES).T.copy()
         table._sent = np.zeros((_SENT, len(rows)))
         for number, row in enumerate(rows):
-            account = _Account(row.running, row.decoding, row.work_s, row.until_s)
+            account = _Account(row.running, row.decoding, row.work_s, row.until_s, row.tokens)
             table._accounts[row.key] = account
             table._write(number, account)
         return table

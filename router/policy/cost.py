@@ -1,9 +1,10 @@
 """What a step costs on each worker, in seconds. Pure; vectors over workers throughout.
 
-``cost = fetch + compute + queue + interference + decoding + what gives way``. Fetching is pulling from the store, as
-far as that is faster than computing: blocks of a slow tier may not be worth it. A prompt's missing rest is computed
-either on the decode worker, where it delays every step that decodes there, or on a prefill worker, from where it is
-pulled; then all that the store has is pulled, since what it has in a slow tier is not written to it anew.
+``cost = fetch + compute + queue + interference + decoding + what gives way + wait for memory``. Fetching is pulling
+from the store, as far as that is faster than computing: blocks of a slow tier may not be worth it. A prompt's missing
+rest is computed either on the decode worker, where it delays every step that decodes there, or on a prefill worker,
+from where it is pulled; then all that the store has is pulled, since what it has in a slow tier is not written to it
+anew.
 """
 
 from collections.abc import Sequence
@@ -17,11 +18,25 @@ from router.fleet.load import Column, WorkerTable
 from router.policy.knobs import DEFAULT, Knobs
 
 OUTPUT_TOKENS = 64
-"""What a step is expected to generate."""
+"""What a step is expected to generate, where its place is compared with others."""
 CROWD_SHARE = 0.15
 """By how much one more sequence slows an iteration that decodes."""
+OUTPUTS_COUNT = 64
+"""Steps of late whose outputs say what the next one generates, about."""
 PULL_ENDS_MAX = 4
 """Points considered at which pulling may end."""
+
+
+class Outputs:
+    """What steps generate."""
+
+    def __init__(self) -> None:
+        self.tokens = float(OUTPUT_TOKENS)
+        """On the mean, of late."""
+
+    def ended(self, tokens: int) -> None:
+        """A step has, after so many."""
+        self.tokens += (tokens - self.tokens) / OUTPUTS_COUNT
 
 
 class StoredRun(NamedTuple):
@@ -43,6 +58,8 @@ class Need(NamedTuple):
     """What the warm worker kept of it."""
     under_way: int = 0
     """The prompt's leading tokens that some worker is about to have computed for other steps."""
+    output: float = OUTPUT_TOKENS
+    """What steps have generated of late, on the mean."""
 
     @property
     def stored(self) -> int:
@@ -158,10 +175,19 @@ def decode_costs(
         costs = costs._replace(
             local=local, reach=np.where(local, costs.reach, reach), pull=np.where(local, costs.pull, need.stored)
         )
-    decoding = OUTPUT_TOKENS * decodes.decode_s * (1 + CROWD_SHARE * decodes.decoding)
+    iteration_s = decodes.decode_s * (1 + CROWD_SHARE * decodes.decoding)
     gives_way = np.maximum(need.prompt - have - decodes.free_tokens, 0.0) * decodes.pull_token_s
     held_s = OUTPUT_TOKENS * decodes.decode_s * _share(need.prompt, decodes.held_tokens)
-    return costs._replace(seconds=seconds + decoding + gives_way, held_s=held_s)
+    seconds += OUTPUT_TOKENS * iteration_s + gives_way + _turnover(decodes, need) * need.output * iteration_s
+    return costs._replace(seconds=seconds, held_s=held_s)
+
+
+def _turnover(decodes: WorkerTable, need: Need) -> Column:
+    """The share of the steps in progress that must have ended before there is memory for this one. 1 at most: where all
+    of them must, everybody waits for long, and a context that is left behind gains nothing."""
+    short = np.where(decodes.kv_tokens > 0, decodes.sent_tokens + need.prompt - decodes.kv_tokens, 0.0)
+    held = np.minimum(decodes.sent_tokens, decodes.kv_tokens)
+    return np.clip(short, 0.0, held) / np.maximum(held, 1.0)
 
 
 def _share(tokens: int, held_tokens: Column) -> Column:

@@ -168,11 +168,13 @@ class Hindsight:
             if not step.redone.differs:
                 continue
             computing = one.now_s < step.since_s + would.cost_s
+            tokens = step.redone.prompt_tokens
             for key, work_s, sign in (
                 (was.decode, was.decode_work_s, -1),
                 (would.decode, would.decode_work_s, 1),
             ):
-                _shift(decodes, key, work_s if computing else 0.0, sign, one.now_s, decoding=not computing)
+                left_s = work_s if computing else 0.0
+                _shift(decodes, key, left_s, sign, one.now_s, decoding=not computing, tokens=tokens)
             for key, work_s, sign in ((was.queued, was.prefill_work_s, -1), (would.queued, would.prefill_work_s, 1)):
                 if key is not None and computing:
                     _shift(prefills, key, work_s, sign, one.now_s, decoding=False)
@@ -199,19 +201,21 @@ def _tables(one: Priced) -> tuple[WorkerTable, WorkerTable]:
     return WorkerTable.read(one.decodes), WorkerTable.read(one.prefills)
 
 
-def _shift(table: WorkerTable, key: Key, work_s: float, sign: int, now_s: float, *, decoding: bool) -> None:
+def _shift(
+    table: WorkerTable, key: Key, work_s: float, sign: int, now_s: float, *, decoding: bool, tokens: int = 0
+) -> None:
     """A step more there, or one less, if that worker was written down and has one."""
     if key not in table.rows:
         return
     if sign > 0:
-        table.sent(key, work_s, now_s)
+        table.sent(key, work_s, now_s, tokens)
         if decoding:
             table.computed(key, 0.0, now_s)
         return
     row = table.rows[key]
     has = table.decoding[row] if decoding else table.running_steps[row] - table.decoding[row]
     if has > 0:
-        table.ended(key, work_s, computed=decoding)
+        table.ended(key, work_s, computed=decoding, tokens=min(tokens, table.sent_tokens[row]))
 
 
 class Summary(msgspec.Struct, frozen=True):

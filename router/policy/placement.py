@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from router.fleet.load import Column, Key, Warm, WorkerTable
-from router.policy.cost import Costs, Need, StoredRun, decode_costs, prefill_s
+from router.policy.cost import OUTPUT_TOKENS, Costs, Need, StoredRun, decode_costs, prefill_s
 from router.policy.knobs import DEFAULT, Knobs
 from tracehaul.wire.hashing import weight
 from tracehaul.wire.ids import NodeId, TraceId
@@ -53,6 +53,8 @@ class Ask(msgspec.Struct, frozen=True):
     """The worker that the caller wants."""
     turn: int = 0
     """Counts the fleet's steps, for round-robin."""
+    output_tokens: float = OUTPUT_TOKENS
+    """What steps have generated of late, on the mean."""
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -129,6 +131,7 @@ def place(
         runs=ask.stored if stores else (),
         warm=min(ask.warm.retained_tokens, ask.prompt_tokens) if ask.warm is not None else 0,
         under_way=min(max(ask.predicted.values(), default=0), ask.prompt_tokens),
+        output=ask.output_tokens,
     )
     warm_row = decodes.rows.get(Key(ask.warm.node, ask.warm.generation)) if ask.warm is not None else None
     # Where memory is short, what is decoded sooner frees it sooner: that is worth what sharing cores costs.

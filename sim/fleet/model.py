@@ -11,6 +11,7 @@ import msgspec
 from router.dispatch.inflight import InFlight
 from router.fleet.index import Index
 from router.fleet.load import Key, Warm, WorkerTable
+from router.policy.cost import Outputs
 from router.policy.placement import Placement
 from sim.fleet.clock import Clock
 from sim.fleet.life import Trace
@@ -92,6 +93,7 @@ class Fleet:
         self.computed: Callable[[Trace], None] = lambda trace: None
         """Told when its first token is there."""
         self.watch: Watch | None = None
+        self.outputs = Outputs()
         self.shares: dict[int, float] = {}
         """What each call (by its id in memory) is of a trace's work."""
         self._infos: dict[str, list[NodeInfo]] = {"decode": [], "prefill": []}
@@ -354,6 +356,7 @@ class _Step:
         tally.in_time += fleet.clock.now_s - self._began_s <= self._call.deadline_s
         tally.traces += fleet.shares.get(id(self._call), 0.0)
         tally.output += self._call.output
+        fleet.outputs.ended(self._call.output)
         tally.step_s.append(fleet.clock.now_s - self._began_s)
         if fleet.watch is not None:
             fleet.watch.ended(trace, fleet.clock.now_s - self._began_s)

@@ -40,7 +40,8 @@ class Ours:
             if end >= most:
                 break
         self._turn += 1
-        ask = Ask(trace.name, call.prompt, stored, trace.warm, fleet.home(trace), turn=self._turn)
+        turn, output = self._turn, fleet.outputs.tokens
+        ask = Ask(trace.name, call.prompt, stored, trace.warm, fleet.home(trace), turn=turn, output_tokens=output)
         stores = fleet.names if stored or fleet.stores else []
         placement = place(self._policy, ask, fleet.decodes, fleet.prefills, stores, fleet.clock.now_s, self.knobs)
         assert placement is not None
