@@ -5,11 +5,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +17,12 @@ import pytest
 from openai.types import Batch
 
 from tests.process.test_batch_command import line, results
+from tests.receiver import Receiver
 from tests.waiting import wait_until
 
 HERE = Path(__file__).parent
 LINES = 150
 OVER = ("completed", "failed", "expired", "cancelled")
-
-
-class Receiver:
-    """Takes what a server tells, unless it is dead: then it answers nothing."""
-
-    def __init__(self) -> None:
-        self.dead = threading.Event()
-        self.told: list[tuple[bytes, dict[str, str]]] = []
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                if receiver.dead.is_set():
-                    self.rfile.read(1)  # until whoever tells is gone
-                    return
-                receiver.told.append((body, dict(self.headers)))
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 class Server:
@@ -239,7 +207,7 @@ def test_lists_are_of_the_newest_first(server: Server) -> None:
 
 
 def test_an_end_is_told_though_the_router_is_killed_while_it_tells(server: Server) -> None:
-    server.receiver.dead.set()
+    server.receiver.does = "nothing"
     batch = server.batch(line("t", "told of it"))
     assert server.over(batch).status == "completed"
     body: dict[str, Any] = {"model": "org/fake", "input": "in the background", "background": True}
@@ -247,7 +215,7 @@ def test_an_end_is_told_though_the_router_is_killed_while_it_tells(server: Serve
     wait_until(lambda: server.client.responses.retrieve(response.id).status == "completed")
     wait_until(lambda: database_has(server, "response.completed"))
     server.kill()
-    server.receiver.dead.clear()
+    server.receiver.does = "take"
     server.start()
     wait_until(lambda: {batch.id, response.id} <= {event.data.id for event in server.told()})
     kinds = {event.data.id: event.type for event in server.told()}

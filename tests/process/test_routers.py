@@ -3,9 +3,7 @@ long that the other takes it for dead does not go on as if it were not."""
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -16,6 +14,7 @@ from cluster.webhooks.config import WebhookConfig
 from router.http.config import ApiConfig
 from tests.postgres import postgres
 from tests.process.test_batch_command import line
+from tests.receiver import Receiver
 from tests.waiting import wait_until
 from tracehaul.model.source import resolve
 
@@ -23,36 +22,6 @@ pytestmark = [pytest.mark.xdist_group("postgres"), pytest.mark.timeout(300)]
 
 MODEL = resolve().name
 WITHIN_S = 60.0
-
-
-class Receiver:
-    """Takes events, or refuses them."""
-
-    def __init__(self) -> None:
-        self.refuses = False
-        self.tried: list[str] = []
-        self.taken: list[str] = []
-        """What ended."""
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                told = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                (receiver.tried if receiver.refuses else receiver.taken).append(told["data"]["id"])
-                self.send_response(500 if receiver.refuses else 204)
-                self.end_headers()
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 class Router:
@@ -121,7 +90,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> Ite
 
 @pytest.fixture
 def pair(cluster: Routers, receiver: Receiver) -> list[Router]:
-    receiver.refuses = False
+    receiver.does = "take"
     pair = [Router(url) for url in cluster.urls]
     for router in pair:  # each knows of the other again
         wait_until(lambda router=router: router.ask("GET", "/v1/batches").status_code == 200, WITHIN_S)
@@ -156,7 +125,7 @@ def test_who_stood_still_does_not_go_on_with_what_another_has_by_now(
     cluster: Routers, pair: list[Router], receiver: Receiver
 ) -> None:
     one, two = pair
-    receiver.refuses = True
+    receiver.does = "refuse"
     assert one.step("kept")
     assert one.step("gone")
     told = one.response("Hello.", 4)
@@ -171,7 +140,7 @@ def test_who_stood_still_does_not_go_on_with_what_another_has_by_now(
     try:
         assert two.ask("DELETE", "/v1/traces/gone").status_code == 503, "it may serve it again, for all that is known"
         assert two.step("kept", "And then?")
-        receiver.refuses = False
+        receiver.does = "take"
         wait_until(lambda: two.deleted("/v1/traces/gone"), WITHIN_S)
         wait_until(lambda: told in receiver.taken, WITHIN_S)
         wait_until(lambda: two.found(f"/v1/responses/{runs}", status="incomplete"), WITHIN_S)
@@ -199,11 +168,11 @@ def test_what_a_router_had_to_tell_that_died_another_tells(
     cluster: Routers, pair: list[Router], receiver: Receiver
 ) -> None:
     one, two = pair
-    receiver.refuses = True
+    receiver.does = "refuse"
     told = one.response("Hello.", 4)
     wait_until(lambda: told in receiver.tried, WITHIN_S)
     cluster.kill(cluster.names[0])
-    receiver.refuses = False
+    receiver.does = "take"
     wait_until(lambda: told in receiver.taken, WITHIN_S)
     wait_until(lambda: two.deleted("/v1/data"), WITHIN_S)
     cluster.start(cluster.names[0])

@@ -27,4 +27,5 @@ def test_what_routers_write_down_is_enough_to_choose_the_same_again(seed: int, m
     redone = through(decisions, "cost", {})
     assert len(redone) == len(decisions) >= result.finished
     assert all(one.again for one in redone)
+    assert len({one.ask.output_tokens for _, one in decisions}) > 1, "what steps generate is learned"
     assert max(map(len, log)) < 4096, "a decision takes little"

@@ -45,30 +45,37 @@ def logged(
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 6), st.floats(0.0, 9.0), st.integers(0, 9000)), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(st.integers(0, 6), st.floats(0.0, 9.0), st.integers(0, 9000), st.integers(0, 9000)),
+        min_size=1,
+        max_size=5,
+    ),
     st.lists(st.floats(0.0, 9.0), max_size=3),
     st.sampled_from(["cost", "sticky"]),
     st.integers(0, 4000),
     st.integers(0, 5),
     st.floats(0.0, 1.0),
+    st.integers(1, 900),
 )
 def test_what_is_written_down_is_enough_to_choose_the_same_again(
-    workers: list[tuple[int, float, int]],
+    workers: list[tuple[int, float, int, int]],
     helpers: list[float],
     policy: Policy,
     stored: int,
     at: int,
     margin: float,
+    output: int,
 ) -> None:
-    decodes = fleet("decode", *({"free": free} for _, _, free in workers))
-    for number, (decoding, work_s, _) in enumerate(workers):
-        busy(decodes, number, decoding=decoding, work_s=work_s)
+    decodes = fleet("decode", *({"free": free, "kv": 9000} for _, _, free, _ in workers))
+    for number, (decoding, work_s, _, each) in enumerate(workers):
+        busy(decodes, number, decoding=decoding, work_s=work_s, each=each)
     prefills = fleet("prefill", *({} for _ in helpers))
     for number, work_s in enumerate(helpers):
         prefills.sent(Key(decode(number).node.replace("decode", "prefill"), decode(number).generation), work_s, 0.0)  # type: ignore[arg-type]
     runs = [StoredRun(stored, 1e-4)] if stored else []
     warm = Warm(decode(at).node, decode(at).generation, stored)
-    one = logged(decodes, prefills, policy=policy, knobs=Knobs(sticky_margin=margin), stored=runs, warm=warm)
+    more = {"stored": runs, "warm": warm, "output_tokens": float(output)}
+    one = logged(decodes, prefills, policy=policy, knobs=Knobs(sticky_margin=margin), **more)
     (redone,) = through([(SALT, one)], policy, {})
     assert redone.again
     assert not redone.differs
@@ -120,7 +127,7 @@ def test_what_would_run_elsewhere_is_work_there_until_it_has_ended() -> None:
     for number in range(6):  # all on one worker, as if its caller had wanted that
         one = logged(decodes, prefills, f"s{number}", f"t{number}", asked=decode(0).node)
         log.append((SALT, one))
-        decodes.sent(decode(0), one.placement.decode_work_s, 0.0)
+        decodes.sent(decode(0), one.placement.decode_work_s, 0.0, one.ask.prompt_tokens)
     free = [(salt, msgspec.structs.replace(one, ask=msgspec.structs.replace(one.ask, asked=None))) for salt, one in log]  # type: ignore[arg-type]
     spread = summary(through(free, "cost", {}), would=True)
     assert spread.busiest == 0.5

@@ -26,15 +26,17 @@ MUCH = 100_000
 
 
 def fleet(role: str, *changes: dict[str, Any]) -> WorkerTable:
-    """A worker for each entry: changed rates, ``free`` tokens, missing tokens that are ``local`` in any case."""
+    """A worker for each entry: changed rates, ``free`` tokens of ``kv``, missing tokens that are ``local`` in any
+    case."""
     made = WorkerTable()
-    infos = [
-        NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=WorkerLimits(local_prefill_tokens=told))
-        for n, told in enumerate(change.get("local", 256) for change in changes)
+    limits = [
+        WorkerLimits(kv_tokens_max=change.get("kv", 0), local_prefill_tokens=change.get("local", 256))
+        for change in changes
     ]
+    infos = [NodeInfo(NodeId(f"{role}-{n}"), G, "decode", "x:1", limits=told) for n, told in enumerate(limits)]
     loads = [
         NodeLoad(
-            **(RATES._asdict() | {k: v for k, v in change.items() if k not in ("free", "local")}),
+            **(RATES._asdict() | {k: v for k, v in change.items() if k not in ("free", "kv", "local")}),
             free_tokens=change.get("free", MUCH),
         )
         for change in changes
@@ -64,9 +66,10 @@ def choose(
     return placed
 
 
-def busy(decodes: WorkerTable, n: int, *, decoding: int = 0, work_s: float = 0.0) -> WorkerTable:
+def busy(decodes: WorkerTable, n: int, *, decoding: int = 0, work_s: float = 0.0, each: int = 0) -> WorkerTable:
+    """``each``: the tokens of each step that decodes."""
     for _ in range(decoding):
-        decodes.sent(decode(n), 0.0, 0.0)
+        decodes.sent(decode(n), 0.0, 0.0, each)
         decodes.computed(decode(n), 0.0, 0.0)
     if work_s:
         decodes.sent(decode(n), work_s, 0.0)
