@@ -1,9 +1,10 @@
 """``python -m bench.agentx --recordings FILE``: the AgentX harness over our router, and over what stock stacks do.
 
-One machine of simulated accelerators, real but for the computing, in three arrangements, one after the other in each
-round: ours (one router over one store), sticky sessions and cache-aware routing (each worker with its own share of the
-store's memory). ``agentx.steps_per_h``: steps answered; ``agentx.ttft``: to the first token, as the harness sees it;
-``agentx.computed``: tokens of prompts that were not found in a cache, of each step.
+One machine of simulated accelerators, real but for the computing, in four arrangements, one after the other in each
+round: ours (one router over one store, steps in line), the same as it is by default, sticky sessions and cache-aware
+routing (each worker with its own share of the store's memory). ``agentx.steps_per_h``: steps answered; ``agentx.ttft``:
+to the first token, as the harness sees it; ``agentx.computed``: tokens of prompts that were not found in a cache, of
+each step.
 """
 
 import asyncio

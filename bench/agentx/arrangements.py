@@ -11,8 +11,8 @@ from bench.agentx.routing import PIECE, Alone, CacheAware, Routing, Sticky
 from bench.common.fake_machine import Machine, running
 from router.dispatch.config import DispatchConfig
 
-OURS = "ours"
-NAMES = (OURS, "sticky", "cache-aware")
+OURS, DEFAULT = "ours", "default"
+NAMES = (OURS, DEFAULT, "sticky", "cache-aware")
 TOKEN_BYTES = 3
 """Of a prompt, about."""
 SLOT_TOKEN_BYTES = 512
@@ -40,9 +40,10 @@ async def serving(name: str, folder: Path, machine: Machine) -> AsyncGenerator[s
 
 
 def parts_of(name: str, machine: Machine) -> list[Machine]:
-    """The clusters that are started: ours is one, whose steps wait in the router until a worker has room."""
-    if name == OURS:
-        return [msgspec.structs.replace(machine, dispatch=DispatchConfig(turns=True))]
+    """The clusters that are started: ours is one, whose steps wait in the router until a worker has room, or as it is
+    by default at workers."""
+    if name in (OURS, DEFAULT):
+        return [msgspec.structs.replace(machine, dispatch=DispatchConfig(turns=name == OURS))]
     own = {"decode": 1, "stores": 1, "store_bytes": machine.stores * machine.store_bytes // machine.decode}
     return [msgspec.structs.replace(machine, **own)] * machine.decode
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from bench.agentx.harness import Found
 
-COLOURS = {"ours": "#2f6fb3", "sticky": "#8a8f98", "cache-aware": "#d9822b"}
+COLOURS = {"ours": "#2f6fb3", "default": "#8db4dd", "sticky": "#8a8f98", "cache-aware": "#d9822b"}
 
 
 def plot(found: Mapping[str, Sequence[Found]], path: Path) -> None:

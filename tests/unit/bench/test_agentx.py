@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from bench.agentx.arrangements import NAMES, parts_of, routing_of
+from bench.agentx.arrangements import DEFAULT, NAMES, OURS, parts_of, routing_of
 from bench.agentx.balancer import SESSION, balanced, prompt_of
 from bench.agentx.harness import Found, found_of, progress
 from bench.agentx.recordings import smaller
@@ -92,9 +92,10 @@ def test_a_short_match_is_none_and_what_was_long_not_used_is_forgotten() -> None
 
 def test_workers_for_themselves_have_as_much_memory_in_all_as_ours() -> None:
     machine = Machine(decode=4, stores=2, store_bytes=64 << 20)
-    (ours,) = parts_of("ours", machine)
-    assert (ours.decode, ours.stores, ours.store_bytes, ours.dispatch.turns) == (4, 2, 64 << 20, True)
-    for name in NAMES[1:]:
+    for name, turns in ((OURS, True), (DEFAULT, False)):
+        (ours,) = parts_of(name, machine)
+        assert (ours.decode, ours.stores, ours.store_bytes, ours.dispatch.turns) == (4, 2, 64 << 20, turns)
+    for name in set(NAMES) - {OURS, DEFAULT}:
         parts = parts_of(name, machine)
         assert [(part.decode, part.stores, part.store_bytes) for part in parts] == [(1, 1, 32 << 20)] * 4
         assert parts[0].kv_tokens == machine.kv_tokens
