@@ -26,6 +26,8 @@ class Timed:
         self.began_s = clock.now_s()
         self.ended_s: float | None = None
         self.worked_s = 0.0
+        self.unheard_s = 0.0
+        """Before it died, with no router there to be told."""
         self._since_s: float | None = None
 
     def around(self, run: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
@@ -40,10 +42,12 @@ class Timed:
 
         return timed
 
-    def died(self) -> None:
-        """Its process is no more."""
+    def died(self, unheard_since_s: float | None) -> None:
+        """Its process is no more; since then there was no router, if there is none."""
         self._stop()
         self.ended_s = clock.now_s()
+        if unheard_since_s is not None:
+            self.unheard_s = self.ended_s - max(self.began_s, unheard_since_s)
 
     def _stop(self) -> None:
         if self._since_s is not None and self.ended_s is None:
@@ -92,7 +96,7 @@ async def check_bills(findings: Findings, documents: MemoryDocuments, engines: S
         findings.add("bills", f"{found.billed:.6f} s are billed, and engines worked {found.worked:.6f} s")
     if abs(found.unclaimed) > SHARE_MAX * found.worked:
         findings.add("bills", f"{found.unclaimed:.6f} s of {found.worked:.6f} s of work are nobody's")
-    if found.written < found.there - BEAT_S * len(engines):
+    if found.written < found.there - sum(BEAT_S + engine.unheard_s for engine in engines):
         what = f"workers were there for {found.there:.1f} s, and bills know of {found.written:.1f} s"
         findings.add("bills", what)
     return found

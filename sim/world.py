@@ -93,6 +93,8 @@ class World:
         self.bugs = BugChecker(self.findings)
         self.bills: Sums | None = None
         """What all of it cost; once it is over."""
+        self._unheard_since_s: float | None = None
+        """Since when there is no router."""
         self._generation = 0
         self._by_process: dict[str, Life] = {}
         loop = asyncio.get_running_loop()
@@ -128,6 +130,7 @@ class World:
         self.lives[node] = self._by_process[life.process] = life
         if node in ROUTERS:
             self.gateway.routers[node] = life
+            self._unheard_since_s = None
         if ROLES[node] == "store" and node not in self.devices:
             self._give_device(node)
         start(life, ROLES[node], self)
@@ -147,7 +150,7 @@ class World:
         """It is gone, between two instructions; if its power is, too, so is what its device had not flushed."""
         life.alive = False
         if life.timed is not None:
-            life.timed.died()
+            life.timed.died(self._unheard_since_s)
         if life.device is not None:
             life.device.killed()
             if power:
@@ -161,6 +164,8 @@ class World:
         self.ledgers.pop(life.process, None)  # its memory is unreachable: who still tries fails
         if life.node in ROUTERS:
             self.gateway.lost(life)
+            if not any(self.lives[router].alive for router in ROUTERS):
+                self._unheard_since_s = clock.now_s()
         if life.dispatch is not None:
             self.unheard |= ended_unwritten(self.database.tables, life.dispatch.traces)
 
