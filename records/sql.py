@@ -135,6 +135,7 @@ class SqlRecords:
     async def _rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
         wanted = [(escaped(name.tenant), escaped(name.trace)) for name in names]
         asked: dict[str, object] = {"b_scope": self._scope, "b_names": wanted, "b_limit": READ_ROWS}
+        asked |= {"b_tenants": sorted({tenant for tenant, _ in wanted}), "b_traces": [trace for _, trace in wanted]}
         query = sql.ROWS
         while True:
             with translated():

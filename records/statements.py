@@ -9,6 +9,7 @@ from records.schema import trace_heads as heads
 _SCOPE, _ROUTER, _LIFE = bindparam("b_scope"), bindparam("b_router"), bindparam("b_life")
 _TENANT, _TRACE = bindparam("b_tenant"), bindparam("b_trace")
 _NAMES = bindparam("b_names", expanding=True)
+_TENANTS, _TRACES = bindparam("b_tenants", expanding=True), bindparam("b_traces", expanding=True)
 
 _ROWS_OF = and_(changes.c.scope == _SCOPE, changes.c.tenant == _TENANT, changes.c.trace == _TRACE)
 _HEAD_OF = and_(heads.c.scope == _SCOPE, heads.c.tenant == _TENANT, heads.c.trace == _TRACE)
@@ -34,6 +35,8 @@ SUPERSEDE = delete(changes).where(_ROWS_OF, changes.c.number < bindparam("b_numb
 ROWS = (
     select(changes.c.tenant, changes.c.trace, changes.c.number, changes.c.version, changes.c.body)
     .where(changes.c.scope == _SCOPE, tuple_(changes.c.tenant, changes.c.trace).in_(_NAMES))
+    # Said once more, column by column: PostgreSQL walks the index for this, and all rows for the pairs alone.
+    .where(changes.c.tenant.in_(_TENANTS), changes.c.trace.in_(_TRACES))
     .order_by(*_ORDER)
     .limit(bindparam("b_limit"))
 )
