@@ -133,9 +133,7 @@ class SqlRecords:
             self._migrated = True
 
     async def _rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
-        wanted = [(escaped(name.tenant), escaped(name.trace)) for name in names]
-        asked: dict[str, object] = {"b_scope": self._scope, "b_names": wanted, "b_limit": READ_ROWS}
-        asked |= {"b_tenants": sorted({tenant for tenant, _ in wanted}), "b_traces": [trace for _, trace in wanted]}
+        asked: dict[str, object] = {"b_scope": self._scope, "b_limit": READ_ROWS, **_any_of(names)}
         query = sql.ROWS
         while True:
             with translated():
@@ -183,8 +181,8 @@ class SqlRecords:
         """Those that this life has, with their fences; nobody takes them before the transaction has ended."""
         held: dict[TraceName, int] = {}
         for at in range(0, len(names), TRACES_AT_ONCE):
-            some = [(escaped(name.tenant), escaped(name.trace)) for name in names[at : at + TRACES_AT_ONCE]]
-            found = (await connection.execute(sql.HELD, {**self._me, "b_names": some})).all()
+            some = _any_of(names[at : at + TRACES_AT_ONCE])
+            found = (await connection.execute(sql.HELD, {**self._me, **some})).all()
             held |= {TraceName(plain(tenant), plain(trace)): fence for tenant, trace, fence in found}
         return held
 
@@ -201,3 +199,10 @@ def _name(claim: Claim) -> TraceName:
 
 def _named(name: TraceName) -> dict[str, object]:
     return {"b_tenant": escaped(name.tenant), "b_trace": escaped(name.trace)}
+
+
+def _any_of(names: Sequence[TraceName]) -> dict[str, object]:
+    """The parameters of statements about those."""
+    pairs = [(escaped(name.tenant), escaped(name.trace)) for name in names]
+    tenants, traces = ({pair[at] for pair in pairs} for at in range(2))
+    return {"b_names": pairs, "b_tenants": sorted(tenants), "b_traces": sorted(traces)}

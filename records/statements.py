@@ -1,6 +1,19 @@
 """What is said to a database of traces: statements, whose parameters begin with ``b_``."""
 
-from sqlalchemy import TextClause, and_, bindparam, delete, insert, or_, select, text, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Table,
+    TextClause,
+    and_,
+    bindparam,
+    delete,
+    insert,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
 from records.schema import router_lives as lives
 from records.schema import trace_changes as changes
@@ -10,6 +23,13 @@ _SCOPE, _ROUTER, _LIFE = bindparam("b_scope"), bindparam("b_router"), bindparam(
 _TENANT, _TRACE = bindparam("b_tenant"), bindparam("b_trace")
 _NAMES = bindparam("b_names", expanding=True)
 _TENANTS, _TRACES = bindparam("b_tenants", expanding=True), bindparam("b_traces", expanding=True)
+
+
+def _any_of(table: Table) -> ColumnElement[bool]:
+    """Those of the given names. Pair by pair alone PostgreSQL may walk all rows; by columns it walks the index."""
+    tenant, trace = table.c.tenant, table.c.trace
+    return and_(tuple_(tenant, trace).in_(_NAMES), tenant.in_(_TENANTS), trace.in_(_TRACES))
+
 
 _ROWS_OF = and_(changes.c.scope == _SCOPE, changes.c.tenant == _TENANT, changes.c.trace == _TRACE)
 _HEAD_OF = and_(heads.c.scope == _SCOPE, heads.c.tenant == _TENANT, heads.c.trace == _TRACE)
@@ -34,9 +54,7 @@ ERASE = delete(changes).where(_ROWS_OF)
 SUPERSEDE = delete(changes).where(_ROWS_OF, changes.c.number < bindparam("b_number"))
 ROWS = (
     select(changes.c.tenant, changes.c.trace, changes.c.number, changes.c.version, changes.c.body)
-    .where(changes.c.scope == _SCOPE, tuple_(changes.c.tenant, changes.c.trace).in_(_NAMES))
-    # Said once more, column by column: PostgreSQL walks the index for this, and all rows for the pairs alone.
-    .where(changes.c.tenant.in_(_TENANTS), changes.c.trace.in_(_TRACES))
+    .where(changes.c.scope == _SCOPE, _any_of(changes))
     .order_by(*_ORDER)
     .limit(bindparam("b_limit"))
 )
@@ -50,7 +68,7 @@ NEW = text(
     "VALUES (:b_scope, :b_tenant, :b_trace, :b_router, :b_life, 1, :b_tip, '', '') "
     "ON CONFLICT (scope, tenant, trace) DO NOTHING"
 ).bindparams(bindparam("b_tip", value=b"", type_=heads.c.tip.type))
-HELD = select(*_CLAIMED).where(_MINE, tuple_(heads.c.tenant, heads.c.trace).in_(_NAMES)).with_for_update()
+HELD = select(*_CLAIMED).where(_MINE, _any_of(heads)).with_for_update()
 MARK = (
     update(heads)
     .where(_HEAD_OF)
