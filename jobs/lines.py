@@ -68,6 +68,12 @@ class _Metadata(msgspec.Struct):
     trace_id: str | None = None
 
 
+class _Names(msgspec.Struct):
+    metadata: _Metadata | None = None
+    prompt_cache_key: str | None = None
+    previous_response_id: str | None = None
+
+
 class Call(msgspec.Struct, frozen=True):
     """What of a line is sent."""
 
@@ -86,11 +92,21 @@ PROMPTS = {
 _decode_line = msgspec.json.Decoder(_Line).decode
 _decode_metadata = msgspec.json.Decoder(_Metadata).decode
 _decode_call = msgspec.json.Decoder(Call).decode
+_decode_names = msgspec.json.Decoder(_Names).decode
 
 
 def call_of(line: bytes) -> Call:
     """The call of a line that was found right."""
     return _decode_call(line)
+
+
+def is_alone(call: Call) -> bool:
+    """It names no trace, nor what it shares or continues: nothing follows it."""
+    try:
+        names = _decode_names(call.body)
+    except msgspec.MsgspecError:
+        return False
+    return not (names.prompt_cache_key or names.previous_response_id or (names.metadata and names.metadata.trace_id))
 
 
 class Table:

@@ -8,7 +8,7 @@ import msgspec
 import xxhash
 from starlette.types import ASGIApp
 
-from jobs.lines import Call
+from jobs.lines import Call, is_alone
 from jobs.retries import Answer, NoAnswer
 from router.calls.errors import CallFailed
 from router.dialects.openai.errors import error_body
@@ -46,7 +46,7 @@ class InProcess:
         times = self._failed.get(call.custom_id, 0)
         # The same over restarts: what a killed router had of its answer is not computed again.
         key = f"{self._name}-{xxhash.xxh3_128_hexdigest(call.custom_id.encode())}-{times}"
-        scope = _scope(call.url, caller, key, urgent=urgent)
+        scope = _scope(call, caller, key, urgent=urgent)
         body: bytes | None = bytes(call.body)
 
         async def receive() -> dict[str, Any]:
@@ -80,14 +80,17 @@ class InProcess:
         return said
 
 
-def _scope(path: str, caller: Caller, key: str, *, urgent: bool) -> dict[str, Any]:
+def _scope(call: Call, caller: Caller, key: str, *, urgent: bool) -> dict[str, Any]:
     headers = [
         (b"content-type", b"application/json"),
         (b"idempotency-key", key.encode()),
         (b"x-step-class", b"standard" if urgent else b"background"),
         (b"x-priority", str(LEAST).encode()),
     ]
-    return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, CALLER: caller}
+    if is_alone(call):
+        # Else what it leaves would be kept, and brought back, rather than contexts of traces that go on.
+        headers.append((b"x-trace-final", b"true"))
+    return {"type": "http", "method": "POST", "path": call.url, "query_string": b"", "headers": headers, CALLER: caller}
 
 
 def _answer(told: list[Mapping[str, Any]]) -> Answer | NoAnswer:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.lines import Checked, Limits, LineError, Reader, call_of, model_not_found
+from jobs.lines import Checked, Limits, LineError, Reader, call_of, is_alone, model_not_found
 
 CHAT = "/v1/chat/completions"
 NONE = Limits()
@@ -105,6 +105,18 @@ def test_chunks_change_nothing(data: st.DataObject) -> None:
         call = call_of(text[offset : offset + length])
         assert (call.custom_id, call.url) == (custom_id, CHAT)
         assert msgspec.json.decode(call.body)["model"] == "m"
+
+
+def test_a_call_that_names_no_trace_is_alone() -> None:
+    def alone(body: bytes) -> bool:
+        return is_alone(call_of(b'{"custom_id": "1", "url": "/v1/responses", "body": %b}' % body))
+
+    assert alone(b'{"model": "m", "metadata": null}')
+    assert alone(b'{"metadata": {"trace_id": null, "kind": 3}, "prompt_cache_key": ""}')
+    assert not alone(b'{"metadata": {"trace_id": "t"}}')
+    assert not alone(b'{"prompt_cache_key": "k"}')
+    assert not alone(b'{"previous_response_id": "r"}')
+    assert not alone(b'{"previous_response_id": 3}')
 
 
 def test_lines_that_begin_alike_follow_each_other_and_steps_of_a_trace_are_a_chain() -> None:

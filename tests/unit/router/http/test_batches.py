@@ -51,8 +51,8 @@ def client(http: httpx.AsyncClient, tenant: str) -> openai.AsyncOpenAI:
     return openai.AsyncOpenAI(api_key=SECRETS[tenant], base_url="http://test/v1", http_client=http, max_retries=0)
 
 
-async def begin(of: openai.AsyncOpenAI, lines: int = 1) -> Any:
-    body = {"model": "org/fake", "prompt": "hi"}
+async def begin(of: openai.AsyncOpenAI, lines: int = 1, **more: Any) -> Any:
+    body = {"model": "org/fake", "prompt": "hi", **more}
     calls = [{"custom_id": str(at), "method": "POST", "url": "/v1/completions", "body": body} for at in range(lines)]
     file = await of.files.create(file=("a", b"\n".join(map(msgspec.json.encode, calls))), purpose="batch")
     return await of.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
@@ -72,6 +72,16 @@ def test_lines_are_calls_of_their_tenant_below_all_others(tmp_path: Path) -> Non
         assert (done.status, done.request_counts.completed) == ("completed", 1)
         (request,) = dispatcher.requests
         assert (request.tenant, request.step_class, request.priority) == ("acme", "background", -1_000_000)
+
+    served(tmp_path, use)
+
+
+def test_what_a_line_leaves_is_kept_only_for_what_may_follow(tmp_path: Path) -> None:
+    async def use(http: httpx.AsyncClient, keyring: Keyring, dispatcher: FakeDispatcher) -> None:
+        acme = client(http, "acme")
+        for more in ({}, {"metadata": {"trace_id": "t"}}, {"prompt_cache_key": "k"}):
+            await over(acme, await begin(acme, **more))
+        assert [request.final for request in dispatcher.requests] == [True, False, False]
 
     served(tmp_path, use)
 
