@@ -63,7 +63,13 @@ class Retention(msgspec.Struct, frozen=True):
 
 
 def decide(
-    gap: Gap, now: Situation, config: RetentionConfig, *, told_s: float | None = None, keep_s: float = 0.0
+    gap: Gap,
+    now: Situation,
+    config: RetentionConfig,
+    *,
+    returns: bool = True,
+    told_s: float | None = None,
+    keep_s: float = 0.0,
 ) -> Retention:
     """What to do with a context in a gap.
 
@@ -71,6 +77,8 @@ def decide(
         gap: how long it may last.
         now: what losing it costs.
         config: what may be done.
+        returns: something says that there is a next step at all. Gaps are learned from traces that had one; of those
+            that have none, contexts brought back would push out others' that are waited for.
         told_s: the client says that the gap ends by then; None: it says nothing.
         keep_s: the client means the context to be kept for so long; 0: it does not say.
     """
@@ -86,5 +94,5 @@ def decide(
     return Retention(
         pin_s=pin_s if config.pins else 0.0,
         priority=2.0**octaves,
-        recall_s=recall_s if config.recall and recall_s > now.reload_s else None,
+        recall_s=recall_s if returns and config.recall and recall_s > now.reload_s else None,
     )

@@ -65,7 +65,8 @@ class Between:
         self._alarms.clear(key)
         effects.append(StopPrefetch(key))
         situation = Situation(trace.context_tokens, trace.context_tokens * trace.reload_token_s)
-        plan = decide(gap, situation, self._config, told_s=told_s, keep_s=trace.keep_s)
+        returns = told_s is not None or _returns(trace)
+        plan = decide(gap, situation, self._config, returns=returns, told_s=told_s, keep_s=trace.keep_s)
         median_s, longest_s = gap.quantile(0.5), gap.quantile(0.99)
         retained = Retained(trace.calls, gap.seen, median_s, longest_s, situation, plan)
         trace = noted(replace(trace, retention=plan), retained, now_s, effects)
@@ -98,6 +99,11 @@ class Between:
         last = (trace.worker,) if trace.worker is not None else ()
         effects.extend(FreeContext(key, worker) for worker in dict.fromkeys((*workers, *last)))
         return replace(trace, retention=None, pin=None)
+
+
+def _returns(trace: Trace) -> bool:
+    """It has come back before, waits for tools, or is part of another."""
+    return trace.steps_count > 1 or bool(trace.calls) or trace.parent is not None
 
 
 def noted(trace: Trace, decision: Decision, now_s: float, effects: list[Effect]) -> Trace:

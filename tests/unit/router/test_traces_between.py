@@ -61,6 +61,20 @@ def test_a_late_answer_counts_from_the_steps_end() -> None:
     assert (back.key, back.left.tokens, back.home, back.told) == (key("a"), 8, HOME, False)
 
 
+def test_what_nothing_says_that_it_returns_is_not_called_back() -> None:
+    def recall_s(steps: int, called: tuple[str, ...] = ()) -> float | None:
+        m = Machine()
+        for at in range(120):
+            m.step("b", 100.0 * at, called=called)
+        for at in range(steps):
+            m.step("a", 10.0 * at, [*range(8 + at)], called=called)
+        return m.trace("a").retention.recall_s
+
+    assert recall_s(1) is None
+    assert recall_s(2) is not None
+    assert recall_s(1, ("bash",)) is not None
+
+
 def test_answers_that_name_no_tools_are_not_taken_for_none() -> None:
     m = Machine()
     one, two = m.begin("a", 0.0, "1"), m.begin("a", 0.0, "2")
