@@ -1,7 +1,7 @@
 """The rows in a database."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 from sqlalchemy import text
 from sqlalchemy.engine import URL
@@ -102,8 +102,8 @@ class SqlRecords:
         return {row.router: row.address or "" for row in found}
 
     async def rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
-        for at in range(0, len(names), TRACES_AT_ONCE):
-            async for rows in self._rows(names[at : at + TRACES_AT_ONCE]):
+        for asked in _asked(names):
+            async for rows in self._rows(asked):
                 yield rows
 
     async def erase(self, tenant: str) -> int:
@@ -132,9 +132,9 @@ class SqlRecords:
             await migrate(self._engine)
             self._migrated = True
 
-    async def _rows(self, names: Sequence[TraceName]) -> AsyncIterator[Sequence[TraceRow]]:
-        asked: dict[str, object] = {"b_scope": self._scope, "b_limit": READ_ROWS, **_any_of(names)}
-        query = sql.ROWS
+    async def _rows(self, some: Mapping[str, object]) -> AsyncIterator[Sequence[TraceRow]]:
+        asked: dict[str, object] = {"b_scope": self._scope, "b_limit": READ_ROWS, **some}
+        query = sql.rows(sqlite=self._sqlite, after=False)
         while True:
             with translated():
                 async with asyncio.timeout(self._timeout_s):
@@ -146,8 +146,8 @@ class SqlRecords:
             if len(found) < READ_ROWS:
                 return
             # Rows that go meanwhile, as a trace is written whole, move none of those that follow.
-            query = sql.ROWS_AFTER
-            asked |= dict(zip(("b_tenant", "b_trace", "b_number"), found[-1][:3], strict=True))
+            query = sql.rows(sqlite=self._sqlite, after=True)
+            asked |= dict(zip(("b_trace", "b_number"), found[-1][1:3], strict=True))
 
     async def _write(self, connection: AsyncConnection, batch: Batch) -> frozenset[TraceName]:
         scope = {"b_scope": self._scope}
@@ -180,9 +180,9 @@ class SqlRecords:
     async def _held(self, connection: AsyncConnection, names: Sequence[TraceName]) -> dict[TraceName, int]:
         """Those that this life has, with their fences; nobody takes them before the transaction has ended."""
         held: dict[TraceName, int] = {}
-        for at in range(0, len(names), TRACES_AT_ONCE):
-            some = _any_of(names[at : at + TRACES_AT_ONCE])
-            found = (await connection.execute(sql.HELD, {**self._me, **some})).all()
+        query = sql.held(sqlite=self._sqlite)
+        for some in _asked(names):
+            found = (await connection.execute(query, {**self._me, **some})).all()
             held |= {TraceName(plain(tenant), plain(trace)): fence for tenant, trace, fence in found}
         return held
 
@@ -201,8 +201,11 @@ def _named(name: TraceName) -> dict[str, object]:
     return {"b_tenant": escaped(name.tenant), "b_trace": escaped(name.trace)}
 
 
-def _any_of(names: Sequence[TraceName]) -> dict[str, object]:
-    """The parameters of statements about those."""
-    pairs = [(escaped(name.tenant), escaped(name.trace)) for name in names]
-    tenants, traces = ({pair[at] for pair in pairs} for at in range(2))
-    return {"b_names": pairs, "b_tenants": sorted(tenants), "b_traces": sorted(traces)}
+def _asked(names: Sequence[TraceName]) -> Iterator[dict[str, object]]:
+    """The parameters of statements about those: of one tenant each, so that any planner finds them by the index."""
+    traces: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        traces.setdefault(escaped(name.tenant), []).append(escaped(name.trace))
+    for tenant, all_of in traces.items():
+        for at in range(0, len(all_of), TRACES_AT_ONCE):
+            yield {"b_tenant": tenant, "b_traces": all_of[at : at + TRACES_AT_ONCE]}

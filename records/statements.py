@@ -1,19 +1,22 @@
 """What is said to a database of traces: statements, whose parameters begin with ``b_``."""
 
 from sqlalchemy import (
-    ColumnElement,
-    Table,
+    Executable,
+    String,
     TextClause,
     and_,
     bindparam,
     delete,
+    func,
     insert,
     or_,
     select,
     text,
+    true,
     tuple_,
     update,
 )
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from records.schema import router_lives as lives
 from records.schema import trace_changes as changes
@@ -21,22 +24,16 @@ from records.schema import trace_heads as heads
 
 _SCOPE, _ROUTER, _LIFE = bindparam("b_scope"), bindparam("b_router"), bindparam("b_life")
 _TENANT, _TRACE = bindparam("b_tenant"), bindparam("b_trace")
-_NAMES = bindparam("b_names", expanding=True)
-_TENANTS, _TRACES = bindparam("b_tenants", expanding=True), bindparam("b_traces", expanding=True)
-
-
-def _any_of(table: Table) -> ColumnElement[bool]:
-    """Those of the given names. Pair by pair alone PostgreSQL may walk all rows; by columns it walks the index."""
-    tenant, trace = table.c.tenant, table.c.trace
-    return and_(tuple_(tenant, trace).in_(_NAMES), tenant.in_(_TENANTS), trace.in_(_TRACES))
-
+_TRACES, _LIMIT = bindparam("b_traces", expanding=True), bindparam("b_limit")
+# One after the other: where its statistics are older than a scope PostgreSQL may rather walk all rows of that.
+_NAMES = func.unnest(bindparam("b_traces", type_=ARRAY(String))).table_valued("trace").render_derived()
 
 _ROWS_OF = and_(changes.c.scope == _SCOPE, changes.c.tenant == _TENANT, changes.c.trace == _TRACE)
 _HEAD_OF = and_(heads.c.scope == _SCOPE, heads.c.tenant == _TENANT, heads.c.trace == _TRACE)
 _MINE = and_(heads.c.scope == _SCOPE, heads.c.router == _ROUTER, heads.c.life == _LIFE)
 _CLAIMED = (heads.c.tenant, heads.c.trace, heads.c.fence)
 
-_ORDER = (changes.c.tenant, changes.c.trace, changes.c.number)
+_ORDER = (changes.c.trace, changes.c.number)
 
 _NOW_SQLITE = text("SELECT (julianday('now') - 2440587.5) * 86400.0")
 _NOW = text("SELECT extract(epoch FROM clock_timestamp())::float8")
@@ -52,13 +49,22 @@ def now(*, sqlite: bool) -> TextClause:
 INSERT = insert(changes)
 ERASE = delete(changes).where(_ROWS_OF)
 SUPERSEDE = delete(changes).where(_ROWS_OF, changes.c.number < bindparam("b_number"))
-ROWS = (
-    select(changes.c.tenant, changes.c.trace, changes.c.number, changes.c.version, changes.c.body)
-    .where(changes.c.scope == _SCOPE, _any_of(changes))
-    .order_by(*_ORDER)
-    .limit(bindparam("b_limit"))
-)
-ROWS_AFTER = ROWS.where(tuple_(*_ORDER) > tuple_(_TENANT, _TRACE, bindparam("b_number")))
+_IN_ORDER = (changes.c.tenant, *_ORDER, changes.c.version, changes.c.body)
+
+
+def rows(*, sqlite: bool, after: bool) -> Executable:
+    """Of the given traces of a tenant, the first of them; ``after``: that row of that trace."""
+    where = and_(changes.c.scope == _SCOPE, changes.c.tenant == _TENANT)
+    if after:
+        where = and_(where, tuple_(*_ORDER) > tuple_(_TRACE, bindparam("b_number")))
+    if sqlite:
+        return select(*_IN_ORDER).where(where, changes.c.trace.in_(_TRACES)).order_by(*_ORDER).limit(_LIMIT)
+    each = select(*_IN_ORDER).where(where, changes.c.trace == _NAMES.c.trace).order_by(changes.c.number).limit(_LIMIT)
+    some = each.lateral()
+    found = select(some).select_from(_NAMES.join(some, true()))
+    return found.order_by(some.c.trace, some.c.number).limit(_LIMIT)
+
+
 ERASE_ROWS = delete(changes).where(changes.c.scope == _SCOPE, changes.c.tenant == _TENANT)
 
 # --- who writes -------------------------------------------------------------------------------------------------
@@ -68,7 +74,17 @@ NEW = text(
     "VALUES (:b_scope, :b_tenant, :b_trace, :b_router, :b_life, 1, :b_tip, '', '') "
     "ON CONFLICT (scope, tenant, trace) DO NOTHING"
 ).bindparams(bindparam("b_tip", value=b"", type_=heads.c.tip.type))
-HELD = select(*_CLAIMED).where(_MINE, _any_of(heads)).with_for_update()
+
+
+def held(*, sqlite: bool) -> Executable:
+    """Those of the given traces of a tenant that are this life's, locked."""
+    mine = select(*_CLAIMED).where(_MINE, heads.c.tenant == _TENANT)
+    if sqlite:
+        return mine.where(heads.c.trace.in_(_TRACES))
+    each = mine.where(heads.c.trace == _NAMES.c.trace).limit(1).with_for_update().lateral()
+    return select(each).select_from(_NAMES.join(each, true()))
+
+
 MARK = (
     update(heads)
     .where(_HEAD_OF)
