@@ -201,7 +201,6 @@ def counts(world: World) -> dict[str, int]:
             parts += list(life.router.stats.items())[2:]
         if life.dispatch is not None:
             parts += [("router", life.dispatch.stats), ("retention", life.dispatch.retainer.stats)]
-            parts.append(("adapting", life.dispatch.adapting.stats))
         for name, stats in parts:
             for key, value in msgspec.structs.asdict(stats).items():
                 add(f"{name}.{key}", value)

@@ -3,7 +3,6 @@
 import random
 
 from kvstore.config import StoreConfig
-from router.adapt.loop import AdaptConfig
 from router.dispatch.config import DispatchConfig
 from router.fleet.flips import FlipConfig
 from router.policy.admission import AdmissionConfig
@@ -54,12 +53,6 @@ def make_flips(seed: int) -> FlipConfig:
     return FlipConfig(drain_s=rng.choice([0.0, 0.05, 1.0]), cooldown_s=rng.choice([0.0, 2.0]))
 
 
-def make_adapting(seed: int) -> AdaptConfig:
-    """Every third cluster changes itself, for next to nothing."""
-    adapts = random.Random(f"adapting {seed}").random() < 0.3  # noqa: S311 - reproducible is the point
-    return AdaptConfig(enabled=adapts, every_s=0.5, gain_min=0.001, pause_s=0.1)
-
-
 def make_turns(seed: int) -> bool:
     """In every other cluster steps wait in the router."""
     return random.Random(f"turns {seed}").random() < 0.5  # noqa: S311 - reproducible is the point
@@ -99,7 +92,6 @@ def make_shape(seed: int) -> Shape:
             retention=RetentionConfig(pin_max_s=PINS_END_S),
             admission=make_gate(seed),
             flips=make_flips(seed),
-            adapt=make_adapting(seed),
             turns=make_turns(seed),
         ),
         below=below,
