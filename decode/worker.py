@@ -42,7 +42,8 @@ from worker.context import Context
 from worker.flights import Flight, Flights
 from worker.guides import guide_of
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written, usable_context
+from worker.iteration import usable_context
+from worker.job import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written
 from worker.meter import Account
 from worker.orphans import Said, uncharged
 from worker.taking_over import Taken, TakingOver

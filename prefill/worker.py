@@ -15,7 +15,7 @@ from worker.context import Context
 from worker.flights import Flight
 from worker.guides import guide_of
 from worker.host import WorkerHost
-from worker.iteration import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written
+from worker.job import Computed, Failed, Job, Published, Sampled, Scored, Suspended, Written
 from worker.meter import Account
 
 

@@ -17,7 +17,8 @@ from worker.config import WorkerConfig
 from worker.context import Context
 from worker.families import Families
 from worker.flights import Flights
-from worker.iteration import IterationLoop, Job, usable_context
+from worker.iteration import IterationLoop, usable_context
+from worker.job import Job
 from worker.meter import Account, Meter
 from worker.pressure import Arrival, Line
 from worker.residency import Residency, Resident

@@ -2,18 +2,15 @@
 
 import asyncio
 import contextlib
-from array import array
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tracehaul.engine.base import Engine, EngineInfo, Guide, Result, Scoring, SequenceId, Work
-from tracehaul.engine.history import History
+from tracehaul.engine.base import CutShort, Engine, EngineInfo, Result, SequenceId, Work
 from tracehaul.runtime import clock, deadline
 from tracehaul.runtime.log import Log
 from tracehaul.wire.errors import ClusterError, InvalidRequest
-from tracehaul.wire.steps import FinishReason, Sampling, TokenLogprobs
-from worker.meter import Account, Meter
+from worker.job import Computed, Failed, Job, Sampled, Scored, Suspended
+from worker.meter import Meter
 from worker.pressure import LEAVING_MAX_S, Arrival, Pressure
 from worker.rates import STRETCH, RateMeter, compute_s, token_s
 from worker.scheduler import Grant, Scheduler
@@ -39,105 +36,6 @@ class Measured(NamedTuple):
     tokens: int
     """Computed."""
     seconds: float
-
-
-@dataclass(frozen=True)
-class Computed:
-    """KV of the first ``length`` tokens is in place."""
-
-    length: int
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A new token, the last one of the step where ``reason`` says why."""
-
-    token: int
-    reason: FinishReason | None
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(frozen=True)
-class Scored:
-    """How likely the next known tokens were that the job scores."""
-
-    logprobs: tuple[TokenLogprobs, ...]
-
-
-@dataclass(frozen=True)
-class Published:
-    """The first ``tokens`` can be pulled from the store."""
-
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """Nothing more will be published."""
-
-
-@dataclass(frozen=True)
-class Suspended:
-    """The job left the loop because others need its memory: it may come back when there is some."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The job left the loop without finishing."""
-
-    error: ClusterError
-
-
-Event = Computed | Sampled | Scored | Published | Written | Suspended | Failed
-
-
-@dataclass
-class Job:
-    """A sequence being extended. ``tokens`` grows with each sampled one; KV is held for the first ``computed``."""
-
-    arrival: Arrival
-    """Its step's place, which no other job in the loop has."""
-    came_s: float
-    """When it counts as having come."""
-    sequence: SequenceId
-    tokens: "array[int]"
-    sampling: Sampling
-    emitted: int
-    """Output tokens at the end of ``tokens`` when the job starts, and since."""
-    samples_max: int
-    """Leave after this many sampled tokens even if the step is not finished; 0 means compute only."""
-    computed: int
-    deadline_s: float | None = None
-    """When it leaves the loop, whatever it has; None: never."""
-    scores_top: int | None = None
-    """Score the known tokens before ``scores_end``, each with so many of the likeliest; None: none."""
-    scores_end: int = 0
-    guide: Guide | None = None
-    """Of the sampling's constraint, where there is one."""
-    account: Account | None = None
-    """Who is charged for it; None: nobody."""
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue[Event])
-    """Bounded by what a step can produce: one event for each token and chunk."""
-    samples: int = 0
-    copying: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by who copies the sequence out: it must not grow, which may move it, meanwhile."""
-
-    def __post_init__(self) -> None:
-        self.history = History.of(self.sampling, self.tokens, self.emitted)
-
-    def scoring(self, end: int) -> Scoring | None:
-        """What to score where the tokens up to ``end`` are computed next."""
-        targets = self.tokens[self.computed + 1 : min(end + 1, self.scores_end)]
-        return Scoring(targets, self.scores_top) if self.scores_top is not None and targets else None
-
-    def accept(self, token: int, context_max: int) -> FinishReason | None:
-        """Append a sampled token; says whether the step ends with it."""
-        self.tokens.append(token)
-        if self.history is not None:
-            self.history.add(token)
-        self.emitted += 1
-        self.samples += 1
-        return self.sampling.finish_reason(token, self.emitted, len(self.tokens), context_max)
 
 
 def usable_context(info: EngineInfo) -> int:
@@ -166,10 +64,14 @@ class IterationLoop:
         self._wake = asyncio.Event()
         self._planned: frozenset[int] = frozenset()
         """Jobs that the iteration under way may touch, also those that left."""
+        self._gives_way = False
+        """The iteration under way is the background's alone."""
         self._iteration_ended = asyncio.Event()
         self._iteration_ended.set()
         self._leave_before = 0
         self.iterations = 0
+        self.cuts = 0
+        """Iterations of the background that ended before their time."""
         self.computed_tokens = 0
 
     def __len__(self) -> int:
@@ -222,6 +124,8 @@ class IterationLoop:
             self._deadlines[key] = asyncio.get_running_loop().call_at(at_s, self._fail, key, late)
             if at_s <= clock.now_s():
                 self._fail(key, late)
+        if self._gives_way and not background:
+            self._engine.cut()
         self._wake.set()
         return key
 
@@ -304,8 +208,12 @@ class IterationLoop:
         if not work:
             return []
         started_s = clock.now_s()
+        self._gives_way = all(job.arrival.background for _, job in grants)
         try:
             results = await self._engine.run(work)
+        except CutShort:
+            self.cuts += 1
+            return []
         except ClusterError as error:
             for grant, _ in grants:
                 self._fail(grant.key, error)
@@ -316,6 +224,7 @@ class IterationLoop:
                 self._fail(grant.key, ClusterError("the engine failed in an iteration"))
             return []
         finally:
+            self._gives_way = False
             now_s = clock.now_s()
             shared = [(job.account, job.computed, grant.tokens) for grant, job in grants]
             self._metered.iterated(shared, now_s - started_s, rates, now_s)

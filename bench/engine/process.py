@@ -19,7 +19,8 @@ from tracehaul.engine.torch_engine import TorchEngine, TorchEngineConfig
 from tracehaul.runtime import clock
 from tracehaul.wire.steps import Constraint, Sampling
 from worker.config import WorkerConfig
-from worker.iteration import Failed, IterationLoop, Job, Sampled
+from worker.iteration import IterationLoop
+from worker.job import Failed, Job, Sampled
 from worker.pressure import Arrival
 from worker.scheduler import Scheduler
 

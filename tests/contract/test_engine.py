@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tracehaul.engine import paged_attention, torch_engine
-from tracehaul.engine.base import Engine, Result, Scoring, SequenceId, Work
+from tracehaul.engine.base import CutShort, Engine, Result, Scoring, SequenceId, Work
 from tracehaul.engine.fake import FakeEngine
 from tracehaul.engine.history import History
 from tracehaul.engine.paged import PagedModel
@@ -144,6 +144,31 @@ async def generate(
         output.append(result.token)
         tokens = [result.token]
     return output
+
+
+def test_an_iteration_that_is_cut_short_has_changed_nothing(make_engine: MakeEngine) -> None:
+    async def test(engine: Engine) -> None:
+        engine.cut()  # there is none
+        whole = await generate(engine, opened(engine, 64), PROMPT, 6)
+        sequence, output, cuts = opened(engine, 64), list[int](), 0
+        while len(output) < 6:
+            tokens = output[-1:] or PROMPT
+            running = asyncio.ensure_future(engine.run([Work(sequence, tokens, GREEDY, len(output))]))
+            before = engine.length(sequence)
+            if cuts < 20:
+                await asyncio.sleep(0)
+                engine.cut()
+            try:
+                (result,) = await running
+            except CutShort:
+                cuts += 1
+                assert engine.length(sequence) == before
+                continue
+            assert result.token is not None
+            output.append(result.token)
+        assert output == whole
+
+    with_engine(make_engine, test)
 
 
 async def packed(engine: Engine, sequence: SequenceId, start: int, tokens: int) -> list[bytearray]:

@@ -19,6 +19,10 @@ from tracehaul.wire.steps import Constraint, Sampling, TokenLogprobs
 SequenceId = NewType("SequenceId", int)
 
 
+class CutShort(Exception):
+    """An iteration ended before its time, because of :meth:`Engine.cut`: it has changed nothing."""
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an engine is, fixed for its life."""
 
@@ -154,7 +158,14 @@ class Engine(Protocol):
 
         KV of every item's tokens is in place on return. A sequence appears at most once. The capacity must suffice.
         Not cancellable: a cancelled wait lets the iteration end by itself, and the next call waits for it.
+
+        Raises:
+            CutShort: it was; the same work may be asked for again.
         """
+        ...
+
+    def cut(self) -> None:
+        """The iteration under way, if any, had better not go on. A hint: it may end as if nothing had been said."""
         ...
 
     def attach(self, memory: memoryview) -> None:

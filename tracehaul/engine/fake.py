@@ -18,7 +18,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from tracehaul.engine.base import EngineInfo, Guide, Result, SequenceId, Work
+from tracehaul.engine.base import CutShort, EngineInfo, Guide, Result, SequenceId, Work
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.engine.history import History
 from tracehaul.engine.sampling import Row, add_scores, choose, follow
@@ -91,7 +91,8 @@ class FakeEngine:
         self._sequences: dict[SequenceId, _Sequence] = {}
         self._next_id = 1
         self._used = 0
-        self._iteration: asyncio.Task[list[Result]] | None = None
+        self._iteration: asyncio.Task[list[Result] | None] | None = None
+        self._cut: asyncio.Future[None] | None = None
         self._awaited = False
         """Somebody still waits for ``_iteration``: a second run now is a bug."""
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -167,10 +168,18 @@ class FakeEngine:
                 await asyncio.wait([self._iteration])
             assert not self._closed, "the engine is closed"
             self._check_work(work)
-            self._iteration = self._spawn(self._iterate(work, self._mark(work)))
-            return await asyncio.shield(self._iteration)
+            self._cut = asyncio.get_running_loop().create_future()
+            self._iteration = self._spawn(self._iterate(work, self._mark(work), self._cut))
+            results = await asyncio.shield(self._iteration)
+            if results is None:
+                raise CutShort
+            return results
         finally:
             self._awaited = False
+
+    def cut(self) -> None:
+        if self._cut is not None and not self._cut.done():
+            self._cut.set_result(None)
 
     def attach(self, memory: memoryview) -> None:
         pass
@@ -253,12 +262,18 @@ class FakeEngine:
             state.writing = (state.length, state.length + len(item.tokens))
         return states
 
-    async def _iterate(self, work: Sequence[Work], states: Sequence[_Sequence]) -> list[Result]:
+    async def _iterate(
+        self, work: Sequence[Work], states: Sequence[_Sequence], cut: asyncio.Future[None]
+    ) -> list[Result] | None:
+        """None: it was cut."""
         try:
             prefill = sum(len(item.tokens) for item in work if len(item.tokens) > 1)
             others = max(0, sum(len(item.tokens) == 1 for item in work) - 1)
             cost = self._cost
-            await asyncio.sleep(cost.iteration_s + prefill * cost.prefill_token_s + others * cost.sequence_s)
+            takes_s = cost.iteration_s + prefill * cost.prefill_token_s + others * cost.sequence_s
+            await asyncio.wait([cut], timeout=takes_s) if takes_s > 0 else await asyncio.sleep(0)
+            if cut.done():
+                return None
             return [self._compute(item, state) for item, state in zip(work, states, strict=True)]
         finally:
             for state in states:

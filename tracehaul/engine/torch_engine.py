@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 import torch
 
-from tracehaul.engine.base import EngineInfo, Guide, Mask, Result, SequenceId, Work
+from tracehaul.engine.base import CutShort, EngineInfo, Guide, Mask, Result, SequenceId, Work
 from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.grammar import Grammars, Masker, vocabulary
 from tracehaul.engine.hardware import hardware
@@ -234,7 +234,11 @@ class TorchEngine:
         ends = [segments[at].past + segments[at].tokens for at in sampled]
         masks = self._masker.start([work[at].guide for at in sampled])
         with torch.inference_mode():
-            logits = _forward(self._model, self._pool, tokens, segments, tables, rows + scored_rows)
+            try:
+                logits = _forward(self._model, self._pool, tokens, segments, tables, rows + scored_rows)
+            except CutShort:
+                masks()  # nobody may be at the guides when they are asked for again
+                raise
             result = [Result()] * len(work)
             chosen = self._choose(logits[: len(rows)], [work[at] for at in sampled], ends, masks())
             for at, one in zip(sampled, follow(chosen, [work[at].guide for at in sampled]), strict=True):
@@ -260,6 +264,10 @@ class TorchEngine:
         return choose(logits.cpu().numpy(), rows)
 
     # --- blocks -------------------------------------------------------------------------------------------
+
+    def cut(self) -> None:
+        if isinstance(self._model, HostModel):  # an accelerator's iterations are short
+            self._model.cut()
 
     def attach(self, memory: memoryview) -> None:
         self._pool.attach(memory)

@@ -20,11 +20,13 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from tracehaul.engine.base import CutShort
 from tracehaul.engine.cpu.host_model import HostModel, is_supported
 from tracehaul.engine.cpu.team import Team
 from tracehaul.engine.model import Model, Segment
 from tracehaul.engine.weights import Weights, load_weights
 from tracehaul.model.source import resolve
+from tracehaul.runtime import clock
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {
@@ -169,6 +171,24 @@ def test_sharing_an_iteration_changes_no_bit(weights: Weights) -> None:
         with torch.inference_mode():
             got = model.forward(batch, segments, shared, [0, 1, 81, 82])
     assert torch.equal(got, expected[[1, 40, 599, 1099]])
+
+
+def test_a_pass_that_is_cut_short_changes_no_bit(weights: Weights) -> None:
+    tokens, pool, cuts = some_tokens(TOKENS), empty_pool(weights, TOKENS), 0
+    with closing(HostModel(weights, 2)) as model:
+        began_s = clock.perf_s()
+        expected = in_chunks(model, tokens, [], pool, 0)
+        took_s = clock.perf_s() - began_s
+        for at in range(20):
+            timer = threading.Timer(at / 20 * took_s, model.cut)
+            timer.start()
+            try:
+                assert torch.equal(in_chunks(model, tokens, [], pool, 0), expected)
+            except CutShort:
+                cuts += 1
+            timer.join()
+            assert torch.equal(in_chunks(model, tokens, [], pool, 0), expected)
+    assert cuts
 
 
 def test_the_number_of_threads_changes_no_bit(weights: Weights) -> None:

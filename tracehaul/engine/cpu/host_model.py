@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tracehaul.engine.base import CutShort
 from tracehaul.engine.cpu import kernels, phases
 from tracehaul.engine.cpu.attending import plan_attention
 from tracehaul.engine.cpu.compiling import TILING
@@ -74,6 +75,7 @@ class HostModel:
         self._tasks = np.empty((0, 5), np.int64)
         log.info("kernels", products=TILING.words, threads=threads)
         self._arguments: tuple[object, ...] = ()
+        self._cut = np.zeros(1, np.int64)
 
     def forward(
         self, tokens: Sequence[int], segments: Sequence[Segment], pool: torch.Tensor, sampled_rows: Sequence[int]
@@ -85,6 +87,7 @@ class HostModel:
 
         Raises:
             IndexError: a token is outside the vocabulary.
+            CutShort: see :meth:`cut`.
         """
         self._team.settle()
         count, shape = len(tokens), self._shape
@@ -96,6 +99,7 @@ class HostModel:
         positions = np.concatenate([np.arange(s.past, s.past + s.tokens) for s in segments])
         slots = positions + np.repeat(table[:, 2], table[:, 1])
         spans = self._plan(table)
+        cut = self._cut = np.zeros(1, np.int64)
         sync = np.zeros(_sync_bytes(shape, len(segments)) // 8, np.int64)
         logits = self._logits_of(len(sampled_rows))
         buffers = Buffers(
@@ -103,6 +107,7 @@ class HostModel:
             pool_tokens=pool.shape[3],
             partials=self._partials.ctypes.data,
             logits=logits.data_ptr(),
+            cut=cut.ctypes.data,
             sync=sync.ctypes.data,
             **self._rows.addresses(),
         )
@@ -119,9 +124,15 @@ class HostModel:
             np.array(sampled_rows, np.int64),
         )
         # Late helpers still look at them after this returns.
-        self._arguments = (*arguments, sync)
-        self._team.run(lambda scratch: kernels.forward(*arguments, scratch, self._like, self._kind))
+        self._arguments = (*arguments, sync, cut)
+        if not self._team.run(lambda scratch: kernels.forward(*arguments, scratch, self._like, self._kind)):
+            self._arguments = (*self._arguments, logits)
+            raise CutShort
         return logits
+
+    def cut(self) -> None:
+        """The forward pass under way, if any, ends at its next layer. From any thread."""
+        self._cut[0] = 1
 
     def close(self) -> None:
         """End the helper threads."""

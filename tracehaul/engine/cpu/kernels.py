@@ -43,6 +43,7 @@ from tracehaul.engine.cpu.vectors import (
     load_one,
     mul,
     operand,
+    peek,
     settle,
     size_of,
     splat,
@@ -306,11 +307,14 @@ def forward(
     scratch: int,
     like: Any,
     kind: Any,
-) -> None:
-    """Append every segment's tokens to its KV, and leave logits of the ``sampled`` rows. Called by every thread."""
+) -> bool:
+    """Append every segment's tokens to its KV, and leave logits of the ``sampled`` rows. Called by every thread: False
+    where it was cut short."""
     count, everything = len(tokens), sampled[:0]
     embed_phase(shape, b, tokens, 0, kind)
     for index in range(shape.layers):
+        if peek(b.cut) != 0:
+            return False  # threads need not agree: each phase's work is whoever's that is there
         layer, phase = layers[index], 1 + LAYER_PHASES * index
         normalize_phase(shape, b, everything, count, layer[_ATTENTION_NORM], phase, like)
         qkv_phase(shape, b, layer, index, positions, slots, scratch, phase + 1, like, kind)
@@ -333,3 +337,4 @@ def forward(
         phase = 1 + LAYER_PHASES * shape.layers
         normalize_phase(shape, b, sampled, len(sampled), shape.norm, phase, like)
         head_phase(shape, b, len(sampled), scratch, phase + 1, like, kind)
+    return True

@@ -82,6 +82,8 @@ class Buffers(NamedTuple):
     partials: int
     """Results of spans: see :func:`partial_floats`."""
     logits: int
+    cut: int
+    """An integer: no layer is begun where it is not 0."""
     sync: int
     """Zeroed counters: ``PHASE_BYTES`` for each phase, then 8 bytes for each segment's KV head."""
 
