@@ -2,7 +2,7 @@
 
 Agents take steps with pauses, streamed. They run alone and beside a batch that has more lines than can be done, in
 turns. ``slack.ttft``: the 90th percentile of their times to first token beside the batch, in ms; its ratio is to that
-alone. ``slack.used``: output tokens of the batch a second, as a share of what it gets alone in the time in which no
+alone; ``slack.mean`` is their mean. ``slack.used``: output tokens of the batch a second, as a share of what it gets alone in the time in which no
 agent's step is in progress.
 """
 
@@ -141,12 +141,15 @@ def slack_results(console: Console, *, quick: bool) -> list[Result]:
             found["beside"].append(_rate(seconds, batch, agents))
             batch.cancel()
             asyncio.run(asyncio.sleep(SETTLE_S))
+    mean = {kind: _mean([s for each in found[kind] for s in each.ttft_s]) for kind in ("alone", "beside")}
     p90 = {kind: percentile([s for each in found[kind] for s in each.ttft_s], 0.9) for kind in ("alone", "beside")}
     idle = 1 - _mean([each.busy for each in found["alone"]])
     whole, used = (_mean([each.batch_per_s for each in found[kind]]) for kind in ("batch", "beside"))
     return [
         Result("slack.ttft.alone", 1e3 * p90["alone"], "ms"),
         Result("slack.ttft", 1e3 * p90["beside"], "ms", "slack.ttft.alone", p90["beside"] / p90["alone"]),
+        Result("slack.mean.alone", 1e3 * mean["alone"], "ms"),
+        Result("slack.mean", 1e3 * mean["beside"], "ms", "slack.mean.alone", mean["beside"] / mean["alone"]),
         Result("slack.idle", idle, "1"),
         Result("slack.batch", whole, "tokens/s"),
         Result("slack.used", used / (whole * idle), "1"),

@@ -141,7 +141,8 @@ class S3Objects:
         try:
             return bytes(memoryview(await _ask(call, self._put_timeout_s)))
         except ObjectsRefused as error:
-            if "416" in str(error):
+            status = _STATUS.search(str(error))
+            if status is not None and status[1] == "416":
                 return b""
             raise
 

@@ -16,7 +16,7 @@ from obstore.store import S3Store
 from kvstore.tiers import object_tier, s3
 from kvstore.tiers.base import TierBlock
 from kvstore.tiers.object_tier import ObjectTier
-from kvstore.tiers.objects import parse_url
+from kvstore.tiers.objects import ObjectsRefused, parse_url
 from kvstore.tiers.s3 import NoBucket, open_s3
 from tracehaul.runtime import clock
 from tracehaul.wire.hashing import checksum
@@ -370,5 +370,25 @@ def test_a_listing_of_many_pages_is_read_to_its_end(s3_url: Callable[[], str], m
             assert tier.stats.useless == 500
             assert tier.stats.listings >= 3
         assert len([each async for page in objects.pages() for each in page]) == 2000
+
+    play(case())
+
+
+def test_what_ends_before_that_is_nothing_and_what_is_refused_is_not_that(
+    s3_port: int, s3_url: Callable[[], str]
+) -> None:
+    url = s3_url()
+
+    async def case() -> None:
+        proxy = Proxy(s3_port)
+        async with proxy.listen() as port:
+            endpoint(port)
+            objects = s3.S3Objects(*parse_url(url))
+            name = "416/416.416"
+            await objects.put(name, memoryview(b"data"))
+            assert [await objects.read(name, *cut) for cut in ((1, 9), (4, 1), (9, 1))] == [b"ata", b"", b""]
+            proxy.fault = "403"
+            with pytest.raises(ObjectsRefused):
+                await objects.read(name, 0, 4)
 
     play(case())

@@ -13,6 +13,7 @@ FUNCTION_LINES_MAX = 70
 
 LONG_FILES = {
     "kvstore/tiers/slots.py": "one table: what a slot is in is decided in one place",
+    "tracehaul/engine/fake.py": "an engine, and the oracle of what it says",
     "tracehaul/engine/torch_engine.py": "its seams are not cut yet",
     "tracehaul/transfer/exchange.py": "one protocol, both of its ends",
     "tracehaul/transfer/ucxx.py": "one protocol, both of its ends",
