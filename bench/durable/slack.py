@@ -1,9 +1,9 @@
 """What background work costs whoever waits: agents alone, and beside a batch, on one worker with a real engine.
 
 Agents take steps with pauses, streamed. They run alone and beside a batch that has more lines than can be done, in
-turns. ``slack.ttft``: the 90th percentile of their times to first token beside the batch, in ms; its ratio is to that
-alone; ``slack.mean`` is their mean. ``slack.used``: output tokens of the batch a second, as a share of what it gets alone in the time in which no
-agent's step is in progress.
+turns. ``slack.ttft``: the 90th percentile of their times to first token beside the batch, in ms, and ``slack.mean``
+their mean; the ratios are to those alone. ``slack.used``: output tokens of the batch a second, as a share of what it
+gets alone in the time in which no agent's step is in progress.
 """
 
 import asyncio
