@@ -6,7 +6,7 @@ from router.dispatch.predicted import Predicted
 from router.dispatch.relief import Relief
 from router.dispatch.run import Run
 from router.fleet.load import Key, WorkerTable
-from router.policy.cost import Outputs
+from router.policy.cost import OutputLengths
 from router.policy.knobs import DEFAULT, Knobs
 from router.policy.placement import Placement
 
@@ -28,7 +28,7 @@ class Pooled:
         self.front = Books()
         """Without the background."""
         self.knobs: Knobs = DEFAULT
-        self.outputs = Outputs()
+        self.outputs = OutputLengths()
         self.relief = Relief((self.front.prefills, self.front.decodes), predicted, price)
 
     def seen_by(self, run: Run) -> Books:

@@ -27,7 +27,7 @@ PULL_ENDS_MAX = 4
 """Points considered at which pulling may end."""
 
 
-class Outputs:
+class OutputLengths:
     """What steps generate."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ import msgspec
 from router.dispatch.inflight import InFlight
 from router.fleet.index import Index
 from router.fleet.load import Key, Warm, WorkerTable
-from router.policy.cost import Outputs
+from router.policy.cost import OutputLengths
 from router.policy.placement import Placement
 from sim.fleet.clock import Clock
 from sim.fleet.life import Trace
@@ -93,7 +93,7 @@ class Fleet:
         self.computed: Callable[[Trace], None] = lambda trace: None
         """Told when its first token is there."""
         self.watch: Watch | None = None
-        self.outputs = Outputs()
+        self.outputs = OutputLengths()
         self.shares: dict[int, float] = {}
         """What each call (by its id in memory) is of a trace's work."""
         self._infos: dict[str, list[NodeInfo]] = {"decode": [], "prefill": []}

@@ -3,7 +3,7 @@
 import pytest
 
 from router.fleet.load import WorkerTable
-from router.policy.cost import Outputs, StoredRun
+from router.policy.cost import OutputLengths, StoredRun
 from tests.unit.router.test_placement import MUCH, RATES, G, busy, choose, decode, fleet, warm
 from tracehaul.wire.cluster import NodeInfo, NodeLoad, WorkerLimits
 from tracehaul.wire.ids import NodeId
@@ -85,7 +85,7 @@ def test_waiting_for_memory_takes_what_those_take_that_must_end_before() -> None
 
 
 def test_what_steps_generate_is_learned_from_those_of_late() -> None:
-    outputs = Outputs()
+    outputs = OutputLengths()
     assert outputs.tokens == 64
     for _ in range(500):
         outputs.ended(400)
