@@ -104,8 +104,8 @@ def is_alone(call: Call) -> bool:
     """It names no trace, nor what it shares or continues: nothing follows it."""
     try:
         names = _decode_names(call.body)
-    except msgspec.MsgspecError:
-        return False
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return False  # its endpoint says what is wrong with it
     return not (names.prompt_cache_key or names.previous_response_id or (names.metadata and names.metadata.trace_id))
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.lines import Checked, Limits, LineError, Reader, call_of, is_alone, model_not_found
+from jobs.lines import Call, Checked, Limits, LineError, Reader, call_of, is_alone, model_not_found
 
 CHAT = "/v1/chat/completions"
 NONE = Limits()
@@ -117,6 +117,8 @@ def test_a_call_that_names_no_trace_is_alone() -> None:
     assert not alone(b'{"prompt_cache_key": "k"}')
     assert not alone(b'{"previous_response_id": "r"}')
     assert not alone(b'{"previous_response_id": 3}')
+    assert not is_alone(Call("1", CHAT, msgspec.Raw(b'{"x": ' + b"[" * 100_000)))
+    assert not is_alone(Call("1", CHAT, msgspec.Raw(b'{"prompt_cache_key": "\xff"}')))
 
 
 def test_lines_that_begin_alike_follow_each_other_and_steps_of_a_trace_are_a_chain() -> None:
