@@ -209,11 +209,11 @@ class IterationLoop:
             return []
         started_s = clock.now_s()
         self._gives_way = all(job.arrival.background for _, job in grants)
+        results: list[Result] | None = None
         try:
             results = await self._engine.run(work)
         except CutShort:
             self.cuts += 1
-            return []
         except ClusterError as error:
             for grant, _ in grants:
                 self._fail(grant.key, error)
@@ -228,6 +228,10 @@ class IterationLoop:
             now_s = clock.now_s()
             shared = [(job.account, job.computed, grant.tokens) for grant, job in grants]
             self._metered.iterated(shared, now_s - started_s, rates, now_s)
+        if results is None:
+            for grant, job in grants:
+                self._ended_by_budget(grant, job)
+            return []
         self.meter.iterated([(job.computed, grant.tokens) for grant, job in grants], now_s - started_s)
         return [(grant, job, result) for (grant, job), result in zip(grants, results, strict=True)]
 
@@ -300,7 +304,11 @@ class IterationLoop:
             self._goes_on(grant, job, sampled=True)
 
     def _goes_on(self, grant: Grant, job: Job, *, sampled: bool) -> None:
-        if job.account is not None and job.account.exhausted:
-            self._fail(grant.key, job.account.over())
-        else:
+        if not self._ended_by_budget(grant, job):
             self._scheduler.computed(grant, sampled=sampled)
+
+    def _ended_by_budget(self, grant: Grant, job: Job) -> bool:
+        if job.account is None or not job.account.exhausted:
+            return False
+        self._fail(grant.key, job.account.over())
+        return True

@@ -121,7 +121,7 @@ def _tokens(batch: Batch) -> int:
 
 def slack_results(console: Console, *, quick: bool) -> list[Result]:
     """Both figures."""
-    seconds, rounds = (20.0, 1) if quick else (40.0, 3)
+    seconds, rounds = (20.0, 1) if quick else (60.0, 4)
     counts = NodeCounts(store=1, prefill=0, decode=1)
     config = ClusterConfig(port=free_port(), nodes=counts, threads=2, store_bytes=STORE_BYTES)
     found: dict[str, list[Round]] = {"alone": [], "beside": [], "batch": []}

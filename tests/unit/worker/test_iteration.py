@@ -12,10 +12,12 @@ from tracehaul.engine.base import SequenceId
 from tracehaul.engine.fake import EngineCost, FakeEngine, fake_info
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import ASSUMED
-from tracehaul.wire.errors import DeadlineExceeded
+from tracehaul.wire.errors import BudgetExceeded, DeadlineExceeded
+from tracehaul.wire.ids import StepId, TraceId
 from tracehaul.wire.steps import Sampling
 from worker.iteration import IterationLoop
 from worker.job import Computed, Failed, Job, Sampled
+from worker.meter import Account
 from worker.pressure import Arrival
 from worker.rates import RateMeter
 from worker.scheduler import Scheduler
@@ -232,6 +234,25 @@ def test_one_of_the_background_cuts_nothing_short() -> None:
         keys.append(bed.loop.start(jobs[1]))
         await sampled(jobs[1])
         assert not bed.loop.cuts
+        for key in keys:
+            await bed.loop.stop(key)
+
+    play(case(), bed)
+
+
+def test_what_is_cut_short_is_paid_out_of_its_budget() -> None:
+    bed = Bed()
+
+    async def case() -> None:
+        behind, front = bed.job(200, 2, background=True), bed.job(8, 1)
+        behind.account = Account(1, "", TraceId("t"), StepId("s"))
+        behind.account.limit_s = 0.4 * ITERATION_S
+        keys = [bed.loop.start(behind)]
+        await asyncio.sleep(0.5 * ITERATION_S)
+        keys.append(bed.loop.start(front))
+        assert isinstance((await failed(behind)).error, BudgetExceeded)
+        assert bed.loop.cuts == 1
+        assert behind.account.worker_s == pytest.approx(0.5 * ITERATION_S)
         for key in keys:
             await bed.loop.stop(key)
 
