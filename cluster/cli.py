@@ -5,7 +5,6 @@ import logging
 import os
 import shlex
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,23 +12,13 @@ import msgspec
 import typer
 from rich.console import Console
 
-from cluster import bill_command, whatif_command
+from cluster import further
 from cluster.api import Api, here
-from cluster.asking import ask_router
-from cluster.batch.command import app as batch_app
 from cluster.config import ROUTER, base_url
 from cluster.config_file import load_config
-from cluster.fleet import command as fleet
-from cluster.hosts import pair_command
-from cluster.hosts.command import app as host_app
-from cluster.keys import app as keys_app
+from cluster.options import DiskOption, KeyOption, QuotaOption, S3Option, SizeOption
 from cluster.plan import load_plan
-from cluster.roles import flip
 from cluster.rundir import ClusterFault, RunDir
-from cluster.sizes import DiskOption, QuotaOption, S3Option, SizeOption
-from cluster.store.command import KeyOption
-from cluster.store.commands import app as store_app
-from cluster.webhooks.commands import app as webhooks_app
 from tracehaul import __version__
 
 err = Console(stderr=True)
@@ -45,17 +34,6 @@ app = typer.Typer(
     epilog="Begin with: [bold]tracehaul up[/], then [bold]tracehaul status[/], in the end [bold]tracehaul down[/].",
 )
 
-app.add_typer(store_app, name="store")
-app.add_typer(keys_app, name="keys")
-app.add_typer(batch_app, name="batch")
-app.add_typer(webhooks_app, name="webhooks")
-app.add_typer(host_app, name="host", hidden=True)
-pair_command.register(host_app)
-bill_command.register(app)
-whatif_command.register(app)
-fleet.register(app)
-app.command()(flip)
-
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where the cluster's state and logs are.", show_default=True)
 ]
@@ -63,8 +41,6 @@ FleetOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="The file of a fleet, with its [[hosts]]. Default: this machine.")
 ]
 DEFAULT_RUN_DIR = Path(".run")
-COMMANDS_GROUP = "tracehaul.commands"
-"""Entry points of this group are further commands, by rooms that this one must not know: typer apps by name."""
 PLAN_FILE = DEFAULT_RUN_DIR / "cluster.json"
 WIDE_COLUMNS = 120
 PIPE_COLUMNS = 200  # it has no width to respect
@@ -231,10 +207,13 @@ def status(
 
       tracehaul status --config cluster.toml
     """
+    from cluster.asking import ask_router
     from cluster.status import mending, outside, supervision, table
 
     if config is not None:
-        asyncio.run(fleet.fleet_status(config, as_json))
+        from cluster.fleet.command import fleet_status
+
+        asyncio.run(fleet_status(config, as_json))
         return
     console = out if out.is_terminal else Console(width=PIPE_COLUMNS)
     wide = console.width >= WIDE_COLUMNS
@@ -341,7 +320,9 @@ def restart(
       tracehaul restart --config cluster.toml --rolling
     """
     if config is not None:
-        asyncio.run(fleet.fleet_restart(config, names or [], rolling=rolling))
+        from cluster.fleet.command import fleet_restart
+
+        asyncio.run(fleet_restart(config, names or [], rolling=rolling))
         return
     if not names:
         raise ClusterFault("which nodes? `tracehaul status` names them")
@@ -381,12 +362,21 @@ def version() -> None:
     typer.echo(__version__)
 
 
+_OWN = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+
+
+def commands(name: str = "") -> typer.Typer:
+    """The command line, with all commands unless ``name`` is one: then with that at least."""
+    if name not in _OWN:
+        further.register(app, name)
+    return app
+
+
 def main() -> None:
     """Runs the command; what the operator must know goes to stderr in one line, and the exit code is 1."""
-    for point in entry_points(group=COMMANDS_GROUP):
-        app.add_typer(point.load(), name=point.name)
+    asked = commands(next((word for word in sys.argv[1:] if not word.startswith("-")), ""))
     try:
-        app()
+        asked()
     except ClusterFault as fault:
         err.print(f"tracehaul: {fault}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

@@ -19,7 +19,7 @@ from cluster.security.config import SecurityConfig
 from cluster.webhooks.config import WebhookConfig
 from engines.adapter.config import AdapterConfig
 from kvstore.config import PAGE_BYTES, StoreConfig
-from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
 from kvstore.tiers.objects import parse_url
 from kvstore.tiers.records import Layout
 from kvstore.tiers.tiering import TieringConfig

@@ -153,3 +153,8 @@ def _write(file: Path, content: KeyFile) -> None:
         write_whole(file, write_keys(content), private=True)
     except OSError as error:
         raise ClusterFault(f"cannot write {file}: {error.strerror}") from error
+
+
+def register(to: typer.Typer) -> None:
+    """Add them to the command line."""
+    to.add_typer(app, name="keys")

@@ -22,9 +22,8 @@ from prometheus_client.metrics_core import Metric
 
 from cluster.config import authority
 from cluster.directory.opening import open_directory
-from cluster.engines import stock_seat, with_engine
 from cluster.metrics import NodeMetrics, workers
-from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores
+from cluster.plan import NodeSpec, Plan, load_plan, shared_cores, threads_of, usable_cores, with_engine
 from cluster.rundir import FAULT_EXIT, FENCED_EXIT, ClusterFault, NodeState, Notes, RunDir
 from cluster.security.secrets import FOLDER, networks_of
 from cluster.tiers import open_backing
@@ -65,12 +64,16 @@ OTHER_FILES = 512
 RETURN_S = 5.0
 """Nodes that have lost a router join it again within two seconds of its return."""
 RETURN_POLL_S = 0.05
+MENDABLE = (
+    ClusterFault, JoinRefused, Untrusted, SourceError, BadKeys, NoMemory, NoDisk, NoBucket, TransferError, OSError,
+)  # fmt: skip
+"""What an operator can do something about."""
 
 
 def run_node(name: str, run: RunDir, engine: str | None = None, attach: str = "") -> int:
     """Be that node of the plan in ``run`` until SIGTERM or SIGINT; returns the exit code.
 
-    ``engine`` and ``attach``: as in :class:`cluster.config.PoolConfig`, where they are not what the plan says.
+    ``engine``, ``attach``: as in :class:`cluster.config.PoolConfig`, where they are not what the plan says.
     """
     output = forgiving()
     setup(name)
@@ -84,18 +87,7 @@ def run_node(name: str, run: RunDir, engine: str | None = None, attach: str = ""
         log.error("fenced", error=fenced)
         print(fenced, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FENCED_EXIT
-    except (
-        ClusterFault,
-        JoinRefused,
-        Untrusted,
-        SourceError,
-        BadKeys,
-        NoMemory,
-        NoDisk,
-        NoBucket,
-        TransferError,
-        OSError,
-    ) as fault:
+    except MENDABLE as fault:
         log.error("cannot run", error=fault)
         print(fault, file=sys.stderr, flush=True)  # noqa: T201 - the line that the launcher shows
         return FAULT_EXIT
@@ -220,6 +212,8 @@ class _Node:
             case "store":
                 return await self._store(stack, offload, peers)
             case "prefill" | "decode" if self._plan.pool(self._spec.pool).config.engine != "native":
+                from cluster.engines import stock_seat
+
                 info = self._info(role, ())
                 return Room(await stock_seat(stack, info, self._plan, self._spec, self._run, peers, self._tell))
             case "prefill" | "decode":

@@ -193,3 +193,30 @@ def shared_cores(workers: int, threads: int, cores: int) -> float:
 def usable_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0))
+
+
+def with_engine(plan: Plan, name: str, engine: str | None, attach: str) -> Plan:
+    """The plan as it is for that node, where it is told another engine, or a server of its own.
+
+    Raises:
+        ClusterFault: there is no such engine, the node is no worker, or our own engine is to use a server.
+    """
+    if engine not in (None, "native", "sglang", "vllm"):
+        raise ClusterFault(f"there is no engine {engine!r}: say native, sglang or vllm")
+    if engine is None and not attach:
+        return plan
+    spec = plan.node(name)
+    if spec.role not in ("prefill", "decode"):
+        raise ClusterFault(f"{name} is no worker: it has no engine")
+    pools = list(plan.pools)
+    at = next(at for at, pool in enumerate(pools) if pool.name == spec.pool)
+    config = pools[at].config
+    said = {"engine": engine or config.engine} | ({"attach": config.attach | {name: attach}} if attach else {})
+    try:
+        config = msgspec.structs.replace(config, **said)
+    except ValueError as error:
+        raise ClusterFault(str(error)) from error
+    if attach and config.engine == "native":
+        raise ClusterFault("--attach is for a stock server: say --engine sglang or --engine vllm")
+    pools[at] = msgspec.structs.replace(pools[at], config=config)
+    return msgspec.structs.replace(plan, pools=tuple(pools))

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 
 from cluster.api import Api, here
+from cluster.options import KeyOption
 from cluster.plan import load_plan
 from cluster.rundir import ClusterFault, RunDir
-from cluster.store.command import KeyOption
 from router.dialects.openai.errors import ErrorBody
 from router.dispatch.flips import VERIFY_S, FlipOutcome
 from tracehaul.wire.cluster import FLIP_MARGIN_S
@@ -60,3 +60,8 @@ async def _ask(api: Api, node: str, role: str) -> FlipOutcome:
     except msgspec.DecodeError as error:
         raise ClusterFault(f"{api.url} answers, but not as a tracehaul router: {error}") from error
     raise ClusterFault(f"{node} keeps its role: {why}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add it to the command line."""
+    app.command()(flip)

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
 from kvstore.tiers.fake import MemoryDevice, MemoryPinFile, PowerCut
 from kvstore.tiers.fake_objects import MemoryObjects
 from kvstore.tiers.records import RECORD_BYTES, Layout, Record, unpack_records

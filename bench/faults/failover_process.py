@@ -19,7 +19,7 @@ from bench.store.process import COPY_THREADS, planes
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.node.assemble import assemble_store
 from router.fleet.members import MemberRegistry

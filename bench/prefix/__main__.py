@@ -24,7 +24,8 @@ from bench.prefix.conversations import Answer, Conversation, read
 from bench.prefix.families import FAMILIES, Family, Pen
 from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest, Tell
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from tracehaul.model.source import resolve
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload

@@ -8,9 +8,9 @@ import typer
 from rich.console import Console
 
 from cluster.api import Api, here
+from cluster.options import KeyOption
 from cluster.plan import load_plan
 from cluster.rundir import RunDir
-from cluster.store.command import KeyOption
 from jobs.windows import window_s
 
 FAILED_EXIT = 3
@@ -86,3 +86,8 @@ def run_command(
 
 def _say(line: str) -> None:
     err.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+
+
+def register(to: typer.Typer) -> None:
+    """Add them to the command line."""
+    to.add_typer(app, name="batch")

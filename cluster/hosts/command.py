@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from cluster.hosts import pair_command
 from cluster.hosts.changes import changes
 from cluster.hosts.kept import digests_here
 from cluster.hosts.managers import apply as apply_order
@@ -169,3 +170,9 @@ def slurm_step(
     except (ClusterFault, msgspec.DecodeError, KeyError, ValueError) as fault:
         typer.echo(f"tracehaul: {fault}", err=True)
         raise typer.Exit(FAULT_EXIT) from fault
+
+
+def register(to: typer.Typer) -> None:
+    """Add them to the command line."""
+    pair_command.register(app)
+    to.add_typer(app, name="host", hidden=True)

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import parse_bytes
 from cluster.asking import ASK_TIMEOUT_S, Answers, Found, StoreRef, ask, ask_own, find
+from cluster.options import KeyOption, parse_size
 from cluster.prompts import Blocks, Source, blocks_of
 from cluster.rundir import ClusterFault, RunDir
 from cluster.security.secrets import networks_here
@@ -31,18 +31,6 @@ ALL = ("url", "key", "run_dir")
 """Options of every command."""
 BLOCKS = ("prompt", "chat", "tokens", "hashes", "salt")
 """Options of a command that is about blocks: exactly one of the first four."""
-
-KeyOption = Annotated[
-    str | None, typer.Option("--key", envvar="TRACEHAUL_KEY", help="An API key that may steer, for the one at --url.")
-]
-
-
-def parse_size(text: str) -> int:
-    """Bytes, of a size with a unit on the command line."""
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 class Args(msgspec.Struct, frozen=True, kw_only=True):

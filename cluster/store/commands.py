@@ -330,3 +330,8 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     command.register(app)
+
+
+def register(to: typer.Typer) -> None:
+    """Add them to the command line."""
+    to.add_typer(app, name="store")

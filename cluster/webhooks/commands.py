@@ -89,3 +89,8 @@ async def _tried(webhooks: tuple[WebhookConfig, ...], folder: Path) -> list[tupl
         return list(await asyncio.gather(*map(tried, webhooks)))
     finally:
         sender.close()
+
+
+def register(to: typer.Typer) -> None:
+    """Add them to the command line."""
+    to.add_typer(app, name="webhooks")

@@ -8,7 +8,8 @@ import msgspec
 
 from kvstore.client.nodes import StoreNodes
 from kvstore.client.writer import Writer
-from kvstore.copies.copier import Copier, Holdings, ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
+from kvstore.copies.copier import Copier, Holdings
 from kvstore.copies.drain import Drainer
 from kvstore.copies.rate import Rate
 from kvstore.copies.replicator import Replicator

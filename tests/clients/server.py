@@ -8,7 +8,9 @@ import sys
 
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import StepRequest
-from router.http import ApiConfig, create_app, serve
+from router.http.app import create_app
+from router.http.config import ApiConfig
+from router.http.server import serve
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.hashing import unpack_tokens
 

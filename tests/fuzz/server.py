@@ -13,7 +13,9 @@ import uvloop
 
 from router.calls.fakes import FakeDispatcher, FakeKeeper, FakeText, Script, say
 from router.dispatch.steps import ModelCard, Output, StepRequest
-from router.http import ApiConfig, create_app, serve
+from router.http.app import create_app
+from router.http.config import ApiConfig
+from router.http.server import serve
 from router.traces.book import Book
 from router.traces.trace import PinWish, Trace
 from tracehaul.runtime.offload import ThreadOffload

@@ -17,7 +17,9 @@ from cluster.webhooks.config import WebhookConfig
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.bills import Bills
 from router.dispatch.steps import StepRequest
-from router.http import ApiConfig, create_app, serve
+from router.http.app import create_app
+from router.http.config import ApiConfig
+from router.http.server import serve
 from router.policy.prices import Prices, Tariff
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded

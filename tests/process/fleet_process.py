@@ -8,7 +8,7 @@ import msgspec
 import uvloop
 
 from kvstore.config import StoreConfig
-from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
 from kvstore.copies.neighbours import Others
 from kvstore.node.assemble import Backing, assemble_store
 from kvstore.tiers.disk import open_disk

@@ -26,9 +26,11 @@ from cryptography.x509.oid import NameOID
 from cluster.api import trusting
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig, create_app, serve
 from router.http.access import KeysOnDisk
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.http.keys import Key, KeyFile, hashed, write_keys
+from router.http.server import serve
 from router.http.tls import certificate_of
 from tracehaul.runtime.files import refreshing
 from tracehaul.runtime.offload import ThreadOffload

@@ -19,7 +19,9 @@ import uvloop
 
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig, create_app, serve
+from router.http.app import create_app
+from router.http.config import ApiConfig
+from router.http.server import serve
 from tests.waiting import wait_until
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.errors import Overloaded

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner, Result
 
-from cluster.cli import app
+from cluster.cli import commands
 from cluster.rundir import ClusterFault
 from tests.served import served
 from tracehaul.runtime import clock
@@ -50,7 +50,7 @@ def command(*args: object) -> list[str]:
 
 def batch(*args: object) -> Result:
     """In this process: starting one takes longer than all that it does."""
-    return CliRunner().invoke(app, ["batch", "run", *map(str, args)])
+    return CliRunner().invoke(commands("batch"), ["batch", "run", *map(str, args)])
 
 
 def results(path: Path) -> dict[str, dict[str, Any]]:

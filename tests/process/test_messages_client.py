@@ -7,7 +7,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from tests.process.test_api_http import SOON_S, Cluster
 from tests.waiting import wait_until
 

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from tests.process.test_api_http import SOON_S, Cluster, Event
 from tests.waiting import wait_until
 

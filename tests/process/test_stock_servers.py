@@ -16,9 +16,8 @@ from rich.console import Console
 
 from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig, PoolConfig
-from cluster.engines import with_engine
 from cluster.launch import down, free_port, up
-from cluster.plan import load_plan
+from cluster.plan import load_plan, with_engine
 from cluster.rundir import ClusterFault, RunDir
 from engines.adapter.config import AdapterConfig
 from engines.adapter.server_keeper import others

@@ -17,7 +17,7 @@ import pytest
 from bench.common.fleet import Fleet
 from cluster.config import ClusterConfig, NodeCounts
 from cluster.launch import free_port
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from router.http.keys import Key, KeyFile, hashed
 from worker.config import WorkerConfig
 

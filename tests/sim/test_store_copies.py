@@ -6,7 +6,7 @@ import logging
 import msgspec
 import pytest
 
-from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
 from kvstore.copies.drain import Drainer
 from kvstore.tiers.tiering import TieringConfig
 from sim.faults import FaultPlan, HostLoss, Retire

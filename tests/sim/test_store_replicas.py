@@ -10,7 +10,7 @@ import pytest
 from kvstore.client.client import OutgoingBlock, StoreClient
 from kvstore.client.staging import Staging
 from kvstore.config import StoreConfig
-from kvstore.copies.copier import ReplicationConfig
+from kvstore.copies.config import ReplicationConfig
 from kvstore.copies.drain import Drainer
 from kvstore.copies.neighbours import Others
 from kvstore.index.pin_records import Moment

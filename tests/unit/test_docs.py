@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from cluster.cli import app
+from cluster import cli
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)")
@@ -68,7 +68,7 @@ def test_programs_of_the_readme_can_be_run() -> None:
 
 def options(*names: str) -> set[str]:
     """Of a command."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(cli.commands())
     for name in names:
         command = command.commands[name]  # type: ignore[attr-defined]
     return {option for parameter in command.params for option in parameter.opts}
@@ -78,14 +78,14 @@ def test_commands_and_options_of_the_readme_are_those_that_are_there() -> None:
     text = (ROOT / "README.md").read_text()
     commands, knobs = text.split("## Commands and knobs")[1].split("| option of `up` |")
     told = set(re.findall(r"^\| `tracehaul ([\w-]+)", commands, re.MULTILINE))
-    commands_here = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands_here = typer.main.get_command(cli.commands()).commands  # type: ignore[attr-defined]
     there = {name for name, command in commands_here.items() if not command.hidden}
-    assert told == there | {"bench"}  # which an entry point adds
+    assert told == there
     table = knobs.partition("\n\n")[0]
     said = {option for row in table.splitlines() for option in re.findall(r"`(--[a-z0-9-]+)", row.split("|")[1])}
     assert said == options("up") - {"--help", "-h"}
     store = commands.partition("| `tracehaul store COMMAND`")[2].partition("(")[0]
-    assert set(re.findall(r"`(\w+)`", store)) == set(typer.main.get_command(app).commands["store"].commands)  # type: ignore[attr-defined]
+    assert set(re.findall(r"`(\w+)`", store)) == set(typer.main.get_command(cli.commands()).commands["store"].commands)  # type: ignore[attr-defined]
 
 
 def test_log_lines_of_the_operators_are_those_that_are_written() -> None:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.api import Api, make_operator_key, new_secret, operator_key
-from cluster.cli import app
+from cluster.cli import commands
 from cluster.config import is_loopback
 from cluster.config_file import load_config
 from cluster.launch import check_access
@@ -18,7 +18,7 @@ from tracehaul.runtime.durable import write_whole
 
 
 def keys(*args: str) -> str:
-    made = CliRunner().invoke(app, ["keys", *args])
+    made = CliRunner().invoke(commands("keys"), ["keys", *args])
     if isinstance(made.exception, ClusterFault):
         raise made.exception
     assert made.exit_code == 0, made.output

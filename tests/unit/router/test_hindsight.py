@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cluster.cli import app
+from cluster.cli import commands
 from cluster.decision_file import FILE_BYTES_MAX, DecisionFile, PricedLine, log_of
 from cluster.rundir import ClusterFault
 from cluster.whatif import whatif
@@ -180,15 +180,16 @@ def test_the_command_shows_both_sides_and_refuses_what_it_does_not_know(tmp_path
     one = logged(decodes, fleet("prefill"), "s1", stored=[StoredRun(4000, 0.0)], warm=Warm(*decode(0), 4000))
     path = tmp_path / "log"
     path.write_bytes(msgspec.json.encode(PricedLine(1.0, TraceId("t"), one)))
-    shown = CliRunner().invoke(app, ["whatif", str(path), "--policy", "sticky"])
+    shown = CliRunner().invoke(commands("whatif"), ["whatif", str(path), "--policy", "sticky"])
     assert shown.exit_code == 0
     assert "1 of 1 steps (100.0 %) would have gone elsewhere" in shown.output
     assert "decode-1" in shown.output
     found = msgspec.json.decode(
-        CliRunner().invoke(app, ["whatif", str(path), "--sticky-margin", "0.9", "--json"]).output
+        CliRunner().invoke(commands("whatif"), ["whatif", str(path), "--sticky-margin", "0.9", "--json"]).output
     )
     assert (found["elsewhere"], found["most"][0]["would"]["decode"][0]) == (1, "decode-0")
-    assert isinstance(CliRunner().invoke(app, ["whatif", str(path), "--policy", "best"]).exception, ClusterFault)
+    refused = CliRunner().invoke(commands("whatif"), ["whatif", str(path), "--policy", "best"])
+    assert isinstance(refused.exception, ClusterFault)
 
 
 def test_what_a_router_of_another_version_wrote_down_is_left_out() -> None:

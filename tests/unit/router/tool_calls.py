@@ -10,7 +10,8 @@ import httpx
 import msgspec
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import InvalidRequest

@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 
 from router.calls.fakes import FakeDispatcher, FakeText
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
 from router.http.chats import Chats
+from router.http.config import ApiConfig
 from router.http.keys import Key, Keyring, hashed
 from router.http.outliving import Outliving
 from sim.lifespan import living

@@ -8,7 +8,8 @@ import pytest
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dispatch.steps import ModelCard
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.http.keys import Keyring
 from tests.unit.router.dialects.asking import key_of
 from tracehaul.runtime.offload import InlineOffload

@@ -13,7 +13,8 @@ from router.calls.tool_formats import ToolFormat
 from router.calls.tool_grammar import calls_constraint
 from router.calls.tools import Tools, format_of
 from router.dialects.openai.tools import tools_of
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from tracehaul.engine.grammar import Grammars, byte_vocabulary
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import InvalidRequest

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from router.dialects.responses.answers import MessageItem, OutputText, Response
 from router.dialects.responses.kept import Kept, Key, Limits, Turn, chain, items_of
 from router.dialects.responses.requests import Item
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 
 
 def response(name: str, text: str = "") -> Response:

@@ -12,7 +12,7 @@ from router.dialects.messages.conversation import conversation_of
 from router.dialects.messages.requests import Asked, Block
 from router.dialects.messages.requests import Message as Sent
 from router.dispatch.steps import StepRequest
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from router.http.keys import Keyring
 from tests.unit.router.dialects.asking import key_of, post, served, told
 from tracehaul.wire.errors import PeerLost

@@ -4,7 +4,7 @@ from typing import Any
 
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from tests.unit.router.dialects.asking import NotedText, post, told
 from tracehaul.wire.errors import PeerLost
 

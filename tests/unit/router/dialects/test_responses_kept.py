@@ -7,7 +7,7 @@ import httpx
 
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from router.http.keys import Keyring
 from tests.unit.router.dialects.asking import NotedText, key_of, served
 from tracehaul.wire.errors import PeerLost

@@ -10,8 +10,8 @@ from records.documents import Document, Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig
 from router.http import outliving as rooms
+from router.http.config import ApiConfig
 from router.http.outliving import Outliving
 from tests.unit.router.dialects.asking import served
 from tests.unit.router.dialects.test_responses_kept import ASK, PATH, until

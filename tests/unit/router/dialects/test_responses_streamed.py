@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from router.calls.fakes import FakeDispatcher, say
-from router.http import ApiConfig
+from router.http.config import ApiConfig
 from tests.unit.router.dialects.asking import served
 
 PATH = "/v1/responses"

@@ -10,8 +10,8 @@ import pytest
 
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig, create_app
-from router.http.app import DIALECTS
+from router.http.app import DIALECTS, create_app
+from router.http.config import ApiConfig
 from tests.unit.router.dialects.toy.dialect import Toy
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost

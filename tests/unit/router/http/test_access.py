@@ -12,7 +12,8 @@ import pytest
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dispatch.steps import ModelCard
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.http.keys import BadKeys, Key, KeyFile, Keyring, hashed, read_keys, write_keys
 from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload

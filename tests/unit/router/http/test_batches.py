@@ -13,7 +13,8 @@ import pytest
 from jobs.files import FileLimits
 from jobs.folder.files import FolderFiles
 from router.calls.fakes import FakeDispatcher, FakeText, say
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from sim.lifespan import living

@@ -12,7 +12,8 @@ from router.calls.calls import choice_seed
 from router.calls.fakes import IM_END, FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Finished, Output, StepRequest
 from router.fleet.members import NodeStatus
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.policy.prices import Bill
 from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload

@@ -11,8 +11,9 @@ import pytest
 from records.documents import Document, Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, say
-from router.http import ApiConfig, chats
+from router.http import chats
 from router.http.chats import Chats, ChatStats
+from router.http.config import ApiConfig
 from router.http.keys import Keyring
 from tests.unit.router.dialects.asking import key_of, served
 

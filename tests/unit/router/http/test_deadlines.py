@@ -13,7 +13,8 @@ from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.calls.urgency import Urgency, urgency
 from router.dispatch.config import DispatchConfig
 from router.dispatch.dispatch import Dispatch
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from sim import loop as virtual
 from tests.unit.router.http.test_calls import CHAT, CHAT_PATH, TEXT, TEXT_PATH, post
 from tracehaul.rpc.local import LocalNetwork

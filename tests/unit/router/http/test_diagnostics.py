@@ -10,7 +10,8 @@ from msgspec import structs
 
 from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from tests.unit.router.dialects.asking import told as events_of
 from tests.unit.router.http.test_verbatim import TEMPLATE, Talk, text
 from tracehaul.runtime.offload import InlineOffload

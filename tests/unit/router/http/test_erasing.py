@@ -17,8 +17,9 @@ from records.documents import Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
 from router.http.chats import KIND, Chats, ChatStats
+from router.http.config import ApiConfig
 from router.http.jobs import Jobs
 from router.http.outliving import Outliving
 from sim.lifespan import living

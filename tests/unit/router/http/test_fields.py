@@ -10,7 +10,8 @@ import pytest
 
 from router.calls.fakes import IM_END, IM_START, FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from sim.lifespan import living
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.hashing import unpack_tokens

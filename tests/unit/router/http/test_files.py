@@ -16,8 +16,9 @@ from jobs.files import File, FileLimits
 from jobs.folder.files import FolderFiles
 from router.calls.errors import CallFailed
 from router.calls.fakes import FakeDispatcher, FakeText, say
-from router.http import ApiConfig, create_app
 from router.http import files as pages
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.multipart import Form

@@ -8,7 +8,8 @@ import pytest
 from starlette.types import ASGIApp
 
 from router.calls.fakes import FakeDispatcher, FakeText, say
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from sim import loop as virtual
 from sim.lifespan import living
 from tests.unit.router.http.test_calls import CHAT, CHAT_PATH, post

@@ -18,9 +18,9 @@ from jobs.folder.files import FolderFiles
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dialects.openai.requests import INTEGER_MAX, LIMITS, NO_OPS
-from router.http import ApiConfig, create_app
-from router.http.app import NOT_SERVED
+from router.http.app import NOT_SERVED, create_app
 from router.http.chats import Chats, ChatStats
+from router.http.config import ApiConfig
 from router.http.jobs import Jobs
 from router.http.keys import Key, Keyring, hashed
 from router.http.openapi import OPERATIONS

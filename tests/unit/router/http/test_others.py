@@ -18,8 +18,10 @@ from records.documents import Shelf
 from records.fakes import MemoryDocuments
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Output, StepRequest
-from router.http import ApiConfig, create_app, erasures
+from router.http import erasures
 from router.http import others as rooms
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.http.erasures import Erasure, Erasures
 from router.http.keys import Keyring
 from router.http.others import Others, answered

@@ -10,7 +10,8 @@ import pytest
 from router.calls.call import Call
 from router.calls.fakes import FakeDispatcher, FakeText, say
 from router.dispatch.steps import Output
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost
 

@@ -11,8 +11,9 @@ from starlette.types import ASGIApp
 
 from router.calls.fakes import FakeDispatcher, FakeText, Script, say
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.http import ApiConfig, create_app
 from router.http.access import ANYBODY, CALLER
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.steps import StepUsage

@@ -9,8 +9,9 @@ import pytest
 
 from router.calls.fakes import IM_END, FakeDispatcher, FakeText, say
 from router.dispatch.steps import Finished, Output
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
 from router.http.asgi import CHUNKS
+from router.http.config import ApiConfig
 from tracehaul.runtime.offload import InlineOffload
 from tracehaul.wire.errors import PeerLost
 from tracehaul.wire.steps import StepUsage

@@ -17,7 +17,8 @@ from tokenizers.trainers import BpeTrainer
 from router.calls import text as router_text
 from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.traces.texts import CutTokens, Said, extend, find, remember
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload

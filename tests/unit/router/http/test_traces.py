@@ -15,7 +15,8 @@ from router.dialects.chat.messages import messages_of
 from router.dialects.chat.requests import ChatRequest
 from router.dialects.openai.tools import names_of
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.traces.contexts import Left
 from router.traces.decisions import Asked, Moved, Placed, Replaced
 from router.traces.events import Answered, Resumed, StepBegan, StepEnded, StepMoved, StepPlaced, Suspended

@@ -14,7 +14,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from router.calls.fakes import FakeDispatcher, Script
 from router.dispatch.steps import Finished, Output, StepRequest
-from router.http import ApiConfig, create_app
+from router.http.app import create_app
+from router.http.config import ApiConfig
 from router.traces.kept import Answers, NoAnswers
 from tracehaul.model.text import Text
 from tracehaul.runtime.offload import InlineOffload

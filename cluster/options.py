@@ -1,11 +1,23 @@
-"""Options of the command line that are sizes of memory or disk."""
+"""Options that several commands have, and sizes of memory or disk."""
 
 from typing import Annotated, Any
 
 import typer
 
-from cluster.config import parse_quota
-from cluster.store.command import parse_size
+from cluster.config import parse_bytes, parse_quota
+
+KeyOption = Annotated[
+    str | None, typer.Option("--key", envvar="TRACEHAUL_KEY", help="An API key that may steer, for the one at --url.")
+]
+
+
+def parse_size(text: str) -> int:
+    """Bytes, of a size with a unit on the command line."""
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
 
 SizeOption = Annotated[
     int | None,
