@@ -362,6 +362,7 @@ class _Node:
             texts = {pool.model.name: await offload.run(partial(Text.load, pool.model)) for pool in self._plan.pools}
             certificate = certificate_of(config.api)
             keys = KeysOnDisk(Path(config.api.keys_file), operator_key(self._run)) if config.api.keys_file else None
+            settle()  # else what the journal brings is looked through again and again while it comes
             journal = await remember(router, config, self._run, Whose(name, server.address), offload, texts)
             await self._returned(router)
             accepts = self._stats["api"] = AcceptStats()

@@ -22,6 +22,7 @@ from router.traces.events import Answered, Event, StepBegan, StepEnded, StepPlac
 from router.traces.machine import Traces
 from router.traces.texts import Encoded, Said
 from tracehaul.runtime import clock
+from tracehaul.runtime.memory import settle
 from tracehaul.runtime.offload import ThreadOffload
 from tracehaul.wire.hashing import chain
 from tracehaul.wire.ids import BlockHash, NodeId, StepId, TraceId
@@ -124,6 +125,7 @@ async def recover(make: Callable[[str], Records], kind: str, traces: int, turns:
     known = {trace.key: trace.context_tokens for trace in load.traces.all()}
     again = Load(traces, traces, 1000, 100, kind)
     journal = Journal(make("recover"), again.traces, again.send, KEEP_S, {}, OFFLOAD)
+    settle()  # as a router does
     began_s = clock.perf_s()
     await journal.start()
     took_s = clock.perf_s() - began_s

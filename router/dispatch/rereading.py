@@ -1,7 +1,7 @@
 """Traces again from the rows that were written of them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,7 +45,7 @@ async def reread(pages: AsyncIterator[Sequence[TraceRow]], offload: Offload) -> 
         RecordsLost: they cannot be read, or not on.
     """
     told, turn_s = Reread(), clock.perf_s()
-    async for page in pages:
+    async for page in _ahead(pages):
         bodies = await offload.run(partial(_unpacked, page))
         for row, body in zip(page, bodies, strict=True):
             _take(told, row, body)
@@ -53,6 +53,17 @@ async def reread(pages: AsyncIterator[Sequence[TraceRow]], offload: Offload) -> 
                 await asyncio.sleep(0)
                 turn_s = clock.perf_s()
     return told
+
+
+async def _ahead(pages: AsyncIterator[Sequence[TraceRow]]) -> AsyncGenerator[Sequence[TraceRow], None]:
+    """The same, each asked for while the one before it is read."""
+    coming = asyncio.ensure_future(anext(pages, None))
+    try:
+        while (page := await coming) is not None:
+            coming = asyncio.ensure_future(anext(pages, None))
+            yield page
+    finally:
+        coming.cancel()
 
 
 def _unpacked(page: Sequence[TraceRow]) -> list[bytes | Unreadable]:
