@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,13 +46,14 @@ async def reread(pages: AsyncIterator[Sequence[TraceRow]], offload: Offload) -> 
         RecordsLost: they cannot be read, or not on.
     """
     told, turn_s = Reread(), clock.perf_s()
-    async for page in _ahead(pages):
-        bodies = await offload.run(partial(_unpacked, page))
-        for row, body in zip(page, bodies, strict=True):
-            _take(told, row, body)
-            if clock.perf_s() - turn_s > TURN_S:
-                await asyncio.sleep(0)
-                turn_s = clock.perf_s()
+    async with aclosing(_ahead(pages)) as ahead:
+        async for page in ahead:
+            bodies = await offload.run(partial(_unpacked, page))
+            for row, body in zip(page, bodies, strict=True):
+                _take(told, row, body)
+                if clock.perf_s() - turn_s > TURN_S:
+                    await asyncio.sleep(0)
+                    turn_s = clock.perf_s()
     return told
 
 
@@ -64,6 +66,9 @@ async def _ahead(pages: AsyncIterator[Sequence[TraceRow]]) -> AsyncGenerator[Seq
             yield page
     finally:
         coming.cancel()
+        await asyncio.wait([coming])
+        if not coming.cancelled():
+            coming.exception()  # who leaves does not ask what became of it
 
 
 def _unpacked(page: Sequence[TraceRow]) -> list[bytes | Unreadable]:
