@@ -374,7 +374,7 @@ def commands(name: str = "") -> typer.Typer:
 
 def main() -> None:
     """Runs the command; what the operator must know goes to stderr in one line, and the exit code is 1."""
-    asked = commands(next((word for word in sys.argv[1:] if not word.startswith("-")), ""))
+    asked = commands(*sys.argv[1:2])
     try:
         asked()
     except ClusterFault as fault:

@@ -28,6 +28,7 @@ app = typer.Typer(
     help="Run one host's nodes: start them, start them again when they die, tell of them. Answers are JSON. "
     "`tracehaul launch` calls this on each host; by hand it is for looking and mending.",
 )
+pair_command.register(app)
 
 RunDirOption = Annotated[
     Path, typer.Option("--run-dir", help="Where this host's state and logs are.", show_default=True)
@@ -174,5 +175,4 @@ def slurm_step(
 
 def register(to: typer.Typer) -> None:
     """Add them to the command line."""
-    pair_command.register(app)
     to.add_typer(app, name="host", hidden=True)
