@@ -138,7 +138,7 @@ def calibrate_command(
 ) -> None:
     """Describe a live cluster: its workers' announced rates, and what a few batches take that nobody announces.
 
-    Nothing else should run on it for the half minute that this takes.
+    Nothing else should run on it for the one to three minutes that this takes.
     """
     try:
         shape = asyncio.run(calibrate(url))

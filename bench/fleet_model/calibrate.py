@@ -23,11 +23,15 @@ from tracehaul.wire.cluster import Rates
 BATCHES = ((1, 256), (4, 256), (8, 256), (1, 2500), (2, 2500))
 """Sequences at once, and their prompts' tokens."""
 OUTPUT_TOKENS = 32
-PROMPTS = (300, 1500)
+PROMPTS = (300, 1500, 3000, 6000)
+"""Long ones, too: what a token costs for those before it is hardly seen in short ones."""
+TOGETHER_TOKENS = 1000
+"""Of the prompts that two workers compute at once."""
 BEAT_S = 2.5
 """Until what a worker has learned was announced."""
 TIMEOUT_S = 120.0
-ROUNDS = 1
+ROUNDS = 2
+TOGETHER_ROUNDS = 5
 
 
 class Timed(NamedTuple):
@@ -142,13 +146,12 @@ class _Asking:
 async def _prompts(asking: _Asking, worker: NodeStatus) -> float:
     """Let the worker learn from prompts; returns what a step takes beside computing and decoding."""
     extras: list[float] = []
-    for _ in range(ROUNDS):
-        for tokens in PROMPTS:
-            if tokens < worker.info.context_max // 2:
-                trace, prompt = f"fleet-{clock.wall_ns()}", asking.prompt(tokens)
-                await asking.step(trace, prompt, 1)
-                again = await asking.step(trace, prompt, 4)  # all of it is there but its last token
-                extras.append(again.times_s[0] - (again.times_s[-1] - again.times_s[0]) / 3)
+    for tokens in PROMPTS:
+        if tokens + OUTPUT_TOKENS < worker.info.context_max:
+            trace, prompt = f"fleet-{clock.wall_ns()}", asking.prompt(tokens)
+            await asking.step(trace, prompt, 1)
+            again = await asking.step(trace, prompt, 4)  # all of it is there but its last token
+            extras.append(again.times_s[0] - (again.times_s[-1] - again.times_s[0]) / 3)
     return max(0.0, percentile(extras, 0.5))
 
 
@@ -169,15 +172,24 @@ async def _decoding(asking: _Asking, longest: int) -> tuple[float, float, float]
 
 
 async def _shared(http: httpx.AsyncClient, decodes: Sequence[NodeStatus]) -> float:
-    """By how much one worker slows another on the same host while both decode; 0 where there is only one."""
+    """By how much one worker slows another on the same host while both compute a prompt and decode; 0 where there is
+    only one."""
     hosts = {decodes[0].info.host}
     together = [node for node in decodes if node.info.host in hosts][:2]
     if len(together) < 2:
         return 0.0
     asking = [_Asking(http, node.info.model, node.info.node) for node in together]
-    alone, _ = await asking[0].batch(2, 512)
-    both = await asyncio.gather(*(one.batch(2, 512) for one in asking))
-    return max(0.0, both[0][0] / alone - 1)
+
+    async def takes_s(one: _Asking) -> float:
+        step = await one.step(f"fleet-{clock.wall_ns()}", one.prompt(TOGETHER_TOKENS), OUTPUT_TOKENS)
+        return step.times_s[-1]
+
+    slower: list[float] = []
+    for number in range(TOGETHER_ROUNDS):
+        alone_s = await takes_s(asking[number % 2])
+        both_s = await asyncio.gather(*map(takes_s, asking))
+        slower.append(float(np.mean(both_s)) / alone_s - 1)
+    return max(0.0, percentile(slower, 0.5))
 
 
 def _kinds(

@@ -6,10 +6,11 @@ want it soon, the less the longer they have been idle. Where together they want 
 another one its context. So the gate closes shortly before that, and opens again when there is some room.
 
 Who is refused is told when to come back, and has a place in the order until then: tenants by what each of them has
-going for its calls' weight, then who came first. How fast traces were let in of late says when that will be.
+going for its calls' weight, then who came first. It is told to come before it is expected to begin: memory that has
+become free must not wait for anybody.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -18,12 +19,11 @@ import msgspec
 from msgspec import Meta
 
 from router.policy.line import Line
+from router.policy.pace import Pace
 
-PACE_STARTS = 32
-"""Traces let in, or ended, of late that say how fast that goes."""
-GUESS_S = 10.0
-"""Between one that is let in and the next, while nothing is known."""
 WAIT_MIN_S = 1.0
+RETRY_SHARE = 0.7
+"""Of the time to its expected start, when one that is refused should come back."""
 RETRY_MAX_S = 60.0
 """So long is waited by clients that are told so, such as the SDKs of OpenAI and Anthropic, and not for longer."""
 IDLE_S = 900.0
@@ -89,10 +89,12 @@ class _Fading:
 @dataclass
 class _Member:
     tenant: str
+    since_s: float
+    """When it began to act, or was let in."""
     tokens: float = 0.0
     running: int = 0
-    since_s: float = 0.0
-    """When it began to act."""
+    let_in_s: float | None = None
+    """When it was; None: it did not ask."""
     acting: bool = False
 
 
@@ -111,8 +113,9 @@ class Admission:
         self._stored = _Fading(config.stored_half_life_s)
         self._closed = False
         self._line = Line()
-        self._starts: deque[float] = deque(maxlen=PACE_STARTS)
-        """When traces were let in while others waited, or ended."""
+        self._pace = Pace((config.open_share + config.close_share) / 2)
+        self._let_in = 0
+        """Of those that go, how many had to ask."""
         self.refused = 0
 
     def __len__(self) -> int:
@@ -141,22 +144,25 @@ class Admission:
     def ask(self, key: Hashable, now_s: float, tenant: str = "", weight: float = 1.0) -> Refusal | None:
         """A trace would begin, of a class of such a weight: None if it may, and its step begins next."""
         self._prune(now_s)
+        self._passes(now_s)
         if key in self._members:
             return None
         if not self._config.enabled or self._may(key, now_s, tenant, weight):
             if len(self._line):
-                self._starts.append(now_s)
+                self._pace.began(now_s)
             self._line.leave(key)
+            self._joins(key, tenant, now_s).let_in_s = now_s
+            self._let_in += 1
             return None
         self.refused += 1
         return self._refuse(key, now_s, tenant, weight)
 
     def begins(self, key: Hashable, tokens: float, now_s: float, tenant: str = "") -> None:
         """A step of it does, with such a prompt."""
+        self._passes(now_s)
         member = self._members.get(key)
         if member is None:
-            member = self._members[key] = _Member(tenant)
-            self._going[tenant] = self._going.get(tenant, 0) + 1
+            member = self._joins(key, tenant, now_s)
         self._members.move_to_end(key)
         self._rests(member, now_s)
         self._reasoning -= member.tokens if member.running else 0.0
@@ -166,6 +172,7 @@ class Admission:
 
     def ends(self, key: Hashable, tokens: float, now_s: float) -> None:
         """A step of it has ended, and left a context of so many tokens."""
+        self._passes(now_s)
         member = self._members.get(key)
         if member is None or not member.running:
             return
@@ -182,15 +189,27 @@ class Admission:
 
     def over(self, key: Hashable, now_s: float) -> None:
         """The trace has ended, or was forgotten."""
+        self._passes(now_s)
         member = self._members.pop(key, None)
         if member is None:
             return
+        if member.let_in_s is not None:
+            self._let_in -= 1
+            self._pace.ended(now_s - member.let_in_s, now_s)
         self._rests(member, now_s)
         if member.running:
             self._reasoning = max(0.0, self._reasoning - member.tokens)
         self._going[member.tenant] -= 1
         if not self._going[member.tenant]:
             del self._going[member.tenant]
+
+    def _joins(self, key: Hashable, tenant: str, now_s: float) -> _Member:
+        member = self._members[key] = _Member(tenant, now_s)
+        self._going[tenant] = self._going.get(tenant, 0) + 1
+        return member
+
+    def _passes(self, now_s: float) -> None:
+        self._pace.passes(self._let_in, self.wanted(now_s), now_s)
 
     def _prune(self, now_s: float) -> None:
         while self._members:
@@ -214,17 +233,13 @@ class Admission:
         return not self._closed and not self._line.awaits(key, now_s, self._rank(tenant, weight), self._rank)
 
     def _refuse(self, key: Hashable, now_s: float, tenant: str, weight: float) -> Refusal:
+        if not len(self._line):
+            self._pace.waits(now_s)
         before = self._line.before(key, now_s, (tenant, weight), self._rank)
-        start_s = max((before + 1) * self._pace_s(now_s), WAIT_MIN_S)
-        retry_s = min(start_s, RETRY_MAX_S)
+        start_s = max(self._pace.start_s(before, self._let_in, now_s), WAIT_MIN_S)
+        retry_s = min(max(RETRY_SHARE * start_s, WAIT_MIN_S), RETRY_MAX_S)
         self._line.told(key, (tenant, weight), now_s + retry_s)
         return Refusal(retry_s, start_s)
 
     def _rank(self, tenant: str, weight: float) -> float:
         return (self._going.get(tenant, 0) + 1) / weight
-
-    def _pace_s(self, now_s: float) -> float:
-        """Between one that is let in and the next."""
-        if len(self._starts) < 2:
-            return GUESS_S
-        return (now_s - self._starts[0]) / len(self._starts)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.policy.admission import RETRY_MAX_S, Admission, AdmissionConfig, Memory
+from router.policy.admission import RETRY_MAX_S, RETRY_SHARE, Admission, AdmissionConfig, Memory
 
 CONFIG = AdmissionConfig(close_share=0.9, open_share=0.5, half_life_s=10.0, stored_half_life_s=10.0)
 
@@ -33,8 +33,8 @@ def test_traces_begin_until_memory_is_wanted_and_again_when_there_is_room() -> N
     assert admission.wanted(2.0) == pytest.approx(0.6)
     assert begin(admission, "f", 300, 2.0) is not None, "it opens later than it closes"
     admission.over("c", 3.0)
-    assert begin(admission, "f", 300, 12.0) is not None, "one that came before it is due"
-    assert begin(admission, "f", 300, 14.0) is None, "but nobody waits for it for long"
+    assert begin(admission, "f", 300, 5.0) is not None, "one that came before it is due"
+    assert begin(admission, "f", 300, 7.0) is None, "but nobody waits for it for long"
 
 
 def test_a_context_that_nothing_is_done_with_counts_for_less_and_less() -> None:
@@ -84,21 +84,54 @@ def test_who_is_refused_has_a_place_and_tenants_take_turns() -> None:
 
 def test_the_time_told_is_that_of_those_before_at_the_pace_of_late() -> None:
     admission = gate()
-    begin(admission, "full", 10_000, 0.0)
+    begin(admission, "full", 1000, 0.0)
     names = [f"t{number}" for number in range(20)]
     for name in names:
         assert admission.ask(name, 0.0) is not None
-    now_s = 0.0
+    now_s, going = 0.0, "full"
     for name in names[:10]:  # one is let in every four seconds
         now_s += 4.0
-        admission.over("full", now_s)
-        while admission.ask(name, now_s) is not None:  # those that are due go first: none of them comes
+        admission.over(going, now_s)
+        while begin(admission, name, 1000, now_s) is not None:  # those that are due go first: none of them comes
             now_s += 0.5
-        admission.begins("full", 10_000, now_s)
+        going = name
     told = admission.ask("late", now_s)
     assert told is not None
     assert told.start_s == pytest.approx(admission.waiting * 4.0, rel=0.5)
-    assert told.retry_s == min(told.start_s, RETRY_MAX_S)
+    assert told.retry_s == min(RETRY_SHARE * told.start_s, RETRY_MAX_S), "before it: memory must not wait"
+
+
+def test_the_first_that_is_refused_is_told_by_how_long_traces_go_and_how_many_can() -> None:
+    admission = gate(config=AdmissionConfig())
+    for second in range(100):  # four at once of 100 tokens, for 20 seconds: eight could
+        if second % 5 == 0:
+            begin(admission, f"calm-{second}", 100, float(second))
+            admission.over(f"calm-{second - 20}", float(second))
+    assert [admission.ask(f"more-{number}", 100.0) for number in range(16)] == [None] * 16, (
+        "nothing is there of them yet"
+    )
+    for number in range(16):
+        admission.begins(f"more-{number}", 100, 100.0)
+    told_s = begin(admission, "late", 100, 100.0)
+    assert told_s is not None
+    most, going = 8, 4 + 16
+    assert told_s == pytest.approx((going - most + 1) * 20 / most, rel=0.25)
+
+
+def test_without_an_end_that_is_told_what_begins_says_how_fast_that_goes() -> None:
+    admission = gate()
+    begin(admission, "full", 1000, 0.0)
+    admission.ends("full", 1000, 0.0)
+    begun, now_s, told_s = 0, 0.0, list[float]()
+    while begun < 20:  # a context that nothing is done with wants less: there is room now and then
+        now_s += 1.0
+        if begin(admission, f"t{begun}", 300, now_s) is None:
+            admission.ends(f"t{begun}", 300, now_s)
+            begun += 1
+        else:
+            told = admission.ask("last", now_s)
+            told_s += [told.start_s / (admission.waiting or 1)] if told is not None else []
+    assert told_s[-1] == pytest.approx(now_s / begun, rel=0.5)
 
 
 def test_places_are_bounded_and_lapse() -> None:
