@@ -73,7 +73,8 @@ def install(wanted: dict[str, Any]) -> None:
             pip = [os.path.join(release, "bin", "python"), "-m", "pip", "install", "--disable-pip-version-check"]
             offline = ["--no-index", "--find-links", os.path.join(unpacked, "wheels")]
             constraints = ["--constraint", os.path.join(unpacked, "constraints.txt")]
-            run(*pip, "--no-input", "--quiet", "--no-compile", *offline, *constraints, "tracehaul==" + manifest["version"])
+            quiet = ["--no-input", "--quiet", "--no-compile"]  # what is imported is compiled then
+            run(*pip, *quiet, *offline, *constraints, "tracehaul==" + manifest["version"])
             with open(marker, "w", encoding="utf-8") as file:
                 file.write(wanted["digest"] + "\n")
                 file.flush()
