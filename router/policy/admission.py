@@ -209,7 +209,8 @@ class Admission:
         return member
 
     def _passes(self, now_s: float) -> None:
-        self._pace.passes(self._let_in, self.wanted(now_s), now_s)
+        if now_s > self._pace.as_of_s:  # what is told of the past changes nothing of it
+            self._pace.passes(self._let_in, self.wanted(now_s), now_s)
 
     def _prune(self, now_s: float) -> None:
         while self._members:

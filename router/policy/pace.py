@@ -24,7 +24,8 @@ class Pace:
 
     def __init__(self, full_share: float) -> None:
         self._full_share = full_share
-        self._as_of_s = 0.0
+        self.as_of_s = 0.0
+        """Until when it has been told."""
         self._going_s = 0.0
         """Sum of the traces that go over time, fading."""
         self._wanted_s = 0.0
@@ -38,13 +39,12 @@ class Pace:
         self._ended_s: deque[float] = deque(maxlen=SEEN)
 
     def passes(self, going: int, wanted: float, now_s: float) -> None:
-        """Until now so many went, and wanted such a share of the memory."""
-        passed_s = now_s - self._as_of_s
-        if passed_s > 0:
-            keep = 2.0 ** (-passed_s / HALF_LIFE_S)
-            self._going_s = self._going_s * keep + going * passed_s
-            self._wanted_s = self._wanted_s * keep + wanted * passed_s
-            self._as_of_s = now_s
+        """Since then so many went, and wanted such a share of the memory."""
+        passed_s = now_s - self.as_of_s
+        keep = 2.0 ** (-passed_s / HALF_LIFE_S)
+        self._going_s = self._going_s * keep + going * passed_s
+        self._wanted_s = self._wanted_s * keep + wanted * passed_s
+        self.as_of_s = now_s
 
     def waits(self, now_s: float) -> None:
         """Somebody does now, and nobody did before."""

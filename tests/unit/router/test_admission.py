@@ -134,6 +134,16 @@ def test_without_an_end_that_is_told_what_begins_says_how_fast_that_goes() -> No
     assert told_s[-1] == pytest.approx(now_s / begun, rel=0.5)
 
 
+def test_traces_that_went_long_before_it_began_are_taken_as_they_are() -> None:
+    admission = gate()
+    for number in range(3):
+        since_s = 10.0 - 20_000.0 * number
+        assert admission.ask(f"t{number}", 10.0) is None
+        admission.begins(f"t{number}", 300, since_s)
+        admission.ends(f"t{number}", 300, since_s)
+    assert admission.wanted(10.0) == pytest.approx(0.3)
+
+
 def test_places_are_bounded_and_lapse() -> None:
     admission = gate()
     begin(admission, "full", 10_000, 0.0)
