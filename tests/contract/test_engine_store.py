@@ -121,7 +121,9 @@ def test_more_than_staging_has_room_for_goes_in_parts(rig: Fleet):
 def test_a_put_that_nobody_waits_for_takes_what_there_is_room_for(rig: Fleet):
     with opened(rig.config(staging_bytes=4 * 4096)) as store:
         blocks = Blocks(store.root, 4, 5)
+        rig.freeze()  # what is taken makes no room meanwhile
         taken = store.put_later(blocks.hashes, blocks.parents, blocks.pages)
+        rig.thaw()
         for memory in blocks.memory:
             memory[:] = bytes(len(memory))  # the engine goes on at once
         assert taken == 2
