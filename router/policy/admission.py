@@ -234,9 +234,9 @@ class Admission:
         return not self._closed and not self._line.awaits(key, now_s, self._rank(tenant, weight), self._rank)
 
     def _refuse(self, key: Hashable, now_s: float, tenant: str, weight: float) -> Refusal:
+        before = self._line.before(key, now_s, (tenant, weight), self._rank)
         if not len(self._line):
             self._pace.waits(now_s)
-        before = self._line.before(key, now_s, (tenant, weight), self._rank)
         start_s = max(self._pace.start_s(before, self._let_in, now_s), WAIT_MIN_S)
         retry_s = min(max(RETRY_SHARE * start_s, WAIT_MIN_S), RETRY_MAX_S)
         self._line.told(key, (tenant, weight), now_s + retry_s)

@@ -134,6 +134,14 @@ def test_without_an_end_that_is_told_what_begins_says_how_fast_that_goes() -> No
     assert told_s[-1] == pytest.approx(now_s / begun, rel=0.5)
 
 
+def test_who_never_came_back_does_not_make_the_next_ones_wait() -> None:
+    admission = gate()
+    begin(admission, "full", 1000, 0.0)
+    first_s = begin(admission, "gone", 100, 0.0)
+    admission.begins("full", 1000, 3600.0)
+    assert begin(admission, "late", 100, 3600.0) == first_s
+
+
 def test_traces_that_went_long_before_it_began_are_taken_as_they_are() -> None:
     admission = gate()
     for number in range(3):
