@@ -20,6 +20,8 @@ from tracehaul.wire.ids import NodeId
 
 LOOK_S = 8.0
 """Of the past that a proposal rests on."""
+LOOK_MAX_S = 24.0
+"""The same, where the work was the same before."""
 LATE_LOOKS = 3.0
 """Who has not looked for so many times its turn stood still, or had nothing to look at: it begins anew."""
 STREAK = 3
@@ -36,11 +38,11 @@ SHARE_OF_GAIN = 0.25
 """Of what was foretold at least so much must have come."""
 QUICKER = 0.1
 """Where as much is done, by so much less a step must take."""
-STEADY = 1.25
-"""The work is on the way to be another where it is by so much."""
 MISSED, HOPED_MAX = 0.12, 0.4
 """Where so many steps come too late a change is tried that means do not tell: more prefill workers where these have
-more to compute than they can, more decode workers else. So much is hoped for at most."""
+more to compute than they can, more decode workers else. So much is hoped for at most; more than chance must come."""
+HOPE_S = 16.0
+"""After so long of the same: where work has just begun, much comes too late by chance."""
 BARRED_S, BARRED_MAX_S = 60.0, 960.0
 OWED_S = 60.0
 """What cannot be taken back for so long stays as it is."""
@@ -118,10 +120,22 @@ class Verdict(msgspec.Struct, frozen=True, tag="verdict"):
 Direction = Literal["prefill", "decode"]
 
 
+class _Gain(NamedTuple):
+    """What a change would bring."""
+
+    role: Direction
+    share: float
+    quicker: bool = False
+    """It is in what a step takes."""
+    hoped: bool = False
+    """The model does not tell it."""
+
+
 @dataclass
 class _Trial:
     change: Change
     before: Work
+    hoped: bool
     landed_s: float | None = None
     spoiled: str = ""
     """Why it can prove nothing."""
@@ -220,22 +234,24 @@ class Loop:
 
     def _propose(self, view: View) -> Change | None:
         assert self._sure_since_s is not None
-        since_s = max(view.now_s - max(LOOK_S, self._step_s), self._sure_since_s)
-        work = self.window.over(since_s, view.now_s)
+        now_s = view.now_s
+        since_s = max(now_s - max(LOOK_S, self._step_s), self._sure_since_s)
+        work = self.window.over(since_s, now_s)
         if work is not None:
             self._step_s = min(STEP_MAX_S, work.step_s)
-        if work is None or work.ended < STEPS_MIN or not view.roles.decodes or not self._steady(since_s, view.now_s):
+        if work is None or work.ended < STEPS_MIN or not view.roles.decodes or not self.window.steady(since_s, now_s):
             self._streak = None
             return None
+        work = self.window.reaching_back(work, since_s, now_s, LOOK_S, max(self._sure_since_s, now_s - LOOK_MAX_S))
         demand = self._demand(work, view)
-        best = max(self._foretold(demand, work, view), key=lambda one: one[1], default=None)
-        if best is None or best[1] < self._config.gain_min:
+        best = max(self._foretold(demand, work, view), key=lambda one: one.share, default=None)
+        if best is None or best.share < self._config.gain_min:
             self._streak = None
             return None
-        role, gain, quicker = best
+        role = best.role
         count = self._streak[1] + 1 if self._streak is not None and self._streak[0] == role else 1
         self._streak = (role, count)
-        if count < STREAK or view.now_s < self._quiet_until_s:
+        if count < STREAK or now_s < self._quiet_until_s:
             return None
         seats = view.to_decode if role == "decode" else view.to_prefill
         node = min(seats, key=lambda seat: (seat.running, seat.node)).node
@@ -243,16 +259,10 @@ class Loop:
         self._streak = None
         inputs = {name: round(float(value), 6) for name, value in demand._asdict().items()}
         inputs |= {"prefills": view.roles.prefills, "decodes": view.roles.decodes, "in_time": in_time(work.ratios, 1.0)}
-        change = Change(self._count, node, role, gain, quicker, inputs)
-        self._trial = _Trial(change, work)
+        change = Change(self._count, node, role, best.share, best.quicker, inputs)
+        self._trial = _Trial(change, work, best.hoped)
         self._told(change)
         return change
-
-    def _steady(self, since_s: float, now_s: float) -> bool:
-        """Whether the work was the same all the time."""
-        half_s = (since_s + now_s) / 2
-        first, second = self.window.over(since_s, half_s), self.window.over(half_s, now_s)
-        return first is not None and second is not None and not another(first, second, STEADY)
 
     def _demand(self, work: Work, view: View) -> Demand:
         iteration_s, share = self._pace.line()
@@ -267,9 +277,9 @@ class Loop:
             places=max(1.0, view.places),
         )
 
-    def _foretold(self, demand: Demand, work: Work, view: View) -> list[tuple[Direction, float, bool]]:
-        """For each direction: the gain, and whether it is in what a step takes."""
-        roles, found = view.roles, list[tuple[Direction, float, bool]]()
+    def _foretold(self, demand: Demand, work: Work, view: View) -> list[_Gain]:
+        """For each direction."""
+        roles, found = view.roles, list[_Gain]()
         factor = fit(demand, roles)
         now = expected(demand, roles, factor)
         met = max(in_time(work.ratios, 1.0), 1e-3)
@@ -285,11 +295,11 @@ class Loop:
             then = expected(demand, other, factor)
             gain = then.rate * in_time(work.ratios, then.step_s / max(now.step_s, 1e-9)) / (now.rate * met) - 1
             if gain >= self._config.gain_min:
-                found.append((role, gain, False))
-            elif 1 - met > MISSED and role == ("prefill" if spills else "decode"):
-                found.append((role, min(HOPED_MAX, 1 / met - 1), False))
+                found.append(_Gain(role, gain))
+            elif work.seconds >= HOPE_S and 1 - met > MISSED and role == ("prefill" if spills else "decode"):
+                found.append(_Gain(role, min(HOPED_MAX, 1 / met - 1), hoped=True))
             elif gain > -0.01 and 1 - then.step_s / max(now.step_s, 1e-9) > 2 * self._config.gain_min:
-                found.append((role, 1 - then.step_s / now.step_s, True))
+                found.append(_Gain(role, 1 - then.step_s / now.step_s, quicker=True))
         return found
 
     # --- judging --------------------------------------------------------------------------------------------------
@@ -324,9 +334,9 @@ class Loop:
             return self._end(trial, work, view, "in vain", "less is done")
         if waited_s < most_s * (MORE_LOOKING if error > change.foretold else 1.0):
             return None
-        if not change.quicker and measured >= SHARE_OF_GAIN * change.foretold:
+        if not change.quicker and measured >= (error if trial.hoped else SHARE_OF_GAIN * change.foretold):
             return self._end(trial, work, view, "kept", "more is done")
-        if measured > -error and work.step_s < (1 - QUICKER) * before.step_s:
+        if not trial.hoped and measured > -error and work.step_s < (1 - QUICKER) * before.step_s:
             return self._end(trial, work, view, "kept", "as much is done, in less time each")
         return self._end(trial, work, view, "in vain", "the gain did not come")
 

@@ -11,6 +11,8 @@ RATIOS_MAX = 16
 """Of one second: how close to their deadlines steps came."""
 PLAIN = 2.0
 """Standard errors that make it plain."""
+STEADY = 1.25
+"""The work is on the way to be another where it is by so much."""
 OTHER_WORK = 1.5
 """The work is another where a step has so many times as many new tokens, or generates as many, or a part of it."""
 
@@ -133,6 +135,23 @@ class Window:
             _error(steps, sum(second.output for second in found), sum(second.output_squares for second in found)),
             tuple(ratios),
         )
+
+    def steady(self, since_s: float, until_s: float) -> bool:
+        """Whether the work was the same all the time."""
+        half_s = (since_s + until_s) / 2
+        first, second = self.over(since_s, half_s), self.over(half_s, until_s)
+        return first is not None and second is not None and not another(first, second, STEADY)
+
+    def reaching_back(self, work: Work, since_s: float, until_s: float, by_s: float, earliest_s: float) -> Work:
+        """The same over a longer time, where the work was the same before: what is changed where less was done by
+        chance would seem to help.
+        """
+        while since_s - by_s >= earliest_s:
+            earlier = self.over(since_s - by_s, since_s)
+            if earlier is None or another(earlier, work, STEADY):
+                break
+            since_s -= by_s
+        return self.over(since_s, until_s) or work
 
     def _now(self, now_s: float) -> _Second:
         number = math.floor(now_s)

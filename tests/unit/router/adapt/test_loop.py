@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from router.adapt.loop import BARRED_S, JUDGE_MAX_S, AdaptConfig, Change, Loop, Seat, Verdict, View
+from router.adapt.loop import BARRED_S, JUDGE_MAX_S, LOOK_S, AdaptConfig, Change, Loop, Seat, Verdict, View
 from router.adapt.model import Demand, Roles, expected
-from router.adapt.window import Ended
+from router.adapt.window import Ended, Window
 from tracehaul.wire.ids import NodeId
 
 CONFIG = AdaptConfig(enabled=True, gain_min=0.08)
@@ -281,3 +281,31 @@ def test_where_many_are_late_a_change_is_tried_though_the_model_tells_no_gain(mo
     fleet = made()
     fleet.run(120)
     assert fleet.changes == []
+
+
+def test_what_is_hoped_for_is_taken_back_where_no_more_is_in_time_though_steps_are_quicker() -> None:
+    demand, dice = IDLE._replace(rate=6.0, prompt_s=0.1, step_s=1.0), random.Random(5)
+    fleet = Fleet(lambda now_s, roles: demand._replace(step_s=1.0 if roles.prefills == 3 else 0.8), 3, noise=0.02)
+    fleet.deadline_s, fleet.late = 1.5, lambda roles: dice.random() < 0.3
+    fleet.run(BARRED_S)
+    assert fleet.outcomes == ["in vain"]
+    assert fleet.roles.prefills == 3
+
+
+def test_what_has_just_begun_is_not_hoped_to_become_better() -> None:
+    demand = IDLE._replace(rate=6.0, prompt_s=0.1, step_s=1.0)
+    fleet = Fleet(lambda now_s, roles: demand, 3, noise=0.02)
+    dice = random.Random(5)
+    fleet.deadline_s, fleet.late = 1.5, lambda roles: fleet.now_s < LOOK_S + 4 and dice.random() < 0.3
+    fleet.run(120)
+    assert fleet.changes == []
+
+
+@pytest.mark.parametrize(("before", "seconds"), [(100, 24), (300, 8)])
+def test_a_window_reaches_back_as_far_as_the_work_was_the_same(before: int, seconds: int) -> None:
+    window = Window()
+    for second in range(40):
+        window.ended(second, Ended(100 if second >= 32 else before, 50, 1.0, None))
+    late = window.over(32.0, 40.0)
+    assert late is not None
+    assert window.reaching_back(late, 32.0, 40.0, 8.0, 16.0).seconds == seconds
