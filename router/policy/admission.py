@@ -26,6 +26,8 @@ RETRY_SHARE = 0.7
 """Of the time to its expected start, when one that is refused should come back."""
 RETRY_MAX_S = 60.0
 """So long is waited by clients that are told so, such as the SDKs of OpenAI and Anthropic, and not for longer."""
+GROWN_SHARE = 0.8
+"""Traces that just began grow: all that go count for no less than this of what as many usually want."""
 IDLE_S = 900.0
 """A trace that did nothing for so long is going no more, whatever it does then."""
 RENORMALISED_S = 600.0
@@ -229,7 +231,7 @@ class Admission:
     # --- who is next ------------------------------------------------------------------------------------------
 
     def _may(self, key: Hashable, now_s: float, tenant: str, weight: float) -> bool:
-        wanted = self.wanted(now_s)
+        wanted = max(self.wanted(now_s), GROWN_SHARE * self._pace.usual_share(self._let_in))
         self._closed = wanted > (self._config.open_share if self._closed else self._config.close_share)
         return not self._closed and not self._line.awaits(key, now_s, self._rank(tenant, weight), self._rank)
 

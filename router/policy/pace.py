@@ -9,6 +9,8 @@ from collections import deque
 
 SEEN = 32
 """Traces that began, or ended, of late."""
+KNOWN = 8
+"""After so many that ended it is known how traces usually are."""
 EXPECTED = 16.0
 """What is expected counts as so many that were seen,"""
 GUESSED = 1.0
@@ -45,6 +47,12 @@ class Pace:
         self._going_s = self._going_s * keep + going * passed_s
         self._wanted_s = self._wanted_s * keep + wanted * passed_s
         self.as_of_s = now_s
+
+    def usual_share(self, going: int) -> float:
+        """Of the memory, what so many want that are as far as traces of late are on average; 0: few have ended yet."""
+        if len(self._lives_s) < KNOWN or self._going_s <= 0:
+            return 0.0
+        return going * self._wanted_s / self._going_s
 
     def waits(self, now_s: float) -> None:
         """Somebody does now, and nobody did before."""

@@ -3,6 +3,7 @@
 import pytest
 
 from router.policy.admission import RETRY_MAX_S, RETRY_SHARE, Admission, AdmissionConfig, Memory
+from router.policy.pace import KNOWN
 
 CONFIG = AdmissionConfig(close_share=0.9, open_share=0.5, half_life_s=10.0, stored_half_life_s=10.0)
 
@@ -101,21 +102,41 @@ def test_the_time_told_is_that_of_those_before_at_the_pace_of_late() -> None:
     assert told.retry_s == min(RETRY_SHARE * told.start_s, RETRY_MAX_S), "before it: memory must not wait"
 
 
+def busy(admission: Admission, seconds: int, tokens: float = 100.0) -> None:
+    """Four traces at once for 20 seconds each: where there is memory for 1000 tokens, eight could go."""
+    for second in range(seconds):
+        if second % 5 == 0:
+            begin(admission, f"calm-{second}", tokens, float(second))
+            admission.over(f"calm-{second - 20}", float(second))
+
+
 def test_the_first_that_is_refused_is_told_by_how_long_traces_go_and_how_many_can() -> None:
     admission = gate(config=AdmissionConfig())
-    for second in range(100):  # four at once of 100 tokens, for 20 seconds: eight could
-        if second % 5 == 0:
-            begin(admission, f"calm-{second}", 100, float(second))
-            admission.over(f"calm-{second - 20}", float(second))
-    assert [admission.ask(f"more-{number}", 100.0) for number in range(16)] == [None] * 16, (
-        "nothing is there of them yet"
-    )
+    busy(admission, 50)
+    begun = [admission.ask(f"more-{number}", 50.0) for number in range(16)]
+    assert begun == [None] * 16, "nothing is there of them yet"
     for number in range(16):
-        admission.begins(f"more-{number}", 100, 100.0)
-    told_s = begin(admission, "late", 100, 100.0)
+        admission.begins(f"more-{number}", 100, 50.0)
+    told_s = begin(admission, "late", 100, 50.0)
     assert told_s is not None
     most, going = 8, 4 + 16
     assert told_s == pytest.approx((going - most + 1) * 20 / most, rel=0.25)
+
+
+def test_of_many_that_come_at_once_as_many_begin_as_will_fit_when_they_have_grown() -> None:
+    admission = gate(config=AdmissionConfig())
+    busy(admission, 100)
+    begun = [number for number in range(40) if begin(admission, f"more-{number}", 10, 100.0) is None]
+    assert len(begun) == 7, "and four go: they would want 1.1, grown, 0.8 of which counts"
+    assert admission.wanted(100.0) == pytest.approx(0.47)
+
+
+def test_few_traces_say_nothing_of_how_far_others_grow() -> None:
+    admission = gate(config=AdmissionConfig())
+    for second in range(KNOWN - 1):
+        begin(admission, f"large-{second}", 900, float(second))
+        admission.over(f"large-{second}", second + 0.9)
+    assert [begin(admission, f"small-{number}", 10, 30.0) for number in range(40)] == [None] * 40
 
 
 def test_without_an_end_that_is_told_what_begins_says_how_fast_that_goes() -> None:
