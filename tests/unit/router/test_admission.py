@@ -102,11 +102,11 @@ def test_the_time_told_is_that_of_those_before_at_the_pace_of_late() -> None:
     assert told.retry_s == min(RETRY_SHARE * told.start_s, RETRY_MAX_S), "before it: memory must not wait"
 
 
-def busy(admission: Admission, seconds: int, tokens: float = 100.0) -> None:
-    """Four traces at once for 20 seconds each: where there is memory for 1000 tokens, eight could go."""
+def busy(admission: Admission, seconds: int) -> None:
+    """Four traces of 100 tokens at once for 20 seconds each: where there is memory for 1000 tokens, eight could go."""
     for second in range(seconds):
         if second % 5 == 0:
-            begin(admission, f"calm-{second}", tokens, float(second))
+            begin(admission, f"calm-{second}", 100, float(second))
             admission.over(f"calm-{second - 20}", float(second))
 
 
