@@ -101,6 +101,8 @@ class Change(msgspec.Struct, frozen=True, tag="change"):
     inputs: Mapping[str, float]
     undoes: int | None = None
     """The change that it takes back."""
+    hoped: bool = False
+    """The model does not tell the gain."""
 
 
 class Verdict(msgspec.Struct, frozen=True, tag="verdict"):
@@ -135,7 +137,6 @@ class _Gain(NamedTuple):
 class _Trial:
     change: Change
     before: Work
-    hoped: bool
     landed_s: float | None = None
     spoiled: str = ""
     """Why it can prove nothing."""
@@ -259,8 +260,8 @@ class Loop:
         self._streak = None
         inputs = {name: round(float(value), 6) for name, value in demand._asdict().items()}
         inputs |= {"prefills": view.roles.prefills, "decodes": view.roles.decodes, "in_time": in_time(work.ratios, 1.0)}
-        change = Change(self._count, node, role, best.share, best.quicker, inputs)
-        self._trial = _Trial(change, work, best.hoped)
+        change = Change(self._count, node, role, best.share, best.quicker, inputs, hoped=best.hoped)
+        self._trial = _Trial(change, work)
         self._told(change)
         return change
 
@@ -334,9 +335,9 @@ class Loop:
             return self._end(trial, work, view, "in vain", "less is done")
         if waited_s < most_s * (MORE_LOOKING if error > change.foretold else 1.0):
             return None
-        if not change.quicker and measured >= (error if trial.hoped else SHARE_OF_GAIN * change.foretold):
+        if not change.quicker and measured >= (error if change.hoped else SHARE_OF_GAIN * change.foretold):
             return self._end(trial, work, view, "kept", "more is done")
-        if not trial.hoped and measured > -error and work.step_s < (1 - QUICKER) * before.step_s:
+        if not change.hoped and measured > -error and work.step_s < (1 - QUICKER) * before.step_s:
             return self._end(trial, work, view, "kept", "as much is done, in less time each")
         return self._end(trial, work, view, "in vain", "the gain did not come")
 

@@ -24,11 +24,12 @@ def story(noted: Iterable[Noted], node: str, now_s: float) -> list[str]:
 
 def _line(what: Change | Verdict) -> str:
     match what:
-        case Change(number, node, role, foretold, quicker, inputs, undoes):
+        case Change(number, node, role, foretold, quicker, inputs, undoes, hoped):
             if undoes is not None:
                 return f"#{number}: {node} is to be a {role} worker again: #{undoes} was in vain."
             gain = f"steps {_share(foretold)} quicker" if quicker else f"{_share(foretold)} more done"
-            return f"#{number}: {node} is to be a {role} worker: {gain} is expected, where {_why(inputs)}."
+            how = "hoped for" if hoped else "expected"
+            return f"#{number}: {node} is to be a {role} worker: {gain} is {how}, where {_why(inputs)}."
         case Verdict(number, _, outcome, why, foretold, measured, error, step_s):
             if outcome == "refused":
                 return f"#{number} was not done: {why}."
@@ -36,7 +37,7 @@ def _line(what: Change | Verdict) -> str:
             if step_s[1]:
                 seen = (
                     f" ({_share(measured)} more done, give or take {_share(error)}, where {_share(foretold)} was "
-                    f"expected; a step takes {_s(step_s[1])} instead of {_s(step_s[0])})"
+                    f"foretold; a step takes {_s(step_s[1])} instead of {_s(step_s[0])})"
                 )
             return f"#{number} was {outcome}: {why}{seen}."
 

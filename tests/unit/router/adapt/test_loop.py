@@ -275,7 +275,7 @@ def test_where_many_are_late_a_change_is_tried_though_the_model_tells_no_gain(mo
 
     fleet = made()
     fleet.run(120)
-    assert [change.role for change in fleet.changes] == ["decode"], "prefill workers have time"
+    assert [(change.role, change.hoped) for change in fleet.changes] == [("decode", True)], "prefill workers have time"
     assert fleet.outcomes == ["kept"]
     monkeypatch.setattr("router.adapt.loop.MISSED", 1.0)
     fleet = made()

@@ -20,9 +20,14 @@ def test_a_change_its_verdict_and_its_taking_back_are_told_in_order() -> None:
         "  30.0 s ago  #1: prefill-0 is to be a decode worker: 25 % more done is expected, where 2 prefill and 2 "
         "decode workers end 5.25 steps a second, 90 % of them in time, each of 3.0 s with 100 ms of prompt and 120 "
         "tokens of answer.",
-        "  10.0 s ago  #1 was in vain: less is done (-10 % more done, give or take 2 %, where 25 % was expected; a "
+        "  10.0 s ago  #1 was in vain: less is done (-10 % more done, give or take 2 %, where 25 % was foretold; a "
         "step takes 3.4 s instead of 3.0 s).",
         "  10.0 s ago  #2: prefill-0 is to be a prefill worker again: #1 was in vain.",
         "   9.0 s ago  #2 was not done: a role has changed.",
     ]
     assert story(noted, "decode-7", 130.0) == []
+
+
+def test_what_is_but_hoped_for_is_told_as_such() -> None:
+    (line,) = story([Noted(100.0, "", Change(1, P0, "decode", 0.25, False, INPUTS, hoped=True))], "prefill-0", 130.0)
+    assert "25 % more done is hoped for, where 2 prefill" in line

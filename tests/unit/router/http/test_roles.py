@@ -59,7 +59,7 @@ def test_what_was_changed_at_a_node_is_told_to_who_may_steer() -> None:
     made = dispatcher()
     change = Change(1, NodeId("decode-1"), "prefill", 0.25, quicker=False, inputs={"rate": 2.0})
     asked = {"type": "change", "number": 1, "node": "decode-1", "role": "prefill", "foretold": 0.25, "quicker": False}
-    asked |= {"inputs": {"rate": 2.0}, "undoes": None}
+    asked |= {"inputs": {"rate": 2.0}, "undoes": None, "hoped": False}
     made.noted = [
         Noted(5.0, "", change),
         Noted(6.0, "", Change(2, NodeId("d2"), "decode", 0.2, quicker=False, inputs={})),
