@@ -22,8 +22,8 @@ FORGET_S = 300.0
 
 SETTLES_S = 15.0
 """In which a worker that lives has joined a router that is new."""
-UNHEARD_MAX_S = 1.5
-"""Of one that died while no router was there. Mostly they died together: what is not written is as much."""
+UNWRITTEN_MAX_S = 1.5
+"""What was not written when a router died: what workers had not said yet, a second, and what it had heard since."""
 
 
 class Shown:
@@ -143,8 +143,8 @@ class Readings:
         row, heard_s = self._left.pop(life)
         info = NodeInfo(row.node, row.generation, "prefill" if row.role == "prefill" else "decode", "", pool=row.pool)
         self.workers[life] = WorkerAccount(info, row.up_to, row.busy_to)
-        # It died some time in between: on average, half of that was its.
-        self.gone(info, min(max(0.0, by_s - heard_s) / 2, UNHEARD_MAX_S))
+        # Mostly they died together, some time in between: on average, half of that was its.
+        self.gone(info, min(max(0.0, by_s - heard_s), UNWRITTEN_MAX_S) / 2)
 
     def turn(self, now_s: float) -> None:
         """A page begins where the last one ended; who was gone by then is forgotten."""

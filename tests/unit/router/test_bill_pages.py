@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from router.dispatch.readings import FORGET_S, SETTLES_S, UNHEARD_MAX_S, Readings
+from router.dispatch.readings import FORGET_S, SETTLES_S, UNWRITTEN_MAX_S, Readings
 from router.policy.bill_pages import AccountRow, LifeRows, Page, Report, TraceRow, WorkerRow, report
 from router.policy.prices import Bill, Prices, Tariff
 from tracehaul.wire.cluster import NodeInfo, NodeLoad
@@ -179,9 +179,9 @@ def test_a_worker_that_died_while_no_router_was_there_is_lost_from_when_it_was_h
     later = Router()
     if early:  # it is a member before the router has read what there was
         later.hears(1.0, generation=2, new=True)
-    later.readings.left([(left(8.0), 990.0), (left(10.0), 997.0), (left(70.0, 5, gone=True), 999.0)], 1000.0)
+    later.readings.left([(left(8.0), 990.0), (left(10.0), 998.0), (left(70.0, 5, gone=True), 999.0)], 1000.0)
     later.hears(1.0, generation=2, new=True)
-    assert lines(report(later.writes())) == {"billed": 0.0, "idle": 1.0, "lost": 1.0, "unclaimed": 0.0}
+    assert lines(report(later.writes())) == {"billed": 0.0, "idle": 1.0, "lost": 0.5, "unclaimed": 0.0}
 
 
 def test_one_that_does_not_come_back_is_lost_and_one_that_does_is_not() -> None:
@@ -193,4 +193,4 @@ def test_one_that_does_not_come_back_is_lost_and_one_that_does_is_not() -> None:
         later.readings.settle(1000.0 + SETTLES_S - 1.0)
         assert lines(report(later.writes()))["lost"] == 0.0
         later.readings.settle(1000.0 + SETTLES_S)
-        assert lines(report(later.writes()))["lost"] == (0.0 if comes else UNHEARD_MAX_S)
+        assert lines(report(later.writes()))["lost"] == (0.0 if comes else UNWRITTEN_MAX_S / 2)
