@@ -13,7 +13,6 @@ from router.dispatch.bill_keeper import LATE_S as PAGE_LATE_S
 from router.dispatch.bill_keeper import SHELF, BillKeeper
 from router.dispatch.bills import HOLD_S, LATE_S, Bills, TraceLate
 from router.dispatch.holdings import Holdings
-from router.dispatch.readings import UNWRITTEN_MAX_S
 from router.fleet.index import Index
 from router.fleet.load import Key
 from router.policy.bill_pages import Page, Report, report
@@ -320,7 +319,7 @@ def test_who_died_while_no_router_was_there_is_found_in_what_the_last_one_wrote(
         async with BillKeeper(World().bills, documents, "router-0/c", 1e9, clock.now_s):
             await asyncio.sleep(30.0)
         found = await written(documents)
-        assert {line.what: line.seconds for line in found.fleet}["lost"] == UNWRITTEN_MAX_S / 2
+        assert {line.what: line.seconds for line in found.fleet}["lost"] == 0.75
 
     run(main, 0)
 
