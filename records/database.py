@@ -51,15 +51,16 @@ def database_url(database: str, default: Path) -> URL:
 
 
 def engine_of(url: URL, timeout_s: float) -> AsyncEngine:
-    """An engine with one connection, which is made when it is needed."""
+    """An engine with one connection, which is made when it is needed. PostgreSQL takes back a transaction whose process
+    stands still, and what it has locked, so that those who wait for that have it within ``timeout_s``."""
     if url.get_backend_name() == "sqlite":
         made = create_async_engine(url, pool_size=1, max_overflow=0, connect_args={"timeout": BUSY_S})
         event.listen(made.sync_engine, "connect", _set_up)
         return made
     # The host may be a folder of a socket, as libpq has it; a server that is gone is noticed at the next use.
-    return create_async_engine(
-        url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args={"timeout": timeout_s}
-    )
+    settings = {"idle_in_transaction_session_timeout": str(int(timeout_s / 2 * 1000))}
+    arguments = {"timeout": timeout_s, "server_settings": settings}
+    return create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=arguments)
 
 
 def make_file(url: URL) -> None:

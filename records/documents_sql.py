@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from sqlalchemy import Row, and_, bindparam, delete, exists, func, insert, or_, select, text, update
+from sqlalchemy import Executable, Row, and_, bindparam, delete, exists, func, insert, or_, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -26,13 +27,17 @@ TRIMMED = 64
 """Of a tenant that has most, before it is asked again who that is."""
 CLOSE_S = 2.0
 
-_HERE = and_(
-    table.c.scope == bindparam("b_scope"),
-    table.c.kind == bindparam("b_kind"),
-    table.c.tenant == bindparam("b_tenant"),
-    table.c.name == bindparam("b_name"),
-)
-_DELETE, _UPDATE, _INSERT = delete(table).where(_HERE), update(table).where(_HERE), insert(table)
+_PLACE = ("scope", "kind", "tenant", "name")
+
+
+def _put(new: postgresql.Insert | sqlite.Insert) -> Executable:
+    """What is there of that name is as the new one, whoever puts it at once."""
+    changed = {column.name: new.excluded[column.name] for column in table.columns if column.name not in _PLACE}
+    return new.on_conflict_do_update(index_elements=_PLACE, set_=changed)
+
+
+_INSERT = insert(table)
+_PUT = {"postgresql": _put(postgresql.insert(table)), "sqlite": _put(sqlite.insert(table))}
 _own = table.alias()
 _GONE = select(lives.c.router).where(lives.c.scope == bindparam("b_scope"), lives.c.until_s <= bindparam("b_now_s"))
 _ADOPT = (
@@ -263,9 +268,7 @@ class SqlDocuments:
                 async with asyncio.timeout(self._timeout_s):
                     await self._ready()
                     async with self._engine.begin() as connection:
-                        places = [{f"b_{name}": row[name] for name in _PLACE} for row in rows.values()]
-                        await connection.execute(_DELETE, places)
-                        await connection.execute(_INSERT, list(rows.values()))
+                        await connection.execute(_PUT[self._engine.dialect.name], [rows[at] for at in sorted(rows)])
         except RecordsLost as error:
             for each in some:
                 if not each.written.done():
@@ -305,9 +308,6 @@ class SqlDocuments:
                     names = cut([(row[0], row[1]) for row in rows], *excess[1:])
                     gone = delete(table).where(theirs, table.c.name.in_(names))
                     return (await connection.execute(gone)).rowcount
-
-
-_PLACE = ("scope", "kind", "tenant", "name")
 
 
 def _document(row: Row[Any, Any, Any, Any]) -> Document:

@@ -158,6 +158,23 @@ async def test_a_caller_that_leaves_takes_nobody_along(made: Made) -> None:
 
 
 @on_a_loop
+async def test_of_those_put_at_once_by_several_one_stays(made: Made) -> None:
+    several = [made("s") for _ in range(3)]
+    bodies = [b"0", b"1", b"2"]
+    for _ in range(10):
+        puts = [
+            keep(one, OURS, *(doc(at, body) for at in range(20))) for one, body in zip(several, bodies, strict=True)
+        ]
+        await asyncio.gather(*puts)
+        found = await several[0].list(OURS, {}, None, 100)
+        assert [each.name for each in found] == [doc(at).name for at in range(20)]
+        assert {each.body for each in found} <= set(bodies)
+        await several[1].delete(OURS, [each.name for each in found])
+    for one in several:
+        await one.close()
+
+
+@on_a_loop
 async def test_a_server_that_went_away_is_lost_and_found_again(server: Postgres, tmp_path: Path) -> None:
     one = SqlDocuments(database_url(server.create(f"doc{next(numbers)}"), tmp_path), "s", TIMEOUT_S)
     await one.put(OURS, doc(1))

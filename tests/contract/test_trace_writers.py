@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from records.base import Batch, Claim, Holder, Marks, Records, TraceName
 from records.database import database_url, engine_of, migrate
@@ -119,6 +120,21 @@ async def test_two_who_claim_at_once_have_it_one_after_the_other(made: Made) -> 
     ]
     assert [found == frozenset() for found in lost] == [fence == 5 for fence in fences]
     await close(*several)
+
+
+@on_a_loop
+async def test_who_stands_still_in_a_transaction_holds_nobody_up_for_long(server: Postgres, tmp_path: Path) -> None:
+    url, timeout_s = database_url(server.create("still"), tmp_path), 3.0
+    one, two = (SqlRecords(url, "s", name, "1", f"{name}:7000", timeout_s) for name in ("one", "two"))
+    await one.write(batch(row(A, 1)))
+    still = engine_of(url, timeout_s)
+    async with still.connect() as connection:
+        await connection.execute(text("SELECT * FROM trace_heads FOR UPDATE"))
+        assert await two.claim(A) == Claim(*A, 2)
+        with pytest.raises(DBAPIError):
+            await connection.execute(text("SELECT 1"))
+    await still.dispose()
+    await close(one, two)
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
