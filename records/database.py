@@ -58,9 +58,11 @@ def engine_of(url: URL, timeout_s: float) -> AsyncEngine:
         event.listen(made.sync_engine, "connect", _set_up)
         return made
     # The host may be a folder of a socket, as libpq has it; a server that is gone is noticed at the next use.
-    settings = {"idle_in_transaction_session_timeout": str(int(timeout_s / 2 * 1000))}
-    arguments = {"timeout": timeout_s, "server_settings": settings}
-    return create_async_engine(url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args=arguments)
+    made = create_async_engine(
+        url, pool_size=1, max_overflow=0, pool_pre_ping=True, connect_args={"timeout": timeout_s}
+    )
+    event.listen(made.sync_engine, "connect", partial(_limit, timeout_s / 2))
+    return made
 
 
 def make_file(url: URL) -> None:
@@ -107,3 +109,10 @@ def _set_up(connection: Any, _: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "wal_autocheckpoint=1000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _limit(still_s: float, connection: Any, _: object) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = {int(still_s * 1000)}")
+    cursor.close()
+    connection.commit()
