@@ -7,7 +7,7 @@ else should run.
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -19,6 +19,7 @@ from router.fleet.members import NodeStatus
 from sim.fleet.shape import Shape, StoreKind, WorkerKind
 from tracehaul.runtime import clock
 from tracehaul.wire.cluster import Rates
+from tracehaul.wire.ids import NodeId
 
 BATCHES = ((1, 256), (4, 256), (8, 256), (1, 2500), (2, 2500))
 """Sequences at once, and their prompts' tokens."""
@@ -27,6 +28,9 @@ PROMPTS = (300, 1500, 3000, 6000)
 """Long ones, too: what a token costs for those before it is hardly seen in short ones."""
 TOGETHER_TOKENS = 1000
 """Of the prompts that two workers compute at once."""
+LEARN = 2
+"""Decode workers that are asked for prompts before their rates count: what one announces that has only started was
+measured by any of its host within the last hour, whatever else ran then."""
 BEAT_S = 2.5
 """Until what a worker has learned was announced."""
 TIMEOUT_S = 120.0
@@ -58,13 +62,14 @@ async def calibrate(url: str, block_tokens: int | None = None) -> Shape:
         decodes = [node for node in nodes if node.info.role == "decode"]
         if not decodes:
             raise NotACluster(f"no decode worker at {base} is ready")
-        asking = _Asking(http, decodes[0].info.model, decodes[0].info.node)
-        overheads = await _prompts(asking, decodes[0])
-        decode = await _decoding(asking, min(decodes[0].info.context_max, 4096))
+        learned = {node.info.node for node in decodes[:LEARN]}
+        asking = [_Asking(http, node.info.model, node.info.node) for node in decodes[:LEARN]]
+        overheads = [await _prompts(one, node) for one, node in zip(asking, decodes, strict=False)]
+        decode = await _decoding(asking[0], min(decodes[0].info.context_max, 4096))
         await asyncio.sleep(BEAT_S)
         nodes = await _nodes(http)
         shared = await _shared(http, [node for node in nodes if node.info.role == "decode"])
-    workers = _kinds(nodes, decode, overheads, shared)
+    workers = _kinds(nodes, learned, decode, float(np.mean(overheads)), shared)
     stores = [node for node in nodes if node.info.role == "store"]
     token_bytes = _token_bytes(nodes)
     kinds = [
@@ -193,14 +198,19 @@ async def _shared(http: httpx.AsyncClient, decodes: Sequence[NodeStatus]) -> flo
 
 
 def _kinds(
-    nodes: Sequence[NodeStatus], decode: tuple[float, float, float], overhead_s: float, shared: float
+    nodes: Sequence[NodeStatus],
+    learned: Collection[NodeId],
+    decode: tuple[float, float, float],
+    overhead_s: float,
+    shared: float,
 ) -> tuple[WorkerKind, ...]:
+    """``learned``: the decode workers whose rates count."""
     kinds: list[WorkerKind] = []
     for role in ("decode", "prefill"):
         alike = [node for node in nodes if node.info.role == role]
         if not alike:
             continue
-        rates = [_rates(node) for node in alike]
+        rates = [_rates(node) for node in alike if role == "prefill" or node.info.node in learned]
         info = alike[0].info
         limits = info.limits
         hosts = len({node.info.host for node in nodes if node.info.role != "store"})
