@@ -268,6 +268,7 @@ class SqlDocuments:
                 async with asyncio.timeout(self._timeout_s):
                     await self._ready()
                     async with self._engine.begin() as connection:
+                        # In order: else two who write the same names could wait for each other.
                         await connection.execute(_PUT[self._engine.dialect.name], [rows[at] for at in sorted(rows)])
         except RecordsLost as error:
             for each in some:

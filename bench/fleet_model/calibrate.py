@@ -26,9 +26,8 @@ BATCHES = ((1, 256), (4, 256), (8, 256), (1, 2500), (2, 2500))
 OUTPUT_TOKENS = 32
 PROMPTS = (300, 1500, 3000, 6000)
 """Long ones, too: what a token costs for those before it is hardly seen in short ones."""
-TOGETHER = (1500, 300, 2000, 700)
-"""Tokens of the prompts of steps that two workers take one after the other, the second from the last on, so that while
-one decodes the other may decode or compute: that slows it more."""
+TOGETHER_TOKENS = 1000
+"""Of the prompts that two workers compute at once."""
 LEARN = 2
 """Decode workers that are asked for prompts before their rates count: what one announces that has only started was
 measured by any of its host within the last hour, whatever else ran then."""
@@ -36,7 +35,7 @@ BEAT_S = 2.5
 """Until what a worker has learned was announced."""
 TIMEOUT_S = 120.0
 ROUNDS = 2
-TOGETHER_ROUNDS = 3
+TOGETHER_ROUNDS = 5
 
 
 class Timed(NamedTuple):
@@ -187,10 +186,8 @@ async def _shared(http: httpx.AsyncClient, decodes: Sequence[NodeStatus]) -> flo
     asking = [_Asking(http, node.info.model, node.info.node) for node in together]
 
     async def takes_s(one: _Asking) -> float:
-        begun_s = clock.perf_s()
-        for tokens in TOGETHER if one is asking[0] else reversed(TOGETHER):
-            await one.step(f"fleet-{clock.wall_ns()}", one.prompt(tokens), OUTPUT_TOKENS)
-        return clock.perf_s() - begun_s
+        step = await one.step(f"fleet-{clock.wall_ns()}", one.prompt(TOGETHER_TOKENS), OUTPUT_TOKENS)
+        return step.times_s[-1]
 
     slower: list[float] = []
     for number in range(TOGETHER_ROUNDS):
